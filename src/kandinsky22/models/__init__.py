@@ -1,0 +1,22 @@
+"""Networks: tensors in, tensors out. They know no files, prompts, steps or devices."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kandinsky22.models.base import Model
+    from kandinsky22.models.movq import VQModel
+    from kandinsky22.models.prior import PriorTransformer
+    from kandinsky22.models.unet import UNet2DConditionModel
+
+__all__ = ["Model", "PriorTransformer", "UNet2DConditionModel", "VQModel"]
+
+_HOMES = {"Model": "base", "PriorTransformer": "prior", "UNet2DConditionModel": "unet", "VQModel": "movq"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
