@@ -1,7 +1,7 @@
 """The world the embedded model knows: flat geometric compositions, sampled and drawn without a single photograph.
 
-A scene is one or two shapes on a coloured background. Coordinates are fractions of the picture's side, x to the right and
-y downwards, so that a scene can be drawn at any size.
+A scene is one or two shapes on a coloured background. Coordinates are fractions of the picture's side, x to the right
+and y downwards, so a scene can be drawn at any size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ PLACES = ("center", "left", "right", "top", "bottom")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-PLACE_CENTERS = {"center": (0.5, 0.5), "left": (0.26, 0.5), "right": (0.74, 0.5), "top": (0.5, 0.26), "bottom": (0.5, 0.74)}
+PLACE_CENTERS = {
+    "center": (0.5, 0.5),
+    "left": (0.26, 0.5),
+    "right": (0.74, 0.5),
+    "top": (0.5, 0.26),
+    "bottom": (0.5, 0.74),
+}
 RADII = {"small": (0.105, 0.115), "large": (0.173, 0.183)}
 JITTER = 0.015  # how far a centre strays from its place
 SPREAD = 0.25  # distance of each of two centres from the middle of the picture
@@ -129,8 +135,8 @@ def _sample_any(rng: np.random.Generator, count: int) -> Scene:
 def sample_scene(rng: np.random.Generator, *, shapes: int | None = None, held_out: bool = False) -> Scene:
     """Draw a random scene.
 
-    `shapes` is 1, 2 or None for either with equal chance; `held_out` chooses between the scenes training never shows and
-    those it does. Two shapes stand side by side or one above the other, never overlap and never look the same.
+    `shapes` is 1, 2 or None for either with equal chance; `held_out` chooses between the scenes training never shows
+    and those it does. Two shapes stand side by side or one above the other, never overlap and never look the same.
     """
     if shapes not in (None, 1, 2):
         raise ValueError(f"a scene has 1 or 2 shapes, not {shapes}")
@@ -163,12 +169,13 @@ def _triangle(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch
 def _star(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     # Mirror the plane into the 36 degree wedge between the upper tip's axis and the notch next to it, where one edge is
     # left: two folds over the line through the notch, each followed by one over the axis, reach every point.
-    x, y = dx.abs(), -dy
+    tip = STAR_RADIUS * radius
+    # As for the triangle, the bounding box is centred: it ends at the tip above and at cos(36 degrees) of it below.
+    x, y = dx.abs(), tip * (1 - math.cos(math.pi / 5)) / 2 - dy
     normal_x, normal_y = math.cos(math.pi / 5), -math.sin(math.pi / 5)
     for _ in range(2):
         over = 2 * (x * normal_x + y * normal_y).clamp_min(0.0)
         x, y = (x - over * normal_x).abs(), y - over * normal_y
-    tip = STAR_RADIUS * radius
     notch_x, notch_y = STAR_INNER * math.sin(math.pi / 5), STAR_INNER * math.cos(math.pi / 5)
     length = math.hypot(notch_x, 1 - notch_y)
     return (x * (1 - notch_y) + (y - tip) * notch_x) / length
