@@ -1,0 +1,276 @@
+"""MoVQ, the autoencoder between pixels and latents (https://arxiv.org/abs/2209.09002)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kandinsky22.config import Config
+from kandinsky22.errors import ConfigError
+from kandinsky22.models.attention import ImageAttention
+from kandinsky22.models.base import Model
+from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm, double
+from kandinsky22.outputs import Output
+
+EPS = 1e-6  # of every norm of the published network
+
+
+@dataclass
+class VQEncoderOutput(Output):
+    """What `encode` returns: latents (batch, vq_embed_dim, H / f, W / f), not quantized."""
+
+    latents: Tensor
+
+
+@dataclass
+class DecoderOutput(Output):
+    """What `decode` returns: pictures (batch, out_channels, H, W), about [-1, 1], and the quantizer's loss if it ran."""
+
+    sample: Tensor
+    commit_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VQModelConfig(Config):
+    """Constructor arguments of VQModel; the defaults are those of the published Kandinsky 2.2 autoencoder."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    sample_size: int = 32
+    num_vq_embeddings: int = 16384
+    norm_num_groups: int = 32
+    vq_embed_dim: int | None = 4
+    scaling_factor: float = 0.18215
+    norm_type: str = "spatial"
+
+    only: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu",),
+        "mid_block_add_attention": (True,),
+        "lookup_from_codebook": (False,),
+        "force_upcast": (False,),
+    }
+
+    def __post_init__(self) -> None:
+        if self.norm_type != "spatial":
+            raise ConfigError(f"VQModel: norm_type={self.norm_type!r} is not part of Kandinsky 2.2; accepted: 'spatial'")
+        for name, kinds in (
+            ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
+            ("up_block_types", ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
+        ):
+            types = getattr(self, name)
+            if unknown := [kind for kind in types if kind not in kinds]:
+                raise ConfigError(f"VQModel: {name} has {unknown[0]!r}; accepted: {' or '.join(kinds)}")
+            if len(types) != len(self.block_out_channels):
+                raise ConfigError(
+                    f"VQModel: {name} has {len(types)} entries, block_out_channels has {len(self.block_out_channels)}; "
+                    "give one of each per level"
+                )
+        if bad := [width for width in self.block_out_channels if width % 32 or width % self.norm_num_groups]:
+            raise ConfigError(
+                f"VQModel: block_out_channels has {bad[0]}, which must be a multiple of 32 (the groups of the spatial "
+                f"norm) and of norm_num_groups={self.norm_num_groups}"
+            )
+
+
+class VQModel(Model):
+    """Pictures (batch, 3, H, W) in [-1, 1] to latents (batch, 4, H / f, W / f) and back; f is `downscale_factor`."""
+
+    config_class = VQModelConfig
+    config: VQModelConfig
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        cfg = self.config
+        code_dim = cfg.latent_channels if cfg.vq_embed_dim is None else cfg.vq_embed_dim
+        self.encoder = Encoder(cfg)
+        self.quant_conv = nn.Conv2d(cfg.latent_channels, code_dim, 1)
+        self.quantize = VectorQuantizer(cfg.num_vq_embeddings, code_dim)
+        self.post_quant_conv = nn.Conv2d(code_dim, cfg.latent_channels, 1)
+        self.decoder = Decoder(cfg, code_dim)
+
+    @property
+    def downscale_factor(self) -> int:
+        """Pixels per latent along one side: 8 for the published network."""
+        return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
+        """Latents, before quantization, of pictures (batch, in_channels, H, W) in [-1, 1]."""
+        latents = self.quant_conv(self.encoder(x))
+        return VQEncoderOutput(latents) if return_dict else (latents,)
+
+    def decode(
+        self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True
+    ) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Pictures from latents (batch, vq_embed_dim, h, w), snapped to the codebook unless `force_not_quantize`."""
+        if force_not_quantize:
+            codes, loss = h, h.new_zeros(h.shape[0])
+        else:
+            codes, loss = self.quantize(h)
+        sample = self.decoder(self.post_quant_conv(codes), codes)
+        return DecoderOutput(sample, loss) if return_dict else (sample, loss)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Encode, quantize and decode pictures (batch, in_channels, H, W) in [-1, 1]."""
+        return self.decode(cast(VQEncoderOutput, self.encode(sample)).latents, return_dict=return_dict)
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest entry of a codebook, with a straight-through gradient (https://arxiv.org/abs/1711.00937)."""
+
+    commitment = 0.25
+
+    def __init__(self, entries: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(entries, dim)
+        if not self.embedding.weight.is_meta:
+            nn.init.uniform_(self.embedding.weight, -1 / entries, 1 / entries)
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized latents (batch, dim, h, w) and the scalar loss that draws codes and latents together.
+
+        The commitment factor stands at the codebook's term, as in the published training.
+        """
+        places = latents.movedim(1, -1)
+        nearest = torch.cdist(places.flatten(0, -2), self.embedding.weight).argmin(dim=1)
+        codes = self.embedding(nearest).view(places.shape).movedim(-1, 1)
+        loss = F.mse_loss(latents, codes.detach()) + self.commitment * F.mse_loss(codes, latents.detach())
+        return latents + (codes - latents).detach(), loss
+
+
+class Level(nn.Module):
+    """Blocks at one size, the first of them followed by attention, then a change of size unless it is the last level.
+
+    `channels` lists the width before and after each block; `attentions` counts the blocks with attention.
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        *,
+        attentions: int,
+        groups: int,
+        latent_channels: int | None = None,
+        resample: str | None = None,
+    ) -> None:
+        super().__init__()
+        width = channels[-1]
+        norms: dict[str, Any] = {"eps": EPS, "groups": groups, "latent_channels": latent_channels}
+        self.resnets = nn.ModuleList(
+            ResidualBlock(before, after, **norms) for before, after in zip(channels, channels[1:], strict=False)
+        )
+        self.attentions = nn.ModuleList(ImageAttention(width, head_dim=width, **norms) for _ in range(attentions))
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Downsample(width)])
+        elif resample == "up":
+            self.upsamplers = nn.ModuleList([Upsample(width)])
+        self.resample = {None: None, "down": "downsamplers", "up": "upsamplers"}[resample]
+
+    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Features (batch, channels, H, W) at the next level's size."""
+        for index, block in enumerate(self.resnets):
+            features = block(features, latents=latents)
+            if index < len(self.attentions):
+                features = self.attentions[index](features, latents=latents)
+        if self.resample is not None:
+            features = getattr(self, self.resample)[0](features)
+        return features
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution that looks one pixel beyond the lower right edge only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, channels, H / 2, W / 2)."""
+        return self.conv(F.pad(features, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the size by repetition, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, channels, 2 H, 2 W)."""
+        return self.conv(double(features))
+
+
+class Encoder(nn.Module):
+    """Pictures to features of the latents' size."""
+
+    def __init__(self, cfg: VQModelConfig) -> None:
+        super().__init__()
+        widths, groups = cfg.block_out_channels, cfg.norm_num_groups
+        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(
+                [before] + [width] * cfg.layers_per_block,
+                attentions=cfg.layers_per_block if kind.startswith("Attn") else 0,
+                groups=groups,
+                resample="down" if index < len(widths) - 1 else None,
+            )
+            for index, (kind, before, width) in enumerate(
+                zip(cfg.down_block_types, (widths[0], *widths), widths, strict=False)
+            )
+        )
+        self.mid_block = Level([widths[-1]] * 3, attentions=1, groups=groups)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """(batch, latent_channels, H / f, W / f) from (batch, in_channels, H, W)."""
+        features = self.conv_in(sample)
+        for block in self.down_blocks:
+            features = block(features)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(features))))
+
+
+class Decoder(nn.Module):
+    """Features of the latents' size to pictures; every norm also sees the latents themselves."""
+
+    def __init__(self, cfg: VQModelConfig, code_dim: int) -> None:
+        super().__init__()
+        widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
+        # the reference takes the width of its norm's input from latent_channels, so both must agree
+        if code_dim != cfg.latent_channels:
+            raise ConfigError(
+                f"VQModel: vq_embed_dim={code_dim} differs from latent_channels={cfg.latent_channels}; "
+                "the decoder's norms need them equal"
+            )
+        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Level([widths[0]] * 3, attentions=1, groups=groups, latent_channels=code_dim)
+        self.up_blocks = nn.ModuleList(
+            Level(
+                [before] + [width] * (cfg.layers_per_block + 1),
+                attentions=cfg.layers_per_block + 1 if kind.startswith("Attn") else 0,
+                groups=groups,
+                latent_channels=code_dim,
+                resample="up" if index < len(widths) - 1 else None,
+            )
+            for index, (kind, before, width) in enumerate(
+                zip(cfg.up_block_types, (widths[0], *widths), widths, strict=False)
+            )
+        )
+        self.conv_norm_out = SpatialNorm(widths[-1], code_dim)
+        self.conv_out = nn.Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
+
+    def forward(self, features: Tensor, latents: Tensor) -> Tensor:
+        """(batch, out_channels, H, W) from (batch, latent_channels, H / f, W / f) and latents of that size."""
+        features = self.mid_block(self.conv_in(features), latents)
+        for block in self.up_blocks:
+            features = block(features, latents)
+        return self.conv_out(F.silu(self.conv_norm_out(features, latents)))
