@@ -1,0 +1,110 @@
+"""Checks of single arguments. Each returns the value in the one form the rest of the library works with, or raises
+`InputError` that names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kandinsky22.errors import InputError
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def whole(name: str, value: Any, *, minimum: int = 1) -> int:
+    """A whole number of at least `minimum`; numpy's integers count, booleans and floats do not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < minimum:
+        raise InputError(f"{name}={value!r}: a whole number of at least {minimum} is needed")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise InputError(f"{name}={value!r}: a finite number is needed")
+    return float(value)
+
+
+def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
+    """One of the accepted words."""
+    if not isinstance(value, str) or value not in accepted:
+        raise InputError(f"{name}={value!r}: accepted are {', '.join(map(repr, accepted))}")
+    return value
+
+
+def function(name: str, value: Any) -> Callable[..., Any] | None:
+    """Something to call, or None."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name}={value!r}: a function or None is needed")
+    return value  # type: ignore[no-any-return]
+
+
+def names(name: str, value: Any, accepted: Sequence[str]) -> tuple[str, ...]:
+    """A list of some of the accepted words; None means none of them."""
+    chosen = () if value is None else value
+    if isinstance(chosen, str) or not isinstance(chosen, Sequence):
+        raise InputError(f"{name}={value!r}: a list of names is needed, out of {', '.join(accepted)}")
+    return tuple(choice(name, item, accepted) for item in chosen)
+
+
+def generators(value: Any, batch: int) -> Generators:
+    """No generator, one for all, or a list with one for each of `batch` pictures."""
+    if value is None or isinstance(value, torch.Generator):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(item, torch.Generator) for item in value):
+        raise InputError(f"generator={value!r}: a torch.Generator, a list of them, or None is needed")
+    if len(value) not in (1, batch):
+        raise InputError(f"generator: a list of {len(value)} was given for {batch} pictures; one each is needed")
+    return value[0] if len(value) == 1 else list(value)
+
+
+def latents(value: Any, shape: tuple[int, ...]) -> Tensor:
+    """Start noise of exactly this shape, without NaN or infinity."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"latents: a tensor is needed, not {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise InputError(f"latents have shape {tuple(value.shape)}; this call needs {shape}")
+    return finite("latents", value)
+
+
+def embeddings(name: str, value: Any, width: int) -> Tensor:
+    """Image embeddings as one tensor (batch, width), from a tensor, an array, or a list of those.
+
+    A single vector counts as a batch of one.
+    """
+    if isinstance(value, list | tuple):
+        if not value:
+            raise InputError(f"{name}: an empty list was given; at least one embedding is needed")
+        return torch.cat([embeddings(name, item, width) for item in value])
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        given = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name}: a floating-point tensor (batch, {width}) or a list of them is needed, not {given}")
+    if value.ndim == 1:
+        value = value[None]
+    if value.ndim != 2 or value.shape[1] != width or value.shape[0] == 0:
+        raise InputError(f"{name} has shape {tuple(value.shape)}; this model needs (batch, {width})")
+    return finite(name, value)
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """The tensor itself, unless it holds NaN or infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name} holds NaN or infinite numbers")
+    return value
+
+
+def same_batch(name: str, value: Tensor, batch: int, other: str) -> Tensor:
+    """`value` with `batch` rows; a single row is repeated."""
+    if value.shape[0] == 1:
+        return value.expand(batch, *value.shape[1:])
+    if value.shape[0] != batch:
+        raise InputError(f"{name} has {value.shape[0]} rows and {other} has {batch}; equal numbers, or 1, are needed")
+    return value

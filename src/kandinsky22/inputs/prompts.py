@@ -1,0 +1,36 @@
+"""Prompts: one string or a list of them, brought to equally long lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kandinsky22.errors import InputError
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """A list of at least one string, from a string or a list of strings."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{name}: a string or a list of strings is needed, not {type(value).__name__}")
+    if not value:
+        raise InputError(f"{name}: an empty list was given; at least one string is needed")
+    for index, item in enumerate(value):
+        if not isinstance(item, str):
+            raise InputError(f"{name}[{index}]: a string is needed, not {type(item).__name__}")
+    return list(value)
+
+
+def pairs(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | None]:
+    """Prompts and their negatives, equally many: a single one on either side serves all of the other side."""
+    positive = texts("prompt", prompt)
+    if negative_prompt is None:
+        return positive, None
+    negative = texts("negative_prompt", negative_prompt)
+    count = max(len(positive), len(negative))
+    if len(positive) not in (1, count) or len(negative) not in (1, count):
+        raise InputError(
+            f"negative_prompt: {len(negative)} strings were given for {len(positive)} prompts; "
+            "equal numbers, or 1, are needed"
+        )
+    return positive * (count // len(positive)), negative * (count // len(negative))
