@@ -29,7 +29,7 @@ class Config(Mapping[str, Any]):
         (schedulers, whose files travel between classes) unknown keys are dropped, otherwise they are refused unless
         they are off (None or False).
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = cls.names()
         chosen: dict[str, Any] = {}
         for name, value in values.items():
             if name.startswith("_"):
@@ -51,15 +51,20 @@ class Config(Mapping[str, Any]):
             raise ConfigError(f"{owner}: {error}") from error
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.__dataclass_fields__:
+        if name not in self.names():
             raise KeyError(name)
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.__dataclass_fields__)
+        return iter(self.names())
 
     def __len__(self) -> int:
-        return len(self.__dataclass_fields__)
+        return len(self.names())
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The arguments' names, in order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def _freeze(value: Any) -> Any:
