@@ -29,7 +29,7 @@ class Config(Mapping[str, Any]):
         (schedulers, whose files travel between classes) unknown keys are dropped, otherwise they are refused unless
         they are off (None or False).
         """
-        names = cls.names()
+        names = cls.field_names()
         chosen: dict[str, Any] = {}
         for name, value in values.items():
             if name.startswith("_"):
@@ -51,18 +51,18 @@ class Config(Mapping[str, Any]):
             raise ConfigError(f"{owner}: {error}") from error
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.names():
+        if name not in self.field_names():
             raise KeyError(name)
         return getattr(self, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        return iter(self.field_names())
 
     def __len__(self) -> int:
-        return len(self.names())
+        return len(self.field_names())
 
     @classmethod
-    def names(cls) -> tuple[str, ...]:
+    def field_names(cls) -> tuple[str, ...]:
         """The arguments' names, in order."""
         return tuple(field.name for field in dataclasses.fields(cls))
 

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return tokens.view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def encode_context(self, context: Tensor) -> KeyValue:
         """Additional keys and values from context tokens (batch, tokens, context_dim)."""
@@ -85,11 +85,9 @@ class ImageAttention(Attention):
         else:
             self.spatial_norm = SpatialNorm(channels, latent_channels)
 
-    def forward(  # type: ignore[override]
-        self, features: Tensor, context: KeyValue | None = None, latents: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, context: KeyValue | None = None, latents: Tensor | None = None) -> Tensor:
         """Features of the same shape; `latents` (batch, latent_channels, h, w) goes to the latent-conditioned norm."""
         normed = self.group_norm(features) if latents is None else self.spatial_norm(features, latents)
         tokens = normed.flatten(2).transpose(1, 2)
         out = super().forward(tokens, context)
-        return features + out.transpose(1, 2).unflatten(2, features.shape[2:])
+        return features + out.transpose(1, 2).reshape(features.shape)

@@ -61,7 +61,9 @@ class VQModelConfig(Config):
 
     def __post_init__(self) -> None:
         if self.norm_type != "spatial":
-            raise ConfigError(f"VQModel: norm_type={self.norm_type!r} is not part of Kandinsky 2.2; accepted: 'spatial'")
+            raise ConfigError(
+                f"VQModel: norm_type={self.norm_type!r} is not part of Kandinsky 2.2; accepted: 'spatial'"
+            )
         for name, kinds in (
             ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
             ("up_block_types", ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,8 @@ class UNet2DConditionModel(Model):
         self.add_embedding = ImageTimeEmbedding(cfg.encoder_hid_dim, time_dim, hint=hint)
 
         def level(before: list[int], width: int, kind: str, resample: str | None) -> Level:
-            return Level(cfg, time_dim, before, width, attentions=CROSS_ATTENTION[kind] * len(before), resample=resample)
+            attentions = len(before) if CROSS_ATTENTION[kind] else 0
+            return Level(cfg, time_dim, before, width, attentions=attentions, resample=resample)
 
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(
@@ -161,9 +162,8 @@ class UNet2DConditionModel(Model):
         self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
 
     def _levels(self) -> Iterator[Level]:
-        yield from self.down_blocks  # type: ignore[misc]
-        yield self.mid_block
-        yield from self.up_blocks  # type: ignore[misc]
+        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield cast(Level, level)
 
     def encode_condition(
         self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
@@ -180,7 +180,7 @@ class UNet2DConditionModel(Model):
         embeds = image_embeds.to(self.dtype)
         tokens = self.encoder_hid_proj(embeds)
         layers = tuple(
-            attention.encode_context(tokens) for level in self._levels() for attention in level.attentions
+            cast(ImageAttention, layer).encode_context(tokens) for level in self._levels() for layer in level.attentions
         )
         if hint is not None:
             features = self.add_embedding.input_hint_block(hint.to(self.dtype))
@@ -301,7 +301,7 @@ class ImageTokens(nn.Module):
 
     def forward(self, embeds: Tensor) -> Tensor:
         """(batch, 32, token_dim) from (batch, embed_dim)."""
-        return self.norm(self.image_embeds(embeds).unflatten(1, (IMAGE_TOKENS, -1)))
+        return self.norm(self.image_embeds(embeds).view(len(embeds), IMAGE_TOKENS, -1))
 
 
 class ImageTimeEmbedding(nn.Module):
