@@ -177,6 +177,14 @@ def caption(scene: Scene, rng: np.random.Generator, detail: Detail | None = None
     return Caption(_assemble(subject, _place(place, rng) if place else "", background, rng), named)
 
 
+def distracted(text: str, rng: np.random.Generator) -> str:
+    """`text` with one meaningless word somewhere, so that words the model never saw do not confuse it."""
+    parts = text.split()
+    word = "".join(_choose(rng, "abcdefghijklmnopqrstuvwxyz") for _ in range(int(rng.integers(2, 9))))
+    parts.insert(int(rng.integers(len(parts) + 1)), word)
+    return " ".join(parts)
+
+
 def agrees(named: Named, scene: Scene) -> bool:
     """Whether `scene` is one that a caption stating `named` describes."""
     if not named.shapes:
