@@ -32,14 +32,13 @@ class Attention(nn.Module):
     def __init__(self, channels: int, *, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.head_dim = head_dim
-        inner = channels // head_dim * head_dim
-        self.to_q = nn.Linear(channels, inner)
-        self.to_k = nn.Linear(channels, inner)
-        self.to_v = nn.Linear(channels, inner)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
         if context_dim is not None:
-            self.add_k_proj = nn.Linear(context_dim, inner)
-            self.add_v_proj = nn.Linear(context_dim, inner)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+            self.add_k_proj = nn.Linear(context_dim, channels)
+            self.add_v_proj = nn.Linear(context_dim, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)

@@ -92,10 +92,10 @@ class UNet2DConditionConfig(Config):
         for name in ("layers_per_block", "attention_head_dim", "cross_attention_dim", "encoder_hid_dim"):
             if not isinstance(self[name], int) or self[name] < 1:
                 raise ConfigError(f"UNet2DConditionModel: {name}={self[name]!r}; accepted: a whole number from 1")
-        if bad := [width for width in widths if width % groups or width % 2 or width < head]:
+        if bad := [width for width in widths if width % groups or width % head or width % 2]:
             raise ConfigError(
-                f"UNet2DConditionModel: block_out_channels has {bad[0]}, which must be even, a multiple of "
-                f"norm_num_groups={groups} and at least attention_head_dim={head}"
+                f"UNet2DConditionModel: block_out_channels has {bad[0]}, which must be even and a multiple "
+                f"of norm_num_groups={groups} and of attention_head_dim={head}"
             )
 
 
