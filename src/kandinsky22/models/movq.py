@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -28,7 +29,7 @@ class VQEncoderOutput(Output):
 
 @dataclass
 class DecoderOutput(Output):
-    """What `decode` returns: pictures (batch, out_channels, H, W), about [-1, 1], and the quantizer's loss if it ran."""
+    """What `decode` returns: pictures (batch, out_channels, H, W), about [-1, 1], and the quantizer's loss."""
 
     sample: Tensor
     commit_loss: Tensor | None = None
@@ -167,7 +168,7 @@ class Level(nn.Module):
         width = channels[-1]
         norms: dict[str, Any] = {"eps": EPS, "groups": groups, "latent_channels": latent_channels}
         self.resnets = nn.ModuleList(
-            ResidualBlock(before, after, **norms) for before, after in zip(channels, channels[1:], strict=False)
+            ResidualBlock(before, after, **norms) for before, after in itertools.pairwise(channels)
         )
         self.attentions = nn.ModuleList(ImageAttention(width, head_dim=width, **norms) for _ in range(attentions))
         if resample == "down":
