@@ -1,0 +1,232 @@
+"""The one sampling loop. It serves the prior and all decoders, because every difference is prepared before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kandinsky22.errors import InputError
+from kandinsky22.inputs import checks
+from kandinsky22.inputs.checks import Generators
+from kandinsky22.pipelines.base import DiffusionPipeline
+from kandinsky22.randomness import randn_tensor
+
+Denoise = Callable[[Tensor, Any], Tensor]
+"""A network bound to its condition: (sample, timestep) -> output."""
+
+Bind = Callable[[Mapping[str, Tensor]], Denoise]
+"""Computes the condition from the tensors in flight."""
+
+Edit = Callable[[Tensor, int], Tensor]
+"""What a mode does to the latents after step `index`."""
+
+LEARNED = ("learned", "learned_range")
+LATENTS = ["latents"]  # what callbacks see unless they ask for more
+
+
+@dataclasses.dataclass
+class Run:
+    """A generation in flight. Whoever iterates over `sample` may replace anything here between two steps.
+
+    `tensors` are what the condition is computed from: 2 x batch rows (negative first) where guidance is on. `shown`
+    tells that someone else holds them and may change them in place.
+    """
+
+    latents: Tensor
+    tensors: dict[str, Tensor]
+    guidance_scale: float
+    index: int = 0
+    timestep: Any = None
+    shown: bool = False
+
+
+def sample(
+    run: Run, *, scheduler: Any, timesteps: Tensor, bind: Bind, generator: Generators, edit: Edit | None = None
+) -> Iterator[Run]:
+    """Denoise `run.latents` along `timesteps`, yielding `run` after each step.
+
+    Guidance is that of Ho & Salimans 2022 (arXiv 2207.12598), on while `run.guidance_scale` > 1: one batch holds the
+    unconditional rows, then the conditional ones. The condition is computed anew only after its tensors changed.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"return_dict": False}
+    if "generator" in accepted:
+        options["generator"] = generator
+    condition = _Condition(bind)
+    learned = getattr(scheduler.config, "variance_type", None) in LEARNED
+    for index, timestep in enumerate(timesteps):
+        channels = run.latents.shape[1]
+        guided = run.guidance_scale > 1
+        noisy = torch.cat([run.latents] * 2) if guided else run.latents
+        denoise = condition(run, guided)
+        output = denoise(scheduler.scale_model_input(noisy, timestep), timestep)
+        if guided:
+            output = guide(output, run.guidance_scale, channels)
+        if not learned:
+            output = output[:, :channels]  # the rest, if any, is a learned variance nobody asked for
+        if "prev_timestep" in accepted:
+            options["prev_timestep"] = timesteps[index + 1] if index + 1 < len(timesteps) else None
+        latents = scheduler.step(output, timestep, run.latents, **options)[0].to(run.latents.dtype)
+        run.latents = latents if edit is None else edit(latents, index)
+        run.index, run.timestep = index, timestep
+        yield run
+
+
+def guide(output: Tensor, scale: float, channels: int) -> Tensor:
+    """Guided prediction from the unconditional and conditional halves of a batch.
+
+    Only the first `channels` are guided; a variance behind them is taken from the conditional half.
+    """
+    unconditional, conditional = output.chunk(2)
+    base = unconditional[:, :channels]
+    guided = base + scale * (conditional[:, :channels] - base)
+    return torch.cat([guided, conditional[:, channels:]], dim=1) if output.shape[1] > channels else guided
+
+
+class _Condition:
+    """A bound network, bound again when a tensor in flight was replaced or changed in place."""
+
+    def __init__(self, bind: Bind) -> None:
+        self._bind = bind
+        self._denoise: Denoise | None = None
+        self._seen: list[tuple[Tensor, int]] = []
+        self._guided = False
+
+    def __call__(self, run: Run, guided: bool) -> Denoise:
+        unchanged = guided == self._guided and len(run.tensors) == len(self._seen)
+        for tensor, (seen, version) in zip(run.tensors.values(), self._seen, strict=False):
+            unchanged = unchanged and tensor is seen and _version(tensor) == version
+        # tensors made under torch.inference_mode do not count their changes: assume the worst once they were shown
+        unknown = run.shown and any(tensor.is_inference() for tensor in run.tensors.values())
+        if self._denoise is None or not unchanged or unknown:
+            rows = 0 if guided else -len(run.latents)  # without guidance only the conditional rows, which are last
+            self._denoise = self._bind({name: tensor[rows:] for name, tensor in run.tensors.items()})
+            self._seen = [(tensor, _version(tensor)) for tensor in run.tensors.values()]
+            self._guided = guided
+        return self._denoise
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@dataclasses.dataclass(frozen=True)
+class Callbacks:
+    """Whom to tell after each step: `on_step_end(pipe, step, timestep, tensors) -> tensors to replace`, and
+    `callback(step, timestep, latents)` on every `every`-th step."""
+
+    on_step_end: Callable[..., Any] | None
+    tensor_inputs: Sequence[str]
+    callback: Callable[..., Any] | None = None
+    every: int = 1
+
+
+class SamplingPipeline(DiffusionPipeline):
+    """What all pipelines that denoise have in common: start noise, timesteps, the loop's progress and callbacks.
+
+    While a call runs, `guidance_scale` and `num_timesteps` describe it; a callback may set `_guidance_scale`.
+    """
+
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _guidance_scale: float = 1.0
+    _num_timesteps: int = 0
+    scheduler: Any
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the current or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether guidance is on."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current or last call."""
+        return self._num_timesteps
+
+    def _check_callbacks(
+        self, on_step_end: Any, tensor_inputs: Any, callback: Any = None, callback_steps: int | None = None
+    ) -> Callbacks:
+        return Callbacks(
+            checks.function("callback_on_step_end", on_step_end),
+            checks.names("callback_on_step_end_tensor_inputs", tensor_inputs, self._callback_tensor_inputs),
+            checks.function("callback", callback),
+            1 if callback_steps is None else checks.whole("callback_steps", callback_steps),
+        )
+
+    def _set_timesteps(self, num_inference_steps: Any) -> Tensor:
+        missing = [name for name in ("config", "set_timesteps", "step") if not hasattr(self.scheduler, name)]
+        if missing:
+            raise InputError(f"scheduler: {type(self.scheduler).__name__} is none, it has no {', '.join(missing)}")
+        steps = checks.whole("num_inference_steps", num_inference_steps)
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        timesteps: Tensor = self.scheduler.timesteps
+        return timesteps
+
+    def _start_latents(
+        self, shape: tuple[int, ...], latents: Tensor | None, generator: Generators, dtype: torch.dtype
+    ) -> Tensor:
+        """Noise of the scheduler's initial level, drawn unless `latents` bring it."""
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        noise: Tensor = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return noise
+
+    def _denoise(
+        self,
+        run: Run,
+        timesteps: Tensor,
+        bind: Bind,
+        generator: Generators,
+        callbacks: Callbacks,
+        edit: Edit | None = None,
+    ) -> Tensor:
+        """Run the loop to its end: the latents after the last step."""
+        self._guidance_scale, self._num_timesteps = run.guidance_scale, len(timesteps)
+        run.shown = bool(callbacks.tensor_inputs) and callbacks.on_step_end is not None
+        steps = sample(
+            run, scheduler=self.scheduler, timesteps=timesteps, bind=bind, generator=generator, edit=edit
+        )
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for _ in steps:
+                self._notify(run, callbacks)
+                run.guidance_scale = self._guidance_scale
+                bar.update()
+        return run.latents
+
+    def _notify(self, run: Run, callbacks: Callbacks) -> None:
+        if callbacks.on_step_end is not None:
+            tensors = {"latents": run.latents, **run.tensors}
+            shown = {name: tensors.get(name) for name in callbacks.tensor_inputs}
+            changes = callbacks.on_step_end(self, run.index, run.timestep, shown)
+            self._apply(run, self._check_changes(changes, run))
+        if callbacks.callback is not None and run.index % callbacks.every == 0:
+            callbacks.callback(run.index // getattr(self.scheduler, "order", 1), run.timestep, run.latents)
+
+    def _apply(self, run: Run, changes: Mapping[str, Tensor]) -> None:
+        """Let a callback's tensors take the place of those in flight."""
+        for name, tensor in changes.items():
+            if name == "latents":
+                run.latents = tensor
+            else:
+                run.tensors[name] = tensor
+
+    def _check_changes(self, changes: Any, run: Run) -> Mapping[str, Tensor]:
+        if changes is None:
+            return {}
+        if not isinstance(changes, Mapping):
+            raise InputError(f"callback_on_step_end returned {type(changes).__name__}; a dict of tensors is needed")
+        for name, tensor in changes.items():
+            checks.choice("callback_on_step_end returned a key", name, self._callback_tensor_inputs)
+            if name == "latents" and getattr(tensor, "shape", None) != run.latents.shape:
+                raise InputError(f"callback_on_step_end returned latents unlike those of shape {run.latents.shape}")
+        return {name: tensor for name, tensor in changes.items() if tensor is not None}
