@@ -1,0 +1,88 @@
+"""Options that several subcommands share, in groups, and the readers of their values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
+# The largest seed of which a batch of any size still is a seed to torch.
+MAX_SEED = 2**63 - 1
+
+
+def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """A reader of integers from `lowest` to `highest`."""
+    wanted = f"a whole number of at least {lowest}" + (f" and at most {highest}" if highest is not None else "")
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if value < lowest or (highest is not None and value > highest):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return read
+
+
+def scale(text: str) -> float:
+    """Read a guidance scale: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read WxH, in pixels, as (width, height)."""
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    if match is None or not all(int(side) for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT in pixels, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def scheduler(text: str) -> str:
+    """Read a scheduler's short or class name as its class name."""
+    by_name = {key.lower(): value for short, value in SCHEDULERS.items() for key in (short, value)}
+    if text.lower() not in by_name:
+        raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}; accepted: {', '.join(SCHEDULERS)}")
+    return by_name[text.lower()]
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which networks, where, in which precision."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="MODEL", help="folder or Hub id of a decoder (default: the embedded model)")
+    group.add_argument("--prior", metavar="MODEL", help="folder or Hub id of the prior (default: the model's own)")
+    group.add_argument("--scheduler", type=scheduler, help=f"{' or '.join(SCHEDULERS)} (default: the model's own)")
+    group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument("--dtype", help="auto, float32, float16 or bfloat16 (default: auto, float32 on a CPU)")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What the two stages are asked to do; defaults are the model's own, else the library's."""
+    group = parser.add_argument_group("sampling", "Not given, these are the model's own defaults.")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    group.add_argument("--steps", type=whole_number(1), metavar="N", help="decoder steps")
+    group.add_argument("--prior-steps", type=whole_number(1), metavar="N", help="prior steps")
+    group.add_argument("--guidance", type=scale, metavar="X", help="decoder guidance scale; up to 1 is none")
+    group.add_argument("--prior-guidance", type=scale, metavar="X", help="prior guidance scale; up to 1 is none")
+    group.add_argument("--size", type=size, metavar="WxH", help="picture size in pixels")
+    group.add_argument(
+        "--seed", type=whole_number(0, MAX_SEED), metavar="N", help="of the first picture; 1 more for each next"
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Where pictures go and how much is said on the way."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-n", type=whole_number(1), dest="count", metavar="N", help="pictures to draw (default: 1)")
+    group.add_argument("-o", "--output", type=Path, metavar="FILE", help="a .png (default: picture.png)")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes; errors and paths only")
