@@ -1,0 +1,163 @@
+"""The recipe of the embedded prior: from captions to image embeddings, on frozen CLIP towers.
+
+Reading a caption costs far more than denoising (some 25 tokens against 3), so every caption is read once and denoised
+at several timesteps. Besides being close to the true embedding, a prediction must give the right answers to what the
+caption states: the squared error alone hardly notices a wrong size, the first thing to go in two-shape prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kandinsky22.models.prior import MASKED, STEP_TOKENS, PriorCondition, PriorTransformer
+from kandinsky22.schedulers import UnCLIPScheduler
+from kandinsky22.training.captions import EMPTY, FULL, Caption, caption, distracted
+from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, Towers, told
+from kandinsky22.training.loop import Draw, Settings, train
+from kandinsky22.training.scenes import render, sample_scene
+
+CONFIG: Mapping[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "num_layers": 6,
+    "embedding_dim": EMBEDDING,
+    "num_embeddings": CONTEXT,
+    "additional_embeddings": 4,
+}
+# Embeddings are normalised to unit variance, so that clipping at 10 deviations never touches a good one.
+SCHEDULER: Mapping[str, Any] = {"prediction_type": "sample", "clip_sample": True, "clip_sample_range": 10.0}
+BATCH = 96
+LEVELS = 4  # timesteps at which each caption is denoised, one from each equal part of the schedule
+TWO_SHAPES = 0.75  # they are harder
+EMPTY_PROMPTS = 0.1
+FAITHFUL = 0.05  # weight of the answers against the squared error
+
+SETTINGS = Settings(steps=6000, learning_rate=1e-3, warmup=300, weight_decay=0.01, average=0.999, bf16=True)
+
+
+def create(towers: Towers, seed: int) -> PriorTransformer:
+    """An untrained prior that knows the mean and deviation of the towers' image embeddings."""
+    torch.manual_seed(seed)
+    prior = PriorTransformer(**CONFIG)
+    torch.nn.init.normal_(prior.positional_embedding, std=0.1)
+    torch.nn.init.normal_(prior.prd_embedding, std=0.1)
+    rng = np.random.default_rng([seed, 2])
+    with torch.no_grad():
+        scenes = [sample_scene(rng, shapes=1 if i % 4 == 0 else 2) for i in range(4096)]
+        parts = [towers.embed_images(render(scenes[i : i + 256], IMAGE_SIZE)) for i in range(0, len(scenes), 256)]
+        embeds = torch.cat(parts)
+        prior.clip_mean.copy_(embeds.mean(0, keepdim=True))
+        prior.clip_std.copy_(embeds.std(0, keepdim=True))
+    prior.clip_mean.requires_grad_(False)
+    prior.clip_std.requires_grad_(False)
+    return prior
+
+
+def denoise_levels(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, condition: PriorCondition) -> Tensor:
+    """`prior.denoise` of several noisy embeddings (B, levels, D) at timesteps (B, levels) for each text of a batch.
+
+    All levels stand in one sequence and do not see each other, so that keys and values of the text are shared.
+    """
+    batch, levels, _ = noisy.shape
+    time = prior.time_embedding(timesteps.flatten())
+    query = prior.prd_embedding[0].expand(len(time), -1)
+    tokens = torch.stack([time, prior.proj_in(noisy.flatten(0, 1)), query], dim=1)
+    tokens = (tokens + prior.positional_embedding[:, -STEP_TOKENS:]).view(batch, levels * STEP_TOKENS, -1)
+    causal = torch.full((STEP_TOKENS, STEP_TOKENS), MASKED).triu(1)
+    own = torch.block_diag(*[causal - MASKED] * levels) + MASKED
+    text = condition.mask[:, :, :1, :-STEP_TOKENS].expand(-1, -1, levels * STEP_TOKENS, -1)
+    mask = torch.cat([text, own.expand(batch, 1, -1, -1)], dim=3)
+    for block, past in zip(prior.transformer_blocks, condition.layers, strict=True):
+        tokens, _ = block(tokens, mask, past)
+    last = tokens.view(batch, levels, STEP_TOKENS, -1)[:, :, -1]
+    return cast(Tensor, prior.proj_to_clip_embeddings(prior.norm_out(last)))
+
+
+def objective(prior: PriorTransformer, towers: Towers, scheduler: UnCLIPScheduler, draw: Draw) -> dict[str, Tensor]:
+    """Losses of one training step."""
+    rng = draw.numpy
+    scenes = [sample_scene(rng, shapes=2 if rng.random() < TWO_SHAPES else 1) for _ in range(BATCH)]
+    captions: list[Caption] = []
+    for scene in scenes:
+        full = FULL if rng.random() < 0.4 else None
+        captions.append(EMPTY if rng.random() < EMPTY_PROMPTS else caption(scene, rng, full))
+    texts = [distracted(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
+    with torch.no_grad():
+        clean = (towers.embed_images(render(scenes, IMAGE_SIZE)).float() - prior.clip_mean) / prior.clip_std
+        text = towers.embed_texts(texts)
+    timesteps = torch.arange(LEVELS) + torch.rand(BATCH, LEVELS, generator=draw.torch)
+    timesteps = (timesteps / LEVELS * len(scheduler)).long()
+    clean = clean[:, None].expand(-1, LEVELS, -1)
+    noise = torch.randn(clean.shape, generator=draw.torch)
+    noisy = scheduler.add_noise(clean.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()).view(clean.shape)
+    # The fused attention is several times slower backwards in bfloat16 than its parts, at these short lengths.
+    with sdpa_kernel(SDPBackend.MATH):
+        condition = prior.encode_condition(text.embeds, text.hidden, text.mask)
+        predicted = denoise_levels(prior, noisy, timesteps, condition).float()
+    error = (predicted - clean).square().mean((0, 2))
+    labels = torch.tensor([told(c.named) for c in captions]).repeat_interleave(LEVELS, 0)
+    faithful = towers.probe.loss(prior.post_process_latents(predicted.flatten(0, 1)), labels)
+    return {
+        "loss": error.mean() + FAITHFUL * faithful, "error": error.mean(), "faithful": faithful,
+        "error_first": error[0], "error_last": error[-1],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def sample_embeddings(
+    prior: PriorTransformer, towers: Towers, texts: Sequence[str], *, steps: int, guidance: float, seed: int
+) -> Tensor:
+    """Image embeddings (N, D) that the prior imagines for prompts, as its pipeline does."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = UnCLIPScheduler(**SCHEDULER)
+    scheduler.set_timesteps(steps)
+    guided = guidance > 1
+    text = towers.embed_texts([""] * len(texts) + list(texts) if guided else texts)
+    condition = prior.encode_condition(text.embeds, text.hidden, text.mask)
+    latents = torch.randn(len(texts), EMBEDDING, generator=generator)
+    for t, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+        predicted = prior.denoise(torch.cat([latents] * 2) if guided else latents, t, condition)
+        if guided:
+            empty, predicted = predicted.chunk(2)
+            predicted = empty + guidance * (predicted - empty)
+        latents = scheduler.step(predicted, t, latents, prev_timestep=following, generator=generator).prev_sample
+    return prior.post_process_latents(latents)
+
+
+@torch.no_grad()
+def evaluate(
+    prior: PriorTransformer, towers: Towers, *, count: int = 400, steps: int = 25, guidance: float = 1.0, seed: int = 7
+) -> dict[str, float]:
+    """How often all that a caption states can be read from the embedding imagined for it."""
+    report: dict[str, float] = {}
+    for name, shapes, held_out in (("one", 1, False), ("two", 2, False), ("two_held_out", 2, True)):
+        rng = np.random.default_rng([seed, shapes, held_out])
+        captions = [caption(sample_scene(rng, shapes=shapes, held_out=held_out), rng) for _ in range(count)]
+        embeds = sample_embeddings(prior, towers, [c.text for c in captions], steps=steps, guidance=guidance, seed=seed)
+        right = towers.probe.right(embeds, torch.tensor([told(c.named) for c in captions]))
+        report[name] = round(float(right.all(1).float().mean()), 4)
+        sizes = right[:, [4, 7]].all(1)
+        report[f"{name}/sizes"] = round(float(sizes.float().mean()), 4)
+    return report
+
+
+def train_prior(folder: str | Path, towers: Towers, settings: Settings = SETTINGS) -> PriorTransformer:
+    """Train the prior, or go on where `folder` stands, and save it in `folder`/model; returns it frozen."""
+    folder = Path(folder)
+    prior = create(towers, settings.seed)
+    scheduler = UnCLIPScheduler(**SCHEDULER)
+    train(prior, lambda draw: objective(prior, towers, scheduler, draw), settings, folder)
+    prior.requires_grad_(False)
+    prior.save_pretrained(folder / "model" / "prior")
+    scheduler.save_pretrained(folder / "model" / "scheduler")
+    report = {str(guidance): evaluate(prior, towers, guidance=guidance) for guidance in (1.0, 1.5, 2.0, 4.0)}
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return prior
