@@ -1,0 +1,176 @@
+"""Settings of schedulers: validated, immutable, and readable by whatever expects a plain dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from kandinsky22.config import Config
+from kandinsky22.errors import ConfigError
+
+SC = TypeVar("SC", bound="SchedulerConfig")
+
+# Key under which a config lists the settings nobody gave, so that another class can put its own defaults there.
+DEFAULTED = "_use_default_values"
+
+
+def whole(value: Any) -> int | None:
+    """`value` as an int if it is a whole number (of Python, numpy, or a tensor holding one); True and False are not."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_positive(value) and value <= 1
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_FLAG = (_is_flag, "True or False")
+_POSITIVE = (_is_positive, "a number above 0")
+_FRACTION = (_is_fraction, "a number above 0, at most 1")
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": (lambda value: (whole(value) or 0) > 0, "an integer above 0"),
+    "steps_offset": (lambda value: whole(value) is not None and value >= 0, "an integer, 0 or more"),
+    "trained_betas": (
+        lambda value: value is None or (isinstance(value, tuple) and all(map(_is_fraction, value))),
+        "None, or a list of numbers above 0, at most 1",
+    ),
+    "beta_start": _FRACTION,
+    "beta_end": _FRACTION,
+    "dynamic_thresholding_ratio": _FRACTION,
+    "sample_max_value": _POSITIVE,
+    "clip_sample_range": _POSITIVE,
+    "clip_sample": _FLAG,
+    "thresholding": _FLAG,
+    "rescale_betas_zero_snr": _FLAG,
+    "set_alpha_to_one": _FLAG,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig(dict[str, Any], Config):
+    """Settings of a scheduler. It is a `dict` as well, because that is what other libraries' `from_config` takes.
+
+    Beside the fields, the dictionary holds `_class_name`, the names of the settings left at their default, and
+    settings that only other scheduler classes know: those have no effect here, and count again when the config is
+    handed on to such a class. Raises ConfigError naming the field, its value and what is accepted.
+    """
+
+    owner: ClassVar[str] = "Scheduler"
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        for name in self.names():
+            value = getattr(self, name)
+            if name in self.choices:
+                self._require(value in self.choices[name], name, ", ".join(self.choices[name]))
+            elif name in _RULES:
+                accepts, accepted = _RULES[name]
+                self._require(accepts(value), name, accepted)
+            dict.__setitem__(self, name, value)
+        dict.__setitem__(self, "_class_name", self.owner)
+
+    def _require(self, holds: bool, name: str, accepted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{self.owner}: {name}={getattr(self, name)!r} is not possible; accepted: {accepted}")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The settings this class has."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_settings(cls: type[SC], settings: Mapping[str, Any], foreign: Mapping[str, Any] | None = None) -> SC:
+        """The config of these settings, carrying the `foreign` ones along."""
+        config = cls.parse(_plain(settings), owner=cls.owner)
+        dict.update(config, _plain(foreign or {}))
+        defaulted = sorted(set(cls.names()) - settings.keys())
+        if defaulted:
+            dict.__setitem__(config, DEFAULTED, defaulted)
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """What a config file holds: every setting, foreign ones included, and the class they were made for."""
+        return {name: value for name, value in self.items() if name != DEFAULTED}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no setting {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles would otherwise be filled key by key, which a frozen config refuses.
+        return _restore, (type(self), dict(self))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{self.owner}: a config cannot be changed; use from_config(config, setting=value)")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with arrays and array scalars as the numbers they hold, which is what files can keep."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in settings.items()}
+
+
+def _restore(cls: type[SC], content: Mapping[str, Any]) -> SC:
+    config = cls(**{name: content[name] for name in cls.names()})
+    dict.update(config, content)
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig(SchedulerConfig):
+    """For methods that can keep the predicted sample between minus and plus `clip_sample_range`."""
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteConfig(SchedulerConfig):
+    """For methods on any table of betas, with a choice of timestep spacing and dynamic thresholding.
+
+    `trained_betas` replaces the schedule; the thresholding settings act if `thresholding` is True, and then instead
+    of clipping.
+    """
+
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
+        "prediction_type": ("epsilon", "sample", "v_prediction"),
+        "timestep_spacing": ("leading", "trailing", "linspace"),
+    }
+
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    trained_betas: tuple[float, ...] | None = None
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ConfigError(
+                f"{self.owner}: trained_betas has {len(self.trained_betas)} numbers, "
+                f"num_train_timesteps={self.num_train_timesteps}; accepted: one beta a training step"
+            )
