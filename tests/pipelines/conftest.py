@@ -2,116 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-import transformers
+from tests.pipelines.tiny import oracle_decoder, oracle_prior
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
-
-DIM = 32  # of the embeddings; a multiple of 16, so that random numbers drawn in parts equal those drawn at once
-PIXELS = 32  # side of the pictures the vision tower reads
-
-PRIOR_SCHEDULER = {
-    "variance_type": "fixed_small_log",
-    "prediction_type": "sample",
-    "num_train_timesteps": 1000,
-    "clip_sample": True,
-    "clip_sample_range": 5.0,
-}
-DECODER_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "clip_sample": True}
-
-
-def save_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
-    """Letters as tokens; a few merges, so that words do not simply fall into letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!?"
-    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>"), ("o", "n</w>")]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
-    )
-    return transformers.CLIPTokenizer.from_pretrained(str(folder))
-
-
-def clip_towers(tokenizer: transformers.CLIPTokenizer) -> tuple[Any, Any, Any]:
-    """Text tower, vision tower and image processor."""
-    common = {"hidden_size": DIM, "projection_dim": DIM, "intermediate_size": 37, "num_attention_heads": 4}
-    text = transformers.CLIPTextConfig(
-        **common,
-        num_hidden_layers=2,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision = transformers.CLIPVisionConfig(**common, num_hidden_layers=2, image_size=PIXELS, patch_size=8)
-    processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
-    )
-    return (
-        transformers.CLIPTextModelWithProjection(text).eval(),
-        transformers.CLIPVisionModelWithProjection(vision).eval(),
-        processor,
-    )
-
-
-def oracle_prior(folder: Path) -> Any:
-    """The reference's prior pipeline with random weights."""
-    tokenizer = save_tokenizer(folder / "words")
-    text_encoder, image_encoder, processor = clip_towers(tokenizer)
-    prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=12, embedding_dim=DIM, num_layers=2)
-    with torch.no_grad():
-        for name, value in prior.named_parameters():
-            if name in ("clip_std", "clip_mean", "positional_embedding", "prd_embedding"):
-                value.copy_(1 + 0.3 * torch.randn_like(value) if name == "clip_std" else torch.randn_like(value))
-    return diffusers.KandinskyV22PriorPipeline(
-        prior=prior.eval(),
-        image_encoder=image_encoder,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=diffusers.UnCLIPScheduler(**PRIOR_SCHEDULER),
-        image_processor=processor,
-    )
-
-
-def oracle_decoder() -> Any:
-    """The reference's decoder pipeline with random weights, its scheduler using the learned variance as published."""
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=8,
-        addition_embed_type="image",
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        encoder_hid_dim=DIM,
-        encoder_hid_dim_type="image_proj",
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        resnet_time_scale_shift="scale_shift",
-    )
-    movq = diffusers.VQModel(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        layers_per_block=1,
-        num_vq_embeddings=12,
-        vq_embed_dim=4,
-        norm_type="spatial",
-    )
-    scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range")
-    return diffusers.KandinskyV22Pipeline(unet=unet.eval(), scheduler=scheduler, movq=movq.eval())
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +39,6 @@ def oracles(checkpoints: Path) -> dict[str, Any]:
     pipes = {name: kind.from_pretrained(checkpoints / name) for name, kind in classes.items()}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    # the reference's combined class switches offloading on whenever its progress bar is asked for; it is not
     return pipes
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError
 
-Generators = torch.Generator | list[torch.Generator] | None
-
 
 def whole(name: str, value: Any, *, minimum: int = 1) -> int:
     """A whole number of at least `minimum`; numpy's integers count, booleans and floats do not."""
@@ -53,7 +51,7 @@ def names(name: str, value: Any, accepted: Sequence[str]) -> tuple[str, ...]:
     return tuple(choice(name, item, accepted) for item in chosen)
 
 
-def generators(value: Any, batch: int) -> Generators:
+def generators(value: Any, batch: int) -> torch.Generator | list[torch.Generator] | None:
     """No generator, one for all, or a list with one for each of `batch` pictures."""
     if value is None or isinstance(value, torch.Generator):
         return value

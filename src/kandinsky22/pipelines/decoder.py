@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,15 +13,31 @@ from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks, images
 from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.outputs import ImagePipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, LEARNED, Denoise, Run, SamplingPipeline
+from kandinsky22.pipelines.sampling import LATENTS, LEARNED, Callbacks, Denoise, Run, SamplingPipeline
+from kandinsky22.randomness import Generators
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The checked arguments of a call to any decoder. `shape` is that of the latents."""
+
+    shape: tuple[int, int, int, int]
+    guidance_scale: float
+    timesteps: Tensor
+    generators: Generators
+    latents: Tensor | None
+    output_type: str
+    callbacks: Callbacks
 
 
 class DecoderPipeline(SamplingPipeline):
     """Components, sizes, embeddings and the way back to pixels that all decoders share.
 
-    A mode names how many latent channels its UNet reads (`_unet_channels`) and prepares start latents and condition.
+    A mode plans (`_plan`), prepares start latents and condition, and denoises.
     """
 
+    unet: UNet2DConditionModel
+    movq: VQModel
     model_cpu_offload_seq: ClassVar[str] = "unet->movq"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "image_embeds", "negative_image_embeds"]
 
@@ -39,6 +56,34 @@ class DecoderPipeline(SamplingPipeline):
         if self.unet.config.sample_size is None:
             raise InputError("height and width are needed: the unet's config names no sample_size")
         return int(self.unet.config.sample_size * self.movq_scale_factor)
+
+    def _plan(
+        self,
+        batch: int,
+        *,
+        height: Any,
+        width: Any,
+        num_inference_steps: Any,
+        guidance_scale: Any,
+        generator: Any,
+        latents: Any,
+        output_type: Any,
+        callbacks: Callbacks,
+        extra_channels: int = 0,
+        condition: str = "image",
+    ) -> Plan:
+        """Check the arguments that all decoders share, for `batch` pictures; `extra_channels` and `condition` say
+        which UNet the mode needs, beyond reading latents. Raises InputError."""
+        scale = checks.number("guidance_scale", guidance_scale)
+        checks.choice("output_type", output_type, images.OUTPUT_TYPES)
+        self._need("unet", "scheduler", "movq")
+        self._check_unet(extra_channels, condition)
+        shape = self._latent_shape(batch, height, width)
+        if latents is not None:
+            latents = checks.latents(latents, shape)
+        generators = checks.generators(generator, batch)
+        timesteps = self._set_timesteps(num_inference_steps)
+        return Plan(shape, scale, timesteps, generators, latents, output_type, callbacks)
 
     def _latent_shape(self, batch: int, height: Any, width: Any) -> tuple[int, int, int, int]:
         """Shape of the latents; sides given in pixels are rounded up to a multiple of the factor squared (64)."""
@@ -62,13 +107,11 @@ class DecoderPipeline(SamplingPipeline):
         if wanted in LEARNED and config.out_channels != 2 * latent:
             raise InputError(f"scheduler: variance_type={wanted!r} needs a unet with out_channels={2 * latent}")
 
-    def _embeddings(self, positive: Any, negative: Any, copies: int, guided: bool) -> tuple[int, dict[str, Tensor]]:
-        """Number of pictures, and the embeddings as callbacks see them: with guidance, `image_embeds` holds both
-        halves, negative first."""
+    def _embeddings(self, positive: Any, negative: Any, copies: int, guided: bool) -> dict[str, Tensor]:
+        """The embeddings as callbacks see them: with guidance, `image_embeds` holds both halves, negative first."""
         width = self.unet.config.encoder_hid_dim
         target: dict[str, Any] = {"device": self._execution_device, "dtype": self.unet.dtype}
         embeds = checks.embeddings("image_embeds", positive, width)
-        batch = len(embeds) * copies
         tensors = {"image_embeds": embeds.to(**target).repeat_interleave(copies, dim=0)}
         if negative is not None:
             opposite = checks.embeddings("negative_image_embeds", negative, width)
@@ -78,7 +121,7 @@ class DecoderPipeline(SamplingPipeline):
             raise InputError("negative_image_embeds=None: guidance_scale > 1 needs them; the prior returns them")
         if guided:
             tensors["image_embeds"] = torch.cat([tensors["negative_image_embeds"], tensors["image_embeds"]])
-        return batch, tensors
+        return tensors
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:
         condition = self.unet.encode_condition(image_embeds=tensors["image_embeds"])
@@ -123,7 +166,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
         callback: Any = None,
         callback_steps: int | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Any:
         """Pictures, num_images_per_prompt for each of the embeddings (batch, dim).
 
         One negative embedding serves all. `height` and `width` are pixels, rounded up to multiples of 64; the
@@ -132,21 +175,26 @@ class KandinskyV22Pipeline(DecoderPipeline):
         in [0, 1], "pt" (batch, 3, H, W) as the decoder leaves it, nominally in [-1, 1], or "latent". Raises
         InputError before any network runs.
         """
-        scale = checks.number("guidance_scale", guidance_scale)
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
-        checks.choice("output_type", output_type, images.OUTPUT_TYPES)
-        callbacks = self._check_callbacks(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
+        guided = checks.number("guidance_scale", guidance_scale) > 1
+        tensors = self._embeddings(image_embeds, negative_image_embeds, copies, guided)
+        plan = self._plan(
+            len(tensors["image_embeds"]) // (2 if guided else 1),
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callbacks=self._check_callbacks(
+                callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
+            ),
         )
-        batch, tensors = self._embeddings(image_embeds, negative_image_embeds, copies, guided=scale > 1)
-        shape = self._latent_shape(batch, height, width)
-        if latents is not None:
-            latents = checks.latents(latents, shape)
-        generators = checks.generators(generator, batch)
-        timesteps = self._set_timesteps(num_inference_steps)
-        self._check_unet(0, "image")
+        return self._generate(plan, tensors, return_dict)
 
-        start = self._start_latents(shape, latents, generators, self.unet.dtype)
-        run = Run(start, tensors, scale)
-        latents = self._denoise(run, timesteps, self._bind, generators, callbacks)
-        return self._decode(latents, output_type, return_dict)
+    def _generate(self, plan: Plan, tensors: dict[str, Tensor], return_dict: bool) -> Any:
+        start = self._start_latents(plan.shape, plan.latents, plan.generators, self.unet.dtype)
+        run = Run(start, tensors, plan.guidance_scale)
+        latents = self._denoise(run, plan.timesteps, self._bind, plan.generators, plan.callbacks)
+        return self._decode(latents, plan.output_type, return_dict)

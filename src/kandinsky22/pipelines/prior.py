@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks, prompts
-from kandinsky22.inputs.checks import Generators
 from kandinsky22.models import PriorTransformer
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Run, SamplingPipeline, sample
+from kandinsky22.randomness import Generators
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ class TextEncoding:
 class PriorPipeline(SamplingPipeline):
     """Components and encodings that all priors share."""
 
+    prior: PriorTransformer
+    image_encoder: Any
+    text_encoder: Any
+    tokenizer: Any
+    image_processor: Any
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->image_encoder->prior"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["prior"]
     _callback_tensor_inputs: ClassVar[list[str]] = [
@@ -144,7 +149,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         return_dict: bool = True,
         callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
-    ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    ) -> Any:
         """Image embeddings and negative image embeddings, each (prompts x num_images_per_prompt, embedding_dim).
 
         One negative prompt serves all prompts and the other way round. With negative prompts their own embeddings are
@@ -158,6 +163,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         scale = checks.number("guidance_scale", guidance_scale)
         checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
         callbacks = self._check_callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._need("prior", "text_encoder", "tokenizer", "scheduler", *(["image_encoder"] if negative is None else []))
         texts = positive + (negative or [])
         shape = (len(texts) * copies, self.prior.config.embedding_dim)
         if latents is not None:

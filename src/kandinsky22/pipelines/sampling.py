@@ -12,9 +12,8 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks
-from kandinsky22.inputs.checks import Generators
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.randomness import randn_tensor
+from kandinsky22.randomness import Generators, randn_tensor
 
 Denoise = Callable[[Tensor, Any], Tensor]
 """A network bound to its condition: (sample, timestep) -> output."""
@@ -162,10 +161,12 @@ class SamplingPipeline(DiffusionPipeline):
             1 if callback_steps is None else checks.whole("callback_steps", callback_steps),
         )
 
+    def _need(self, *components: str) -> None:
+        """Raise InputError if one of these components was left out when the pipeline was made."""
+        if missing := [name for name in components if getattr(self, name) is None]:
+            raise InputError(f"{type(self).__name__} was made without {', '.join(missing)}; this call needs it")
+
     def _set_timesteps(self, num_inference_steps: Any) -> Tensor:
-        missing = [name for name in ("config", "set_timesteps", "step") if not hasattr(self.scheduler, name)]
-        if missing:
-            raise InputError(f"scheduler: {type(self.scheduler).__name__} is none, it has no {', '.join(missing)}")
         steps = checks.whole("num_inference_steps", num_inference_steps)
         self.scheduler.set_timesteps(steps, device=self._execution_device)
         timesteps: Tensor = self.scheduler.timesteps
@@ -193,9 +194,7 @@ class SamplingPipeline(DiffusionPipeline):
         """Run the loop to its end: the latents after the last step."""
         self._guidance_scale, self._num_timesteps = run.guidance_scale, len(timesteps)
         run.shown = bool(callbacks.tensor_inputs) and callbacks.on_step_end is not None
-        steps = sample(
-            run, scheduler=self.scheduler, timesteps=timesteps, bind=bind, generator=generator, edit=edit
-        )
+        steps = sample(run, scheduler=self.scheduler, timesteps=timesteps, bind=bind, generator=generator, edit=edit)
         with self.progress_bar(total=len(timesteps)) as bar:
             for _ in steps:
                 self._notify(run, callbacks)
