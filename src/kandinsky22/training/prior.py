@@ -27,7 +27,7 @@ from kandinsky22.training.scenes import render, sample_scene
 CONFIG: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "attention_head_dim": 48,
-    "num_layers": 6,
+    "num_layers": 4,
     "embedding_dim": EMBEDDING,
     "num_embeddings": CONTEXT,
     "additional_embeddings": 4,
@@ -40,7 +40,7 @@ TWO_SHAPES = 0.75  # they are harder
 EMPTY_PROMPTS = 0.1
 FAITHFUL = 0.05  # weight of the answers against the squared error
 
-SETTINGS = Settings(steps=6000, learning_rate=1e-3, warmup=300, weight_decay=0.01, average=0.999, bf16=True)
+SETTINGS = Settings(steps=4500, learning_rate=1e-3, warmup=300, weight_decay=0.01, average=0.999, bf16=True)
 
 
 def create(towers: Towers, seed: int) -> PriorTransformer:
