@@ -1,0 +1,1 @@
+"""The only place that joins networks, schedulers and inputs."""

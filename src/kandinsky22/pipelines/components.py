@@ -1,0 +1,200 @@
+"""One component of a pipeline: which classes it may be, how it is stored, loaded and saved.
+
+`model_index.json` names each component's library and class. Networks and schedulers go by "diffusers" there, the name
+that the published layout uses for them; towers, tokenizers and image processors come from transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kandinsky22 import models, schedulers
+from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.models.weights import STEM, weight_files
+
+OWN = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
+BORROWED = {
+    "text_encoder": "CLIPTextModelWithProjection",
+    "image_encoder": "CLIPVisionModelWithProjection",
+    "tokenizer": "CLIPTokenizer",
+    "image_processor": "CLIPImageProcessor",
+}
+SCHEDULER_PROTOCOL = ("config", "set_timesteps", "step", "timesteps")
+STEMS = (STEM, "model", "pytorch_model")  # ours, then those of transformers
+PRIOR_PREFIX = "prior_"  # of the prior's components in pipelines that hold prior and decoder
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How weights are wanted: `torch_dtype` as in `Model.from_pretrained`, which variant, which format."""
+
+    torch_dtype: Any = None
+    variant: str | None = None
+    use_safetensors: bool | None = None
+
+    def weights(self, names: Iterable[str]) -> list[str]:
+        """The weight files to use among the files of one component; those without the variant if it has none."""
+        names = list(names)
+        return weight_files(names, self.variant, self.use_safetensors, STEMS) or weight_files(
+            names, None, self.use_safetensors, STEMS
+        )
+
+    def for_folder(self, folder: Path) -> Stored:
+        """The same, without the variant if this folder has no weights of it."""
+        there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        has_it = self.variant and weight_files(there, self.variant, self.use_safetensors, STEMS)
+        return self if has_it else replace(self, variant=None)
+
+
+def role(name: str) -> str:
+    """What a component is for: its name without the prefix that tells a prior's from a decoder's."""
+    return name if name in OWN or name in BORROWED else name.removeprefix(PRIOR_PREFIX)
+
+
+def check_component(owner: str, name: str, component: Any) -> None:
+    """Raise InputError unless `component` can be `name`. None always can: a pipeline may do without until it is used.
+
+    A scheduler is anything with the public scheduler protocol; the rest is told by class (a compiled network counts
+    as the network).
+    """
+    if component is None:
+        return
+    kind = type(getattr(component, "_orig_mod", component))
+    lineage = [f"{base.__module__.split('.')[0]}.{base.__name__}" for base in kind.__mro__]
+    wanted = role(name)
+    if wanted in OWN:
+        accepted = f"kandinsky22.{OWN[wanted]}"
+        fits = accepted in lineage
+    elif wanted in BORROWED:
+        accepted = f"transformers.{BORROWED[wanted]}"
+        fits = any(base.startswith(accepted) for base in lineage)  # ...Fast and ...Pil are the same thing
+    elif wanted == "scheduler":
+        accepted = f"a scheduler (an object with {', '.join(SCHEDULER_PROTOCOL)})"
+        fits = all(hasattr(component, part) for part in SCHEDULER_PROTOCOL) and not isinstance(component, type)
+    else:
+        return
+    if not fits:
+        given = f"the class {component.__name__}" if isinstance(component, type) else f"a {lineage[0]}"
+        raise InputError(f"{owner}: {name} is {given}; accepted: {accepted} or None")
+
+
+def index_entry(name: str, component: Any) -> list[str | None]:
+    """The [library, class] of a component in `model_index.json`."""
+    if component is None:
+        return [None, None]
+    kind = type(getattr(component, "_orig_mod", component))
+    library = kind.__module__.split(".")[0]
+    declared = BORROWED.get(role(name), kind.__name__)
+    class_name = declared if kind.__name__.startswith(declared) else kind.__name__
+    return ["diffusers" if library == "kandinsky22" else library, class_name]
+
+
+def needed_files(names: Iterable[str], components: Iterable[str], stored: Stored) -> list[str]:
+    """Of a repository's files, those that these components are loaded from."""
+    needed: list[str] = []
+    names = list(names)
+    for component in components:
+        prefix = f"{component}/"
+        inside = [name[len(prefix) :] for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]]
+        settings = [n for n in inside if n.endswith((".json", ".txt", ".model")) and ".index." not in n]
+        needed += [prefix + name for name in [*settings, *stored.weights(inside)]]
+    return needed
+
+
+def load_component(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
+    """The component that `entry` ([library, class]) describes, from its folder in a checkpoint.
+
+    Raises CheckpointError if the class is unknown or the files do not give it.
+    """
+    place = folder / name
+    library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+    if class_name is None:
+        return None
+    if library == "transformers":
+        return _load_borrowed(name, str(class_name), place, stored)
+    for home in (models, schedulers):
+        if library in ("diffusers", "kandinsky22") and class_name in home.__all__:
+            options: dict[str, Any] = vars(stored.for_folder(place)) if home is models else {}
+            return getattr(home, class_name).from_pretrained(place, **options)
+    accepted = ", ".join(sorted({*models.__all__, *schedulers.__all__} - {"Model", "Scheduler", "SchedulerOutput"}))
+    raise CheckpointError(
+        f"{folder / 'model_index.json'}: {name} is a {library}.{class_name}, which kandinsky22 does not have; "
+        f"pass {name}= to replace it (there are {accepted})"
+    )
+
+
+def _load_borrowed(name: str, class_name: str, folder: Path, stored: Stored) -> Any:
+    import transformers
+
+    if not folder.is_dir():
+        raise CheckpointError(f"missing folder: {folder}")
+    # Without torchvision the plain name prints a warning and then gives the same class.
+    plain = f"{class_name}Pil"
+    if hasattr(transformers, plain) and importlib.util.find_spec("torchvision") is None:
+        class_name = plain
+    kind = getattr(transformers, class_name, None)
+    if kind is None:
+        raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no {class_name}; pass {name}=")
+    options: dict[str, Any] = {"local_files_only": True}
+    network = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if network:
+        release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+        dtype = torch.float32 if stored.torch_dtype is None else stored.torch_dtype
+        options |= {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "output_loading_info": True}
+        options |= {key: getattr(stored.for_folder(folder), key) for key in ("variant", "use_safetensors")}
+        if release < (5, 0) and importlib.util.find_spec("accelerate") is not None:
+            options["low_cpu_mem_usage"] = True  # later releases always build without doubling memory
+    try:
+        with _quiet(transformers):
+            loaded = kind.from_pretrained(os.fspath(folder), **options)
+    except Exception as error:  # transformers lets anything through: OSError, ValueError, SafetensorError, KeyError...
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"cannot load {name} ({class_name}) from {folder}: {reason}") from error
+    if not network:
+        return loaded
+    component, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{folder} does not fit {class_name}: {len(missing)} missing: {', '.join(missing[:8])}")
+    return component.eval()
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the progress bars of transformers: loading from disk is not worth one bar per component."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def save_component(component: Any, folder: Path, *, variant: str | None, max_shard_size: int | str) -> None:
+    """Write a component into its folder; raises CheckpointError if that is impossible."""
+    component = getattr(component, "_orig_mod", component)
+    options: dict[str, Any] = {}
+    if isinstance(component, nn.Module):
+        options = {"variant": variant, "max_shard_size": max_shard_size}
+    if isinstance(component, models.Model | schedulers.Scheduler):
+        component.save_pretrained(folder, **options)
+        return
+    # Written beside and then moved, for the weights in use may be mapped from the very files that are replaced.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            component.save_pretrained(temporary, **options)
+            for file in Path(temporary).iterdir():
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error}") from error
