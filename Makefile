@@ -42,7 +42,7 @@ typecheck: $(VENV)/.tools  ## check types, strictly
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.tools  ## judge the embedded model's pictures, compare with the reference at published size
-	$(BIN)/python -m benchmarks.judge
+	$(BIN)/python -m benchmarks.embedded_success
 	$(BIN)/python -m benchmarks.published_size
 
 train-embedded: $(VENV)/.tools  ## train the embedded model from nothing (hours)

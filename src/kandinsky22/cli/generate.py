@@ -15,7 +15,6 @@ from kandinsky22.cli.loading import PUBLISHED, hardware, load_text_to_image, mod
 from kandinsky22.cli.pictures import check_writable, contact_sheet, picture_paths, save_png, sheet_path
 from kandinsky22.cli.recipe import Recipe, read_recipe
 from kandinsky22.cli.request import Request, read_output, read_request
-from kandinsky22.cli.vocabulary import unknown_words
 from kandinsky22.hub import EMBEDDED
 
 EXAMPLE = 'kandinsky22 generate "a red circle to the left of a blue square on a yellow background" -o picture.png'
@@ -51,9 +50,7 @@ def run(args: argparse.Namespace) -> None:
     check_writable([*paths, sheet_path(output)] if several else paths)
     say = Teller(args.quiet)
     if request.model == EMBEDDED:
-        say(f"drawing with the small embedded model; for the published weights add --model {PUBLISHED}")
-    if strangers := unknown_words(f"{request.prompt} {request.negative_prompt or ''}", request.model):
-        say(f"warning: the embedded model never saw these words: {', '.join(strangers)}")
+        _introduce_embedded(f"{request.prompt} {request.negative_prompt or ''}", say)
     pipe = load_text_to_image(request.model, request.prior, request.scheduler, request.device, request.dtype)
     # None: bars where there is a terminal to show them.
     pipe.set_progress_bar_config(disable=True if args.quiet else None)
@@ -80,6 +77,15 @@ class Teller:
     def __call__(self, message: str) -> None:
         if not self.quiet:
             print(f"kandinsky22: {message}", file=sys.stderr)
+
+
+def _introduce_embedded(text: str, say: Teller) -> None:
+    """Say what is drawing, and which words of `text` it cannot know."""
+    from kandinsky22.training.captions import unknown_words
+
+    say(f"drawing with the small embedded model; for the published weights add --model {PUBLISHED}")
+    if strangers := unknown_words(text):
+        say(f"warning: the embedded model never saw these words: {', '.join(strangers)}")
 
 
 def _draw(pipe: Any, call: Mapping[str, Any], seed: int) -> Any:

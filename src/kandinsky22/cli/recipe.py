@@ -107,7 +107,9 @@ def read_recipe(path: Path) -> Recipe:
             stored = picture.info.get(KEY)
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a picture") from None
-    except (SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise InputError(f"{path}: damaged picture ({error})") from error
     if not isinstance(stored, str):
         raise InputError(f"{path}: carries no recipe; `kandinsky22 generate` writes one into its PNG files")

@@ -1,0 +1,131 @@
+"""The command run in this process, on tiny random models that our own classes make and save."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, PRIOR_SCHEDULER, clip_towers, save_tokenizer
+
+from kandinsky22 import (
+    DDPMScheduler,
+    KandinskyV22CombinedPipeline,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
+from kandinsky22.cli.main import main
+
+SIZE = 32
+DEFAULTS = {
+    "num_inference_steps": 2,
+    "guidance_scale": 2.0,
+    "prior_num_inference_steps": 3,
+    "prior_guidance_scale": 1.5,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run of the command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(line) for line in self.out.splitlines()]
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run `kandinsky22 ARGUMENTS...` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Result:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `combined/` (with defaults of its own), and apart from each other `a/decoder/` and `b/prior/`."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(2)
+    pipe = _tiny_pipeline(folder)
+    pipe.prior_pipe.save_pretrained(folder / "b" / "prior")
+    pipe.decoder_pipe.save_pretrained(folder / "a" / "decoder")
+    pipe.generation_defaults = DEFAULTS
+    pipe.save_pretrained(folder / "combined")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(models: Path) -> Path:
+    return models / "combined"
+
+
+@pytest.fixture
+def embedded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny random model be the embedded one."""
+    parts = {"prior": models / "b" / "prior", "decoder": models / "a" / "decoder"}
+    monkeypatch.setattr("kandinsky22.hub.embedded_folder", parts.__getitem__)
+
+
+@pytest.fixture
+def broken_model(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model whose UNet weights end too early."""
+    copy = tmp_path / "broken"
+    shutil.copytree(model, copy)
+    (weights,) = (copy / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return copy
+
+
+def _tiny_pipeline(folder: Path) -> Any:
+    tokenizer = save_tokenizer(folder / "words")
+    text_encoder, image_encoder, image_processor = clip_towers(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=(32, 64),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        encoder_hid_dim=DIM,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+    )
+    movq = VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        layers_per_block=1,
+        num_vq_embeddings=12,
+    )
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=12, num_layers=2, embedding_dim=DIM)
+    return KandinskyV22CombinedPipeline(
+        unet=unet.eval(),
+        scheduler=DDPMScheduler(**DECODER_SCHEDULER),
+        movq=movq.eval(),
+        prior_prior=prior.eval(),
+        prior_image_encoder=image_encoder,
+        prior_text_encoder=text_encoder,
+        prior_tokenizer=tokenizer,
+        prior_scheduler=UnCLIPScheduler(**PRIOR_SCHEDULER),
+        prior_image_processor=image_processor,
+    )

@@ -1,0 +1,237 @@
+"""What goes wrong is told in one line, with an exit code, and leaves no file behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tests.cli.conftest import Command, Result
+
+from kandinsky22.cli.pictures import save_png
+
+
+def assert_one_line(result: Result, code: int, *words: str) -> None:
+    last = result.err.splitlines()[-1]
+    assert result.code == code
+    assert last.startswith("kandinsky22: error: ")
+    assert all(word in last for word in words), last
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("COMMAND",)),
+        (("paint",), ("paint",)),
+        (("generate",), ("PROMPT",)),
+        (("generate", "a cat", "--colour"), ("--colour",)),
+        (("generate", "a cat", "--scheduler", "euler"), ("euler", "ddpm, ddim")),
+        (("generate", "a cat", "--size", "0x64"), ("0x64", "512x768")),
+        (("generate", "a cat", "--size", "-64x64"), ("--size",)),
+        (("generate", "a cat", "--size", "64"), ("'64'",)),
+        (("generate", "a cat", "--size", "axb"), ("axb",)),
+        (("generate", "a cat", "--steps", "0"), ("--steps", "at least 1")),
+        (("generate", "a cat", "--steps", "many"), ("many",)),
+        (("generate", "a cat", "--prior-steps", "2.5"), ("2.5",)),
+        (("generate", "a cat", "--guidance", "nan"), ("nan",)),
+        (("generate", "a cat", "--guidance", "high"), ("high",)),
+        (("generate", "a cat", "--prior-guidance=-1",), ("-1",)),
+        (("generate", "a cat", "--seed", "-3"), ("--seed",)),
+        (("generate", "a cat", "--seed", str(2**63)), ("at most",)),
+        (("generate", "a cat", "-n", "0"), ("-n",)),
+        (("info",), ("picture",)),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_makes_no_sense(
+    command: Command, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    result = command(*arguments)
+    assert_one_line(result, 2, *words)
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test when a network is about to be loaded."""
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("a model is loaded although the output cannot be written")
+
+    monkeypatch.setattr("kandinsky22.cli.generate.load_text_to_image", load)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("missing/picture.png", ("missing", "no such folder")),
+        ("file/picture.png", ("no such folder",)),
+        ("folder.png", ("is a folder",)),
+        ("/proc/picture.png", ("cannot be written",)),
+        ("picture.jpg", (".jpg", "PNG")),
+        ("picture", ("no extension",)),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_any_loading(
+    command: Command, tmp_path: Path, output: str, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line(command("generate", "a cat", "-o", output), 1, *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_folder_in_the_place_of_the_sheet_is_told_before_any_loading(command: Command) -> None:
+    Path("picture-sheet.png").mkdir()
+    assert_one_line(command("generate", "a cat", "-n", 2), 1, "picture-sheet.png", "is a folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "nowhere/at/all"), ("nowhere/at/all",)),
+        (("--device", "abacus"), ("abacus", "accepted")),
+        (("--device", "cuda:99"), ("cuda:99", "not available")),
+        (("--dtype", "float7"), ("float7", "bfloat16")),
+    ],
+)
+def test_a_model_device_or_dtype_that_is_not_there(
+    command: Command, model: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_one_line(command("generate", "a cat", "--model", model, *arguments), 1, *words)
+    assert not list(Path().iterdir())
+
+
+def test_a_decoder_without_its_prior(command: Command, models: Path) -> None:
+    assert_one_line(command("generate", "a cat", "--model", models / "a/decoder"), 1, "prior")
+
+
+def test_a_model_with_a_damaged_file(command: Command, broken_model: Path) -> None:
+    assert_one_line(command("generate", "a cat", "--model", broken_model), 1, "unet")
+    assert not Path("picture.png").exists()
+
+
+def test_a_prompt_that_is_no_text(command: Command) -> None:
+    assert_one_line(command("generate", "a \udcff cat"), 1, "encoding")
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def draw(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    return draw
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, ("interrupted",)),
+        (OSError(28, "No space left on device", "picture.png"), 1, ("picture.png", "No space left")),
+        (OutOfMemoryError("CUDA out of memory"), 1, ("out of memory", "--size")),
+        (MemoryError(), 1, ("MemoryError",)),
+    ],
+)
+def test_trouble_on_the_way_leaves_no_file(
+    command: Command,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("kandinsky22.cli.generate._draw", failing(error))
+    assert_one_line(command("generate", "a cat", "--model", model), code, *words)
+    assert not list(Path().iterdir())
+
+
+def test_trouble_while_writing_leaves_the_old_picture(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("picture.png").write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", failing(OSError(28, "No space left on device")))
+    assert_one_line(command("generate", "a cat", "--model", model), 1, "No space left")
+    assert [path.read_bytes() for path in Path().iterdir()] == [b"old"]
+
+
+def test_a_bug_is_not_hidden(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kandinsky22.cli.generate._draw", failing(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("generate", "a cat", "--model", model)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ("picture.png", "No such file")),
+        (b"not a picture", ("not a picture",)),
+        ({}, ("no recipe",)),
+        ({"kandinsky22": "{"}, ("cannot be read",)),
+        ({"kandinsky22": "[]"}, ("cannot be read",)),
+        ({"kandinsky22": json.dumps({"format": 99})}, ("another version",)),
+        ({"kandinsky22": json.dumps({"format": 1, "prompt": 7})}, ("prompt is 7",)),
+        ({"kandinsky22": json.dumps({"format": 1, "prompt": "a cat", "seeds": []})}, ("seeds is []",)),
+        ({"kandinsky22": json.dumps({"format": 1, "brush": "thin"})}, ("brush",)),
+        ({"kandinsky22": json.dumps({"format": 1, "prompt": "a cat"})}, ("cannot be read",)),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("info",), ("generate", "--from")])
+def test_pictures_without_a_readable_recipe(
+    command: Command, content: Any, words: tuple[str, ...], arguments: tuple[str, ...]
+) -> None:
+    if isinstance(content, bytes):
+        Path("picture.png").write_bytes(content)
+    elif content is not None:
+        save_png(Image.new("RGB", (4, 4)), Path("picture.png"), content)
+    assert_one_line(command(*arguments, "picture.png"), 1, *words)
+
+
+def test_a_truncated_picture(command: Command) -> None:
+    Image.effect_noise((64, 64), 90).save("picture.png")
+    Path("picture.png").write_bytes(Path("picture.png").read_bytes()[:900])
+    assert_one_line(command("info", "picture.png"), 1, "picture.png", "damaged")
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "KandinskyV22Pipeline"])
+def test_a_recipe_with_a_scheduler_we_do_not_have(command: Command, model: Path, scheduler: str) -> None:
+    command("generate", "a cat", "--model", model)
+    with Image.open("picture.png") as picture:
+        recipe = {**json.loads(picture.info["kandinsky22"]), "scheduler": scheduler}
+        save_png(picture.copy(), Path("other.png"), {"kandinsky22": json.dumps(recipe)})
+    assert_one_line(command("generate", "--from", "other.png"), 1, scheduler)
+
+
+def test_help_needs_no_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['kandinsky22', 'generate', '--help']\n"
+        "from kandinsky22.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'PIL' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "--negative-prompt" in result.stdout
+
+
+def test_the_installed_module_reports_like_the_function(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "kandinsky22", "generate", "a cat", "--model", "nowhere/at/all"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert_one_line(Result(result.returncode, result.stdout, result.stderr), 1, "nowhere/at/all")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,188 @@
+"""`kandinsky22 generate`: pictures, what they carry, and that they can be made again bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.cli.conftest import DEFAULTS, SIZE, Command
+
+import kandinsky22
+from kandinsky22.cli.pictures import save_png
+
+
+def stored(path: Path) -> dict[str, Any]:
+    with Image.open(path) as picture:
+        return json.loads(picture.info["kandinsky22"])
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_a_picture_with_the_models_own_defaults(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, "--seed", 5, "-o", "cat.png")
+    assert (result.code, result.out) == (0, "cat.png\n")
+    recipe = stored(Path("cat.png"))
+    assert recipe["prompt"] == "a cat"
+    assert recipe["seeds"] == [5]
+    assert (recipe["steps"], recipe["guidance"]) == (DEFAULTS["num_inference_steps"], DEFAULTS["guidance_scale"])
+    assert recipe["prior_steps"] == DEFAULTS["prior_num_inference_steps"]
+    assert recipe["prior_guidance"] == DEFAULTS["prior_guidance_scale"]
+    assert (recipe["width"], recipe["height"]) == (SIZE, SIZE)
+    assert recipe["scheduler"] == "DDPMScheduler"
+    assert recipe["model"] == str(model)
+    assert len(recipe["model_digest"]) == 64
+    assert recipe["versions"]["kandinsky22"] == kandinsky22.__version__
+    assert {"torch", "transformers"} <= recipe["versions"].keys()
+
+
+def test_the_command_draws_what_the_library_draws(command: Command, model: Path) -> None:
+    import torch
+
+    command("generate", "a cat", "--model", model, "--seed", 5)
+    pipe = kandinsky22.AutoPipelineForText2Image.from_pretrained(model)
+    (image,) = pipe("a cat", generator=torch.Generator().manual_seed(5), **pipe.generation_defaults).images
+    assert np.array_equal(np.asarray(image), pixels(Path("picture.png")))
+
+
+def test_without_defaults_of_the_model_those_of_the_library_hold(command: Command, models: Path) -> None:
+    arguments = ("--model", models / "a/decoder", "--prior", models / "b/prior", "--steps", 1, "--prior-steps", 2)
+    assert command("generate", "a cat", *arguments).code == 0
+    recipe = stored(Path("picture.png"))
+    assert (recipe["guidance"], recipe["prior_guidance"]) == (4.0, 4.0)
+    assert recipe["prior"] == str(models / "b/prior")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "entries"),
+    [
+        (("--negative-prompt", "a dog"), {"negative_prompt": "a dog"}),
+        (("--steps", "3"), {"steps": 3}),
+        (("--prior-steps", "4"), {"prior_steps": 4}),
+        (("--guidance", "3.5"), {"guidance": 3.5}),
+        (("--guidance", "0"), {"guidance": 0.0}),
+        (("--prior-guidance", "100"), {"prior_guidance": 100.0}),
+        (("--size", "40x36"), {"width": 40, "height": 36}),
+        (("--scheduler", "ddim"), {"scheduler": "DDIMScheduler"}),
+        (("--dtype", "bf16"), {"dtype": "bfloat16"}),
+        (("--seed", "6"), {"seeds": [6]}),
+    ],
+)
+def test_every_option_acts_and_is_recorded(
+    command: Command, model: Path, arguments: tuple[str, ...], entries: dict[str, Any]
+) -> None:
+    command("generate", "a cat", "--model", model, "--seed", 5, "-o", "plain.png")
+    assert command("generate", "a cat", "--model", model, "--seed", 5, "-o", "other.png", *arguments).code == 0
+    recipe = stored(Path("other.png"))
+    assert {name: recipe[name] for name in entries} == entries
+    assert not np.array_equal(pixels(Path("plain.png")), pixels(Path("other.png")))
+    assert command("generate", "--from", "other.png").paths == [Path("other-again.png")]
+    assert Path("other-again.png").read_bytes() == Path("other.png").read_bytes()
+
+
+@pytest.mark.parametrize(("device", "found"), [("cpu", "cpu"), ("auto", None)])
+def test_devices(command: Command, model: Path, device: str, found: str | None) -> None:
+    assert command("generate", "a cat", "--model", model, "--device", device).code == 0
+    assert found is None or stored(Path("picture.png"))["device"] == found
+
+
+def test_several_pictures_are_those_of_single_seeds_and_a_sheet(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, "--seed", 5, "-n", 3, "-o", "cat.png")
+    assert [path.name for path in result.paths] == ["cat-1.png", "cat-2.png", "cat-3.png", "cat-sheet.png"]
+    for index in range(3):
+        command("generate", "a cat", "--model", model, "--seed", 5 + index, "-o", "single.png")
+        assert Path("single.png").read_bytes() == result.paths[index].read_bytes()
+    sheet = pixels(Path("cat-sheet.png"))
+    assert sheet.shape == (2 * SIZE, 2 * SIZE, 3)
+    assert np.array_equal(sheet[:SIZE, SIZE:], pixels(Path("cat-2.png")))
+    assert (sheet[SIZE:, SIZE:] == 255).all()
+    assert stored(Path("cat-sheet.png"))["seeds"] == [5, 6, 7]
+    assert (stored(Path("cat-sheet.png"))["width"], stored(Path("cat-1.png"))["seeds"]) == (SIZE, [5])
+
+
+def test_a_sheet_repeats_all_its_pictures(command: Command, model: Path) -> None:
+    first = command("generate", "a cat", "--model", model, "--seed", 5, "-n", 2, "-o", "cat.png")
+    again = command("generate", "--from", "cat-sheet.png", "-o", "again.png")
+    assert [path.read_bytes() for path in again.paths] == [path.read_bytes() for path in first.paths]
+
+
+def test_names_of_many_pictures_sort(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, "-n", 10, "--steps", 1, "--prior-steps", 2)
+    assert [path.name for path in result.paths[:2]] == ["picture-01.png", "picture-02.png"]
+
+
+def test_options_win_over_the_recipe(command: Command, model: Path) -> None:
+    command("generate", "a cat", "--model", model, "--seed", 5, "--steps", 3)
+    result = command("generate", "a dog", "--from", "picture.png", "--seed", 8, "-n", 2, "-o", "dog.png")
+    assert result.code == 0
+    recipe = stored(Path("dog-2.png"))
+    assert (recipe["prompt"], recipe["seeds"], recipe["steps"]) == ("a dog", [9], 3)
+
+
+def test_a_seed_is_chosen_told_and_enough_to_repeat(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model)
+    (seed,) = stored(Path("picture.png"))["seeds"]
+    assert f"seed {seed}" in result.err
+    command("generate", "a cat", "--model", model, "--seed", seed, "-o", "again.png")
+    assert Path("again.png").read_bytes() == Path("picture.png").read_bytes()
+    command("generate", "a cat", "--model", model, "-o", "other.png")
+    assert stored(Path("other.png"))["seeds"] != [seed]
+
+
+def test_galleries_can_read_the_parameters(command: Command, model: Path) -> None:
+    command("generate", "кот, a cat", "--negative-prompt", "dog", "--model", model, "--seed", 5)
+    with Image.open("picture.png") as picture:
+        prompt, negative, settings = picture.info["parameters"].split("\n")
+        assert picture.info["Software"] == f"kandinsky22 {kandinsky22.__version__}"
+    assert (prompt, negative) == ("кот, a cat", "Negative prompt: dog")
+    assert settings.startswith(f"Steps: 2, Sampler: DDPMScheduler, CFG scale: 2, Seed: 5, Size: {SIZE}x{SIZE}")
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_embedded_model_is_the_default_and_says_what_it_is(command: Command) -> None:
+    result = command("generate", "a red dragon on a blue square", "--steps", 1, "--prior-steps", 2)
+    assert result.code == 0
+    assert "--model kandinsky-community/kandinsky-2-2-decoder" in result.err
+    assert "never saw these words: dragon" in result.err
+    assert stored(Path("picture.png"))["model"] == "embedded"
+    known = command("generate", "a red circle on a blue background", "--steps", 1, "--prior-steps", 2)
+    assert "never saw" not in known.err
+
+
+def test_quiet_means_paths_only(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, "--quiet")
+    assert (result.code, result.out, result.err) == (0, "picture.png\n", "")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "told"),
+    [
+        ("versions", {"torch": "1.0"}, "torch 1.0 then"),
+        ("hardware", "abacus", "made on abacus"),
+        ("model_digest", "0" * 64, "other weights"),
+    ],
+)
+def test_what_changed_since_a_picture_was_made_is_told(
+    command: Command, model: Path, entry: str, value: Any, told: str
+) -> None:
+    command("generate", "a cat", "--model", model)
+    recipe = stored(Path("picture.png"))
+    with Image.open("picture.png") as picture:
+        save_png(picture.copy(), Path("old.png"), {"kandinsky22": json.dumps({**recipe, entry: value})})
+    result = command("generate", "--from", "old.png")
+    assert result.code == 0
+    assert "warning" in result.err
+    assert told in result.err
+
+
+def test_a_picture_that_was_there_is_replaced_whole(command: Command, model: Path) -> None:
+    Path("picture.png").write_bytes(b"old")
+    assert command("generate", "a cat", "--model", model).code == 0
+    assert pixels(Path("picture.png")).shape == (SIZE, SIZE, 3)
+    assert list(Path().iterdir()) == [Path("picture.png")]
