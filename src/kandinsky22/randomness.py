@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError
 
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
 
 def randn_tensor(
@@ -21,13 +21,13 @@ def randn_tensor(
 ) -> Tensor:
     """Standard normal noise of `shape` on `device`, drawn in `dtype`.
 
-    A sequence of generators gives one sample of the batch each, so a picture does not depend on its neighbours; a
-    sequence of one counts as that generator. A CPU generator draws on the CPU whatever `device` is: the same seed,
+    A list of generators gives one sample of the batch each, so a picture does not depend on its neighbours; a list of
+    one counts as that generator. A CPU generator draws on the CPU whatever `device` is: the same seed,
     the same noise everywhere. Raises InputError if the number of generators is not the batch size, or if a generator
     lives on another accelerator.
     """
     device = torch.device("cpu" if device is None else device)
-    if generator is None or isinstance(generator, torch.Generator):
+    if not isinstance(generator, list | tuple):
         return _draw(shape, generator, device, dtype)
     if len(generator) == 1:
         return _draw(shape, generator[0], device, dtype)
@@ -36,9 +36,7 @@ def randn_tensor(
     return torch.cat([_draw((1, *shape[1:]), one, device, dtype) for one in generator])
 
 
-def _draw(
-    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype | None
-) -> Tensor:
+def _draw(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype | None) -> Tensor:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise InputError(f"generator: {type(generator).__name__} given; accepted: torch.Generator, or a list of them")
     if generator is None or generator.device.type == device.type:
