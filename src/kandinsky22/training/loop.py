@@ -153,7 +153,7 @@ class _Run:
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             values = objective(draw)
         self.optimizer.zero_grad(set_to_none=True)
-        values["loss"].backward()  # type: ignore[no-untyped-call]
+        values["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip, error_if_nonfinite=True)
         self.optimizer.step()
         self.step += 1

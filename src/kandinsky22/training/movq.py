@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kandinsky22.models.movq import SpatialNorm, VQModel
+from kandinsky22.models.layers import SpatialNorm
+from kandinsky22.models.movq import VQModel
 from kandinsky22.training.loop import Draw, Settings, load_average, train
 from kandinsky22.training.scenes import Scene, render, sample_scene
 

@@ -1,0 +1,56 @@
+"""`python -m kandinsky22.training`: train the embedded model from nothing, stage by stage, resuming where it stopped.
+
+Every stage uses one thread, so two stages that do not need each other may run side by side in two processes: the
+prior and the decoder, once CLIP and the autoencoder are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kandinsky22.training.assemble import assemble
+from kandinsky22.training.clip import train_clip
+from kandinsky22.training.decoder import train_decoder
+from kandinsky22.training.movq import train_autoencoder, train_movq
+from kandinsky22.training.prior import train_prior
+
+
+def _prior(out: Path) -> None:
+    train_prior(out / "prior", train_clip(out / "clip"))
+
+
+def _decoder(out: Path) -> None:
+    train_decoder(out / "decoder", train_autoencoder(out / "movq").requires_grad_(False), train_clip(out / "clip"))
+
+
+# In the order of their needs: a stage finds the results of those above it, or makes them first.
+STAGES: dict[str, Callable[[Path], object]] = {
+    "clip": lambda out: train_clip(out / "clip"),
+    "autoencoder": lambda out: train_autoencoder(out / "movq"),
+    "prior": _prior,
+    "decoder": _decoder,
+    "movq": lambda out: train_movq(out / "movq"),
+    "assemble": assemble,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the stages asked for, all of them by default."""
+    parser = argparse.ArgumentParser(prog="python -m kandinsky22.training", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("training"), help="folder of checkpoints, logs and results")
+    parser.add_argument(
+        "--stage", action="append", choices=list(STAGES), help="stage to run; may be repeated; all by default"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    for name in options.stage or STAGES:
+        print(f"stage {name}", flush=True)
+        STAGES[name](options.out)
+
+
+if __name__ == "__main__":
+    main()

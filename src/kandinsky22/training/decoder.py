@@ -1,0 +1,186 @@
+"""The recipe of the embedded decoder UNet: from noise to the latents of a picture, given its CLIP image embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kandinsky22.models.movq import VQModel
+from kandinsky22.models.unet import UNet2DConditionModel
+from kandinsky22.schedulers import DDPMScheduler
+from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
+from kandinsky22.training.loop import Draw, Settings, load_average, train, write_atomically
+from kandinsky22.training.movq import SIZE
+from kandinsky22.training.scenes import render, sample_scene
+
+CONFIG: Mapping[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (64, 128, 128),
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 128,
+    "encoder_hid_dim": EMBEDDING,
+    "attention_head_dim": 64,
+}
+# The published noise schedule. It ends with a trace of the picture left (signal-to-noise 0.0016), from which a network
+# that predicts noise must read nothing: flat colours come out wrong. Predicting velocity has no such weak end.
+SCHEDULER: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "variance_type": "fixed_small",
+    "clip_sample": False,
+}
+BATCH = 32
+BANK_START, BANK_GROWTH, BANK_SIZE = 6144, 2, 32768  # pictures before the first step, new ones with each, and at most
+EMPTY = 0.08  # how often the embedding is that of the empty picture, for guidance
+EMBEDDING_NOISE = 0.2  # most noise on embeddings, in their standard deviations: the prior's are not exact either
+SNR_CAP = 5.0
+SETTINGS = Settings(steps=14000, learning_rate=1e-3, warmup=300, decay=6000, bf16=True, seed=2)
+
+
+def train_decoder(
+    folder: str | Path, movq: VQModel, towers: Towers, settings: Settings = SETTINGS, *, bank_size: int = BANK_SIZE
+) -> UNet2DConditionModel:
+    """Train, or go on where `folder` stands, on the frozen encoder of `movq` and the frozen vision tower."""
+    torch.manual_seed(settings.seed)
+    unet = UNet2DConditionModel(**CONFIG)
+    nn.init.zeros_(unet.conv_out.weight)
+    bank = Bank(Path(folder) / "bank", movq, towers, seed=settings.seed, size=bank_size)
+    train(unet, denoising(unet, bank, zero_embedding(towers)), settings, folder)
+    return unet
+
+
+def load_decoder(folder: str | Path) -> UNet2DConditionModel:
+    """The network as far as `folder` has it."""
+    unet = UNet2DConditionModel(**CONFIG)
+    load_average(unet, folder)
+    return unet.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def zero_embedding(towers: Towers) -> Tensor:
+    """Embedding (1, D) of the picture whose processed values are all 0: what guidance leads away from."""
+    return towers.embed_images(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5))
+
+
+class Bank:
+    """Latents and embeddings of pictures, on disk, computed before they are needed; a resumed run finds them there.
+
+    The bank grows while training goes on, so that training starts at once. Picture number n is always the same, and
+    so is the size of the bank at a step.
+    """
+
+    chunk = 64
+
+    def __init__(self, folder: Path, movq: VQModel, towers: Towers, *, seed: int, size: int) -> None:
+        self.movq, self.towers, self.seed, self.size = movq, towers, seed, size
+        folder.mkdir(parents=True, exist_ok=True)
+        self.latents = _array(folder / "latents.npy", (size, 4, SIZE // 8, SIZE // 8))
+        self.embeds = _array(folder / "embeds.npy", (size, EMBEDDING))
+        self.count_file = folder / "count"
+        self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
+
+    def _size(self, step: int) -> int:
+        return min(BANK_START + BANK_GROWTH * step, self.size) // self.chunk * self.chunk
+
+    def batch(self, draw: Draw, count: int) -> tuple[Tensor, Tensor]:
+        """Latents (count, 4, h, w) and embeddings (count, D) for the step of `draw`."""
+        size = self._size(draw.step)
+        if self.count < size:
+            for first in range(self.count, size, self.chunk):
+                self._fill(first)
+            self.latents.flush()
+            self.embeds.flush()
+            self.count = size
+            write_atomically(self.count_file, lambda path: _write_count(path, size))
+        chosen = draw.numpy.integers(0, size, count)
+        return torch.from_numpy(self.latents[chosen]).float(), torch.from_numpy(self.embeds[chosen]).float()
+
+    @torch.no_grad()
+    def _fill(self, first: int) -> None:
+        rng = np.random.default_rng([self.seed, 2**31, first])
+        scenes = [sample_scene(rng, shapes=1 if rng.random() < 0.4 else 2) for _ in range(self.chunk)]
+        with torch.autocast("cpu", torch.bfloat16):
+            images = (render(scenes, SIZE) * 2 - 1).split(16)
+            latents = torch.cat([self.movq.quant_conv(self.movq.encoder(part)) for part in images])
+            embeds = self.towers.embed_images(render(scenes, IMAGE_SIZE))
+        self.latents[first : first + self.chunk] = latents.half().numpy()
+        self.embeds[first : first + self.chunk] = embeds.half().numpy()
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
+    if path.is_file():
+        return np.lib.format.open_memmap(path, mode="r+")
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+
+
+def _write_count(path: Path, count: int) -> None:
+    path.write_text(str(count), encoding="utf-8")
+
+
+def timestep_table(alphas_cumprod: Tensor) -> Tensor:
+    """Cumulative probabilities of the timesteps: nearly clean samples, where little is left to learn, are drawn rarely.
+
+    Velocity errors weigh clean-sample errors by snr + 1; the density caps that (min-SNR,
+    https://arxiv.org/abs/2303.09556, for velocity).
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    density = (snr + 1).clamp(max=SNR_CAP + 1) / (snr + 1)
+    return (density / density.sum()).cumsum(0)
+
+
+def denoising(unet: UNet2DConditionModel, bank: Bank, empty: Tensor) -> Any:
+    """Objective: velocity, more weight on large areas at high noise, and the learned variance."""
+    scheduler = DDPMScheduler(**SCHEDULER)
+    table = timestep_table(scheduler.alphas_cumprod)
+    spread = bank.batch(Draw.of(0, 0), 512)[1].std(0)
+
+    def objective(draw: Draw) -> dict[str, Tensor]:
+        latents, embeds = bank.batch(draw, BATCH)
+        amount = EMBEDDING_NOISE * torch.rand(BATCH, 1, generator=draw.torch)
+        embeds = embeds + amount * spread * torch.randn(embeds.shape, generator=draw.torch)
+        embeds = torch.where(torch.rand(BATCH, 1, generator=draw.torch) < EMPTY, empty, embeds)
+        # one timestep from each of BATCH equally probable intervals: batches differ less
+        places = (torch.arange(BATCH) + torch.rand(BATCH, generator=draw.torch)) / BATCH
+        timesteps = torch.searchsorted(table, places).clamp(max=len(table) - 1)
+        noise = torch.randn(latents.shape, generator=draw.torch)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower for so few tokens
+            output = unet.denoise(noisy, timesteps, unet.encode_condition(embeds)).float()
+        velocity, place = output.chunk(2, dim=1)
+        error = velocity - scheduler.get_velocity(latents, noise, timesteps)
+        clean = (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None]  # makes it an error of the clean sample
+        area = (clean * F.avg_pool2d(error, 4).square()).mean() + (clean * error.mean((2, 3), True).square()).mean()
+        plain = error.square().mean()
+        variance = variance_loss(place, error.detach(), timesteps, scheduler)
+        return {"loss": plain + 2 * area + 0.1 * variance, "plain": plain, "area": area, "variance": variance}
+
+    return objective
+
+
+def variance_loss(place: Tensor, error: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
+    """Divergence between the true and the predicted step of one timestep, as far as the variance can change it
+    (https://arxiv.org/abs/2102.09672, equations 15 and 16).
+
+    `place` (batch, channels, h, w), -1 to 1, lies between the smallest and the largest logarithm of the variance;
+    `error` is that of the velocity.
+    """
+    left = scheduler.alphas_cumprod
+    before = torch.cat([torch.ones(1), left[:-1]])
+    smallest = scheduler.betas * (1 - before) / (1 - left)
+    smallest = torch.cat([smallest[1:2], smallest[1:]])  # at timestep 0 it is zero
+    factor = before.sqrt() * scheduler.betas / (1 - left).sqrt()  # from velocity to the mean of the step
+    low, high, factor = (v[timesteps][:, None, None, None] for v in (smallest.log(), scheduler.betas.log(), factor))
+    guess = low + (place + 1) / 2 * (high - low)
+    return 0.5 * (guess - low - 1 + (low - guess).exp() + (factor * error).square() * (-guess).exp()).mean()
