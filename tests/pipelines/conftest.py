@@ -42,22 +42,30 @@ def oracles(checkpoints: Path) -> dict[str, Any]:
     return pipes
 
 
-@pytest.fixture
-def prior(checkpoints: Path) -> KandinskyV22PriorPipeline:
-    pipe = KandinskyV22PriorPipeline.from_pretrained(checkpoints / "prior")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+@pytest.fixture(scope="session")
+def loaded(checkpoints: Path) -> dict[str, Any]:
+    """Our pipelines, by name. Tests get copies that share the networks."""
+    classes = {
+        "prior": KandinskyV22PriorPipeline,
+        "decoder": KandinskyV22Pipeline,
+        "combined": KandinskyV22CombinedPipeline,
+    }
+    pipes = {name: kind.from_pretrained(checkpoints / name) for name, kind in classes.items()}
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    return pipes
 
 
 @pytest.fixture
-def decoder(checkpoints: Path) -> KandinskyV22Pipeline:
-    pipe = KandinskyV22Pipeline.from_pretrained(checkpoints / "decoder")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def prior(loaded: dict[str, Any]) -> KandinskyV22PriorPipeline:
+    return KandinskyV22PriorPipeline.from_pipe(loaded["prior"])
 
 
 @pytest.fixture
-def combined(checkpoints: Path) -> KandinskyV22CombinedPipeline:
-    pipe = KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "combined")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def decoder(loaded: dict[str, Any]) -> KandinskyV22Pipeline:
+    return KandinskyV22Pipeline.from_pipe(loaded["decoder"])
+
+
+@pytest.fixture
+def combined(loaded: dict[str, Any]) -> KandinskyV22CombinedPipeline:
+    return KandinskyV22CombinedPipeline.from_pipe(loaded["combined"])

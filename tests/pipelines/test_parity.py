@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -104,12 +105,13 @@ DECODER_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "pil": lambda: {"output_type": "pil", "generator": seeded(12)},
     "pt": lambda: {"output_type": "pt", "generator": seeded(13)},
     "latent": lambda: {"output_type": "latent", "generator": seeded(14)},
-    "more steps": lambda: {"num_inference_steps": 11, "generator": seeded(15)},
+    "more steps": lambda: {"num_inference_steps": 5, "generator": seeded(15)},
 }
 SCHEDULERS = {
     "as saved": None,
     "fixed variance": ("DDPMScheduler", {**DECODER_SCHEDULER, "variance_type": "fixed_small"}),
-    "DDIM": ("DDIMScheduler", {**DECODER_SCHEDULER, "clip_sample": False, "set_alpha_to_one": False}),
+    # clipped, for without it a random network leaves the range of latents, where MoVQ magnifies rounding errors
+    "DDIM": ("DDIMScheduler", {**DECODER_SCHEDULER, "set_alpha_to_one": False}),
 }
 
 
@@ -156,6 +158,28 @@ def test_decoder(
         torch.manual_seed(5)
         results.append(pipe(**{**standard, **call()}).images)
     same_pictures(*results)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_decoder_in_double_precision(scheduler: str, checkpoints: Path, decoder: KandinskyV22Pipeline) -> None:
+    """A random network magnifies rounding errors from step to step; without them, many steps are equal too."""
+    ours = KandinskyV22Pipeline(**copy.deepcopy(decoder.components)).to(torch.float64)
+    theirs = diffusers.KandinskyV22Pipeline.from_pretrained(checkpoints / "decoder", torch_dtype=torch.float64)
+    theirs.set_progress_bar_config(disable=True)
+    results = []
+    for pipe in with_schedulers(ours, theirs, scheduler):
+        results.append(
+            pipe(
+                image_embeds=embeds(2, 20),
+                negative_image_embeds=embeds(2, 21),
+                height=32,
+                width=32,
+                num_inference_steps=12,
+                output_type="latent",
+                generator=seeded(0),
+            ).images
+        )
+    assert difference(*results) < 1e-7
 
 
 COMBINED_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -302,17 +326,20 @@ def test_reference_loads_what_we_save(name: str, oracles: dict[str, Any], tmp_pa
 def test_schedulers_of_the_reference_work_in_our_pipelines(
     decoder: KandinskyV22Pipeline, oracles: dict[str, Any]
 ) -> None:
-    standard = {"height": 32, "width": 32, "num_inference_steps": 4, "output_type": "np"}
+    standard = {"height": 32, "width": 32, "num_inference_steps": 4, "output_type": "latent"}
     inputs = {"image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
-    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler, diffusers.DDPMScheduler):
-        theirs = diffusers.KandinskyV22Pipeline(
-            **{**oracles["decoder"].components, "scheduler": kind.from_config(oracles["decoder"].scheduler.config)}
-        )
-        theirs.set_progress_bar_config(disable=True)
-        if kind is not diffusers.UniPCMultistepScheduler:  # whose step takes no generator, which the reference passes
-            expected = theirs(**inputs, **standard, generator=seeded(1)).images
-        decoder.scheduler = kind.from_config(oracles["decoder"].scheduler.config)
+    config = oracles["decoder"].scheduler.config
+    solvers = [
+        diffusers.DDPMScheduler.from_config(config),
+        diffusers.DPMSolverMultistepScheduler.from_config(config, variance_type=None),
+        diffusers.UniPCMultistepScheduler.from_config(config),
+    ]
+    for solver in solvers:
+        decoder.scheduler = solver
         ours = decoder(**inputs, **standard, generator=seeded(1)).images
-        assert np.isfinite(ours).all()
-        if kind is not diffusers.UniPCMultistepScheduler:
-            same_pictures(ours, expected)
+        assert torch.isfinite(ours).all()
+        if isinstance(solver, diffusers.UniPCMultistepScheduler):
+            continue  # its step takes no generator; ours does not pass one, the reference fails
+        theirs = diffusers.KandinskyV22Pipeline(**{**oracles["decoder"].components, "scheduler": solver})
+        theirs.set_progress_bar_config(disable=True)
+        assert difference(ours, theirs(**inputs, **standard, generator=seeded(1)).images) < PICTURES

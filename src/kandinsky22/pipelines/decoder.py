@@ -139,7 +139,7 @@ class DecoderPipeline(SamplingPipeline):
         """The result of a call, from the latents after the last step."""
         result: Any = latents
         if output_type != "latent":
-            pictures = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True).sample
+            pictures = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
             result = images.from_decoder(pictures, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(result) if return_dict else (result,)

@@ -126,9 +126,9 @@ class PriorPipeline(SamplingPipeline):
 
     def _finish(self, embeds: Tensor, negative: Tensor, output_type: str, return_dict: bool) -> Any:
         self.maybe_free_model_hooks()
-        pair = (embeds, negative)
+        pair: tuple[Any, Any] = (embeds, negative)
         if output_type == "np":
-            pair = tuple(tensor.float().cpu().numpy() for tensor in pair)  # numpy has no bfloat16
+            pair = (embeds.float().cpu().numpy(), negative.float().cpu().numpy())  # numpy has no bfloat16
         return KandinskyPriorPipelineOutput(*pair) if return_dict else pair
 
 

@@ -1,0 +1,192 @@
+"""Wrong arguments: one clear error of our family that names the argument, before any network runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.pipelines.tiny import DIM, seeded
+
+from kandinsky22 import (
+    InputError,
+    KandinskyError,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+)
+
+GOOD = {"image_embeds": torch.ones(2, DIM), "negative_image_embeds": torch.zeros(2, DIM)}
+NAN = torch.full((1, DIM), float("nan"))
+
+
+@pytest.fixture(autouse=True)
+def no_network_runs(loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network fails the test if it is called."""
+
+    def called(*_: Any, **__: Any) -> None:
+        pytest.fail("a network ran before the arguments were checked")
+
+    for pipe in loaded.values():
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                monkeypatch.setattr(part, "forward", called)
+                for method in ("encode_condition", "denoise", "decode"):
+                    if hasattr(part, method):
+                        monkeypatch.setattr(part, method, called)
+
+
+SHARED: list[tuple[str, dict[str, Any]]] = [
+    ("num_images_per_prompt", {"num_images_per_prompt": 0}),
+    ("num_images_per_prompt", {"num_images_per_prompt": True}),
+    ("num_inference_steps", {"num_inference_steps": 0}),
+    ("num_inference_steps", {"num_inference_steps": "many"}),
+    ("num_inference_steps", {"num_inference_steps": 100_000}),
+    ("guidance_scale", {"guidance_scale": float("nan")}),
+    ("guidance_scale", {"guidance_scale": "4"}),
+    ("guidance_scale", {"guidance_scale": None}),
+    ("output_type", {"output_type": "jpeg"}),
+    ("output_type", {"output_type": None}),
+    ("generator", {"generator": 7}),
+    ("generator", {"generator": [seeded(0), seeded(1), seeded(2)]}),
+    ("generator", {"generator": []}),
+    ("callback_on_step_end", {"callback_on_step_end": "print"}),
+    ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": ["noise"]}),
+    ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": "latents"}),
+    ("latents", {"latents": torch.zeros(3, 3)}),
+    ("latents", {"latents": [0.0]}),
+]
+PROMPTS: list[tuple[str, dict[str, Any]]] = [
+    ("prompt", {"prompt": []}),
+    ("prompt", {"prompt": None}),
+    ("prompt", {"prompt": 3}),
+    (r"prompt\[1\]", {"prompt": ["a cat", b"red"]}),
+    ("negative_prompt", {"negative_prompt": []}),
+    ("negative_prompt", {"negative_prompt": {"a": 1}}),
+    ("negative_prompt", {"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}),
+]
+SIZES: list[tuple[str, dict[str, Any]]] = [
+    ("height", {"height": 0}),
+    ("width", {"width": -8}),
+    ("height", {"height": "512"}),
+    ("width", {"width": 64.5}),
+    ("callback_steps", {"callback_steps": 0}),
+    ("callback", {"callback": 1}),
+]
+EMBEDDINGS: list[tuple[str, dict[str, Any]]] = [
+    ("image_embeds", {"image_embeds": torch.cat([NAN, NAN])}),
+    ("negative_image_embeds", {"negative_image_embeds": torch.cat([NAN, NAN])}),
+    ("image_embeds", {"image_embeds": torch.full((1, DIM), float("inf"))}),
+    ("image_embeds", {"image_embeds": "a cat"}),
+    ("image_embeds", {"image_embeds": None}),
+    ("image_embeds", {"image_embeds": []}),
+    ("image_embeds", {"image_embeds": torch.zeros(0, DIM)}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, DIM + 1)}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, 1, DIM)}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, DIM, dtype=torch.int64)}),
+    ("negative_image_embeds", {"negative_image_embeds": torch.zeros(3, DIM)}),
+    ("negative_image_embeds", {"negative_image_embeds": None}),
+]
+
+
+def ids(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    return [f"{index}-{next(iter(given))}" for index, (_, given) in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("name", "given"), SHARED + PROMPTS, ids=ids(SHARED + PROMPTS))
+def test_prior(prior: KandinskyV22PriorPipeline, name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=name):
+        prior(**{"prompt": "a cat", **given})
+
+
+@pytest.mark.parametrize(("name", "given"), SHARED + SIZES + EMBEDDINGS, ids=ids(SHARED + SIZES + EMBEDDINGS))
+def test_decoder(decoder: KandinskyV22Pipeline, name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=name):
+        decoder(**{**GOOD, **given})
+
+
+@pytest.mark.parametrize(("name", "given"), SHARED + PROMPTS + SIZES, ids=ids(SHARED + PROMPTS + SIZES))
+def test_combined(combined: KandinskyV22CombinedPipeline, name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=name):
+        combined(**{"prompt": "a cat", **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("guidance_scale", {"prior_guidance_scale": float("inf")}),
+        ("num_inference_steps", {"prior_num_inference_steps": -1}),
+        ("callback_on_step_end_tensor_inputs", {"prior_callback_on_step_end_tensor_inputs": ["image_embeds"]}),
+    ],
+)
+def test_combined_arguments_of_the_prior(
+    combined: KandinskyV22CombinedPipeline, name: str, given: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=name):
+        combined("a cat", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("images_and_prompts", {"images_and_prompts": []}),
+        ("images_and_prompts", {"images_and_prompts": "a cat"}),
+        (r"images_and_prompts\[1\]", {"images_and_prompts": ["a cat", 3]}),
+        (r"images_and_prompts\[1\]", {"images_and_prompts": ["a cat", torch.zeros(3, 8, 8)]}),
+        (r"images_and_prompts\[1\]", {"images_and_prompts": ["a cat", NAN]}),
+        (r"images_and_prompts\[1\]", {"images_and_prompts": ["a cat", torch.zeros(2, DIM)]}),
+        ("weights", {"weights": [1.0]}),
+        (r"weights\[0\]", {"weights": ["1", 1.0]}),
+        (r"weights\[1\]", {"weights": [1.0, float("nan")]}),
+        ("negative_prompt", {"negative_prompt": ["a", "b"]}),
+        ("negative_prompt", {"negative_prompt": None}),
+        ("negative_prompt", {"negative_prior_prompt": 3}),
+        ("num_images_per_prompt", {"num_images_per_prompt": 0}),
+        ("guidance_scale", {"guidance_scale": "high"}),
+        ("num_inference_steps", {"num_inference_steps": 0}),
+        ("latents", {"latents": torch.zeros(1, 2)}),
+        ("generator", {"generator": "seed"}),
+    ],
+)
+def test_interpolate(prior: KandinskyV22PriorPipeline, name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=name):
+        prior.interpolate(**{"images_and_prompts": ["a cat", "red"], "weights": [0.5, 0.5], **given})
+
+
+def test_unknown_scheduler(decoder: KandinskyV22Pipeline, combined: KandinskyV22CombinedPipeline) -> None:
+    for pipe in (decoder, combined):
+        for wrong in ("DDIM", object(), type(pipe.scheduler)):
+            with pytest.raises(InputError, match="scheduler"):
+                pipe.scheduler = wrong
+
+
+def test_unet_of_another_mode(decoder: KandinskyV22Pipeline) -> None:
+    config = {**decoder.unet.config, "in_channels": 9}
+    decoder.unet = type(decoder.unet).from_config(config)
+    with pytest.raises(InputError, match="in_channels=9"):
+        decoder(**GOOD)
+
+
+def test_prior_that_does_not_fit(combined: KandinskyV22CombinedPipeline) -> None:
+    combined.prior_prior = type(combined.prior_prior).from_config({**combined.prior_prior.config, "embedding_dim": 48})
+    with pytest.raises(InputError, match="do not fit"):
+        combined("a cat")
+
+
+@pytest.mark.parametrize("missing", ["unet", "movq", "prior_prior", "prior_tokenizer", "prior_image_encoder"])
+def test_component_left_out(combined: KandinskyV22CombinedPipeline, missing: str) -> None:
+    setattr(combined, missing, None)
+    with pytest.raises(InputError, match=f"without {missing.removeprefix('prior_')}"):
+        combined("a cat")
+
+
+@pytest.mark.parametrize(
+    "answer", [3, {"noise": torch.zeros(1)}, {"latents": torch.zeros(1, 1)}, {"latents": None, "prompt": "a"}]
+)
+def test_callback_that_returns_nonsense(
+    decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    monkeypatch.setattr(decoder.unet, "encode_condition", lambda **_: None)
+    monkeypatch.setattr(decoder.unet, "denoise", lambda noisy, *_: torch.cat([noisy, noisy], dim=1))
+    with pytest.raises(KandinskyError, match="callback_on_step_end returned"):
+        decoder(**GOOD, callback_on_step_end=lambda *_: answer)

@@ -1,0 +1,92 @@
+"""Pictures in and out."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from kandinsky22 import InputError, load_image, make_image_grid
+from kandinsky22.inputs.images import from_decoder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """Three by two pixels, to be shown turned by a quarter."""
+    pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 10
+    image = PIL.Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    path = tmp_path / "picture.png"
+    image.save(path, exif=exif)
+    return path
+
+
+@pytest.fixture
+def address(picture: Path) -> Iterator[str]:
+    """An http address that serves the folder of the picture."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(picture.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_load_image_from_anywhere(picture: Path, address: str) -> None:
+    turned = np.rot90(np.asarray(PIL.Image.open(picture)), k=-1)
+    for place in (picture, str(picture), f"{address}/picture.png", PIL.Image.open(picture)):
+        image = load_image(place)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), turned)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_load_image_gives_rgb(mode: str) -> None:
+    assert load_image(PIL.Image.new(mode, (4, 4))).mode == "RGB"
+
+
+def test_load_image_converts_as_told(picture: Path) -> None:
+    assert load_image(picture, convert_method=lambda image: image.convert("L")).mode == "L"
+
+
+def test_load_image_reports_what_it_cannot_read(picture: Path, address: str, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:60])
+    for place in ("nowhere.png", tmp_path, tmp_path / "text.png", tmp_path / "cut.png", f"{address}/nowhere.png"):
+        with pytest.raises(InputError, match="cannot be read"):
+            load_image(place)
+    with pytest.raises(InputError, match="ndarray"):
+        load_image(np.zeros((4, 4, 3)))  # type: ignore[arg-type]
+
+
+def test_make_image_grid() -> None:
+    images = [PIL.Image.new("RGB", (4, 2), (index * 40, 0, 0)) for index in range(6)]
+    grid = make_image_grid(images, rows=2, cols=3)
+    assert grid.size == (12, 4)
+    assert [grid.getpixel((x, y))[0] for y in (0, 3) for x in (0, 5, 11)] == [0, 40, 80, 120, 160, 200]
+    assert make_image_grid(images, 3, 2, resize=8).size == (16, 24)
+    for rows, cols in ((2, 2), (0, 0)):
+        with pytest.raises(InputError, match="grid"):
+            make_image_grid(images, rows, cols)
+
+
+def test_from_decoder() -> None:
+    pictures = torch.tensor([-3.0, -1.0, 0.0, 1.0, 2.0, 0.5]).reshape(1, 3, 1, 2)
+    assert from_decoder(pictures, "pt") is pictures
+    array = from_decoder(pictures, "np")
+    assert array.shape == (1, 1, 2, 3)
+    assert array[0, 0].tolist() == [[0.0, 0.5, 1.0], [0.0, 1.0, 0.75]]
+    (image,) = from_decoder(pictures.to(torch.bfloat16), "pil")
+    assert np.asarray(image).tolist() == [[[0, 128, 255], [0, 255, 191]]]
