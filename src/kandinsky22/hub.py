@@ -67,7 +67,8 @@ class Source:
                 revision=self.revision,
                 cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
                 token=self.token,
-                allow_patterns=wanted,
+                # Of a cached copy nothing is asked here: what is missing from it is found missing when it is read.
+                allow_patterns=wanted or ["nothing/at/all"],
                 local_files_only=wanted is None,
             )
         except Exception as error:  # the Hub client raises OSError, ValueError and its HTTP library's own errors
@@ -134,5 +135,5 @@ def _named_prior(card: Path) -> str | None:
     except (OSError, ValueError):
         return None
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^prior:\s*(?:\n\s*-\s*)?\[?['\"]?([^\s'\"\],]+)", front[1], re.MULTILINE) if front else None
+    found = re.search(r"^prior:\s*(?:-\s+)?\[?\s*['\"]?([^\s'\"\],]+)", front[1], re.MULTILINE) if front else None
     return found[1] if found else None

@@ -63,11 +63,11 @@ class Model(nn.Module):
         subfolder: str | None = None,
         torch_dtype: torch.dtype | Literal["auto"] | None = None,
         variant: str | None = None,
+        use_safetensors: bool | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        use_safetensors: bool | None = None,
     ) -> M:
         """The network of a checkpoint, in evaluation mode, on the CPU.
 

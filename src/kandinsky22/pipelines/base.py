@@ -207,7 +207,7 @@ class DiffusionPipeline:
 
     @property
     def generation_defaults(self) -> dict[str, Any]:
-        """Call arguments that suit this checkpoint best, for `pipe(..., **generation_defaults)`; empty if it brings none."""
+        """Call arguments that suit this checkpoint best, to be passed to the pipeline; empty if it brings none."""
         return dict(self._generation_defaults)
 
     @generation_defaults.setter

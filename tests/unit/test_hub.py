@@ -1,0 +1,203 @@
+"""Where checkpoints come from, tried against a small Hub of our own on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from tests.unit.test_models_io import TINY, assert_same
+
+from kandinsky22 import CheckpointError, VQModel, hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the folders of `root` as repositories owner/name, and notes the files that were fetched."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.root = root
+        self.fetched: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.up = True
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.server.tokens.add(self.headers.get("Authorization"))
+        path = self.path.split("?")[0].strip("/")
+        status, headers, content = 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if not self.server.up:
+            status, headers = 503, {}
+        elif path.startswith("api/models/"):
+            owner, name, *rest = path.removeprefix("api/models/").split("/")
+            folder = self.server.root / owner / name
+            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
+                headers = {"X-Error-Code": "RevisionNotFound"}
+            elif folder.is_dir():
+                files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+                about: Any = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                if rest[:1] == ["tree"]:
+                    sizes = [(f, (folder / f).stat().st_size) for f in files]
+                    about = [{"type": "file", "path": f, "size": size, "oid": "0"} for f, size in sizes]
+                status, headers, content = 200, {"Content-Type": "application/json"}, json.dumps(about).encode()
+        else:
+            owner, name, _, _, inside = path.split("/", 4)
+            file = self.server.root / owner / name / inside
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            if file.is_file():
+                content = file.read_bytes()
+                status = 200
+                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                if body:
+                    self.server.fetched.append(inside)
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    root = tmp_path / "hub"
+    model = VQModel(**TINY)
+    model.save_pretrained(root / "someone/picture/movq")
+    model.save_pretrained(root / "someone/picture/movq", safe_serialization=False)
+    model.to(torch.float16).save_pretrained(root / "someone/picture/movq", variant="fp16", max_shard_size="100KB")
+    (root / "someone/picture/unet").mkdir()
+    (root / "someone/picture/unet/config.json").write_text("{}")
+    (root / "someone/picture/README.md").write_text("---\nlicense: x\nprior:\n- someone/prior\n---\ntext")
+    server = Hub(root)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def load(cache: Path, name: str = "someone/picture", **options: Any) -> VQModel:
+    return VQModel.from_pretrained(name, subfolder="movq", cache_dir=cache, **options)
+
+
+def test_only_the_files_needed_are_fetched(server: Hub, tmp_path: Path) -> None:
+    loaded = load(tmp_path / "cache")
+    assert sorted(server.fetched) == ["movq/config.json", "movq/diffusion_pytorch_model.safetensors"]
+    assert_same(loaded, VQModel.from_pretrained(server.root / "someone/picture/movq"))
+
+
+def test_a_variant_in_shards(server: Hub, tmp_path: Path) -> None:
+    loaded = load(tmp_path / "cache", variant="fp16", torch_dtype="auto")
+    assert loaded.dtype == torch.float16
+    weights = [name for name in server.fetched if name != "movq/config.json"]
+    assert len(weights) > 2 and all("fp16" in name for name in weights)
+
+
+def test_bin_files_on_request(server: Hub, tmp_path: Path) -> None:
+    load(tmp_path / "cache", use_safetensors=False)
+    assert sorted(server.fetched) == ["movq/config.json", "movq/diffusion_pytorch_model.bin"]
+
+
+def test_the_cache_serves_when_the_hub_does_not(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(tmp_path / "cache")
+    server.up = False
+    server.fetched.clear()
+    assert_same(load(tmp_path / "cache", local_files_only=True), first)
+    assert_same(load(tmp_path / "cache"), first)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_same(load(tmp_path / "cache"), first)
+    assert not server.fetched
+
+
+def test_what_the_hub_does_not_have(server: Hub, tmp_path: Path) -> None:
+    for name, options, named in (
+        ("someone/nothing", {}, "someone/nothing"),
+        ("someone/picture", {"revision": "v9"}, "v9"),
+        ("someone/picture", {"local_files_only": True}, "local Hub cache"),
+        ("someone/picture", {"variant": "int8"}, "int8"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            load(tmp_path / "cache", name, **options)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        VQModel.from_pretrained("someone/picture", subfolder="nowhere", cache_dir=tmp_path / "cache")
+    server.up = False
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load(tmp_path / "other")
+
+
+def test_revision_and_token_are_passed_on(server: Hub, tmp_path: Path) -> None:
+    load(tmp_path / "cache", revision=COMMIT, token="hf_secret")
+    assert "Bearer hf_secret" in server.tokens
+    assert (tmp_path / "cache/models--someone--picture/snapshots" / COMMIT).is_dir()
+
+
+def test_names_that_cannot_be_models(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in (tmp_path / "missing", tmp_path / "file", "a/b/c", "", "two words"):
+        with pytest.raises(CheckpointError, match="folder"):
+            VQModel.from_pretrained(name)
+
+
+def test_the_embedded_model_is_never_looked_up(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    VQModel(**TINY).save_pretrained(tmp_path / "embedded/movq")
+    monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no embedded"):
+        VQModel.from_pretrained("embedded", subfolder="movq")
+    weights = tmp_path / "package/embedded/weights"
+    model = VQModel(**TINY)
+    model.save_pretrained(weights / "decoder/movq")
+    monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path / "package")
+    assert_same(VQModel.from_pretrained("embedded", subfolder="movq"), model)
+    assert hub.Source("embedded").prior().part == "prior"
+    assert not server.fetched
+
+
+@pytest.mark.parametrize(
+    "card", ["prior:\n- someone/prior\n", "prior: someone/prior\n", "tags: [a]\nprior: ['someone/prior']\nlicense: b\n"]
+)
+def test_the_prior_named_in_a_card(card: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n# text\nprior: other\n")
+    assert hub.Source(tmp_path).prior().name == "someone/prior"
+
+
+def test_the_prior_named_on_the_hub(server: Hub, tmp_path: Path) -> None:
+    found = hub.Source("someone/picture", cache_dir=tmp_path, token="hf_x", revision="main").prior()
+    assert found == hub.Source("someone/prior", cache_dir=tmp_path, token="hf_x")
+    assert server.fetched == ["README.md"]
+
+
+@pytest.mark.parametrize("place", ["k-decoder/prior", "prior", "k-prior"])
+def test_the_prior_in_a_folder_nearby(place: str, tmp_path: Path) -> None:
+    (tmp_path / "k-decoder").mkdir()
+    with pytest.raises(CheckpointError, match="prior="):
+        hub.Source(tmp_path / "k-decoder").prior()
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "model_index.json").write_text("{}")
+    assert hub.Source(tmp_path / "k-decoder").prior().name == (tmp_path / place).resolve()

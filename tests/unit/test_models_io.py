@@ -1,0 +1,326 @@
+"""Networks and their files: exchange with the reference, formats, and every way a checkpoint can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from kandinsky22 import CheckpointError, ConfigError, InputError, PriorTransformer, UNet2DConditionModel, VQModel
+from kandinsky22.models import weights
+
+TINY: dict[str, Any] = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    "latent_channels": 4,
+    "num_vq_embeddings": 12,
+    "vq_embed_dim": 4,
+    "layers_per_block": 1,
+    "norm_type": "spatial",
+}
+TINY_UNET: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 8,
+    "addition_embed_type": "image",
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "encoder_hid_dim": 16,
+    "encoder_hid_dim_type": "image_proj",
+    "cross_attention_dim": 16,
+    "attention_head_dim": 8,
+    "resnet_time_scale_shift": "scale_shift",
+}
+TINY_PRIOR: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "embedding_dim": 16, "num_layers": 1}
+PAIRS = [
+    (VQModel, diffusers.VQModel, TINY),
+    (UNet2DConditionModel, diffusers.UNet2DConditionModel, TINY_UNET),
+    (PriorTransformer, diffusers.PriorTransformer, TINY_PRIOR),
+]
+SINGLE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def model() -> VQModel:
+    return VQModel(**TINY).eval()
+
+
+@pytest.fixture
+def saved(model: VQModel, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def assert_same(ours: torch.nn.Module, other: torch.nn.Module) -> None:
+    left, right = ours.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "config"), PAIRS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}, {"safe_serialization": False, "variant": "fp16"}])
+def test_what_the_reference_saves_loads_here(
+    ours: Any, theirs: Any, config: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    oracle = theirs(**config)
+    oracle.save_pretrained(tmp_path, **options)
+    loaded = ours.from_pretrained(tmp_path, variant=options.get("variant"))
+    assert_same(loaded, oracle)
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize(("ours", "theirs", "config"), PAIRS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_shard_size": "40KB", "variant": "fp16"}, {"max_shard_size": 40_000, "safe_serialization": False}],
+)
+def test_what_is_saved_here_loads_in_the_reference(
+    ours: Any, theirs: Any, config: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = ours(**config)
+    model.save_pretrained(tmp_path, **options)
+    safe = options.get("safe_serialization")  # the reference looks for sharded .bin files only when told to
+    loaded = theirs.from_pretrained(tmp_path, variant=options.get("variant"), use_safetensors=safe)
+    assert_same(model, loaded)
+    assert all(loaded.config[name] == value or loaded.config[name] == list(value) for name, value in config.items())
+    assert_same(ours.from_pretrained(tmp_path, variant=options.get("variant")), model)
+
+
+def test_the_config_survives(model: VQModel, saved: Path) -> None:
+    stored = json.loads((saved / "config.json").read_text())
+    assert stored["_class_name"] == "VQModel"
+    assert VQModel.from_pretrained(saved).config == model.config
+    assert VQModel.from_config(model.config).config == model.config
+
+
+def test_dtypes(model: VQModel, tmp_path: Path) -> None:
+    model.to(torch.float16).save_pretrained(tmp_path)
+    assert VQModel.from_pretrained(tmp_path).dtype == torch.float32
+    assert VQModel.from_pretrained(tmp_path, torch_dtype="auto").dtype == torch.float16
+    assert VQModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    for wrong in (torch.int8, "float32", 16):
+        with pytest.raises(InputError, match="torch_dtype"):
+            VQModel.from_pretrained(tmp_path, torch_dtype=wrong)  # type: ignore[arg-type]
+
+
+def test_memory_formats_and_devices_do_not_show_in_files(model: VQModel, tmp_path: Path) -> None:
+    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
+    assert_same(VQModel.from_pretrained(tmp_path), model)
+
+
+def test_saving_over_the_files_in_use(model: VQModel, saved: Path) -> None:
+    loaded = VQModel.from_pretrained(saved)
+    loaded.save_pretrained(saved)
+    assert_same(loaded, model)
+    assert_same(VQModel.from_pretrained(saved), model)
+    (saved / SINGLE).unlink()
+    assert_same(loaded, model)
+
+
+def test_resaving_leaves_no_stale_shards(model: VQModel, saved: Path) -> None:
+    model.save_pretrained(saved, max_shard_size="100KB")
+    assert not (saved / SINGLE).exists()
+    model.save_pretrained(saved, max_shard_size="400KB")
+    assert_same(VQModel.from_pretrained(saved), model)
+    model.save_pretrained(saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", SINGLE]
+
+
+def test_training_a_loaded_network_leaves_its_file_alone(model: VQModel, saved: Path) -> None:
+    before = (saved / SINGLE).read_bytes()
+    loaded = VQModel.from_pretrained(saved)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1)
+    assert (saved / SINGLE).read_bytes() == before
+
+
+def test_safetensors_come_first_and_formats_can_be_chosen(model: VQModel, saved: Path) -> None:
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    model.save_pretrained(saved, safe_serialization=False)
+    first = next(iter(model.state_dict()))
+    assert VQModel.from_pretrained(saved).state_dict()[first].any()
+    assert not VQModel.from_pretrained(saved, use_safetensors=False).state_dict()[first].any()
+    (saved / SINGLE).unlink()
+    assert not VQModel.from_pretrained(saved).state_dict()[first].any()
+    with pytest.raises(CheckpointError, match="looked for"):
+        VQModel.from_pretrained(saved, use_safetensors=True)
+
+
+def test_bin_files_of_the_old_format(model: VQModel, saved: Path) -> None:
+    (saved / SINGLE).unlink()
+    torch.save(model.state_dict(), saved / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_same(VQModel.from_pretrained(saved), model)
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (print, ("a pickle ran",))
+
+
+def test_bin_files_never_run_code(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (saved / SINGLE).unlink()
+    torch.save({"weight": Payload()}, saved / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin"):
+        VQModel.from_pretrained(saved)
+    assert "a pickle ran" not in capsys.readouterr().out
+
+
+def damage(folder: Path, how: str) -> str:
+    """Damage a saved network; what the error has to name."""
+    file, config = folder / SINGLE, folder / "config.json"
+    if how in ("truncated", "empty", "noise"):
+        content = file.read_bytes()
+        file.write_bytes({"truncated": content[:-1000], "empty": b"", "noise": bytes(range(256)) * 20}[how])
+        return SINGLE
+    if how in ("config truncated", "config empty", "config a list", "config not text"):
+        text = {"config truncated": b'{"in_channels": 3', "config empty": b"", "config a list": b"[]"}
+        config.write_bytes(text.get(how, b"\xff\xfe"))
+        return r"config\.json"
+    (config if how == "config missing" else file).unlink()
+    return r"config\.json" if how == "config missing" else SINGLE
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("truncated", "empty", "noise", "missing"),
+        *("config missing", "config truncated", "config empty", "config a list", "config not text"),
+    ],
+)
+def test_damage_is_named(how: str, saved: Path) -> None:
+    named = damage(saved, how)
+    with pytest.raises(CheckpointError, match=named) as raised:
+        VQModel.from_pretrained(saved)
+    assert str(saved) in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not much", b"noise" * 50])
+def test_damaged_bin_files(content: bytes, saved: Path) -> None:
+    (saved / SINGLE).unlink()
+    (saved / "diffusion_pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin"):
+        VQModel.from_pretrained(saved)
+
+
+def test_missing_shards_and_bad_indices(model: VQModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = next(iter(content["weight_map"].values()))
+    (tmp_path / shard).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=shard):
+        VQModel.from_pretrained(tmp_path)
+    for places in ({"a": "../../etc/passwd"}, {"a": 3}, None):
+        index.write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(CheckpointError, match=r"index\.json"):
+            VQModel.from_pretrained(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_listed(model: VQModel, saved: Path) -> None:
+    tensors = dict(model.state_dict())
+    dropped = list(tensors)[:12]
+    for name in dropped:
+        del tensors[name]
+    tensors["stray"] = torch.zeros(1)
+    reshaped = next(iter(tensors))
+    tensors[reshaped] = torch.zeros(7)
+    weights.write_tensors(saved, tensors, variant=None, max_shard_size="1GB", safe=True)
+    with pytest.raises(CheckpointError) as raised:
+        VQModel.from_pretrained(saved)
+    message = str(raised.value)
+    assert "12 missing" in message and dropped[7] in message and dropped[8] not in message
+    assert "1 unexpected: stray" in message
+    assert f"1 of the wrong shape: {reshaped} (7,) instead of" in message
+
+
+def test_wrong_configs(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    for change, named in (
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"act_fn": "relu"}, "act_fn"),
+        ({"fancy": 3}, "fancy"),
+        ({"norm_type": "group"}, "norm_type"),
+    ):
+        (saved / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ConfigError, match=named):
+            VQModel.from_pretrained(saved)
+
+
+def test_a_config_of_another_size_is_told_by_shapes(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "block_out_channels": [64, 64]}))
+    with pytest.raises(CheckpointError, match="of the wrong shape"):
+        VQModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "many", "5", "GB", True, None])
+def test_shard_sizes_that_make_no_sense(size: Any, model: VQModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="max_shard_size"):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shard_sizes() -> None:
+    sizes = [weights.byte_count(size) for size in (7, "7B", "5GB", "2GiB", "1.5 kb")]
+    assert sizes == [7, 7, 5 * 10**9, 2 * 2**30, 1500]
+
+
+def test_places_that_cannot_be_written(model: VQModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(CheckpointError, match=str(place)):
+            model.save_pretrained(place)
+    with pytest.raises(InputError, match="variant"):
+        model.save_pretrained(tmp_path, variant="../fp16")
+
+
+def test_a_failed_save_leaves_the_old_files(model: VQModel, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def half(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights, "save_file", half)
+    with pytest.raises(CheckpointError, match="disk full"):
+        VQModel(**TINY).save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+LOAD = """
+import resource, sys
+from kandinsky22 import PriorTransformer
+model = PriorTransformer.from_config({"num_attention_heads": 1, "attention_head_dim": 2, "embedding_dim": 4, "num_layers": 1})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = PriorTransformer.from_pretrained(sys.argv[1])
+if sys.argv[2] == "use":
+    sum(float(p.sum()) for p in model.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""  # noqa: E501
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF"), reason="no memory figures here")
+def test_loading_takes_no_more_memory_than_the_weights(tmp_path: Path) -> None:
+    big = PriorTransformer(num_attention_heads=8, attention_head_dim=64, embedding_dim=64, num_layers=6)
+    big.save_pretrained(tmp_path)
+    size = (tmp_path / SINGLE).stat().st_size / 1024
+    for use, share in (("no", 0.3), ("use", 1.3)):
+        command = [sys.executable, "-c", LOAD, str(tmp_path), use]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        grown = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+        assert grown < share * size, f"{grown} KiB for {size} KiB of weights"
