@@ -45,7 +45,7 @@ bench: $(VENV)/.tools  ## judge the embedded model's pictures, compare with the 
 	$(BIN)/python -m benchmarks.embedded_success
 	$(BIN)/python -m benchmarks.published_size
 
-train-embedded: $(VENV)/.tools  ## train the embedded model from nothing (hours)
+train-embedded: $(VENV)/.package  ## train the embedded model from nothing, or go on where it stopped (hours)
 	$(BIN)/python -m kandinsky22.training $(ARGS)
 
 clean:  ## remove .venv and caches

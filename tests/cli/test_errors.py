@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from tests.cli.conftest import Command, Result
 
+import kandinsky22
 from kandinsky22.cli.pictures import save_png
 
 
@@ -231,6 +233,7 @@ def test_the_installed_module_reports_like_the_function(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(kandinsky22.__file__).parents[1])},
         check=False,
     )
     assert_one_line(Result(result.returncode, result.stdout, result.stderr), 1, "nowhere/at/all")

@@ -67,7 +67,7 @@ def test_without_defaults_of_the_model_those_of_the_library_hold(command: Comman
         (("--prior-steps", "4"), {"prior_steps": 4}),
         (("--guidance", "3.5"), {"guidance": 3.5}),
         (("--guidance", "0"), {"guidance": 0.0}),
-        (("--prior-guidance", "100"), {"prior_guidance": 100.0}),
+        (("--prior-guidance", "5"), {"prior_guidance": 5.0}),
         (("--size", "40x36"), {"width": 40, "height": 36}),
         (("--scheduler", "ddim"), {"scheduler": "DDIMScheduler"}),
         (("--dtype", "bf16"), {"dtype": "bfloat16"}),

@@ -10,14 +10,14 @@ from kandinsky22.cli.options import SCHEDULERS
 from kandinsky22.errors import InputError
 
 if TYPE_CHECKING:
-    from kandinsky22.pipelines.combined import KandinskyV22CombinedPipeline
+    from kandinsky22.pipelines.base import DiffusionPipeline
 
 PUBLISHED = "kandinsky-community/kandinsky-2-2-decoder"
 
 
 def load_text_to_image(
     model: str, prior: str | None, scheduler: str | None, device: str, dtype: str
-) -> KandinskyV22CombinedPipeline:
+) -> DiffusionPipeline:
     """The prior and decoder of `model` on their device, the decoder with the scheduler of that class name if given."""
     from kandinsky22 import AutoPipelineForText2Image
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
