@@ -55,7 +55,7 @@ _MODULE_OF = {
     "make_image_grid": "inputs.images",
 }
 
-__all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
