@@ -1,0 +1,112 @@
+"""The training loop: what is resumed ends in the same bits, what is frozen stays, what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.training.loop import CHECKPOINT, LOG, Draw, Objective, Settings, finished, load_average, train
+
+SETTINGS = Settings(steps=12, warmup=3, log_every=4, average=0.9)
+
+
+def network(width: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5), nn.Linear(width, width))
+
+
+def objective(net: nn.Module, width: int = 4) -> Objective:
+    def losses(draw: Draw) -> dict[str, Tensor]:
+        inputs = torch.randn(8, width, generator=draw.torch)
+        target = torch.from_numpy(draw.numpy.normal(size=(8, width))).float()
+        return {"loss": (net(inputs) - target).square().mean()}
+
+    return losses
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    whole = network()
+    train(whole, objective(whole), SETTINGS, tmp_path / "whole")
+    for stop in (5, 8, None):
+        parts = network()
+        summary = train(parts, objective(parts), SETTINGS, tmp_path / "parts", stop_at=stop)
+        assert summary["finished"] == finished(tmp_path / "parts") == (stop is None)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+def test_lengthening_a_run_before_its_decay_changes_no_step_made(tmp_path: Path) -> None:
+    short, long = Settings(steps=12, warmup=2, decay=4), Settings(steps=30, warmup=2, decay=4)
+    assert [short.rate(step) for step in range(8)] == [long.rate(step) for step in range(8)]
+    assert short.rate(11) < short.rate(9) < short.rate(7) == short.learning_rate
+    assert short.rate(0) == short.learning_rate / 2
+
+
+def test_only_what_requires_gradients_is_trained_and_averaged(tmp_path: Path) -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    train(net, objective(net), SETTINGS, tmp_path)
+    after = net.state_dict()
+    assert torch.equal(before["0.weight"], after["0.weight"])
+    assert not torch.equal(before["2.weight"], after["2.weight"])
+    assert not net.training
+    other = network()
+    assert load_average(other, tmp_path) == SETTINGS.steps
+    assert torch.equal(other.state_dict()["2.weight"], after["2.weight"])
+
+
+def test_the_log_adds_up_and_stays_readable(tmp_path: Path) -> None:
+    net = network()
+    train(net, objective(net), SETTINGS, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert all({"seconds", "loss", "norm"} <= line.keys() for line in lines)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    net = network()
+    train(net, objective(net), SETTINGS, tmp_path)
+    wider = network(5)
+    with pytest.raises(CheckpointError, match="another network"):
+        train(wider, objective(wider, 5), SETTINGS, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(b"not a checkpoint")
+    net = network()
+    with pytest.raises(CheckpointError, match=CHECKPOINT):
+        train(net, objective(net), SETTINGS, tmp_path)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    train(net, objective(net), SETTINGS, tmp_path, stop_at=6)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+
+    def fail(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(net, objective(net), SETTINGS, tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "summary.json"]
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "average": 1.0}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=list(wrong)[-1]):
+        Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_network_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    net = network().requires_grad_(False)
+    with pytest.raises(InputError, match="requires gradients"):
+        train(net, objective(net), SETTINGS, tmp_path)
