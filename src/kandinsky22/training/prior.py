@@ -7,6 +7,7 @@ caption states: the squared error alone hardly notices a wrong size, the first t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky22.models.prior import MASKED, STEP_TOKENS, PriorCondition, PriorTransformer
 from kandinsky22.schedulers import UnCLIPScheduler
 from kandinsky22.training.captions import EMPTY, FULL, Caption, caption, distracted
-from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, Towers, told
+from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, QUESTIONS, Towers, answers, told
 from kandinsky22.training.loop import Draw, Settings, train
-from kandinsky22.training.scenes import render, sample_scene
+from kandinsky22.training.scenes import COLORS, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
     "num_attention_heads": 4,
@@ -38,9 +40,13 @@ BATCH = 96
 LEVELS = 4  # timesteps at which each caption is denoised, one from each equal part of the schedule
 TWO_SHAPES = 0.75  # they are harder
 EMPTY_PROMPTS = 0.1
+# Share of captions like "a red circle on a red background". No picture shows that, and a prior that sees visible shapes
+# only learns rules about colours and backgrounds which overrule the text wherever training left a combination out. The
+# embedding of such a picture is put together from a visible one's and the difference between two backgrounds.
+INVISIBLE = 0.15
 FAITHFUL = 0.05  # weight of the answers against the squared error
 
-SETTINGS = Settings(steps=4500, learning_rate=1e-3, warmup=300, weight_decay=0.01, average=0.999, bf16=True)
+SETTINGS = Settings(steps=1500, learning_rate=1e-3, warmup=200, weight_decay=0.1, average=0.999, bf16=True)
 
 
 def create(towers: Towers, seed: int) -> PriorTransformer:
@@ -59,6 +65,25 @@ def create(towers: Towers, seed: int) -> PriorTransformer:
     prior.clip_mean.requires_grad_(False)
     prior.clip_std.requires_grad_(False)
     return prior
+
+
+def background_directions(towers: Towers, seed: int) -> Tensor:
+    """How the image embedding changes with the background, (colours, D), all else being equal."""
+    rng = np.random.default_rng([seed, 3])
+    colors = list(COLORS)
+    scenes = [sample_scene(rng) for _ in range(2048)]
+    labels = torch.tensor([answers(scene) for scene in scenes])
+    parts = []
+    for index, count in enumerate(QUESTIONS.values()):
+        known = labels[:, index] >= 0
+        parts.append(functional.one_hot(labels[:, index].clamp_min(0), count) * known[:, None])
+    design = torch.cat(parts, dim=1).double()
+    with torch.no_grad():
+        embeds = torch.cat([towers.embed_images(render(scenes[i : i + 256], IMAGE_SIZE)) for i in range(0, 2048, 256)])
+    # A trace of ridge: the questions' answers add up to the same everywhere, so the solution is not unique.
+    gram = design.T @ design + torch.eye(design.shape[1], dtype=torch.float64)
+    solution = torch.linalg.solve(gram, design.T @ (embeds - embeds.mean(0)).double())
+    return solution[: len(colors)].float()
 
 
 def denoise_levels(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, condition: PriorCondition) -> Tensor:
@@ -81,17 +106,33 @@ def denoise_levels(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, co
     return cast(Tensor, prior.proj_to_clip_embeddings(prior.norm_out(last)))
 
 
-def objective(prior: PriorTransformer, towers: Towers, scheduler: UnCLIPScheduler, draw: Draw) -> dict[str, Tensor]:
+def _pairs(towers: Towers, directions: Tensor, rng: np.random.Generator) -> tuple[list[Caption], Tensor]:
+    """Captions and the image embeddings (B, D) that they describe."""
+    scenes = [sample_scene(rng, shapes=2 if rng.random() < TWO_SHAPES else 1) for _ in range(BATCH)]
+    embeds = towers.embed_images(render(scenes, IMAGE_SIZE)).float()
+    captions: list[Caption] = []
+    for row, scene in enumerate(scenes):
+        chance = rng.random()
+        if chance < EMPTY_PROMPTS:
+            captions.append(EMPTY)
+        elif chance < EMPTY_PROMPTS + INVISIBLE:
+            before, after = scene.background, scene.shapes[int(rng.integers(len(scene.shapes)))].color
+            captions.append(caption(dataclasses.replace(scene, background=after), rng, FULL))
+            embeds[row] += directions[list(COLORS).index(after)] - directions[list(COLORS).index(before)]
+        else:
+            captions.append(caption(scene, rng, FULL if rng.random() < 0.4 else None))
+    return captions, embeds
+
+
+def objective(
+    prior: PriorTransformer, towers: Towers, directions: Tensor, scheduler: UnCLIPScheduler, draw: Draw
+) -> dict[str, Tensor]:
     """Losses of one training step."""
     rng = draw.numpy
-    scenes = [sample_scene(rng, shapes=2 if rng.random() < TWO_SHAPES else 1) for _ in range(BATCH)]
-    captions: list[Caption] = []
-    for scene in scenes:
-        full = FULL if rng.random() < 0.4 else None
-        captions.append(EMPTY if rng.random() < EMPTY_PROMPTS else caption(scene, rng, full))
-    texts = [distracted(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
     with torch.no_grad():
-        clean = (towers.embed_images(render(scenes, IMAGE_SIZE)).float() - prior.clip_mean) / prior.clip_std
+        captions, embeds = _pairs(towers, directions, rng)
+        clean = (embeds - prior.clip_mean) / prior.clip_std
+        texts = [distracted(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
         text = towers.embed_texts(texts)
     timesteps = torch.arange(LEVELS) + torch.rand(BATCH, LEVELS, generator=draw.torch)
     timesteps = (timesteps / LEVELS * len(scheduler)).long()
@@ -154,7 +195,8 @@ def train_prior(folder: str | Path, towers: Towers, settings: Settings = SETTING
     folder = Path(folder)
     prior = create(towers, settings.seed)
     scheduler = UnCLIPScheduler(**SCHEDULER)
-    train(prior, lambda draw: objective(prior, towers, scheduler, draw), settings, folder)
+    directions = background_directions(towers, settings.seed)
+    train(prior, lambda draw: objective(prior, towers, directions, scheduler, draw), settings, folder)
     prior.requires_grad_(False)
     prior.save_pretrained(folder / "model" / "prior")
     scheduler.save_pretrained(folder / "model" / "scheduler")
