@@ -29,7 +29,7 @@ SIZE, CROP = 128, 64
 # Pictures are mostly flat, and the flat parts are learned within minutes: outlines are what limits the result.
 EDGE_WEIGHT = 10.0
 AUTOENCODER = Settings(steps=2400, learning_rate=2e-3, warmup=100, decay=800, average=0.995, bf16=True)
-DECODER = Settings(steps=4000, learning_rate=1e-3, warmup=100, decay=2500, average=0.998, bf16=True, seed=1)
+DECODER = Settings(steps=2400, learning_rate=1e-3, warmup=100, decay=1600, average=0.998, bf16=True, seed=1)
 
 
 def train_movq(folder: str | Path) -> VQModel:
