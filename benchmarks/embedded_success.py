@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -154,19 +155,16 @@ def make_drawer(options: argparse.Namespace) -> tuple[Drawer, dict[str, Any]]:
 
 def contact_sheet(cells: Sequence[tuple[Any, Prompt, Verdict]], path: Path, columns: int = 6) -> None:
     """Save pictures with their prompts and what is wrong with them."""
-    width, height, side = 200, 190, 128
+    width, height, side = 200, 210, 128
     sheet = Image.new("RGB", (width * columns, height * math.ceil(len(cells) / columns)), "white")
     pen = ImageDraw.Draw(sheet)
     for index, (image, prompt, verdict) in enumerate(cells):
         left, top = width * (index % columns), height * (index // columns)
         picture = Image.fromarray((to_array(image) * 255).round().astype("uint8")).resize((side, side))
         sheet.paste(picture, (left + (width - side) // 2, top + 4))
-        words = prompt.text.split()
-        lines = [""]
-        for word in words:
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 34 else [*lines, word]
-        pen.text((left + 4, top + side + 6), "\n".join(lines[:3]), fill="black", font_size=10)
-        pen.text((left + 4, top + side + 46), "wrong: " + ", ".join(verdict.wrong), fill="red", font_size=10)
+        wrong = "wrong: " + ", ".join(verdict.wrong)
+        pen.text((left + 4, top + side + 6), textwrap.fill(prompt.text, 36, max_lines=3), fill="black", font_size=10)
+        pen.text((left + 4, top + side + 46), textwrap.fill(wrong, 36), fill="red", font_size=10)
     sheet.save(path)
 
 
