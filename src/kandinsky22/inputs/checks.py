@@ -40,7 +40,7 @@ def function(name: str, value: Any) -> Callable[..., Any] | None:
     """Something to call, or None."""
     if value is not None and not callable(value):
         raise InputError(f"{name}={value!r}: a function or None is needed")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def names(name: str, value: Any, accepted: Sequence[str]) -> tuple[str, ...]:
@@ -51,15 +51,18 @@ def names(name: str, value: Any, accepted: Sequence[str]) -> tuple[str, ...]:
     return tuple(choice(name, item, accepted) for item in chosen)
 
 
-def generators(value: Any, batch: int) -> torch.Generator | list[torch.Generator] | None:
-    """No generator, one for all, or a list with one for each of `batch` pictures."""
+def generators(value: Any, pictures: int, rows: int) -> torch.Generator | list[torch.Generator] | None:
+    """No generator, one for all, or a list with one for each of `rows` samples.
+
+    A list with one for each picture is repeated where a picture has several samples (its negative, say).
+    """
     if value is None or isinstance(value, torch.Generator):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(item, torch.Generator) for item in value):
         raise InputError(f"generator={value!r}: a torch.Generator, a list of them, or None is needed")
-    if len(value) not in (1, batch):
-        raise InputError(f"generator: a list of {len(value)} was given for {batch} pictures; one each is needed")
-    return value[0] if len(value) == 1 else list(value)
+    if len(value) not in (1, pictures, rows):
+        raise InputError(f"generator: a list of {len(value)} was given for {pictures} pictures; one each is needed")
+    return value[0] if len(value) == 1 else [*value] * (rows // len(value))
 
 
 def latents(value: Any, shape: tuple[int, ...]) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks, prompts
+from kandinsky22.inputs import checks, images, prompts
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.components import PRIOR_PREFIX
-from kandinsky22.pipelines.decoder import DecoderPipeline, KandinskyV22Pipeline, Plan
+from kandinsky22.pipelines.decoder import DecoderPipeline, KandinskyV22Pipeline
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
-from kandinsky22.pipelines.sampling import LATENTS
+from kandinsky22.pipelines.sampling import LATENTS, Plan
 
 D = TypeVar("D", bound=DecoderPipeline)
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -123,20 +123,13 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
         positive, _ = prompts.pairs(prompt, negative_prompt)
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
         of_prior = isinstance(latents, Tensor) and latents.ndim == 2
+        checks.choice("output_type", output_type, images.OUTPUT_TYPES)
         decoder = self.decoder_pipe
-        plan = decoder._plan(
-            len(positive) * copies,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=None if of_prior else latents,
-            output_type=output_type,
-            callbacks=decoder._check_callbacks(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-            ),
+        callbacks = decoder._check_callbacks(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         )
+        options = (num_inference_steps, guidance_scale, generator, None if of_prior else latents, callbacks)
+        plan = decoder._plan(len(positive) * copies, (height, width), *options)
         embeds = self._embed(
             plan,
             prompt=prompt,
@@ -149,4 +142,4 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
             callback_on_step_end=prior_callback_on_step_end,
             callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
         )
-        return decoder._generate(plan, embeds, return_dict)
+        return decoder._generate(plan, embeds, output_type, return_dict)

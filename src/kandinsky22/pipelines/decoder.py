@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,21 +12,7 @@ from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks, images
 from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.outputs import ImagePipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, LEARNED, Callbacks, Denoise, Run, SamplingPipeline
-from kandinsky22.randomness import Generators
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The checked arguments of a call to any decoder. `shape` is that of the latents."""
-
-    shape: tuple[int, int, int, int]
-    guidance_scale: float
-    timesteps: Tensor
-    generators: Generators
-    latents: Tensor | None
-    output_type: str
-    callbacks: Callbacks
+from kandinsky22.pipelines.sampling import LATENTS, LEARNED, Denoise, Plan, Run, SamplingPipeline
 
 
 class DecoderPipeline(SamplingPipeline):
@@ -58,32 +43,13 @@ class DecoderPipeline(SamplingPipeline):
         return int(self.unet.config.sample_size * self.movq_scale_factor)
 
     def _plan(
-        self,
-        batch: int,
-        *,
-        height: Any,
-        width: Any,
-        num_inference_steps: Any,
-        guidance_scale: Any,
-        generator: Any,
-        latents: Any,
-        output_type: Any,
-        callbacks: Callbacks,
-        extra_channels: int = 0,
-        condition: str = "image",
+        self, batch: int, size: tuple[Any, Any], *options: Any, extra_channels: int = 0, condition: str = "image"
     ) -> Plan:
-        """Check the arguments that all decoders share, for `batch` pictures; `extra_channels` and `condition` say
-        which UNet the mode needs, beyond reading latents. Raises InputError."""
-        scale = checks.number("guidance_scale", guidance_scale)
-        checks.choice("output_type", output_type, images.OUTPUT_TYPES)
+        """Check the arguments of a call for `batch` pictures of `size` (height, width); `options` are the rest of
+        `_schedule`'s. `extra_channels` and `condition` say what UNet the mode needs. Raises InputError."""
         self._need("unet", "scheduler", "movq")
         self._check_unet(extra_channels, condition)
-        shape = self._latent_shape(batch, height, width)
-        if latents is not None:
-            latents = checks.latents(latents, shape)
-        generators = checks.generators(generator, batch)
-        timesteps = self._set_timesteps(num_inference_steps)
-        return Plan(shape, scale, timesteps, generators, latents, output_type, callbacks)
+        return self._schedule(self._latent_shape(batch, *size), batch, *options)
 
     def _latent_shape(self, batch: int, height: Any, width: Any) -> tuple[int, int, int, int]:
         """Shape of the latents; sides given in pixels are rounded up to a multiple of the factor squared (64)."""
@@ -177,24 +143,16 @@ class KandinskyV22Pipeline(DecoderPipeline):
         """
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
         guided = checks.number("guidance_scale", guidance_scale) > 1
-        tensors = self._embeddings(image_embeds, negative_image_embeds, copies, guided)
-        plan = self._plan(
-            len(tensors["image_embeds"]) // (2 if guided else 1),
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callbacks=self._check_callbacks(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-            ),
+        checks.choice("output_type", output_type, images.OUTPUT_TYPES)
+        callbacks = self._check_callbacks(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         )
-        return self._generate(plan, tensors, return_dict)
+        tensors = self._embeddings(image_embeds, negative_image_embeds, copies, guided)
+        batch = len(tensors["image_embeds"]) // (2 if guided else 1)
+        options = (num_inference_steps, guidance_scale, generator, latents, callbacks)
+        plan = self._plan(batch, (height, width), *options)
+        return self._generate(plan, tensors, output_type, return_dict)
 
-    def _generate(self, plan: Plan, tensors: dict[str, Tensor], return_dict: bool) -> Any:
-        start = self._start_latents(plan.shape, plan.latents, plan.generators, self.unet.dtype)
-        run = Run(start, tensors, plan.guidance_scale)
-        latents = self._denoise(run, plan.timesteps, self._bind, plan.generators, plan.callbacks)
-        return self._decode(latents, plan.output_type, return_dict)
+    def _generate(self, plan: Plan, tensors: dict[str, Tensor], output_type: str, return_dict: bool) -> Any:
+        latents = self._denoise(plan, self._noise(plan, self.unet.dtype), tensors)
+        return self._decode(latents, output_type, return_dict)

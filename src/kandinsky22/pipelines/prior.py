@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks, prompts
+from kandinsky22.inputs import checks, mixtures, prompts
 from kandinsky22.models import PriorTransformer
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, Denoise, Run, SamplingPipeline, sample
-from kandinsky22.randomness import Generators
+from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +123,16 @@ class PriorPipeline(SamplingPipeline):
         )
         return lambda noisy, timestep: self.prior.denoise(noisy, timestep, condition)
 
-    def _finish(self, embeds: Tensor, negative: Tensor, output_type: str, return_dict: bool) -> Any:
-        self.maybe_free_model_hooks()
-        pair: tuple[Any, Any] = (embeds, negative)
-        if output_type == "np":
-            pair = (embeds.float().cpu().numpy(), negative.float().cpu().numpy())  # numpy has no bfloat16
-        return KandinskyPriorPipelineOutput(*pair) if return_dict else pair
+
+@dataclasses.dataclass(frozen=True)
+class PriorPlan:
+    """A checked call of the prior: `texts` holds the prompts, then their negatives if there are any."""
+
+    texts: list[str]
+    against: list[str]
+    copies: int
+    has_negatives: bool
+    sampling: Plan
 
 
 class KandinskyV22PriorPipeline(PriorPipeline):
@@ -158,29 +161,36 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         list of generators has one for each picture, which also draws for its negative. Guidance is off at 1 and
         below. `output_type` is "pt" or "np". Raises InputError before any network runs.
         """
-        positive, negative = prompts.pairs(prompt, negative_prompt)
-        copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
-        scale = checks.number("guidance_scale", guidance_scale)
         checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
         callbacks = self._check_callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._need("prior", "text_encoder", "tokenizer", "scheduler", *(["image_encoder"] if negative is None else []))
+        options = (num_images_per_prompt, num_inference_steps, guidance_scale, generator, latents, callbacks)
+        embeds, negatives = self._embed(self._plan(prompt, negative_prompt, *options))
+        self.maybe_free_model_hooks()
+        if output_type == "np":  # which has no bfloat16
+            arrays = embeds.float().cpu().numpy(), negatives.float().cpu().numpy()
+            return KandinskyPriorPipelineOutput(*arrays) if return_dict else arrays
+        return KandinskyPriorPipelineOutput(embeds, negatives) if return_dict else (embeds, negatives)
+
+    def _plan(self, prompt: Any, negative_prompt: Any, num_images_per_prompt: Any, *options: Any) -> PriorPlan:
+        positive, negative = prompts.pairs(prompt, negative_prompt)
+        copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
+        self._need("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
         texts = positive + (negative or [])
         shape = (len(texts) * copies, self.prior.config.embedding_dim)
-        if latents is not None:
-            latents = checks.latents(latents, shape)
-        generators = _generators(generator, len(positive) * copies, shape[0])
-        timesteps = self._set_timesteps(num_inference_steps)
+        against = negative * 2 if negative else [""] * len(texts)
+        sampling = self._schedule(shape, len(positive) * copies, *options)
+        return PriorPlan(texts, against, copies, negative is not None, sampling)
 
-        against = [""] * len(texts) if negative is None else negative * 2
-        tensors = self.encode_prompts(texts, against, copies, guided=scale > 1)
-        start = self._start_latents(shape, latents, generators, self.prior.dtype)
-        run = Run(start, tensors, scale)
-        embeds = self.prior.post_process_latents(self._denoise(run, timesteps, self._bind, generators, callbacks))
-        if negative is None:
-            negative_embeds = self.get_zero_embed(len(embeds))
-        else:
-            embeds, negative_embeds = embeds.chunk(2)
-        return self._finish(embeds, negative_embeds, output_type, return_dict)
+    def _embed(self, plan: PriorPlan) -> tuple[Tensor, Tensor]:
+        """Embeddings and negatives for a plan that was the last to be made."""
+        guided = plan.sampling.guidance_scale > 1
+        tensors = self.encode_prompts(plan.texts, plan.against, plan.copies, guided=guided)
+        latents = self._denoise(plan.sampling, self._noise(plan.sampling, self.prior.dtype), tensors)
+        embeds = self.prior.post_process_latents(latents)
+        if plan.has_negatives:
+            embeds, negatives = embeds.chunk(2)
+            return embeds, negatives
+        return embeds, self.get_zero_embed(len(embeds))
 
     @torch.no_grad()
     def interpolate(
@@ -205,79 +215,40 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         network runs.
         """
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
-        items = self._check_mixture(images_and_prompts, weights, copies)
+        self._need("prior", "image_encoder", "image_processor")
+        dim, size = self.prior.config.embedding_dim, self.image_encoder.config.image_size
+        options: dict[str, Any] = {"rows": copies, "dim": dim, "size": size, "image_processor": self.image_processor}
+        items = mixtures.parts(images_and_prompts, weights, **options)
         against = prompts.texts("negative_prompt", negative_prompt)
         if len(against) not in (1, copies):
             raise InputError(f"negative_prompt: {len(against)} strings were given for {copies} pictures")
-        options: dict[str, Any] = {
-            "negative_prompt": negative_prior_prompt,
-            "num_inference_steps": num_inference_steps,
-            "generator": generator,
-            "latents": latents,
-            "guidance_scale": guidance_scale,
-        }
-        parts = []
+        silent = self._check_callbacks(None, None)
+
+        def plan(texts: str | list[str], copies: int) -> PriorPlan:
+            options = (num_inference_steps, guidance_scale, generator, latents, silent)
+            return self._plan(texts, negative_prior_prompt, copies, *options)
+
+        plan(against, copies // len(against))  # checks all arguments
+        mixed = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
         for item, weight in zip(items, weights, strict=True):
             if isinstance(item, str):
-                embeds = self(item, num_images_per_prompt=copies, **options).image_embeds
+                embeds, _ = self._embed(plan(item, copies))
             else:
-                embeds = self.encode_pixels(item) if item.ndim == 4 else item.to(self._execution_device)
-            parts.append(checks.same_batch("images_and_prompts", embeds, copies, "the result") * weight)
-        mixed = torch.stack(parts).sum(dim=0)
-
+                embeds = self.encode_pixels(item) if item.ndim == 4 else item.to(mixed)
+            mixed = mixed + embeds * weight
+        last = plan(against, copies // len(against))
         if negative_prompt == "" and negative_prior_prompt is None:
-            self._discard_draws(copies, num_inference_steps, generator, latents)
+            self._discard_draws(last.sampling)
             negatives = self.get_zero_embed(copies)
-            self.maybe_free_model_hooks()
         else:
-            out = self(against, num_images_per_prompt=copies // len(against), **options)
-            negatives = out.negative_image_embeds if negative_prompt == "" else out.image_embeds
-        if device is not None:
-            mixed, negatives = mixed.to(device), negatives.to(device)
-        return KandinskyPriorPipelineOutput(mixed, negatives)
+            embeds, negatives = self._embed(last)
+            negatives = negatives if negative_prompt == "" else embeds
+        self.maybe_free_model_hooks()
+        return KandinskyPriorPipelineOutput(mixed.to(device or mixed.device), negatives.to(device or mixed.device))
 
-    def _check_mixture(self, items: Any, weights: Any, copies: int) -> list[str | Tensor]:
-        if not isinstance(items, list | tuple) or not isinstance(weights, list | tuple) or not items:
-            raise InputError("images_and_prompts and weights: two lists with at least one entry are needed")
-        if len(items) != len(weights):
-            raise InputError(f"weights: {len(weights)} were given for {len(items)} images_and_prompts")
-        for index, weight in enumerate(weights):
-            checks.number(f"weights[{index}]", weight)
-        return [self._check_item(f"images_and_prompts[{index}]", item, copies) for index, item in enumerate(items)]
-
-    def _check_item(self, name: str, item: Any, copies: int) -> str | Tensor:
-        """A text, pixels (1, 3, size, size), or embeddings (1 or copies, dim)."""
-        if isinstance(item, str):
-            return item
-        if isinstance(item, PIL.Image.Image):
-            pixels: Tensor = self.image_processor(item, return_tensors="pt").pixel_values
-            return pixels
-        if not isinstance(item, Tensor):
-            raise InputError(f"{name}: a string, a PIL image or a tensor is needed, not {type(item).__name__}")
-        if item.ndim <= 2:
-            embeds = checks.embeddings(name, item, self.prior.config.embedding_dim)
-            return checks.same_batch(name, embeds, copies, "the result").to(self.prior.dtype)
-        size = self.image_encoder.config.image_size
-        if tuple(item.shape) not in ((3, size, size), (1, 3, size, size)):
-            raise InputError(f"{name} has shape {tuple(item.shape)}; pixels need (3, {size}, {size})")
-        return checks.finite(name, item).reshape(1, 3, size, size)
-
-    def _discard_draws(self, rows: int, steps: int, generator: Any, latents: Tensor | None) -> None:
-        """Draw what a run would draw, without its network, so that the generator ends where the reference leaves it."""
-        timesteps = self._set_timesteps(steps)
-        generators = _generators(generator, rows, rows)
-        start = self._start_latents((rows, self.prior.config.embedding_dim), latents, generators, self.prior.dtype)
-        run = Run(start, {}, 1.0)
-        for _ in sample(
-            run, scheduler=self.scheduler, timesteps=timesteps, bind=lambda _: lambda noisy, _: noisy,
-            generator=generators,
-        ):  # fmt: skip
+    def _discard_draws(self, plan: Plan) -> None:
+        """Draw what a run would draw, without its network: the reference runs the prior here and does not use the
+        result, and whoever draws next from the same generator is to get the same picture."""
+        run = Run(self._noise(plan, self.prior.dtype), {}, 1.0)
+        for _ in sample(run, self.scheduler, plan.timesteps, lambda _: lambda noisy, _: noisy, plan.generators):
             pass
-
-
-def _generators(value: Any, pictures: int, rows: int) -> Generators:
-    """One generator for all rows, or a list with one each; pictures and their negatives share theirs."""
-    if isinstance(value, list | tuple) and len(value) == rows:
-        return checks.generators(value, rows)
-    chosen = checks.generators(value, pictures)
-    return chosen * (rows // pictures) if isinstance(chosen, list) else chosen

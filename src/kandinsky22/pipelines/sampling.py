@@ -45,7 +45,7 @@ class Run:
 
 
 def sample(
-    run: Run, *, scheduler: Any, timesteps: Tensor, bind: Bind, generator: Generators, edit: Edit | None = None
+    run: Run, scheduler: Any, timesteps: Tensor, bind: Bind, generator: Generators, edit: Edit | None = None
 ) -> Iterator[Run]:
     """Denoise `run.latents` along `timesteps`, yielding `run` after each step.
 
@@ -125,6 +125,18 @@ class Callbacks:
     every: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The checked arguments that all calls have in common. `shape` is that of the latents."""
+
+    shape: tuple[int, ...]
+    guidance_scale: float
+    timesteps: Tensor
+    generators: Generators
+    latents: Tensor | None
+    callbacks: Callbacks
+
+
 class SamplingPipeline(DiffusionPipeline):
     """What all pipelines that denoise have in common: start noise, timesteps, the loop's progress and callbacks.
 
@@ -166,38 +178,44 @@ class SamplingPipeline(DiffusionPipeline):
         if missing := [name for name in components if getattr(self, name) is None]:
             raise InputError(f"{type(self).__name__} was made without {', '.join(missing)}; this call needs it")
 
-    def _set_timesteps(self, num_inference_steps: Any) -> Tensor:
+    def _schedule(
+        self,
+        shape: tuple[int, ...],
+        pictures: int,
+        num_inference_steps: Any,
+        guidance_scale: Any,
+        generator: Any,
+        latents: Any,
+        callbacks: Callbacks,
+    ) -> Plan:
+        """Check what all calls have in common, for latents of this shape, and set the scheduler's timesteps."""
+        scale = checks.number("guidance_scale", guidance_scale)
+        if latents is not None:
+            latents = checks.latents(latents, shape)
+        generators = checks.generators(generator, pictures, shape[0])
         steps = checks.whole("num_inference_steps", num_inference_steps)
         self.scheduler.set_timesteps(steps, device=self._execution_device)
-        timesteps: Tensor = self.scheduler.timesteps
-        return timesteps
+        return Plan(shape, scale, self.scheduler.timesteps, generators, latents, callbacks)
 
-    def _start_latents(
-        self, shape: tuple[int, ...], latents: Tensor | None, generator: Generators, dtype: torch.dtype
-    ) -> Tensor:
-        """Noise of the scheduler's initial level, drawn unless `latents` bring it."""
-        device = self._execution_device
+    def _noise(self, plan: Plan, dtype: torch.dtype) -> Tensor:
+        """Latents at the scheduler's initial level of noise, drawn unless the call brings them."""
+        latents, device = plan.latents, self._execution_device
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        noise: Tensor = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
-        return noise
+            latents = randn_tensor(plan.shape, generator=plan.generators, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
-    def _denoise(
-        self,
-        run: Run,
-        timesteps: Tensor,
-        bind: Bind,
-        generator: Generators,
-        callbacks: Callbacks,
-        edit: Edit | None = None,
-    ) -> Tensor:
-        """Run the loop to its end: the latents after the last step."""
-        self._guidance_scale, self._num_timesteps = run.guidance_scale, len(timesteps)
-        run.shown = bool(callbacks.tensor_inputs) and callbacks.on_step_end is not None
-        steps = sample(run, scheduler=self.scheduler, timesteps=timesteps, bind=bind, generator=generator, edit=edit)
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for _ in steps:
-                self._notify(run, callbacks)
+    def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:
+        """The network, bound to the condition that these tensors give."""
+        raise NotImplementedError
+
+    def _denoise(self, plan: Plan, latents: Tensor, tensors: dict[str, Tensor], edit: Edit | None = None) -> Tensor:
+        """The latents after the last step, telling those who asked after each."""
+        self._guidance_scale, self._num_timesteps = plan.guidance_scale, len(plan.timesteps)
+        shown = bool(plan.callbacks.tensor_inputs) and plan.callbacks.on_step_end is not None
+        run = Run(latents, tensors, plan.guidance_scale, shown=shown)
+        with self.progress_bar(total=len(plan.timesteps)) as bar:
+            for _ in sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit):
+                self._notify(run, plan.callbacks)
                 run.guidance_scale = self._guidance_scale
                 bar.update()
         return run.latents
