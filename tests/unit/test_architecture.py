@@ -15,7 +15,7 @@ ROOT = Path(kandinsky22.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 
 # A room may import the rooms named here, itself, and the common ground; never the other way round.
-COMMON = {"errors", "config", "outputs", "files", "randomness"}
+COMMON = {"errors", "config", "outputs", "files", "weights", "randomness"}
 MAY_KNOW = {
     "models": {"hub"},
     "schedulers": {"hub"},

@@ -14,7 +14,7 @@ from kandinsky22.config import Config
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
 from kandinsky22.files import read_json, write_json
 from kandinsky22.hub import Source, model_folder
-from kandinsky22.models.weights import find_weights, read_tensors, weight_files, write_tensors
+from kandinsky22.weights import find_weights, read_tensors, weight_files, write_tensors
 
 M = TypeVar("M", bound="Model")
 LAYOUT_VERSION = "0.42.0"  # release of the published layout's own library whose files ours are like

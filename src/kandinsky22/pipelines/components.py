@@ -20,7 +20,7 @@ from torch import nn
 
 from kandinsky22 import models, schedulers
 from kandinsky22.errors import CheckpointError, InputError
-from kandinsky22.models.weights import STEM, weight_files
+from kandinsky22.weights import STEM, weight_files
 
 OWN = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
 BORROWED = {

@@ -12,7 +12,7 @@ from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks, images
 from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.outputs import ImagePipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, LEARNED, Denoise, Plan, Run, SamplingPipeline
+from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, uses_learned_variance
 
 
 class DecoderPipeline(SamplingPipeline):
@@ -69,9 +69,8 @@ class DecoderPipeline(SamplingPipeline):
                 f"addition_embed_type={condition!r}; this checkpoint's has in_channels={config.in_channels} and "
                 f"addition_embed_type={config.addition_embed_type!r}, so it belongs to another Kandinsky pipeline"
             )
-        wanted = getattr(self.scheduler.config, "variance_type", None)
-        if wanted in LEARNED and config.out_channels != 2 * latent:
-            raise InputError(f"scheduler: variance_type={wanted!r} needs a unet with out_channels={2 * latent}")
+        if uses_learned_variance(self.scheduler) and config.out_channels != 2 * latent:
+            raise InputError(f"scheduler: a learned variance_type needs a unet with out_channels={2 * latent}")
 
     def _embeddings(self, positive: Any, negative: Any, copies: int, guided: bool) -> dict[str, Tensor]:
         """The embeddings as callbacks see them: with guidance, `image_embeds` holds both halves, negative first."""

@@ -57,7 +57,7 @@ def sample(
     if "generator" in accepted:
         options["generator"] = generator
     condition = _Condition(bind)
-    learned = getattr(scheduler.config, "variance_type", None) in LEARNED
+    learned = uses_learned_variance(scheduler)
     for index, timestep in enumerate(timesteps):
         channels = run.latents.shape[1]
         guided = run.guidance_scale > 1
@@ -74,6 +74,14 @@ def sample(
         run.latents = latents if edit is None else edit(latents, index)
         run.index, run.timestep = index, timestep
         yield run
+
+
+def uses_learned_variance(scheduler: Any) -> bool:
+    """Whether `step` takes a learned variance. A config may have inherited that setting from another scheduler's, so
+    it counts only where the class itself has it."""
+    own = getattr(scheduler, "config_class", None)
+    settings = inspect.signature(type(scheduler)).parameters if own is None else own.names()
+    return "variance_type" in settings and getattr(scheduler.config, "variance_type", None) in LEARNED
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
