@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,15 @@ import diffusers
 import pytest
 import torch
 
-from kandinsky22 import CheckpointError, ConfigError, InputError, PriorTransformer, UNet2DConditionModel, VQModel
-from kandinsky22.models import weights
+from kandinsky22 import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    PriorTransformer,
+    UNet2DConditionModel,
+    VQModel,
+    weights,
+)
 
 TINY: dict[str, Any] = {
     "block_out_channels": (32, 32),
@@ -304,23 +310,25 @@ def test_a_failed_save_leaves_the_old_files(model: VQModel, saved: Path, monkeyp
 LOAD = """
 import resource, sys
 from kandinsky22 import PriorTransformer
-model = PriorTransformer.from_config({"num_attention_heads": 1, "attention_head_dim": 2, "embedding_dim": 4, "num_layers": 1})
+tiny = {"num_attention_heads": 1, "attention_head_dim": 2, "embedding_dim": 4, "num_layers": 1}
+PriorTransformer.from_config(tiny)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = PriorTransformer.from_pretrained(sys.argv[1])
-if sys.argv[2] == "use":
-    sum(float(p.sum()) for p in model.parameters())
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""  # noqa: E501
+sum(float(p.sum()) for p in model.parameters())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(resource, "RUSAGE_SELF"), reason="no memory figures here")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units elsewhere")
 def test_loading_takes_no_more_memory_than_the_weights(tmp_path: Path) -> None:
     big = PriorTransformer(num_attention_heads=8, attention_head_dim=64, embedding_dim=64, num_layers=6)
     big.save_pretrained(tmp_path)
     size = (tmp_path / SINGLE).stat().st_size / 1024
-    for use, share in (("no", 0.3), ("use", 1.3)):
-        command = [sys.executable, "-c", LOAD, str(tmp_path), use]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        grown = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
-        assert grown < share * size, f"{grown} KiB for {size} KiB of weights"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout.split()
+    loaded, used = (float(figure) / size for figure in printed)
+    assert loaded < 0.3, "weights are mapped, not read"
+    assert used < 1.3
