@@ -186,8 +186,8 @@ class DiffusionPipeline:
         self,
         save_directory: str | os.PathLike[str],
         *,
-        variant: str | None = None,
         max_shard_size: int | str = "10GB",
+        variant: str | None = None,
     ) -> None:
         """Write all components in the published layout, weights as safetensors, then the index that names them.
 
@@ -254,7 +254,7 @@ class DiffusionPipeline:
                 dtype = target
             else:
                 device = target
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
             raise InputError(f"dtype={dtype!r}; accepted: a floating-point torch.dtype")
         if device is not None:
             try:
