@@ -251,9 +251,7 @@ class Towers(nn.Module):
     def embed_texts(self, texts: Sequence[str], *, trim: bool = True) -> TextEmbedding:
         """Text embeddings of prompts; with `trim` only as long as the longest of them, which changes no value kept."""
         padding = "longest" if trim else "max_length"
-        tokens = self.tokenizer(
-            list(texts), padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt"
-        )
+        tokens = self.tokenizer(list(texts), padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt")
         output = self.text(input_ids=tokens.input_ids)
         return TextEmbedding(output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool())
 

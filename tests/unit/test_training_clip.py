@@ -1,0 +1,79 @@
+"""The recipes of CLIP and prior at tiny size: they run, resume nothing they should not, and save what loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kandinsky22.training import prior as recipe
+from kandinsky22.training.captions import VOCABULARY, caption
+from kandinsky22.training.clip import UNKNOWN, Towers, answers, build_tokenizer, neighbours, objective, told
+from kandinsky22.training.loop import Draw
+from kandinsky22.training.scenes import is_held_out, render, sample_scene
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    torch.manual_seed(0)
+    return Towers.create(build_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_every_known_word_is_one_token_and_any_text_can_be_tokenised(towers: Towers) -> None:
+    for word in VOCABULARY:
+        assert len(towers.tokenizer.tokenize(word.upper())) == 1
+    assert towers.tokenizer.tokenize("hexagon, 42 \u00fc \u6f22")
+    assert towers.tokenizer.unk_token_id not in towers.tokenizer("hexagon \u6f22").input_ids[1:-1]
+
+
+def test_trimming_changes_no_value(towers: Towers) -> None:
+    short, full = (towers.embed_texts(["a red circle", "a star"], trim=trim) for trim in (True, False))
+    assert torch.allclose(short.embeds, full.embeds, atol=1e-5)
+    assert torch.allclose(short.hidden, full.hidden[:, : short.hidden.shape[1]], atol=1e-5)
+    assert full.hidden.shape[1] == 77
+
+
+def test_what_captions_tell_is_true() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scene = sample_scene(rng)
+        truth, said = answers(scene), told(caption(scene, rng).named)
+        assert all(a in (UNKNOWN, b) for a, b in zip(said, truth, strict=True))
+
+
+def test_neighbours_are_different_and_never_held_out() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        group = neighbours(sample_scene(rng), 4, rng)
+        assert len(group) == 4 and group[0] not in group[1:]
+        assert not any(is_held_out(scene) for scene in group)
+
+
+def test_a_step_of_clip_reaches_all_its_weights(towers: Towers) -> None:
+    losses = objective(towers, Draw.of(0, 0), 8)
+    losses["loss"].backward()  # type: ignore[no-untyped-call]
+    silent = [name for name, p in towers.named_parameters() if p.grad is None]
+    assert silent == []
+    towers.zero_grad(set_to_none=True)
+
+
+def test_towers_are_saved_in_the_published_layout(towers: Towers, tmp_path: Path) -> None:
+    towers.save(tmp_path)
+    loaded = Towers.load(tmp_path)
+    pictures = render([sample_scene(np.random.default_rng(0))])
+    assert torch.allclose(loaded.embed_images(pictures), towers.embed_images(pictures), atol=1e-6)
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {"tokenizer", "text_encoder", "image_encoder", "image_processor"}
+
+
+def test_levels_share_a_text_without_seeing_each_other(towers: Towers) -> None:
+    prior = recipe.create(towers.requires_grad_(False), 0)
+    text = towers.embed_texts(["a red circle", "a big blue square on white"])
+    with torch.no_grad():
+        condition = prior.encode_condition(text.embeds, text.hidden, text.mask)
+        noisy, timesteps = torch.randn(2, 3, 128), torch.randint(0, 1000, (2, 3))
+        together = recipe.denoise_levels(prior, noisy, timesteps, condition)
+        alone = [prior.denoise(noisy[:, level], timesteps[:, level], condition) for level in range(3)]
+    assert torch.allclose(together, torch.stack(alone, 1), atol=1e-5)
