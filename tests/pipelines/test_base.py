@@ -249,7 +249,9 @@ def test_the_prior_is_found(checkpoints: Path, copy: Path, prior: Any) -> None:
     by_pipe = KandinskyV22CombinedPipeline.from_pretrained(copy / "decoder", prior=prior)
     assert by_pipe.components["prior_prior"] is prior.prior
     pictures = [picture(pipe) for pipe in (by_card, by_folder, by_name, by_pipe)]
-    assert all(np.array_equal(pictures[0], other) for other in pictures[1:])
+    assert (
+        max(float(np.abs(pictures[0] - other).max()) for other in pictures) < 1e-5
+    )  # where weights lie moves rounding
     part = KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder", prior_image_encoder=None)
     assert part.components["prior_image_encoder"] is None
     (copy / "prior").rename(copy / "elsewhere")
