@@ -132,8 +132,10 @@ class _Run:
         if not self.parameters:
             raise InputError("the network has no parameter that requires gradients")
         self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters.values(), settings.weight_decay), lr=settings.learning_rate,
-            betas=settings.betas, fused=True,
+            _decay_groups(self.parameters.values(), settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            fused=True,
         )
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.step, self.seconds = 0, 0.0
@@ -164,7 +166,9 @@ class _Run:
 
     def save(self) -> None:
         state = {
-            "step": self.step, "seconds": self._seconds(), "average": self.average,
+            "step": self.step,
+            "seconds": self._seconds(),
+            "average": self.average,
             "parameters": {name: value.detach() for name, value in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
         }
@@ -175,7 +179,9 @@ class _Run:
 
     def summary(self) -> dict[str, Any]:
         return {
-            "step": self.step, "finished": self.step >= self.settings.steps, "seconds": round(self._seconds(), 1),
+            "step": self.step,
+            "finished": self.step >= self.settings.steps,
+            "seconds": round(self._seconds(), 1),
             "parameters": sum(value.numel() for value in self.parameters.values()),
             "settings": dataclasses.asdict(self.settings),
         }
