@@ -109,7 +109,7 @@ def _sample_shape(rng: np.random.Generator, colors: Sequence[str], center: tuple
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     return Shape(
         kind=SHAPES[rng.integers(len(SHAPES))],
-        color=colors[rng.integers(len(colors))],
+        color=colors[int(rng.integers(len(colors)))],
         size=size,
         x=float(center[0] + dx),
         y=float(center[1] + dy),
