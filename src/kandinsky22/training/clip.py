@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,7 +199,7 @@ class Towers(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer, self.text, self.vision = tokenizer, text, vision
-        self.probe = Probe(text.config.projection_dim)
+        self.probe = Probe(int(text.config.projection_dim or EMBEDDING))
         self.logit_scale = nn.Parameter(torch.tensor(2.66))  # log(1/0.07), as in the CLIP paper
 
     @classmethod
@@ -298,7 +299,11 @@ def neighbours(scene: Scene, count: int, rng: np.random.Generator) -> list[Scene
             a, b = scene.shapes
             variant = dataclasses.replace(scene, shapes=(_moved(b, a), _moved(a, b)))
         else:
-            fields = [{"kind": theirs.kind}, {"color": theirs.color}, {"size": theirs.size, "radius": theirs.radius}]
+            fields: list[dict[str, Any]] = [
+                {"kind": theirs.kind},
+                {"color": theirs.color},
+                {"size": theirs.size, "radius": theirs.radius},
+            ]
             if change == 1:
                 fields.append({"x": theirs.x, "y": theirs.y})
             shapes = list(scene.shapes)

@@ -169,7 +169,7 @@ def sample_embeddings(
         if guided:
             empty, predicted = predicted.chunk(2)
             predicted = empty + guidance * (predicted - empty)
-        latents = scheduler.step(predicted, t, latents, prev_timestep=following, generator=generator).prev_sample
+        latents = scheduler.step(predicted, t, latents, following, generator, return_dict=False)[0]
     return prior.post_process_latents(latents)
 
 

@@ -105,10 +105,10 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def _sample_shape(rng: np.random.Generator, colors: Sequence[str], center: tuple[float, float]) -> Shape:
-    size = SIZES[rng.integers(len(SIZES))]
+    size = SIZES[int(rng.integers(len(SIZES)))]
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     return Shape(
-        kind=SHAPES[rng.integers(len(SHAPES))],
+        kind=SHAPES[int(rng.integers(len(SHAPES)))],
         color=colors[int(rng.integers(len(colors)))],
         size=size,
         x=float(center[0] + dx),
