@@ -42,30 +42,23 @@ def oracles(checkpoints: Path) -> dict[str, Any]:
     return pipes
 
 
-@pytest.fixture(scope="session")
-def loaded(checkpoints: Path) -> dict[str, Any]:
-    """Our pipelines, by name. Tests get copies that share the networks."""
-    classes = {
-        "prior": KandinskyV22PriorPipeline,
-        "decoder": KandinskyV22Pipeline,
-        "combined": KandinskyV22CombinedPipeline,
-    }
-    pipes = {name: kind.from_pretrained(checkpoints / name) for name, kind in classes.items()}
-    for pipe in pipes.values():
-        pipe.set_progress_bar_config(disable=True)
-    return pipes
+def load(kind: Any, folder: Path) -> Any:
+    """A pipeline of its own for each test, which may move, convert and take it apart."""
+    pipe = kind.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture
-def prior(loaded: dict[str, Any]) -> KandinskyV22PriorPipeline:
-    return KandinskyV22PriorPipeline.from_pipe(loaded["prior"])
+def prior(checkpoints: Path) -> KandinskyV22PriorPipeline:
+    return load(KandinskyV22PriorPipeline, checkpoints / "prior")
 
 
 @pytest.fixture
-def decoder(loaded: dict[str, Any]) -> KandinskyV22Pipeline:
-    return KandinskyV22Pipeline.from_pipe(loaded["decoder"])
+def decoder(checkpoints: Path) -> KandinskyV22Pipeline:
+    return load(KandinskyV22Pipeline, checkpoints / "decoder")
 
 
 @pytest.fixture
-def combined(loaded: dict[str, Any]) -> KandinskyV22CombinedPipeline:
-    return KandinskyV22CombinedPipeline.from_pipe(loaded["combined"])
+def combined(checkpoints: Path) -> KandinskyV22CombinedPipeline:
+    return load(KandinskyV22CombinedPipeline, checkpoints / "combined")
