@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.models.movq import VQModel
-from kandinsky22.models.prior import PriorTransformer
+from kandinsky22.models.prior import AHEAD, PriorTransformer
 from kandinsky22.models.unet import UNet2DConditionModel
 
 PRIOR = {"num_attention_heads": 2, "attention_head_dim": 12, "embedding_dim": 32, "num_layers": 3}
@@ -103,6 +103,22 @@ def test_prior_condition_serves_every_step() -> None:
             sample = torch.randn(2, 32)
             expected = theirs(sample, timestep, text, states, mask).predicted_image_embedding
             assert error(ours.denoise(sample, timestep, condition), expected) < 1e-5
+
+
+def test_prior_computes_timesteps_ahead() -> None:
+    theirs, ours = twins(diffusers.PriorTransformer, PriorTransformer, PRIOR)
+    text, states, mask = torch.randn(2, 32), torch.randn(2, 77, 32), torch.arange(77) < torch.tensor([[6], [2]])
+    schedule = [float(t) for t in range(990, 0, -20)]
+    assert len(schedule) > AHEAD, "more than one block"
+    calls = []
+    ours.time_embedding.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        condition = ours.encode_condition(text, states, mask, schedule)
+        for timestep in [*schedule, schedule[0], 7]:  # in order, then once more from the start, then one of its own
+            sample = torch.randn(2, 32)
+            expected = theirs(sample, timestep, text, states, mask).predicted_image_embedding
+            assert error(ours.denoise(sample, timestep, condition), expected) < 1e-5
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("missing", ["encoder_hidden_states", "attention_mask"])

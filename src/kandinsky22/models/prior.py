@@ -1,13 +1,15 @@
 """The prior: a causal transformer that denoises a CLIP image embedding, given a text (https://arxiv.org/abs/2204.06125).
 
 The sequence is the text tokens, the text embedding, the timestep, the noisy image embedding and a learned query, whose
-output is the prediction. Attention is causal, so nothing before the timestep depends on the step: keys and values of
-the text are computed once (`encode_condition`), and each step (`denoise`) runs three tokens.
+output is the prediction. Attention is causal, so no token depends on those after it: keys and values of the text are
+computed once (`encode_condition`), those of the timesteps for many steps in one go, and a step (`denoise`) itself runs
+two tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +24,7 @@ from kandinsky22.models.layers import TimeEmbedding
 from kandinsky22.outputs import Output
 
 STEP_TOKENS = 3  # timestep, noisy image embedding, query
+AHEAD = 32  # timesteps whose keys and values are computed together
 MASKED = -10000.0  # added to the attention scores of padding, as in training; exactly 0 after the softmax
 
 
@@ -72,11 +75,14 @@ class PriorTransformerOutput(Output):
 class PriorCondition:
     """All that the prior needs to know of a text: keys and values per layer, and which of them count.
 
-    `mask` (batch, 1, 3, text + 3) is what is added to the scores of the three tokens of a step.
+    `mask` (batch, 1, 1, text) is what is added to the scores of the text's tokens. `schedule` are the timesteps to come,
+    in order; `ahead` holds the keys and values, per layer, of the next few of them.
     """
 
     layers: tuple[KeyValue, ...]
     mask: Tensor
+    schedule: Sequence[float] = ()
+    ahead: dict[float, list[KeyValue]] = field(default_factory=dict)
 
 
 class FeedForward(nn.Module):
@@ -148,13 +154,18 @@ class PriorTransformer(Model):
         self.clip_std = nn.Parameter(torch.zeros(1, cfg.embedding_dim))
 
     def encode_condition(
-        self, proj_embedding: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
+        self,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        schedule: Sequence[float] = (),
     ) -> PriorCondition:
         """Everything of a step that depends on the text alone.
 
         Takes the text embedding (batch, embedding_dim), the text encoder's last hidden state (batch, num_embeddings,
         embedding_dim) and which of its tokens are text (batch, num_embeddings; true or 1). Tokens after the last one
-        that is text in any sample are never looked at, so they are not computed.
+        that is text in any sample are never looked at, so they are not computed. With `schedule`, the timesteps that
+        `denoise` will be called with, in order, those steps share more of their work; others remain possible.
         """
         mask = attention_mask.to(device=proj_embedding.device, dtype=torch.bool)
         used = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0
@@ -168,33 +179,61 @@ class PriorTransformer(Model):
         places = self.positional_embedding
         tokens = tokens + torch.cat([places[:, :used], places[:, -STEP_TOKENS - 1 : -STEP_TOKENS]], dim=1)
 
-        length = used + 1 + STEP_TOKENS
-        scores = torch.full((length, length), MASKED, dtype=self.dtype, device=self.device).triu(1)
-        padding = F.pad(MASKED * (~mask[:, :used]).to(self.dtype), (0, 1 + STEP_TOKENS))
-        scores = scores + padding[:, None, None, :]
+        padding = F.pad(MASKED * (~mask[:, :used]).to(self.dtype), (0, 1))[:, None, None, :]
+        scores = padding + self._causal(used + 1)
         layers = []
         for block in self.transformer_blocks:
-            tokens, kv = block(tokens, scores[:, :, : used + 1, : used + 1])
+            tokens, kv = block(tokens, scores)
             layers.append(kv)
-        return PriorCondition(tuple(layers), scores[:, :, used + 1 :])
+        return PriorCondition(tuple(layers), padding, schedule)
 
     def denoise(self, sample: Tensor, timestep: Tensor | float, condition: PriorCondition) -> Tensor:
         """The predicted image embedding (batch, embedding_dim) behind `sample` of that shape, normalised.
 
         `timestep` is one number for the batch or one per sample, 0 (clean) to 999.
         """
-        tokens = torch.stack(
-            [
-                self.time_embedding(timestep).expand(len(sample), -1),
-                self.proj_in(sample),
-                self.prd_embedding[0].expand(len(sample), -1),
-            ],
-            dim=1,
-        )
-        tokens = tokens + self.positional_embedding[:, -STEP_TOKENS:]
-        for block, past in zip(self.transformer_blocks, condition.layers, strict=True):
-            tokens, _ = block(tokens, condition.mask, past)
+        tokens = torch.stack([self.proj_in(sample), self.prd_embedding[0].expand(len(sample), -1)], dim=1)
+        tokens = tokens + self.positional_embedding[:, 1 - STEP_TOKENS :]
+        own = F.pad(self._causal(2), (1, 0))
+        mask = torch.cat([condition.mask.expand(-1, -1, 2, -1), own.expand(len(condition.mask), 1, -1, -1)], dim=3)
+        times = self._times(timestep, condition)
+        for block, text, time in zip(self.transformer_blocks, condition.layers, times, strict=True):
+            tokens, _ = block(tokens, mask, text.followed_by(time))
         return self.proj_to_clip_embeddings(self.norm_out(tokens[:, -1]))
+
+    def _causal(self, length: int) -> Tensor:
+        """What is added to scores so that tokens do not see those after them, (length, length)."""
+        return torch.full((length, length), MASKED, dtype=self.dtype, device=self.device).triu(1)
+
+    def _times(self, timestep: Tensor | float, condition: PriorCondition) -> list[KeyValue]:
+        """Keys and values of the timestep's token, from what was computed ahead if it is there."""
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            return self._encode_times(timestep[:, None], condition)[0]
+        step = float(timestep)
+        if step not in condition.ahead:
+            place = list(condition.schedule).index(step) if step in condition.schedule else None
+            block = [step] if place is None else [float(t) for t in condition.schedule[place : place + AHEAD]]
+            encoded = self._encode_times(torch.tensor([block], device=self.device), condition)
+            condition.ahead.clear()
+            condition.ahead.update(zip(block, encoded, strict=True))
+        return condition.ahead[step]
+
+    def _encode_times(self, timesteps: Tensor, condition: PriorCondition) -> list[list[KeyValue]]:
+        """Keys and values of timestep tokens, per column of `timesteps` (batch or 1, steps) and layer.
+
+        They stand side by side in one sequence, in which each sees the text and itself.
+        """
+        batch, steps = len(condition.mask), timesteps.shape[1]
+        tokens = self.time_embedding(timesteps.flatten()).view(len(timesteps), steps, -1).expand(batch, -1, -1)
+        tokens = tokens + self.positional_embedding[:, -STEP_TOKENS, None]
+        apart = MASKED * (1 - torch.eye(steps, dtype=self.dtype, device=self.device))
+        text = condition.mask.expand(-1, -1, steps, -1)
+        mask = torch.cat([text, apart.expand(batch, 1, -1, -1)], dim=3)
+        layers: list[KeyValue] = []
+        for block, past in zip(self.transformer_blocks, condition.layers, strict=True):
+            tokens, own = block(tokens, mask, past)
+            layers.append(own)
+        return [[KeyValue(kv.key[:, :, i : i + 1], kv.value[:, :, i : i + 1]) for kv in layers] for i in range(steps)]
 
     def forward(
         self,

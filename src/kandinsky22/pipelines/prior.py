@@ -120,6 +120,7 @@ class PriorPipeline(SamplingPipeline):
             proj_embedding=tensors["prompt_embeds"],
             encoder_hidden_states=tensors["text_encoder_hidden_states"],
             attention_mask=tensors["text_mask"],
+            schedule=self.scheduler.timesteps.tolist(),
         )
         return lambda noisy, timestep: self.prior.denoise(noisy, timestep, condition)
 

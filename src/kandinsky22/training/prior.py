@@ -98,7 +98,7 @@ def denoise_levels(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, co
     tokens = (tokens + prior.positional_embedding[:, -STEP_TOKENS:]).view(batch, levels * STEP_TOKENS, -1)
     causal = torch.full((STEP_TOKENS, STEP_TOKENS), MASKED).triu(1)
     own = torch.block_diag(*[causal - MASKED] * levels) + MASKED
-    text = condition.mask[:, :, :1, :-STEP_TOKENS].expand(-1, -1, levels * STEP_TOKENS, -1)
+    text = condition.mask.expand(-1, -1, levels * STEP_TOKENS, -1)
     mask = torch.cat([text, own.expand(batch, 1, -1, -1)], dim=3)
     for block, past in zip(prior.transformer_blocks, condition.layers, strict=True):
         tokens, _ = block(tokens, mask, past)
@@ -162,7 +162,7 @@ def sample_embeddings(
     scheduler.set_timesteps(steps)
     guided = guidance > 1
     text = towers.embed_texts([""] * len(texts) + list(texts) if guided else texts)
-    condition = prior.encode_condition(text.embeds, text.hidden, text.mask)
+    condition = prior.encode_condition(text.embeds, text.hidden, text.mask, scheduler.timesteps.tolist())
     latents = torch.randn(len(texts), EMBEDDING, generator=generator)
     for t, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
         predicted = prior.denoise(torch.cat([latents] * 2) if guided else latents, t, condition)
