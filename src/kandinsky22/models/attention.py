@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.models.layers import GroupNorm, SpatialNorm
+from kandinsky22.runtime.packed import Linear
 
 
 class KeyValue(NamedTuple):
@@ -32,13 +33,13 @@ class Attention(nn.Module):
     def __init__(self, channels: int, *, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
         if context_dim is not None:
-            self.add_k_proj = nn.Linear(context_dim, channels)
-            self.add_v_proj = nn.Linear(context_dim, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+            self.add_k_proj = Linear(context_dim, channels)
+            self.add_v_proj = Linear(context_dim, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.runtime.packed import Linear
+
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (https://arxiv.org/abs/1803.08494) that takes, and ignores, the decoder's latents."""
@@ -77,7 +79,7 @@ class ResidualBlock(nn.Module):
 
         self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, 2 * out_channels)
+        self.time_emb_proj = None if time_dim is None else Linear(time_dim, 2 * out_channels)
         self.norm2 = norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -117,8 +119,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.in_dim = in_dim
-        self.linear_1 = nn.Linear(in_dim, out_dim)
-        self.linear_2 = nn.Linear(out_dim, out_dim)
+        self.linear_1 = Linear(in_dim, out_dim)
+        self.linear_2 = Linear(out_dim, out_dim)
 
     def forward(self, timestep: Tensor | float) -> Tensor:
         """(1, out_dim) for a single timestep, (batch, out_dim) for one per sample."""

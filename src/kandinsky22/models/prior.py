@@ -22,6 +22,7 @@ from kandinsky22.models.attention import Attention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import TimeEmbedding
 from kandinsky22.outputs import Output
+from kandinsky22.runtime.packed import Linear
 
 STEP_TOKENS = 3  # timestep, noisy image embedding, query
 AHEAD = 32  # timesteps whose keys and values are computed together
@@ -75,8 +76,8 @@ class PriorTransformerOutput(Output):
 class PriorCondition:
     """All that the prior needs to know of a text: keys and values per layer, and which of them count.
 
-    `mask` (batch, 1, 1, text) is what is added to the scores of the text's tokens. `schedule` are the timesteps to come,
-    in order; `ahead` holds the keys and values, per layer, of the next few of them.
+    `mask` (batch, 1, 1, text) is what is added to the scores of the text's tokens. `schedule` are the timesteps to
+    come, in order; `ahead` holds the keys and values, per layer, of the next few of them.
     """
 
     layers: tuple[KeyValue, ...]
@@ -90,7 +91,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, tokens, width)."""
@@ -102,7 +103,7 @@ class GELU(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_dim, out_dim)
+        self.proj = Linear(in_dim, out_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, tokens, out_dim)."""
@@ -139,16 +140,16 @@ class PriorTransformer(Model):
         width = cfg.num_attention_heads * cfg.attention_head_dim
         length = cfg.num_embeddings + cfg.additional_embeddings
         self.time_embedding = TimeEmbedding(width, width)
-        self.proj_in = nn.Linear(cfg.embedding_dim, width)
-        self.embedding_proj = nn.Linear(cfg.embedding_dim, width)
-        self.encoder_hidden_states_proj = nn.Linear(cfg.embedding_dim, width)
+        self.proj_in = Linear(cfg.embedding_dim, width)
+        self.embedding_proj = Linear(cfg.embedding_dim, width)
+        self.encoder_hidden_states_proj = Linear(cfg.embedding_dim, width)
         self.positional_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.prd_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, cfg.attention_head_dim) for _ in range(cfg.num_layers)
         )
         self.norm_out = nn.LayerNorm(width)
-        self.proj_to_clip_embeddings = nn.Linear(width, cfg.embedding_dim)
+        self.proj_to_clip_embeddings = Linear(width, cfg.embedding_dim)
         # zeros, as in the reference: a prior says what its embeddings look like only once it is trained
         self.clip_mean = nn.Parameter(torch.zeros(1, cfg.embedding_dim))
         self.clip_std = nn.Parameter(torch.zeros(1, cfg.embedding_dim))

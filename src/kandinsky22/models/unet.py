@@ -20,6 +20,7 @@ from kandinsky22.models.attention import ImageAttention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
 from kandinsky22.outputs import Output
+from kandinsky22.runtime.packed import Linear
 
 IMAGE_TOKENS = 32  # an image embedding becomes this many tokens (published network)
 
@@ -296,7 +297,7 @@ class ImageTokens(nn.Module):
 
     def __init__(self, embed_dim: int, token_dim: int) -> None:
         super().__init__()
-        self.image_embeds = nn.Linear(embed_dim, IMAGE_TOKENS * token_dim)
+        self.image_embeds = Linear(embed_dim, IMAGE_TOKENS * token_dim)
         self.norm = nn.LayerNorm(token_dim)
 
     def forward(self, embeds: Tensor) -> Tensor:
@@ -309,7 +310,7 @@ class ImageTimeEmbedding(nn.Module):
 
     def __init__(self, embed_dim: int, time_dim: int, *, hint: bool) -> None:
         super().__init__()
-        self.image_proj = nn.Linear(embed_dim, time_dim)
+        self.image_proj = Linear(embed_dim, time_dim)
         self.image_norm = nn.LayerNorm(time_dim)
         if hint:
             # (in, out, stride) of the published network: three halvings, to the latents' size
