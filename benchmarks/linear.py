@@ -1,4 +1,4 @@
-"""What the packed weights of `kandinsky22.runtime.packed` gain: both products side by side, for layers of Kandinsky 2.2.
+"""What the packed weights of `kandinsky22.runtime.packed` gain, for layers of Kandinsky 2.2: both products in turn.
 
     python -m benchmarks.linear
 

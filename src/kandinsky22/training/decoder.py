@@ -18,7 +18,7 @@ from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.loop import Draw, Settings, load_average, train, write_atomically
 from kandinsky22.training.movq import SIZE
-from kandinsky22.training.scenes import render, sample_scene
+from kandinsky22.training.scenes import mixed_palettes, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
     "sample_size": 16,
@@ -45,6 +45,7 @@ BATCH = 32
 BANK_START, BANK_GROWTH, BANK_SIZE = 6144, 2, 32768  # pictures before the first step, new ones with each, and at most
 EMPTY = 0.08  # how often the embedding is that of the empty picture, for guidance
 EMBEDDING_NOISE = 0.2  # most noise on embeddings, in their standard deviations: the prior's are not exact either
+REPAINTED = 0.25  # share of pictures in arbitrary colours, for which no combination of shape and colour is unusual
 SNR_CAP = 5.0
 SETTINGS = Settings(steps=14000, learning_rate=1e-3, warmup=300, decay=6000, bf16=True, seed=2)
 
@@ -111,10 +112,11 @@ class Bank:
     def _fill(self, first: int) -> None:
         rng = np.random.default_rng([self.seed, 2**31, first])
         scenes = [sample_scene(rng, shapes=1 if rng.random() < 0.4 else 2) for _ in range(self.chunk)]
+        palettes = mixed_palettes(scenes, rng, REPAINTED)
         with torch.autocast("cpu", torch.bfloat16):
-            images = (render(scenes, SIZE) * 2 - 1).split(16)
+            images = (render(scenes, SIZE, palettes) * 2 - 1).split(16)
             latents = torch.cat([self.movq.quant_conv(self.movq.encoder(part)) for part in images])
-            embeds = self.towers.embed_images(render(scenes, IMAGE_SIZE))
+            embeds = self.towers.embed_images(render(scenes, IMAGE_SIZE, palettes))
         self.latents[first : first + self.chunk] = latents.half().numpy()
         self.embeds[first : first + self.chunk] = embeds.half().numpy()
 

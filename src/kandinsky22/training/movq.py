@@ -17,7 +17,7 @@ from torch import Tensor
 from kandinsky22.models.layers import SpatialNorm
 from kandinsky22.models.movq import VQModel
 from kandinsky22.training.loop import Draw, Settings, load_average, train
-from kandinsky22.training.scenes import Scene, render, sample_scene
+from kandinsky22.training.scenes import Scene, mixed_palettes, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
     "block_out_channels": (32, 32, 64, 64),
@@ -26,6 +26,7 @@ CONFIG: Mapping[str, Any] = {
     "sample_size": 16,
 }
 SIZE, CROP = 128, 64
+REPAINTED = 0.5  # share of pictures in arbitrary colours, so that any picture of a user's can be encoded
 # Pictures are mostly flat, and the flat parts are learned within minutes: outlines are what limits the result.
 EDGE_WEIGHT = 10.0
 AUTOENCODER = Settings(steps=2400, learning_rate=2e-3, warmup=100, decay=800, average=0.995, bf16=True)
@@ -61,7 +62,7 @@ def load_movq(folder: str | Path) -> VQModel:
 def pictures(draw: Draw, *, whole: bool, batch: int = 16) -> Tensor:
     """Training pictures in [-1, 1]: `batch` crops of 64 pixels around shapes, or a quarter as many whole pictures."""
     scenes = [sample_scene(draw.numpy) for _ in range(batch // 4 if whole else batch)]
-    images = render(scenes, SIZE) * 2 - 1
+    images = render(scenes, SIZE, mixed_palettes(scenes, draw.numpy, REPAINTED)) * 2 - 1
     if not whole:
         images = torch.stack([_crop(image, scene, draw) for image, scene in zip(images, scenes, strict=True)])
     return _turn(images, int(draw.numpy.integers(8)))
@@ -151,7 +152,8 @@ def freeze_latents(movq: VQModel, seed: int, count: int = 512) -> None:
     Only 1 x 1 convolutions touch the latents, before and after, so the pictures stay exactly the same.
     """
     rng = np.random.default_rng([seed, 2**31])
-    images = render([sample_scene(rng) for _ in range(count)], SIZE) * 2 - 1
+    scenes = [sample_scene(rng) for _ in range(count)]
+    images = render(scenes, SIZE, mixed_palettes(scenes, rng, REPAINTED)) * 2 - 1
     latents = torch.cat([movq.quant_conv(movq.encoder(part)) for part in images.split(16)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     movq.quant_conv.weight.div_(std[:, None, None, None])

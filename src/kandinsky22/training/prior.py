@@ -16,13 +16,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky22.models.prior import MASKED, STEP_TOKENS, PriorCondition, PriorTransformer
 from kandinsky22.schedulers import UnCLIPScheduler
 from kandinsky22.training.captions import EMPTY, FULL, Caption, caption, distracted
-from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, QUESTIONS, Towers, answers, told
+from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, Towers, told
 from kandinsky22.training.loop import Draw, Settings, train
 from kandinsky22.training.scenes import COLORS, render, sample_scene
 
@@ -41,8 +40,8 @@ LEVELS = 4  # timesteps at which each caption is denoised, one from each equal p
 TWO_SHAPES = 0.75  # they are harder
 EMPTY_PROMPTS = 0.1
 # Share of captions like "a red circle on a red background". No picture shows that, and a prior that sees visible shapes
-# only learns rules about colours and backgrounds which overrule the text wherever training left a combination out. The
-# embedding of such a picture is put together from a visible one's and the difference between two backgrounds.
+# only learns rules about colours and backgrounds which overrule the text wherever training left a combination out. As
+# embeddings are sums of parts, that of such a picture is a visible one's with another background's part.
 INVISIBLE = 0.15
 FAITHFUL = 0.05  # weight of the answers against the squared error
 
@@ -65,25 +64,6 @@ def create(towers: Towers, seed: int) -> PriorTransformer:
     prior.clip_mean.requires_grad_(False)
     prior.clip_std.requires_grad_(False)
     return prior
-
-
-def background_directions(towers: Towers, seed: int) -> Tensor:
-    """How the image embedding changes with the background, (colours, D), all else being equal."""
-    rng = np.random.default_rng([seed, 3])
-    colors = list(COLORS)
-    scenes = [sample_scene(rng) for _ in range(2048)]
-    labels = torch.tensor([answers(scene) for scene in scenes])
-    parts = []
-    for index, count in enumerate(QUESTIONS.values()):
-        known = labels[:, index] >= 0
-        parts.append(functional.one_hot(labels[:, index].clamp_min(0), count) * known[:, None])
-    design = torch.cat(parts, dim=1).double()
-    with torch.no_grad():
-        embeds = torch.cat([towers.embed_images(render(scenes[i : i + 256], IMAGE_SIZE)) for i in range(0, 2048, 256)])
-    # A trace of ridge: the questions' answers add up to the same everywhere, so the solution is not unique.
-    gram = design.T @ design + torch.eye(design.shape[1], dtype=torch.float64)
-    solution = torch.linalg.solve(gram, design.T @ (embeds - embeds.mean(0)).double())
-    return solution[: len(colors)].float()
 
 
 def denoise_levels(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, condition: PriorCondition) -> Tensor:
@@ -195,7 +175,7 @@ def train_prior(folder: str | Path, towers: Towers, settings: Settings = SETTING
     folder = Path(folder)
     prior = create(towers, settings.seed)
     scheduler = UnCLIPScheduler(**SCHEDULER)
-    directions = background_directions(towers, settings.seed)
+    directions = towers.probe.background_parts().detach()
     train(prior, lambda draw: objective(prior, towers, directions, scheduler, draw), settings, folder)
     prior.requires_grad_(False)
     prior.save_pretrained(folder / "model" / "prior")

@@ -6,6 +6,7 @@ and y downwards, so a scene can be drawn at any size.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 
 # Chosen so that any two differ by at least a third of the unit cube's side: a pixel judge never has to guess.
-COLORS: dict[str, tuple[float, float, float]] = {
+Palette = dict[str, tuple[float, ...]]
+COLORS: Palette = {
     "red": (0.84, 0.15, 0.17),
     "green": (0.18, 0.62, 0.30),
     "blue": (0.11, 0.37, 0.84),
@@ -39,6 +41,7 @@ PLACE_CENTERS = {
 }
 RADII = {"small": (0.105, 0.115), "large": (0.173, 0.183)}
 JITTER = 0.015  # how far a centre strays from its place
+CONTRAST = 0.4  # least distance of arbitrary colours that touch, in the unit cube
 SPREAD = 0.25  # distance of each of two centres from the middle of the picture
 
 # Half the side of a square and the outer radius of a triangle or star, in units of the shape's `radius`. They make the
@@ -203,13 +206,44 @@ def _coverage(shapes: Sequence[Shape], size: int) -> torch.Tensor:
     return coverage
 
 
-def render(scenes: Sequence[Scene], size: int = 128) -> torch.Tensor:
-    """Draw scenes with analytic anti-aliasing: (len(scenes), 3, size, size) float32 RGB in [0, 1]."""
-    ground = torch.tensor([COLORS[scene.background] for scene in scenes])
+def repaint(scene: Scene, rng: np.random.Generator) -> Palette:
+    """Colours of any kind in the place of the scene's own, easy to tell apart where they touch.
+
+    Those whose nearest names would make a combination left out of training are left out as well.
+    """
+    names = [scene.background, *(shape.color for shape in scene.shapes)]
+    while True:
+        palette: Palette = {name: tuple(rng.random(3).tolist()) for name in sorted(set(names))}
+        ground = np.array(palette[scene.background])
+        if min(np.linalg.norm(ground - palette[name]) for name in names[1:]) < CONTRAST:
+            continue
+        known = {name: nearest_color(color) for name, color in palette.items()}
+        shapes = tuple(dataclasses.replace(shape, color=known[shape.color]) for shape in scene.shapes)
+        if not is_held_out(Scene(known[scene.background], shapes)):
+            return palette
+
+
+def mixed_palettes(scenes: Sequence[Scene], rng: np.random.Generator, share: float) -> list[Palette]:
+    """The named colours for most scenes, and any colours for a `share` of them."""
+    return [repaint(scene, rng) if rng.random() < share else COLORS for scene in scenes]
+
+
+def nearest_color(color: Sequence[float]) -> str:
+    """The name of the colour nearest to an RGB value."""
+    return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], color))))
+
+
+def render(scenes: Sequence[Scene], size: int = 128, palettes: Sequence[Palette] | None = None) -> torch.Tensor:
+    """Draw scenes with analytic anti-aliasing: (len(scenes), 3, size, size) float32 RGB in [0, 1].
+
+    A palette for each scene says which colours stand for the names of its own.
+    """
+    palettes = [COLORS] * len(scenes) if palettes is None else palettes
+    ground = torch.tensor([palette[scene.background] for scene, palette in zip(scenes, palettes, strict=True)])
     images = ground[:, :, None, None].repeat(1, 1, size, size)
     for layer in range(max((len(scene.shapes) for scene in scenes), default=0)):
         rows = [i for i, scene in enumerate(scenes) if len(scene.shapes) > layer]
         shapes = [scenes[i].shapes[layer] for i in rows]
-        paint = torch.tensor([COLORS[shape.color] for shape in shapes])[:, :, None, None]
+        paint = torch.tensor([palettes[i][scenes[i].shapes[layer].color] for i in rows])[:, :, None, None]
         images[rows] = torch.lerp(images[rows], paint, _coverage(shapes, size)[:, None])
     return images
