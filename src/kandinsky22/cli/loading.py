@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kandinsky22 import __version__
 from kandinsky22.cli.options import SCHEDULERS
 from kandinsky22.errors import InputError
+from kandinsky22.hub import EMBEDDED
 
 if TYPE_CHECKING:
     from kandinsky22.pipelines.base import DiffusionPipeline
@@ -19,10 +20,16 @@ def load_text_to_image(
     model: str, prior: str | None, scheduler: str | None, device: str, dtype: str
 ) -> DiffusionPipeline:
     """The prior and decoder of `model` on their device, the decoder with the scheduler of that class name if given."""
+    import torch
+
     from kandinsky22 import AutoPipelineForText2Image
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
     place = resolve_device(device)
+    if model == EMBEDDED:
+        # Its products are so small that threads wait for each other longer than they work; and with one, a recipe
+        # gives the same bits on any number of cores.
+        torch.set_num_threads(1)
     options: dict[str, Any] = {} if prior is None else {"prior": prior}
     pipe = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=resolve_dtype(dtype, place), **options)
     _use_scheduler(pipe, scheduler)
