@@ -133,7 +133,9 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, entries: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(entries, dim)
+        weight = torch.empty(entries, dim)
+        # drawing start values on the meta device would import torch's compiler: seconds, for nothing
+        self.embedding = nn.Embedding(entries, dim, _weight=weight if weight.is_meta else None)
         if not self.embedding.weight.is_meta:
             nn.init.uniform_(self.embedding.weight, -1 / entries, 1 / entries)
 
