@@ -17,13 +17,15 @@ MODULES = sorted(path for path in ROOT.rglob("*.py"))
 # A room may import the rooms named here, itself, and the common ground; never the other way round.
 COMMON = {"errors", "config", "outputs", "files", "weights", "randomness"}
 MAY_KNOW = {
-    "models": {"hub"},
+    "models": {"hub", "runtime"},
     "schedulers": {"hub"},
     "inputs": set[str](),
     "runtime": set[str](),
     "hub": {"embedded"},
     "embedded": set[str](),
-    "pipelines": {"models", "schedulers", "inputs", "runtime", "hub", "embedded"},
+    "components": {"models", "schedulers"},
+    "composite": {"components", "models", "hub"},
+    "pipelines": {"models", "schedulers", "inputs", "runtime", "hub", "embedded", "components", "composite"},
     "training": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded"},
     "cli": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded", "training"},
 }

@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kandinsky22.components import PRIOR_PREFIX
 from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks, images, prompts
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.pipelines.components import PRIOR_PREFIX
 from kandinsky22.pipelines.decoder import DecoderPipeline, KandinskyV22Pipeline
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.pipelines.sampling import LATENTS, Plan
