@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.loop import Draw, Settings, load_average, train, write_atomically
 from kandinsky22.training.movq import SIZE
-from kandinsky22.training.scenes import mixed_palettes, render, sample_scene
+from kandinsky22.training.scenes import Palette, Scene, mixed_palettes, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
     "sample_size": 16,
@@ -83,20 +84,21 @@ class Bank:
     """
 
     chunk = 64
+    embeds_shape: tuple[int, ...] = (EMBEDDING,)  # of what is kept of each picture
 
     def __init__(self, folder: Path, movq: VQModel, towers: Towers, *, seed: int, size: int) -> None:
         self.movq, self.towers, self.seed, self.size = movq, towers, seed, size
         folder.mkdir(parents=True, exist_ok=True)
         self.latents = _array(folder / "latents.npy", (size, 4, SIZE // 8, SIZE // 8))
-        self.embeds = _array(folder / "embeds.npy", (size, EMBEDDING))
+        self.embeds = _array(folder / "embeds.npy", (size, *self.embeds_shape))
         self.count_file = folder / "count"
         self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
 
     def _size(self, step: int) -> int:
         return min(BANK_START + BANK_GROWTH * step, self.size) // self.chunk * self.chunk
 
-    def batch(self, draw: Draw, count: int) -> tuple[Tensor, Tensor]:
-        """Latents (count, 4, h, w) and embeddings (count, D) for the step of `draw`."""
+    def choose(self, draw: Draw, count: int) -> npt.NDArray[np.int64]:
+        """Numbers of pictures for the step of `draw`; the bank holds them from then on."""
         size = self._size(draw.step)
         if self.count < size:
             for first in range(self.count, size, self.chunk):
@@ -105,18 +107,36 @@ class Bank:
             self.embeds.flush()
             self.count = size
             write_atomically(self.count_file, lambda path: _write_count(path, size))
-        chosen = draw.numpy.integers(0, size, count)
+        return draw.numpy.integers(0, size, count)
+
+    def batch(self, draw: Draw, count: int) -> tuple[Tensor, Tensor]:
+        """Latents (count, 4, h, w) and embeddings (count, D) for the step of `draw`."""
+        return self.take(self.choose(draw, count))
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Latents and embeddings of pictures that `choose` chose."""
         return torch.from_numpy(self.latents[chosen]).float(), torch.from_numpy(self.embeds[chosen]).float()
+
+    def scenes(self, number: int) -> tuple[list[Scene], np.random.Generator]:
+        """The scenes of the chunk that holds picture `number`, and what goes on to draw all else about them."""
+        rng = np.random.default_rng([self.seed, 2**31, number // self.chunk * self.chunk])
+        return [self._scene(rng) for _ in range(self.chunk)], rng
+
+    def _scene(self, rng: np.random.Generator) -> Scene:
+        return sample_scene(rng, shapes=1 if rng.random() < 0.4 else 2)
+
+    def _embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
+        """What to keep (len(scenes), *embeds_shape) as the embeddings of pictures."""
+        return self.towers.embed_images(render(scenes, IMAGE_SIZE, palettes))
 
     @torch.no_grad()
     def _fill(self, first: int) -> None:
-        rng = np.random.default_rng([self.seed, 2**31, first])
-        scenes = [sample_scene(rng, shapes=1 if rng.random() < 0.4 else 2) for _ in range(self.chunk)]
+        scenes, rng = self.scenes(first)
         palettes = mixed_palettes(scenes, rng, REPAINTED)
         with torch.autocast("cpu", torch.bfloat16):
             images = (render(scenes, SIZE, palettes) * 2 - 1).split(16)
             latents = torch.cat([self.movq.quant_conv(self.movq.encoder(part)) for part in images])
-            embeds = self.towers.embed_images(render(scenes, IMAGE_SIZE, palettes))
+            embeds = self._embed(scenes, palettes, rng)
         self.latents[first : first + self.chunk] = latents.half().numpy()
         self.embeds[first : first + self.chunk] = embeds.half().numpy()
 
@@ -150,25 +170,47 @@ def denoising(unet: UNet2DConditionModel, bank: Bank, empty: Tensor) -> Any:
 
     def objective(draw: Draw) -> dict[str, Tensor]:
         latents, embeds = bank.batch(draw, BATCH)
-        amount = EMBEDDING_NOISE * torch.rand(BATCH, 1, generator=draw.torch)
-        embeds = embeds + amount * spread * torch.randn(embeds.shape, generator=draw.torch)
-        embeds = torch.where(torch.rand(BATCH, 1, generator=draw.torch) < EMPTY, empty, embeds)
-        # one timestep from each of BATCH equally probable intervals: batches differ less
-        places = (torch.arange(BATCH) + torch.rand(BATCH, generator=draw.torch)) / BATCH
-        timesteps = torch.searchsorted(table, places).clamp(max=len(table) - 1)
+        embeds = blurred(embeds, spread, empty, draw)
+        timesteps = stratified(table, BATCH, draw)
         noise = torch.randn(latents.shape, generator=draw.torch)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower for so few tokens
             output = unet.denoise(noisy, timesteps, unet.encode_condition(embeds)).float()
-        velocity, place = output.chunk(2, dim=1)
-        error = velocity - scheduler.get_velocity(latents, noise, timesteps)
-        clean = (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None]  # makes it an error of the clean sample
-        area = (clean * F.avg_pool2d(error, 4).square()).mean() + (clean * error.mean((2, 3), True).square()).mean()
-        plain = error.square().mean()
-        variance = variance_loss(place, error.detach(), timesteps, scheduler)
-        return {"loss": plain + 2 * area + 0.1 * variance, "plain": plain, "area": area, "variance": variance}
+        return denoising_losses(output, latents, noise, timesteps, scheduler)
 
     return objective
+
+
+def blurred(embeds: Tensor, spread: Tensor, empty: Tensor, draw: Draw) -> Tensor:
+    """Embeddings (batch, D) as inexact as a prior's, and now and then the empty picture's."""
+    amount = EMBEDDING_NOISE * torch.rand(len(embeds), 1, generator=draw.torch)
+    embeds = embeds + amount * spread * torch.randn(embeds.shape, generator=draw.torch)
+    return torch.where(torch.rand(len(embeds), 1, generator=draw.torch) < EMPTY, empty, embeds)
+
+
+def stratified(table: Tensor, count: int, draw: Draw) -> Tensor:
+    """One timestep from each of `count` equally probable intervals, in order: batches differ less."""
+    places = (torch.arange(count) + torch.rand(count, generator=draw.torch)) / count
+    return torch.searchsorted(table, places).clamp(max=len(table) - 1)
+
+
+def denoising_losses(
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    scheduler: DDPMScheduler,
+    weight: Tensor | float = 1.0,
+) -> dict[str, Tensor]:
+    """Losses of a UNet's `output` (batch, 8, h, w); errors of the velocity are multiplied by `weight`."""
+    velocity, place = output.chunk(2, dim=1)
+    error = velocity - scheduler.get_velocity(latents, noise, timesteps)
+    variance = variance_loss(place, error.detach(), timesteps, scheduler)
+    error = error * weight
+    clean = (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None]  # makes it an error of the clean sample
+    area = (clean * F.avg_pool2d(error, 4).square()).mean() + (clean * error.mean((2, 3), True).square()).mean()
+    plain = error.square().mean()
+    return {"loss": plain + 2 * area + 0.1 * variance, "plain": plain, "area": area, "variance": variance}
 
 
 def variance_loss(place: Tensor, error: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:

@@ -41,6 +41,7 @@ PLACE_CENTERS = {
 }
 RADII = {"small": (0.105, 0.115), "large": (0.173, 0.183)}
 JITTER = 0.015  # how far a centre strays from its place
+OUTLINE = 2.5 / 128  # width of the lines in hints
 CONTRAST = 0.4  # least distance of arbitrary colours that touch, in the unit cube
 SPREAD = 0.25  # distance of each of two centres from the middle of the picture
 
@@ -192,8 +193,11 @@ _DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
 }
 
 
-def _coverage(shapes: Sequence[Shape], size: int) -> torch.Tensor:
-    """Fraction of every pixel that each shape covers, (len(shapes), size, size) in [0, 1]."""
+def _coverage(shapes: Sequence[Shape], size: int, inset: float = 0.0) -> torch.Tensor:
+    """Fraction of every pixel that each shape covers, (len(shapes), size, size) in [0, 1].
+
+    `inset` takes off a rim of that width, as a fraction of the side.
+    """
     grid = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     coverage = torch.empty(len(shapes), size, size)
     for kind, distance in _DISTANCES.items():
@@ -202,7 +206,7 @@ def _coverage(shapes: Sequence[Shape], size: int) -> torch.Tensor:
             continue
         x, y, radius = torch.tensor([[shapes[i].x, shapes[i].y, shapes[i].radius] for i in index]).T[:, :, None, None]
         dx, dy = torch.broadcast_tensors(grid[None, None, :] - x, grid[None, :, None] - y)
-        coverage[index] = (0.5 - size * distance(dx, dy, radius)).clamp_(0.0, 1.0)
+        coverage[index] = (0.5 - size * (distance(dx, dy, radius) + inset)).clamp_(0.0, 1.0)
     return coverage
 
 
@@ -247,3 +251,19 @@ def render(scenes: Sequence[Scene], size: int = 128, palettes: Sequence[Palette]
         paint = torch.tensor([palettes[i][scenes[i].shapes[layer].color] for i in rows])[:, :, None, None]
         images[rows] = torch.lerp(images[rows], paint, _coverage(shapes, size)[:, None])
     return images
+
+
+def draw_hints(scenes: Sequence[Scene], size: int = 128, *, outlines: Sequence[bool] | bool = False) -> torch.Tensor:
+    """What guides the hint UNet, without any colour: (len(scenes), 3, size, size) float32 grey in [0, 1].
+
+    A layer map, like a depth map: the background is far (0), shapes are near (1). Or, where `outlines` says so, their
+    edges: lines of OUTLINE's width, white on black.
+    """
+    lines = torch.as_tensor(outlines).expand(len(scenes))
+    near = torch.zeros(len(scenes), size, size)
+    for layer in range(max((len(scene.shapes) for scene in scenes), default=0)):
+        rows = [i for i, scene in enumerate(scenes) if len(scene.shapes) > layer]
+        shapes = [scenes[i].shapes[layer] for i in rows]
+        inner = _coverage(shapes, size, OUTLINE) * lines[rows, None, None]
+        near[rows] = torch.maximum(near[rows], _coverage(shapes, size) - inner)
+    return near[:, None].repeat(1, 3, 1, 1)
