@@ -30,7 +30,7 @@ from transformers import (
 
 from kandinsky22.training.captions import FULL, VOCABULARY, Caption, caption, distracted
 from kandinsky22.training.loop import Draw, Settings, train
-from kandinsky22.training.probe import QUESTIONS, UNKNOWN, Probe, Seen, answers, right, told
+from kandinsky22.training.probe import QUESTIONS, UNKNOWN, Probe, Seen, answers, told
 from kandinsky22.training.scenes import (
     Scene,
     Shape,
@@ -304,8 +304,8 @@ def evaluate(towers: Towers, *, count: int = 1000, seed: int = 12345) -> dict[st
         captions = [caption(scene, rng) for scene in scenes]
         images = towers.embed_images(render(scenes, IMAGE_SIZE))
         texts = towers.embed_texts([c.text for c in captions]).embeds
-        seen = right(towers.probe.taken_apart(images), torch.tensor([answers(scene) for scene in scenes]))
-        read = right(towers.probe.answered(texts), torch.tensor([told(c.named) for c in captions]))
+        seen = towers.probe.right(images, torch.tensor([answers(scene) for scene in scenes]))
+        read = towers.probe.right(texts, torch.tensor([told(c.named) for c in captions]))
         report |= {f"{name}/image/{q}": v for q, v in zip(QUESTIONS, seen.float().mean(0).tolist(), strict=True)}
         report |= {f"{name}/text/{q}": v for q, v in zip(QUESTIONS, read.float().mean(0).tolist(), strict=True)}
         report[f"{name}/image"] = float(seen.all(1).float().mean())

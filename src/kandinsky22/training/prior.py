@@ -23,7 +23,7 @@ from kandinsky22.schedulers import UnCLIPScheduler
 from kandinsky22.training.captions import EMPTY, FULL, Caption, caption, distracted
 from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.loop import Draw, Settings, train
-from kandinsky22.training.probe import right, told
+from kandinsky22.training.probe import told
 from kandinsky22.training.scenes import COLORS, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
@@ -159,7 +159,7 @@ def evaluate(
         rng = np.random.default_rng([seed, shapes, held_out])
         captions = [caption(sample_scene(rng, shapes=shapes, held_out=held_out), rng) for _ in range(count)]
         embeds = sample_embeddings(prior, towers, [c.text for c in captions], steps=steps, guidance=guidance, seed=seed)
-        found = right(towers.probe.taken_apart(embeds), torch.tensor([told(c.named) for c in captions]))
+        found = towers.probe.right(embeds, torch.tensor([told(c.named) for c in captions]))
         report[name] = round(float(found.all(1).float().mean()), 4)
         sizes = found[:, [4, 7]].all(1)
         report[f"{name}/sizes"] = round(float(sizes.float().mean()), 4)

@@ -62,15 +62,6 @@ def told(named: Named) -> list[int]:
     return row
 
 
-def right(guesses: Tensor, labels: Tensor) -> Tensor:
-    """Whether each answer is right, (N, questions) bool; what is UNKNOWN counts as right."""
-    return (guesses == labels) | (labels == UNKNOWN)
-
-
-def _form_sizes() -> list[int]:
-    return [QUESTIONS[name] for name in _FORMS]
-
-
 def _measures(scene: Scene) -> list[float]:
     """Offsets and radii of the shapes within what their place and size allow, each in about [-1, 1]."""
     row: list[float] = []
@@ -122,7 +113,7 @@ class Probe(nn.Module):
         self.heads = nn.Linear(dimension, sum(QUESTIONS.values()))
         self.measures = nn.Linear(dimension, _MEASURES)
         self.paints = nn.Linear(dimension, 3 * PAINTS)
-        self.parts = nn.Linear(sum(_form_sizes()) + _MEASURES, dimension)
+        self.parts = nn.Linear(sum(QUESTIONS[name] for name in _FORMS) + _MEASURES, dimension)
         self.paint_parts = nn.ModuleList(
             nn.Sequential(nn.Linear(3, 64), nn.GELU(), nn.Linear(64, dimension)) for _ in range(PAINTS)
         )
@@ -143,22 +134,6 @@ class Probe(nn.Module):
         for slot, part in enumerate(self.paint_parts):
             composed = composed + part(seen.paints[:, slot].nan_to_num()) * ~seen.paints[:, slot, :1].isnan()
         return composed
-
-    @torch.no_grad()
-    def taken_apart(self, embeddings: Tensor) -> Tensor:
-        """The answers (N, questions) whose parts best add up to embeddings, by least squares.
-
-        Unlike the heads, which weigh evidence as training had it, this believes in no combination more than another.
-        """
-        colors = torch.tensor(list(COLORS.values()))
-        columns, forms = {}, dict(zip(_FORMS, self.parts.weight.T[:-_MEASURES].split(_form_sizes()), strict=True))
-        painted = iter(part(colors) for part in self.paint_parts)
-        for name in QUESTIONS:
-            columns[name] = forms[name] if name in forms else next(painted)
-        parts = torch.cat([*columns.values(), self.parts.weight.T[-_MEASURES:]])
-        shares = (embeddings - self.parts.bias) @ torch.linalg.pinv(parts)
-        groups = shares[:, : sum(QUESTIONS.values())].split(list(QUESTIONS.values()), dim=1)
-        return torch.stack([group.argmax(1) for group in groups], dim=1)
 
     def picture_losses(self, embeddings: Tensor, seen: Seen) -> dict[str, Tensor]:
         """How badly attributes are read from the embeddings of pictures, and the share of the embeddings' variance
@@ -188,6 +163,7 @@ class Probe(nn.Module):
         return torch.stack(losses).sum() / (labels != UNKNOWN).sum().clamp_min(1)
 
     @torch.no_grad()
-    def answered(self, embeddings: Tensor) -> Tensor:
-        """The answers (N, questions) of the heads."""
-        return torch.stack([logit.argmax(1) for logit in self.logits(embeddings)], dim=1)
+    def right(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Whether each answer is right, (N, questions) bool; what is UNKNOWN counts as right."""
+        guesses = torch.stack([logit.argmax(1) for logit in self.logits(embeddings)], dim=1)
+        return (guesses == labels) | (labels == UNKNOWN)
