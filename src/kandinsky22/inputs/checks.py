@@ -29,6 +29,13 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False, nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={value!r}: True or False is needed")
+    return value
+
+
 def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
     """One of the accepted words."""
     if not isinstance(value, str) or value not in accepted:

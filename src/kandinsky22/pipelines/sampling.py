@@ -21,8 +21,8 @@ Denoise = Callable[[Tensor, Any], Tensor]
 Bind = Callable[[Mapping[str, Tensor]], Denoise]
 """Computes the condition from the tensors in flight."""
 
-Edit = Callable[[Tensor, int], Tensor]
-"""What a mode does to the latents after step `index`."""
+Edit = Callable[[Tensor, "Run"], Tensor]
+"""What a mode does to the latents that a step made, `run` standing at that step."""
 
 LEARNED = ("learned", "learned_range")
 LATENTS = ["latents"]  # what callbacks see unless they ask for more
@@ -71,8 +71,8 @@ def sample(
         if "prev_timestep" in accepted:
             options["prev_timestep"] = timesteps[index + 1] if index + 1 < len(timesteps) else None
         latents = scheduler.step(output, timestep, run.latents, **options)[0].to(run.latents.dtype)
-        run.latents = latents if edit is None else edit(latents, index)
         run.index, run.timestep = index, timestep
+        run.latents = latents if edit is None else edit(latents, run)
         yield run
 
 
@@ -135,7 +135,8 @@ class Callbacks:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The checked arguments that all calls have in common. `shape` is that of the latents."""
+    """The checked arguments of a call. `shape` is that of the latents; `pictures` are those a decoder starts from,
+    by argument, one for all rows or one for each prompt; `keep_pixels` is inpainting's."""
 
     shape: tuple[int, ...]
     guidance_scale: float
@@ -143,6 +144,8 @@ class Plan:
     generators: Generators
     latents: Tensor | None
     callbacks: Callbacks
+    pictures: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    keep_pixels: bool = False
 
 
 class SamplingPipeline(DiffusionPipeline):
@@ -154,6 +157,7 @@ class SamplingPipeline(DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
+    _interrupted: bool = False
     scheduler: Any
 
     @property
@@ -170,6 +174,10 @@ class SamplingPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Number of steps of the current or last call."""
         return self._num_timesteps
+
+    def interrupt(self) -> None:
+        """End the running call after its current step, from a callback or another thread; it returns what it has."""
+        self._interrupted = True
 
     def _check_callbacks(
         self, on_step_end: Any, tensor_inputs: Any, callback: Any = None, callback_steps: int | None = None
@@ -197,6 +205,7 @@ class SamplingPipeline(DiffusionPipeline):
         callbacks: Callbacks,
     ) -> Plan:
         """Check what all calls have in common, for latents of this shape, and set the scheduler's timesteps."""
+        self._interrupted = False
         scale = checks.number("guidance_scale", guidance_scale)
         if latents is not None:
             latents = checks.latents(latents, shape)
@@ -205,12 +214,24 @@ class SamplingPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(steps, device=self._execution_device)
         return Plan(shape, scale, self.scheduler.timesteps, generators, latents, callbacks)
 
-    def _noise(self, plan: Plan, dtype: torch.dtype) -> Tensor:
-        """Latents at the scheduler's initial level of noise, drawn unless the call brings them."""
+    def _tail(self, plan: Plan, strength: Any) -> Plan:
+        """The plan's last steps only: `strength`, 0 to 1, is the part of them that runs, rounded down."""
+        part = checks.number("strength", strength)
+        if not 0 <= part <= 1:
+            raise InputError(f"strength={strength!r}: a number from 0 (leave as it is) to 1 (all steps) is needed")
+        steps = len(plan.timesteps)
+        return dataclasses.replace(plan, timesteps=plan.timesteps[steps - int(steps * part) :])
+
+    def _draw(self, plan: Plan, dtype: torch.dtype) -> Tensor:
+        """Standard normal noise, drawn unless the call brings it."""
         latents, device = plan.latents, self._execution_device
         if latents is None:
             latents = randn_tensor(plan.shape, generator=plan.generators, device=device, dtype=dtype)
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype)
+
+    def _noise(self, plan: Plan, dtype: torch.dtype) -> Tensor:
+        """Latents at the scheduler's initial level of noise."""
+        return self._draw(plan, dtype) * self.scheduler.init_noise_sigma
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:
         """The network, bound to the condition that these tensors give."""
@@ -222,7 +243,8 @@ class SamplingPipeline(DiffusionPipeline):
         shown = bool(plan.callbacks.tensor_inputs) and plan.callbacks.on_step_end is not None
         run = Run(latents, tensors, plan.guidance_scale, shown=shown)
         with self.progress_bar(total=len(plan.timesteps)) as bar:
-            for _ in sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit):
+            steps = sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit)
+            while not self._interrupted and next(steps, None) is not None:
                 self._notify(run, plan.callbacks)
                 run.guidance_scale = self._guidance_scale
                 bar.update()
