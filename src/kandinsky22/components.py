@@ -7,6 +7,7 @@ that the published layout uses for them; towers, tokenizers and image processors
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import tempfile
@@ -20,6 +21,7 @@ from torch import nn
 
 from kandinsky22 import models, schedulers
 from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.runtime.shelves import remember
 from kandinsky22.weights import STEM, weight_files
 
 OWN = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
@@ -116,6 +118,13 @@ def load_component(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
 
     Raises CheckpointError if the class is unknown or the files do not give it.
     """
+    component = _load(name, entry, folder, stored)
+    if isinstance(component, nn.Module):
+        remember(component, functools.partial(_load, name, entry, folder, stored))
+    return component
+
+
+def _load(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     place = folder / name
     library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
     if class_name is None:

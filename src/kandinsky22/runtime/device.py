@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kandinsky22.errors import InputError
@@ -33,6 +35,38 @@ def resolve_device(name: str = "auto") -> torch.device:
         what = f"{present} of them" if present else "none"
         raise InputError(f"device {name!r} is not available: torch {torch.__version__} sees {what} here; try cpu")
     return device
+
+
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """`device` as torch knows it; raises InputError if nothing can be put there."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"device={device!r} is not usable here: {reason}") from error
+
+
+def chosen_accelerator(method: str, gpu_id: Any, device: torch.device | str | int | None) -> torch.device:
+    """The device that networks are to be offloaded from by `method`: the one given, or the first accelerator here.
+
+    `gpu_id` is its number (0 unless given). Raises InputError if there is none, or for two different numbers.
+    """
+    if gpu_id is not None and (isinstance(gpu_id, bool) or not isinstance(gpu_id, int) or gpu_id < 0):
+        raise InputError(f"gpu_id={gpu_id!r}; accepted: the number of an accelerator, from 0, or None")
+    found = resolve_device() if device is None else usable_device(device)
+    if device is None and found.type == "cpu":
+        raise InputError(
+            f"{method}: torch {torch.__version__} sees no accelerator here (CUDA or MPS). On a CPU-only machine call "
+            "enable_low_memory(), which keeps only the network at work in memory; or pass device="
+        )
+    if gpu_id is not None and found.index not in (None, gpu_id):
+        raise InputError(f"gpu_id={gpu_id} and device={device!r} name two accelerators; give the number once")
+    if found.type in ("cpu", "mps"):  # of these there is one
+        if gpu_id:
+            raise InputError(f"gpu_id={gpu_id}: there is only one {found.type!r}; accepted: 0 or None")
+        return torch.device(found.type)
+    return usable_device(f"{found.type}:{gpu_id or found.index or 0}")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

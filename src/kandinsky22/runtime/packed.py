@@ -29,7 +29,7 @@ class Linear(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         small = features.numel() * self.out_features < WORTHWHILE
-        if small or not (Linear.packing and _DTYPES and _can_pack(features, self.weight)):
+        if small or not (self.packing and _DTYPES and _can_pack(features, self.weight)):
             return F.linear(features, self.weight, self.bias)
         pack: _Pack | None = self.__dict__.get("_pack")
         if pack is None or not pack.holds(self.weight):

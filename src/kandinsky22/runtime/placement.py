@@ -1,0 +1,174 @@
+"""Where a pipeline's networks are and in what precision: moved together, or each only while it works."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from kandinsky22.errors import InputError
+from kandinsky22.runtime import offload
+from kandinsky22.runtime.device import chosen_accelerator, usable_device
+from kandinsky22.runtime.shelves import InFiles
+
+P = TypeVar("P", bound="Placed")
+
+
+class Placed:
+    """What has `components`, of which some are networks.
+
+    `model_cpu_offload_seq` names the networks that take turns, in the order of their work, joined by "->". The others
+    stay once they were called until the call ends, or all the time if `_exclude_from_cpu_offload` names them.
+    """
+
+    model_cpu_offload_seq: ClassVar[str] = ""
+    _exclude_from_cpu_offload: ClassVar[list[str]] = []
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        names = vars(self).get("_component_names", ())
+        if name in names and isinstance(value, nn.Module) and offload.place_of(value) is None:
+            # what takes the place of an offloaded network, or stands beside one, is treated alike
+            others = [vars(self).get(other) for other in names]
+            places = [offload.place_of(other) for other in others if isinstance(other, nn.Module)]
+            if (place := next(filter(None, places), None)) is not None and name not in self._exclude_from_cpu_offload:
+                place.join(value)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    def _places(self) -> list[offload.Place]:
+        """How networks are offloaded, of those that are."""
+        places = [offload.place_of(network) for network in self._networks().values()]
+        return [place for place in places if place is not None]
+
+    # All together
+
+    def to(
+        self: P,
+        *targets: torch.device | str | int | torch.dtype,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> P:
+        """Move all networks to a device, convert them to a floating-point dtype, or both; returns the pipeline.
+
+        Raises InputError before anything moves if the device is not usable here, the dtype is not floating, or
+        networks are offloaded: those come and go by themselves, until `remove_all_hooks`. With model offloading they
+        can still be sent to the CPU, and converted.
+        """
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+            raise InputError(f"dtype={dtype!r}; accepted: a floating-point torch.dtype")
+        goal = None if device is None else usable_device(device)
+        for place in self._places():
+            if place.method != "enable_model_cpu_offload" or (goal is not None and goal.type != "cpu"):
+                raise InputError(
+                    f"device={device!r}, dtype={dtype!r}: networks come and go by themselves since "
+                    f"{place.method}(); call remove_all_hooks() first"
+                )
+            place.free()
+        for network in self._networks().values():
+            network.to(device=goal, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are; while they are offloaded some may be elsewhere."""
+        parameters = (p for network in self._networks().values() for p in network.parameters())
+        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the networks."""
+        parameters = (p for network in self._networks().values() for p in network.parameters())
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+    # Each while it works
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the networks work, wherever they are now."""
+        return next((place.device for place in self._places()), self.device)
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | int | None = None
+    ) -> None:
+        """Keep networks in the CPU's memory, and each on the accelerator only while it works, one at a time.
+
+        `device` is any device of torch (CUDA or MPS unless given), `gpu_id` its number. Takes the accelerator's memory
+        of the largest network; the next call of another network or the end of the pipeline's call takes one away.
+        Raises InputError if there is no accelerator, MissingDependencyError without accelerate.
+        """
+        method = "enable_model_cpu_offload"
+        place = chosen_accelerator(method, gpu_id, device)
+        offload.accelerate_hooks()
+        self.remove_all_hooks()
+        stages = offload.Stages(method, place, lambda: offload.InMemory(place), accelerated=True)
+        turns = self.model_cpu_offload_seq.split("->")
+        for name, network in self._networks().items():
+            if name in turns or name not in self._exclude_from_cpu_offload:
+                stages.add(network, lasting=name not in turns)
+            else:
+                network.to(place)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | int | None = None
+    ) -> None:
+        """Keep networks in the CPU's memory, and each of their layers on the accelerator only while it works.
+
+        Takes the accelerator's memory of one layer and its results, and much longer, for every step moves all weights.
+        Arguments and errors are those of `enable_model_cpu_offload`.
+        """
+        place = chosen_accelerator("enable_sequential_cpu_offload", gpu_id, device)
+        offload.accelerate_hooks()
+        self.remove_all_hooks()
+        for name, network in self._networks().items():
+            if name in self._exclude_from_cpu_offload:
+                network.to(place)
+            else:
+                offload.Streamed(network, place)
+
+    def enable_low_memory(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Without an accelerator: keep a network in memory only while it works, and read it anew for the next time.
+
+        Results stay the same bit for bit. Networks are read from the checkpoint that they were loaded from; one that
+        was changed since, converted, or made in memory is first written to a temporary file in `folder` (the system's
+        folder for such files unless given). Later changes to weights are lost. Works without accelerate. Raises
+        InputError if networks are on an accelerator, CheckpointError if the file cannot be written.
+        """
+        self.remove_all_hooks()
+        if folder is not None and not os.path.isdir(folder):
+            raise InputError(f"folder={os.fspath(folder)!r} is not there; accepted: a folder to write to, or None")
+        if self.device.type != "cpu":
+            raise InputError(
+                f"the networks are on {self.device}, the low-memory mode is for CPUs: call enable_model_cpu_offload() "
+                "or enable_sequential_cpu_offload(), or first to('cpu')"
+            )
+        stages = offload.Stages("enable_low_memory", torch.device("cpu"), lambda: InFiles(folder), accelerated=False)
+        for network in self._networks().values():
+            stages.add(network)
+
+    def maybe_free_model_hooks(self) -> None:
+        """Take networks that wait for their next turn off the device; each call of a pipeline ends with this."""
+        for place in self._places():
+            place.free()
+
+    def remove_all_hooks(self) -> None:
+        """End all offloading: networks are ordinary ones on the CPU again."""
+        networks = self._networks().values()
+        if not self._places():
+            return
+        for network in networks:
+            offload.release(network)
+            network.to("cpu")

@@ -1,0 +1,113 @@
+"""A shelf made of files: weights that are not needed now are not in memory at all.
+
+Networks that were loaded from a checkpoint and not changed since are read from it again. Others are written to a
+temporary folder first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky22.runtime.offload import drop_packs, plain
+from kandinsky22.weights import find_weights, read_tensors, write_tensors
+
+_SOURCE = "_source"  # attribute of a network that can be read again, in no state dict
+
+
+class _Source:
+    """How to read a network again, and the state that its weights were in when it was read."""
+
+    def __init__(self, read: Callable[[], nn.Module], network: nn.Module) -> None:
+        self.read = read
+        self.state = _state(network)
+
+
+def remember(network: nn.Module, read: Callable[[], nn.Module]) -> None:
+    """Note that calling `read` gives this network once more, with the weights that it has now."""
+    network.__dict__[_SOURCE] = _Source(read, network)
+
+
+def _state(network: nn.Module) -> list[tuple[int, int, torch.device]]:
+    # conversions and moves give a parameter other memory, changes in place count up its version
+    return [(p.data_ptr(), p._version, p.device) for p in network.parameters() if not p.is_inference()]
+
+
+class InFiles:
+    """A shelf in files: those that the network came from, or a temporary one in `folder` (the system's own if None)."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self._folder = folder
+        self._source: _Source | None = None
+        self._written: tempfile.TemporaryDirectory[str] | None = None
+
+    def put(self, network: nn.Module) -> None:
+        """Let go of the network's weights. Changes made to them since they were fetched are lost."""
+        if self._source is None and self._written is None:
+            self._find_or_write(network)
+        for module, name, _, parameter in _parameters(network):
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            module._parameters[name] = empty
+        drop_packs(network)
+        _return_memory()
+
+    def fetch(self, network: nn.Module) -> None:
+        """Read them again, converted as they were when they were put here."""
+        if self._source is not None:
+            with torch.random.fork_rng(devices=()):  # so that nobody's random numbers depend on what was read when
+                fresh = {path: p.detach() for _, _, path, p in _parameters(self._source.read())}
+        else:
+            assert self._written is not None
+            # copied, for results depend (by rounding) on how weights are aligned, and in files they are not
+            files = find_weights(Path(self._written.name))
+            fresh = {path: tensor.clone() for file in files for path, tensor in read_tensors(file)}
+        for module, name, path, parameter in _parameters(network):
+            module._parameters[name] = nn.Parameter(_laid_out(fresh[path], parameter), parameter.requires_grad)
+
+    def close(self, network: nn.Module) -> None:
+        """Leave the weights in memory: the shelf is not used any more."""
+        if any(parameter.is_meta for parameter in network.parameters()):
+            self.fetch(network)
+        if self._source is not None:
+            remember(network, self._source.read)
+        if self._written is not None:
+            self._written.cleanup()
+
+    def _find_or_write(self, network: nn.Module) -> None:
+        source: _Source | None = network.__dict__.get(_SOURCE)
+        if source is not None and source.state == _state(network):
+            self._source = source
+            return
+        self._written = tempfile.TemporaryDirectory(prefix="kandinsky22-", dir=self._folder, ignore_cleanup_errors=True)
+        weights = {path: parameter for _, _, path, parameter in _parameters(network)}
+        write_tensors(Path(self._written.name), weights, variant=None, max_shard_size="10GB", safe=True)
+
+
+def _parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
+    """Each parameter with the module that has it, its name there, and its path from the network."""
+    for prefix, module in plain(network).named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                yield module, name, f"{prefix}.{name}" if prefix else name, parameter
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the type and strides of another, such as channels last."""
+    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(tensor)
+
+
+def _return_memory() -> None:
+    """Give memory that was freed back to the system; the C library of Linux keeps some for later."""
+    if platform.system() == "Linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
