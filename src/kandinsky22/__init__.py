@@ -19,12 +19,33 @@ if TYPE_CHECKING:
     from kandinsky22.models.movq import VQModel as VQModel
     from kandinsky22.models.prior import PriorTransformer as PriorTransformer
     from kandinsky22.models.unet import UNet2DConditionModel as UNet2DConditionModel
+    from kandinsky22.pipelines.auto import AutoPipelineForImage2Image as AutoPipelineForImage2Image
+    from kandinsky22.pipelines.auto import AutoPipelineForInpainting as AutoPipelineForInpainting
     from kandinsky22.pipelines.auto import AutoPipelineForText2Image as AutoPipelineForText2Image
     from kandinsky22.pipelines.base import DiffusionPipeline as DiffusionPipeline
     from kandinsky22.pipelines.combined import KandinskyV22CombinedPipeline as KandinskyV22CombinedPipeline
+    from kandinsky22.pipelines.combined import (
+        KandinskyV22Img2ImgCombinedPipeline as KandinskyV22Img2ImgCombinedPipeline,
+    )
+    from kandinsky22.pipelines.combined import (
+        KandinskyV22InpaintCombinedPipeline as KandinskyV22InpaintCombinedPipeline,
+    )
+    from kandinsky22.pipelines.decoder import (
+        KandinskyV22ControlnetImg2ImgPipeline as KandinskyV22ControlnetImg2ImgPipeline,
+    )
+    from kandinsky22.pipelines.decoder import (
+        KandinskyV22ControlnetPipeline as KandinskyV22ControlnetPipeline,
+    )
+    from kandinsky22.pipelines.decoder import (
+        KandinskyV22Img2ImgPipeline as KandinskyV22Img2ImgPipeline,
+    )
+    from kandinsky22.pipelines.decoder import (
+        KandinskyV22InpaintPipeline as KandinskyV22InpaintPipeline,
+    )
     from kandinsky22.pipelines.decoder import KandinskyV22Pipeline as KandinskyV22Pipeline
     from kandinsky22.pipelines.outputs import ImagePipelineOutput as ImagePipelineOutput
     from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput as KandinskyPriorPipelineOutput
+    from kandinsky22.pipelines.prior import KandinskyV22PriorEmb2EmbPipeline as KandinskyV22PriorEmb2EmbPipeline
     from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline as KandinskyV22PriorPipeline
     from kandinsky22.schedulers import DDIMScheduler as DDIMScheduler
     from kandinsky22.schedulers import DDPMScheduler as DDPMScheduler
@@ -33,6 +54,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "AutoPipelineForImage2Image": "pipelines.auto",
+    "AutoPipelineForInpainting": "pipelines.auto",
     "AutoPipelineForText2Image": "pipelines.auto",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -44,7 +67,14 @@ _MODULE_OF = {
     "KandinskyError": "errors",
     "KandinskyPriorPipelineOutput": "pipelines.outputs",
     "KandinskyV22CombinedPipeline": "pipelines.combined",
+    "KandinskyV22ControlnetImg2ImgPipeline": "pipelines.decoder",
+    "KandinskyV22ControlnetPipeline": "pipelines.decoder",
+    "KandinskyV22Img2ImgCombinedPipeline": "pipelines.combined",
+    "KandinskyV22Img2ImgPipeline": "pipelines.decoder",
+    "KandinskyV22InpaintCombinedPipeline": "pipelines.combined",
+    "KandinskyV22InpaintPipeline": "pipelines.decoder",
     "KandinskyV22Pipeline": "pipelines.decoder",
+    "KandinskyV22PriorEmb2EmbPipeline": "pipelines.prior",
     "KandinskyV22PriorPipeline": "pipelines.prior",
     "MissingDependencyError": "errors",
     "PriorTransformer": "models.prior",

@@ -9,7 +9,11 @@ from kandinsky22.errors import InputError
 from kandinsky22.files import read_json
 from kandinsky22.hub import Source
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.pipelines.combined import KandinskyV22CombinedPipeline
+from kandinsky22.pipelines.combined import (
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+)
 
 
 class AutoPipeline:
@@ -61,10 +65,31 @@ class AutoPipeline:
         return cls.serves[name]
 
 
+TEXT_UNET = (
+    "KandinskyV22Pipeline",
+    "KandinskyV22CombinedPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline",
+)
+MASK_UNET = ("KandinskyV22InpaintPipeline", "KandinskyV22InpaintCombinedPipeline")
+
+
 class AutoPipelineForText2Image(AutoPipeline):
     """Pictures from prompts."""
 
     task = "text to image"
-    serves: ClassVar[dict[str, type[DiffusionPipeline]]] = dict.fromkeys(
-        ("KandinskyV22Pipeline", "KandinskyV22CombinedPipeline"), KandinskyV22CombinedPipeline
-    )
+    serves: ClassVar = dict.fromkeys(TEXT_UNET, KandinskyV22CombinedPipeline)
+
+
+class AutoPipelineForImage2Image(AutoPipeline):
+    """Pictures from prompts and a picture to start from."""
+
+    task = "image to image"
+    serves: ClassVar = dict.fromkeys(TEXT_UNET, KandinskyV22Img2ImgCombinedPipeline)
+
+
+class AutoPipelineForInpainting(AutoPipeline):
+    """Pictures repainted where a mask says so, from prompts."""
+
+    task = "inpainting"
+    serves: ClassVar = dict.fromkeys(MASK_UNET, KandinskyV22InpaintCombinedPipeline)

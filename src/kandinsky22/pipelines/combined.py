@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +10,21 @@ from torch import Tensor
 from kandinsky22.components import PRIOR_PREFIX
 from kandinsky22.errors import InputError
 from kandinsky22.inputs import checks, images, prompts
+from kandinsky22.inputs.images import Pictures
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.pipelines.decoder import DecoderPipeline, KandinskyV22Pipeline
+from kandinsky22.pipelines.decoder import (
+    DecoderPipeline,
+    KandinskyV22Img2ImgPipeline,
+    KandinskyV22InpaintPipeline,
+    KandinskyV22Pipeline,
+    Names,
+)
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
-from kandinsky22.pipelines.sampling import LATENTS, Plan
+from kandinsky22.pipelines.sampling import LATENTS
+from kandinsky22.randomness import Generators
+
+Texts: TypeAlias = str | list[str]
 
 D = TypeVar("D", bound=DecoderPipeline)
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -75,16 +85,43 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         pipe._progress_bar_config = self._progress_bar_config
         return pipe
 
-    def _embed(self, plan: Plan, **arguments: Any) -> dict[str, Tensor]:
-        """The decoder's embeddings for a planned call, from a call of the prior."""
-        decoder, prior = self.decoder_pipe, self.prior_pipe
-        prior._need("prior")
-        made, read = prior.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
+    def interrupt(self) -> None:
+        """End the running call as soon as its current step is done; it returns what the decoder then has."""
+        self._prior_pipe.interrupt()
+        self._decoder_pipe.interrupt()
+
+    def _call(
+        self, texts: tuple[Any, Any, Any], size: tuple[Any, Any], steps: tuple[Any, Any, Any, Any],
+        told: tuple[Any, Any, Any, Any], prior: tuple[Any, Any], early: tuple[Any, Any], output: tuple[Any, Any],
+        **given: Any,
+    ) -> Any:  # fmt: skip
+        """A whole call. `texts` are prompts, negatives and the number for each; `steps` are number, guidance,
+        generator and latents, `prior` the first two of the prior; `told` and `early` are the callbacks of the decoder
+        and the prior; `given` are the keywords of the decoder's `_plan`."""
+        positive, _ = prompts.pairs(*texts[:2])
+        copies = checks.whole("num_images_per_prompt", texts[2])
+        checks.choice("output_type", output[0], images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
+        decoder, first = self.decoder_pipe, self.prior_pipe
+        *options, latents = steps
+        of_prior = isinstance(latents, Tensor) and latents.ndim == 2
+        options += [None if of_prior else latents, decoder._check_callbacks(*told)]
+        plan = decoder._plan(len(positive) * copies, size, *options, copies=copies, **given)
+        first._need("prior")
+        made, read = first.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
         if made != read:
             raise InputError(f"the prior makes embeddings of {made} numbers, the unet reads {read}: they do not fit")
-        out = prior(**arguments)
-        guided = plan.guidance_scale > 1
-        return decoder._embeddings(out.image_embeds, out.negative_image_embeds, 1, guided)
+        positives, negatives = first(
+            *texts,
+            num_inference_steps=prior[0],
+            generator=steps[2],
+            latents=latents if of_prior else None,
+            guidance_scale=prior[1],
+            callback_on_step_end=early[0],
+            callback_on_step_end_tensor_inputs=early[1],
+            return_dict=False,
+        )
+        tensors = decoder._embeddings(positives, negatives, 1, plan.guidance_scale > 1)
+        return decoder._generate(plan, tensors, *output)
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
@@ -94,52 +131,81 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        callback: Any = None,
-        callback_steps: int | None = 1,
-        return_dict: bool = True,
-        prior_callback_on_step_end: Any = None,
-        prior_callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
-        callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
-    ) -> Any:
+        self, prompt: Texts, negative_prompt: Texts | None = None, num_inference_steps: int = 100,
+        guidance_scale: float = 4.0, num_images_per_prompt: int = 1, height: int | None = None,
+        width: int | None = None, prior_guidance_scale: float = 4.0, prior_num_inference_steps: int = 25,
+        generator: Generators = None, latents: Tensor | None = None, output_type: str = "pil", callback: Any = None,
+        callback_steps: int | None = 1, return_dict: bool = True, prior_callback_on_step_end: Any = None,
+        prior_callback_on_step_end_tensor_inputs: Names = LATENTS, callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Names = LATENTS,
+    ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each prompt; arguments as of the two pipelines, in which they act.
 
         `latents` with four dimensions are start noise of the decoder, with two of the prior. The generators serve the
         prior first, then the decoder. Raises InputError before any network runs.
         """
-        positive, _ = prompts.pairs(prompt, negative_prompt)
-        copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
-        of_prior = isinstance(latents, Tensor) and latents.ndim == 2
-        checks.choice("output_type", output_type, images.OUTPUT_TYPES)
-        decoder = self.decoder_pipe
-        callbacks = decoder._check_callbacks(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-        )
-        options = (num_inference_steps, guidance_scale, generator, None if of_prior else latents, callbacks)
-        plan = decoder._plan(len(positive) * copies, (height, width), *options)
-        embeds = self._embed(
-            plan,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=copies,
-            num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents if of_prior else None,
-            guidance_scale=prior_guidance_scale,
-            callback_on_step_end=prior_callback_on_step_end,
-            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-        )
-        return decoder._generate(plan, embeds, output_type, return_dict)
+        texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
+        steps = (num_inference_steps, guidance_scale, generator, latents)
+        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
+        prior = (prior_num_inference_steps, prior_guidance_scale)
+        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, prior, early, output)
+
+
+class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPipeline]):
+    """Pictures from prompts and a picture to start from."""
+
+    decoder_class = KandinskyV22Img2ImgPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: Texts, image: Pictures, negative_prompt: Texts | None = None, num_inference_steps: int = 100,
+        guidance_scale: float = 4.0, strength: float = 0.3, num_images_per_prompt: int = 1,
+        height: int | None = None, width: int | None = None, prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25, generator: Generators = None, latents: Tensor | None = None,
+        output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1, return_dict: bool = True,
+        prior_callback_on_step_end: Any = None, prior_callback_on_step_end_tensor_inputs: Names = LATENTS,
+        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
+    ) -> Any:  # fmt: skip
+        """Pictures that lead away from `image`, num_images_per_prompt for each prompt.
+
+        Image and strength are as in KandinskyV22Img2ImgPipeline, one image for all prompts or one for each. `latents`
+        with four dimensions are the noise put on the image; the rest is as in KandinskyV22CombinedPipeline.
+        """
+        given = {"image": image, "strength": strength}
+        texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
+        steps = (num_inference_steps, guidance_scale, generator, latents)
+        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
+        prior = (prior_num_inference_steps, prior_guidance_scale)
+        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, prior, early, output, **given)
+
+
+class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPipeline]):
+    """Pictures repainted where a mask says so, from prompts."""
+
+    decoder_class = KandinskyV22InpaintPipeline
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: Texts, image: Pictures, mask_image: Pictures, negative_prompt: Texts | None = None,
+        num_inference_steps: int = 100, guidance_scale: float = 4.0, num_images_per_prompt: int = 1,
+        height: int | None = None, width: int | None = None, prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25, generator: Generators = None, latents: Tensor | None = None,
+        output_type: str = "pil", return_dict: bool = True, prior_callback_on_step_end: Any = None,
+        prior_callback_on_step_end_tensor_inputs: Names = LATENTS, callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
+        keep_pixels: bool = False,
+    ) -> Any:  # fmt: skip
+        """`image` repainted where `mask_image` is white, num_images_per_prompt for each prompt.
+
+        Image, mask and keep_pixels are as in KandinskyV22InpaintPipeline, one for all prompts or one for each; the
+        rest is as in KandinskyV22CombinedPipeline.
+        """
+        given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
+        texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
+        steps = (num_inference_steps, guidance_scale, generator, latents)
+        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
+        prior = (prior_num_inference_steps, prior_guidance_scale)
+        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, prior, early, output, **given)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import PIL.Image
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from kandinsky22.inputs import checks, mixtures, prompts
 from kandinsky22.models import PriorTransformer
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
+from kandinsky22.randomness import Generators
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,19 @@ class TextEncoding:
         """The given rows of each tensor, by name."""
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: tensor[list(index)] for name, tensor in tensors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorPlan:
+    """A checked call of the prior: `texts` holds the prompts, then their negatives if there are any. `given` are the
+    pictures and embeddings to start from, instead of noise alone: one, or one for each prompt."""
+
+    texts: list[str]
+    against: list[str]
+    copies: int
+    has_negatives: bool
+    sampling: Plan
+    given: list[Tensor]
 
 
 class PriorPipeline(SamplingPipeline):
@@ -115,111 +128,90 @@ class PriorPipeline(SamplingPipeline):
         embed = self.encode_pixels(torch.zeros(1, 3, size, size)).repeat(batch_size, 1)
         return embed if device is None else embed.to(device)
 
+    def encode_picture(self, picture: Tensor) -> Tensor:
+        """Image embeddings (batch, dim) of preprocessed pictures; what already are embeddings stay as they are."""
+        if picture.ndim == 4:
+            return self.encode_pixels(picture)
+        return picture.to(device=self._execution_device, dtype=self.prior.dtype)
+
+    def _reading(self) -> dict[str, Any]:
+        """How pictures are read and embeddings told from them: the options of `mixtures`."""
+        self._need("prior", "image_encoder", "image_processor")
+        size = self.image_encoder.config.image_size
+        return {"dim": self.prior.config.embedding_dim, "size": size, "image_processor": self.image_processor}
+
     def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:
         condition = self.prior.encode_condition(
             proj_embedding=tensors["prompt_embeds"],
             encoder_hidden_states=tensors["text_encoder_hidden_states"],
             attention_mask=tensors["text_mask"],
-            schedule=self.scheduler.timesteps.tolist(),
+            schedule=self.scheduler.timesteps[-self._num_timesteps :].tolist(),
         )
         return lambda noisy, timestep: self.prior.denoise(noisy, timestep, condition)
 
-
-@dataclasses.dataclass(frozen=True)
-class PriorPlan:
-    """A checked call of the prior: `texts` holds the prompts, then their negatives if there are any."""
-
-    texts: list[str]
-    against: list[str]
-    copies: int
-    has_negatives: bool
-    sampling: Plan
-
-
-class KandinskyV22PriorPipeline(PriorPipeline):
-    """Image embeddings for prompts, by the unCLIP prior (Ramesh et al. 2022, arXiv 2204.06125)."""
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        guidance_scale: float = 4.0,
-        output_type: str = "pt",
-        return_dict: bool = True,
-        callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
-    ) -> Any:
-        """Image embeddings and negative image embeddings, each (prompts x num_images_per_prompt, embedding_dim).
-
-        One negative prompt serves all prompts and the other way round. With negative prompts their own embeddings are
-        sampled in the same batch, after the prompts', and returned as the negatives; otherwise the embedding of an
-        all-zero picture is. `latents` is start noise (rows, embedding_dim), with negative prompts for both halves. A
-        list of generators has one for each picture, which also draws for its negative. Guidance is off at 1 and
-        below. `output_type` is "pt" or "np". Raises InputError before any network runs.
-        """
-        checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
-        callbacks = self._check_callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        options = (num_images_per_prompt, num_inference_steps, guidance_scale, generator, latents, callbacks)
-        embeds, negatives = self._embed(self._plan(prompt, negative_prompt, *options))
-        self.maybe_free_model_hooks()
-        if output_type == "np":  # which has no bfloat16
-            arrays = embeds.float().cpu().numpy(), negatives.float().cpu().numpy()
-            return KandinskyPriorPipelineOutput(*arrays) if return_dict else arrays
-        return KandinskyPriorPipelineOutput(embeds, negatives) if return_dict else (embeds, negatives)
-
-    def _plan(self, prompt: Any, negative_prompt: Any, num_images_per_prompt: Any, *options: Any) -> PriorPlan:
+    def _plan(
+        self, prompt: Any, negative_prompt: Any, copies: Any, *options: Any, given: list[Tensor] | None = None
+    ) -> PriorPlan:
         positive, negative = prompts.pairs(prompt, negative_prompt)
-        copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
+        copies = checks.whole("num_images_per_prompt", copies)
         self._need("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
+        given = given or []
+        count = sum(len(part) for part in given) or 1
+        if len(positive) == 1:
+            positive, negative = positive * count, negative and negative * count
+        elif count not in (1, len(positive)):
+            raise InputError(f"image: {count} were given for {len(positive)} prompts; equal numbers, or 1, are needed")
         texts = positive + (negative or [])
         shape = (len(texts) * copies, self.prior.config.embedding_dim)
         against = negative * 2 if negative else [""] * len(texts)
         sampling = self._schedule(shape, len(positive) * copies, *options)
-        return PriorPlan(texts, against, copies, negative is not None, sampling)
+        return PriorPlan(texts, against, copies, negative is not None, sampling, given)
 
     def _embed(self, plan: PriorPlan) -> tuple[Tensor, Tensor]:
         """Embeddings and negatives for a plan that was the last to be made."""
-        guided = plan.sampling.guidance_scale > 1
-        tensors = self.encode_prompts(plan.texts, plan.against, plan.copies, guided=guided)
-        latents = self._denoise(plan.sampling, self._noise(plan.sampling, self.prior.dtype), tensors)
-        embeds = self.prior.post_process_latents(latents)
+        sampling, dtype = plan.sampling, self.prior.dtype
+        tensors = self.encode_prompts(plan.texts, plan.against, plan.copies, guided=sampling.guidance_scale > 1)
+        if not plan.given:
+            embeds = self.prior.post_process_latents(self._denoise(sampling, self._noise(sampling, dtype), tensors))
+        else:
+            embeds = torch.cat([self.encode_picture(part) for part in plan.given])
+            embeds = embeds.repeat_interleave(plan.copies, dim=0)
+            embeds = embeds.repeat(sampling.shape[0] // len(embeds), 1)
+            if len(sampling.timesteps):
+                noise, first = self._draw(sampling, dtype), sampling.timesteps[:1].repeat(len(embeds))
+                latents = self.scheduler.add_noise(embeds, noise, first)
+                embeds = self.prior.post_process_latents(self._denoise(sampling, latents, tensors))
         if plan.has_negatives:
             embeds, negatives = embeds.chunk(2)
             return embeds, negatives
         return embeds, self.get_zero_embed(len(embeds))
 
+    def _return(self, embeds: Tensor, negatives: Tensor, output_type: str, return_dict: bool) -> Any:
+        """The result of a call in the form that was asked for."""
+        self.maybe_free_model_hooks()
+        made: tuple[Any, Any] = embeds, negatives
+        if output_type == "np":  # which has no bfloat16
+            made = embeds.float().cpu().numpy(), negatives.float().cpu().numpy()
+        return KandinskyPriorPipelineOutput(*made) if return_dict else made
+
     @torch.no_grad()
     def interpolate(
-        self,
-        images_and_prompts: list[str | PIL.Image.Image | Tensor],
-        weights: list[float],
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        negative_prior_prompt: str | None = None,
-        negative_prompt: str | list[str] = "",
-        guidance_scale: float = 4.0,
-        device: torch.device | str | None = None,
-    ) -> KandinskyPriorPipelineOutput:
+        self, images_and_prompts: list[Any], weights: list[float], num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25, generator: Generators = None,
+        latents: Tensor | None = None, negative_prior_prompt: str | None = None,
+        negative_prompt: str | list[str] = "", guidance_scale: float = 4.0, device: torch.device | str | None = None,
+    ) -> KandinskyPriorPipelineOutput:  # fmt: skip
         """The weighted sum of the embeddings of texts and pictures, (num_images_per_prompt, embedding_dim).
 
-        Each item is a prompt, a PIL image, a tensor of preprocessed pixels (3, size, size) or (1, 3, size, size), or
-        an embedding (embedding_dim,) or (rows, embedding_dim). The negatives are the embedding of an all-zero
+        Each item is a prompt, a picture (a PIL image, a path that is no string, an array), a tensor of prepared pixels
+        (3, size, size) or (1, 3, size, size), or an embedding (embedding_dim,) or (rows, embedding_dim); their ranges
+        are those of `image` in `KandinskyV22PriorEmb2EmbPipeline`. The negatives are the embedding of an all-zero
         picture, that of `negative_prior_prompt` if that is given, or that of `negative_prompt` if that is not "": one
         string, or one for each picture. Results are moved to `device` if that is given. Raises InputError before any
         network runs.
         """
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
-        self._need("prior", "image_encoder", "image_processor")
-        dim, size = self.prior.config.embedding_dim, self.image_encoder.config.image_size
-        options: dict[str, Any] = {"rows": copies, "dim": dim, "size": size, "image_processor": self.image_processor}
-        items = mixtures.parts(images_and_prompts, weights, **options)
+        items = mixtures.parts(images_and_prompts, weights, rows=copies, **self._reading())
         against = prompts.texts("negative_prompt", negative_prompt)
         if len(against) not in (1, copies):
             raise InputError(f"negative_prompt: {len(against)} strings were given for {copies} pictures")
@@ -230,12 +222,13 @@ class KandinskyV22PriorPipeline(PriorPipeline):
             return self._plan(texts, negative_prior_prompt, copies, *options)
 
         plan(against, copies // len(against))  # checks all arguments
+        dim = self.prior.config.embedding_dim
         mixed = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
         for item, weight in zip(items, weights, strict=True):
             if isinstance(item, str):
                 embeds, _ = self._embed(plan(item, copies))
             else:
-                embeds = self.encode_pixels(item) if item.ndim == 4 else item.to(mixed)
+                embeds = self.encode_picture(item)
             mixed = mixed + embeds * weight
         last = plan(against, copies // len(against))
         if negative_prompt == "" and negative_prior_prompt is None:
@@ -253,3 +246,59 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         run = Run(self._noise(plan, self.prior.dtype), {}, 1.0)
         for _ in sample(run, self.scheduler, plan.timesteps, lambda _: lambda noisy, _: noisy, plan.generators):
             pass
+
+
+class KandinskyV22PriorPipeline(PriorPipeline):
+    """Image embeddings for prompts, by the unCLIP prior (Ramesh et al. 2022, arXiv 2204.06125)."""
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1, num_inference_steps: int = 25,
+        generator: Generators = None, latents: Tensor | None = None,
+        guidance_scale: float = 4.0, output_type: str = "pt", return_dict: bool = True,
+        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
+        callback: Any = None, callback_steps: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Image embeddings and negative image embeddings, each (prompts x num_images_per_prompt, embedding_dim).
+
+        One negative prompt serves all prompts and the other way round. With negative prompts their own embeddings are
+        sampled in the same batch, after the prompts', and returned as the negatives; otherwise the embedding of an
+        all-zero picture is. `latents` is start noise (rows, embedding_dim), with negative prompts for both halves. A
+        list of generators has one for each picture, which also draws for its negative. Guidance is off at 1 and
+        below. `output_type` is "pt" or "np". Raises InputError before any network runs.
+        """
+        checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
+        told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
+        options = num_inference_steps, guidance_scale, generator, latents, self._check_callbacks(*told)
+        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options)
+        return self._return(*self._embed(plan), output_type, return_dict)
+
+
+class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
+    """Image embeddings for prompts, starting from those of given pictures."""
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str | list[str], image: Any, strength: float = 0.3,
+        negative_prompt: str | list[str] | None = None, num_images_per_prompt: int = 1, num_inference_steps: int = 25,
+        generator: Generators = None, guidance_scale: float = 4.0,
+        output_type: str = "pt", return_dict: bool = True,
+        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
+        callback: Any = None, callback_steps: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Image embeddings and negative image embeddings, as those of `KandinskyV22PriorPipeline`.
+
+        `image`, one for all prompts or one for each (or several for one prompt), is a path, an http(s) address, a PIL
+        image of any mode, an array (H, W, C) of uint8 or of floats in [0, 1], prepared pixels (n, 3, size, size), an
+        embedding (n, embedding_dim), or a list of those. The last int(num_inference_steps x strength) steps run, from
+        its embedding under as much noise as belongs there: at 0 the embedding comes back as it is, at 1 little of it
+        is left. Raises InputError before any network runs.
+        """
+        checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
+        told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
+        options = num_inference_steps, guidance_scale, generator, None, self._check_callbacks(*told)
+        given = mixtures.pictures("image", image, **self._reading())
+        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options, given=given)
+        plan = dataclasses.replace(plan, sampling=self._tail(plan.sampling, strength))
+        return self._return(*self._embed(plan), output_type, return_dict)
