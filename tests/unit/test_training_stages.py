@@ -75,12 +75,12 @@ def test_the_bank_is_the_same_whether_filled_at_once_or_resumed(
     monkeypatch.setattr(decoder, "BANK_START", 64)
     monkeypatch.setattr(decoder, "BANK_GROWTH", 64)
     first = decoder.Bank(tmp_path, autoencoder, towers, seed=3, size=128)
-    early = first.batch(Draw.of(3, 0), 8)
-    first.batch(Draw.of(3, 1), 8)
+    early = first.take(first.choose(Draw.of(3, 0), 8))
+    first.choose(Draw.of(3, 1), 8)
     assert first.count == 128
     again = decoder.Bank(tmp_path, autoencoder, towers, seed=3, size=128)
     assert again.count == 128
-    for one, other in zip(early, again.batch(Draw.of(3, 0), 8), strict=True):
+    for one, other in zip(early, again.take(again.choose(Draw.of(3, 0), 8)), strict=True):
         assert torch.equal(one, other)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kandinsky22.models.attention import KeyValue
 from kandinsky22.models.movq import VQModel
-from kandinsky22.models.unet import UNet2DConditionModel
+from kandinsky22.models.unet import UNet2DConditionModel, UNetCondition
 from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.loop import Draw, Settings, load_average, train, write_atomically
@@ -76,6 +78,17 @@ def zero_embedding(towers: Towers) -> Tensor:
     return towers.embed_images(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5))
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Latents (n, 4, h, w) to denoise, embeddings (n, D), what else the UNet knows, and how much each place counts."""
+
+    latents: Tensor
+    embeds: Tensor
+    hint: Tensor | None = None
+    channels: Tensor | None = None
+    weight: Tensor | float = 1.0
+
+
 class Bank:
     """Latents and embeddings of pictures, on disk, computed before they are needed; a resumed run finds them there.
 
@@ -84,7 +97,8 @@ class Bank:
     """
 
     chunk = 64
-    embeds_shape: tuple[int, ...] = (EMBEDDING,)  # of what is kept of each picture
+    embeds_shape: tuple[int, ...] = (EMBEDDING,)  # of what is kept of each picture; the first is its own
+    levels = 1  # timesteps at which each example is denoised, for what costs more to encode than to denoise
 
     def __init__(self, folder: Path, movq: VQModel, towers: Towers, *, seed: int, size: int) -> None:
         self.movq, self.towers, self.seed, self.size = movq, towers, seed, size
@@ -109,13 +123,13 @@ class Bank:
             write_atomically(self.count_file, lambda path: _write_count(path, size))
         return draw.numpy.integers(0, size, count)
 
-    def batch(self, draw: Draw, count: int) -> tuple[Tensor, Tensor]:
-        """Latents (count, 4, h, w) and embeddings (count, D) for the step of `draw`."""
-        return self.take(self.choose(draw, count))
-
     def take(self, chosen: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Latents and embeddings of pictures that `choose` chose."""
+        """Latents (count, 4, h, w) and embeddings (count, *embeds_shape) of pictures that `choose` chose."""
         return torch.from_numpy(self.latents[chosen]).float(), torch.from_numpy(self.embeds[chosen]).float()
+
+    def examples(self, draw: Draw) -> Examples:
+        """What the UNet is shown at the step of `draw`."""
+        return Examples(*self.take(self.choose(draw, BATCH)))
 
     def scenes(self, number: int) -> tuple[list[Scene], np.random.Generator]:
         """The scenes of the chunk that holds picture `number`, and what goes on to draw all else about them."""
@@ -166,17 +180,19 @@ def denoising(unet: UNet2DConditionModel, bank: Bank, empty: Tensor) -> Any:
     """Objective: velocity, more weight on large areas at high noise, and the learned variance."""
     scheduler = DDPMScheduler(**SCHEDULER)
     table = timestep_table(scheduler.alphas_cumprod)
-    spread = bank.batch(Draw.of(0, 0), 512)[1].std(0)
+    spread = bank.take(bank.choose(Draw.of(0, 0), 512))[1].view(512, -1, EMBEDDING)[:, 0].std(0)
 
     def objective(draw: Draw) -> dict[str, Tensor]:
-        latents, embeds = bank.batch(draw, BATCH)
-        embeds = blurred(embeds, spread, empty, draw)
-        timesteps = stratified(table, BATCH, draw)
+        shown = bank.examples(draw)
+        embeds = blurred(shown.embeds, spread, empty, draw)
+        latents = shown.latents.repeat(bank.levels, 1, 1, 1)
+        timesteps = stratified(table, len(latents), draw)
         noise = torch.randn(latents.shape, generator=draw.torch)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower for so few tokens
-            output = unet.denoise(noisy, timesteps, unet.encode_condition(embeds)).float()
-        return denoising_losses(output, latents, noise, timesteps, scheduler)
+            condition = unet.encode_condition(embeds, shown.hint, shown.channels)
+            output = unet.denoise(noisy, timesteps, repeated(condition, bank.levels)).float()
+        return denoising_losses(output, latents, noise, timesteps, scheduler, shown.weight)
 
     return objective
 
@@ -186,6 +202,15 @@ def blurred(embeds: Tensor, spread: Tensor, empty: Tensor, draw: Draw) -> Tensor
     amount = EMBEDDING_NOISE * torch.rand(len(embeds), 1, generator=draw.torch)
     embeds = embeds + amount * spread * torch.randn(embeds.shape, generator=draw.torch)
     return torch.where(torch.rand(len(embeds), 1, generator=draw.torch) < EMPTY, empty, embeds)
+
+
+def repeated(condition: UNetCondition, times: int) -> UNetCondition:
+    """The condition of all rows, then again, `times` times in all."""
+    if times == 1:
+        return condition
+    layers = (KeyValue(*(tensor.repeat(times, 1, 1, 1) for tensor in layer)) for layer in condition.layers)
+    channels = None if condition.channels is None else condition.channels.repeat(times, 1, 1, 1)
+    return UNetCondition(condition.time.repeat(times, 1), tuple(layers), channels)
 
 
 def stratified(table: Tensor, count: int, draw: Draw) -> Tensor:

@@ -50,6 +50,14 @@ def train_autoencoder(folder: str | Path, settings: Settings = AUTOENCODER) -> V
     return movq
 
 
+def load_autoencoder(folder: str | Path) -> VQModel:
+    """The network after the first stage, which must be finished; nothing is written."""
+    movq = VQModel(**CONFIG)
+    load_average(movq, Path(folder) / "autoencoder")
+    freeze_latents(movq, AUTOENCODER.seed)
+    return movq.eval().requires_grad_(False)
+
+
 def load_movq(folder: str | Path) -> VQModel:
     """The network as far as `folder` has it: the first stage must be finished, the second may be under way."""
     movq = train_autoencoder(folder)
