@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.runtime import pages
+
 WORTHWHILE = 2**20  # multiplications below which the plain product is as fast
 ROWS = 64  # the layout that suits so many rows suits a few and thousands nearly as well
 
@@ -20,8 +22,9 @@ ROWS = 64  # the layout that suits so many rows suits a few and thousands nearly
 class Linear(nn.Linear):
     """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
 
-    The copy is made at the first use and again whenever the weight changed; it takes as much memory as the weight, and
-    is in no state dict. Results differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
+    The copy is made at the first use and again whenever the weight changed, and is in no state dict. It takes as much
+    memory as the weight, whose own memory is given back for as long as it is mapped from a file. Results differ from
+    the plain layer's by rounding. `Linear.packing = False` switches it off.
     """
 
     packing: bool = True
@@ -51,6 +54,7 @@ class _Pack:
         self.address = weight.data_ptr()
         with torch.no_grad():
             self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        pages.forget(weight)
 
     def holds(self, weight: Tensor) -> bool:
         # `module.to` keeps the parameter and gives it other data; an optimizer step counts up the version

@@ -1,0 +1,68 @@
+"""Memory of mapped weights is given back without anything being lost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kandinsky22.runtime import packed
+from kandinsky22.runtime.packed import Linear
+from kandinsky22.runtime.pages import forget
+from kandinsky22.weights import read_tensors
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/pagemap")
+SIDE = 2048  # 16 MiB of weights, well above what else comes and goes
+
+
+def of_files() -> int:
+    """Bytes of files that this process has in memory."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile")))
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Tensor:
+    torch.manual_seed(0)
+    save_file({"weight": torch.randn(SIDE, SIDE)}, tmp_path / "weights.safetensors")
+    return dict(read_tensors(tmp_path / "weights.safetensors"))["weight"]
+
+
+def test_unchanged_pages_go_and_come_back(mapped: Tensor) -> None:
+    total, full = mapped.sum(), of_files()
+    assert forget(mapped)
+    assert full - of_files() > 0.9 * mapped.nbytes
+    assert mapped.sum() == total
+
+
+def test_what_was_written_stays(mapped: Tensor) -> None:
+    mapped.numpy()[SIDE // 2, 7] = 5.0  # torch does not notice this
+    mapped.sum()
+    assert not forget(mapped)
+    assert mapped[SIDE // 2, 7] == 5.0
+
+
+def test_other_memory_stays() -> None:
+    own = torch.randn(300, 300)
+    total = own.sum()
+    assert not forget(own)
+    assert own.sum() == total
+    assert not forget(torch.zeros(300, 300))
+    assert not forget(torch.empty(3, 3, device="meta"))
+
+
+@pytest.mark.skipif(not packed._DTYPES, reason="this torch has no packed products on this machine")
+@torch.no_grad()
+def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
+    layer = Linear(SIDE, SIDE, bias=False)
+    layer.load_state_dict({"weight": mapped}, assign=True)
+    features = torch.randn(200, SIDE)
+    Linear(SIDE, SIDE)(features)  # the library's own code comes into memory
+    plain, full = torch.nn.functional.linear(features, layer.weight), of_files()
+    assert torch.allclose(layer(features), plain, atol=1e-3)
+    assert full - of_files() > 0.9 * mapped.nbytes
+    assert torch.equal(layer.weight, mapped)
