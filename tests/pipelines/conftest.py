@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from tests.pipelines.tiny import oracle_decoder, oracle_prior
+from tests.pipelines.tiny import MODES, oracle_decoder, oracle_prior
 
+import kandinsky22
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
 
@@ -42,6 +44,27 @@ def oracles(checkpoints: Path) -> dict[str, Any]:
     return pipes
 
 
+@pytest.fixture(scope="session")
+def mode_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint for each decoder that starts from pictures, saved by the reference."""
+    folder = tmp_path_factory.mktemp("modes")
+    torch.manual_seed(2)
+    for mode in MODES:
+        oracle_decoder(mode).save_pretrained(folder / mode)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mode_oracles(mode_folder: Path) -> dict[str, Any]:
+    """The reference's pipelines that start from pictures, by mode."""
+    pipes = {
+        mode: getattr(diffusers, f"KandinskyV22{mode}Pipeline").from_pretrained(mode_folder / mode) for mode in MODES
+    }
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    return pipes
+
+
 def load(kind: Any, folder: Path) -> Any:
     """A pipeline of its own for each test, which may move, convert and take it apart."""
     pipe = kind.from_pretrained(folder)
@@ -62,3 +85,9 @@ def decoder(checkpoints: Path) -> KandinskyV22Pipeline:
 @pytest.fixture
 def combined(checkpoints: Path) -> KandinskyV22CombinedPipeline:
     return load(KandinskyV22CombinedPipeline, checkpoints / "combined")
+
+
+@pytest.fixture
+def modes(mode_folder: Path) -> Callable[[str], Any]:
+    """Ours, by mode."""
+    return lambda mode: load(getattr(kandinsky22, f"KandinskyV22{mode}Pipeline"), mode_folder / mode)

@@ -80,13 +80,23 @@ def oracle_prior(folder: Path) -> Any:
     )
 
 
-def oracle_decoder() -> Any:
+# Pipelines of the reference that start from pictures: input channels of the UNet, and what it is conditioned on.
+MODES = {
+    "Img2Img": (4, "image"),
+    "Inpaint": (9, "image"),
+    "Controlnet": (8, "image_hint"),
+    "ControlnetImg2Img": (8, "image_hint"),
+}
+
+
+def oracle_decoder(mode: str = "") -> Any:
     """The reference's decoder pipeline with random weights, its scheduler using the learned variance as published."""
+    in_channels, condition = MODES.get(mode, (4, "image"))
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=8,
-        addition_embed_type="image",
+        addition_embed_type=condition,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
@@ -109,7 +119,8 @@ def oracle_decoder() -> Any:
         norm_type="spatial",
     )
     scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range")
-    return diffusers.KandinskyV22Pipeline(unet=unet.eval(), scheduler=scheduler, movq=movq.eval())
+    kind = getattr(diffusers, f"KandinskyV22{mode}Pipeline")
+    return kind(unet=unet.eval(), scheduler=scheduler, movq=movq.eval())
 
 
 def seeded(seed: int) -> torch.Generator:
