@@ -36,6 +36,7 @@ class Composite:
 
     config_name: ClassVar[str] = "model_index.json"
     defaults_name: ClassVar[str] = "generation_defaults.json"
+    embedded_part: ClassVar[str] = "decoder"  # of the embedded model, the folder that a class is made from
 
     def __init__(self) -> None:
         self.origin: str | None = None
@@ -132,7 +133,7 @@ class Composite:
     @classmethod
     def _load(cls: type[C], source: Source, stored: Stored, given: dict[str, Any]) -> C:
         names = cls.component_names()
-        source = replace(source, part="prior" if "text_encoder" in names else "decoder")
+        source = replace(source, part=cls.embedded_part)
         folder = source.fetch(lambda files: {cls.config_name, cls.defaults_name, "README.md"} & set(files))
         index = read_json(folder / cls.config_name)
         if not names:

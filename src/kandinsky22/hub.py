@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
 class Source:
     """A checkpoint's name and how to reach it: a folder, "embedded", or a Hub id with the Hub's usual options.
 
-    `part` names the folder of the embedded weights that is meant: "prior" or "decoder".
+    `part` names the folder of the embedded weights that is meant: "prior", "decoder", "inpaint" or "control".
     """
 
     name: str | os.PathLike[str]
@@ -105,7 +105,7 @@ class Source:
 
 
 def embedded_folder(part: str) -> Path:
-    """Folder of the embedded weights: "prior" or "decoder"; raises CheckpointError if this installation has none."""
+    """Folder of the embedded weights, one of `Source.part`; raises CheckpointError if this installation has none."""
     folder = Path(str(importlib.resources.files("kandinsky22"))) / "embedded" / "weights" / part
     if not folder.is_dir():
         raise CheckpointError(f"this installation has no embedded {part} weights: {folder} does not exist")

@@ -20,6 +20,7 @@ class AutoPipeline:
     """Base of the three tasks. `serves` says which class does the task with the weights of which class."""
 
     task: ClassVar[str]
+    embedded_part: ClassVar[str] = "decoder"
     serves: ClassVar[dict[str, type[DiffusionPipeline]]]
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class AutoPipeline:
         All options are those of `DiffusionPipeline.from_pretrained`. Raises InputError if the checkpoint is for
         something else.
         """
-        source = Source(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
+        source = Source(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only, cls.embedded_part)
         folder = source.fetch(lambda files: {DiffusionPipeline.config_name} & set(files))
         kind = cls._class_for(str(read_json(folder / DiffusionPipeline.config_name).get("_class_name")))
         return kind.from_pretrained(
@@ -92,4 +93,5 @@ class AutoPipelineForInpainting(AutoPipeline):
     """Pictures repainted where a mask says so, from prompts."""
 
     task = "inpainting"
+    embedded_part = "inpaint"
     serves: ClassVar = dict.fromkeys(MASK_UNET, KandinskyV22InpaintCombinedPipeline)

@@ -185,6 +185,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
     """Pictures repainted where a mask says so, from prompts."""
 
     decoder_class = KandinskyV22InpaintPipeline
+    embedded_part = "inpaint"
 
     @torch.no_grad()
     def __call__(

@@ -276,6 +276,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
     """Pictures repainted where a mask says so, from image embeddings."""
 
     _callback_tensor_inputs: ClassVar = [*DecoderPipeline._callback_tensor_inputs, "masked_image", "mask_image"]
+    embedded_part = "inpaint"
     _unet_needs = (5, "image")
     _signed = True
 
@@ -329,6 +330,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
     """Pictures from image embeddings and a hint at their composition, such as a depth map."""
 
     _callback_tensor_inputs: ClassVar = [*DecoderPipeline._callback_tensor_inputs, "hint"]
+    embedded_part = "control"
     _unet_needs = (4, "image_hint")
 
     @torch.no_grad()
@@ -354,6 +356,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
     """Pictures from image embeddings, a picture to start from and a hint at the composition."""
 
     _callback_tensor_inputs: ClassVar = KandinskyV22ControlnetPipeline._callback_tensor_inputs
+    embedded_part = "control"
     _unet_needs = (4, "image_hint")
     _unit = True
 

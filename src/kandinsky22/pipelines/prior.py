@@ -58,6 +58,7 @@ class PriorPipeline(SamplingPipeline):
     text_encoder: Any
     tokenizer: Any
     image_processor: Any
+    embedded_part: ClassVar[str] = "prior"
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->image_encoder->prior"
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["prior"]
     _callback_tensor_inputs: ClassVar[list[str]] = [

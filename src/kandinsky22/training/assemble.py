@@ -1,4 +1,7 @@
-"""The last stage: the trained networks become the two checkpoint folders that the package ships."""
+"""The last stage: the trained networks become the checkpoint folders that the package ships.
+
+The UNets' weights are in two files: what all three have in common, the same file to the byte in each, and their own.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,27 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
+from kandinsky22.models.movq import VQModel
 from kandinsky22.models.prior import PriorTransformer
-from kandinsky22.pipelines.decoder import KandinskyV22Pipeline
+from kandinsky22.models.unet import UNet2DConditionModel
+from kandinsky22.pipelines.decoder import (
+    DecoderPipeline,
+    KandinskyV22ControlnetPipeline,
+    KandinskyV22InpaintPipeline,
+    KandinskyV22Pipeline,
+)
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import DDPMScheduler, UnCLIPScheduler
-from kandinsky22.training import decoder, prior
+from kandinsky22.training import decoder, prior, variants
 from kandinsky22.training.clip import Towers, build_tokenizer, image_processor
-from kandinsky22.training.loop import SUMMARY
+from kandinsky22.training.loop import SUMMARY, finished
 from kandinsky22.training.movq import load_movq
+from kandinsky22.weights import write_tensors
 
 # Chosen among seven settings on 100 to 120 prompts each (seed 5), where differences are hardly above chance.
 PRIOR_DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 2.0}
 DECODER_DEFAULTS: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 2.0}
-STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder")
+STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "inpaint", "hint")
 
 
 def embedded_weights() -> Path:
@@ -31,19 +42,36 @@ def embedded_weights() -> Path:
 
 
 def assemble(out: Path, folder: Path | None = None) -> None:
-    """Write prior and decoder, in half precision, from the stages under `out`; into the package unless told where."""
+    """Write prior and decoders, in half precision, from the stages under `out`; into the package unless told where.
+
+    The variants of the decoder are written if their training is finished.
+    """
     folder = embedded_weights() if folder is None else folder
     out = Path(out)
     towers = Towers.load(out / "clip" / "model")
     _save_prior(out, towers, folder / "prior")
-    pipe = KandinskyV22Pipeline(
-        unet=decoder.load_decoder(out / "decoder").half(),
-        scheduler=DDPMScheduler(**decoder.SCHEDULER),
-        movq=load_movq(out / "movq").half(),
+    plain, movq = decoder.load_decoder(out / "decoder"), load_movq(out / "movq").half()
+    inpaint, hint = (
+        variants.load_variant(out / name, plain, changes) if finished(out / name) else None
+        for name, changes in (("inpaint", variants.INPAINT), ("hint", variants.HINT))
     )
-    pipe.generation_defaults = DECODER_DEFAULTS
-    pipe.save_pretrained(folder / "decoder")
+    _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
+    _save_decoder(KandinskyV22InpaintPipeline, inpaint, movq, folder / "inpaint")
+    _save_decoder(KandinskyV22ControlnetPipeline, hint, movq, folder / "control")
     (folder / "training.json").write_text(json.dumps(history(out), indent=2) + "\n", encoding="utf-8")
+
+
+def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None, movq: VQModel, folder: Path) -> None:
+    if unet is None:
+        return
+    pipe = kind(unet.half(), DDPMScheduler(**decoder.SCHEDULER), movq)
+    pipe.generation_defaults = DECODER_DEFAULTS
+    pipe.save_pretrained(folder)
+    own, common = {}, {}
+    for name, tensor in unet.state_dict().items():
+        (own if name.startswith(variants.TRAINED) else common)[name] = tensor
+    size = sum(tensor.nbytes for tensor in common.values())
+    write_tensors(folder / "unet", common | own, variant=None, max_shard_size=size, safe=True)
 
 
 def _save_prior(out: Path, towers: Towers, folder: Path) -> None:
@@ -62,6 +90,10 @@ def _save_prior(out: Path, towers: Towers, folder: Path) -> None:
 
 def history(out: Path) -> dict[str, Any]:
     """How each stage was trained: steps, seconds, parameters, settings."""
-    stages = {stage: json.loads((out / stage / SUMMARY).read_text(encoding="utf-8")) for stage in STAGES}
+    stages = {
+        stage: json.loads((out / stage / SUMMARY).read_text(encoding="utf-8"))
+        for stage in STAGES
+        if finished(out / stage)
+    }
     seconds = round(sum(stage["seconds"] for stage in stages.values()))
     return {"torch": str(torch.__version__), "seconds": seconds, "stages": stages}

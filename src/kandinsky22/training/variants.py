@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
@@ -51,7 +52,7 @@ HINT_SETTINGS = Settings(steps=2800, learning_rate=5e-4, warmup=100, average=0.9
 BANK_START, BANK_GROWTH, BANK_SIZE = 2048, 3, 10240  # as the decoder's
 
 KEPT_WEIGHT = 0.3  # of errors where the picture is kept: the pipeline paints over them
-SUBJECT = 0.4  # how often the embedding tells of nothing but the shape in the hole, if there is one
+SUBJECT = 0.5  # how often the embedding tells of nothing but the shape in the hole, if there is one
 LOOSE = 0.5  # share of hints whose shapes lie where no caption could say
 UNSETTLED = 0.5  # how often the embedding tells of another place and size than the hint shows
 OUTLINES = 0.4  # share of hints that are edges
@@ -173,8 +174,8 @@ class HoleBank(SceneBank):
     def examples(self, draw: Draw) -> Examples:
         chosen = self.choose(draw, BATCH)
         latents, embeds = self.take(chosen)
-        holes, told = zip(*(sample_hole(scene, draw.numpy) for scene in self._known(chosen)), strict=True)
-        kept = 1 - torch.from_numpy(np.stack(holes)).float()[:, None]
+        keeps, told = zip(*(sample_hole(scene, draw.numpy) for scene in self._known(chosen)), strict=True)
+        kept = torch.cat(keeps)
         return Examples(
             latents,
             embeds[torch.arange(len(embeds)), torch.tensor(told)],
@@ -195,17 +196,19 @@ def alone(scene: Scene, slot: int, rng: np.random.Generator, *, named: bool) -> 
     return other if free else Scene(scene.background, (shape,))
 
 
-def sample_hole(scene: Scene, rng: np.random.Generator) -> tuple[Bools, int]:
-    """A hole at latent size, and which of a picture's embeddings is told: 0 the whole, 1 or 2 only that shape."""
-    hole = widened(_hole(scene, rng))
-    inside = [hole[_cells(shape)].all() for shape in scene.shapes]
-    touched = [hole[_cells(shape)].any() for shape in scene.shapes]
-    subjects = [slot for slot, whole in enumerate(inside) if whole and sum(touched) == 1 and not hole.all()]
-    return hole, 1 + subjects[0] if subjects and rng.random() < SUBJECT else 0
+def sample_hole(scene: Scene, rng: np.random.Generator) -> tuple[Tensor, int]:
+    """Which latents (1, 1, h, w) a hole keeps, as the inpainting pipeline has it, 1 or 0; and which of a picture's
+    embeddings is told: 0 the whole, 1 or 2 only that shape."""
+    hole = torch.from_numpy(_hole(scene, rng)).float()[None, None]
+    kept = masks.kept(hole, (SIZE // 8, SIZE // 8))
+    inside = [not kept[0, 0][_cells(shape)].any() for shape in scene.shapes]
+    touched = [not kept[0, 0][_cells(shape)].all() for shape in scene.shapes]
+    subjects = [slot for slot, whole in enumerate(inside) if whole and sum(touched) == 1 and kept.any()]
+    return kept, 1 + subjects[0] if subjects and rng.random() < SUBJECT else 0
 
 
 def _hole(scene: Scene, rng: np.random.Generator) -> Bools:
-    # a pixel mask is shrunk to latent size by taking every eighth pixel
+    # the pipeline shrinks masks by taking every eighth pixel
     steps = (8 * np.arange(SIZE // 8) + 0.5) / SIZE
     xs, ys = np.meshgrid(steps, steps)
     shape = scene.shapes[rng.integers(len(scene.shapes))]
@@ -213,13 +216,13 @@ def _hole(scene: Scene, rng: np.random.Generator) -> Bools:
     left, top, right, bottom = reach + rng.uniform(0.0, 0.15, 4)
     around = (xs > shape.x - left) & (xs < shape.x + right) & (ys > shape.y - top) & (ys < shape.y + bottom)
     kind = rng.random()
-    if kind < 0.4:
-        return around
     if kind < 0.5:
+        return around
+    if kind < 0.58:
         return np.hypot(xs - shape.x, ys - shape.y) < reach + 0.5 * left - 0.25 * reach
-    if kind < 0.6:
+    if kind < 0.66:
         return ~around
-    if kind < 0.8:
+    if kind < 0.82:
         half = (xs if rng.random() < 0.5 else ys) < rng.uniform(0.2, 0.8)
         return half if rng.random() < 0.5 else ~half
     if kind < 0.92:
@@ -236,14 +239,6 @@ def _cells(shape: Shape) -> tuple[slice, slice]:
         slice(max(0, int((middle - reach) * side)), math.ceil((middle + reach) * side)) for middle in (shape.y, shape.x)
     )
     return rows, columns
-
-
-def widened(hole: Bools) -> Bools:
-    """The hole (h, w) as the inpainting pipeline widens it: by six of the eight neighbours of each of its cells."""
-    padded = np.pad(hole, 1)
-    shifts = ((0, 1), (1, 0), (0, 0), (2, 1), (1, 2), (2, 2), (1, 1))
-    height, width = hole.shape
-    return np.logical_or.reduce([padded[y : y + height, x : x + width] for y, x in shifts])
 
 
 # Hints
