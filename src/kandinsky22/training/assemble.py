@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from kandinsky22.models.movq import VQModel
@@ -67,7 +68,8 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     pipe = kind(unet.half(), DDPMScheduler(**decoder.SCHEDULER), movq)
     pipe.generation_defaults = DECODER_DEFAULTS
     pipe.save_pretrained(folder)
-    own, common = {}, {}
+    own: dict[str, Tensor] = {}
+    common: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
         (own if name.startswith(variants.TRAINED) else common)[name] = tensor
     size = sum(tensor.nbytes for tensor in common.values())
