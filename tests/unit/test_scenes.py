@@ -10,13 +10,17 @@ import torch
 
 from kandinsky22.training.scenes import (
     COLORS,
+    CONTRAST,
     PLACES,
     SHAPES,
     SIZES,
     Scene,
     Shape,
     is_held_out,
+    mixed_palettes,
+    nearest_color,
     render,
+    repaint,
     sample_scene,
 )
 
@@ -116,3 +120,31 @@ def test_same_seed_same_scene_and_wrong_count_is_refused() -> None:
     assert scenes(5) == scenes(5)
     with pytest.raises(ValueError, match="1 or 2 shapes"):
         sample_scene(np.random.default_rng(0), shapes=3)
+
+
+def test_repainted_pictures_have_the_colours_of_their_palettes() -> None:
+    rng, batch = np.random.default_rng(4), scenes(200)
+    palettes = [repaint(scene, rng) for scene in batch]
+    for scene, palette, picture in zip(batch, palettes, render(batch, 64, palettes), strict=True):
+        ground = torch.tensor(palette[scene.background])
+        assert torch.allclose(picture[:, 0, 0], ground)
+        for shape in scene.shapes:
+            paint = torch.tensor(palette[shape.color])
+            assert torch.allclose(picture[:, int(shape.y * 64), int(shape.x * 64)], paint)
+            assert float((paint - ground).norm()) >= CONTRAST
+
+
+def test_no_palette_comes_near_what_is_left_out_of_training() -> None:
+    rng = np.random.default_rng(5)
+    for scene in scenes(300):
+        named = {name: nearest_color(color) for name, color in repaint(scene, rng).items()}
+        shapes = [Shape(s.kind, named[s.color], s.size, s.x, s.y, s.radius) for s in scene.shapes]
+        assert not is_held_out(Scene(named[scene.background], tuple(shapes)))
+
+
+def test_a_share_of_scenes_is_repainted() -> None:
+    batch, rng = scenes(400), np.random.default_rng(6)
+    named = sum(palette is COLORS for palette in mixed_palettes(batch, rng, 0.25))
+    assert 270 <= named <= 330
+    assert all(palette is COLORS for palette in mixed_palettes(batch, rng, 0.0))
+    assert all(nearest_color(color) == name for name, color in COLORS.items())

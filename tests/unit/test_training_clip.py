@@ -10,9 +10,10 @@ import torch
 
 from kandinsky22.training import prior as recipe
 from kandinsky22.training.captions import VOCABULARY, caption
-from kandinsky22.training.clip import UNKNOWN, Towers, answers, build_tokenizer, neighbours, objective, told
+from kandinsky22.training.clip import Towers, build_tokenizer, neighbours, objective
 from kandinsky22.training.loop import Draw
-from kandinsky22.training.scenes import is_held_out, render, sample_scene
+from kandinsky22.training.probe import UNKNOWN, Probe, Seen, _scene, answers, told
+from kandinsky22.training.scenes import is_held_out, render, repaint, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,37 @@ def test_what_captions_tell_is_true() -> None:
         scene = sample_scene(rng)
         truth, said = answers(scene), told(caption(scene, rng).named)
         assert all(a in (UNKNOWN, b) for a, b in zip(said, truth, strict=True))
+
+
+def test_answers_describe_the_scene() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        scene = sample_scene(rng)
+        again = _scene(answers(scene))
+        assert (again.background, again.place, again.relation) == (scene.background, scene.place, scene.relation)
+        looks = [[(shape.kind, shape.color, shape.size) for shape in s.shapes] for s in (again, scene)]
+        assert looks[0] == looks[1]
+
+
+def test_parts_that_add_up_leave_no_residue() -> None:
+    torch.manual_seed(0)
+    probe, rng = Probe(128), np.random.default_rng(2)
+    scenes = [sample_scene(rng, shapes=1 + index % 2) for index in range(64)]
+    seen = Seen.of(scenes).followed_by(Seen.of(scenes, [repaint(scene, rng) for scene in scenes]))
+    assert seen.answers.shape == (128, 8) and seen.paints.shape == (128, 3, 3)
+    assert (seen.answers[64:, [0, 3, 6]] == UNKNOWN).all(), "colours of a palette have no names"
+    assert seen.paints[::2, 2].isnan().all() and not seen.paints[1::2].isnan().any()
+    with torch.no_grad():
+        whole = probe.compose(seen)
+        assert probe.picture_losses(whole, seen)["residue"] < 1e-10
+        assert probe.picture_losses(whole.roll(1, 0), seen)["residue"] > 0.1
+        # the same change of one attribute is the same step in any combination
+        brighter = Seen(seen.answers, seen.measures, seen.paints.clone())
+        brighter.paints[:, 0] = 1.0
+        darker = Seen(seen.answers, seen.measures, seen.paints.clone())
+        darker.paints[:, 0] = 0.0
+        steps = probe.compose(brighter) - probe.compose(darker)
+        assert torch.allclose(steps, steps[:1].expand_as(steps), atol=1e-5)
 
 
 def test_neighbours_are_different_and_never_held_out() -> None:

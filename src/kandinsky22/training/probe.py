@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kandinsky22.training.captions import Named
-from kandinsky22.training.scenes import COLORS, JITTER, PLACES, RADII, SHAPES, SIZES, Palette, Scene
+from kandinsky22.training.scenes import (
+    COLORS,
+    JITTER,
+    PLACE_CENTERS,
+    PLACES,
+    RADII,
+    SHAPES,
+    SIZES,
+    SPREAD,
+    Palette,
+    Scene,
+    Shape,
+)
 
 # The questions, each with the number of its answers; the last six stand for the left or upper shape, then the other.
 QUESTIONS = {
@@ -167,3 +179,25 @@ class Probe(nn.Module):
         """Whether each answer is right, (N, questions) bool; what is UNKNOWN counts as right."""
         guesses = torch.stack([logit.argmax(1) for logit in self.logits(embeddings)], dim=1)
         return (guesses == labels) | (labels == UNKNOWN)
+
+    @torch.no_grad()
+    def scenes(self, embeddings: Tensor) -> list[Scene]:
+        """The scenes that the heads read from embeddings, with nominal positions and sizes."""
+        answers = torch.stack([logit.argmax(1) for logit in self.logits(embeddings)], dim=1)
+        return [_scene(row) for row in answers.tolist()]
+
+
+def _scene(row: Sequence[int]) -> Scene:
+    """The scene whose `answers` these are, with nominal positions and sizes."""
+    background, layout = row[:2]
+    near, far = 0.5 - SPREAD, 0.5 + SPREAD
+    if layout < len(PLACES):
+        centers = [PLACE_CENTERS[PLACES[layout]]]
+    else:
+        centers = [(near, 0.5), (far, 0.5)] if layout == len(PLACES) else [(0.5, near), (0.5, far)]
+    colors, shapes = list(COLORS), []
+    for center, first in zip(centers, (2, 5), strict=False):
+        kind, color, size = row[first : first + 3]
+        low, high = RADII[SIZES[size]]
+        shapes.append(Shape(SHAPES[kind], colors[color], SIZES[size], *center, (low + high) / 2))
+    return Scene(colors[background], tuple(shapes))
