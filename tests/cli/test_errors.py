@@ -66,7 +66,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: Any) -> None:
         raise AssertionError("a model is loaded although the output cannot be written")
 
-    monkeypatch.setattr("kandinsky22.cli.generate.load_text_to_image", load)
+    monkeypatch.setattr("kandinsky22.cli.draw.load_networks", load)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -154,7 +154,7 @@ def test_trouble_on_the_way_leaves_no_file(
     code: int,
     words: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.generate._draw", failing(error))
+    monkeypatch.setattr("kandinsky22.cli.draw._draw", failing(error))
     assert_one_line(command("generate", "a cat", "--model", model), code, *words)
     assert not list(Path().iterdir())
 
@@ -169,7 +169,7 @@ def test_trouble_while_writing_leaves_the_old_picture(
 
 
 def test_a_bug_is_not_hidden(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky22.cli.generate._draw", failing(RuntimeError("a bug")))
+    monkeypatch.setattr("kandinsky22.cli.draw._draw", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         command("generate", "a cat", "--model", model)
 

@@ -11,7 +11,12 @@ from kandinsky22.cli.recipe import read_recipe
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Declare the subcommand."""
-    parser = subparsers.add_parser("info", help="print how a picture was made", allow_abbrev=False)
+    parser = subparsers.add_parser(
+        "info",
+        help="print how a picture was made",
+        epilog="example: kandinsky22 info picture.png",
+        allow_abbrev=False,
+    )
     parser.add_argument("picture", type=Path, help="a PNG file written by kandinsky22")
     parser.add_argument("--json", action="store_true", help="print the recipe as it is stored")
     parser.set_defaults(run=run)

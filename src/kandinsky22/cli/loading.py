@@ -1,39 +1,68 @@
-"""From model options to a pipeline that is ready to draw, and what is to be said of it in a recipe."""
+"""From model options to networks that are ready to draw, and what is to be said of them in a recipe."""
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kandinsky22 import __version__
 from kandinsky22.cli.options import SCHEDULERS
 from kandinsky22.errors import InputError
-from kandinsky22.hub import EMBEDDED
-
-if TYPE_CHECKING:
-    from kandinsky22.pipelines.base import DiffusionPipeline
+from kandinsky22.hub import EMBEDDED, Source
 
 PUBLISHED = "kandinsky-community/kandinsky-2-2-decoder"
 
 
-def load_text_to_image(
-    model: str, prior: str | None, scheduler: str | None, device: str, dtype: str
-) -> DiffusionPipeline:
-    """The prior and decoder of `model` on their device, the decoder with the scheduler of that class name if given."""
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The prior and the decoder that a subcommand draws with, on their device, and `whole`, made of both."""
+
+    prior: Any
+    decoder: Any
+    whole: Any
+
+
+def load_networks(
+    classes: tuple[str, str], model: str, prior: str | None, scheduler: str | None, device: str, dtype: str
+) -> Networks:
+    """The networks of `model` as pipelines of the `classes` (prior, decoder), the latter with the scheduler of that
+    class name if given."""
     import torch
 
-    from kandinsky22 import AutoPipelineForText2Image
+    import kandinsky22
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
     place = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, place)
     if model == EMBEDDED:
         # Its products are so small that threads wait for each other longer than they work; and with one, a recipe
         # gives the same bits on any number of cores.
         torch.set_num_threads(1)
-    options: dict[str, Any] = {} if prior is None else {"prior": prior}
-    pipe = AutoPipelineForText2Image.from_pretrained(model, torch_dtype=resolve_dtype(dtype, place), **options)
-    _use_scheduler(pipe, scheduler)
-    return pipe.to(place)
+    reader, drawer = (getattr(kandinsky22, name) for name in classes)
+    _check_model(model, drawer)
+    decoder = drawer.from_pretrained(model, torch_dtype=torch_dtype)
+    _use_scheduler(decoder, scheduler)
+    # Any decoder's parts will do here: this is how a model's prior is found.
+    options = decoder.components | ({} if prior is None else {"prior": prior})
+    whole: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=torch_dtype, **options)
+    made, read = whole.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
+    if made != read:
+        raise InputError(f"the prior makes embeddings of {made} numbers, {model} reads {read}: they do not fit")
+    whole.to(place)
+    return Networks(reader.from_pipe(whole), decoder, whole)
+
+
+def _check_model(model: str, drawer: Any) -> None:
+    """Raise InputError, before weights are fetched, if the checkpoint is for pipelines of another kind."""
+    import kandinsky22
+    from kandinsky22.files import read_json
+
+    folder = Source(model, part=drawer.embedded_part).fetch(lambda files: {drawer.config_name} & set(files))
+    name = str(read_json(folder / drawer.config_name).get("_class_name"))
+    # Classes that the embedded model serves from one folder are those that share weights.
+    if getattr(getattr(kandinsky22, name, None), "embedded_part", None) != drawer.embedded_part:
+        raise InputError(f"--model {model} is a {name}; weights of a {drawer.__name__} are needed here")
 
 
 def _use_scheduler(pipe: Any, name: str | None) -> None:
@@ -47,29 +76,35 @@ def _use_scheduler(pipe: Any, name: str | None) -> None:
     pipe.scheduler = getattr(kandinsky22, name).from_config(pipe.scheduler.config)
 
 
-def model_digest(pipe: Any) -> str:
-    """The digest of the networks that draw from text."""
+def model_digest(whole: Any, *, sees: bool) -> str:
+    """The digest of the networks that draw; of the image encoder too if it `sees` pictures."""
     from torch import nn
 
     from kandinsky22.runtime.digest import weights_digest
 
-    # The image encoder only reads pictures, and most of it would have to be fetched from disk for this.
-    parts = {name: part for name, part in pipe.components.items() if "image_encoder" not in name}
+    # Without a picture to read, most of the image encoder would have to be fetched from disk for this.
+    parts = {name: part for name, part in whole.components.items() if sees or "image_encoder" not in name}
     return weights_digest({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
 
 
 def versions() -> dict[str, str]:
     """Versions of the software that decides over a picture's bits."""
+    import PIL
     import torch
     import transformers
 
-    return {"kandinsky22": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {
+        "kandinsky22": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
+    }
 
 
-def hardware(pipe: Any) -> str:
+def hardware(whole: Any) -> str:
     """What computes: arithmetic differs in the last bits between kinds of processors."""
     import torch
 
-    if pipe.device.type == "cuda":
-        return torch.cuda.get_device_name(pipe.device)
+    if whole.device.type == "cuda":
+        return torch.cuda.get_device_name(whole.device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

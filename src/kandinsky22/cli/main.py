@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kandinsky22 import __version__
-from kandinsky22.cli import generate, info
+from kandinsky22.cli import draw, info
+from kandinsky22.cli.modes import MODES
 from kandinsky22.errors import KandinskyError
-
-SUBCOMMANDS = (generate, info)
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -26,11 +25,14 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; each subcommand's `run(args)` is found in `args.run`."""
-    parser = Parser(prog="kandinsky22", description="Pictures from prompts with Kandinsky 2.2.", allow_abbrev=False)
+    parser = Parser(
+        prog="kandinsky22", description="Pictures from prompts and pictures with Kandinsky 2.2.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"kandinsky22 {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in SUBCOMMANDS:
-        module.add_parser(subparsers)
+    for mode in MODES:
+        mode.add_parser(subparsers, draw.run)
+    info.add_parser(subparsers)
     return parser
 
 

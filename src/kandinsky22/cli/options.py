@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
 # The largest seed of which a batch of any size still is a seed to torch.
@@ -29,15 +31,33 @@ def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int
     return read
 
 
-def scale(text: str) -> float:
-    """Read a guidance scale: a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
+def number(wanted: str, lowest: float = -math.inf, highest: float = math.inf) -> Callable[[str], float]:
+    """A reader of finite numbers from `lowest` to `highest`, which messages call `wanted`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not lowest <= value <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
+
+
+scale = number("a number of at least 0", 0)
+share = number("a number from 0 to 1", 0, 1)
+weight = number("a weight, a number such as 0.5")
+
+
+def picture_file(text: str) -> Path:
+    """Read the path of a picture."""
+    if text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is an address; download the picture, for recipes name files")
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path names no picture")
+    return Path(text)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -54,6 +74,59 @@ def scheduler(text: str) -> str:
     if text.lower() not in by_name:
         raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}; accepted: {', '.join(SCHEDULERS)}")
     return by_name[text.lower()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Portion:
+    """A text or a picture to be mixed in, with the weight that was given, if any."""
+
+    text: str | None
+    image: Path | None
+    weight: float | None
+
+
+class _AddPortion(argparse.Action):
+    """Collects `--text TEXT [WEIGHT]` and `--image FILE [WEIGHT]` in the order they are given in."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        item, *weights = values
+        if len(weights) > 1:
+            raise argparse.ArgumentError(self, f"one value and its weight are accepted, not {values}; quote texts")
+        try:
+            heavy = weight(weights[0]) if weights else None
+            made = Portion(item, None, heavy) if option == "--text" else Portion(None, picture_file(item), heavy)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), made])
+
+
+def add_prompt(group: Any) -> None:
+    """The prompt, as what the command line has beside options."""
+    group.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shows")
+
+
+def add_picture(group: Any, name: str, help: str) -> None:
+    """A picture file."""
+    group.add_argument(f"--{name}", type=picture_file, metavar="FILE", help=help)
+
+
+def add_strength(group: Any, help: str) -> None:
+    """How far to go from a picture."""
+    group.add_argument("--strength", type=share, metavar="X", help=f"{help} (default: the model's own, else 0.3)")
+
+
+def add_portions(group: Any) -> None:
+    """Texts and pictures with their weights."""
+    common: dict[str, Any] = {"dest": "parts", "action": _AddPortion, "nargs": "+"}
+    group.add_argument("--text", metavar=("TEXT", "WEIGHT"), help="a text and its weight; may be repeated", **common)
+    group.add_argument(
+        "--image",
+        metavar=("FILE", "WEIGHT"),
+        help="a picture and its weight; may be repeated. Weights should sum to 1; without any, all are equal",
+        **common,
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

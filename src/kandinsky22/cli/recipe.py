@@ -18,10 +18,29 @@ FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file that a picture was made from: its name as it was given, and the SHA-256 of its bytes."""
+
+    name: str
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, sha256 {self.sha256}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Part of a mixture: a text or a picture, and its weight."""
+
+    weight: float
+    text: str | None = None
+    image: InputFile | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one picture, or the pictures of a contact sheet, were made: one picture a seed, all else in common."""
 
-    prompt: str
     seeds: tuple[int, ...]
     model: str
     model_digest: str
@@ -36,12 +55,21 @@ class Recipe:
     dtype: str
     hardware: str
     versions: Mapping[str, str]
+    command: str = "generate"
+    prompt: str | None = None
     negative_prompt: str | None = None
+    image: InputFile | None = None
+    mask: InputFile | None = None
+    hint: InputFile | None = None
+    parts: tuple[Part, ...] | None = None
+    strength: float | None = None
+    keep_pixels: bool | None = None
     prior: str | None = None
 
     def to_json(self) -> str:
-        """The recipe as JSON, with the number of its format."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, ensure_ascii=False)
+        """The recipe as JSON, with the number of its format; what it does not use is left out."""
+        entries = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps({"format": FORMAT, **entries}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, *, origin: str) -> Recipe:
@@ -50,10 +78,7 @@ class Recipe:
             stored = json.loads(text)
             if stored.pop("format") != FORMAT:
                 raise ValueError("it was written in another format, by another version")
-            hints = typing.get_type_hints(cls)
-            if unknown := sorted(stored.keys() - hints.keys()):
-                raise ValueError(f"unknown entries {', '.join(unknown)}")
-            return cls(**{name: _read(value, hints[name], name) for name, value in stored.items()})
+            return cls(**_read_fields(cls, stored))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{origin}: its recipe cannot be read ({error})") from error
 
@@ -63,9 +88,19 @@ class Recipe:
 
     def lines(self) -> list[tuple[str, str]]:
         """The recipe as (name, value) pairs for people."""
+        given = {
+            "prompt": self.prompt,
+            "negative prompt": self.negative_prompt,
+            "image": self.image,
+            "mask": self.mask,
+            "hint": self.hint,
+            "strength": None if self.strength is None else f"{self.strength:g}",
+            "keep pixels": None if self.keep_pixels is None else "yes" if self.keep_pixels else "no",
+        }
         return [
-            ("prompt", self.prompt),
-            *([("negative prompt", self.negative_prompt)] if self.negative_prompt is not None else []),
+            ("command", self.command),
+            *((name, str(value)) for name, value in given.items() if value is not None),
+            *(("mixed in", f"{part.weight:g} of {part.image or part.text}") for part in self.parts or ()),
             ("seed", _seeds(self.seeds)),
             ("size", f"{self.width}x{self.height}"),
             ("steps", f"{self.steps}, prior {self.prior_steps}"),
@@ -88,12 +123,15 @@ class Recipe:
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.model_digest[:10],
             "Model": self.model,
+            **({} if self.strength is None else {"Denoising strength": f"{self.strength:g}"}),
             "Prior steps": self.prior_steps,
             "Prior CFG scale": f"{self.prior_guidance:g}",
             "Version": f"kandinsky22 {self.versions.get('kandinsky22', __version__)}",
         }
         negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt is not None else []
-        return "\n".join([self.prompt, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+        shown = [part.image.name if part.image else part.text for part in self.parts or ()]
+        prompt = self.prompt or " + ".join(map(str, shown)) or f"{self.command} of {self.image and self.image.name}"
+        return "\n".join([prompt, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -112,7 +150,7 @@ def read_recipe(path: Path) -> Recipe:
             raise
         raise InputError(f"{path}: damaged picture ({error})") from error
     if not isinstance(stored, str):
-        raise InputError(f"{path}: carries no recipe; `kandinsky22 generate` writes one into its PNG files")
+        raise InputError(f"{path}: carries no recipe; `kandinsky22` writes one into the PNG files it draws")
     return Recipe.from_json(stored, origin=str(path))
 
 
@@ -133,4 +171,14 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         return float(value)
     if origin is None and type(value) is hint:
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return hint(**_read_fields(hint, value))
     raise ValueError(f"{name} is {value!r}")
+
+
+def _read_fields(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataclass from JSON values by name."""
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(stored.keys() - hints.keys()):
+        raise ValueError(f"unknown entries {', '.join(unknown)}")
+    return {name: _read(value, hints[name], name) for name, value in stored.items()}

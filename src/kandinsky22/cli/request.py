@@ -5,20 +5,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.cli.recipe import Recipe
+from kandinsky22.cli.inputs import Inputs, checked_text
+from kandinsky22.cli.options import Portion
+from kandinsky22.cli.recipe import InputFile, Part, Recipe
 from kandinsky22.errors import InputError
 from kandinsky22.hub import EMBEDDED
+
+PICTURES = ("image", "mask", "hint")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked for; None is left to the model."""
+    """What was asked for, under the names that recipes have for it; None is left to the model, or not used."""
 
-    prompt: str
+    prompt: str | None
     negative_prompt: str | None
+    image: InputFile | None
+    mask: InputFile | None
+    hint: InputFile | None
+    parts: tuple[Part, ...] | None
+    strength: float | None
+    keep_pixels: bool | None
     seeds: tuple[int, ...]
     model: str
     prior: str | None
@@ -32,46 +43,35 @@ class Request:
     width: int | None
     height: int | None
 
-    def call(self) -> dict[str, Any]:
-        """What was given of the pipeline's arguments, under their names."""
-        arguments = {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "num_inference_steps": self.steps,
-            "prior_num_inference_steps": self.prior_steps,
-            "guidance_scale": self.guidance,
-            "prior_guidance_scale": self.prior_guidance,
-            "width": self.width,
-            "height": self.height,
-        }
-        return {name: value for name, value in arguments.items() if value is not None}
+    def texts(self) -> list[str]:
+        """All that is read by the text encoder."""
+        parts = [part.text for part in self.parts or ()]
+        return [text for text in (self.prompt, self.negative_prompt, *parts) if text is not None]
 
 
-def read_request(args: argparse.Namespace, recipe: Recipe | None) -> Request:
-    """What `args` ask for, on top of `recipe` if there is one; raises InputError for bytes that are no text."""
+def read_request(args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs) -> Request:
+    """What `args` ask for, on top of `recipe` if there is one.
+
+    Opens all pictures; raises InputError for those that are none and for bytes that are no text, OSError for files
+    that are not there.
+    """
 
     def pick(name: str) -> Any:
-        given = getattr(args, name)
+        given = getattr(args, name, None)
         return getattr(recipe, name) if given is None and recipe is not None else given
 
-    width, height = args.size or ((recipe.width, recipe.height) if recipe is not None else (None, None))
-    return Request(
-        prompt=_text("prompt", pick("prompt")),
-        negative_prompt=_text("negative prompt", pick("negative_prompt")),
-        seeds=_seeds(args, recipe),
-        model=pick("model") or EMBEDDED,
-        # The recipe's prior belongs to the recipe's model.
-        prior=pick("prior") if args.model is None else args.prior,
-        scheduler=pick("scheduler"),
-        device=pick("device") or "auto",
-        dtype=pick("dtype") or "auto",
-        steps=pick("steps"),
-        prior_steps=pick("prior_steps"),
-        guidance=pick("guidance"),
-        prior_guidance=pick("prior_guidance"),
-        width=width,
-        height=height,
-    )
+    own: dict[str, Any] = {"seeds": _seeds(args, recipe), "parts": _parts(args, recipe, inputs)}
+    own |= {name: _picture(name, pick(name), inputs) for name in PICTURES}
+    # The recipe's size fits the recipe's pictures, and its prior belongs to its model.
+    again = recipe is not None and all(getattr(args, name, None) is None for name in PICTURES)
+    own["width"], own["height"] = args.size or ((recipe.width, recipe.height) if recipe and again else (None, None))
+    own["prior"] = pick("prior") if args.model is None else args.prior
+    plain = {field.name: pick(field.name) for field in dataclasses.fields(Request) if field.name not in own}
+    for name in ("prompt", "negative_prompt"):
+        checked_text(name.replace("_", " "), plain[name] or "")
+    defaults = {"model": EMBEDDED, "device": "auto", "dtype": "auto"}
+    plain |= {name: value for name, value in defaults.items() if plain[name] is None}
+    return Request(**own, **plain)
 
 
 def read_output(args: argparse.Namespace) -> Path:
@@ -92,10 +92,28 @@ def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
     return tuple(range(first, first + count))
 
 
-def _text(name: str, text: Any) -> Any:
-    """The text itself, unless the terminal handed over bytes that are no characters."""
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:
-        raise InputError(f"the {name} {text!a} is not text in this terminal's encoding") from None
-    return text
+def _picture(name: str, value: Path | InputFile | None, inputs: Inputs) -> InputFile | None:
+    if isinstance(value, InputFile):
+        return inputs.recorded(name, value)
+    return None if value is None else inputs.given(name, value)
+
+
+def _parts(args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs) -> tuple[Part, ...] | None:
+    """What is to be mixed. Where no weights are given, all have an equal share."""
+    given: Sequence[Portion] | None = getattr(args, "parts", None)
+    if given is None:
+        stored = None if recipe is None else recipe.parts
+        return stored and tuple(
+            dataclasses.replace(part, image=_picture("image", part.image, inputs)) for part in stored
+        )
+    unweighted = [portion.weight is None for portion in given]
+    if any(unweighted) and not all(unweighted):
+        raise InputError("some of what is mixed has a weight and some has none; give one to each, or to none")
+    return tuple(
+        Part(
+            weight=1 / len(given) if portion.weight is None else portion.weight,
+            text=None if portion.text is None else checked_text("text", portion.text),
+            image=_picture("image", portion.image, inputs),
+        )
+        for portion in given
+    )
