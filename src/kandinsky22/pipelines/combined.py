@@ -37,8 +37,7 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
     """
 
     decoder_class: type[D]
-    model_cpu_offload_seq: ClassVar[str] = "prior_text_encoder->prior_image_encoder->unet->movq"
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["prior_prior"]
+    model_cpu_offload_seq: ClassVar[str] = "prior_text_encoder->prior_image_encoder->prior_prior->unet->movq"
 
     def __init__(
         self,

@@ -60,7 +60,6 @@ class PriorPipeline(SamplingPipeline):
     image_processor: Any
     embedded_part: ClassVar[str] = "prior"
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->image_encoder->prior"
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["prior"]
     _callback_tensor_inputs: ClassVar[list[str]] = [
         "latents", "prompt_embeds", "text_encoder_hidden_states", "text_mask"
     ]  # fmt: skip

@@ -62,11 +62,11 @@ def chosen_accelerator(method: str, gpu_id: Any, device: torch.device | str | in
         )
     if gpu_id is not None and found.index not in (None, gpu_id):
         raise InputError(f"gpu_id={gpu_id} and device={device!r} name two accelerators; give the number once")
-    if found.type in ("cpu", "mps"):  # of these there is one
-        if gpu_id:
-            raise InputError(f"gpu_id={gpu_id}: there is only one {found.type!r}; accepted: 0 or None")
-        return torch.device(found.type)
-    return usable_device(f"{found.type}:{gpu_id or found.index or 0}")
+    if gpu_id and found.type in ("cpu", "mps"):
+        raise InputError(f"gpu_id={gpu_id}: there is only one {found.type!r}; accepted: 0 or None")
+    if found.type == "cuda" or gpu_id:
+        return usable_device(f"{found.type}:{gpu_id or found.index or 0}")
+    return found
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
