@@ -1,0 +1,463 @@
+"""Networks that come and go: each is where it works while it works, and nowhere else, and results stay the same.
+
+Model offloading is seen on a pretended accelerator (`pretend`), which refuses tensors that are on the CPU. For the
+others the meta device tells: it is where weights are that are not in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tests.pipelines.pretend import accelerator
+from tests.pipelines.test_modes_parity import box_image, hint, photo
+from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
+
+import kandinsky22
+from kandinsky22.errors import InputError, MissingDependencyError
+from kandinsky22.models import Model
+from kandinsky22.runtime import offload, packed, shelves
+
+EMBEDS = {"image_embeds": torch.ones(1, DIM), "negative_image_embeds": torch.zeros(1, DIM)}
+DECODER = {**EMBEDS, "num_inference_steps": 2, "output_type": "pt"}
+STARTED = {**DECODER, "strength": 1.0}
+TEXT = {"prompt": "a red cat", "num_inference_steps": 2}
+BOTH = {**TEXT, "prior_num_inference_steps": 2, "output_type": "pt"}
+
+# for each class: its checkpoint, what it is called with, and the networks that work, in order
+CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
+    "Prior": ("prior", lambda: TEXT, "text_encoder prior image_encoder"),
+    "PriorEmb2Emb": ("prior", lambda: {**TEXT, "image": photo(1)}, "image_encoder text_encoder prior image_encoder"),
+    "": ("decoder", lambda: DECODER, "unet movq"),
+    "Img2Img": ("Img2Img", lambda: {**STARTED, "image": photo(1)}, "movq unet movq"),
+    "Inpaint": ("Inpaint", lambda: {**DECODER, "image": photo(1), "mask_image": box_image()}, "movq unet movq"),
+    "Controlnet": ("Controlnet", lambda: {**DECODER, "hint": hint(1, 1)}, "unet movq"),
+    "ControlnetImg2Img": (
+        "ControlnetImg2Img",
+        lambda: {**STARTED, "image": photo(1), "hint": hint(1, 1)},
+        "movq unet movq",
+    ),
+    "Combined": (
+        "combined",
+        lambda: BOTH,
+        "prior_text_encoder prior_prior prior_image_encoder unet movq",
+    ),
+    "Img2ImgCombined": (
+        "Img2Img",
+        lambda: {**BOTH, "image": photo(1), "strength": 1.0},
+        "prior_text_encoder prior_prior prior_image_encoder movq unet movq",
+    ),
+    "InpaintCombined": (
+        "Inpaint",
+        lambda: {**BOTH, "image": photo(1), "mask_image": box_image()},
+        "prior_text_encoder prior_prior prior_image_encoder movq unet movq",
+    ),
+}
+SMALL = {"height": 32, "width": 32}
+MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory")
+
+
+@pytest.fixture
+def make(checkpoints: Path, mode_folder: Path) -> Callable[[str], Any]:
+    """A pipeline by the middle of its class's name."""
+
+    def made(name: str) -> Any:
+        folder = CALLS[name][0]
+        place = mode_folder / folder if folder in kandinsky22.__all__ or folder[0].isupper() else checkpoints / folder
+        options = {"prior": checkpoints / "prior"} if name.endswith("Combined") and folder != "combined" else {}
+        pipe = getattr(kandinsky22, f"KandinskyV22{name}Pipeline").from_pretrained(place, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return made
+
+
+def run(pipe: Any, name: str) -> list[torch.Tensor]:
+    """All tensors that a call of this class gives, on the CPU."""
+    out = pipe(**CALLS[name][1](), generator=seeded(1))
+    return [getattr(out, field).cpu() for field in vars(out)]
+
+
+def mix(pipe: Any) -> list[torch.Tensor]:
+    """The same of `interpolate`, with all kinds of items."""
+    out = pipe.interpolate(
+        ["a cat", photo(1), torch.ones(1, DIM)], [0.3, 0.3, 0.4], num_inference_steps=2, generator=seeded(1)
+    )
+    return [out.image_embeds.cpu(), out.negative_image_embeds.cpu()]
+
+
+def enable(pipe: Any, mode: str, device: Any = "cpu") -> None:
+    getattr(pipe, mode)(**({} if mode == "enable_low_memory" else {"device": device}))
+
+
+def homes(pipe: Any) -> dict[str, set[str]]:
+    """On which devices each network's weights are."""
+    return {name: {p.device.type for p in network.parameters()} for name, network in pipe._networks().items()}
+
+
+@pytest.fixture
+def worked(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """The networks in the order in which they are fetched."""
+    fetched: list[torch.nn.Module] = []
+    for shelf in (offload.InMemory, shelves.InFiles):
+        original = shelf.fetch
+
+        def fetch(self: Any, network: Any, original: Any = original) -> None:
+            original(self, network)
+            fetched.append(network)
+
+        monkeypatch.setattr(shelf, "fetch", fetch)
+    return fetched
+
+
+def names_of(pipe: Any, networks: list[torch.nn.Module]) -> str:
+    return " ".join(next(name for name, part in pipe._networks().items() if part is network) for network in networks)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_model_offload(name: str, make: Callable[[str], Any], worked: list[torch.nn.Module]) -> None:
+    pipe = make(name)
+    plain = run(pipe, name)
+    seen: set[tuple[str, ...]] = set()
+
+    def look(*_: Any) -> dict[str, Any]:
+        seen.add(tuple(part for part, places in homes(pipe).items() if places == {"meta"}))
+        return {}
+
+    with accelerator() as device:
+        pipe.enable_model_cpu_offload(device=device)
+        assert all(places == {"cpu"} for places in homes(pipe).values())
+        assert pipe._execution_device == device
+        offloaded = run(pipe, name)  # any tensor left behind would have raised
+        assert names_of(pipe, worked) == CALLS[name][2]
+        assert all(places == {"cpu"} for places in homes(pipe).values())
+        pipe(**CALLS[name][1](), generator=seeded(1), callback_on_step_end=look)
+        assert seen == {("prior",) if name.startswith("Prior") else ("unet",)}
+        pipe.remove_all_hooks()
+    for ours, theirs in zip(offloaded, plain, strict=True):
+        assert difference(ours, theirs) < 1e-4  # other kernels of attention
+    for ours, theirs in zip(run(pipe, name), plain, strict=True):
+        assert difference(ours, theirs) < 1e-5  # where weights lie in memory moves rounding
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_weights_are_there_only_while_they_are_used(name: str, mode: str, make: Callable[[str], Any]) -> None:
+    pipe = make(name)
+    plain = run(pipe, name)
+    enable(pipe, mode)
+    assert all(places == {"meta"} for places in homes(pipe).values())
+    assert pipe._execution_device == torch.device("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), plain, strict=True))
+    assert all(places == {"meta"} for places in homes(pipe).values())
+    pipe.remove_all_hooks()
+    assert all(places == {"cpu"} for places in homes(pipe).values())
+    assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), plain, strict=True))
+
+
+@pytest.mark.parametrize("name", ["Prior", "PriorEmb2Emb"])
+@pytest.mark.parametrize("mode", MODES)
+def test_interpolate(name: str, mode: str, make: Callable[[str], Any]) -> None:
+    pipe = make(name)
+    plain = mix(pipe)
+    if mode == "enable_model_cpu_offload":
+        with accelerator() as device:
+            enable(pipe, mode, device)
+            for ours, theirs in zip(mix(pipe), plain, strict=True):
+                assert difference(ours, theirs) < 1e-4
+            assert all(places == {"cpu"} for places in homes(pipe).values())
+        return
+    enable(pipe, mode)
+    assert all(torch.equal(a, b) for a, b in zip(mix(pipe), plain, strict=True))
+    assert all(places == {"meta"} for places in homes(pipe).values())
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_low_memory_takes_turns(name: str, make: Callable[[str], Any], worked: list[torch.nn.Module]) -> None:
+    pipe = make(name)
+    pipe.enable_low_memory()
+    together: set[int] = set()
+    pipe(
+        **CALLS[name][1](),
+        callback_on_step_end=lambda *_: together.add(sum(at == {"cpu"} for at in homes(pipe).values())) or {},
+    )
+    assert names_of(pipe, worked) == CALLS[name][2]
+    assert together == {1}
+
+
+def test_every_public_method_of_networks_is_watched() -> None:
+    harmless = {"reset_buffers"}
+    for kind in (kandinsky22.PriorTransformer, kandinsky22.UNet2DConditionModel, kandinsky22.VQModel):
+        methods = {name for name, value in vars(kind).items() if callable(value) and not name.startswith("_")}
+        assert issubclass(kind, Model)
+        assert methods - {"config_class", "forward"} - harmless <= set(offload.ENTRY_POINTS)
+
+
+# What else may happen while networks are offloaded
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replaced_components_are_treated_alike(mode: str, combined: Any) -> None:
+    plain = run(combined, "Combined")
+    replaced = copy.deepcopy(combined.unet)
+    enable(combined, mode)
+    combined.unet = replaced
+    combined.scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range")
+    assert offload.place_of(replaced) is not None
+    assert difference(run(combined, "Combined")[0], plain[0]) < 1e-5
+    assert combined.decoder_pipe.unet is replaced
+    combined.remove_all_hooks()
+    assert offload.place_of(replaced) is None
+    assert homes(combined)["unet"] == {"cpu"}
+
+
+def test_pipelines_that_share_networks_share_their_turns(combined: Any) -> None:
+    with accelerator() as device:
+        combined.enable_model_cpu_offload(device=device)
+        decoder = kandinsky22.KandinskyV22Pipeline.from_pipe(combined)
+        for pipe in (decoder, combined.decoder_pipe, combined.prior_pipe):
+            assert pipe._execution_device == device
+        combined.movq.decode(torch.zeros(1, 4, 8, 8))  # a network alone is fetched too, and its arguments follow it
+        assert homes(combined)["movq"] == {"meta"}
+        decoder(**DECODER, **SMALL)
+        assert all(places == {"cpu"} for places in homes(combined).values())
+
+
+def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(decoder), "model_cpu_offload_seq", "unet")
+    with accelerator() as device:
+        decoder.enable_model_cpu_offload(device=device)
+        decoder.movq.decode(torch.zeros(1, 4, 8, 8))
+        decoder.unet.encode_condition(torch.zeros(1, DIM))
+        assert homes(decoder) == {"unet": {"meta"}, "movq": {"meta"}}  # outside the sequence: until the call ends
+        decoder.maybe_free_model_hooks()
+        assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
+    monkeypatch.setattr(type(decoder), "_exclude_from_cpu_offload", ["movq"])
+    for mode in MODES[:2]:
+        with accelerator() as device:
+            enable(decoder, mode, device)
+            decoder.maybe_free_model_hooks()
+            assert homes(decoder)["movq"] == {"meta"}
+            assert offload.place_of(decoder.movq) is None
+            assert offload.place_of(decoder.unet) is not None
+            decoder.remove_all_hooks()
+            assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_call_that_fails_is_no_harm(mode: str, decoder: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("enough")
+
+    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    enable(decoder, mode)
+    with pytest.raises(KeyError, match="enough"):
+        decoder(**DECODER, **SMALL, callback_on_step_end=fail)
+    assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_switching_modes(mode: str, decoder: Any) -> None:
+    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    for first in MODES:
+        enable(decoder, first)
+        enable(decoder, mode)
+        assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
+    decoder.remove_all_hooks()
+    decoder.remove_all_hooks()
+    left = {"forward", "_hf_hook", "_old_forward", "packing", "state_dict", *offload.ENTRY_POINTS}
+    assert not [name for module in decoder.unet.modules() for name in vars(module) if name in left]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saving(mode: str, combined: Any, tmp_path: Path) -> None:
+    before = {name: dict(network.state_dict()) for name, network in combined._networks().items()}
+    enable(combined, mode)
+    combined.save_pretrained(tmp_path)
+    again = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(tmp_path)
+    for name, network in again._networks().items():
+        assert all(torch.equal(value, before[name][key]) for key, value in network.state_dict().items()), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_to(mode: str, decoder: Any) -> None:
+    enable(decoder, mode)
+    with pytest.raises(InputError, match=rf"meta.*{mode}.*remove_all_hooks"):
+        decoder.to("meta")
+    if mode == "enable_model_cpu_offload":
+        assert decoder.to("cpu", torch.float64).dtype == torch.float64
+    else:
+        with pytest.raises(InputError, match=rf"float64.*{mode}.*remove_all_hooks"):
+            decoder.to(torch.float64)
+    decoder.remove_all_hooks()
+    assert decoder.to(torch.float64).dtype == torch.float64
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_without_an_accelerator(mode: str, decoder: Any) -> None:
+    for options in ({}, {"gpu_id": 0}):
+        with pytest.raises(InputError, match=rf"{mode}.*enable_low_memory\(\)"):
+            getattr(decoder, mode)(**options)
+    for options in ({"device": "cuda"}, {"device": "nothing"}, {"gpu_id": -1}, {"gpu_id": "0"}, {"gpu_id": True}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            getattr(decoder, mode)(**options)
+    with pytest.raises(InputError, match="gpu_id=1"):
+        getattr(decoder, mode)(gpu_id=1, device="cpu")
+    assert offload.place_of(decoder.unet) is None
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_without_accelerate(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = offload.importlib.util.find_spec
+    monkeypatch.setattr(offload.importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    with pytest.raises(MissingDependencyError, match=r"kandinsky22\[offload\]"):
+        getattr(decoder, mode)(device="cpu")
+    decoder.enable_low_memory()
+    assert decoder(**DECODER, **SMALL).images.isfinite().all()
+
+
+# The low-memory mode
+
+
+def test_low_memory_needs_networks_on_the_cpu_and_a_folder(decoder: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="folder="):
+        decoder.enable_low_memory(tmp_path / "nowhere")
+    with accelerator() as device:
+        decoder.to(device)
+        decoder.unet.to("cpu")
+        with pytest.raises(InputError, match="enable_model_cpu_offload"):
+            decoder.enable_low_memory()
+
+
+@pytest.mark.parametrize("change", ["none", "in place", "converted", "laid out"])
+def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path: Path) -> None:
+    if change == "in place":
+        with torch.no_grad():
+            decoder.unet.conv_in.weight.mul_(2)
+            decoder.movq.decoder.conv_in.weight.mul_(2)
+    elif change == "converted":
+        decoder.to(torch.bfloat16).to(torch.float32)
+    elif change == "laid out":
+        for network in (decoder.unet, decoder.movq):
+            network.to(memory_format=torch.channels_last)
+    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    decoder.enable_low_memory(tmp_path)
+    written = [file for _, _, files in os.walk(tmp_path) for file in files]
+    assert len(written) == (0 if change == "none" else 2)
+    result = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    assert torch.equal(result, plain) if change != "in place" else difference(result, plain) < 1e-5
+    decoder.remove_all_hooks()
+    assert os.listdir(tmp_path) == []
+    result = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    assert torch.equal(result, plain) if change != "in place" else difference(result, plain) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kandinsky22.runtime.packed.WORTHWHILE", 1)
+    packs = lambda: [m for part in (decoder.unet, decoder.movq) for m in part.modules() if "_pack" in vars(m)]  # noqa: E731
+    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    assert packs() or not packed._DTYPES
+    enable(decoder, mode)
+    assert packs() == []
+    again = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    assert difference(again, plain) < 1e-5
+    decoder.maybe_free_model_hooks()
+    assert packs() == []
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory and not mapped from files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[Any]:
+    """A decoder whose two networks have about a hundred megabytes each, loaded so that nothing is mapped."""
+    unet = {"block_out_channels": (256, 384), "layers_per_block": 1, "attention_head_dim": 64}
+    unet |= {"down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")}
+    unet |= {"up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
+    movq = {"block_out_channels": (256, 512), "layers_per_block": 1}
+    movq |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    kandinsky22.KandinskyV22Pipeline(
+        kandinsky22.UNet2DConditionModel(sample_size=8, **unet),
+        kandinsky22.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range"),
+        kandinsky22.VQModel(num_vq_embeddings=16, **movq),
+    ).to(torch.bfloat16).save_pretrained(tmp_path)
+    pipe = kandinsky22.KandinskyV22Pipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's own account")
+def test_memory_is_given_back(large: Any) -> None:
+    sizes = {name: sum(p.nbytes for p in network.parameters()) for name, network in large._networks().items()}
+    assert min(sizes.values()) > 50e6
+    held = [weakref.ref(p) for network in large._networks().values() for p in network.parameters()]
+    gc.collect()
+    before = resident()
+    large.enable_low_memory()
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
+    shelved = resident()
+    assert before - shelved > 0.9 * sum(sizes.values())
+    working: list[int] = []
+    embeds = {name: torch.zeros(1, 1280) for name in ("image_embeds", "negative_image_embeds")}
+    options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt", "height": 16, "width": 16}
+    large(**embeds, **options, callback_on_step_end=lambda *_: working.append(resident()) or {})
+    assert 0.9 * sizes["unet"] < working[0] - shelved < 0.6 * sum(sizes.values()) + sizes["unet"]
+    gc.collect()
+    assert resident() - shelved < 0.25 * min(sizes.values())
+
+
+# On an accelerator
+
+
+def low_water(pipe: Any, mode: str, call: dict[str, Any]) -> int:
+    """The most bytes that a call takes on the accelerator."""
+    getattr(pipe, mode)()
+    pipe(**call)  # kernels and caches of libraries
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pipe(**call)
+    return torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES[:2])
+@pytest.mark.parametrize("name", ["prior", "decoder", "combined"])
+def test_less_memory_than_the_reference(
+    mode: str, name: str, checkpoints: Path, request: Any, record_property: Callable[[str, object], None]
+) -> None:
+    kinds = {"prior": "Prior", "decoder": "", "combined": "Combined"}
+    ours = request.getfixturevalue(name)
+    theirs = getattr(diffusers, f"KandinskyV22{kinds[name]}Pipeline").from_pretrained(checkpoints / name)
+    theirs.set_progress_bar_config(disable=True)
+    call = CALLS[kinds[name]][1]()
+    marks = {"ours": low_water(ours, mode, call), "reference": low_water(theirs, mode, call)}
+    for who, mark in marks.items():
+        record_property(who, mark)
+    assert marks["ours"] <= marks["reference"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_on_a_real_accelerator(name: str, mode: str, make: Callable[[str], Any]) -> None:
+    pipe = make(name)
+    plain = run(pipe, name)
+    getattr(pipe, mode)()
+    for ours, theirs in zip(run(pipe, name), plain, strict=True):
+        assert difference(ours, theirs) < 1e-3
+    assert torch.cuda.memory_allocated() < 2**20
