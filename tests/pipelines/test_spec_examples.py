@@ -165,8 +165,8 @@ def test_emb2emb_interpolate(net: Path) -> None:
 
 
 def test_image_to_image(net: Path) -> None:
-    """KandinskyV22Img2ImgCombinedPipeline; the picture had one name where it was read and another where it was used.
-    A thumbnail is seldom square: it is drawn at the size asked for."""
+    """KandinskyV22Img2ImgCombinedPipeline; the picture had one name where it was read and another where it was used,
+    and the negative prompt was not passed. A thumbnail is seldom square: it is drawn at the size asked for."""
     from kandinsky22 import AutoPipelineForImage2Image
 
     pipe = quiet(AutoPipelineForImage2Image)
@@ -182,7 +182,7 @@ def test_image_to_image(net: Path) -> None:
 
 
 def test_inpainting(net: Path) -> None:
-    """KandinskyV22InpaintCombinedPipeline."""
+    """KandinskyV22InpaintCombinedPipeline; the negative prompt was not passed."""
     from kandinsky22 import AutoPipelineForInpainting, load_image
 
     try:

@@ -1,0 +1,433 @@
+"""What the reference does wrong and is right here, by the numbers of docs/defects.md.
+
+Each test shows first that the reference does it wrong on the very input, then what is right.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tests.pipelines.conftest import load
+from tests.pipelines.test_modes_parity import box, hint, photo, standard, tensor
+from tests.pipelines.tiny import DIM, difference, seeded
+
+from kandinsky22 import (
+    InputError,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
+    KandinskyV22PriorPipeline,
+)
+
+SAME = 1e-4  # relative, between calls of ours
+SMALL: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+Ours = Callable[[str], Any]
+
+
+@pytest.fixture(autouse=True)
+def _without_deprecations() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@pytest.fixture
+def emb2emb(checkpoints: Path) -> Any:
+    return load(KandinskyV22PriorEmb2EmbPipeline, checkpoints / "prior")
+
+
+@pytest.fixture
+def their_emb2emb(oracles: dict[str, Any]) -> Any:
+    pipe = diffusers.KandinskyV22PriorEmb2EmbPipeline(**oracles["prior"].components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeds(rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, DIM, generator=seeded(seed))
+
+
+def pair(rows: int = 1, seed: int = 20) -> dict[str, torch.Tensor]:
+    return {"image_embeds": embeds(rows, seed), "negative_image_embeds": embeds(rows, seed + 1)}
+
+
+def mode_call(mode: str, **more: Any) -> dict[str, Any]:
+    return {**standard(mode), "output_type": "latent", **more}
+
+
+# 1
+
+
+def test_1_emb2emb_interpolates_texts(emb2emb: Any, their_emb2emb: Any, oracles: dict[str, Any]) -> None:
+    call = {"images_and_prompts": ["a cat", photo(1)], "weights": [0.4, 0.6], "num_inference_steps": 3}
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        their_emb2emb.interpolate(**call)
+    for more in ({}, {"negative_prompt": "blue"}, {"negative_prior_prompt": "red"}):
+        ours = emb2emb.interpolate(**call, **more, generator=seeded(0))
+        right = oracles["prior"].interpolate(**call, **more, generator=seeded(0))
+        assert difference(ours.image_embeds, right.image_embeds) < 1e-5
+        assert difference(ours.negative_image_embeds, right.negative_image_embeds) < 1e-5
+
+
+def test_1_emb2emb_negatives_are_no_noise(emb2emb: Any, their_emb2emb: Any) -> None:
+    call = {"images_and_prompts": [photo(1)], "weights": [1.0], "num_inference_steps": 3}
+
+    def negative(pipe: Any, **more: Any) -> torch.Tensor:
+        return pipe.interpolate(**call, **more, generator=seeded(0)).negative_image_embeds
+
+    assert difference(negative(their_emb2emb), negative(their_emb2emb)) > 0.1
+    assert torch.equal(negative(emb2emb), negative(emb2emb))
+    assert difference(negative(emb2emb, negative_prompt="blue"), negative(emb2emb)) > 0.1
+
+
+# 2
+
+
+def test_2_embeddings_are_repeated_without_guidance(decoder: KandinskyV22Pipeline, oracles: dict[str, Any]) -> None:
+    call = {**pair(2), **SMALL, "guidance_scale": 1.0, "num_images_per_prompt": 2}
+    with pytest.raises((RuntimeError, ValueError)):
+        oracles["decoder"](**call)
+    together = decoder(**call, generator=[seeded(i) for i in range(4)]).images
+    for i in range(4):
+        row = {name: tensor[i // 2 : i // 2 + 1] for name, tensor in pair(2).items()}
+        alone = oracles["decoder"](**row, **SMALL, guidance_scale=1.0, generator=seeded(i)).images
+        assert difference(together[i], alone[0]) < SAME
+
+
+def test_2_embeddings_are_cast_without_guidance(decoder: KandinskyV22Pipeline, checkpoints: Path) -> None:
+    call = {**pair(), **SMALL, "guidance_scale": 1.0}
+    theirs = diffusers.KandinskyV22Pipeline.from_pretrained(checkpoints / "decoder", torch_dtype=torch.bfloat16)
+    theirs.set_progress_bar_config(disable=True)
+    with pytest.raises(RuntimeError, match="dtype"):
+        theirs(**call)
+    assert theirs(**{**call, "guidance_scale": 4.0}).images.dtype == torch.bfloat16
+    assert decoder.to(torch.bfloat16)(**call).images.dtype == torch.bfloat16
+
+
+def test_2_hints_are_repeated_without_guidance(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    two = {**pair(2), "hint": hint(2, 1), "guidance_scale": 1.0}
+    call = mode_call("Controlnet", **two, num_images_per_prompt=2, output_type="np")
+    with pytest.raises((RuntimeError, ValueError)):
+        mode_oracles["Controlnet"](**call)
+    together = modes("Controlnet")(**call, generator=[seeded(i) for i in range(4)]).images
+    for i in range(4):
+        row = {name: value[i // 2 : i // 2 + 1] for name, value in two.items() if isinstance(value, torch.Tensor)}
+        single = mode_call("Controlnet", **row, guidance_scale=1.0, output_type="np")
+        alone = mode_oracles["Controlnet"](**single, generator=seeded(i)).images
+        assert difference(together[i], alone[0]) < SAME
+
+
+# 3
+
+
+def masks_and_images() -> dict[str, Any]:
+    masks = torch.from_numpy(np.stack([box(), box()[::-1].copy()]))[:, None]
+    return {"image": torch.stack([tensor(1, signed=True), tensor(2, signed=True)]), "mask_image": masks}
+
+
+def test_3_every_picture_has_its_own_image_and_mask(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    ours, theirs, given = modes("Inpaint"), mode_oracles["Inpaint"], masks_and_images()
+    call = mode_call("Inpaint", **pair(2), **given)
+
+    def alone(i: int) -> Any:
+        rows = {name: value[i : i + 1].clone() for name, value in {**pair(2), **given}.items()}
+        return theirs(**mode_call("Inpaint", **rows), generator=seeded(i)).images[0]
+
+    wrong = theirs(**mode_call("Inpaint", **pair(2), **masks_and_images()), generator=[seeded(0), seeded(1)]).images
+    assert difference(wrong[1], alone(1)) > 0.1
+    together = ours(**call, generator=[seeded(0), seeded(1)]).images
+    for i in range(2):
+        assert difference(together[i], alone(i)) < SAME
+
+
+def test_3_one_image_serves_many_embeddings(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    call = mode_call("Inpaint", **pair(2))
+    with pytest.raises((RuntimeError, ValueError)):
+        mode_oracles["Inpaint"](**call)
+    together = modes("Inpaint")(**call, generator=[seeded(0), seeded(1)]).images
+    for i in range(2):
+        row = {name: value[i : i + 1] for name, value in pair(2).items()}
+        alone = mode_oracles["Inpaint"](**mode_call("Inpaint", **row), generator=seeded(i)).images
+        assert difference(together[i], alone[0]) < SAME
+
+
+def test_3_masks_stay_as_they_are(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    changed = []
+    for pipe in (modes("Inpaint"), mode_oracles["Inpaint"]):
+        mask = torch.from_numpy(np.random.default_rng(0).random((1, 1, 32, 32)).astype(np.float32))
+        before = mask.clone()
+        pipe(**mode_call("Inpaint", image=tensor(1, signed=True)[None], mask_image=mask))
+        changed.append(not torch.equal(mask, before))
+    assert changed == [False, True]
+
+
+def test_3_arrays_are_resized(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    large = np.asarray(photo(1, 48, 48))
+    call = mode_call("Inpaint", image=large, mask_image=box())
+    with pytest.raises((RuntimeError, ValueError)):
+        mode_oracles["Inpaint"](**call)
+    ours = modes("Inpaint")(**call, generator=seeded(0)).images
+    right = mode_oracles["Inpaint"](**{**call, "image": photo(1, 48, 48)}, generator=seeded(0)).images
+    assert difference(ours, right) < SAME
+
+
+# 4
+
+
+def test_4_latents_are_cast(decoder: KandinskyV22Pipeline, oracles: dict[str, Any]) -> None:
+    latents = torch.randn(1, 4, 16, 16, dtype=torch.float64, generator=seeded(0))
+    with pytest.raises(RuntimeError, match="type"):
+        oracles["decoder"](**pair(), **SMALL, latents=latents)
+    ours = decoder(**pair(), **SMALL, latents=latents, generator=seeded(1)).images
+    right = oracles["decoder"](**pair(), **SMALL, latents=latents.float(), generator=seeded(1)).images
+    assert ours.dtype == torch.float32
+    assert difference(ours, right) < SAME
+
+
+# 5
+
+
+@pytest.mark.parametrize("mode", ["", "Img2Img", "Inpaint"])
+def test_5_callbacks_need_no_number_of_steps(
+    mode: str, modes: Ours, decoder: KandinskyV22Pipeline, oracles: dict[str, Any], mode_oracles: dict[str, Any]
+) -> None:
+    steps: list[int] = []
+
+    def told(step: int, timestep: Any, latents: torch.Tensor) -> None:
+        steps.append(step)
+
+    ours, theirs = (modes(mode), mode_oracles[mode]) if mode else (decoder, oracles["decoder"])
+    call = mode_call(mode) if mode else {**pair(), **SMALL}
+    with pytest.raises(TypeError):
+        theirs(**call, callback=told)
+    steps.clear()
+    ours(**call, callback=told)
+    assert steps == list(range(ours.num_timesteps)) and len(steps) > 1
+
+
+# 6
+
+
+def test_6_wide_pictures_stay_wide(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    call = mode_call("Img2Img", image=photo(1, 40, 24), height=24, width=40, output_type="np")
+    assert mode_oracles["Img2Img"](**call).images.shape == (1, 40, 24, 3)
+    ours = modes("Img2Img")(**call, generator=seeded(0)).images
+    assert ours.shape == (1, 24, 40, 3)
+    swapped = mode_oracles["Img2Img"](**{**call, "height": 40, "width": 24}, generator=seeded(0)).images
+    assert difference(ours, swapped) < SAME
+
+
+@pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
+def test_6_arrays_are_pictures(mode: str, modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    call = mode_call(mode, image=np.asarray(photo(1)), output_type="np")
+    with pytest.raises((ValueError, AttributeError)):
+        mode_oracles[mode](**call)
+    right = mode_oracles[mode](**{**call, "image": photo(1)}, generator=seeded(0)).images
+    assert difference(modes(mode)(**call, generator=seeded(0)).images, right) < SAME
+
+
+# 7
+
+
+def test_7_one_negative_serves_many_prompts(prior: KandinskyV22PriorPipeline, oracles: dict[str, Any]) -> None:
+    texts = ["a cat", "red"]
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        oracles["prior"](texts, "blue", num_inference_steps=2)
+    ours = prior(texts, "blue", num_inference_steps=2, generator=seeded(0))
+    right = oracles["prior"](texts, ["blue", "blue"], num_inference_steps=2, generator=seeded(0))
+    assert difference(ours.image_embeds, right.image_embeds) < 1e-5
+    assert difference(ours.negative_image_embeds, right.negative_image_embeds) < 1e-5
+
+
+# 8
+
+
+def test_8_latents_reach_the_decoder(combined: KandinskyV22CombinedPipeline, oracles: dict[str, Any]) -> None:
+    latents = torch.randn(1, 4, 16, 16, generator=seeded(5))
+    call = {"prompt": "a cat", **SMALL, "prior_num_inference_steps": 2, "latents": latents}
+    with pytest.raises(ValueError, match="latents"):
+        oracles["combined"](**call)
+    generator = seeded(0)
+    made = oracles["prior"]("a cat", num_inference_steps=2, generator=generator)
+    right = oracles["decoder"](*made.to_tuple(), **SMALL, latents=latents, generator=generator).images
+    assert difference(combined(**call, generator=seeded(0)).images, right) < SAME
+
+
+def test_8_a_progress_bar_is_no_offloading(
+    combined: KandinskyV22CombinedPipeline, oracles: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched: list[str] = []
+    for pipe, name in ((combined, "ours"), (oracles["combined"], "theirs")):
+        monkeypatch.setattr(
+            pipe.decoder_pipe, "enable_model_cpu_offload", lambda *_, name=name, **__: switched.append(name)
+        )
+        pipe.progress_bar(total=1)
+    assert switched == ["theirs"]
+
+
+# 9
+
+
+@pytest.mark.parametrize("mode", ["Controlnet", "ControlnetImg2Img"])
+def test_9_controlled_pipelines_have_step_callbacks_and_latents(
+    mode: str, modes: Ours, mode_oracles: dict[str, Any]
+) -> None:
+    assert "callback_on_step_end" not in inspect.signature(type(mode_oracles[mode]).__call__).parameters
+    with pytest.raises(ValueError, match="output"):
+        mode_oracles[mode](**mode_call(mode))
+    seen: list[torch.Tensor] = []
+    out = modes(mode)(
+        **mode_call(mode), callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["latents"])
+    )
+    assert torch.equal(seen[-1], out.images)
+    assert out.images.shape == (1, 4, 16, 16)
+
+
+# 10
+
+
+def asking(pipe: Any, asked: list[str]) -> Any:
+    """The same pipeline, noting when it asks where networks work."""
+
+    class Asking(type(pipe)):  # type: ignore[misc]
+        @property
+        def _execution_device(self) -> torch.device:
+            asked.append(type(pipe).__module__.split(".")[0])
+            return super()._execution_device
+
+    made = Asking(**pipe.components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_10_interpolate_goes_where_networks_work(emb2emb: Any, their_emb2emb: Any) -> None:
+    asked: list[str] = []
+    for pipe in (their_emb2emb, emb2emb):
+        asking(pipe, asked).interpolate([photo(1)], [1.0], num_inference_steps=2)
+    assert set(asked) == {"kandinsky22"}
+
+
+def test_10_output_types_are_checked_first(
+    prior: KandinskyV22PriorPipeline, oracles: dict[str, Any], modes: Ours, mode_oracles: dict[str, Any]
+) -> None:
+    steps: list[int] = []
+
+    def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return tensors
+
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [
+        (modes("Inpaint"), mode_oracles["Inpaint"], mode_call("Inpaint", output_type="jpeg")),
+        (prior, oracles["prior"], {"prompt": "a cat", "num_inference_steps": 2, "output_type": "pil"}),
+    ]
+    for ours, theirs, call in calls:
+        with pytest.raises(ValueError, match="output"):
+            theirs(**call, callback_on_step_end=told)
+        assert len(steps) > 1
+        steps.clear()
+        with pytest.raises(InputError, match="output_type"):
+            ours(**call, callback_on_step_end=told)
+        assert not steps
+    unknown = mode_call("Img2Img", output_type="jpeg")
+    assert isinstance(mode_oracles["Img2Img"](**unknown).images, np.ndarray)  # without a word
+    with pytest.raises(InputError, match="output_type"):
+        modes("Img2Img")(**unknown)
+
+
+# 12
+
+
+def test_12_each_prompt_keeps_its_picture(
+    checkpoints: Path, mode_folder: Path, prior: Any, oracles: dict[str, Any], mode_oracles: dict[str, Any]
+) -> None:
+    parts = {f"prior_{name}": part for name, part in oracles["prior"].components.items()}
+    theirs = diffusers.KandinskyV22Img2ImgCombinedPipeline(**mode_oracles["Img2Img"].components, **parts)
+    theirs.set_progress_bar_config(disable=True)
+    ours = KandinskyV22Img2ImgCombinedPipeline.from_pretrained(mode_folder / "Img2Img", prior=prior)
+    ours.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {**SMALL, "num_inference_steps": 6, "prior_num_inference_steps": 2, "strength": 0.2}
+    call = {"prompt": ["a cat", "a cat"], "image": [photo(1), photo(2)], "num_images_per_prompt": 2}
+
+    def generators() -> list[torch.Generator]:
+        return [seeded(i) for i in range(4)]
+
+    made = {name: pipe(**call, **options, generator=generators()).images for name, pipe in
+            (("ours", ours), ("theirs", theirs))}  # fmt: skip
+    for i in range(4):
+        alone = theirs("a cat", photo(1 + i // 2), **options, generator=seeded(i)).images
+        assert difference(made["ours"][i], alone[0]) < SAME
+        assert (difference(made["theirs"][i], alone[0]) > 0.1) == (i in (1, 2))  # pictures 1, 2, 1, 2
+
+
+# 13
+
+
+def test_13_one_generator_a_picture_is_enough_with_negatives(
+    prior: KandinskyV22PriorPipeline, oracles: dict[str, Any]
+) -> None:
+    texts, negatives = ["a cat", "red"], ["blue", "ugly"]
+    with pytest.raises(IndexError):
+        oracles["prior"](texts, negatives, num_inference_steps=2, generator=[seeded(0), seeded(1)])
+    together = prior(texts, negatives, num_inference_steps=2, generator=[seeded(0), seeded(1)])
+    for i in range(2):
+        alone = oracles["prior"](texts[i], negatives[i], num_inference_steps=2, generator=seeded(i))
+        assert difference(together.image_embeds[i], alone.image_embeds[0]) < 1e-5
+        assert difference(together.negative_image_embeds[i], alone.negative_image_embeds[0]) < 1e-5
+
+
+# 14
+
+
+@pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
+def test_14_strength_may_leave_no_step(mode: str, modes: Ours, mode_oracles: dict[str, Any]) -> None:
+    call = mode_call(mode, strength=0.0, output_type="np")
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        mode_oracles[mode](**call)
+    ours = modes(mode)
+    with torch.no_grad():
+        clean = ours.movq.encode(tensor(1)[None] * 2 - 1)[0]
+        right = ours.movq.decode(clean, force_not_quantize=True)[0]
+    expected = (right / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert difference(ours(**call).images, expected) < 1e-3
+
+
+def test_14_strength_may_leave_no_step_of_the_prior(emb2emb: Any, their_emb2emb: Any) -> None:
+    call = {"prompt": "a cat", "image": embeds(1, 1), "strength": 0.0, "num_inference_steps": 4}
+    assert len(their_emb2emb(**call).image_embeds) == 0  # no embedding at all
+    assert torch.equal(emb2emb(**call).image_embeds, embeds(1, 1))
+
+
+# 15
+
+
+def test_15_many_pictures_for_one_prompt(emb2emb: Any, their_emb2emb: Any) -> None:
+    options = {"strength": 0.5, "num_inference_steps": 4}
+    with pytest.raises((RuntimeError, ValueError)):
+        their_emb2emb("a cat", image=[photo(1), photo(2)], **options)
+    together = emb2emb("a cat", image=[photo(1), photo(2)], **options, generator=[seeded(0), seeded(1)]).image_embeds
+    for i in range(2):
+        alone = their_emb2emb("a cat", image=photo(1 + i), **options, generator=seeded(i)).image_embeds
+        assert difference(together[i], alone[0]) < 1e-5
+
+
+# All
+
+
+def test_every_defect_has_its_test() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "defects.md").read_text(encoding="utf-8")
+    here = Path(__file__).parent
+    named = [line.strip() for line in page.split("`") if "::test_" in line]
+    for name in named:
+        file, test = name.split("::")
+        assert f"def {test}(" in (here / Path(file).name).read_text(encoding="utf-8"), name
+    own = [name for name in globals() if name.startswith("test_") and name[5].isdigit()]
+    assert {name.split("::")[1] for name in named} >= set(own)
