@@ -35,7 +35,11 @@ BOTH = {**TEXT, "prior_num_inference_steps": 2, "output_type": "pt"}
 # for each class: its checkpoint, what it is called with, and the networks that work, in order
 CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
     "Prior": ("prior", lambda: TEXT, "text_encoder prior image_encoder"),
-    "PriorEmb2Emb": ("prior", lambda: {**TEXT, "image": photo(1)}, "image_encoder text_encoder prior image_encoder"),
+    "PriorEmb2Emb": (
+        "prior",
+        lambda: {**TEXT, "image": photo(1), "strength": 1.0},
+        "text_encoder image_encoder prior image_encoder",
+    ),
     "": ("decoder", lambda: DECODER, "unet movq"),
     "Img2Img": ("Img2Img", lambda: {**STARTED, "image": photo(1)}, "movq unet movq"),
     "Inpaint": ("Inpaint", lambda: {**DECODER, "image": photo(1), "mask_image": box_image()}, "movq unet movq"),
@@ -241,15 +245,15 @@ def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         decoder.maybe_free_model_hooks()
         assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
     monkeypatch.setattr(type(decoder), "_exclude_from_cpu_offload", ["movq"])
-    for mode in MODES[:2]:
-        with accelerator() as device:
-            enable(decoder, mode, device)
-            decoder.maybe_free_model_hooks()
-            assert homes(decoder)["movq"] == {"meta"}
-            assert offload.place_of(decoder.movq) is None
-            assert offload.place_of(decoder.unet) is not None
-            decoder.remove_all_hooks()
-            assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
+    with accelerator() as device:
+        decoder.enable_model_cpu_offload(device=device)
+        decoder.maybe_free_model_hooks()
+        assert homes(decoder) == {"unet": {"cpu"}, "movq": {"meta"}}  # excluded: always
+        decoder.remove_all_hooks()
+        assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
+    decoder.enable_sequential_cpu_offload(device="cpu")
+    assert homes(decoder) == {"unet": {"meta"}, "movq": {"cpu"}}
+    assert offload.place_of(decoder.movq) is None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -328,14 +332,14 @@ def test_without_accelerate(mode: str, decoder: Any, monkeypatch: pytest.MonkeyP
 # The low-memory mode
 
 
-def test_low_memory_needs_networks_on_the_cpu_and_a_folder(decoder: Any, tmp_path: Path) -> None:
+def test_low_memory_needs_networks_on_the_cpu_and_a_folder(
+    decoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="folder="):
         decoder.enable_low_memory(tmp_path / "nowhere")
-    with accelerator() as device:
-        decoder.to(device)
-        decoder.unet.to("cpu")
-        with pytest.raises(InputError, match="enable_model_cpu_offload"):
-            decoder.enable_low_memory()
+    monkeypatch.setattr(type(decoder), "device", torch.device("cuda"))
+    with pytest.raises(InputError, match="enable_model_cpu_offload"):
+        decoder.enable_low_memory()
 
 
 @pytest.mark.parametrize("change", ["none", "in place", "converted", "laid out"])
@@ -349,16 +353,17 @@ def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path:
     elif change == "laid out":
         for network in (decoder.unet, decoder.movq):
             network.to(memory_format=torch.channels_last)
+    partly = change in ("in place", "laid out")  # the other weights were mapped, and now lie elsewhere in memory
     plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
     decoder.enable_low_memory(tmp_path)
     written = [file for _, _, files in os.walk(tmp_path) for file in files]
     assert len(written) == (0 if change == "none" else 2)
     result = decoder(**DECODER, **SMALL, generator=seeded(1)).images
-    assert torch.equal(result, plain) if change != "in place" else difference(result, plain) < 1e-5
+    assert difference(result, plain) < (1e-5 if partly else 1e-30)
     decoder.remove_all_hooks()
     assert os.listdir(tmp_path) == []
     result = decoder(**DECODER, **SMALL, generator=seeded(1)).images
-    assert torch.equal(result, plain) if change != "in place" else difference(result, plain) < 1e-5
+    assert difference(result, plain) < (1e-5 if partly else 1e-30)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -142,10 +142,11 @@ class Placed:
     def enable_low_memory(self, folder: str | os.PathLike[str] | None = None) -> None:
         """Without an accelerator: keep a network in memory only while it works, and read it anew for the next time.
 
-        Results stay the same bit for bit. Networks are read from the checkpoint that they were loaded from; one that
-        was changed since, converted, or made in memory is first written to a temporary file in `folder` (the system's
-        folder for such files unless given). Later changes to weights are lost. Works without accelerate. Raises
-        InputError if networks are on an accelerator, CheckpointError if the file cannot be written.
+        Networks are read from the checkpoint that they were loaded from, and results stay the same bit for bit. One
+        that was changed since, converted, or made in memory is first written to a temporary file in `folder` (the
+        system's folder for such files unless given), and rounding may move. Later changes to weights are lost. Works
+        without accelerate. Raises InputError if networks are on an accelerator, CheckpointError if the file cannot be
+        written.
         """
         self.remove_all_hooks()
         if folder is not None and not os.path.isdir(folder):
