@@ -171,13 +171,13 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
         Image and strength are as in KandinskyV22Img2ImgPipeline, one image for all prompts or one for each. `latents`
         with four dimensions are the noise put on the image; the rest is as in KandinskyV22CombinedPipeline.
         """
-        given = {"image": image, "strength": strength}
+        start = {"image": image, "strength": strength}
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
         steps = (num_inference_steps, guidance_scale, generator, latents)
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         prior = (prior_num_inference_steps, prior_guidance_scale)
         early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, prior, early, output, **given)
+        return self._call(texts, (height, width), steps, told, prior, early, output, **start)
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPipeline]):
