@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, PRIOR_SCHEDULER, clip_towers, save_tokenizer
 
 from kandinsky22 import (
     DDPMScheduler,
     KandinskyV22CombinedPipeline,
+    KandinskyV22ControlnetPipeline,
+    KandinskyV22InpaintCombinedPipeline,
     PriorTransformer,
     UnCLIPScheduler,
     UNet2DConditionModel,
@@ -64,7 +69,8 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `combined/` (with defaults of its own), and apart from each other `a/decoder/` and `b/prior/`."""
+    """A folder with `combined/` and `inpaint/` (with defaults of their own), `control/decoder/` beside its prior, and
+    apart from each other `a/decoder/` and `b/prior/`."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(2)
     pipe = _tiny_pipeline(folder)
@@ -72,6 +78,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe.decoder_pipe.save_pretrained(folder / "a" / "decoder")
     pipe.generation_defaults = DEFAULTS
     pipe.save_pretrained(folder / "combined")
+    inpaint = KandinskyV22InpaintCombinedPipeline(**{**pipe.components, "unet": _tiny_unet(in_channels=9)})
+    inpaint.generation_defaults = DEFAULTS
+    inpaint.save_pretrained(folder / "inpaint")
+    control = KandinskyV22ControlnetPipeline(
+        _tiny_unet(in_channels=8, addition_embed_type="image_hint"), pipe.scheduler, pipe.movq
+    )
+    control.generation_defaults = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    control.save_pretrained(folder / "control" / "decoder")
+    pipe.prior_pipe.save_pretrained(folder / "control" / "prior")
     return folder
 
 
@@ -83,7 +98,12 @@ def model(models: Path) -> Path:
 @pytest.fixture
 def embedded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tiny random model be the embedded one."""
-    parts = {"prior": models / "b" / "prior", "decoder": models / "a" / "decoder"}
+    parts = {
+        "prior": models / "b" / "prior",
+        "decoder": models / "a" / "decoder",
+        "inpaint": models / "inpaint",
+        "control": models / "control" / "decoder",
+    }
     monkeypatch.setattr("kandinsky22.hub.embedded_folder", parts.__getitem__)
 
 
@@ -100,16 +120,7 @@ def broken_model(model: Path, tmp_path: Path) -> Path:
 def _tiny_pipeline(folder: Path) -> Any:
     tokenizer = save_tokenizer(folder / "words")
     text_encoder, image_encoder, image_processor = clip_towers(tokenizer)
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        block_out_channels=(32, 64),
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        layers_per_block=1,
-        encoder_hid_dim=DIM,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-    )
+    unet = _tiny_unet()
     movq = VQModel(
         block_out_channels=(32, 64),
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
@@ -122,7 +133,7 @@ def _tiny_pipeline(folder: Path) -> Any:
         # The mean and spread of embeddings are facts about data; untrained, they are zero, and so all embeddings.
         prior.clip_std.fill_(1.0)
     return KandinskyV22CombinedPipeline(
-        unet=unet.eval(),
+        unet=unet,
         scheduler=DDPMScheduler(**DECODER_SCHEDULER),
         movq=movq.eval(),
         prior_prior=prior.eval(),
@@ -132,3 +143,29 @@ def _tiny_pipeline(folder: Path) -> Any:
         prior_scheduler=UnCLIPScheduler(**PRIOR_SCHEDULER),
         prior_image_processor=image_processor,
     )
+
+
+def _tiny_unet(**options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=(32, 64),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        encoder_hid_dim=DIM,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        **options,
+    ).eval()
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """The recipe in a picture."""
+    with Image.open(path) as picture:
+        return json.loads(picture.info["kandinsky22"])
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    """A picture's levels, (H, W, 3)."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))

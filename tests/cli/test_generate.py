@@ -9,20 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.cli.conftest import DEFAULTS, SIZE, Command
+from tests.cli.conftest import DEFAULTS, SIZE, Command, pixels, stored
 
 import kandinsky22
 from kandinsky22.cli.pictures import save_png
-
-
-def stored(path: Path) -> dict[str, Any]:
-    with Image.open(path) as picture:
-        return json.loads(picture.info["kandinsky22"])
-
-
-def pixels(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 def test_a_picture_with_the_models_own_defaults(command: Command, model: Path) -> None:

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="kandinsky22", description="Pictures from prompts and pictures with Kandinsky 2.2.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"kandinsky22 {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"kandinsky22 {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for mode in MODES:
         mode.add_parser(subparsers, draw.run)
