@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from PIL import Image
 from tests.cli.conftest import Command, Result
 
 import kandinsky22
+from kandinsky22.cli.main import build_parser
 from kandinsky22.cli.pictures import save_png
 
 
@@ -49,11 +51,30 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("generate", "a cat", "--seed", str(2**63)), ("at most",)),
         (("generate", "a cat", "-n", "0"), ("-n",)),
         (("info",), ("picture",)),
+        (("img2img", "--image", "photo.png"), ("PROMPT",)),
+        (("img2img", "a cat"), ("--image",)),
+        (("img2img", "a cat", "--image", ""), ("--image", "empty")),
+        (("img2img", "a cat", "--image", "https://a.b/c.png"), ("download", "https://a.b/c.png")),
+        (("img2img", "a cat", "--image", "photo.png", "--strength", "1.5"), ("1.5", "from 0 to 1")),
+        (("img2img", "a cat", "--image", "photo.png", "--mask", "photo.png"), ("--mask",)),
+        (("inpaint", "a cat", "--image", "photo.png"), ("--mask",)),
+        (("inpaint", "a cat", "--mask", "photo.png"), ("--image",)),
+        (("control", "a cat"), ("--hint",)),
+        (("control", "a cat", "--hint", "photo.png", "--strength", "0.5"), ("--strength", "--image")),
+        (("mix",), ("--text", "--image")),
+        (("mix", "--text", "a", "cat", "0.5"), ("--text", "quote")),
+        (("mix", "--text", "a cat", "heavy"), ("heavy", "weight")),
+        (("mix", "--image", "photo.png", "nan"), ("nan", "weight")),
+        (("mix", "--image", "photo.png", "--prior-steps", "3"), ("--prior-steps", "no")),
+        (("variations",), ("PICTURE",)),
+        (("variations", "photo.png", "--strength", "0.5"), ("--strength", "--prompt")),
+        (("variations", "photo.png", "--prior-guidance", "3"), ("--prior-guidance",)),
     ],
 )  # fmt: skip
 def test_a_command_line_that_makes_no_sense(
     command: Command, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
+    Image.new("RGB", (32, 32)).save("photo.png")
     result = command(*arguments)
     assert_one_line(result, 2, *words)
     assert len(result.err.splitlines()) == 1
@@ -95,6 +116,88 @@ def test_an_output_that_cannot_be_written_is_told_before_any_loading(
 def test_a_folder_in_the_place_of_the_sheet_is_told_before_any_loading(command: Command) -> None:
     Path("picture-sheet.png").mkdir()
     assert_one_line(command("generate", "a cat", "-n", 2), 1, "picture-sheet.png", "is a folder")
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("img2img", "a cat", "--image", "missing.png"), ("missing.png", "No such file")),
+        (("img2img", "a cat", "--image", "folder"), ("folder", "directory")),
+        (("img2img", "a cat", "--image", "text.png"), ("image", "text.png", "cannot")),
+        (("img2img", "a cat", "--image", "half.png"), ("image", "half.png", "cannot be read")),
+        (("img2img", "a cat", "--image", "photo.png", "-o", "photo.png"), ("photo.png", "would replace")),
+        (("img2img", "a cat", "--image", "photo.png", "-o", "./a.png", "-n", "2"), ("a-1.png", "would replace")),
+        (("inpaint", "a cat", "--image", "photo.png", "--mask", "wide.png"), ("--mask", "64x32", "proportions")),
+        (("inpaint", "a cat", "--image", "photo.png", "--mask", "text.png"), ("mask", "text.png")),
+        (("control", "a cat", "--hint", "wide.png", "--image", "photo.png"), ("--image", "32x32", "proportions")),
+        (("control", "a cat", "--hint", "half.png"), ("hint", "half.png")),
+        (("mix", "--text", "a cat", "0.5", "--text", "a dog"), ("some has none",)),
+        (("mix", "--image", "photo.png", "--image", "missing.png"), ("missing.png",)),
+        (("mix", "--text", "a \udcff cat"), ("encoding",)),
+        (("variations", "missing.png"), ("missing.png",)),
+        (("variations", "a \udcff.png"), ("a ",)),
+        (("generate", "--from", "varied.png"), ("varied.png", "kandinsky22 variations --from varied.png")),
+    ],
+)
+def test_bad_pictures_are_told_before_any_loading(
+    command: Command, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    Image.new("RGB", (32, 32)).save("photo.png")
+    os.link("photo.png", "a-1.png")
+    Image.new("RGB", (64, 32)).save("wide.png")
+    Image.effect_noise((64, 64), 90).save("half.png")
+    Path("half.png").write_bytes(Path("half.png").read_bytes()[:900])
+    Path("text.png").write_text("no picture")
+    Path("folder").mkdir()
+    seen = {"command": "variations", "seeds": [5], "model": "m", "model_digest": "d", "scheduler": "DDPMScheduler"}
+    seen |= {"steps": 1, "prior_steps": 1, "guidance": 1, "prior_guidance": 1, "width": 32, "height": 32}
+    seen |= {"device": "cpu", "dtype": "float32", "hardware": "h", "versions": {}, "format": 1}
+    save_png(Image.new("RGB", (32, 32)), Path("varied.png"), {"kandinsky22": json.dumps(seen)})
+    before = sorted(Path().rglob("*"))
+    assert_one_line(command(*arguments), 1, *words)
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (("generate", "a cat"), "inpaint"),
+        (("img2img", "a cat", "--image", "photo.png"), "control/decoder"),
+        (("inpaint", "a cat", "--image", "photo.png", "--mask", "photo.png"), "combined"),
+        (("control", "a cat", "--hint", "photo.png"), "a/decoder"),
+        (("variations", "photo.png"), "b/prior"),
+    ],
+)
+def test_weights_for_something_else_are_told_before_they_are_read(
+    command: Command, models: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], folder: str
+) -> None:
+    monkeypatch.setattr("kandinsky22.composite.load_component", failing(AssertionError("weights are read")))
+    Image.new("RGB", (32, 32)).save("photo.png")
+    result = command(*arguments, "--model", models / folder)
+    assert_one_line(result, 1, f"{models / folder} is a Kandinsky", "needed here")
+
+
+def test_a_prior_that_does_not_fit_is_told_before_any_network_runs(
+    command: Command, models: Path, tmp_path: Path
+) -> None:
+    decoder = kandinsky22.KandinskyV22Pipeline.from_pretrained(models / "a/decoder")
+    options = {**decoder.unet.config, "encoder_hid_dim": 24}
+    decoder.unet = kandinsky22.UNet2DConditionModel(**options)
+    decoder.save_pretrained(tmp_path / "other")
+    result = command("generate", "a cat", "--model", "other", "--prior", models / "b/prior")
+    assert_one_line(result, 1, "32", "24", "do not fit")
+
+
+@pytest.mark.parametrize(("name", "needs"), [("inpaint", "--mask"), ("control", "--hint")])
+def test_embedded_weights_that_are_not_there(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, needs: str
+) -> None:
+    monkeypatch.setattr("kandinsky22.hub.importlib.resources.files", lambda package: tmp_path)
+    Image.new("RGB", (32, 32)).save("photo.png")
+    image = ("--image", "photo.png") if name == "inpaint" else ()
+    result = command(name, "a circle", *image, needs, "photo.png")
+    assert_one_line(result, 1, f"no embedded {name} weights")
 
 
 @pytest.mark.parametrize(
@@ -225,6 +328,16 @@ def test_help_needs_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "--negative-prompt" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["generate", "img2img", "inpaint", "control", "mix", "variations", "info"])
+def test_help_ends_with_an_example_that_is_understood(command: Command, name: str) -> None:
+    told = command(name, "--help").out
+    program, *example = shlex.split(told[told.index("example:") :].removeprefix("example:"))
+    args = build_parser().parse_args(example)
+    assert (program, example[0]) == ("kandinsky22", name)
+    assert callable(args.run)
+    assert name in command("--help").out
 
 
 def test_the_installed_module_reports_like_the_function(tmp_path: Path) -> None:
