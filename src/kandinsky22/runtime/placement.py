@@ -86,7 +86,8 @@ class Placed:
     def device(self) -> torch.device:
         """Where the networks are; while they are offloaded some may be elsewhere."""
         parameters = (p for network in self._networks().values() for p in network.parameters())
-        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+        nowhere = bool(self._places())  # then weights on the meta device are those that are in files
+        return next((p.device for p in parameters if not (nowhere and p.is_meta)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
