@@ -100,7 +100,7 @@ def embedded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the tiny random model be the embedded one."""
     parts = {
         "prior": models / "b" / "prior",
-        "decoder": models / "a" / "decoder",
+        "decoder": models / "combined",
         "inpaint": models / "inpaint",
         "control": models / "control" / "decoder",
     }

@@ -1,0 +1,28 @@
+"""The commands in the documentation run as they are written there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Command
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_commands_on_the_page_run_as_written(command: Command) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert {words[1] for words in lines} >= {"generate", "img2img", "inpaint", "control", "mix", "variations", "info"}
+    for program, *arguments in lines:
+        if program == "python":
+            subprocess.run([sys.executable, *arguments], check=True)
+            continue
+        result = command(*arguments)
+        assert (program, result.code) == ("kandinsky22", 0), (arguments, result.err)
+        assert arguments[0] == "info" or all(path.is_file() for path in result.paths)
