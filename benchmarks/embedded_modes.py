@@ -145,11 +145,12 @@ def neighbours(rng: np.random.Generator, attribute: str) -> tuple[Scene, Scene]:
     while True:
         scene, other = (sample_scene(rng, shapes=1) for _ in range(2))
         shape, changed = scene.shapes[0], other.shapes[0]
-        fields: dict[str, Any] = {
+        changes: dict[str, dict[str, Any]] = {
             "color": {"color": changed.color},
             "size": {"size": changed.size, "radius": changed.radius},
             "place": {"x": changed.x, "y": changed.y},
-        }.get(attribute, {})
+        }
+        fields = changes.get(attribute, {})
         ground = other.background if attribute == "background" else scene.background
         second = Scene(ground, (dataclasses.replace(shape, **fields),))
         if _fits(second) and stated(second) != stated(scene):
@@ -166,9 +167,9 @@ def left_open(scene: Scene, attribute: str) -> Named:
 
 def sentence(scene: Scene, attribute: str, value: str | None) -> str:
     """Plain words for a scene of one shape, whose "color" or "background" is `value`, or left open if that is None."""
-    shape, ground = scene.shapes[0], scene.background
+    shape = scene.shapes[0]
+    ground = value if attribute == "background" else scene.background
     color = value if attribute == "color" else shape.color
-    ground = value if attribute == "background" else ground
     where = {"center": "in the center", "left": "on the left", "right": "on the right"}
     place = where.get(scene.place or "", f"at the {scene.place}")
     subject = " ".join(["a", shape.size, *([color] if color else []), shape.kind])
@@ -286,7 +287,9 @@ def image_to_image(models: Models, count: int, seed: int) -> Result:
 def inpaint(models: Models, count: int, seed: int) -> Result:
     """One shape of a picture erased, and another one asked for in its place."""
     pipe = models.variant("inpaint")
-    cells, errors, exact = [], [], []
+    cells: list[Cell] = []
+    errors: list[float] = []
+    exact: list[bool] = []
     for some in models.batches(count):
         rngs = [case_rng(seed, 1, index) for index in some]
         scenes = [sample_scene(rng) for rng in rngs]

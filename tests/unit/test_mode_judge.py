@@ -1,0 +1,151 @@
+"""The judge of the embedded model's modes: true pictures pass, wrong ones fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import embedded_modes, mode_judge
+from benchmarks.embedded_prompts import Share
+from benchmarks.pixel_judge import judge, to_array
+from PIL import Image, ImageFilter
+
+from kandinsky22.training.captions import caption
+from kandinsky22.training.scenes import COLORS, Scene, Shape, is_held_out, render, sample_scene
+
+CIRCLE = Shape("circle", "red", "large", 0.5, 0.5, 0.18)
+SCENE = Scene("white", (CIRCLE,))
+
+
+def picture(scene: Scene, size: int = 128) -> Image.Image:
+    return embedded_modes.as_image(render([scene], size)[0])
+
+
+def test_placement_is_full_for_the_scene_and_falls_with_the_distance() -> None:
+    assert mode_judge.placement(picture(SCENE), SCENE) > 0.97
+    assert mode_judge.placement(picture(SCENE).filter(ImageFilter.GaussianBlur(1)), SCENE) > 0.9
+    recoloured = Scene("blue", (replace(CIRCLE, color="yellow"),))
+    assert mode_judge.placement(picture(recoloured), SCENE) > 0.97
+    scores = [mode_judge.placement(picture(Scene("white", (replace(CIRCLE, x=x),))), SCENE) for x in (0.52, 0.6, 0.8)]
+    assert scores[0] > mode_judge.SAME_COMPOSITION > scores[1] > scores[2]
+    assert mode_judge.placement(picture(Scene("white", (replace(CIRCLE, kind="star"),))), SCENE) < 0.8
+    assert mode_judge.placement(Image.new("RGB", (128, 128), "white"), SCENE) == 0
+
+
+def test_masks_that_hold_nothing_overlap_fully() -> None:
+    empty = np.zeros((4, 4), dtype=bool)
+    assert mode_judge.overlap(empty, empty) == 1.0
+    assert mode_judge.overlap(empty, ~empty) == 0.0
+
+
+def test_only_pixels_outside_of_the_hole_count_as_kept() -> None:
+    original = to_array(picture(SCENE))
+    hole = np.zeros((128, 128), dtype=bool)
+    hole[32:96, 32:96] = True
+    inside, outside = original.copy(), original.copy()
+    inside[hole] = 0
+    outside[~hole] = np.clip(outside[~hole] - 4 / 255, 0, 1)
+    assert mode_judge.kept_error(inside, original, hole) == 0
+    assert mode_judge.kept_error(outside, original, hole) == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("attribute", mode_judge.ATTRIBUTES)
+def test_half_way_is_between_and_the_ends_are_not(attribute: str) -> None:
+    ends = {
+        "background": (Scene("white", (CIRCLE,)), Scene("blue", (CIRCLE,))),
+        "color": (SCENE, Scene("white", (replace(CIRCLE, color="blue"),))),
+        "size": (SCENE, Scene("white", (replace(CIRCLE, radius=0.11),))),
+        "place": (Scene("white", (replace(CIRCLE, x=0.26),)), Scene("white", (replace(CIRCLE, x=0.74),))),
+    }[attribute]
+    first, second = (to_array(picture(scene)) for scene in ends)
+    if attribute in ("background", "color"):
+        half = (first + second) / 2
+    else:
+        half = to_array(picture({"size": Scene("white", (replace(CIRCLE, radius=0.145),)), "place": SCENE}[attribute]))
+    where = mode_judge.painted(first) & mode_judge.painted(second) if attribute == "color" else None
+    values = [mode_judge.measure(image, attribute, where) for image in (half, first, second)]
+    assert mode_judge.between(*values)
+    assert not mode_judge.between(values[1], values[1], values[2])
+    assert not mode_judge.between(values[2], values[1], values[2])
+
+
+def test_two_shapes_half_way_are_not_one_between() -> None:
+    two = Scene("white", (replace(CIRCLE, x=0.26), replace(CIRCLE, x=0.74)))
+    value = mode_judge.measure(picture(two), "place")
+    assert not mode_judge.between(value, np.array([0.26, 0.5]), np.array([0.74, 0.5]))
+
+
+def test_attributes_are_named_where_they_can_be_read() -> None:
+    assert mode_judge.named_attribute(picture(SCENE), "background") == "white"
+    assert mode_judge.named_attribute(picture(SCENE), "color") == "red"
+    assert mode_judge.named_attribute(Image.new("RGB", (128, 128), "white"), "color") is None
+
+
+def test_a_repainted_scene_differs_in_the_hole_alone() -> None:
+    for index in range(16):
+        rng = embedded_modes.case_rng(0, 1, index)
+        scene = sample_scene(rng)
+        target, hole = embedded_modes.repainted(scene, rng)
+        before, after = (to_array(picture(some)) for some in (scene, target))
+        assert mode_judge.kept_error(after, before, hole) == 0
+        assert not is_held_out(target)
+        named = caption(target, rng).named
+        assert judge(after, named).all_right
+        full = embedded_modes.stated(target)
+        assert judge(after, full).all_right and not judge(before, full).all_right
+
+
+@pytest.mark.parametrize("attribute", mode_judge.ATTRIBUTES)
+def test_scenes_to_mix_differ_in_one_attribute_alone(attribute: str) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        first, second = embedded_modes.neighbours(rng, attribute)
+        one, other = first.shapes[0], second.shapes[0]
+        differing = {
+            "background": first.background != second.background,
+            "color": one.color != other.color,
+            "size": one.size != other.size,
+            "place": first.place != second.place,
+        }
+        assert [name for name, differs in differing.items() if differs] == [attribute]
+        assert one.kind == other.kind
+
+
+def test_sentences_say_what_they_are_asked_to() -> None:
+    assert embedded_modes.sentence(SCENE, "color", None) == "a large circle on a white background in the center"
+    assert embedded_modes.sentence(SCENE, "color", "blue").startswith("a large blue circle on a white")
+    assert embedded_modes.sentence(SCENE, "background", None) == "a large red circle in the center"
+    low = Scene("white", (replace(CIRCLE, y=0.74),))
+    assert embedded_modes.sentence(low, "background", "green").endswith("on a green background at the bottom")
+    named = embedded_modes.left_open(SCENE, "background")
+    assert judge(picture(Scene("blue", (CIRCLE,))), named).all_right
+    assert not judge(picture(Scene("white", (replace(CIRCLE, color="green"),))), named).all_right
+
+
+def test_rows_say_whether_the_bar_is_reached() -> None:
+    good = embedded_modes.share_row("mode", "promise", [True] * 19 + [False], 0.9)
+    bad = embedded_modes.share_row("mode", "promise", [True, False], 0.9)
+    error = embedded_modes.Row("mode", "error", None, 1.5, 2.0, at_most=True, percent=False)
+    assert good.reached and not bad.reached and error.reached
+    assert "at least 90.0 %: reached" in str(good) and "missed" in str(bad) and "at most 2.000: reached" in str(error)
+    assert good.share == Share(19, 20)
+    assert embedded_modes.table([good, bad]).count("\n") == 3
+
+
+def test_sheets_hold_every_case_and_mark_the_wrong_ones(tmp_path: Path) -> None:
+    black = picture(Scene("white", (replace(CIRCLE, color="black"),)))
+    for right in (True, False):
+        cells = [embedded_modes.Cell([black, to_array(black)], "words " * 20, right)] * 7
+        embedded_modes.contact_sheet(cells, tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            pixels = np.asarray(sheet).astype(int)
+        assert (pixels[..., 0] - pixels[..., 1] > 100).any() != right
+        assert pixels.shape[1] >= 2 * 96
+
+
+def test_every_colour_can_be_the_other() -> None:
+    rng = np.random.default_rng(0)
+    found = {embedded_modes._other_color("green", SCENE, rng) for _ in range(100)}
+    assert found == set(COLORS) - {"green", "white", "red"}

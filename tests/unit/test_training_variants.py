@@ -1,0 +1,233 @@
+"""The recipes of the inpainting and hint UNets: what they start from, what they learn, what they leave alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline
+from kandinsky22.inputs import masks
+from kandinsky22.models.movq import VQModel
+from kandinsky22.models.unet import UNet2DConditionModel
+from kandinsky22.training import assemble, decoder, movq, variants
+from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
+from kandinsky22.training.loop import Draw, Settings
+from kandinsky22.training.scenes import COLORS, Scene, Shape, draw_hints, is_held_out, render, sample_scene
+
+TINY: dict[str, Any] = {**decoder.CONFIG, "block_out_channels": (32, 32, 32), "attention_head_dim": 32}
+TINY |= {"cross_attention_dim": 32}
+FEW = Settings(steps=2, warmup=1, log_every=1)
+CHANGES = {"inpaint": variants.INPAINT, "hint": variants.HINT}
+BANKS = {"inpaint": variants.HoleBank, "hint": variants.HintBank}
+TRAIN = {"inpaint": variants.train_inpaint, "hint": variants.train_hint}
+BOTH = pytest.mark.parametrize("name", list(CHANGES))
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    torch.manual_seed(0)
+    return Towers.create(build_tokenizer(tmp_path_factory.mktemp("tokenizer"))).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> VQModel:
+    torch.manual_seed(0)
+    return VQModel(**movq.CONFIG).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def plain() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**TINY).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "BANK_START", 64)
+    monkeypatch.setattr(variants, "BATCH", 4)
+
+
+def seen(name: str) -> dict[str, Any]:
+    """What a variant is shown beside latents and embedding."""
+    if name == "hint":
+        return {"hint": torch.rand(2, 3, 128, 128)}
+    return {"channels": torch.randn(2, 5, 16, 16)}
+
+
+@BOTH
+def test_a_variant_begins_as_the_decoder_s_equal(name: str, plain: UNet2DConditionModel) -> None:
+    unet = variants.grown(plain, CHANGES[name])
+    latents, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING)
+    with torch.no_grad():
+        expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
+        torch.testing.assert_close(unet.denoise(latents, 500, unet.encode_condition(embeds, **seen(name))), expected)
+
+
+@BOTH
+def test_gradients_reach_all_that_is_trained_and_nothing_else(
+    name: str, plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
+) -> None:
+    unet = variants.grown(plain, CHANGES[name])
+    bank = BANKS[name](tmp_path, autoencoder, towers, seed=0, size=64)
+    objective = decoder.denoising(unet, bank, decoder.zero_embedding(towers))
+    optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):  # new channels count for nothing at first, so what is behind them waits for a step
+        optimizer.zero_grad()
+        objective(Draw.of(0, step))["loss"].backward()
+        optimizer.step()
+    for parameter_name, parameter in unet.named_parameters():
+        learns = parameter_name.startswith(variants.TRAINED)
+        assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == learns, parameter_name
+
+
+@BOTH
+def test_training_lowers_the_loss_and_can_be_resumed(
+    name: str, plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
+) -> None:
+    bank = BANKS[name](tmp_path / "bank", autoencoder, towers, seed=0, size=64)
+
+    def loss(unet: UNet2DConditionModel) -> float:
+        objective = decoder.denoising(unet, bank, decoder.zero_embedding(towers))
+        with torch.no_grad():
+            return sum(float(objective(Draw.of(9, step))["loss"]) for step in range(4))
+
+    before = loss(variants.grown(plain, CHANGES[name]))
+    settings = Settings(steps=8, warmup=2, learning_rate=3e-3, average=0.5)
+    halves = dataclasses.replace(settings, steps=4, decay=4), dataclasses.replace(settings, decay=4)
+    for part in halves:
+        trained = TRAIN[name](tmp_path / "stage", plain, autoencoder, towers, part, bank_size=64)
+    assert loss(trained) < before
+    loaded = variants.load_variant(tmp_path / "stage", plain, CHANGES[name])
+    for key, value in trained.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+        if not key.startswith(variants.TRAINED):
+            assert torch.equal(value, plain.state_dict()[key]), key
+
+
+def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) -> None:
+    torch.manual_seed(1)
+    block = variants.grown(plain, variants.HINT).add_embedding.input_hint_block
+    scenes = [Scene("red", (Shape("circle", "blue", "large", x, 0.5, 0.18),)) for x in (0.3, 0.7)]
+    with torch.no_grad():
+        left, right = block(draw_hints(scenes))
+    assert 0.2 < float((left - right).std()) < 5
+
+
+def test_variants_become_pipelines_that_share_most_of_their_weights(
+    plain: UNet2DConditionModel, autoencoder: VQModel, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
+    grown = {"inpaint": variants.grown(plain, variants.INPAINT), "control": variants.grown(plain, variants.HINT)}
+    picture = render([sample_scene(np.random.default_rng(0))])[0]
+    given = {"inpaint": {"image": picture * 2 - 1, "mask_image": torch.ones(128, 128)}, "control": {"hint": picture}}
+    shared = set()
+    for name, kind in kinds.items():
+        assemble._save_decoder(kind, grown[name], autoencoder, tmp_path / name)
+        (first,) = (tmp_path / name / "unet").glob("*-00001-of-*.safetensors")
+        shared.add(first.read_bytes())
+        pipe = kind.from_pretrained(tmp_path / name)
+        pipe.set_progress_bar_config(disable=True)
+        embeds = torch.randn(1, EMBEDDING)
+        images = pipe(
+            image_embeds=embeds, negative_image_embeds=-embeds, **given[name], num_inference_steps=2, output_type="np"
+        ).images
+        assert images.shape == (1, 128, 128, 3) and np.isfinite(images).all()
+        assert pipe.generation_defaults == assemble.DECODER_DEFAULTS
+    assert len(shared) == 1
+
+
+def test_holes_keep_what_the_pipeline_would_keep_and_tell_of_a_shape_only_if_it_is_inside() -> None:
+    rng = np.random.default_rng(2)
+    told = []
+    for _ in range(400):
+        scene = sample_scene(rng)
+        kept, which = variants.sample_hole(scene, rng)
+        assert kept.shape == (1, 1, 16, 16) and set(kept.unique().tolist()) <= {0.0, 1.0}
+        told.append(which)
+        if which:
+            shape = scene.shapes[which - 1]
+            pixels = kept[0, 0].repeat_interleave(8, 0).repeat_interleave(8, 1)
+            drawn = draw_hints([Scene("red", (shape,))])[0, 0] > 0
+            assert not bool((pixels.bool() & drawn).any())
+            assert bool(kept.any())
+    assert set(told) == {0, 1, 2}
+
+
+def test_a_hole_is_a_mask_of_pixels_shrunk_as_the_pipeline_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene("red", (Shape("circle", "blue", "large", 0.5, 0.5, 0.18),))
+
+    class Fixed:
+        """Draws the middle of every range, so that the hole is a box around the shape."""
+
+        def uniform(self, low: float, high: float, size: int) -> np.ndarray[Any, Any]:
+            return np.full(size, (low + high) / 2)
+
+        def random(self) -> float:
+            return 0.45
+
+        def integers(self, high: int) -> int:
+            return 0
+
+    kept, _ = variants.sample_hole(scene, Fixed())  # type: ignore[arg-type]
+    reach = variants.REACH * 0.18 + 0.075
+    centers = (torch.arange(128) + 0.5) / 128
+    inside = (centers - 0.5).abs() < reach
+    mask = (inside[:, None] & inside[None, :]).float()[None, None]
+    assert torch.equal(kept, masks.kept(mask, (16, 16)))
+
+
+def test_a_shape_alone_is_never_a_combination_that_training_leaves_out() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        scene = sample_scene(rng)
+        for slot in range(len(scene.shapes)):
+            told = variants.alone(scene, slot, rng, named=True)
+            looks = scene.shapes[slot]
+            assert (told.shapes[0].kind, told.shapes[0].color) == (looks.kind, looks.color)
+            assert not is_held_out(told) and told.background != looks.color
+            assert variants.alone(scene, slot, rng, named=False).background == scene.background
+
+
+def test_loose_shapes_stay_apart_inside_and_in_order() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        scene = variants.loosened(sample_scene(rng), rng)
+        for shape in scene.shapes:
+            reach = variants.REACH * shape.radius
+            assert reach < min(shape.x, shape.y) and max(shape.x, shape.y) < 1 - reach
+        if len(scene.shapes) == 2:
+            first, second = scene.shapes
+            assert math.hypot(first.x - second.x, first.y - second.y) > variants.REACH * (first.radius + second.radius)
+            side = "x" if scene.relation == "left of" else "y"
+            assert getattr(first, side) < getattr(second, side)
+        settled = variants.settled(scene, rng)
+        looks = [[(s.kind, s.color) for s in some.shapes] for some in (scene, settled)]
+        assert looks[0] == looks[1] and scene.background == settled.background
+
+
+def test_hints_show_shapes_without_colours() -> None:
+    rng = np.random.default_rng(5)
+    scenes = [sample_scene(rng) for _ in range(6)]
+    layers, edges = draw_hints(scenes), draw_hints(scenes, outlines=True)
+    assert layers.shape == edges.shape == (6, 3, 128, 128)
+    assert float(layers.min()) == 0 and float(layers.max()) == 1
+    mixed = draw_hints(scenes, outlines=[True, False] * 3)
+    assert torch.equal(mixed[0], edges[0]) and torch.equal(mixed[1], layers[1])
+    whitened = [tuple(dataclasses.replace(shape, color="white") for shape in scene.shapes) for scene in scenes]
+    recoloured = [Scene("black", shapes) for shapes in whitened]
+    white = torch.tensor(COLORS["white"]) - torch.tensor(COLORS["black"])
+    drawn = (render(recoloured) - torch.tensor(COLORS["black"])[:, None, None]) / white[:, None, None]
+    torch.testing.assert_close(layers, drawn, atol=1e-5, rtol=0)
+    assert bool((edges <= layers + 1e-6).all())
+    for scene, layer, edge in zip(scenes, layers, edges, strict=True):
+        for shape in scene.shapes:  # an edge is empty inside
+            x, y = int(shape.x * 128), int(shape.y * 128)
+            assert layer[0, y, x] == 1 and edge[0, y, x] == 0
+        assert 0.05 < float(edge.sum() / layer.sum()) < 0.9
