@@ -236,6 +236,8 @@ def test_the_embedded_model_is_the_default(command: Command, name: str) -> None:
     assert result.code == 0, result.err
     assert stored(Path("picture.png"))["model"] == "embedded"
     assert ("never saw these words: cat" in result.err) == (name != "variations")
+    suited = {"inpaint": "decoder-inpaint", "control": "controlnet-depth"}.get(name, "decoder")
+    assert f"--model kandinsky-community/kandinsky-2-2-{suited}\n" in result.err
 
 
 def test_recipes_from_before_there_were_other_commands_are_repeated(command: Command, model: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.cli.inputs import Inputs, check_shapes, fitting_size
-from kandinsky22.cli.loading import PUBLISHED, Networks, hardware, load_networks, model_digest, versions
+from kandinsky22.cli.loading import Networks, hardware, load_networks, model_digest, versions
 from kandinsky22.cli.modes import Mode
 from kandinsky22.cli.pictures import check_writable, contact_sheet, picture_paths, save_png, sheet_path
 from kandinsky22.cli.recipe import Part, Recipe, read_recipe
@@ -55,7 +55,7 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
     several = len(request.seeds) > 1
     paths = picture_paths(output, len(request.seeds))
     _check_outputs([*paths, sheet_path(output)] if several else paths, inputs)
-    _introduce(request, say)
+    _introduce(mode, request, say)
     classes = mode.prior(request), mode.decoder(request)
     networks = load_networks(classes, request.model, request.prior, request.scheduler, request.device, request.dtype)
     for pipe in (networks.prior, networks.decoder):
@@ -98,12 +98,12 @@ def _check_outputs(paths: Sequence[Path], inputs: Inputs) -> None:
             raise InputError(f"{path}: would replace a picture that is read for it; choose another output with -o")
 
 
-def _introduce(request: Request, say: Teller) -> None:
+def _introduce(mode: Mode, request: Request, say: Teller) -> None:
     """Say what is drawing, which words it cannot know, and which weights it is not used to."""
     if request.model == EMBEDDED:
         from kandinsky22.training.captions import unknown_words
 
-        say(f"drawing with the small embedded model; for the published weights add --model {PUBLISHED}")
+        say(f"drawing with the small embedded model; for the published weights add --model {mode.published}")
         if strangers := unknown_words(" ".join(request.texts())):
             say(f"warning: the embedded model never saw these words: {', '.join(strangers)}")
     if request.parts and abs(total := sum(part.weight for part in request.parts)) - 1 > 1e-6:

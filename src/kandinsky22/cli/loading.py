@@ -11,8 +11,6 @@ from kandinsky22.cli.options import SCHEDULERS
 from kandinsky22.errors import InputError
 from kandinsky22.hub import EMBEDDED, Source
 
-PUBLISHED = "kandinsky-community/kandinsky-2-2-decoder"
-
 
 @dataclasses.dataclass(frozen=True)
 class Networks:

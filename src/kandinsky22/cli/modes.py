@@ -17,7 +17,8 @@ PRIOR, PRIOR_FROM_PICTURE = "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2E
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """One subcommand. `needs` are the options without which nothing can be drawn, `together` those that act only
-    beside another; `shaped_by` are the pictures that lie under the drawn one, and give it its shape."""
+    beside another; `shaped_by` are the pictures that lie under the drawn one, and give it its shape; `published` is
+    the Hub id of the published weights."""
 
     name: str
     summary: str
@@ -29,6 +30,7 @@ class Mode:
     prior: Callable[[Request], str] = lambda request: PRIOR
     together: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shaped_by: tuple[str, ...] = ()
+    published: str = "kandinsky-community/kandinsky-2-2-decoder"
 
     def add_parser(self, subparsers: argparse._SubParsersAction[Any], run: Callable[..., None]) -> None:
         """Declare the subcommand, which calls `run(mode, args)`."""
@@ -128,6 +130,7 @@ MODES = (
         needs=PROMPT | IMAGE | {"mask": "--mask"},
         decoder=lambda request: "KandinskyV22InpaintPipeline",
         shaped_by=("image", "mask"),
+        published="kandinsky-community/kandinsky-2-2-decoder-inpaint",
     ),
     Mode(
         name="control",
@@ -139,6 +142,7 @@ MODES = (
         decoder=lambda request: f"KandinskyV22Controlnet{'' if request.image is None else 'Img2Img'}Pipeline",
         together={"strength": "image"},
         shaped_by=("hint", "image"),
+        published="kandinsky-community/kandinsky-2-2-controlnet-depth",
     ),
     Mode(
         name="mix",
