@@ -194,6 +194,18 @@ def test_a_picture_of_another_shape_is_drawn_in_its_shape(draw: Callable[..., An
     assert pixels(Path("square.png")).shape == (SIZE, SIZE, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("inpaint", ("--mask", "hint.png")), ("control", ("--image", "photo.png")), ("variations", ("hint.png",))],
+)
+def test_another_picture_that_gives_no_shape_leaves_the_size(
+    draw: Callable[..., Any], command: Command, name: str, other: tuple[str, ...]
+) -> None:
+    draw(name, "--size", "40x36")
+    assert command(name, *other, "--from", "picture.png", "-o", "again.png").code == 0
+    assert pixels(Path("again.png")).shape == (36, 40, 3)
+
+
 def test_inputs_are_found_beside_the_picture_they_made(
     draw: Callable[..., Any], command: Command, tmp_path: Path
 ) -> None:

@@ -47,7 +47,8 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
     """Draw what `args` ask for; the pictures' paths go to stdout, everything else to stderr."""
     say, inputs = Teller(args.quiet), Inputs(args.source)
     recipe = _recipe_to_repeat(mode, args.source)
-    request, output = read_request(args, recipe, inputs), read_output(args)
+    shape = mode.shaped_by[0] if mode.shaped_by else None
+    request, output = read_request(args, recipe, inputs, shape=shape), read_output(args)
     mode.check(request, args.fail)
     _check_prior_options(args, request)
     under = {name: file for name in mode.shaped_by if (file := getattr(request, name)) is not None}

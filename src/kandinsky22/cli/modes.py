@@ -17,8 +17,8 @@ PRIOR, PRIOR_FROM_PICTURE = "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2E
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """One subcommand. `needs` are the options without which nothing can be drawn, `together` those that act only
-    beside another; `shaped_by` are the pictures that lie under the drawn one, and give it its shape; `published` is
-    the Hub id of the published weights."""
+    beside another; `shaped_by` are the pictures that lie under the drawn one, of which the first gives it its shape;
+    `published` is the Hub id of the published weights."""
 
     name: str
     summary: str

@@ -49,8 +49,11 @@ class Request:
         return [text for text in (self.prompt, self.negative_prompt, *parts) if text is not None]
 
 
-def read_request(args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs) -> Request:
-    """What `args` ask for, on top of `recipe` if there is one.
+def read_request(
+    args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs, *, shape: str | None = None
+) -> Request:
+    """What `args` ask for, on top of `recipe` if there is one; `shape` names the picture that gives the size, if one
+    does.
 
     Opens all pictures; raises InputError for those that are none and for bytes that are no text, OSError for files
     that are not there.
@@ -62,9 +65,9 @@ def read_request(args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs
 
     own: dict[str, Any] = {"seeds": _seeds(args, recipe), "parts": _parts(args, recipe, inputs)}
     own |= {name: _picture(name, pick(name), inputs) for name in PICTURES}
-    # The recipe's size fits the recipe's pictures, and its prior belongs to its model.
-    again = recipe is not None and all(getattr(args, name, None) is None for name in PICTURES)
-    own["width"], own["height"] = args.size or ((recipe.width, recipe.height) if recipe and again else (None, None))
+    # The recipe's size fits the recipe's picture, and its prior belongs to its model.
+    same = recipe if shape is None or getattr(args, shape) is None else None
+    own["width"], own["height"] = args.size or ((None, None) if same is None else (same.width, same.height))
     own["prior"] = pick("prior") if args.model is None else args.prior
     plain = {field.name: pick(field.name) for field in dataclasses.fields(Request) if field.name not in own}
     for name in ("prompt", "negative_prompt"):
