@@ -21,6 +21,7 @@ from torch import nn
 
 from kandinsky22 import models, schedulers
 from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.hub import shared_folder
 from kandinsky22.runtime.shelves import remember
 from kandinsky22.weights import STEM, weight_files
 
@@ -126,6 +127,8 @@ def load_component(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
 
 def _load(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     place = folder / name
+    if not place.is_dir():
+        place = shared_folder(place) or place
     library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
     if class_name is None:
         return None

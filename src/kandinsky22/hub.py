@@ -106,10 +106,20 @@ class Source:
 
 def embedded_folder(part: str) -> Path:
     """Folder of the embedded weights, one of `Source.part`; raises CheckpointError if this installation has none."""
-    folder = Path(str(importlib.resources.files("kandinsky22"))) / "embedded" / "weights" / part
+    folder = _embedded() / part
     if not folder.is_dir():
         raise CheckpointError(f"this installation has no embedded {part} weights: {folder} does not exist")
     return folder
+
+
+def _embedded() -> Path:
+    return Path(str(importlib.resources.files("kandinsky22"))) / "embedded" / "weights"
+
+
+def shared_folder(component: Path) -> Path | None:
+    """Where a component's files are looked for that its own folder leaves out: within the embedded model, whose
+    decoders share what they have in common, the plain decoder's component of that name; None anywhere else."""
+    return _embedded() / "decoder" / component.name if component.parent.parent == _embedded() else None
 
 
 def model_folder(source: Source, subfolder: str | None, choose: Callable[[list[str]], Iterable[str]]) -> Path:

@@ -52,8 +52,13 @@ def weight_files(
     return []
 
 
-def find_weights(folder: Path, variant: str | None = None, use_safetensors: bool | None = None) -> list[Path]:
-    """The files to read in `folder`; raises CheckpointError that says what was looked for and what is there."""
+def find_weights(
+    folder: Path, variant: str | None = None, use_safetensors: bool | None = None, shared: Path | None = None
+) -> list[Path]:
+    """The files to read in `folder`, those of its shards that it leaves to another one in the folder `shared`.
+
+    Raises CheckpointError that says what was looked for and what is there.
+    """
     names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     chosen = weight_files(names, variant, use_safetensors)
     if not chosen:
@@ -67,13 +72,17 @@ def find_weights(folder: Path, variant: str | None = None, use_safetensors: bool
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise CheckpointError(f"cannot read {index}: it has no weight_map of tensor names to files")
-    shards = sorted(set(places.values()))
-    for shard in shards:
+    files = []
+    for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} points outside its folder: {shard!r}")
-        if shard not in names:
-            raise CheckpointError(f"missing file: {folder / shard} (listed in {index.name})")
-    return [folder / shard for shard in shards]
+        elsewhere = None if shared is None else shared / shard
+        if shard in names or elsewhere is None or not elsewhere.is_file():
+            elsewhere = folder / shard
+        if not elsewhere.is_file():
+            raise CheckpointError(f"missing file: {elsewhere} (listed in {index.name})")
+        files.append(elsewhere)
+    return files
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline
+from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline, KandinskyV22Pipeline, hub
+from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
@@ -119,28 +120,39 @@ def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) 
     assert 0.2 < float((left - right).std()) < 5
 
 
-def test_variants_become_pipelines_that_share_most_of_their_weights(
-    plain: UNet2DConditionModel, autoencoder: VQModel, tmp_path: Path
+def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
+    autoencoder: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
-    grown = {"inpaint": variants.grown(plain, variants.INPAINT), "control": variants.grown(plain, variants.HINT)}
+    plain = UNet2DConditionModel(**decoder.CONFIG).eval()
+    monkeypatch.setattr(hub, "_embedded", lambda: tmp_path)
     picture = render([sample_scene(np.random.default_rng(0))])[0]
-    given = {"inpaint": {"image": picture * 2 - 1, "mask_image": torch.ones(128, 128)}, "control": {"hint": picture}}
-    shared = set()
+    assemble._save_decoder(KandinskyV22Pipeline, plain, autoencoder, tmp_path / "decoder")
+    given: dict[str, dict[str, Any]] = {
+        "inpaint": {"image": picture * 2 - 1, "mask_image": torch.ones(128, 128)},
+        "control": {"hint": picture},
+    }
+    kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
     for name, kind in kinds.items():
-        assemble._save_decoder(kind, grown[name], autoencoder, tmp_path / name)
-        (first,) = (tmp_path / name / "unet").glob("*-00001-of-*.safetensors")
-        shared.add(first.read_bytes())
-        pipe = kind.from_pretrained(tmp_path / name)
+        unet = variants.grown(plain, variants.INPAINT if name == "inpaint" else variants.HINT)
+        assemble._save_decoder(kind, unet, autoencoder, tmp_path / name)
+        assemble.leave_to(tmp_path / "decoder", tmp_path / name)
+        assert sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) == ["unet"]
+        assert not list((tmp_path / name / "unet").glob("*-00001-of-*"))
+        pipe = kind.from_pretrained("embedded", torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
+        for key, value in unet.state_dict().items():
+            assert torch.equal(pipe.unet.state_dict()[key], value.float()), key
         embeds = torch.randn(1, EMBEDDING)
-        images = pipe(
-            image_embeds=embeds, negative_image_embeds=-embeds, **given[name], num_inference_steps=2, output_type="np"
-        ).images
+        options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", **given[name]}
+        images = pipe(image_embeds=embeds, negative_image_embeds=-embeds, **options).images
         assert images.shape == (1, 128, 128, 3) and np.isfinite(images).all()
         assert pipe.generation_defaults == assemble.DECODER_DEFAULTS
-    assert len(shared) == 1
+        pipe.save_pretrained(tmp_path / "elsewhere" / name)  # whole again
+        assert kind.from_pretrained(tmp_path / "elsewhere" / name).movq is not None
+    with pytest.raises(CheckpointError, match="missing file"):
+        next((tmp_path / "decoder" / "unet").glob("*-00001-of-*")).unlink()
+        KandinskyV22InpaintPipeline.from_pretrained("embedded")
 
 
 def test_holes_keep_what_the_pipeline_would_keep_and_tell_of_a_shape_only_if_it_is_inside() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kandinsky22.config import Config
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
 from kandinsky22.files import read_json, write_json
-from kandinsky22.hub import Source, model_folder
+from kandinsky22.hub import Source, model_folder, shared_folder
 from kandinsky22.weights import find_weights, read_tensors, weight_files, write_tensors
 
 M = TypeVar("M", bound="Model")
@@ -90,7 +90,7 @@ class Model(nn.Module):
                 model = cls.from_config(config)
         except ConfigError as error:
             raise ConfigError(f"{folder / cls.config_name}: {error}") from error
-        model._fill(find_weights(folder, variant, use_safetensors), dtype)
+        model._fill(find_weights(folder, variant, use_safetensors, shared_folder(folder)), dtype)
         return model.eval()
 
     def save_pretrained(

@@ -1,6 +1,7 @@
 """The last stage: the trained networks become the checkpoint folders that the package ships.
 
 The UNets' weights are in two files: what all three have in common, the same file to the byte in each, and their own.
+Inside the package the variants leave what they share to the decoder.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ from kandinsky22.weights import write_tensors
 # Chosen among seven settings on 100 to 120 prompts each (seed 5), where differences are hardly above chance.
 PRIOR_DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 2.0}
 DECODER_DEFAULTS: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 2.0}
+CARD = """\
+---
+license: apache-2.0
+prior: ../prior
+---
+Decoder of the embedded model of kandinsky22; the [card](../README.md) beside this folder describes the whole.
+"""
 STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "inpaint", "hint")
 
 
@@ -59,6 +67,9 @@ def assemble(out: Path, folder: Path | None = None) -> None:
     _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
     _save_decoder(KandinskyV22InpaintPipeline, inpaint, movq, folder / "inpaint")
     _save_decoder(KandinskyV22ControlnetPipeline, hint, movq, folder / "control")
+    if folder == embedded_weights():
+        for name in ("inpaint", "control"):
+            leave_to(folder / "decoder", folder / name)
     (folder / "training.json").write_text(json.dumps(history(out), indent=2) + "\n", encoding="utf-8")
 
 
@@ -74,6 +85,16 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
         (own if name.startswith(variants.TRAINED) else common)[name] = tensor
     size = sum(tensor.nbytes for tensor in common.values())
     write_tensors(folder / "unet", common | own, variant=None, max_shard_size=size, safe=True)
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+
+
+def leave_to(shared: Path, folder: Path) -> None:
+    """Take out of a variant's components all that is the decoder's to the byte, which loading finds there."""
+    for file in sorted(folder.glob("*/*")):
+        if (twin := shared / file.relative_to(folder)).is_file() and twin.read_bytes() == file.read_bytes():
+            file.unlink()
+            if not any(file.parent.iterdir()):
+                file.parent.rmdir()
 
 
 def _save_prior(out: Path, towers: Towers, folder: Path) -> None:
