@@ -109,16 +109,19 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         made, read = first.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
         if made != read:
             raise InputError(f"the prior makes embeddings of {made} numbers, the unet reads {read}: they do not fit")
-        positives, negatives = first(
-            *texts,
-            num_inference_steps=prior[0],
-            generator=steps[2],
-            latents=latents if of_prior else None,
-            guidance_scale=prior[1],
-            callback_on_step_end=early[0],
-            callback_on_step_end_tensor_inputs=early[1],
-            return_dict=False,
-        )
+        try:
+            positives, negatives = first(
+                *texts,
+                num_inference_steps=prior[0],
+                generator=steps[2],
+                latents=latents if of_prior else None,
+                guidance_scale=prior[1],
+                callback_on_step_end=early[0],
+                callback_on_step_end_tensor_inputs=early[1],
+                return_dict=False,
+            )
+        except InputError as error:  # arguments of both stages have the same names, but for a prefix
+            raise InputError(f"of the prior (prior_...): {error}") from error
         tensors = decoder._embeddings(positives, negatives, 1, plan.guidance_scale > 1)
         return decoder._generate(plan, tensors, *output)
 
