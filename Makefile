@@ -43,6 +43,7 @@ typecheck: $(VENV)/.tools  ## check types, strictly
 
 bench: $(VENV)/.tools  ## judge the embedded model's pictures, compare with the reference at published size
 	$(BIN)/python -m benchmarks.embedded_success
+	$(BIN)/python -m benchmarks.embedded_modes
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.published_size
 
