@@ -26,6 +26,7 @@ from benchmarks import mode_judge
 from benchmarks.embedded_prompts import EVALUATION_SEED, Share
 from benchmarks.embedded_success import under_training
 from benchmarks.pixel_judge import Bools, judge, to_array
+from kandinsky22.training import decoder, variants
 from kandinsky22.training.captions import FULL, Detail, Named, NamedShape, caption
 from kandinsky22.training.scenes import (
     COLORS,
@@ -35,7 +36,6 @@ from kandinsky22.training.scenes import (
     render,
     sample_scene,
 )
-from kandinsky22.training.variants import loosened
 
 SIZE = 128
 MARGIN = 0.05  # from a shape to the edge of its hole, in pictures
@@ -208,10 +208,9 @@ class Models:
         """The pipeline of "inpaint" or "control"."""
         kind = {"inpaint": "KandinskyV22InpaintPipeline", "control": "KandinskyV22ControlnetPipeline"}[name]
         if self.training is not None:
-            from kandinsky22.training import variants
-
             stage, changes = {"inpaint": ("inpaint", variants.INPAINT), "control": ("hint", variants.HINT)}[name]
-            unet = variants.load_variant(self.training / stage, self.decoder.unet, changes)
+            plain = decoder.load_decoder(self.training / "decoder")
+            unet = variants.load_variant(self.training / stage, plain, changes)
             pipe = getattr(self.kinds, kind)(unet, self.decoder.scheduler, self.decoder.movq)
         else:
             pipe = getattr(self.kinds, kind).from_pretrained(self._part(name))
@@ -262,12 +261,14 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def image_to_image(models: Models, count: int, seed: int) -> Result:
-    """Pictures from pictures and prompts that have nothing to do with them."""
+    """Pictures from pictures and prompts that have nothing to do with them but the number of shapes."""
     cells: dict[float, list[Cell]] = {0.3: [], 1.0: []}
     for some in models.batches(count):
         rngs = [case_rng(seed, 0, index) for index in some]
         scenes = [sample_scene(rng) for rng in rngs]
-        captions = [caption(sample_scene(rng), rng) for rng in rngs]
+        captions = [
+            caption(sample_scene(rng, shapes=len(scene.shapes)), rng) for scene, rng in zip(scenes, rngs, strict=True)
+        ]
         embeds = models.embed([c.text for c in captions], list(some))
         sources = [picture_of(scene) for scene in scenes]
         for strength, done in cells.items():
@@ -327,7 +328,9 @@ def control(models: Models, count: int, seed: int) -> Result:
     for some in models.batches(count):
         rngs = [case_rng(seed, 2, index) for index in some]
         scenes = [sample_scene(rng) for rng in rngs]
-        scenes = [loosened(s, rng) if index % 2 else s for index, s, rng in zip(some, scenes, rngs, strict=True)]
+        scenes = [
+            variants.loosened(s, rng) if index % 2 else s for index, s, rng in zip(some, scenes, rngs, strict=True)
+        ]
         captions = [caption(scene, rng, LOOKS) for scene, rng in zip(scenes, rngs, strict=True)]
         hints = draw_hints(scenes, SIZE, outlines=[index % 4 > 1 for index in some])
         embeds = models.embed([c.text for c in captions], list(some))

@@ -64,9 +64,7 @@ def assemble(out: Path, folder: Path | None = None) -> None:
         variants.load_variant(out / name, plain, changes) if finished(out / name) else None
         for name, changes in (("inpaint", variants.INPAINT), ("hint", variants.HINT))
     )
-    if finished(out / "image"):
-        plain = variants.load_variant(out / "image", plain, {})
-    _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
+    _save_decoder(KandinskyV22Pipeline, variants.load_final(out), movq, folder / "decoder")
     _save_decoder(KandinskyV22InpaintPipeline, inpaint, movq, folder / "inpaint")
     _save_decoder(KandinskyV22ControlnetPipeline, hint, movq, folder / "control")
     if folder == embedded_weights():

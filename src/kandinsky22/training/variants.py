@@ -25,8 +25,17 @@ from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
-from kandinsky22.training.decoder import BATCH, SCHEDULER, Bank, Examples, denoising, timestep_table, zero_embedding
-from kandinsky22.training.loop import Draw, Settings, load_average, train
+from kandinsky22.training.decoder import (
+    BATCH,
+    SCHEDULER,
+    Bank,
+    Examples,
+    denoising,
+    load_decoder,
+    timestep_table,
+    zero_embedding,
+)
+from kandinsky22.training.loop import Draw, Settings, finished, load_average, train
 from kandinsky22.training.movq import SIZE
 from kandinsky22.training.scenes import (
     COLORS,
@@ -101,6 +110,12 @@ def load_variant(folder: str | Path, plain: UNet2DConditionModel, changes: dict[
     unet = grown(plain, changes)
     load_average(unet, folder)
     return unet.eval().requires_grad_(False)
+
+
+def load_final(out: Path) -> UNet2DConditionModel:
+    """The decoder from the stages under `out`, after its last stage if that is finished."""
+    plain = load_decoder(out / "decoder")
+    return load_variant(out / "image", plain, {}) if finished(out / "image") else plain
 
 
 def train_inpaint(
