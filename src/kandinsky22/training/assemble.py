@@ -32,7 +32,7 @@ from kandinsky22.training.loop import SUMMARY, finished
 from kandinsky22.training.movq import load_movq
 from kandinsky22.weights import write_tensors
 
-# Chosen among seven settings on 100 to 120 prompts each (seed 5), where differences are hardly above chance.
+# Chosen on other prompts than the benchmark's, a hundred or so a setting, where differences are hardly above chance.
 PRIOR_DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 2.0}
 DECODER_DEFAULTS: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 2.0}
 CARD = """\
