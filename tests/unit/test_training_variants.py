@@ -16,7 +16,6 @@ from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training import assemble, decoder, movq, variants
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Draw, Settings
@@ -110,27 +109,6 @@ def test_training_lowers_the_loss_and_can_be_resumed(
         assert torch.equal(value, loaded.state_dict()[key]), key
         if not key.startswith(variants.TRAINED):
             assert torch.equal(value, plain.state_dict()[key]), key
-
-
-def test_the_decoder_learns_from_embeddings_of_other_pictures_where_noise_is_low(
-    plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoder, "BANK_START", 64)
-    monkeypatch.setattr(decoder, "BATCH", 32)
-    monkeypatch.setattr(variants, "BATCH", 32)
-    bank = decoder.Bank(tmp_path / "bank", autoencoder, towers, seed=0, size=64)
-    wrong = torch.zeros(32)
-    for step in range(20):
-        usual, shown = (some.examples(Draw.of(1, step)) for some in (bank, variants.Conflicts(bank)))
-        assert torch.equal(usual.latents, shown.latents)
-        wrong += (usual.embeds != shown.embeds).any(1)
-    scheduler = DDPMScheduler(**decoder.SCHEDULER)
-    timesteps = decoder.stratified(decoder.timestep_table(scheduler.alphas_cumprod), 32, Draw.of(0, 0))
-    assert bool((wrong[timesteps > variants.DECIDED] == 0).all())
-    assert 0.35 < float(wrong[timesteps < variants.DECIDED - 40].mean()) / 20 < 0.65
-    unet = variants.train_image(tmp_path / "image", plain, bank, FEW)
-    for key, value in unet.state_dict().items():
-        assert key.startswith(variants.TRAINED) or torch.equal(value, plain.state_dict()[key])
 
 
 def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.training import decoder
 from kandinsky22.training.assemble import assemble
 from kandinsky22.training.clip import Towers, train_clip
-from kandinsky22.training.decoder import Bank, load_decoder, train_decoder
+from kandinsky22.training.decoder import load_decoder, train_decoder
 from kandinsky22.training.loop import Settings, finished
 from kandinsky22.training.movq import load_autoencoder, train_autoencoder, train_movq
 from kandinsky22.training.prior import train_prior
-from kandinsky22.training.variants import HINT_SETTINGS, INPAINT_SETTINGS, train_hint, train_image, train_inpaint
+from kandinsky22.training.variants import HINT_SETTINGS, INPAINT_SETTINGS, train_hint, train_inpaint
 
 
 def _prior(out: Path) -> None:
@@ -48,12 +47,6 @@ def _variant(name: str, train: Callable[..., object], settings: Settings) -> Cal
     return run
 
 
-def _image(out: Path) -> None:
-    movq, towers = load_autoencoder(out / "movq"), Towers.load(out / "clip" / "model")
-    bank = Bank(out / "decoder" / "bank", movq, towers, seed=decoder.SETTINGS.seed, size=decoder.BANK_SIZE)
-    train_image(out / "image", _plain(out), bank)
-
-
 # In the order of their needs: a stage finds the results of those above it, or makes them first.
 STAGES: dict[str, Callable[..., object]] = {
     "clip": lambda out: train_clip(out / "clip"),
@@ -61,7 +54,6 @@ STAGES: dict[str, Callable[..., object]] = {
     "prior": _prior,
     "decoder": _decoder,
     "movq": lambda out: train_movq(out / "movq"),
-    "image": _image,
     "inpaint": _variant("inpaint", train_inpaint, INPAINT_SETTINGS),
     "hint": _variant("hint", train_hint, HINT_SETTINGS),
     "assemble": assemble,

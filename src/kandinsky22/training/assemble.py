@@ -42,7 +42,7 @@ prior: ../prior
 ---
 Decoder of the embedded model of kandinsky22; the [card](../README.md) beside this folder describes the whole.
 """
-STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "image", "inpaint", "hint")
+STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "inpaint", "hint")
 
 
 def embedded_weights() -> Path:
@@ -53,7 +53,7 @@ def embedded_weights() -> Path:
 def assemble(out: Path, folder: Path | None = None) -> None:
     """Write prior and decoders, in half precision, from the stages under `out`; into the package unless told where.
 
-    The decoder's last stage counts, and its variants are written, if their training is finished.
+    The decoder's variants are written if their training is finished.
     """
     folder = embedded_weights() if folder is None else folder
     out = Path(out)
@@ -64,7 +64,7 @@ def assemble(out: Path, folder: Path | None = None) -> None:
         variants.load_variant(out / name, plain, changes) if finished(out / name) else None
         for name, changes in (("inpaint", variants.INPAINT), ("hint", variants.HINT))
     )
-    _save_decoder(KandinskyV22Pipeline, variants.load_final(out), movq, folder / "decoder")
+    _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
     _save_decoder(KandinskyV22InpaintPipeline, inpaint, movq, folder / "inpaint")
     _save_decoder(KandinskyV22ControlnetPipeline, hint, movq, folder / "control")
     if folder == embedded_weights():

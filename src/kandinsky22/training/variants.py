@@ -1,5 +1,4 @@
 """The recipes of the two further UNets: one repaints holes in a picture, one follows a hint of where things are.
-And of the decoder's own last stage, which teaches it to start from pictures.
 
 Both are the trained decoder with more to see at its input, and begin as its equals: the new channels count for nothing
 at first. Only what reads the input is trained, the first level on the way down. The rest, and all that reads the image
@@ -23,19 +22,15 @@ from torch import Tensor, nn
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.decoder import (
     BATCH,
-    SCHEDULER,
     Bank,
     Examples,
     denoising,
-    load_decoder,
-    timestep_table,
     zero_embedding,
 )
-from kandinsky22.training.loop import Draw, Settings, finished, load_average, train
+from kandinsky22.training.loop import Draw, Settings, load_average, train
 from kandinsky22.training.movq import SIZE
 from kandinsky22.training.scenes import (
     COLORS,
@@ -60,15 +55,10 @@ INPAINT: dict[str, Any] = {"in_channels": 9}
 HINT: dict[str, Any] = {"in_channels": 8, "addition_embed_type": "image_hint"}
 INPAINT_SETTINGS = Settings(steps=2600, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=3)
 HINT_SETTINGS = Settings(steps=2400, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=4)
-IMAGE_SETTINGS = Settings(
-    steps=800, learning_rate=5e-4, warmup=50, decay=500, average=0.995, bf16=True, seed=5, log_every=20
-)
 BANK_START, BANK_GROWTH, BANK_SIZE = 2048, 3, 10240  # as the decoder's
 
 KEPT_WEIGHT = 0.3  # of errors where the picture is kept: the pipeline paints over them
 SUBJECT = 0.5  # how often the embedding tells of nothing but the shape in the hole, if there is one
-DECIDED = 400  # timestep below which noise leaves so much of a picture that the embedding does not overrule it
-CONFLICT = 0.5  # how often the embedding below that is another picture's
 LOOSE = 0.5  # share of hints whose shapes lie where no caption could say
 UNSETTLED = 0.5  # how often the embedding tells of another place and size than the hint shows
 OUTLINES = 0.4  # share of hints that are edges
@@ -110,12 +100,6 @@ def load_variant(folder: str | Path, plain: UNet2DConditionModel, changes: dict[
     unet = grown(plain, changes)
     load_average(unet, folder)
     return unet.eval().requires_grad_(False)
-
-
-def load_final(out: Path) -> UNet2DConditionModel:
-    """The decoder from the stages under `out`, after its last stage if that is finished."""
-    plain = load_decoder(out / "decoder")
-    return load_variant(out / "image", plain, {}) if finished(out / "image") else plain
 
 
 def train_inpaint(
@@ -160,33 +144,6 @@ def _train(
 
 
 # Image to image
-
-
-def train_image(
-    folder: str | Path, plain: UNet2DConditionModel, bank: Bank, settings: Settings = IMAGE_SETTINGS
-) -> UNet2DConditionModel:
-    """Train the decoder to believe a picture under little noise more than an embedding of another one.
-
-    In text to image the two always agree, so the decoder learns to draw what the embedding says however clear the
-    picture is. `bank` is the decoder's own.
-    """
-    unet = grown(plain, {})
-    train(unet, denoising(unet, Conflicts(bank), zero_embedding(bank.towers)), settings, folder)
-    return unet
-
-
-class Conflicts(Bank):
-    """A bank's pictures, some with the embedding of another one."""
-
-    def __init__(self, bank: Bank) -> None:
-        vars(self).update(vars(bank))
-        table = timestep_table(DDPMScheduler(**SCHEDULER).alphas_cumprod)
-        self.clear = int(BATCH * table[DECIDED])  # rows of a batch that are denoised below that timestep: the first
-
-    def examples(self, draw: Draw) -> Examples:
-        shown = super().examples(draw)
-        swapped = (torch.rand(BATCH, 1, generator=draw.torch) < CONFLICT) & (torch.arange(BATCH) < self.clear)[:, None]
-        return dataclasses.replace(shown, embeds=torch.where(swapped, shown.embeds.roll(1, 0), shown.embeds))
 
 
 class SceneBank(Bank):
