@@ -23,7 +23,7 @@ MAY_KNOW = {
     "runtime": set[str](),
     "hub": {"embedded"},
     "embedded": set[str](),
-    "components": {"models", "schedulers", "runtime"},
+    "components": {"models", "schedulers", "runtime", "hub"},
     "composite": {"components", "models", "hub"},
     "pipelines": {"models", "schedulers", "inputs", "runtime", "hub", "embedded", "components", "composite"},
     "training": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded"},
