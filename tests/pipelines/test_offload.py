@@ -371,7 +371,7 @@ def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr("kandinsky22.runtime.packed.WORTHWHILE", 1)
     packs = lambda: [m for part in (decoder.unet, decoder.movq) for m in part.modules() if "_pack" in vars(m)]  # noqa: E731
     plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
-    assert packs() or not packed._DTYPES
+    assert packs() or not packed.DTYPES
     enable(decoder, mode)
     assert packs() == []
     again = decoder(**DECODER, **SMALL, generator=seeded(1)).images

@@ -14,7 +14,7 @@ from kandinsky22.models import PriorTransformer
 from kandinsky22.runtime import packed
 from kandinsky22.runtime.packed import Linear
 
-needs_packing = pytest.mark.skipif(not packed._DTYPES, reason="this torch has no packed products on this machine")
+needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_the_product_is_right(shape: tuple[int, ...], bias: bool, mode: type[tor
         assert layer(torch.zeros(shape)).shape == (*shape[:-1], 24)
         assert error(layer, torch.randn(shape)) < 1e-6
         assert error(layer, torch.randn(40, *shape[:-1]).movedim(0, -1)) < 1e-6, "in any memory layout"
-    assert is_packed(layer) == bool(packed._DTYPES)
+    assert is_packed(layer) == bool(packed.DTYPES)
 
 
 @torch.no_grad()
@@ -58,6 +58,17 @@ def test_the_copy_follows_the_weight() -> None:
         assert error(layer, features) < 1e-6
         change()
         assert error(layer, features) < 1e-6
+
+
+@needs_packing
+@torch.no_grad()
+def test_the_copy_leaves_memory_when_the_layer_is_moved() -> None:
+    layer = Linear(40, 24)
+    for move in (lambda: layer.half().float(), lambda: layer.to("meta")):
+        layer(torch.zeros(5, 40))
+        assert is_packed(layer)
+        move()
+        assert not is_packed(layer)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_other_memory_stays() -> None:
     assert not forget(torch.empty(3, 3, device="meta"))
 
 
-@pytest.mark.skipif(not packed._DTYPES, reason="this torch has no packed products on this machine")
+@pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
 @torch.no_grad()
 def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
     layer = Linear(SIDE, SIDE, bias=False)

@@ -1,12 +1,13 @@
 """Linear layers for CPUs, whose weights oneDNN lays out for itself: the same products, two to four times sooner.
 
-The prior reads a gigabyte of weights for every few rows, and the usual row-by-row layout makes poor use of the memory
+The prior reads gigabytes of weights for every few rows, and the usual row-by-row layout makes poor use of the memory
 and of the caches for that. `benchmarks/linear.py` measures what the layout gains.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ ROWS = 64  # the layout that suits so many rows suits a few and thousands nearly
 class Linear(nn.Linear):
     """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
 
-    The copy is made at the first use and again whenever the weight changed, and is in no state dict. It takes as much
-    memory as the weight, whose own memory is given back for as long as it is mapped from a file. Results differ from
-    the plain layer's by rounding. `Linear.packing = False` switches it off.
+    The copy is made at the first use and again whenever the weight changed, and is in no state dict. Changes that torch
+    does not count, in place through `weight.data` or a numpy view, go unnoticed until the layer is moved. The copy
+    takes as much memory as the weight, whose own memory is given back for as long as it is mapped from a file. Results
+    differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
     """
 
     packing: bool = True
@@ -32,13 +34,19 @@ class Linear(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         small = features.numel() * self.out_features < WORTHWHILE
-        if small or not (self.packing and _DTYPES and _can_pack(features, self.weight)):
+        if small or not (self.packing and DTYPES and _can_pack(features, self.weight)):
             return F.linear(features, self.weight, self.bias)
         pack: _Pack | None = self.__dict__.get("_pack")
         if pack is None or not pack.holds(self.weight):
             pack = self.__dict__["_pack"] = _Pack(self.weight)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(features, pack.weight, self.bias, "none", [], "")
         return product
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        # moved or converted: the copy would stay in the CPU's memory, or fit other data that came to the same address
+        self.__dict__.pop("_pack", None)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles make a packed weight of their own
@@ -66,7 +74,7 @@ def _can_pack(features: Tensor, weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and features.device.type == "cpu"
         and weight.dtype == features.dtype
-        and weight.dtype in _DTYPES
+        and weight.dtype in DTYPES
         and not (torch.is_grad_enabled() and (weight.requires_grad or features.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -86,4 +94,4 @@ def _supported() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16)[: 1 + bool(bfloat16 and operators)]
 
 
-_DTYPES = _supported()
+DTYPES = _supported()
