@@ -148,11 +148,13 @@ class Composite:
         loaded = {name: load_component(name, index[name], folder, stored) for name in present}
         defaults = _read_defaults(folder / cls.defaults_name)
         absent = [name for name in absent if name not in loaded]
-        if any(name.startswith(PRIOR_PREFIX) for name in absent):
-            found = cls._load_prior(source, stored, prior, absent)
-            loaded |= {name: found.components.get(name.removeprefix(PRIOR_PREFIX)) for name in absent}
+        if wanted := [name for name in absent if name.startswith(PRIOR_PREFIX)]:
+            found = cls._load_prior(source, stored, prior, wanted)
+            if "prior" not in found.components:
+                raise InputError(f"prior: a prior pipeline, or where one is, is needed, not a {type(found).__name__}")
+            loaded |= {name: found.components.get(name.removeprefix(PRIOR_PREFIX)) for name in wanted}
             defaults = {PRIOR_PREFIX + name: value for name, value in found.generation_defaults.items()} | defaults
-            absent = []
+            absent = [name for name in absent if name not in wanted]
         if missing := [name for name in absent if cls._needs(name)]:
             raise CheckpointError(
                 f"{source.name} is a {index.get('_class_name')} without {', '.join(missing)}; "

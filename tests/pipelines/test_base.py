@@ -233,6 +233,17 @@ def test_checkpoints_of_another_kind(checkpoints: Path, copy: Path) -> None:
             DiffusionPipeline.from_pretrained(copy / "decoder")
 
 
+def test_a_prior_supplies_only_what_is_the_priors(checkpoints: Path, copy: Path, decoder: Any) -> None:
+    file = copy / "decoder/model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({name: entry for name, entry in index.items() if name != "scheduler"}))
+    with pytest.raises(CheckpointError, match="without scheduler"):
+        KandinskyV22CombinedPipeline.from_pretrained(copy / "decoder", prior=checkpoints / "prior")
+    for wrong in (decoder, checkpoints / "decoder"):
+        with pytest.raises(InputError, match="prior: .* not a KandinskyV22Pipeline"):
+            KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder", prior=wrong)
+
+
 def test_unknown_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("/no/such/folder", "someone/no-such-model"):
