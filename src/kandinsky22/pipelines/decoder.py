@@ -310,7 +310,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         )
 
     def _generate(self, plan: Plan, tensors: dict[str, Tensor], output_type: str, return_dict: bool) -> Any:
-        original, noise = self._encode(plan), self._noise(plan, self.unet.dtype)
+        original, noise = self._encode(plan), self._draw(plan, self.unet.dtype)
         height, width = plan.shape[2:]
         kept = self._rows(plan, masks.kept(plan.pictures["mask_image"], (height, width)))
         tensors = self._beside(plan, tensors, masked_image=original * kept, mask_image=kept)
@@ -322,8 +322,8 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         def edit(latents: Tensor, run: Run) -> Tensor:
             return restore(latents, self._noised(plan, original, noise, run.index + 1))
 
-        latents = restore(self._denoise(plan, noise, tensors, edit), original)
-        return self._decode(latents, output_type, return_dict, plan if plan.keep_pixels else None)
+        latents = self._denoise(plan, noise * self.scheduler.init_noise_sigma, tensors, edit)
+        return self._decode(restore(latents, original), output_type, return_dict, plan if plan.keep_pixels else None)
 
 
 class KandinskyV22ControlnetPipeline(DecoderPipeline):
