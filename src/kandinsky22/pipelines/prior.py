@@ -16,6 +16,7 @@ from kandinsky22.models import PriorTransformer
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
 from kandinsky22.randomness import Generators
+from kandinsky22.runtime.device import usable_device
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +213,9 @@ class PriorPipeline(SamplingPipeline):
         """
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
         items = mixtures.parts(images_and_prompts, weights, rows=copies, **self._reading())
+        place = None if device is None else usable_device(device)
+        if not isinstance(negative_prior_prompt, str | None):
+            raise InputError(f"negative_prior_prompt={negative_prior_prompt!r}: one string, or None, is needed")
         against = prompts.texts("negative_prompt", negative_prompt)
         if len(against) not in (1, copies):
             raise InputError(f"negative_prompt: {len(against)} strings were given for {copies} pictures")
@@ -238,7 +242,7 @@ class PriorPipeline(SamplingPipeline):
             embeds, negatives = self._embed(last)
             negatives = negatives if negative_prompt == "" else embeds
         self.maybe_free_model_hooks()
-        return KandinskyPriorPipelineOutput(mixed.to(device or mixed.device), negatives.to(device or mixed.device))
+        return KandinskyPriorPipelineOutput(mixed.to(place or mixed.device), negatives.to(place or mixed.device))
 
     def _discard_draws(self, plan: Plan) -> None:
         """Draw what a run would draw, without its network: the reference runs the prior here and does not use the
