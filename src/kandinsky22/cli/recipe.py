@@ -130,7 +130,9 @@ class Recipe:
         }
         negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt is not None else []
         shown = [part.image.name if part.image else part.text for part in self.parts or ()]
-        prompt = self.prompt or " + ".join(map(str, shown)) or f"{self.command} of {self.image and self.image.name}"
+        prompt = " + ".join(map(str, shown)) if self.prompt is None else self.prompt
+        if self.prompt is None and self.parts is None:
+            prompt = f"{self.command} of {self.image and self.image.name}"
         return "\n".join([prompt, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
