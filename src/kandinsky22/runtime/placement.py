@@ -149,9 +149,9 @@ class Placed:
         without accelerate. Raises InputError if networks are on an accelerator, CheckpointError if the file cannot be
         written.
         """
-        self.remove_all_hooks()
         if folder is not None and not os.path.isdir(folder):
-            raise InputError(f"folder={os.fspath(folder)!r} is not there; accepted: a folder to write to, or None")
+            raise InputError(f"folder={folder!r} is not there; accepted: a folder to write to, or None")
+        self.remove_all_hooks()
         if self.device.type != "cpu":
             raise InputError(
                 f"the networks are on {self.device}, the low-memory mode is for CPUs: call enable_model_cpu_offload() "
