@@ -119,7 +119,8 @@ def _embedded() -> Path:
 def shared_folder(component: Path) -> Path | None:
     """Where a component's files are looked for that its own folder leaves out: within the embedded model, whose
     decoders share what they have in common, the plain decoder's component of that name; None anywhere else."""
-    return _embedded() / "decoder" / component.name if component.parent.parent == _embedded() else None
+    whole = _embedded().resolve()
+    return whole / "decoder" / component.name if component.resolve().parent.parent == whole else None
 
 
 def model_folder(source: Source, subfolder: str | None, choose: Callable[[list[str]], Iterable[str]]) -> Path:
