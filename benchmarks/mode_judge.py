@@ -15,7 +15,7 @@ from benchmarks.pixel_judge import (
     STRAY_TOLERANCE,
     Bools,
     Floats,
-    _components,
+    components,
     read_picture,
     to_array,
 )
@@ -75,7 +75,7 @@ def measure(image: Any, attribute: str, where: Bools | None = None) -> Floats:
         return np.median(pixels[mask], axis=0).astype(np.float32) if mask.any() else np.full(3, np.nan, np.float32)
     if attribute == "size":
         return np.sqrt([mask.mean()]).astype(np.float32)
-    parts = [part for part in _components(mask) if part.mean() > STRAY_AREA]
+    parts = [part for part in components(mask) if part.mean() > STRAY_AREA]
     if len(parts) != 1:  # two shapes half-way are not one shape between them
         return np.full(2, np.nan, np.float32)
     ys, xs = np.nonzero(parts[0])

@@ -143,7 +143,7 @@ def _erode(mask: Bools, depth: int) -> Bools:
     return mask
 
 
-def _components(mask: Bools) -> Iterator[Bools]:
+def components(mask: Bools) -> Iterator[Bools]:
     """Yield the 4-connected parts of a mask."""
     left = mask.copy()
     while left.any():
@@ -187,7 +187,7 @@ def _find_seeds(labels: Labels, background: int) -> list[tuple[int, Bools]]:
     for color in np.unique(labels):
         if color in (-1, background):
             continue
-        for part in _components(_erode(labels == color, depth)):
+        for part in components(_erode(labels == color, depth)):
             if part.sum() >= MIN_CORE_AREA * labels.size:
                 seeds.append((int(color), part))
     return seeds
