@@ -240,7 +240,7 @@ def test_a_prior_supplies_only_what_is_the_priors(checkpoints: Path, copy: Path,
     with pytest.raises(CheckpointError, match="without scheduler"):
         KandinskyV22CombinedPipeline.from_pretrained(copy / "decoder", prior=checkpoints / "prior")
     for wrong in (decoder, checkpoints / "decoder"):
-        with pytest.raises(InputError, match="prior: .* not a KandinskyV22Pipeline"):
+        with pytest.raises(InputError, match=r"prior: .* not a KandinskyV22Pipeline"):
             KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder", prior=wrong)
 
 
