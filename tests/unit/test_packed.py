@@ -51,6 +51,8 @@ def test_the_copy_follows_the_weight() -> None:
         lambda: layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)}),
         lambda: layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)}, assign=True),
         lambda: setattr(layer.weight, "data", torch.randn(24, 40)),
+        lambda: layer.weight.data.mul_(0.5),  # torch does not count this
+        lambda: layer.weight.data.numpy().fill(0.25),  # nor this
         lambda: setattr(layer, "weight", nn.Parameter(torch.randn(24, 40))),
         lambda: layer.double().float(),
     ]

@@ -24,9 +24,9 @@ class Linear(nn.Linear):
     """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
 
     The copy is made at the first use and again whenever the weight changed, and is in no state dict. Changes that torch
-    does not count, in place through `weight.data` or a numpy view, go unnoticed until the layer is moved. The copy
-    takes as much memory as the weight, whose own memory is given back for as long as it is mapped from a file. Results
-    differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
+    does not count, in place through `weight.data` or a numpy view, are noticed by a few numbers: if they concern most of
+    the weight. The copy takes as much memory as the weight, whose own memory is given back for as long as it is
+    mapped from a file. Results differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
     """
 
     packing: bool = True
@@ -60,13 +60,22 @@ class _Pack:
         self.source = weight
         self.version = weight._version
         self.address = weight.data_ptr()
+        self.few = _few(weight).clone()
         with torch.no_grad():
             self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
         pages.forget(weight)
 
     def holds(self, weight: Tensor) -> bool:
-        # `module.to` keeps the parameter and gives it other data; an optimizer step counts up the version
-        return self.source is weight and self.version == weight._version and self.address == weight.data_ptr()
+        # `module.to` keeps the parameter and gives it other data; an optimizer step counts up the version; averages of
+        # weights and adapters are often merged through `weight.data`, which counts nothing
+        same = self.source is weight and self.version == weight._version and self.address == weight.data_ptr()
+        return same and torch.equal(self.few, _few(weight))
+
+
+def _few(weight: Tensor) -> Tensor:
+    """A few numbers from all over a weight."""
+    rows, columns = (max(1, size // 4) for size in weight.shape)
+    return weight.detach()[::rows, ::columns]
 
 
 def _can_pack(features: Tensor, weight: Tensor) -> bool:
