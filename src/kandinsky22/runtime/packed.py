@@ -24,9 +24,9 @@ class Linear(nn.Linear):
     """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
 
     The copy is made at the first use and again whenever the weight changed, and is in no state dict. Changes that torch
-    does not count, in place through `weight.data` or a numpy view, are noticed by a few numbers: if they concern most of
-    the weight. The copy takes as much memory as the weight, whose own memory is given back for as long as it is
-    mapped from a file. Results differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
+    does not count, in place through `weight.data` or a numpy view, are noticed if they concern most of the weight. The
+    copy takes as much memory as the weight, whose own memory is given back for as long as it is mapped from a file.
+    Results differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
     """
 
     packing: bool = True

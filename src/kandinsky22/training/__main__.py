@@ -7,7 +7,6 @@ prior and the decoder, once CLIP and the autoencoder are there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.training.assemble import assemble
 from kandinsky22.training.clip import Towers, train_clip
 from kandinsky22.training.decoder import load_decoder, train_decoder
-from kandinsky22.training.loop import Settings, finished
+from kandinsky22.training.loop import finished
 from kandinsky22.training.movq import load_autoencoder, train_autoencoder, train_movq
 from kandinsky22.training.prior import train_prior
-from kandinsky22.training.variants import HINT_SETTINGS, INPAINT_SETTINGS, train_hint, train_inpaint
+from kandinsky22.training.variants import train_hint, train_inpaint
 
 
 def _prior(out: Path) -> None:
@@ -37,25 +36,24 @@ def _plain(out: Path) -> UNet2DConditionModel:
     return load_decoder(out / "decoder")
 
 
-def _variant(name: str, train: Callable[..., object], settings: Settings) -> Callable[..., object]:
-    def run(out: Path, steps: int | None = None) -> object:
+def _variant(name: str, train: Callable[..., object]) -> Callable[[Path], object]:
+    def run(out: Path) -> object:
         plain = _plain(out)
-        chosen = settings if steps is None else dataclasses.replace(settings, steps=steps)
         # read rather than finished anew, which writes files: both variants may start at once
-        return train(out / name, plain, load_autoencoder(out / "movq"), Towers.load(out / "clip" / "model"), chosen)
+        return train(out / name, plain, load_autoencoder(out / "movq"), Towers.load(out / "clip" / "model"))
 
     return run
 
 
 # In the order of their needs: a stage finds the results of those above it, or makes them first.
-STAGES: dict[str, Callable[..., object]] = {
+STAGES: dict[str, Callable[[Path], object]] = {
     "clip": lambda out: train_clip(out / "clip"),
     "autoencoder": lambda out: train_autoencoder(out / "movq"),
     "prior": _prior,
     "decoder": _decoder,
     "movq": lambda out: train_movq(out / "movq"),
-    "inpaint": _variant("inpaint", train_inpaint, INPAINT_SETTINGS),
-    "hint": _variant("hint", train_hint, HINT_SETTINGS),
+    "inpaint": _variant("inpaint", train_inpaint),
+    "hint": _variant("hint", train_hint),
     "assemble": assemble,
 }
 
@@ -67,13 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--stage", action="append", choices=list(STAGES), help="stage to run; may be repeated; all by default"
     )
-    parser.add_argument("--steps", type=int, help="of inpaint and hint, which may be shortened where time is short")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for name in options.stage or STAGES:
         print(f"stage {name}", flush=True)
-        more = {} if options.steps is None or name not in ("inpaint", "hint") else {"steps": options.steps}
-        STAGES[name](options.out, **more)
+        STAGES[name](options.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def embedded_weights() -> Path:
 def assemble(out: Path, folder: Path | None = None) -> None:
     """Write prior and decoders, in half precision, from the stages under `out`; into the package unless told where.
 
-    The decoder's variants are written if their training is finished.
+    The decoder's variants are written if their training is finished. Otherwise their folders are removed: they would
+    share weights of a decoder that is gone.
     """
     folder = embedded_weights() if folder is None else folder
     out = Path(out)
@@ -75,6 +77,7 @@ def assemble(out: Path, folder: Path | None = None) -> None:
 
 def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None, movq: VQModel, folder: Path) -> None:
     if unet is None:
+        shutil.rmtree(folder, ignore_errors=True)
         return
     pipe = kind(unet.half(), DDPMScheduler(**decoder.SCHEDULER), movq)
     pipe.generation_defaults = DECODER_DEFAULTS

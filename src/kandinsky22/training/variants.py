@@ -53,8 +53,8 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 TRAINED = ("conv_in.", "down_blocks.0.", "add_embedding.input_hint_block.")
 INPAINT: dict[str, Any] = {"in_channels": 9}
 HINT: dict[str, Any] = {"in_channels": 8, "addition_embed_type": "image_hint"}
-INPAINT_SETTINGS = Settings(steps=2600, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=3)
-HINT_SETTINGS = Settings(steps=2400, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=4)
+INPAINT_SETTINGS = Settings(steps=2000, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=3)
+HINT_SETTINGS = Settings(steps=1800, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=4)
 BANK_START, BANK_GROWTH, BANK_SIZE = 2048, 3, 10240  # as the decoder's
 
 KEPT_WEIGHT = 0.3  # of errors where the picture is kept: the pipeline paints over them
