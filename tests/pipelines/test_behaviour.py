@@ -33,6 +33,31 @@ def pair(rows: int = 1, seed: int = 20) -> dict[str, torch.Tensor]:
     return {"image_embeds": embeds(rows, seed), "negative_image_embeds": embeds(rows, seed + 1)}
 
 
+# Callbacks that go wrong
+
+
+def test_a_failing_callback_leaves_nothing_on_the_device(
+    decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    freed: list[int] = []
+    monkeypatch.setattr(type(decoder), "maybe_free_model_hooks", lambda self: freed.append(1))
+    with pytest.raises(RuntimeError, match="stop"):
+        decoder(**pair(), **SMALL, callback_on_step_end=fail)
+    assert freed
+
+
+def test_a_callback_cannot_switch_guidance_on(decoder: KandinskyV22Pipeline) -> None:
+    def raise_guidance(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 4.0
+        return {}
+
+    with pytest.raises(InputError, match="guidance"):
+        decoder(**pair(), **SMALL, guidance_scale=1.0, callback_on_step_end=raise_guidance)
+
+
 # Batches
 
 

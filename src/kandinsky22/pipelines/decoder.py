@@ -211,7 +211,8 @@ class DecoderPipeline(SamplingPipeline):
         """The result of a call from the latents after the last step; `plan` is given if pixels are to be kept."""
         result: Any = latents
         if output_type != "latent":
-            pictures = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
+            with self._freed_on_error():
+                pictures = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
             if plan is not None:  # in float32, for others cannot tell all 256 levels of brightness apart
                 rows = {name: self._rows(plan, picture, torch.float32) for name, picture in plan.pictures.items()}
                 pictures = torch.where(rows["mask_image"] > 0.5, pictures.float(), rows["image"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -242,13 +243,24 @@ class SamplingPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps = plan.guidance_scale, len(plan.timesteps)
         shown = bool(plan.callbacks.tensor_inputs) and plan.callbacks.on_step_end is not None
         run = Run(latents, tensors, plan.guidance_scale, shown=shown)
-        with self.progress_bar(total=len(plan.timesteps)) as bar:
+        with self._freed_on_error(), self.progress_bar(total=len(plan.timesteps)) as bar:
             steps = sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit)
             while not self._interrupted and next(steps, None) is not None:
                 self._notify(run, plan.callbacks)
+                if self._guidance_scale > 1 >= plan.guidance_scale:
+                    raise InputError("a callback switched guidance on: the call began without it, so has no negatives")
                 run.guidance_scale = self._guidance_scale
                 bar.update()
         return run.latents
+
+    @contextlib.contextmanager
+    def _freed_on_error(self) -> Iterator[None]:
+        """Whatever goes wrong, offloaded networks do not stay on the device."""
+        try:
+            yield
+        except BaseException:
+            self.maybe_free_model_hooks()
+            raise
 
     def _notify(self, run: Run, callbacks: Callbacks) -> None:
         if callbacks.on_step_end is not None:

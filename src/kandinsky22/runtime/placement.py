@@ -77,6 +77,7 @@ class Placed:
                     f"device={device!r}, dtype={dtype!r}: networks come and go by themselves since "
                     f"{place.method}(); call remove_all_hooks() first"
                 )
+        for place in self._places():
             place.free()
         for network in self._networks().values():
             network.to(device=goal, dtype=dtype)
