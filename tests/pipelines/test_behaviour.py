@@ -58,6 +58,30 @@ def test_a_callback_cannot_switch_guidance_on(decoder: KandinskyV22Pipeline) -> 
         decoder(**pair(), **SMALL, guidance_scale=1.0, callback_on_step_end=raise_guidance)
 
 
+# Pictures that are easily misread
+
+
+def test_mode_i_of_8_and_16_bit_pictures() -> None:
+    from kandinsky22.inputs.images import rgb
+
+    grey = PIL.Image.new("L", (2, 2), 200)
+    assert rgb("image", grey.convert("I")).getpixel((0, 0)) == (200, 200, 200)
+    deep = PIL.Image.fromarray(np.full((2, 2), 200 * 257, dtype=np.int32))
+    assert deep.mode == "I" and rgb("image", deep).getpixel((0, 0)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_that_hold_no_pixels(kind: str) -> None:
+    from kandinsky22.inputs.images import hints, pixels
+    from kandinsky22.inputs.masks import masks
+
+    whole = torch.rand(1, 3, 8, 8)
+    tensor = whole.to_sparse() if kind == "sparse" else whole.to("meta")
+    for read in (pixels, hints, masks):
+        with pytest.raises(InputError, match=f"^thing.*{kind}"):
+            read("thing", tensor, (8, 8))
+
+
 # Batches
 
 

@@ -102,6 +102,14 @@ def embeddings(name: str, value: Any, width: int) -> Tensor:
     return finite(name, value)
 
 
+def plain(name: str, value: Tensor) -> Tensor:
+    """`value` itself if it holds its numbers in the usual way; raises InputError for sparse and meta tensors."""
+    if value.layout != torch.strided or value.is_meta:
+        kind = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+        raise InputError(f"{name}: a {kind} tensor was given; one that holds all its numbers is needed")
+    return value
+
+
 def finite(name: str, value: Tensor) -> Tensor:
     """The tensor itself, unless it holds NaN or infinity."""
     if not bool(torch.isfinite(value).all()):

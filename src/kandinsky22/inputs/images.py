@@ -67,11 +67,11 @@ def _read(place: str) -> Image:
 def rgb(name: str, picture: Image, mode: str = "RGB") -> Image:
     """The picture in RGB, or in another mode of 8 bits a channel. Transparency is dropped, not blended.
 
-    16-bit modes hold 0 to 65535, mode "F" 0 to 255.
+    16-bit modes hold 0 to 65535, mode "F" 0 to 255, mode "I" either: no number above 255 means the latter.
     """
     if picture.mode[0] in "IF":  # PIL would cut everything off at 255
-        top = 255 if picture.mode == "F" else 65535
         values = np.asarray(picture, dtype=np.float64)
+        top = 255 if picture.mode == "F" or (picture.mode == "I" and values.max() <= 255) else 65535
         if not (values.min() >= 0 and values.max() <= top):
             raise InputError(f"{name}: a PIL image of mode {picture.mode!r} holds 0 to {top}, this one other numbers")
         picture = PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
@@ -125,6 +125,7 @@ def pixels(
 def _pixels(name: str, item: Any, size: tuple[int, int], signed: bool, latents: tuple[int, ...] | None) -> Tensor:
     if not isinstance(item, Tensor):
         return _unit(name, item, size) * 2 - 1
+    checks.plain(name, item)
     item = item[None] if item.ndim == 3 else item
     if latents is None or item.ndim != 4 or item.shape[1] != latents[0]:
         values, unit = _values(name, item, size, signed)
@@ -186,6 +187,7 @@ def _resized(frame: Array, size: tuple[int, int]) -> Array:
 
 def _values(name: str, item: Tensor, size: tuple[int, int], signed: bool) -> tuple[Tensor, bool]:
     """A tensor's pixels (n, 3, *size), float32, and whether their range is [0, 1] rather than [-1, 1]."""
+    checks.plain(name, item)
     stack = item[None] if item.ndim == 3 else item
     if stack.ndim != 4 or 0 in stack.shape or stack.shape[1] not in (1, 3):
         raise InputError(f"{name} has shape {tuple(item.shape)}; a tensor needs (C, H, W) or (N, C, H, W), C = 1 or 3")

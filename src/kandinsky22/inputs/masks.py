@@ -45,6 +45,8 @@ def _mask(name: str, item: Any, size: tuple[int, int]) -> Tensor:
 def _stack(name: str, item: Any) -> Tensor:
     """(n, C, H, W) from an array or a tensor of one or more masks."""
     array = isinstance(item, np.ndarray)
+    if not array:
+        checks.plain(name, item)
     try:
         stack: Tensor = (
             torch.from_numpy(np.array(item, dtype=item.dtype.newbyteorder("="))) if array else item.detach().cpu()

@@ -153,6 +153,9 @@ class SamplingPipeline(DiffusionPipeline):
     """What all pipelines that denoise have in common: start noise, timesteps, the loop's progress and callbacks.
 
     While a call runs, `guidance_scale` and `num_timesteps` describe it; a callback may set `_guidance_scale`.
+    After each step `callback_on_step_end(pipe, step, timestep, tensors)` sees those of `_callback_tensor_inputs` that
+    the call names, and may return a dict of tensors to replace some; `callback(step, timestep, latents)` looks on at
+    every `callback_steps`-th step.
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
