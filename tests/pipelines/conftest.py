@@ -9,10 +9,18 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from tests.pipelines.tiny import MODES, oracle_decoder, oracle_prior
 
 import kandinsky22
-from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from kandinsky22 import (
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
+    UNet2DConditionModel,
+    VQModel,
+)
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +99,17 @@ def combined(checkpoints: Path) -> KandinskyV22CombinedPipeline:
 def modes(mode_folder: Path) -> Callable[[str], Any]:
     """Ours, by mode."""
     return lambda mode: load(getattr(kandinsky22, f"KandinskyV22{mode}Pipeline"), mode_folder / mode)
+
+
+@pytest.fixture
+def no_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are to be refused before any network runs."""
+
+    def called(*_: Any, **__: Any) -> None:
+        pytest.fail("a network ran before the arguments were checked")
+
+    towers = (transformers.CLIPTextModelWithProjection, transformers.CLIPVisionModelWithProjection)
+    for network in (PriorTransformer, UNet2DConditionModel, VQModel, *towers):
+        for method in ("forward", "encode_condition", "denoise", "decode", "encode"):
+            if hasattr(network, method):
+                monkeypatch.setattr(network, method, called)

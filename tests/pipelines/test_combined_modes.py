@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
 from tests.pipelines.test_modes_parity import box, box_image, photo, tensor
 from tests.pipelines.test_parity import same_pictures
 from tests.pipelines.tiny import DIM, difference, seeded
@@ -21,9 +20,6 @@ from kandinsky22 import (
     InputError,
     KandinskyV22Img2ImgCombinedPipeline,
     KandinskyV22InpaintCombinedPipeline,
-    PriorTransformer,
-    UNet2DConditionModel,
-    VQModel,
 )
 
 KINDS = {"Img2ImgCombined": KandinskyV22Img2ImgCombinedPipeline, "InpaintCombined": KandinskyV22InpaintCombinedPipeline}
@@ -242,18 +238,6 @@ def test_kept_pixels(pipes: Callable[[str], Any]) -> None:
 
 
 # Wrong arguments
-
-
-@pytest.fixture
-def no_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def called(*_: Any, **__: Any) -> None:
-        pytest.fail("a network ran before the arguments were checked")
-
-    towers = (transformers.CLIPTextModelWithProjection, transformers.CLIPVisionModelWithProjection)
-    for network in (PriorTransformer, UNet2DConditionModel, VQModel, *towers):
-        for method in ("forward", "encode_condition", "denoise", "decode", "encode"):
-            if hasattr(network, method):
-                monkeypatch.setattr(network, method, called)
 
 
 WRONG: list[tuple[str, dict[str, Any]]] = [

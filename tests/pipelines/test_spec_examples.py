@@ -16,8 +16,7 @@ import pytest
 from tests.pipelines.conftest import load
 
 import kandinsky22
-from kandinsky22 import CheckpointError, InputError
-from kandinsky22.hub import embedded_folder
+from kandinsky22 import InputError
 
 EMBEDDED: Any = "embedded"
 SIDE = 128
@@ -185,10 +184,6 @@ def test_inpainting(net: Path) -> None:
     """KandinskyV22InpaintCombinedPipeline; the negative prompt was not passed."""
     from kandinsky22 import AutoPipelineForInpainting, load_image
 
-    try:
-        embedded_folder("inpaint")
-    except CheckpointError as error:
-        pytest.skip(str(error))
     pipe = quiet(AutoPipelineForInpainting)
     prompt = "A fantasy landscape, Cinematic lighting"
     negative_prompt = "low quality, bad quality"

@@ -293,3 +293,10 @@ def test_embedded_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest
     for name in TEN:
         with pytest.raises(CheckpointError, match="no embedded"):
             getattr(kandinsky22, name).from_pretrained("embedded")
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_the_package_brings_weights_for_every_class(name: str) -> None:
+    pipe = getattr(kandinsky22, name).from_pretrained("embedded")
+    assert all(component is not None for component in pipe.components.values())
+    assert pipe.generation_defaults["num_inference_steps"] > 0
