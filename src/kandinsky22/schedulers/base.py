@@ -23,9 +23,19 @@ from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.files import read_json, write_json
 from kandinsky22.hub import Source, model_folder
 from kandinsky22.outputs import Output
-from kandinsky22.schedulers.config import DEFAULTED, ClipConfig, DiscreteConfig, SchedulerConfig, whole
+from kandinsky22.schedulers.config import (
+    DEFAULTED,
+    ClipConfig,
+    SchedulerConfig,
+    SpacingConfig,
+    TableConfig,
+    TerminalConfig,
+    ThresholdConfig,
+    whole,
+)
 
 S = TypeVar("S", bound="Scheduler")
+Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 @dataclasses.dataclass
@@ -54,12 +64,18 @@ def _laplace(time: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
+def _exponential(time: float) -> float:
+    return math.exp(-12 * time)
+
+
+_CURVES = {"squaredcos_cap_v2": _cosine, "laplace": _laplace, "exp": _exponential}
+
+
 def noise_schedule(config: SchedulerConfig) -> Tensor:
     """The betas of a config, one a training step, float32."""
     steps = config.num_train_timesteps
-    curve = _laplace if config.beta_schedule == "laplace" else _cosine
-    if not isinstance(config, DiscreteConfig):
-        return betas_from_alpha_bar(curve, steps)
+    if not isinstance(config, TableConfig):
+        return betas_from_alpha_bar(_CURVES[config.beta_schedule], steps)
     first, last = config.beta_start, config.beta_end
     if config.trained_betas is not None:
         betas = torch.tensor(config.trained_betas, dtype=torch.float32)
@@ -70,8 +86,13 @@ def noise_schedule(config: SchedulerConfig) -> Tensor:
     elif config.beta_schedule == "sigmoid":
         betas = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32)) * (last - first) + first
     else:
-        betas = betas_from_alpha_bar(curve, steps)
-    return zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+        betas = betas_from_alpha_bar(_CURVES[config.beta_schedule], steps)
+    return zero_terminal_snr(betas) if rescaled(config) else betas
+
+
+def rescaled(config: SchedulerConfig) -> bool:
+    """Whether the last timestep is pure noise."""
+    return isinstance(config, TerminalConfig) and config.rescale_betas_zero_snr
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -83,17 +104,21 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([products[:1], products[1:] / products[:-1]])
 
 
-def spaced_timesteps(config: DiscreteConfig, steps: int) -> list[int]:
-    """`steps` of the training timesteps, descending (Lin et al. 2023, table 2)."""
+def spaced_timesteps(config: SchedulerConfig, steps: int, end: int | None = None, spare: int = 0) -> Floats:
+    """`steps` of the training timesteps below `end`, descending, not rounded yet (Lin et al. 2023, table 2). `spare`
+    more are spaced and left out: the least noisy ones."""
     total = config.num_train_timesteps
-    if config.timestep_spacing == "linspace":
-        spaced = np.linspace(0, total - 1, steps).round()[::-1]
-    elif config.timestep_spacing == "trailing":
+    end = total if end is None else end
+    spacing, offset = "linspace", 0
+    if isinstance(config, SpacingConfig):
+        spacing, offset = config.timestep_spacing, config.steps_offset
+    points = steps + spare
+    if spacing == "linspace":
+        return np.linspace(0, end - 1, points)[::-1][:steps]
+    if spacing == "trailing":
         # Rounding in arange can add an element below the last step; it is not one of the steps asked for.
-        spaced = np.arange(total, 0, -total / steps)[:steps].round() - 1
-    else:
-        spaced = np.arange(steps)[::-1] * (total // steps) + config.steps_offset
-    return [int(step) for step in spaced]
+        return np.arange(end, 0, -total / steps)[:steps].round() - 1.0
+    return np.arange(points)[::-1][:steps] * float(end // points) + offset
 
 
 def dynamic_threshold(sample: Tensor, ratio: float, maximum: float) -> Tensor:
@@ -202,6 +227,7 @@ class Scheduler:
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
         self._timesteps = timesteps
+        self._order: list[float] = timesteps.tolist()
         order = [int(step) for step in timesteps.tolist()]
         self._previous = dict(zip(order, [*order[1:], -1], strict=True))
 
@@ -215,6 +241,13 @@ class Scheduler:
 
         Raises InputError unless exactly one is given and it fits into the training steps.
         """
+        chosen = self._choose(num_inference_steps, timesteps)
+        self.num_inference_steps = len(chosen)
+        self.custom_timesteps = timesteps is not None
+        self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
+
+    def _choose(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> list[Any]:
+        """The checked timesteps that one or the other asks for."""
         if (num_inference_steps is None) == (timesteps is None):
             raise InputError(
                 f"num_inference_steps={num_inference_steps}, timesteps={timesteps}; accepted: exactly one of them"
@@ -224,7 +257,7 @@ class Scheduler:
             steps = whole(num_inference_steps)
             if steps is None or not 0 < steps <= total:
                 raise InputError(f"num_inference_steps={num_inference_steps!r}; accepted: an integer from 1 to {total}")
-            chosen = self._spaced(steps)
+            chosen: list[Any] = self._spaced(steps)
         else:
             chosen = _descending(timesteps)
         if chosen[0] >= total:
@@ -232,14 +265,11 @@ class Scheduler:
                 f"timesteps start at {chosen[0]}, outside num_train_timesteps={total}; "
                 "accepted: lower timesteps, or a smaller steps_offset"
             )
-        self.num_inference_steps = len(chosen)
-        self.custom_timesteps = timesteps is not None
-        self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
+        return chosen
 
-    def _spaced(self, steps: int) -> list[int]:
+    def _spaced(self, steps: int) -> list[Any]:
         """`steps` timesteps, descending."""
-        assert isinstance(self.config, DiscreteConfig)
-        return spaced_timesteps(self.config, steps)
+        return [int(step) for step in spaced_timesteps(self.config, steps).round()]
 
     def previous_timestep(self, timestep: int | Tensor) -> int:
         """The timestep after `timestep` in the order of visits (less noisy); -1 after the last."""
@@ -280,7 +310,7 @@ class Scheduler:
             "accepted: the same shape, or twice the channels with a learned variance"
         )
 
-    def _original(self, prediction: Tensor, sample: Tensor, alpha_bar: Tensor) -> Tensor:
+    def _original(self, prediction: Tensor, sample: Tensor, alpha_bar: Tensor | float) -> Tensor:
         """The clean sample that a prediction implies, not limited yet."""
         if self.config.prediction_type == "sample":
             return prediction
@@ -289,10 +319,18 @@ class Scheduler:
             return signal * sample - noise * prediction
         return (sample - noise * prediction) / signal
 
+    def _noise(self, prediction: Tensor, sample: Tensor, original: Tensor, alpha_bar: Tensor | float) -> Tensor:
+        """The noise in `sample` that a prediction implies."""
+        if self.config.prediction_type == "epsilon":
+            return prediction
+        if self.config.prediction_type == "v_prediction":
+            return alpha_bar**0.5 * prediction + (1 - alpha_bar) ** 0.5 * sample
+        return (sample - alpha_bar**0.5 * original) / (1 - alpha_bar) ** 0.5
+
     def _limit(self, original: Tensor) -> Tensor:
         """Dynamic thresholding, or else clipping, as configured."""
         config = self.config
-        if isinstance(config, DiscreteConfig) and config.thresholding:
+        if isinstance(config, ThresholdConfig) and config.thresholding:
             return dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
         if isinstance(config, ClipConfig) and config.clip_sample:
             return original.clamp(-config.clip_sample_range, config.clip_sample_range)

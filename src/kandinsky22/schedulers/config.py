@@ -40,8 +40,10 @@ def _is_flag(value: Any) -> bool:
 _FLAG = (_is_flag, "True or False")
 _POSITIVE = (_is_positive, "a number above 0")
 _FRACTION = (_is_fraction, "a number above 0, at most 1")
+_COUNT = (lambda value: (whole(value) or 0) > 0, "an integer above 0")
+_OPTIONAL = (lambda value: value is None or _is_positive(value), "None, or a number above 0")
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "num_train_timesteps": (lambda value: (whole(value) or 0) > 0, "an integer above 0"),
+    "num_train_timesteps": _COUNT,
     "steps_offset": (lambda value: whole(value) is not None and value >= 0, "an integer, 0 or more"),
     "trained_betas": (
         lambda value: value is None or (isinstance(value, tuple) and all(map(_is_fraction, value))),
@@ -56,6 +58,23 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "thresholding": _FLAG,
     "rescale_betas_zero_snr": _FLAG,
     "set_alpha_to_one": _FLAG,
+    "use_karras_sigmas": _FLAG,
+    "use_exponential_sigmas": _FLAG,
+    "use_beta_sigmas": _FLAG,
+    "use_lu_lambdas": _FLAG,
+    "lower_order_final": _FLAG,
+    "euler_at_final": _FLAG,
+    "predict_x0": _FLAG,
+    "skip_prk_steps": _FLAG,
+    "sigma_min": _OPTIONAL,
+    "sigma_max": _OPTIONAL,
+    "timestep_scaling": _POSITIVE,
+    "original_inference_steps": _COUNT,
+    "lambda_min_clipped": (lambda value: isinstance(value, int | float) and value < math.inf, "a number, or -inf"),
+    "disable_corrector": (
+        lambda value: isinstance(value, tuple) and all(whole(step) is not None and step >= 0 for step in value),
+        "a list of steps, counted from 0",
+    ),
 }
 
 
@@ -69,7 +88,9 @@ class SchedulerConfig(dict[str, Any], Config):
     """
 
     owner: ClassVar[str] = "Scheduler"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    # What other classes call one of this class's choices: setting -> their value -> ours.
+    synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
@@ -79,7 +100,7 @@ class SchedulerConfig(dict[str, Any], Config):
         for name in self.names():
             value = getattr(self, name)
             if name in self.choices:
-                self._require(value in self.choices[name], name, ", ".join(self.choices[name]))
+                self._require(value in self.choices[name], name, ", ".join(map(str, self.choices[name])))
             elif name in _RULES:
                 accepts, accepted = _RULES[name]
                 self._require(accepts(value), name, accepted)
@@ -97,7 +118,11 @@ class SchedulerConfig(dict[str, Any], Config):
 
     @classmethod
     def from_settings(cls: type[SC], settings: Mapping[str, Any], foreign: Mapping[str, Any] | None = None) -> SC:
-        """The config of these settings, carrying the `foreign` ones along."""
+        """The config of these settings, carrying the `foreign` ones along, which only stored settings have."""
+        if foreign is not None:
+            known = {name: names[settings[name]] for name, names in cls.synonyms.items() if settings.get(name) in names}
+            settings = {**settings, **known}
+            cls.parse({name: value for name, value in foreign.items() if name in cls.only}, owner=cls.owner)
         config = cls.parse(_plain(settings), owner=cls.owner)
         dict.update(config, _plain(foreign or {}))
         defaulted = sorted(set(cls.names()) - settings.keys())
@@ -144,28 +169,19 @@ class ClipConfig(SchedulerConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscreteConfig(SchedulerConfig):
-    """For methods on any table of betas, with a choice of timestep spacing and dynamic thresholding.
+class TableConfig(SchedulerConfig):
+    """For methods on any table of betas; `trained_betas` replaces the schedule."""
 
-    `trained_betas` replaces the schedule; the thresholding settings act if `thresholding` is True, and then instead
-    of clipping.
-    """
-
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
         "prediction_type": ("epsilon", "sample", "v_prediction"),
         "timestep_spacing": ("leading", "trailing", "linspace"),
+        "final_sigmas_type": ("zero", "sigma_min"),
     }
 
     beta_start: float = 0.0001
     beta_end: float = 0.02
     trained_betas: tuple[float, ...] | None = None
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    rescale_betas_zero_snr: bool = False
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,3 +190,50 @@ class DiscreteConfig(SchedulerConfig):
                 f"{self.owner}: trained_betas has {len(self.trained_betas)} numbers, "
                 f"num_train_timesteps={self.num_train_timesteps}; accepted: one beta a training step"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpacingConfig(SchedulerConfig):
+    """For methods with a choice of timestep spacing."""
+
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TerminalConfig(SchedulerConfig):
+    """For methods that can start at pure noise."""
+
+    rescale_betas_zero_snr: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdConfig(SchedulerConfig):
+    """For methods with dynamic thresholding; its settings act if `thresholding` is True, and then instead of
+    clipping."""
+
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteConfig(ThresholdConfig, TerminalConfig, SpacingConfig, TableConfig):
+    """For methods that can do all of that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GridConfig(SchedulerConfig):
+    """For methods whose noise levels may be spread in other ways than evenly over the timesteps: one of `grids`."""
+
+    grids: ClassVar[tuple[str, ...]] = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = [name for name in self.grids if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ConfigError(f"{self.owner}: {' and '.join(chosen)} are set; accepted: at most one of them")

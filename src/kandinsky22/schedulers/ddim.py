@@ -82,11 +82,3 @@ class DDIMScheduler(Scheduler):
                 variance_noise = randn_tensor(prediction.shape, generator, prediction.device, prediction.dtype)
             previous = previous + deviation * variance_noise
         return SchedulerOutput(previous, original) if return_dict else (previous, original)
-
-    def _noise(self, prediction: Tensor, sample: Tensor, original: Tensor, alpha_bar: Tensor) -> Tensor:
-        """The noise in `sample` that a prediction implies."""
-        if self.config.prediction_type == "epsilon":
-            return prediction
-        if self.config.prediction_type == "v_prediction":
-            return alpha_bar**0.5 * prediction + (1 - alpha_bar) ** 0.5 * sample
-        return (sample - alpha_bar**0.5 * original) / (1 - alpha_bar) ** 0.5

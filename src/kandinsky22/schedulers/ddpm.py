@@ -16,7 +16,7 @@ from kandinsky22.randomness import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
 from kandinsky22.schedulers.config import ClipConfig, DiscreteConfig
 
-_FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,9 @@ class DDPMConfig(AncestralConfig, DiscreteConfig):
     """Settings of `DDPMScheduler`."""
 
     owner: ClassVar[str] = "DDPMScheduler"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         **DiscreteConfig.choices,
-        "variance_type": (*_FIXED, "learned", "learned_range"),
+        "variance_type": VARIANCES,
     }
 
 

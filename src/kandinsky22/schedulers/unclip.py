@@ -22,7 +22,7 @@ class UnCLIPConfig(AncestralConfig):
     """Settings of `UnCLIPScheduler`."""
 
     owner: ClassVar[str] = "UnCLIPScheduler"
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "beta_schedule": ("squaredcos_cap_v2",),
         "prediction_type": ("epsilon", "sample"),
         "variance_type": ("fixed_small_log", "learned_range"),
