@@ -97,8 +97,8 @@ class SequentialScheduler(Scheduler):
                 shown = self._order if len(self._order) < 20 else f"{self._order[:3]} to {self._order[-1]}"
                 raise InputError(f"timestep={timestep!r}; accepted: one of the scheduler's timesteps, {shown}")
             self._restart()
-            # Methods with two visits to a timestep start with the second one, which begins a step.
-            self._place = places[min(1, len(places) - 1)]
+            # Of two visits to a timestep the second one begins a step, unless the whole run begins with the first.
+            self._place = places[0 if places[0] == 0 else min(1, len(places) - 1)]
         return self._place
 
 
