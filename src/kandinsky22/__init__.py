@@ -49,7 +49,18 @@ if TYPE_CHECKING:
     from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline as KandinskyV22PriorPipeline
     from kandinsky22.schedulers import DDIMScheduler as DDIMScheduler
     from kandinsky22.schedulers import DDPMScheduler as DDPMScheduler
+    from kandinsky22.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
+    from kandinsky22.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+    from kandinsky22.schedulers import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
+    from kandinsky22.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+    from kandinsky22.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
+    from kandinsky22.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
+    from kandinsky22.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
+    from kandinsky22.schedulers import LCMScheduler as LCMScheduler
+    from kandinsky22.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
+    from kandinsky22.schedulers import PNDMScheduler as PNDMScheduler
     from kandinsky22.schedulers import UnCLIPScheduler as UnCLIPScheduler
+    from kandinsky22.schedulers import UniPCMultistepScheduler as UniPCMultistepScheduler
 
 __version__ = "0.1.0"
 
@@ -61,9 +72,16 @@ _MODULE_OF = {
     "ConfigError": "errors",
     "DDIMScheduler": "schedulers",
     "DDPMScheduler": "schedulers",
+    "DEISMultistepScheduler": "schedulers",
+    "DPMSolverMultistepScheduler": "schedulers",
+    "DPMSolverSinglestepScheduler": "schedulers",
     "DiffusionPipeline": "pipelines.base",
+    "EulerAncestralDiscreteScheduler": "schedulers",
+    "EulerDiscreteScheduler": "schedulers",
+    "HeunDiscreteScheduler": "schedulers",
     "ImagePipelineOutput": "pipelines.outputs",
     "InputError": "errors",
+    "KDPM2DiscreteScheduler": "schedulers",
     "KandinskyError": "errors",
     "KandinskyPriorPipelineOutput": "pipelines.outputs",
     "KandinskyV22CombinedPipeline": "pipelines.combined",
@@ -76,10 +94,14 @@ _MODULE_OF = {
     "KandinskyV22Pipeline": "pipelines.decoder",
     "KandinskyV22PriorEmb2EmbPipeline": "pipelines.prior",
     "KandinskyV22PriorPipeline": "pipelines.prior",
+    "LCMScheduler": "schedulers",
+    "LMSDiscreteScheduler": "schedulers",
     "MissingDependencyError": "errors",
+    "PNDMScheduler": "schedulers",
     "PriorTransformer": "models.prior",
     "UNet2DConditionModel": "models.unet",
     "UnCLIPScheduler": "schedulers",
+    "UniPCMultistepScheduler": "schedulers",
     "VQModel": "models.movq",
     "load_image": "inputs.images",
     "make_image_grid": "inputs.images",

@@ -219,12 +219,14 @@ class SamplingPipeline(DiffusionPipeline):
         return Plan(shape, scale, self.scheduler.timesteps, generators, latents, callbacks)
 
     def _tail(self, plan: Plan, strength: Any) -> Plan:
-        """The plan's last steps only: `strength`, 0 to 1, is the part of them that runs, rounded down."""
+        """The plan's last steps only: `strength`, 0 to 1, is the part of them that runs, rounded down. Methods of more
+        than one visit a step begin with the first visit of one."""
         part = checks.number("strength", strength)
         if not 0 <= part <= 1:
             raise InputError(f"strength={strength!r}: a number from 0 (leave as it is) to 1 (all steps) is needed")
-        steps = len(plan.timesteps)
-        return dataclasses.replace(plan, timesteps=plan.timesteps[steps - int(steps * part) :])
+        order = getattr(self.scheduler, "order", 1)
+        steps = -(-len(plan.timesteps) // order)
+        return dataclasses.replace(plan, timesteps=plan.timesteps[(steps - int(steps * part)) * order :])
 
     def _draw(self, plan: Plan, dtype: torch.dtype) -> Tensor:
         """Standard normal noise, drawn unless the call brings it."""

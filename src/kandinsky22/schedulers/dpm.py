@@ -204,11 +204,10 @@ class DPMSolverSinglestepScheduler(DPMScheduler):
         now = self._begin(model_output, timestep, sample)
         self._remember(now.level, now.prediction)
         noise = self._drawn(now.prediction, model_output.dtype, generator, None)
-        moves = now.end != now.level
-        if self._base is None or not moves or min(self._order_at(now.place), len(self._past)) == 1:
+        if self._base is None or min(self._order_at(now.place), len(self._past)) == 1:
             self._base, self._past = now.sample, [(now.level, now.prediction)]
         stride = self._stride(self._past[0][0], now.end)
-        terms = self._terms(stride) if moves else []
+        terms = self._terms(stride) if stride.start != stride.end else []
         return self._result(combine(stride, self._base, terms, noise), now.original, model_output, return_dict)
 
     def _order_at(self, place: int) -> int:

@@ -145,7 +145,8 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         sample = widened(sample)
         prediction, _ = self._split(model_output, sample)
         original = self._clean(prediction, sample, level)
-        fresh = end * math.sqrt(level**2 - end**2) / level
+        # Rescaled to pure noise at the end, a table may have the timestep before it noisier.
+        fresh = end * math.sqrt(max(level**2 - end**2, 0)) / level
         noise = randn_tensor(prediction.shape, generator, prediction.device, prediction.dtype)
         self._place = place + 1
         previous = original + (sample - original) * (end**2 / level**2) + noise * fresh

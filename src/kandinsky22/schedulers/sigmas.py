@@ -20,7 +20,7 @@ from kandinsky22.errors import InputError
 from kandinsky22.schedulers.base import Floats, Scheduler, SchedulerOutput, rescaled, spaced_timesteps
 from kandinsky22.schedulers.config import GridConfig, SchedulerConfig
 
-SMALLEST_SIGNAL = 2.0**-24  # a_t of pure noise, so that its level is finite; the smallest number of half precision
+SMALLEST_SIGNAL = 2.0**-24  # a_t of pure noise, so that its level is finite; the smallest of half precision
 
 
 def karras(highest: float, lowest: float, steps: int, rho: float = 7.0) -> Floats:
