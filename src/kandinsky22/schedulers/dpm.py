@@ -128,14 +128,9 @@ class DPMSolverMultistepScheduler(DPMScheduler):
         return super()._rounds(spread) and (spread == "sigmas" or self.config.beta_schedule != "squaredcos_cap_v2")
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:  # fmt: skip
         """The sample at the next level, and the predicted clean sample; both shaped as `sample` (B, C, ...).
 
         The stochastic algorithms add `variance_noise`, or noise drawn from `generator` (one, or one a sample). Raises
@@ -189,13 +184,9 @@ class DPMSolverSinglestepScheduler(DPMScheduler):
         self._base: Tensor | None = None  # the sample where the step at hand began
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+    ) -> SchedulerOutput | tuple[Tensor, ...]:  # fmt: skip
         """The sample at the next level, and the predicted clean sample; both shaped as `sample` (B, C, ...).
 
         The stochastic algorithm draws noise from `generator` (one, or one a sample). Raises InputError for timesteps

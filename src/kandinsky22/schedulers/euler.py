@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,17 +50,10 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     config_class = EulerConfig
     config: EulerConfig
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        timesteps: Sequence[int] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
-    ) -> None:
-        """As for all methods; `timesteps` cannot be given where the network is shown levels for them."""
+    def _choose(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> list[Any]:
         if timesteps is not None and self._shows_levels():
             raise InputError("timesteps given, but the config has timestep_type='continuous'; accepted: sigmas")
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+        return super()._choose(num_inference_steps, timesteps)
 
     def _shows_levels(self) -> bool:
         return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"

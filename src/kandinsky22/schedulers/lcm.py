@@ -4,10 +4,10 @@ al. 2023, https://arxiv.org/abs/2310.04378)."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,14 +73,14 @@ class LCMScheduler(Scheduler):
             raise InputError(f"strength={strength!r}; accepted: a number above 0, at most 1")
         chosen = [int(step) for step in self._choose(num_inference_steps, timesteps)]
         if timesteps is None:
-            solver = (np.arange(1, int(original * strength) + 1) * (total // original) - 1)[::-1]
+            solver = [step * (total // original) - 1 for step in range(int(original * strength), 0, -1)]
             if len(chosen) > len(solver):
                 raise InputError(
                     f"num_inference_steps={num_inference_steps}; accepted: an integer from 1 to {len(solver)}, "
                     f"the part strength={strength} of original_inference_steps={original}"
                 )
-            places = np.floor(np.linspace(0, len(solver), len(chosen), endpoint=False)).astype(np.int64)
-            chosen, count = solver[places].tolist(), len(chosen)
+            count = len(chosen)
+            chosen = [solver[math.floor(place * (len(solver) / count))] for place in range(count)]
         else:
             count = len(chosen)
             chosen = chosen[count - int(count * strength) :]
@@ -90,13 +90,9 @@ class LCMScheduler(Scheduler):
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+    ) -> SchedulerOutput | tuple[Tensor, ...]:  # fmt: skip
         """The sample at the next timestep, and the clean sample; both shaped as `sample` (B, C, ...).
 
         Noise is drawn from `generator` (one, or one a sample) at every timestep but the last. Raises InputError before

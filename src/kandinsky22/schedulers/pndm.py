@@ -65,11 +65,9 @@ class PNDMScheduler(SequentialScheduler):
         self._sum: Tensor | float = 0.0
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
         timesteps: Sequence[int] | Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Choose the timesteps at which steps begin: a number of steps, spaced as configured, or the descending
         `timesteps` themselves. Raises InputError unless exactly one is given and it fits into the training steps."""
         steps = [int(step) for step in self._choose(num_inference_steps, timesteps)]
