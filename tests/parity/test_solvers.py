@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -340,3 +341,35 @@ def test_consistency_timesteps_are_those_of_the_reference(options: dict[str, Any
         scheduler.set_timesteps(**options)
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     run(ours, theirs, range(3), 0)
+
+
+@pytest.mark.parametrize("name", spaces())
+def test_settings_and_files_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
+    """But for those of flow matching, which are refused."""
+    ours, theirs = pair(name, {})
+    only = getattr(ours.config, "only", {})
+    expected = {k: v for k, v in dict(theirs.config).items() if not k.startswith("_") and k not in only}
+    mine = {k: list(v) if isinstance(v, tuple) else v for k, v in dict(ours.config).items() if not k.startswith("_")}
+    assert mine == expected
+    getattr(ours_all, name)(beta_end=0.013).save_pretrained(tmp_path)
+    assert getattr(diffusers, name).from_pretrained(tmp_path).config.beta_end == 0.013
+    getattr(diffusers, name)(beta_end=0.014).save_pretrained(tmp_path)
+    again = getattr(ours_all, name).from_pretrained(tmp_path)
+    assert again.config.beta_end == 0.014
+    assert {name: again.config[name] for name in expected if name != "beta_end"} == {
+        name: ours.config[name] for name in expected if name != "beta_end"
+    }
+
+
+@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("steps", [0, -3, 1001, 2.5, "ten", True, None])
+def test_numbers_of_steps_that_make_no_sense(name: str, steps: Any) -> None:
+    with pytest.raises(InputError, match=r"num_inference_steps.*accepted"):
+        getattr(ours_all, name)().set_timesteps(steps)
+
+
+@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("timesteps", [[], [1, 2, 3], [5, 5], [500, 3, -1], [1000, 3], [3.5, 1], ["a"], [True]])
+def test_timesteps_that_make_no_sense(name: str, timesteps: Any) -> None:
+    with pytest.raises(InputError, match=r"timesteps.*accepted"):
+        getattr(ours_all, name)().set_timesteps(timesteps=timesteps)
