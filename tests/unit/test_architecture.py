@@ -66,9 +66,10 @@ def test_no_module_uses_the_reference_or_outgrows_its_purpose(path: Path) -> Non
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
-def test_the_core_stays_small() -> None:
-    core = [path for path in MODULES if room_of(path) in ("models", "schedulers", "pipelines")]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in core) < 3500
+def test_the_pipelines_stay_small() -> None:
+    """What they have in common stands once: all ten classes, their loop and their inputs' checks."""
+    room = [path for path in MODULES if room_of(path) == "pipelines"]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in room) < 1400
 
 
 @pytest.mark.parametrize("name", kandinsky22.__all__)
