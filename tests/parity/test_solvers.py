@@ -113,27 +113,13 @@ WITHOUT_GRIDS = ["EulerAncestralDiscreteScheduler", "PNDMScheduler", "LCMSchedul
 WITHOUT_SAMPLE = ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"]
 
 
-def has_scipy() -> bool:
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def spaces() -> list[Any]:
-    needs = pytest.mark.skipif(not has_scipy(), reason="the reference needs scipy for it")
-    return [pytest.param(name, marks=needs) if name.startswith("LMS") else name for name in SPACES]
-
-
 @st.composite
 def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
     """Any subset of a class's settings that the reference can run; the rest stay at their defaults."""
     config = draw(st.fixed_dictionaries({}, optional=SPACES[name]))
     config["num_train_timesteps"] = draw(st.sampled_from([50, 100, 1000]) | st.integers(50, 400))
     if name not in WITHOUT_GRIDS:
-        more = ["use_lu_lambdas"] if name == "DPMSolverMultistepScheduler" else []
-        more += ["use_beta_sigmas"] if has_scipy() else []
+        more = ["use_beta_sigmas", *(["use_lu_lambdas"] if name == "DPMSolverMultistepScheduler" else [])]
         grid = draw(st.sampled_from([None, *GRIDS, *more]))
         if grid is not None:
             config[grid] = True
@@ -262,7 +248,7 @@ def compare(name: str, config: dict[str, Any], steps: int, seed: int) -> None:
             run(ours, theirs, range(first, visits), seed + 2)
 
 
-@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("name", SPACES)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_every_step_is_that_of_the_reference(name: str, data: st.DataObject) -> None:
@@ -322,8 +308,6 @@ def test_churned_noise_is_that_of_the_reference(prediction: str, churn: dict[str
 
 @pytest.mark.parametrize("name", [name for name in SPACES if not name.startswith("PNDM")])
 def test_noise_is_added_as_the_reference_does(name: str) -> None:
-    if name.startswith("LMS") and not has_scipy():
-        pytest.skip("the reference needs scipy for it")
     ours, theirs = pair(name, {})
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(10)
@@ -344,7 +328,7 @@ def test_consistency_timesteps_are_those_of_the_reference(options: dict[str, Any
     run(ours, theirs, range(3), 0)
 
 
-@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("name", SPACES)
 def test_settings_and_files_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
     """But for those of flow matching, which are refused."""
     ours, theirs = pair(name, {})
@@ -362,14 +346,14 @@ def test_settings_and_files_are_those_of_the_reference(name: str, tmp_path: Path
     }
 
 
-@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("steps", [0, -3, 1001, 2.5, "ten", True, None])
 def test_numbers_of_steps_that_make_no_sense(name: str, steps: Any) -> None:
     with pytest.raises(InputError, match=r"num_inference_steps.*accepted"):
         getattr(ours_all, name)().set_timesteps(steps)
 
 
-@pytest.mark.parametrize("name", spaces())
+@pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("timesteps", [[], [1, 2, 3], [5, 5], [500, 3, -1], [1000, 3], [3.5, 1], ["a"], [True]])
 def test_timesteps_that_make_no_sense(name: str, timesteps: Any) -> None:
     with pytest.raises(InputError, match=r"timesteps.*accepted"):
