@@ -2,11 +2,11 @@
 
 Weights, inputs and noise are the same in all runs. Noise has to be made so: a seed gives other numbers in other types,
 here and in the reference, so both draw it in float32 and round it. Both then round every operation, and a random
-network magnifies that from step to step; which of two equally good orders of the operations comes out nearer is a matter of
-luck for a single picture. So the errors are taken over several seeds, the root of the mean square and the largest, and
-both may be a little larger than the reference's. When this was written they were 0.88 to 1.11 and 0.63 to 1.35 times
-the reference's on a CPU (0.007 to 0.027 in bfloat16 and 0.0008 to 0.004 in float16, root of the mean square, of pixels
-in [0, 1] or of embeddings).
+network magnifies that from step to step; which of two equally good orders of the operations comes out nearer is a
+matter of luck for a single picture. So the errors are taken over several seeds, the root of the mean square and the
+largest, and both may be a little larger than the reference's. When this was written they were 0.88 to 1.11 and 0.63 to
+1.35 times the reference's on a CPU (0.007 to 0.027 in bfloat16 and 0.0008 to 0.004 in float16, root of the mean
+square, of pixels in [0, 1] or of embeddings).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tests.pipelines.conftest import load
 from tests.pipelines.test_modes_parity import box_image, hint, photo
 from tests.pipelines.tiny import DIM, seeded
 
