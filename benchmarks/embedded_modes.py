@@ -26,7 +26,7 @@ from benchmarks import mode_judge
 from benchmarks.embedded_prompts import EVALUATION_SEED, Share
 from benchmarks.embedded_success import under_training
 from benchmarks.pixel_judge import Bools, judge, to_array
-from kandinsky22.training import decoder, variants
+from kandinsky22.training import variants
 from kandinsky22.training.captions import FULL, Detail, Named, NamedShape, caption
 from kandinsky22.training.scenes import (
     COLORS,
@@ -208,9 +208,8 @@ class Models:
         """The pipeline of "inpaint" or "control"."""
         kind = {"inpaint": "KandinskyV22InpaintPipeline", "control": "KandinskyV22ControlnetPipeline"}[name]
         if self.training is not None:
-            stage, changes = {"inpaint": ("inpaint", variants.INPAINT), "control": ("hint", variants.HINT)}[name]
-            plain = decoder.load_decoder(self.training / "decoder")
-            unet = variants.load_variant(self.training / stage, plain, changes)
+            changes = {"inpaint": variants.INPAINT, "control": variants.HINT}[name]
+            unet = variants.load_shared(self.training / "shared").part(changes)
             pipe = getattr(self.kinds, kind)(unet, self.decoder.scheduler, self.decoder.movq)
         else:
             pipe = getattr(self.kinds, kind).from_pretrained(self._part(name))

@@ -12,7 +12,7 @@ from kandinsky22.training import prior as recipe
 from kandinsky22.training.captions import VOCABULARY, caption
 from kandinsky22.training.clip import Towers, build_tokenizer, neighbours, objective
 from kandinsky22.training.loop import Draw
-from kandinsky22.training.probe import UNKNOWN, Probe, Seen, _scene, answers, told
+from kandinsky22.training.probe import UNKNOWN, Probe, Seen, answers, scene_of, told
 from kandinsky22.training.scenes import is_held_out, render, repaint, sample_scene
 
 
@@ -48,7 +48,7 @@ def test_answers_describe_the_scene() -> None:
     rng = np.random.default_rng(1)
     for _ in range(100):
         scene = sample_scene(rng)
-        again = _scene(answers(scene))
+        again = scene_of(answers(scene))
         assert (again.background, again.place, again.relation) == (scene.background, scene.place, scene.relation)
         looks = [[(shape.kind, shape.color, shape.size) for shape in s.shapes] for s in (again, scene)]
         assert looks[0] == looks[1]

@@ -1,4 +1,4 @@
-"""The recipes of the inpainting and hint UNets: what they start from, what they learn, what they leave alone."""
+"""The recipe of the UNet that is decoder, inpainting and hint UNet in one: what it starts from, is shown and learns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.training import assemble, decoder, movq, variants
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Draw, Settings
-from kandinsky22.training.scenes import COLORS, Scene, Shape, draw_hints, is_held_out, render, sample_scene
+from kandinsky22.training.scenes import COLORS, Scene, Shape, draw_hints, is_held_out, renamed, render, sample_scene
 
 TINY: dict[str, Any] = {**decoder.CONFIG, "block_out_channels": (32, 32, 32), "attention_head_dim": 32}
 TINY |= {"cross_attention_dim": 32}
 FEW = Settings(steps=2, warmup=1, log_every=1)
 CHANGES = {"inpaint": variants.INPAINT, "hint": variants.HINT}
-BANKS = {"inpaint": variants.HoleBank, "hint": variants.HintBank}
-TRAIN = {"inpaint": variants.train_inpaint, "hint": variants.train_hint}
+BANKS = (variants.BetweenBank, variants.HoleBank, variants.HintBank)
 BOTH = pytest.mark.parametrize("name", list(CHANGES))
 
 
@@ -51,7 +50,9 @@ def plain() -> UNet2DConditionModel:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "BANK_START", 64)
-    monkeypatch.setattr(variants, "BATCH", 4)
+    monkeypatch.setattr(decoder, "BANK_START", 64)
+    for bank in (variants.SureBank, *BANKS):
+        monkeypatch.setattr(bank, "batch", 4)
 
 
 def seen(name: str) -> dict[str, Any]:
@@ -61,59 +62,134 @@ def seen(name: str) -> dict[str, Any]:
     return {"channels": torch.randn(2, 5, 16, 16)}
 
 
-@BOTH
-def test_a_variant_begins_as_the_decoder_s_equal(name: str, plain: UNet2DConditionModel) -> None:
-    unet = variants.grown(plain, CHANGES[name])
+def test_the_shared_network_and_its_parts_begin_as_the_decoder_s_equals(plain: UNet2DConditionModel) -> None:
+    shared = variants.SharedUNet(plain).requires_grad_(False)
     latents, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING)
-    with torch.no_grad():
-        expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
-        torch.testing.assert_close(unet.denoise(latents, 500, unet.encode_condition(embeds, **seen(name))), expected)
+    expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
+    for extra in ({}, seen("hint"), seen("inpaint"), {**seen("hint"), **seen("inpaint")}):
+        torch.testing.assert_close(shared.denoise(latents, 500, shared.encode_condition(embeds, **extra)), expected)
+    part = shared.part({})
+    torch.testing.assert_close(part.denoise(latents, 500, part.encode_condition(embeds)), expected)
+
+
+def awake(plain: UNet2DConditionModel) -> variants.SharedUNet:
+    """A shared network whose new inputs count."""
+    shared = variants.SharedUNet(plain).requires_grad_(False)
+    torch.nn.init.normal_(shared.unet.conv_in.weight, std=0.2)
+    return shared
 
 
 @BOTH
-def test_gradients_reach_all_that_is_trained_and_nothing_else(
-    name: str, plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
+def test_a_part_answers_as_the_shared_network_without_what_it_does_not_see(
+    name: str, plain: UNet2DConditionModel
 ) -> None:
-    unet = variants.grown(plain, CHANGES[name])
-    bank = BANKS[name](tmp_path, autoencoder, towers, seed=0, size=64)
-    objective = decoder.denoising(unet, bank, decoder.zero_embedding(towers))
-    optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=0.1)
+    shared = awake(plain)
+    latents, embeds, extra = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING), seen(name)
+    part = shared.part(CHANGES[name])
+    answer = part.denoise(latents, 500, part.encode_condition(embeds, **extra))
+    torch.testing.assert_close(answer, shared.denoise(latents, 500, shared.encode_condition(embeds, **extra)))
+    alone = shared.part({})
+    assert not torch.allclose(answer, alone.denoise(latents, 500, alone.encode_condition(embeds)))
+    for key, value in part.state_dict().items():
+        if not key.startswith(variants.OWN):
+            assert torch.equal(value, alone.state_dict()[key]), key
+
+
+def banks_in(folder: Path, autoencoder: VQModel, towers: Towers) -> list[decoder.Bank]:
+    kinds = (variants.SureBank, *BANKS)
+    return [kind(folder / kind.name, autoencoder, towers, seed=0, size=64) for kind in kinds]
+
+
+def test_gradients_reach_every_weight(
+    plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
+) -> None:
+    shared = variants.SharedUNet(plain.requires_grad_(True))
+    objective = decoder.denoising(shared, banks_in(tmp_path, autoencoder, towers), decoder.zero_embedding(towers))
+    optimizer = torch.optim.SGD(shared.parameters(), lr=0.1)
     for step in range(2):  # new channels count for nothing at first, so what is behind them waits for a step
         optimizer.zero_grad()
-        objective(Draw.of(0, step))["loss"].backward()
+        losses = objective(Draw.of(0, step))
+        losses["loss"].backward()
         optimizer.step()
-    for parameter_name, parameter in unet.named_parameters():
-        learns = parameter_name.startswith(variants.TRAINED)
-        assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == learns, parameter_name
+    for name, parameter in shared.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.abs().max() > 0), name
+    assert {"sure", "between", "holes", "hints"} < losses.keys()
 
 
-@BOTH
 def test_training_lowers_the_loss_and_can_be_resumed(
-    name: str, plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
+    plain: UNet2DConditionModel,
+    autoencoder: VQModel,
+    towers: Towers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bank = BANKS[name](tmp_path / "bank", autoencoder, towers, seed=0, size=64)
+    monkeypatch.setattr(decoder, "CONFIG", TINY)
+    monkeypatch.setattr(variants, "CONFIG", TINY)
+    monkeypatch.setattr(decoder, "BANK_SIZE", 64)
+    decoder.train_decoder(tmp_path / "decoder", autoencoder, towers, FEW, bank_size=64)
+    banks = banks_in(tmp_path / "judging", autoencoder, towers)
 
-    def loss(unet: UNet2DConditionModel) -> float:
-        objective = decoder.denoising(unet, bank, decoder.zero_embedding(towers))
+    def loss(shared: variants.SharedUNet) -> float:
+        objective = decoder.denoising(shared, banks, decoder.zero_embedding(towers))
         with torch.no_grad():
             return sum(float(objective(Draw.of(9, step))["loss"]) for step in range(4))
 
-    before = loss(variants.grown(plain, CHANGES[name]))
+    before = loss(variants.SharedUNet(decoder.load_decoder(tmp_path / "decoder")))
     settings = Settings(steps=8, warmup=2, learning_rate=3e-3, average=0.5)
     halves = dataclasses.replace(settings, steps=4, decay=4), dataclasses.replace(settings, decay=4)
     for part in halves:
-        trained = TRAIN[name](tmp_path / "stage", plain, autoencoder, towers, part, bank_size=64)
+        folders = tmp_path / "shared", tmp_path / "decoder"
+        trained = variants.train_shared(*folders, autoencoder, towers, part, bank_size=64)
     assert loss(trained) < before
-    loaded = variants.load_variant(tmp_path / "stage", plain, CHANGES[name])
-    for key, value in trained.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[key]), key
-        if not key.startswith(variants.TRAINED):
-            assert torch.equal(value, plain.state_dict()[key]), key
+    loaded = variants.load_shared(tmp_path / "shared").state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
+
+
+def test_pictures_and_embeddings_contradict_each_other_only_where_there_is_little_noise(
+    autoencoder: VQModel, towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants.SureBank, "batch", 32)
+    bank = variants.SureBank(tmp_path, autoencoder, towers, seed=0, size=64)
+    own = {
+        tuple(latents.flatten().tolist()): embeds
+        for latents, embeds in zip(*bank.take(bank.choose(Draw.of(0, 0), 512)), strict=True)
+    }
+    wrong = torch.zeros(32)
+    for step in range(40):
+        shown = bank.examples(Draw.of(1, step))
+        for row, (latents, embeds) in enumerate(zip(shown.latents, shown.embeds, strict=True)):
+            wrong[row] += not torch.equal(own[tuple(latents.flatten().tolist())], embeds)
+    table = decoder.timestep_table(decoder.DDPMScheduler(**decoder.SCHEDULER).alphas_cumprod)
+    clear = int(32 * table[variants.CLEAR])
+    assert 0 < clear < 32 and not wrong[clear:].any()
+    assert abs(float(wrong[:clear].mean()) / 40 - variants.CONTRADICTED) < 0.1
+    assert int(decoder.stratified(table, 32, Draw.of(1, 0))[:clear].max()) <= variants.CLEAR
+
+
+def test_mixtures_lie_between_their_ends_and_are_no_combination_that_training_leaves_out() -> None:
+    rng = np.random.default_rng(6)
+    differ = set()
+    for _ in range(300):
+        mixture = variants.between(rng)
+        first, second = (scene.shapes[0] for scene in mixture.ends)
+        middle = mixture.middle.shapes[0]
+        assert first.kind == second.kind == middle.kind
+        assert not any(is_held_out(scene) for scene in mixture.ends)
+        assert not is_held_out(renamed(mixture.middle, mixture.palette))
+        for name in ("x", "y", "radius"):
+            start, end = getattr(first, name), getattr(second, name)
+            assert getattr(middle, name) == pytest.approx(start + mixture.part * (end - start))
+            differ |= {name} if start != end else set()
+        grounds = [np.array(COLORS[scene.background]) for scene in mixture.ends]
+        expected = grounds[0] + mixture.part * (grounds[1] - grounds[0])
+        np.testing.assert_allclose(mixture.palette[mixture.middle.background], expected)
+        differ |= {name for name in ("color", "size") if getattr(first, name) != getattr(second, name)}
+    assert differ == {"x", "y", "radius", "color", "size"}
 
 
 def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) -> None:
     torch.manual_seed(1)
-    block = variants.grown(plain, variants.HINT).add_embedding.input_hint_block
+    block = variants.SharedUNet(plain).hint
     scenes = [Scene("red", (Shape("circle", "blue", "large", x, 0.5, 0.18),)) for x in (0.3, 0.7)]
     with torch.no_grad():
         left, right = block(draw_hints(scenes))
@@ -124,7 +200,8 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
     autoencoder: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    plain = UNet2DConditionModel(**decoder.CONFIG).eval()
+    shared = awake(UNet2DConditionModel(**decoder.CONFIG))
+    plain = shared.part({})
     monkeypatch.setattr(hub, "_embedded", lambda: tmp_path)
     picture = render([sample_scene(np.random.default_rng(0))])[0]
     assemble._save_decoder(KandinskyV22Pipeline, plain, autoencoder, tmp_path / "decoder")
@@ -134,7 +211,7 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
     }
     kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
     for name, kind in kinds.items():
-        unet = variants.grown(plain, variants.INPAINT if name == "inpaint" else variants.HINT)
+        unet = shared.part(variants.INPAINT if name == "inpaint" else variants.HINT)
         assemble._save_decoder(kind, unet, autoencoder, tmp_path / name)
         assemble.leave_to(tmp_path / "decoder", tmp_path / name)
         assert sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) == ["unet"]

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.training.assemble import assemble
 from kandinsky22.training.clip import Towers, train_clip
-from kandinsky22.training.decoder import load_decoder, train_decoder
+from kandinsky22.training.decoder import train_decoder
 from kandinsky22.training.loop import finished
 from kandinsky22.training.movq import load_autoencoder, train_autoencoder, train_movq
 from kandinsky22.training.prior import train_prior
-from kandinsky22.training.variants import train_hint, train_inpaint
+from kandinsky22.training.variants import train_shared
 
 
 def _prior(out: Path) -> None:
@@ -30,19 +29,12 @@ def _decoder(out: Path) -> None:
     train_decoder(out / "decoder", train_autoencoder(out / "movq").requires_grad_(False), train_clip(out / "clip"))
 
 
-def _plain(out: Path) -> UNet2DConditionModel:
+def _shared(out: Path) -> None:
     if not finished(out / "decoder"):
         _decoder(out)
-    return load_decoder(out / "decoder")
-
-
-def _variant(name: str, train: Callable[..., object]) -> Callable[[Path], object]:
-    def run(out: Path) -> object:
-        plain = _plain(out)
-        # read rather than finished anew, which writes files: both variants may start at once
-        return train(out / name, plain, load_autoencoder(out / "movq"), Towers.load(out / "clip" / "model"))
-
-    return run
+    # read rather than finished anew, which writes files: the last stage of MoVQ may run at the same time
+    movq, towers = load_autoencoder(out / "movq"), Towers.load(out / "clip" / "model")
+    train_shared(out / "shared", out / "decoder", movq, towers)
 
 
 # In the order of their needs: a stage finds the results of those above it, or makes them first.
@@ -52,8 +44,7 @@ STAGES: dict[str, Callable[[Path], object]] = {
     "prior": _prior,
     "decoder": _decoder,
     "movq": lambda out: train_movq(out / "movq"),
-    "inpaint": _variant("inpaint", train_inpaint),
-    "hint": _variant("hint", train_hint),
+    "shared": _shared,
     "assemble": assemble,
 }
 

@@ -43,7 +43,7 @@ prior: ../prior
 ---
 Decoder of the embedded model of kandinsky22; the [card](../README.md) beside this folder describes the whole.
 """
-STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "inpaint", "hint")
+STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "shared")
 
 
 def embedded_weights() -> Path:
@@ -54,18 +54,19 @@ def embedded_weights() -> Path:
 def assemble(out: Path, folder: Path | None = None) -> None:
     """Write prior and decoders, in half precision, from the stages under `out`; into the package unless told where.
 
-    The decoder's variants are written if their training is finished. Otherwise their folders are removed: they would
-    share weights of a decoder that is gone.
+    Without the stage that all of them share, which must be finished or not be there, there is a decoder but none of its
+    variants: their folders are removed, since they would share weights of a decoder that is gone.
     """
     folder = embedded_weights() if folder is None else folder
     out = Path(out)
     towers = Towers.load(out / "clip" / "model")
     _save_prior(out, towers, folder / "prior")
-    plain, movq = decoder.load_decoder(out / "decoder"), load_movq(out / "movq").half()
-    inpaint, hint = (
-        variants.load_variant(out / name, plain, changes) if finished(out / name) else None
-        for name, changes in (("inpaint", variants.INPAINT), ("hint", variants.HINT))
-    )
+    movq = load_movq(out / "movq").half()
+    if finished(out / "shared"):
+        shared = variants.load_shared(out / "shared")
+        plain, inpaint, hint = (shared.part(changes) for changes in ({}, variants.INPAINT, variants.HINT))
+    else:
+        plain, inpaint, hint = decoder.load_decoder(out / "decoder"), None, None
     _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
     _save_decoder(KandinskyV22InpaintPipeline, inpaint, movq, folder / "inpaint")
     _save_decoder(KandinskyV22ControlnetPipeline, hint, movq, folder / "control")
@@ -85,7 +86,7 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     own: dict[str, Tensor] = {}
     common: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
-        (own if name.startswith(variants.TRAINED) else common)[name] = tensor
+        (own if name.startswith(variants.OWN) else common)[name] = tensor
     size = sum(tensor.nbytes for tensor in common.values())
     write_tensors(folder / "unet", common | own, variant=None, max_shard_size=size, safe=True)
     (folder / "README.md").write_text(CARD, encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ def train_decoder(
     unet = UNet2DConditionModel(**CONFIG)
     nn.init.zeros_(unet.conv_out.weight)
     bank = Bank(Path(folder) / "bank", movq, towers, seed=settings.seed, size=bank_size)
-    train(unet, denoising(unet, bank, zero_embedding(towers)), settings, folder)
+    train(unet, denoising(unet, [bank], zero_embedding(towers)), settings, folder)
     return unet
 
 
@@ -96,6 +96,8 @@ class Bank:
     so is the size of the bank at a step.
     """
 
+    name = "plain"
+    batch = BATCH  # rows of a step
     chunk = 64
     embeds_shape: tuple[int, ...] = (EMBEDDING,)  # of what is kept of each picture; the first is its own
     levels = 1  # timesteps at which each example is denoised, for what costs more to encode than to denoise
@@ -108,12 +110,13 @@ class Bank:
         self.count_file = folder / "count"
         self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
 
-    def _size(self, step: int) -> int:
+    def limit(self, step: int) -> int:
+        """How many pictures the bank holds at a step."""
         return min(BANK_START + BANK_GROWTH * step, self.size) // self.chunk * self.chunk
 
     def choose(self, draw: Draw, count: int) -> npt.NDArray[np.int64]:
         """Numbers of pictures for the step of `draw`; the bank holds them from then on."""
-        size = self._size(draw.step)
+        size = self.limit(draw.step)
         if self.count < size:
             for first in range(self.count, size, self.chunk):
                 self._fill(first)
@@ -129,30 +132,49 @@ class Bank:
 
     def examples(self, draw: Draw) -> Examples:
         """What the UNet is shown at the step of `draw`."""
-        return Examples(*self.take(self.choose(draw, BATCH)))
+        return Examples(*self.take(self.choose(draw, self.batch)))
 
     def scenes(self, number: int) -> tuple[list[Scene], np.random.Generator]:
         """The scenes of the chunk that holds picture `number`, and what goes on to draw all else about them."""
         rng = np.random.default_rng([self.seed, 2**31, number // self.chunk * self.chunk])
-        return [self._scene(rng) for _ in range(self.chunk)], rng
+        return [self.scene(rng) for _ in range(self.chunk)], rng
 
-    def _scene(self, rng: np.random.Generator) -> Scene:
+    def scene(self, rng: np.random.Generator) -> Scene:
+        """The scene of one picture."""
         return sample_scene(rng, shapes=1 if rng.random() < 0.4 else 2)
 
-    def _embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
+    def embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
         """What to keep (len(scenes), *embeds_shape) as the embeddings of pictures."""
         return self.towers.embed_images(render(scenes, IMAGE_SIZE, palettes))
 
-    @torch.no_grad()
-    def _fill(self, first: int) -> None:
+    def chunk_at(self, first: int) -> tuple[Sequence[Scene], Sequence[Palette], Tensor]:
+        """Scenes and palettes of the pictures from number `first` on, and what to keep as their embeddings."""
         scenes, rng = self.scenes(first)
         palettes = mixed_palettes(scenes, rng, REPAINTED)
+        return scenes, palettes, self.embed(scenes, palettes, rng)
+
+    @torch.no_grad()
+    def _fill(self, first: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
+            scenes, palettes, embeds = self.chunk_at(first)
             images = (render(scenes, SIZE, palettes) * 2 - 1).split(16)
             latents = torch.cat([self.movq.quant_conv(self.movq.encoder(part)) for part in images])
-            embeds = self._embed(scenes, palettes, rng)
         self.latents[first : first + self.chunk] = latents.half().numpy()
         self.embeds[first : first + self.chunk] = embeds.half().numpy()
+
+
+class Denoiser(Protocol):
+    """What can be trained to denoise: a UNet, or several in one."""
+
+    def encode_condition(
+        self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
+    ) -> UNetCondition:
+        """All that does not depend on the noisy latents."""
+        ...
+
+    def denoise(self, sample: Tensor, timestep: Tensor, condition: UNetCondition) -> Tensor:
+        """Velocity and learned variance."""
+        ...
 
 
 def _array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
@@ -176,23 +198,36 @@ def timestep_table(alphas_cumprod: Tensor) -> Tensor:
     return (density / density.sum()).cumsum(0)
 
 
-def denoising(unet: UNet2DConditionModel, bank: Bank, empty: Tensor) -> Any:
-    """Objective: velocity, more weight on large areas at high noise, and the learned variance."""
+def denoising(network: Denoiser, banks: Sequence[Bank], empty: Tensor) -> Any:
+    """Objective: velocity, more weight on large areas at high noise, and the learned variance.
+
+    Each step shows examples of all `banks`; where there are several, the velocity's error of each is logged.
+    """
     scheduler = DDPMScheduler(**SCHEDULER)
     table = timestep_table(scheduler.alphas_cumprod)
-    spread = bank.take(bank.choose(Draw.of(0, 0), 512))[1].view(512, -1, EMBEDDING)[:, 0].std(0)
+    spread = banks[0].take(banks[0].choose(Draw.of(0, 0), 512))[1].view(512, -1, EMBEDDING)[:, 0].std(0)
 
     def objective(draw: Draw) -> dict[str, Tensor]:
-        shown = bank.examples(draw)
-        embeds = blurred(shown.embeds, spread, empty, draw)
-        latents = shown.latents.repeat(bank.levels, 1, 1, 1)
-        timesteps = stratified(table, len(latents), draw)
-        noise = torch.randn(latents.shape, generator=draw.torch)
+        rows, conditions = [], []
+        for bank in banks:
+            shown = bank.examples(draw)
+            embeds = blurred(shown.embeds, spread, empty, draw)
+            latents = shown.latents.repeat(bank.levels, 1, 1, 1)
+            timesteps = stratified(table, len(latents), draw)
+            weight = torch.as_tensor(shown.weight).expand(len(shown.latents), 1, *latents.shape[2:])
+            noise = torch.randn(latents.shape, generator=draw.torch)
+            rows.append((latents, noise, timesteps, weight.repeat(bank.levels, 1, 1, 1)))
+            conditions += [network.encode_condition(embeds, shown.hint, shown.channels)] * bank.levels
+        latents, noise, timesteps, weight = (torch.cat(parts) for parts in zip(*rows, strict=True))
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower for so few tokens
-            condition = unet.encode_condition(embeds, shown.hint, shown.channels)
-            output = unet.denoise(noisy, timesteps, repeated(condition, bank.levels)).float()
-        return denoising_losses(output, latents, noise, timesteps, scheduler, shown.weight)
+            output = network.denoise(noisy, timesteps, joined(conditions)).float()
+        losses = denoising_losses(output, latents, noise, timesteps, scheduler, weight)
+        if len(banks) > 1:
+            errors = (output.detach()[:, :4] - scheduler.get_velocity(latents, noise, timesteps)).square()
+            each = errors.mean((1, 2, 3)).split([len(row[0]) for row in rows])
+            losses |= {bank.name: error.mean() for bank, error in zip(banks, each, strict=True)}
+        return losses
 
     return objective
 
@@ -204,13 +239,17 @@ def blurred(embeds: Tensor, spread: Tensor, empty: Tensor, draw: Draw) -> Tensor
     return torch.where(torch.rand(len(embeds), 1, generator=draw.torch) < EMPTY, empty, embeds)
 
 
-def repeated(condition: UNetCondition, times: int) -> UNetCondition:
-    """The condition of all rows, then again, `times` times in all."""
-    if times == 1:
-        return condition
-    layers = (KeyValue(*(tensor.repeat(times, 1, 1, 1) for tensor in layer)) for layer in condition.layers)
-    channels = None if condition.channels is None else condition.channels.repeat(times, 1, 1, 1)
-    return UNetCondition(condition.time.repeat(times, 1), tuple(layers), channels)
+def joined(conditions: Sequence[UNetCondition]) -> UNetCondition:
+    """The conditions of some rows, then those of others."""
+    if len(conditions) == 1:
+        return conditions[0]
+    layers = (
+        KeyValue(*(torch.cat(tensors) for tensors in zip(*layer, strict=True)))
+        for layer in zip(*(condition.layers for condition in conditions), strict=True)
+    )
+    beside = [condition.channels for condition in conditions if condition.channels is not None]
+    time = torch.cat([condition.time for condition in conditions])
+    return UNetCondition(time, tuple(layers), torch.cat(beside) if beside else None)
 
 
 def stratified(table: Tensor, count: int, draw: Draw) -> Tensor:

@@ -184,10 +184,10 @@ class Probe(nn.Module):
     def scenes(self, embeddings: Tensor) -> list[Scene]:
         """The scenes that the heads read from embeddings, with nominal positions and sizes."""
         answers = torch.stack([logit.argmax(1) for logit in self.logits(embeddings)], dim=1)
-        return [_scene(row) for row in answers.tolist()]
+        return [scene_of(row) for row in answers.tolist()]
 
 
-def _scene(row: Sequence[int]) -> Scene:
+def scene_of(row: Sequence[int]) -> Scene:
     """The scene whose `answers` these are, with nominal positions and sizes."""
     background, layout = row[:2]
     near, far = 0.5 - SPREAD, 0.5 + SPREAD

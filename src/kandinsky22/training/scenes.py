@@ -221,10 +221,15 @@ def repaint(scene: Scene, rng: np.random.Generator) -> Palette:
         ground = np.array(palette[scene.background])
         if min(np.linalg.norm(ground - palette[name]) for name in names[1:]) < CONTRAST:
             continue
-        known = {name: nearest_color(color) for name, color in palette.items()}
-        shapes = tuple(dataclasses.replace(shape, color=known[shape.color]) for shape in scene.shapes)
-        if not is_held_out(Scene(known[scene.background], shapes)):
+        if not is_held_out(renamed(scene, palette)):
             return palette
+
+
+def renamed(scene: Scene, palette: Palette) -> Scene:
+    """The scene with the names nearest to the colours that it has under a palette."""
+    known = {name: nearest_color(color) for name, color in palette.items()}
+    shapes = tuple(dataclasses.replace(shape, color=known[shape.color]) for shape in scene.shapes)
+    return Scene(known[scene.background], shapes)
 
 
 def mixed_palettes(scenes: Sequence[Scene], rng: np.random.Generator, share: float) -> list[Palette]:

@@ -1,15 +1,16 @@
-"""The recipes of the two further UNets: one repaints holes in a picture, one follows a hint of where things are.
+"""The last recipe of the UNet: one network learns to repaint holes in a picture, to follow a hint of where things are,
+to keep a picture that is all but there, to draw mixtures, and goes on learning to draw.
 
-Both are the trained decoder with more to see at its input, and begin as its equals: the new channels count for nothing
-at first. Only what reads the input is trained, the first level on the way down. The rest, and all that reads the image
-embedding, stays the decoder's to the bit, so that each adds less than a megabyte to the package.
+It has the inputs of all of them side by side, which stay zero where they are not used. The decoder and its variants are
+this network without the inputs that they do not have: all their other weights are the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
-from kandinsky22.models.unet import UNet2DConditionModel
+from kandinsky22.models.unet import UNet2DConditionModel, UNetCondition
+from kandinsky22.schedulers import DDPMScheduler
+from kandinsky22.training import decoder
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.decoder import (
-    BATCH,
+    CONFIG,
+    SCHEDULER,
     Bank,
     Examples,
     denoising,
+    timestep_table,
     zero_embedding,
 )
 from kandinsky22.training.loop import Draw, Settings, load_average, train
@@ -44,19 +49,23 @@ from kandinsky22.training.scenes import (
     Shape,
     draw_hints,
     is_held_out,
+    renamed,
     render,
     sample_scene,
 )
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
-TRAINED = ("conv_in.", "down_blocks.0.", "add_embedding.input_hint_block.")
+OWN = ("conv_in.", "add_embedding.input_hint_block.")  # what the decoder and its variants do not share
 INPAINT: dict[str, Any] = {"in_channels": 9}
 HINT: dict[str, Any] = {"in_channels": 8, "addition_embed_type": "image_hint"}
-INPAINT_SETTINGS = Settings(steps=2000, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=3)
-HINT_SETTINGS = Settings(steps=1800, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, seed=4)
+# Inputs of the shared network: noisy latents, the hint's features, the kept part of the picture and where it is.
+LATENTS, FEATURES, KEPT = range(0, 4), range(4, 8), range(8, 13)
+SETTINGS = Settings(steps=7000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, seed=5)
 BANK_START, BANK_GROWTH, BANK_SIZE = 2048, 3, 10240  # as the decoder's
 
+CLEAR = 400  # timesteps below it leave no doubt about the picture
+CONTRADICTED = 0.35  # how often the embedding is then another picture's
 KEPT_WEIGHT = 0.3  # of errors where the picture is kept: the pipeline paints over them
 SUBJECT = 0.5  # how often the embedding tells of nothing but the shape in the hole, if there is one
 LOOSE = 0.5  # share of hints whose shapes lie where no caption could say
@@ -64,20 +73,47 @@ UNSETTLED = 0.5  # how often the embedding tells of another place and size than 
 OUTLINES = 0.4  # share of hints that are edges
 REACH = 1.28  # no shape reaches farther from its centre, in units of its radius
 FREE_RADII = (0.09, 0.2)
+FAINTEST = 0.25  # least distance of a mixture's two colours
 
 
-def grown(plain: UNet2DConditionModel, changes: dict[str, Any]) -> UNet2DConditionModel:
-    """A UNet like `plain` with these changes of its config, which answers as `plain` does, ready for training."""
-    unet = UNet2DConditionModel(**{**plain.config, **changes})
-    state = dict(plain.state_dict())
-    new = unet.config.in_channels - plain.config.in_channels
-    state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, new))
-    unet.load_state_dict(state, strict=False)
-    if unet.config.addition_embed_type == "image_hint":
-        _awaken(unet.add_embedding.input_hint_block)
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(name.startswith(TRAINED))
-    return unet
+class SharedUNet(nn.Module):
+    """The decoder's UNet with the inputs of both variants, which begins as the equal of `plain`."""
+
+    def __init__(self, plain: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(**{**plain.config, "in_channels": KEPT.stop})
+        state = dict(plain.state_dict())
+        state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, KEPT.stop - LATENTS.stop))
+        self.unet.load_state_dict(state)
+        self.hint = UNet2DConditionModel(**{**plain.config, **HINT}).add_embedding.input_hint_block
+        _awaken(self.hint)
+
+    def encode_condition(
+        self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
+    ) -> UNetCondition:
+        """As the UNet's own; a hint (batch, 3, H, W) or channels (batch, 5, h, w) that are not there count as zeros."""
+        side = self.unet.config.sample_size
+        assert side is not None
+        empty = image_embeds.new_zeros(len(image_embeds), len(KEPT), side, side)
+        features = empty[:, : len(FEATURES)] if hint is None else self.hint(hint)
+        beside = torch.cat([features, empty if channels is None else channels], dim=1)
+        return self.unet.encode_condition(image_embeds, channels=beside)
+
+    def denoise(self, sample: Tensor, timestep: Tensor, condition: UNetCondition) -> Tensor:
+        """Velocity and learned variance (batch, 8, h, w)."""
+        return self.unet.denoise(sample, timestep, condition)
+
+    def part(self, changes: Mapping[str, Any]) -> UNet2DConditionModel:
+        """The decoder ({}), or with INPAINT or HINT one of its variants."""
+        inputs = {LATENTS.stop: [*LATENTS], 8: [*LATENTS, *FEATURES], 9: [*LATENTS, *KEPT]}
+        unet = UNet2DConditionModel(**{**self.unet.config, "in_channels": LATENTS.stop, **changes})
+        state = dict(self.unet.state_dict())
+        state["conv_in.weight"] = state["conv_in.weight"][:, inputs[unet.config.in_channels]]
+        if unet.config.addition_embed_type == "image_hint":
+            name = "add_embedding.input_hint_block"
+            state |= {f"{name}.{key}": tensor for key, tensor in self.hint.state_dict().items()}
+        unet.load_state_dict(state)
+        return unet.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -95,66 +131,119 @@ def _awaken(block: nn.Module) -> None:
     convolutions[-1].weight /= features.std((0, 2, 3))[:, None, None, None]
 
 
-def load_variant(folder: str | Path, plain: UNet2DConditionModel, changes: dict[str, Any]) -> UNet2DConditionModel:
-    """The network as far as `folder` has it."""
-    unet = grown(plain, changes)
-    load_average(unet, folder)
-    return unet.eval().requires_grad_(False)
-
-
-def train_inpaint(
+def train_shared(
     folder: str | Path,
-    plain: UNet2DConditionModel,
+    decoder_folder: str | Path,
     movq: VQModel,
     towers: Towers,
-    settings: Settings = INPAINT_SETTINGS,
+    settings: Settings = SETTINGS,
     *,
     bank_size: int = BANK_SIZE,
-) -> UNet2DConditionModel:
-    """Train the inpainting UNet from the trained decoder, or go on where `folder` stands."""
-    return _train(grown(plain, INPAINT), HoleBank, folder, movq, towers, settings, bank_size)
-
-
-def train_hint(
-    folder: str | Path,
-    plain: UNet2DConditionModel,
-    movq: VQModel,
-    towers: Towers,
-    settings: Settings = HINT_SETTINGS,
-    *,
-    bank_size: int = BANK_SIZE,
-) -> UNet2DConditionModel:
-    """Train the hint UNet from the trained decoder, or go on where `folder` stands."""
+) -> SharedUNet:
+    """Train the shared network from the decoder in `decoder_folder`, whose pictures it is shown again, or go on where
+    `folder` stands."""
     torch.manual_seed(settings.seed)
-    return _train(grown(plain, HINT), HintBank, folder, movq, towers, settings, bank_size)
+    shared = SharedUNet(decoder.load_decoder(decoder_folder))
+    sure = SureBank(Path(decoder_folder) / "bank", movq, towers, seed=decoder.SETTINGS.seed, size=decoder.BANK_SIZE)
+    kinds = (BetweenBank, HoleBank, HintBank)
+    banks = [kind(Path(folder) / kind.name, movq, towers, seed=kind.seeded, size=bank_size) for kind in kinds]
+    train(shared, denoising(shared, [sure, *banks], zero_embedding(towers)), settings, folder)
+    return shared
 
 
-def _train(
-    unet: UNet2DConditionModel,
-    kind: type[Bank],
-    folder: str | Path,
-    movq: VQModel,
-    towers: Towers,
-    settings: Settings,
-    bank_size: int,
-) -> UNet2DConditionModel:
-    bank = kind(Path(folder) / "bank", movq, towers, seed=settings.seed, size=bank_size)
-    train(unet, denoising(unet, bank, zero_embedding(towers)), settings, folder)
-    return unet
+def load_shared(folder: str | Path) -> SharedUNet:
+    """The network as far as `folder` has it."""
+    shared = SharedUNet(UNet2DConditionModel(**CONFIG))
+    load_average(shared, folder)
+    return shared.eval().requires_grad_(False)
 
 
-# Image to image
+class SureBank(Bank):
+    """Pictures, whose embeddings now and then contradict what little noise leaves no doubt about.
+
+    Image to image needs that: a network that has only seen the two agree redraws any picture as its embedding says.
+    """
+
+    name, batch = "sure", 14
+
+    def limit(self, step: int) -> int:
+        return self.size  # they are there
+
+    def examples(self, draw: Draw) -> Examples:
+        shown = super().examples(draw)
+        clear = int(self.batch * timestep_table(DDPMScheduler(**SCHEDULER).alphas_cumprod)[CLEAR])
+        wrong = torch.rand(self.batch, 1, generator=draw.torch) < CONTRADICTED
+        wrong[clear:] = False  # timesteps are drawn in order
+        return Examples(shown.latents, torch.where(wrong, shown.embeds.roll(1, 0), shown.embeds))
 
 
-class SceneBank(Bank):
+class SmallBank(Bank):
+    """A bank for what the network begins to learn late."""
+
+    seeded: int
+
+    def limit(self, step: int) -> int:
+        return min(BANK_START + BANK_GROWTH * step, self.size) // self.chunk * self.chunk
+
+
+# Mixtures
+
+
+class BetweenBank(SmallBank):
+    """Pictures of one shape half-way, or another part of the way, between two others, as their embeddings are."""
+
+    name, seeded, batch = "between", 7, 4
+
+    def chunk_at(self, first: int) -> tuple[Sequence[Scene], Sequence[Palette], Tensor]:
+        rng = np.random.default_rng([self.seed, 2**31, first])
+        mixed = [between(rng) for _ in range(self.chunk)]
+        starts, ends = (
+            self.embed(scenes, [COLORS] * self.chunk, rng) for scenes in zip(*(m.ends for m in mixed), strict=False)
+        )
+        parts = torch.tensor([[m.part] for m in mixed], dtype=starts.dtype)
+        return [m.middle for m in mixed], [m.palette for m in mixed], torch.lerp(starts, ends, parts)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A scene whose palette, place and size lie between those of two others, nearer to the second as `part` says."""
+
+    ends: tuple[Scene, Scene]
+    part: float
+    middle: Scene
+    palette: Palette
+
+
+def between(rng: np.random.Generator) -> Mixture:
+    """A mixture of two scenes of one shape that differ in one to four of place, size, colour and background."""
+    while True:
+        first, other = (sample_scene(rng, shapes=1) for _ in range(2))
+        own, new = first.shapes[0], other.shapes[0]
+        place, size, color, ground = rng.random(4) < 0.4
+        changes: dict[str, Any] = {"x": new.x, "y": new.y} if place else {}
+        changes |= {"size": new.size, "radius": new.radius} if size else {}
+        changes |= {"color": new.color} if color else {}
+        shape = dataclasses.replace(own, **changes)
+        second = Scene(other.background if ground else first.background, (shape,))
+        if second == first or shape.color == second.background or is_held_out(second):
+            continue
+        part = float(rng.random())
+        x, y, radius = ((1 - part) * getattr(own, n) + part * getattr(shape, n) for n in ("x", "y", "radius"))
+        middle = Scene(first.background, (dataclasses.replace(own, x=x, y=y, radius=radius),))
+        palette = {
+            name: tuple(np.add((1 - part) * np.array(COLORS[name]), part * np.array(COLORS[to])).tolist())
+            for name, to in ((first.background, second.background), (own.color, shape.color))
+        }
+        if math.dist(*palette.values()) > FAINTEST and not is_held_out(renamed(middle, palette)):
+            return Mixture((first, second), part, middle, palette)
+
+
+class SceneBank(SmallBank):
     """A bank that knows the scenes of its pictures."""
 
     def __init__(self, folder: Path, movq: VQModel, towers: Towers, *, seed: int, size: int) -> None:
         super().__init__(folder, movq, towers, seed=seed, size=size)
         self._chunks: dict[int, list[Scene]] = {}
-
-    def _size(self, step: int) -> int:
-        return min(BANK_START + BANK_GROWTH * step, self.size) // self.chunk * self.chunk
 
     def _known(self, numbers: npt.NDArray[np.int64]) -> list[Scene]:
         """The scenes of these pictures."""
@@ -169,9 +258,10 @@ class SceneBank(Bank):
 class HoleBank(SceneBank):
     """Pictures with holes. Of each there are three embeddings: its own, and those of each of its shapes alone."""
 
+    name, seeded, batch = "holes", 3, 12
     embeds_shape = (3, EMBEDDING)
 
-    def _embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
+    def embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
         told = [list(scenes)] + [
             [alone(scene, slot, rng, named=palette is COLORS) for scene, palette in zip(scenes, palettes, strict=True)]
             for slot in range(2)
@@ -181,7 +271,7 @@ class HoleBank(SceneBank):
         return torch.stack([self.towers.embed_images(render(some, IMAGE_SIZE, full)) for some in told], dim=1)
 
     def examples(self, draw: Draw) -> Examples:
-        chosen = self.choose(draw, BATCH)
+        chosen = self.choose(draw, self.batch)
         latents, embeds = self.take(chosen)
         keeps, told = zip(*(sample_hole(scene, draw.numpy) for scene in self._known(chosen)), strict=True)
         kept = torch.cat(keeps)
@@ -256,17 +346,18 @@ def _cells(shape: Shape) -> tuple[slice, slice]:
 class HintBank(SceneBank):
     """Pictures with hints. Shapes may lie anywhere in them; what is told of their places and sizes need not be true."""
 
+    name, seeded, batch = "hints", 4, 12
     levels = 2
 
-    def _scene(self, rng: np.random.Generator) -> Scene:
-        scene = super()._scene(rng)
+    def scene(self, rng: np.random.Generator) -> Scene:
+        scene = super().scene(rng)
         return loosened(scene, rng) if rng.random() < LOOSE else scene
 
-    def _embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
-        return super()._embed([settled(scene, rng) for scene in scenes], palettes, rng)
+    def embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
+        return super().embed([settled(scene, rng) for scene in scenes], palettes, rng)
 
     def examples(self, draw: Draw) -> Examples:
-        chosen = self.choose(draw, BATCH // self.levels)
+        chosen = self.choose(draw, self.batch // self.levels)
         lines = draw.numpy.random(len(chosen)) < OUTLINES
         hints = draw_hints(self._known(chosen), SIZE, outlines=lines.tolist())
         bright = torch.from_numpy(draw.numpy.uniform(0.6, 1.0, len(chosen))).float()
