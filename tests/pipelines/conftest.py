@@ -16,6 +16,7 @@ import kandinsky22
 from kandinsky22 import (
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
     PriorTransformer,
     UNet2DConditionModel,
@@ -83,6 +84,18 @@ def load(kind: Any, folder: Path) -> Any:
 @pytest.fixture
 def prior(checkpoints: Path) -> KandinskyV22PriorPipeline:
     return load(KandinskyV22PriorPipeline, checkpoints / "prior")
+
+
+@pytest.fixture
+def emb2emb(checkpoints: Path) -> KandinskyV22PriorEmb2EmbPipeline:
+    return load(KandinskyV22PriorEmb2EmbPipeline, checkpoints / "prior")
+
+
+@pytest.fixture
+def their_emb2emb(oracles: dict[str, Any]) -> Any:
+    pipe = diffusers.KandinskyV22PriorEmb2EmbPipeline(**oracles["prior"].components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture

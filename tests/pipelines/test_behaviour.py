@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.pipelines.tiny import DIM, difference, seeded
+from tests.pipelines.tiny import DIM, difference, embeds, pair, seeded
 
 import kandinsky22
 from kandinsky22 import (
@@ -23,14 +23,6 @@ from kandinsky22 import (
 from kandinsky22.pipelines.sampling import guide
 
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
-
-
-def embeds(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, DIM, generator=seeded(seed))
-
-
-def pair(rows: int = 1, seed: int = 20) -> dict[str, torch.Tensor]:
-    return {"image_embeds": embeds(rows, seed), "negative_image_embeds": embeds(rows, seed + 1)}
 
 
 # Callbacks that go wrong

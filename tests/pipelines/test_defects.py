@@ -15,16 +15,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tests.pipelines.conftest import load
 from tests.pipelines.test_modes_parity import box, hint, photo, standard, tensor
-from tests.pipelines.tiny import DIM, difference, seeded
+from tests.pipelines.tiny import difference, embeds, pair, seeded
 
 from kandinsky22 import (
     InputError,
     KandinskyV22CombinedPipeline,
     KandinskyV22Img2ImgCombinedPipeline,
     KandinskyV22Pipeline,
-    KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
 )
 
@@ -38,26 +36,6 @@ def _without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-@pytest.fixture
-def emb2emb(checkpoints: Path) -> Any:
-    return load(KandinskyV22PriorEmb2EmbPipeline, checkpoints / "prior")
-
-
-@pytest.fixture
-def their_emb2emb(oracles: dict[str, Any]) -> Any:
-    pipe = diffusers.KandinskyV22PriorEmb2EmbPipeline(**oracles["prior"].components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def embeds(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, DIM, generator=seeded(seed))
-
-
-def pair(rows: int = 1, seed: int = 20) -> dict[str, torch.Tensor]:
-    return {"image_embeds": embeds(rows, seed), "negative_image_embeds": embeds(rows, seed + 1)}
 
 
 def mode_call(mode: str, **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-import transformers
-from tests.pipelines.conftest import load
-from tests.pipelines.tiny import DIM, PIXELS, difference, seeded
+from tests.pipelines.tiny import DIM, PIXELS, difference, embeds, seeded
 
 from kandinsky22 import InputError, KandinskyV22PriorEmb2EmbPipeline, KandinskyV22PriorPipeline, PriorTransformer
 
@@ -23,25 +22,9 @@ EMBEDDINGS = 1e-5  # relative
 STEPS = 6
 
 
-@pytest.fixture
-def emb2emb(checkpoints: Path) -> KandinskyV22PriorEmb2EmbPipeline:
-    return load(KandinskyV22PriorEmb2EmbPipeline, checkpoints / "prior")
-
-
-@pytest.fixture
-def oracle(oracles: dict[str, Any]) -> Any:
-    pipe = diffusers.KandinskyV22PriorEmb2EmbPipeline(**oracles["prior"].components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def picture(seed: int = 1, size: tuple[int, int] = (40, 56)) -> PIL.Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
-
-
-def embeds(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, DIM, generator=seeded(seed))
 
 
 def prepared(rows: int, seed: int) -> torch.Tensor:
@@ -106,9 +89,9 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_calls(call: Callable[[], dict[str, Any]], emb2emb: Any, oracle: Any) -> None:
+def test_calls(call: Callable[[], dict[str, Any]], emb2emb: Any, their_emb2emb: Any) -> None:
     results = []
-    for pipe in (emb2emb, oracle):
+    for pipe in (emb2emb, their_emb2emb):
         torch.manual_seed(5)
         results.append(pipe(**{"prompt": "a red cat", "strength": 0.5, "num_inference_steps": STEPS, **call()}))
     ours, theirs = results
@@ -129,9 +112,9 @@ PICTURES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("call", PICTURES.values(), ids=PICTURES)
-def test_interpolate_pictures(call: Callable[[], dict[str, Any]], emb2emb: Any, oracle: Any) -> None:
+def test_interpolate_pictures(call: Callable[[], dict[str, Any]], emb2emb: Any, their_emb2emb: Any) -> None:
     """Without texts the reference's mixture is right, but not the noise it returns as the negative embedding."""
-    ours, theirs = (pipe.interpolate(**call(), num_inference_steps=2) for pipe in (emb2emb, oracle))
+    ours, theirs = (pipe.interpolate(**call(), num_inference_steps=2) for pipe in (emb2emb, their_emb2emb))
     assert difference(ours.image_embeds, theirs.image_embeds) < EMBEDDINGS
     with torch.no_grad():
         nothing = emb2emb.get_zero_embed(len(ours.image_embeds))
@@ -254,6 +237,19 @@ def test_strength_of_nothing(emb2emb: Any) -> None:
     assert torch.equal(out.image_embeds, given.repeat_interleave(2, dim=0))
 
 
+def test_negative_prompts_are_heard_where_no_step_is_left(emb2emb: Any, prior: KandinskyV22PriorPipeline) -> None:
+    """Were the picture its own opposite, guidance of the decoder would be off."""
+    given = embeds(2, 1)
+    call: dict[str, Any] = {"prompt": ["a cat", "dog"], "negative_prompt": ["blue", "bad"], "num_inference_steps": 4}
+    for strength in (0.0, 0.2):
+        out = emb2emb(**call, image=given, strength=strength, generator=seeded(1))
+        assert torch.equal(out.image_embeds, given)
+        assert torch.equal(out.negative_image_embeds, prior(**call, generator=seeded(1)).negative_image_embeds)
+    some = emb2emb(**call, image=given, strength=0.25, generator=seeded(1))
+    assert difference(out.negative_image_embeds, given) > 0.1
+    assert difference(some.negative_image_embeds, out.negative_image_embeds) > 1e-3
+
+
 def test_strength_leads_away(emb2emb: Any) -> None:
     """The stronger, the less of the picture is left: two pictures end as one embedding."""
     ends = [
@@ -323,19 +319,30 @@ def test_half_precision(emb2emb: Any) -> None:
     assert difference(rough, exact) < 0.1
 
 
+def test_another_thread_ends_all_of_interpolate(emb2emb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    denoise = PriorTransformer.denoise
+
+    def denoised(*args: Any) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 4:  # the second text's first step
+            other = threading.Thread(target=emb2emb.interrupt)
+            other.start()
+            other.join()
+        return denoise(*args)
+
+    monkeypatch.setattr(PriorTransformer, "denoise", denoised)
+    call: dict[str, Any] = {"weights": [0.2, 0.5, 0.3, 1.0], "num_inference_steps": 3, "negative_prompt": "blue"}
+    out = emb2emb.interpolate(["a cat", "dog", "red", picture()], **call, generator=seeded(0))
+    assert len(steps) == 4
+    assert torch.isfinite(out.image_embeds).all()
+    with torch.no_grad():
+        assert torch.equal(out.negative_image_embeds, emb2emb.get_zero_embed())
+    emb2emb.interpolate(["a cat", "dog", "red", picture()], **call)  # and the next call is not concerned
+    assert len(steps) == 4 + 3 * 3 + 3
+
+
 # Wrong arguments
-
-
-@pytest.fixture
-def no_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def called(*_: Any, **__: Any) -> None:
-        pytest.fail("a network ran before the arguments were checked")
-
-    towers = (transformers.CLIPTextModelWithProjection, transformers.CLIPVisionModelWithProjection)
-    for kind in (PriorTransformer, *towers):
-        for method in ("forward", "encode_condition", "denoise"):
-            if hasattr(kind, method):
-                monkeypatch.setattr(kind, method, called)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +386,17 @@ def no_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_arguments(emb2emb: Any, no_network_runs: None, name: str, given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
         emb2emb(**{"prompt": "a cat", "image": embeds(1, 1), **given})
+
+
+def test_a_scheduler_that_cannot_add_noise(emb2emb: Any, no_network_runs: None) -> None:
+    class Bare:
+        config = None
+        timesteps = torch.arange(25)
+        set_timesteps = step = staticmethod(lambda *_, **__: None)
+
+    emb2emb.scheduler = Bare()
+    with pytest.raises(InputError, match="scheduler: Bare has no add_noise"):
+        emb2emb("a cat", image=picture())
 
 
 @pytest.mark.parametrize("missing", ["prior", "image_encoder", "image_processor", "text_encoder", "tokenizer"])

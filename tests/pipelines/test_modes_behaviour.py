@@ -12,8 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from tests.pipelines.test_modes_parity import box, box_image, hint, photo, standard, tensor, two
-from tests.pipelines.test_parity import embeds
-from tests.pipelines.tiny import MODES, difference, seeded
+from tests.pipelines.tiny import MODES, difference, embeds, seeded
 
 SAME = 1e-4  # absolute, pixels in [0, 1]: how many rows a network gets at once moves rounding
 Ours = Callable[[str], Any]

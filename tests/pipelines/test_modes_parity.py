@@ -15,8 +15,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.pipelines.test_parity import SCHEDULERS, embeds, same_pictures, with_schedulers
-from tests.pipelines.tiny import MODES, difference, seeded
+from tests.pipelines.test_parity import SCHEDULERS, same_pictures, with_schedulers
+from tests.pipelines.tiny import MODES, difference, embeds, seeded
 
 HEIGHT, WIDTH = 24, 40
 Call = Callable[[], dict[str, Any]]

@@ -366,6 +366,29 @@ def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path:
     assert difference(result, plain) < (1e-5 if partly else 1e-30)
 
 
+@pytest.mark.parametrize("how", ["data", "numpy", "one number at an end", "inference mode"])
+def test_changes_that_torch_does_not_count(how: str, decoder: Any, checkpoints: Path) -> None:
+    weight = decoder.unet.conv_in.weight
+    version = weight._version
+    if how == "data":
+        weight.data.mul_(2)
+    elif how == "numpy":
+        weight.detach().numpy()[...] *= 2
+    elif how == "one number at an end":
+        weight.data[-1, -1, -1, -1] += 1
+    else:
+        with torch.inference_mode():
+            decoder = kandinsky22.KandinskyV22Pipeline.from_pretrained(checkpoints / "decoder")
+            decoder.set_progress_bar_config(disable=True)
+            decoder.unet.conv_in.weight.mul_(2)
+    assert weight._version == version
+    expected = {name: tensor.clone() for name, tensor in decoder.unet.state_dict().items()}
+    decoder.enable_low_memory()
+    decoder(**DECODER, **SMALL)
+    decoder.remove_all_hooks()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in decoder.unet.state_dict().items())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kandinsky22.runtime.packed.WORTHWHILE", 1)

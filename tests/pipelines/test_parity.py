@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, PIXELS, difference, seeded
+from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, PIXELS, difference, embeds, seeded
 
 import kandinsky22
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
@@ -71,10 +71,6 @@ def test_prior(call: Callable[[], dict[str, Any]], oracles: dict[str, Any], prio
     assert type(ours.image_embeds) is type(theirs.image_embeds)
     assert difference(ours.image_embeds, theirs.image_embeds) < EMBEDDINGS
     assert difference(ours.negative_image_embeds, theirs.negative_image_embeds) < EMBEDDINGS
-
-
-def embeds(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, DIM, generator=seeded(seed))
 
 
 DECODER_CALLS: dict[str, Callable[[], dict[str, Any]]] = {

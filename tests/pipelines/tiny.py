@@ -132,6 +132,16 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def embeds(rows: int, seed: int) -> torch.Tensor:
+    """Image embeddings."""
+    return torch.randn(rows, DIM, generator=seeded(seed))
+
+
+def pair(rows: int = 1, seed: int = 20) -> dict[str, torch.Tensor]:
+    """Image embeddings and their negatives, as arguments of a decoder."""
+    return {"image_embeds": embeds(rows, seed), "negative_image_embeds": embeds(rows, seed + 1)}
+
+
 def difference(ours: Any, theirs: Any) -> float:
     """Largest difference relative to the largest value."""
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)

@@ -71,8 +71,8 @@ class DecoderPipeline(SamplingPipeline):
         """
         self._need("unet", "scheduler", "movq")
         self._check_unet(*self._unet_needs)
-        if "image" in pictures and not hasattr(self.scheduler, "add_noise"):
-            raise InputError(f"scheduler: {type(self.scheduler).__name__} has no add_noise, which an image needs")
+        if "image" in pictures:
+            self._need_add_noise()
         shape = self._latent_shape(batch, *size)
         read = {name: self._read(name, value, shape, batch // copies) for name, value in pictures.items()}
         if checks.flag("keep_pixels", keep_pixels) and read["image"].shape[1] != 3:
@@ -152,7 +152,8 @@ class DecoderPipeline(SamplingPipeline):
             hint=tensors.get("hint"),
             channels=torch.cat(masked, dim=1) if masked else None,
         )
-        return lambda noisy, timestep: self.unet.denoise(noisy, timestep, condition)
+        cache = self._feature_cache()
+        return lambda noisy, timestep: self.unet.denoise(noisy, timestep, condition, cache)
 
     def _apply(self, run: Run, changes: Mapping[str, Tensor]) -> None:
         # the network sees negatives only as the first half of the guided batch, so a new one has to go there

@@ -157,6 +157,8 @@ class PriorPipeline(SamplingPipeline):
         copies = checks.whole("num_images_per_prompt", copies)
         self._need("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
         given = given or []
+        if given:
+            self._need_add_noise()
         count = sum(len(part) for part in given) or 1
         if len(positive) == 1:
             positive, negative = positive * count, negative and negative * count
@@ -208,8 +210,8 @@ class PriorPipeline(SamplingPipeline):
         (3, size, size) or (1, 3, size, size), or an embedding (embedding_dim,) or (rows, embedding_dim); their ranges
         are those of `image` in `KandinskyV22PriorEmb2EmbPipeline`. The negatives are the embedding of an all-zero
         picture, that of `negative_prior_prompt` if that is given, or that of `negative_prompt` if that is not "": one
-        string, or one for each picture. Results are moved to `device` if that is given. Raises InputError before any
-        network runs.
+        string, or one for each picture. Results are moved to `device` if that is given. After `interrupt()` the items
+        that it has not come to are left out, negative prompts too. Raises InputError before any network runs.
         """
         copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
         items = mixtures.parts(images_and_prompts, weights, rows=copies, **self._reading())
@@ -229,13 +231,15 @@ class PriorPipeline(SamplingPipeline):
         dim = self.prior.config.embedding_dim
         mixed = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
         for item, weight in zip(items, weights, strict=True):
+            if self._interrupted:
+                break
             if isinstance(item, str):
                 embeds, _ = self._embed(plan(item, copies))
             else:
                 embeds = self.encode_picture(item)
             mixed = mixed + embeds * weight
         last = plan(against, copies // len(against))
-        if negative_prompt == "" and negative_prior_prompt is None:
+        if self._interrupted or (negative_prompt == "" and negative_prior_prompt is None):
             self._discard_draws(last.sampling)
             negatives = self.get_zero_embed(copies)
         else:
@@ -297,12 +301,16 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         image of any mode, an array (H, W, C) of uint8 or of floats in [0, 1], prepared pixels (n, 3, size, size), an
         embedding (n, embedding_dim), or a list of those. The last int(num_inference_steps x strength) steps run, from
         its embedding under as much noise as belongs there: at 0 the embedding comes back as it is, at 1 little of it
-        is left. Raises InputError before any network runs.
+        is left. Negative prompts start from the picture too; where no step is left to lead away from it, their
+        embeddings are sampled from noise alone, in all steps. Raises InputError before any network runs.
         """
         checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         options = num_inference_steps, guidance_scale, generator, None, self._check_callbacks(*told)
         given = mixtures.pictures("image", image, **self._reading())
         plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options, given=given)
-        plan = dataclasses.replace(plan, sampling=self._tail(plan.sampling, strength))
-        return self._return(*self._embed(plan), output_type, return_dict)
+        tail = self._tail(plan.sampling, strength)
+        embeds, negatives = self._embed(dataclasses.replace(plan, sampling=tail))
+        if plan.has_negatives and not len(tail.timesteps):
+            negatives = self._embed(dataclasses.replace(plan, given=[]))[1]
+        return self._return(embeds, negatives, output_type, return_dict)

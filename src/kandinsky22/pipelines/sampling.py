@@ -186,6 +186,8 @@ class SamplingPipeline(DiffusionPipeline):
     def _check_callbacks(
         self, on_step_end: Any, tensor_inputs: Any, callback: Any = None, callback_steps: int | None = None
     ) -> Callbacks:
+        """Check whom to tell. Every call begins with this, once, so here an interrupt meant for another ends."""
+        self._interrupted = False
         return Callbacks(
             checks.function("callback_on_step_end", on_step_end),
             checks.names("callback_on_step_end_tensor_inputs", tensor_inputs, self._callback_tensor_inputs),
@@ -198,6 +200,11 @@ class SamplingPipeline(DiffusionPipeline):
         if missing := [name for name in components if getattr(self, name) is None]:
             raise InputError(f"{type(self).__name__} was made without {', '.join(missing)}; this call needs it")
 
+    def _need_add_noise(self) -> None:
+        """Raise InputError if the scheduler cannot put noise on what a call starts from."""
+        if not hasattr(self.scheduler, "add_noise"):
+            raise InputError(f"scheduler: {type(self.scheduler).__name__} has no add_noise, which an image needs")
+
     def _schedule(
         self,
         shape: tuple[int, ...],
@@ -209,7 +216,6 @@ class SamplingPipeline(DiffusionPipeline):
         callbacks: Callbacks,
     ) -> Plan:
         """Check what all calls have in common, for latents of this shape, and set the scheduler's timesteps."""
-        self._interrupted = False
         scale = checks.number("guidance_scale", guidance_scale)
         if latents is not None:
             latents = checks.latents(latents, shape)
