@@ -145,10 +145,11 @@ class Placed:
         """Without an accelerator: keep a network in memory only while it works, and read it anew for the next time.
 
         Networks are read from the checkpoint that they were loaded from, and results stay the same bit for bit. One
-        that was changed since, converted, or made in memory is first written to a temporary file in `folder` (the
-        system's folder for such files unless given), and rounding may move. Later changes to weights are lost. Works
-        without accelerate. Raises InputError if networks are on an accelerator, CheckpointError if the file cannot be
-        written.
+        that was changed since, converted, loaded in torch's inference mode, or made in memory is first written to a
+        temporary file in `folder` (the system's folder for such files unless given), and rounding may move. Lost are
+        later changes to weights, and those that nobody sees: of single numbers, through `weight.data` or a numpy view.
+        Works without accelerate. Raises InputError if networks are on an accelerator, CheckpointError if the file
+        cannot be written.
         """
         if folder is not None and not os.path.isdir(folder):
             raise InputError(f"folder={folder!r} is not there; accepted: a folder to write to, or None")

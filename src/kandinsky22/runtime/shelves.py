@@ -1,7 +1,9 @@
 """A shelf made of files: weights that are not needed now are not in memory at all.
 
 Networks that were loaded from a checkpoint and not changed since are read from it again. Others are written to a
-temporary folder first.
+temporary folder first. Changes that torch does not count, in place through `weight.data` or a numpy view, are noticed
+if they concern one of the few numbers of a weight that are compared, as scalings, averages and merged adapters do; a
+change to single numbers in its middle is not.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ class _Source:
 
     def __init__(self, read: Callable[[], nn.Module], network: nn.Module) -> None:
         self.read = read
-        self.state = _state(network)
+        self._state = _state(network)
+        self._few = [_few(p).clone() for p in network.parameters()]
+
+    def holds(self, network: nn.Module) -> bool:
+        """Whether reading it gives the weights that the network has now, as far as can be seen without reading it."""
+        if self._state is None or self._state != _state(network):
+            return False
+        return all(torch.equal(few, _few(p)) for few, p in zip(self._few, network.parameters(), strict=True))
 
 
 def remember(network: nn.Module, read: Callable[[], nn.Module]) -> None:
@@ -35,9 +44,18 @@ def remember(network: nn.Module, read: Callable[[], nn.Module]) -> None:
     network.__dict__[_SOURCE] = _Source(read, network)
 
 
-def _state(network: nn.Module) -> list[tuple[int, int, torch.device]]:
-    # conversions and moves give a parameter other memory, changes in place count up its version
-    return [(p.data_ptr(), p._version, p.device) for p in network.parameters() if not p.is_inference()]
+def _state(network: nn.Module) -> list[tuple[int, int, torch.device]] | None:
+    """What tells of most changes: conversions and moves give a parameter other memory, changes in place count up its
+    version. None if there are tensors of torch's inference mode, which count nothing."""
+    parameters = list(network.parameters())
+    if any(p.is_inference() for p in parameters):
+        return None
+    return [(p.data_ptr(), p._version, p.device) for p in parameters]
+
+
+def _few(parameter: Tensor) -> Tensor:
+    """The first and last number along each side: few, for weights may not have been read from their file yet."""
+    return parameter.detach()[tuple(slice(None, None, max(1, side - 1)) for side in parameter.shape)]
 
 
 class InFiles:
@@ -82,7 +100,7 @@ class InFiles:
 
     def _find_or_write(self, network: nn.Module) -> None:
         source: _Source | None = network.__dict__.get(_SOURCE)
-        if source is not None and source.state == _state(network):
+        if source is not None and source.holds(network):
             self._source = source
             return
         self._written = tempfile.TemporaryDirectory(prefix="kandinsky22-", dir=self._folder, ignore_cleanup_errors=True)
