@@ -20,6 +20,7 @@ from kandinsky22.models.attention import ImageAttention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
 from kandinsky22.outputs import Output
+from kandinsky22.runtime.caching import FeatureCache
 from kandinsky22.runtime.packed import Linear
 
 IMAGE_TOKENS = 32  # an image embedding becomes this many tokens (published network)
@@ -188,27 +189,60 @@ class UNet2DConditionModel(Model):
             channels = features if channels is None else torch.cat([features, channels], dim=1)
         return UNetCondition(self.add_embedding(embeds), layers, channels)
 
-    def denoise(self, sample: Tensor, timestep: Tensor | float, condition: UNetCondition) -> Tensor:
+    def denoise(
+        self, sample: Tensor, timestep: Tensor | float, condition: UNetCondition, cache: FeatureCache | None = None
+    ) -> Tensor:
         """(batch, out_channels, h, w): the noise in latents `sample` (batch, n, h, w), then the learned variance.
 
-        `timestep` is one number for the batch or one per sample, 0 (clean) to 999. Raises InputError for sides that
-        the network cannot halve often enough.
+        `timestep` is one number for the batch or one per sample, 0 (clean) to 999. A `cache` belongs to one condition
+        and one series of steps; where it recalls features, only its outer levels run. Raises InputError for sides that
+        the network cannot halve often enough, or a cache of other rows or too many levels.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if any(side % factor for side in sample.shape[-2:]):
             raise InputError(f"sample is {tuple(sample.shape)}; accepted: sides that are multiples of {factor}")
+        outer, kept = len(self.down_blocks), None
+        if cache is not None:
+            self.check_cached_levels(cache.levels)
+            outer, kept = cache.levels, cache.recall(len(sample))
         time = F.silu(self.time_embedding(timestep) + condition.time)
         if condition.channels is not None:
             sample = torch.cat([sample, condition.channels.to(sample.dtype)], dim=1)
-        layers = iter(condition.layers)
         features = self.conv_in(sample)
         skips = [features]
-        for level in self.down_blocks:
-            features = level(features, time, layers, left=skips)
-        features = self.mid_block(features, time, layers)
-        for level in self.up_blocks:
+        down, up = self.down_blocks[:outer], self.up_blocks[-outer:]
+        layers = iter(condition.layers)
+        for index, level in enumerate(down, start=1):
+            # nothing needs to be halved for levels that do not run
+            features = level(features, time, layers, left=skips, resampled=kept is None or index < outer)
+        if kept is None:
+            features = self._inner_levels(outer, features, time, layers, skips)
+            if cache is not None:
+                cache.keep(features)
+        else:
+            features = kept
+            unused = len(condition.layers) - sum(len(cast(Level, level).attentions) for level in up)
+            layers = iter(condition.layers[unused:])
+        for level in up:
             features = level(features, time, layers, taken=skips)
         return self.conv_out(F.silu(self.conv_norm_out(features)))
+
+    def _inner_levels(
+        self, outer: int, features: Tensor, time: Tensor, layers: Iterator[KeyValue], skips: list[Tensor]
+    ) -> Tensor:
+        """What enters the last `outer` levels on the way up, from what the first `outer` ones made."""
+        for level in self.down_blocks[outer:]:
+            features = level(features, time, layers, left=skips)
+        features = self.mid_block(features, time, layers)
+        for level in self.up_blocks[:-outer]:
+            features = level(features, time, layers, taken=skips)
+        return features
+
+    def check_cached_levels(self, levels: int) -> None:
+        """Raise InputError unless so many outer levels leave inner ones whose features could be kept."""
+        count = len(self.config.block_out_channels)
+        if not 0 < levels < count:
+            raise InputError(f"levels={levels}: this UNet has {count} levels; accepted: 1 to {count - 1} outer ones")
 
     def forward(
         self,
@@ -276,16 +310,18 @@ class Level(nn.Module):
         *,
         left: list[Tensor] | None = None,
         taken: list[Tensor] | None = None,
+        resampled: bool = True,
     ) -> Tensor:
         """Features (batch, width, H', W'); `time` is the activated time embedding, `layers` the condition's next
-        keys and values; results are appended to `left`, inputs completed from the end of `taken`."""
+        keys and values; results are appended to `left`, inputs completed from the end of `taken`. Without `resampled`
+        the size stays as it is."""
         for index, block in enumerate(self.resnets):
             features = block(features if taken is None else torch.cat([features, taken.pop()], dim=1), time)
             if index < len(self.attentions):
                 features = self.attentions[index](features, next(layers))
             if left is not None:
                 left.append(features)
-        if self.resample is not None:
+        if self.resample is not None and resampled:
             features = getattr(self, self.resample)[0](features, time)
             if left is not None:
                 left.append(features)

@@ -7,10 +7,11 @@ from typing import Any
 
 from kandinsky22.composite import Composite
 from kandinsky22.errors import InputError
+from kandinsky22.runtime.caching import CachesFeatures
 from kandinsky22.runtime.placement import Placed
 
 
-class DiffusionPipeline(Composite, Placed):
+class DiffusionPipeline(Composite, Placed, CachesFeatures):
     """Base of all pipelines; `DiffusionPipeline.from_pretrained` gives the one that a checkpoint names."""
 
     def __init__(self) -> None:
@@ -21,6 +22,7 @@ class DiffusionPipeline(Composite, Placed):
         super()._settings_of(other, prefix)
         if isinstance(other, DiffusionPipeline):
             self._progress_bar_config = dict(other._progress_bar_config)
+            self._feature_caching = other._feature_caching
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm for all progress bars; without `disable`, bars show when standard error is a terminal."""

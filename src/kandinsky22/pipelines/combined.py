@@ -82,6 +82,7 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
             if component is not getattr(self, prefix + name):
                 setattr(pipe, name, getattr(self, prefix + name))
         pipe._progress_bar_config = self._progress_bar_config
+        pipe._feature_caching = self._feature_caching
         return pipe
 
     def interrupt(self) -> None:
