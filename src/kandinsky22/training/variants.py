@@ -61,11 +61,11 @@ INPAINT: dict[str, Any] = {"in_channels": 9}
 HINT: dict[str, Any] = {"in_channels": 8, "addition_embed_type": "image_hint"}
 # Inputs of the shared network: noisy latents, the hint's features, the kept part of the picture and where it is.
 LATENTS, FEATURES, KEPT = range(0, 4), range(4, 8), range(8, 13)
-SETTINGS = Settings(steps=7000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, seed=5)
+SETTINGS = Settings(steps=6000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, seed=5)
 BANK_START, BANK_GROWTH, BANK_SIZE = 2048, 3, 10240  # as the decoder's
 
-CLEAR = 400  # timesteps below it leave no doubt about the picture
-CONTRADICTED = 0.35  # how often the embedding is then another picture's
+CLEAR = 340  # timesteps below it leave no doubt about the picture
+CONTRADICTED = 0.6  # how often the embedding is then another picture's
 KEPT_WEIGHT = 0.3  # of errors where the picture is kept: the pipeline paints over them
 SUBJECT = 0.5  # how often the embedding tells of nothing but the shape in the hole, if there is one
 LOOSE = 0.5  # share of hints whose shapes lie where no caption could say
@@ -164,7 +164,7 @@ class SureBank(Bank):
     Image to image needs that: a network that has only seen the two agree redraws any picture as its embedding says.
     """
 
-    name, batch = "sure", 14
+    name, batch = "sure", 16
 
     def limit(self, step: int) -> int:
         return self.size  # they are there
@@ -192,7 +192,7 @@ class SmallBank(Bank):
 class BetweenBank(SmallBank):
     """Pictures of one shape half-way, or another part of the way, between two others, as their embeddings are."""
 
-    name, seeded, batch = "between", 7, 4
+    name, seeded, batch = "between", 7, 6
 
     def chunk_at(self, first: int) -> tuple[Sequence[Scene], Sequence[Palette], Tensor]:
         rng = np.random.default_rng([self.seed, 2**31, first])
@@ -258,7 +258,7 @@ class SceneBank(SmallBank):
 class HoleBank(SceneBank):
     """Pictures with holes. Of each there are three embeddings: its own, and those of each of its shapes alone."""
 
-    name, seeded, batch = "holes", 3, 12
+    name, seeded, batch = "holes", 3, 10
     embeds_shape = (3, EMBEDDING)
 
     def embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
