@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.cli.inputs import Inputs, check_shapes, fitting_size
-from kandinsky22.cli.loading import Networks, hardware, load_networks, model_digest, versions
+from kandinsky22.cli.loading import Networks, hardware, load_networks, model_digest, settle, versions
 from kandinsky22.cli.modes import Mode
 from kandinsky22.cli.pictures import check_writable, contact_sheet, picture_paths, save_png, sheet_path
 from kandinsky22.cli.recipe import Part, Recipe, read_recipe
@@ -66,6 +66,7 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
         request = _fit(request, networks.decoder, inputs.pictures[next(iter(under.values()))].size, say)
     request = _with_defaults(request, networks)
     made = _recipe(mode, request, networks)
+    settle(networks, low_memory=args.low_memory)
     if recipe is not None and (changes := [*_changes(recipe, made), *inputs.changed]):
         say(f"warning: this may differ from {args.source} in its bits: {'; '.join(changes)}")
     images = []
@@ -155,9 +156,9 @@ def _recipe(mode: Mode, request: Request, networks: Networks) -> Recipe:
         "prior_guidance": float(asked["prior_guidance"]),
         "width": request.width or 0,
         "height": request.height or 0,
-        "device": str(whole.device),
+        "device": str(networks.device),
         "dtype": dtype_name(whole.dtype),
-        "hardware": hardware(whole),
+        "hardware": hardware(networks.device),
         "versions": versions(),
     }
     return Recipe(**(asked | found))

@@ -14,18 +14,19 @@ from kandinsky22.hub import EMBEDDED, Source
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The prior and the decoder that a subcommand draws with, on their device, and `whole`, made of both."""
+    """The prior and the decoder that a subcommand draws with, `whole`, made of both, and the device they work on."""
 
     prior: Any
     decoder: Any
     whole: Any
+    device: Any
 
 
 def load_networks(
     classes: tuple[str, str], model: str, prior: str | None, scheduler: str | None, device: str, dtype: str
 ) -> Networks:
     """The networks of `model` as pipelines of the `classes` (prior, decoder), the latter with the scheduler of that
-    class name if given."""
+    class name if given. They are on the CPU until `settle` brings them to the device."""
     import torch
 
     import kandinsky22
@@ -47,8 +48,17 @@ def load_networks(
     made, read = whole.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
     if made != read:
         raise InputError(f"the prior makes embeddings of {made} numbers, {model} reads {read}: they do not fit")
-    whole.to(place)
-    return Networks(reader.from_pipe(whole), decoder, whole)
+    return Networks(reader.from_pipe(whole), decoder, whole, place)
+
+
+def settle(networks: Networks, *, low_memory: bool) -> None:
+    """Bring the networks to where they work; with `low_memory` each only while it works, in memory or on the GPU."""
+    if not low_memory:
+        networks.whole.to(networks.device)
+    elif networks.device.type == "cpu":
+        networks.whole.enable_low_memory()
+    else:
+        networks.whole.enable_model_cpu_offload(device=networks.device)
 
 
 def _check_model(model: str, drawer: Any) -> None:
@@ -99,10 +109,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def hardware(whole: Any) -> str:
+def hardware(device: Any) -> str:
     """What computes: arithmetic differs in the last bits between kinds of processors."""
     import torch
 
-    if whole.device.type == "cuda":
-        return torch.cuda.get_device_name(whole.device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

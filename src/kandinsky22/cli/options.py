@@ -137,6 +137,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scheduler", type=scheduler, help=f"{' or '.join(SCHEDULERS)} (default: the model's own)")
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument("--dtype", help="auto, float32, float16 or bfloat16 (default: auto, float32 on a CPU)")
+    group.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="keep each network in memory (of the GPU, if one draws) only while it works: slower, the same pictures",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,71 @@
+"""`--low-memory`: the same picture, with one network at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.cli.conftest import SIZE, Command
+from tests.cli.test_modes import COMMANDS
+
+from kandinsky22.runtime import offload, shelves
+
+EVERY = {"generate": ("combined", ("a cat",)), **COMMANDS}
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many networks are off their shelves, each time that one is fetched."""
+    seen: list[int] = []
+    enter = offload.Stages.enter
+
+    def entered(self: offload.Stages, *args: Any) -> None:
+        enter(self, *args)
+        seen.append(len(self.working))
+
+    monkeypatch.setattr(offload.Stages, "enter", entered)
+    return seen
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> None:
+    values = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    for name in ("photo", "hint", "mask"):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_picture(name: str, command: Command, models: Path, together: list[int], pictures: None) -> None:
+    folder, needed = EVERY[name]
+    call = (name, *needed, "--model", models / folder, "--seed", 5)
+    assert command(*call, "-o", "plain.png").code == 0
+    assert not together
+    assert command(*call, "-o", "low.png", "--low-memory").code == 0
+    assert set(together) == {1}
+    assert Path("low.png").read_bytes() == Path("plain.png").read_bytes()
+    together.clear()
+    assert command(name, "--from", "low.png").paths == [Path("low-again.png")]  # a way to draw, not part of a recipe
+    assert not together
+
+
+def test_weights_are_read_from_the_models_own_files(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelves, "write_tensors", lambda *_, **__: pytest.fail("a temporary file was written"))
+    for dtype in ("float32", "bfloat16"):
+        assert command("generate", "a cat", "--model", model, "--low-memory", "--dtype", dtype, "-n", 2).code == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(command: Command, model: Path) -> None:
+    peaks = []
+    for more in ((), ("--low-memory",)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        assert command("generate", "a cat", "--model", model, "--seed", 5, "--device", "cuda", *more).code == 0
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < peaks[0]
