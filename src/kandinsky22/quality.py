@@ -1,0 +1,91 @@
+"""Presets: how both stages are sampled, for the choice between time and quality.
+
+The numbers were chosen from measured curves, see docs/samplers-tradeoff.md. Python's own defaults stay those of the
+specification; a preset is applied by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from kandinsky22.errors import InputError
+
+PRIOR_PREFIX = "prior_"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A scheduler by its class name, its number of steps, and settings that replace those of the checkpoint."""
+
+    scheduler: str
+    steps: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def from_config(self, config: Any) -> Any:
+        """The scheduler itself, on the noise schedule of `config`."""
+        return make_scheduler(self.scheduler, config, self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """How the decoder and the prior are sampled; everything else stays the model's own. `guidance_interval` is the
+    decoder's argument of that name: where in the steps guidance acts, everywhere if it is None."""
+
+    decoder: Sampler
+    prior: Sampler
+    guidance_interval: tuple[float, float] | None = None
+
+
+# Each states the same settings, so that one preset after another leaves nothing of the first behind.
+_TRAILING = {"timestep_spacing": "trailing"}
+
+PRESETS: Mapping[str, Preset] = {
+    "draft": Preset(
+        decoder=Sampler("DPMSolverMultistepScheduler", 6, _TRAILING),
+        prior=Sampler("DPMSolverMultistepScheduler", 3, _TRAILING),
+    ),
+    "balanced": Preset(
+        decoder=Sampler("DPMSolverMultistepScheduler", 12, _TRAILING),
+        prior=Sampler("DPMSolverMultistepScheduler", 5, _TRAILING),
+    ),
+    "best": Preset(
+        decoder=Sampler("DPMSolverMultistepScheduler", 25, _TRAILING),
+        prior=Sampler("DPMSolverMultistepScheduler", 12, _TRAILING),
+    ),
+}
+
+
+def preset(quality: Any) -> Preset:
+    """The preset of that name; InputError names those there are."""
+    if not isinstance(quality, str) or quality not in PRESETS:
+        raise InputError(f"quality={quality!r}; accepted: {', '.join(PRESETS)}")
+    return PRESETS[quality]
+
+
+def make_scheduler(name: str, config: Any, settings: Mapping[str, Any]) -> Any:
+    """The scheduler of class `name` on the noise schedule of `config`, with `settings` in place of the stored ones."""
+    import kandinsky22
+
+    return getattr(kandinsky22, name).from_config(config, **settings)
+
+
+def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
+    """Give a pipeline the schedulers of a preset, and return the arguments to call it with.
+
+    `quality` is "draft", "balanced" or "best"; `pipe` any pipeline of prior, decoder or both. The arguments are
+    `pipe.generation_defaults` with the preset's numbers of steps in their place:
+    `pipe(prompt, **apply_quality(pipe, "balanced"))`. Raises InputError for other names.
+    """
+    chosen = preset(quality)
+    arguments = pipe.generation_defaults
+    for name in ("scheduler", f"{PRIOR_PREFIX}scheduler"):
+        current = pipe.components.get(name)
+        if current is None:
+            continue
+        prefix = name.removesuffix("scheduler")
+        sampler = chosen.prior if prefix or "prior" in pipe.components else chosen.decoder
+        setattr(pipe, name, sampler.from_config(current.config))
+        arguments[f"{prefix}num_inference_steps"] = sampler.steps
+    return dict(arguments)

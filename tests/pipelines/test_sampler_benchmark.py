@@ -1,0 +1,147 @@
+"""The benchmark of samplers: what it compares is comparable, what it has measured it keeps, what it writes is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import sampler_cells, sampler_curves, sampler_report, samplers
+from benchmarks.sampler_cells import KINDS, SPECIFICATION, Cell
+from benchmarks.samplers import Bench
+
+from kandinsky22 import KandinskyV22CombinedPipeline
+from kandinsky22.quality import Sampler
+from kandinsky22.randomness import randn_tensor
+
+PAGE = Path(__file__).parents[2] / "docs" / sampler_report.PAGE
+QUICK = Cell(KINDS["DDIM"].steps(2), KINDS["DPM++ 2M"].steps(2))
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, combined: KandinskyV22CombinedPipeline) -> list[str]:
+    """Arguments for four prompts on a tiny model, and a grid of two cells."""
+    monkeypatch.setattr(samplers.AutoPipelineForText2Image, "from_pretrained", lambda name: combined)
+    monkeypatch.setattr(samplers, "REFERENCE", Cell(KINDS["DPM++ 2M"].steps(40)))
+    monkeypatch.setattr(samplers, "grid", lambda: {group: [QUICK] for group in samplers.SUCCESS_GROUPS})
+    monkeypatch.setattr(samplers, "distance_grid", lambda: [Cell(KINDS["DDIM"].steps(3))])
+    (tmp_path / sampler_report.PAGE).write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    places = ["--results", str(tmp_path / "new" / "samplers.jsonl"), "--docs", str(tmp_path)]
+    return ["--count", "4", "--references", "2", *places]
+
+
+@pytest.fixture
+def bench(options: list[str]) -> Bench:
+    return Bench(samplers.parse(options))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "new" / "samplers.jsonl").read_text().splitlines()]
+
+
+def test_a_rerun_takes_up_where_the_last_one_stopped(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samplers.main([*options, "--only", "presets", "time"])
+    assert [record["kind"] for record in records(tmp_path)] == ["success", "time"]
+    assert len(records(tmp_path)[0]["right"]) == 4
+    monkeypatch.setattr(Bench, "measure_success", None)
+    monkeypatch.setattr(Bench, "measure_times", None)
+    samplers.main(options)
+    assert [record["kind"] for record in records(tmp_path)] == ["success", "time", "distance"]
+    with pytest.raises(TypeError):  # other prompts were not measured
+        samplers.main([*options, "--seed", "1"])
+
+
+def test_measurements_of_other_weights_do_not_count(
+    bench: Bench, options: list[str], combined: KandinskyV22CombinedPipeline
+) -> None:
+    bench.measure_success(QUICK)
+    assert Bench(samplers.parse(options)).find("success", QUICK) is not None
+    assert bench.find("success", Cell(KINDS["DDIM"].steps(3), QUICK.prior)) is None
+    assert bench.find("time", QUICK) is None
+    weight = next(combined.unet.parameters())
+    weight.data.add_(1)
+    found = Bench(samplers.parse(options)).find("success", QUICK)
+    weight.data.sub_(1)
+    assert found is None
+
+
+def test_a_picture_depends_on_neither_batch_nor_cells_before(bench: Bench) -> None:
+    together = bench._drawer(QUICK, bench.prompts)(bench.prompts)
+    bench._drawer(Cell(KINDS["DDPM"].steps(3)), bench.prompts)(bench.prompts[:1])
+    bench._embeddings.clear()
+    bench.batch = 1
+    alone = [bench._drawer(QUICK, bench.prompts)([prompt])[0] for prompt in bench.prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_every_cell_starts_from_the_same_noise(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[torch.Tensor]] = {}
+
+    def record(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        noise = randn_tensor(*arguments, **keywords)
+        drawn[cell.prior.scheduler].append(noise)
+        return noise
+
+    monkeypatch.setattr("kandinsky22.pipelines.sampling.randn_tensor", record)
+    for prior in (KINDS["UnCLIP (specification)"].steps(3), KINDS["DPM++ 2M"].steps(2)):
+        cell = Cell(QUICK.decoder, prior)
+        drawn[prior.scheduler] = []
+        bench._drawer(cell, bench.few)(bench.few)
+    for one, other in zip(*drawn.values(), strict=True):
+        assert torch.equal(one, other)
+    assert {noise.ndim for noise in drawn["UnCLIPScheduler"]} == {2, 4}
+    flat = [noise.flatten()[:8] for noise in drawn["UnCLIPScheduler"]]
+    assert not torch.equal(flat[0], flat[-1])
+
+
+def test_the_distance_falls_with_the_steps_and_vanishes_at_the_solution(bench: Bench) -> None:
+    few, many = (Cell(KINDS["Euler"].steps(steps)) for steps in (2, 12))
+    for cell in (few, many, samplers.REFERENCE):
+        bench.measure_distance(cell)
+    near, far, same = (bench.find("distance", cell)["distance"] for cell in (many, few, samplers.REFERENCE))
+    assert same < 1e-6 < near < far / 2
+
+
+def test_differences_are_those_of_pairs() -> None:
+    base = {"right": "1" * 90 + "0" * 10}
+    assert sampler_report.difference(base, base)[0] == 0
+    gap, low, high = sampler_report.difference({"right": "1" * 85 + "0" * 15}, base)
+    assert gap == pytest.approx(-0.05)
+    assert low < -0.05 < high
+    # The same shares of which more were won and lost are known less well.
+    other = {"right": "0" * 10 + "1" * 80 + "1" * 5 + "0" * 5}
+    assert sampler_report.difference(other, base)[0] == pytest.approx(-0.05)
+    assert sampler_report.difference(other, base)[1] < low
+
+
+def test_all_that_is_measured_has_a_place_and_a_style(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = {"right": "1011", "evaluations": 3, "prior_evaluations": 2, "distance": 0.1, "median": 1.0, "faster": 1.0}
+    page = PAGE.read_text(encoding="utf-8")
+    for name, text in sampler_report.tables(lambda kind, cell: found).items():
+        page = sampler_report.fill(page, name, text)
+    assert page.count("75.0 %") > 20
+    curves = sampler_curves.draw_curves(lambda kind, cell: {**found, "evaluations": cell.decoder.steps}, tmp_path)
+    assert [path.name for path in curves if path.stat().st_size] == [
+        "samplers-success.svg", "samplers-distance.svg", "samplers-time.svg"
+    ]  # fmt: skip
+    assert all(f"({path.name})" in page for path in curves)
+    assert sampler_report.tables(lambda kind, cell: None)["presets"] == sampler_report.NONE_YET
+    with pytest.raises(ValueError, match="no place for decoder"):
+        sampler_report.fill("a page", "decoder", "")
+
+
+def test_methods_are_known_by_name() -> None:
+    assert sampler_cells.name_of(SPECIFICATION.decoder) == "DDPM (specification)"
+    assert sampler_cells.name_of(Sampler("LCMScheduler", 4, {"timestep_spacing": "linspace"})) == (
+        "LCM (timestep_spacing=linspace)"
+    )
+    assert set(sampler_curves.STYLES) <= set(KINDS)
+    distances = {sampler_cells.name_of(cell.decoder) for cell in sampler_cells.distance_grid()}
+    assert distances == {name for name, kind in KINDS.items() if not kind.draws_noise} <= set(sampler_curves.STYLES)
