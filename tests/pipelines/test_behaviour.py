@@ -20,7 +20,6 @@ from kandinsky22 import (
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky22.pipelines.sampling import guide
 
 SMALL: dict[str, Any] = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
 
@@ -490,15 +489,3 @@ def test_assigned_components_reach_the_stages(combined: KandinskyV22CombinedPipe
     combined.scheduler = kandinsky22.DDIMScheduler.from_config(combined.scheduler.config)
     assert combined.decoder_pipe.scheduler is combined.scheduler
     assert difference(combined(**call, generator=seeded(0)).images, before) > 1e-3
-
-
-# The arithmetic of guidance
-
-
-def test_guidance_leaves_the_variance_to_the_conditional_half() -> None:
-    output = torch.arange(16.0).reshape(2, 8, 1, 1)
-    guided = guide(output, 3.0, channels=4)
-    assert guided.shape == (1, 8, 1, 1)
-    assert guided[0, :4].flatten().tolist() == [24.0, 25.0, 26.0, 27.0]
-    assert guided[0, 4:].flatten().tolist() == [12.0, 13.0, 14.0, 15.0]
-    assert guide(output, 3.0, channels=8).flatten().tolist() == [24.0 + i for i in range(8)]

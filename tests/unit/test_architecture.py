@@ -20,12 +20,14 @@ MAY_KNOW = {
     "models": {"hub", "runtime"},
     "schedulers": {"hub"},
     "inputs": set[str](),
+    "guidance": {"inputs", "schedulers"},
     "runtime": set[str](),
     "hub": {"embedded"},
     "embedded": set[str](),
     "components": {"models", "schedulers", "runtime", "hub"},
     "composite": {"components", "models", "hub"},
-    "pipelines": {"models", "schedulers", "inputs", "runtime", "hub", "embedded", "components", "composite"},
+    "pipelines": {"models", "schedulers", "guidance", "inputs", "runtime", "hub", "embedded", "components"}
+    | {"composite"},
     "training": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded"},
     "cli": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded", "training"},
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kandinsky22.components import PRIOR_PREFIX
 from kandinsky22.errors import InputError
+from kandinsky22.guidance import Guidance, Interval
 from kandinsky22.inputs import checks, images, prompts
 from kandinsky22.inputs.images import Pictures
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
@@ -25,6 +26,8 @@ from kandinsky22.pipelines.sampling import LATENTS
 from kandinsky22.randomness import Generators
 
 Texts: TypeAlias = str | list[str]
+
+GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_threshold")
 
 D = TypeVar("D", bound=DecoderPipeline)
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -92,12 +95,12 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
 
     def _call(
         self, texts: tuple[Any, Any, Any], size: tuple[Any, Any], steps: tuple[Any, Any, Any, Any],
-        told: tuple[Any, Any, Any, Any], prior: tuple[Any, Any], early: tuple[Any, Any], output: tuple[Any, Any],
-        **given: Any,
+        told: tuple[Any, Any, Any, Any], prior: tuple[Any, ...], early: tuple[Any, Any, Any],
+        output: tuple[Any, Any], **given: Any,
     ) -> Any:  # fmt: skip
         """A whole call. `texts` are prompts, negatives and the number for each; `steps` are number, guidance,
-        generator and latents, `prior` the first two of the prior; `told` and `early` are the callbacks of the decoder
-        and the prior; `given` are the keywords of the decoder's `_plan`."""
+        generator and latents; `told` are the callbacks, `prior` the guidance of the prior, `early` its number of steps
+        and callbacks; `given` are the keywords of the decoder's `_plan`."""
         positive, _ = prompts.pairs(*texts[:2])
         copies = checks.whole("num_images_per_prompt", texts[2])
         checks.choice("output_type", output[0], images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
@@ -113,17 +116,17 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         try:
             positives, negatives = first(
                 *texts,
-                num_inference_steps=prior[0],
+                num_inference_steps=early[0],
                 generator=steps[2],
                 latents=latents if of_prior else None,
-                guidance_scale=prior[1],
-                callback_on_step_end=early[0],
-                callback_on_step_end_tensor_inputs=early[1],
+                **dict(zip(GUIDANCE, prior, strict=True)),
+                callback_on_step_end=early[1],
+                callback_on_step_end_tensor_inputs=early[2],
                 return_dict=False,
             )
         except InputError as error:  # arguments of both stages have the same names, but for a prefix
             raise InputError(f"of the prior (prior_...): {error}") from error
-        tensors = decoder._embeddings(positives, negatives, 1, plan.guidance_scale > 1)
+        tensors = decoder._embeddings(positives, negatives, 1, plan.guidance.on)
         return decoder._generate(plan, tensors, *output)
 
 
@@ -141,6 +144,9 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
         callback_steps: int | None = 1, return_dict: bool = True, prior_callback_on_step_end: Any = None,
         prior_callback_on_step_end_tensor_inputs: Names = LATENTS, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
+        prior_guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each prompt; arguments as of the two pipelines, in which they act.
 
@@ -148,10 +154,11 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
         prior first, then the decoder. Raises InputError before any network runs.
         """
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
-        steps = (num_inference_steps, guidance_scale, generator, latents)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, latents)
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        prior = (prior_num_inference_steps, prior_guidance_scale)
-        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
+        early = (prior_num_inference_steps, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
         return self._call(texts, (height, width), steps, told, prior, early, output)
 
 
@@ -169,19 +176,23 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
         output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1, return_dict: bool = True,
         prior_callback_on_step_end: Any = None, prior_callback_on_step_end_tensor_inputs: Names = LATENTS,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
+        prior_guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Pictures that lead away from `image`, num_images_per_prompt for each prompt.
 
         Image and strength are as in KandinskyV22Img2ImgPipeline, one image for all prompts or one for each. `latents`
         with four dimensions are the noise put on the image; the rest is as in KandinskyV22CombinedPipeline.
         """
-        start = {"image": image, "strength": strength}
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
-        steps = (num_inference_steps, guidance_scale, generator, latents)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, latents)
+        given = {"image": image, "strength": strength}
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        prior = (prior_num_inference_steps, prior_guidance_scale)
-        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, prior, early, output, **start)
+        prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
+        early = (prior_num_inference_steps, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, prior, early, output, **given)
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPipeline]):
@@ -200,16 +211,20 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
         prior_callback_on_step_end_tensor_inputs: Names = LATENTS, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
         keep_pixels: bool = False,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
+        prior_guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """`image` repainted where `mask_image` is white, num_images_per_prompt for each prompt.
 
         Image, mask and keep_pixels are as in KandinskyV22InpaintPipeline, one for all prompts or one for each; the
         rest is as in KandinskyV22CombinedPipeline.
         """
-        given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
-        steps = (num_inference_steps, guidance_scale, generator, latents)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, latents)
+        given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        prior = (prior_num_inference_steps, prior_guidance_scale)
-        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
+        early = (prior_num_inference_steps, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
         return self._call(texts, (height, width), steps, told, prior, early, output, **given)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
+from kandinsky22.guidance import Guidance, Interval
 from kandinsky22.inputs import checks, images, masks
 from kandinsky22.inputs.images import Pictures
 from kandinsky22.models import UNet2DConditionModel, VQModel
@@ -164,19 +165,14 @@ class DecoderPipeline(SamplingPipeline):
             run.tensors["image_embeds"] = torch.cat([after, both[len(after) :]])
 
     def _call(
-        self,
-        embeds: tuple[Any, Any],
-        size: tuple[Any, Any],
-        steps: tuple[Any, Any, Any, Any],
-        callbacks: tuple[Any, Any, Any, Any],
-        output: tuple[Any, Any, Any],
-        **given: Any,
-    ) -> Any:
+        self, embeds: tuple[Any, Any], size: tuple[Any, Any], steps: tuple[Any, Guidance, Any, Any],
+        callbacks: tuple[Any, Any, Any, Any], output: tuple[Any, Any, Any], **given: Any,
+    ) -> Any:  # fmt: skip
         """A whole call; `steps` are number, guidance, generator and latents, `output` is number for each embedding,
         type and return_dict, `given` the keywords of `_plan`."""
         self._need("unet", "scheduler", "movq")
         copies = checks.whole("num_images_per_prompt", output[0])
-        guided = checks.number("guidance_scale", steps[1]) > 1
+        guided = steps[1].on
         latent = 0 if given.get("keep_pixels") else 1  # latents hold no pixels that could be kept
         checks.choice("output_type", output[1], images.OUTPUT_TYPES[: 3 + latent])
         tensors = self._embeddings(*embeds, copies, guided)
@@ -205,7 +201,7 @@ class DecoderPipeline(SamplingPipeline):
     @staticmethod
     def _beside(plan: Plan, tensors: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
         """The embeddings with more for the network to see, the same in both halves of a guided batch."""
-        halves = 2 if plan.guidance_scale > 1 else 1
+        halves = 2 if plan.guidance.on else 1
         return tensors | {name: torch.cat([tensor] * halves) for name, tensor in more.items()}
 
     def _decode(self, latents: Tensor, output_type: str, return_dict: bool, plan: Plan | None = None) -> Any:
@@ -233,16 +229,18 @@ class KandinskyV22Pipeline(DecoderPipeline):
         num_images_per_prompt: int = 1, generator: Generators = None, latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each of the embeddings (batch, dim).
 
         One negative embedding serves all. `height` and `width` are pixels, rounded up to multiples of 64; the
         model's own size unless given. `latents` is start noise (pictures, 4, height / 8, width / 8). Guidance is off
-        at 1 and below; only then may `negative_image_embeds` be None. `output_type` is "pil", "np" (batch, H, W, 3)
-        in [0, 1], "pt" (batch, 3, H, W) as the decoder leaves it, nominally in [-1, 1], or "latent". Raises
-        InputError before any network runs.
+        at 1 and below; only then may `negative_image_embeds` be None. Its options are those of `Guidance`.
+        `output_type` is "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as the decoder leaves it,
+        nominally in [-1, 1], or "latent". Raises InputError before any network runs.
         """
-        steps = (num_inference_steps, guidance_scale, generator, latents)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, latents)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output)
@@ -260,6 +258,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
         num_images_per_prompt: int = 1, generator: Generators = None, output_type: str = "pil",
         return_dict: bool = True, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Pictures that lead away from `image`, num_images_per_prompt for each of the embeddings (batch, dim).
 
@@ -268,7 +267,8 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
         that run: 1 keeps next to nothing of the image, and where no step is left it comes back as MoVQ draws it.
         "pt" gives [0, 1]; the rest is as in KandinskyV22Pipeline.
         """
-        steps = (num_inference_steps, guidance_scale, generator, None)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, None)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output, image=image, strength=strength)
@@ -290,6 +290,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         latents: Tensor | None = None, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None,
         callback_steps: int | None = None, keep_pixels: bool = False,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """`image` repainted where `mask_image` is white, num_images_per_prompt for each of the embeddings (batch, dim).
 
@@ -297,19 +298,12 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         tensors in [-1, 1]) and `inputs.masks.masks` read. Kept latents are the image's, so kept pixels are as MoVQ
         draws them; `keep_pixels` puts the resized image's own in their place. The rest is as in KandinskyV22Pipeline.
         """
-        steps = (num_inference_steps, guidance_scale, generator, latents)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, latents)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
-        return self._call(
-            embeds,
-            (height, width),
-            steps,
-            callbacks,
-            output,
-            image=image,
-            mask_image=mask_image,
-            keep_pixels=keep_pixels,
-        )
+        given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
+        return self._call(embeds, (height, width), steps, callbacks, output, **given)
 
     def _generate(self, plan: Plan, tensors: dict[str, Tensor], output_type: str, return_dict: bool) -> Any:
         original, noise = self._encode(plan), self._draw(plan, self.unet.dtype)
@@ -342,13 +336,15 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         num_images_per_prompt: int = 1, generator: Generators = None, latents: Tensor | None = None,
         output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1, return_dict: bool = True,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each of the embeddings (batch, dim), composed as `hint` shows.
 
         One hint serves all embeddings, or each has its own: any kind that `inputs.images.hints` reads, resized to
         height x width. The rest is as in KandinskyV22Pipeline.
         """
-        steps = (num_inference_steps, guidance_scale, generator, latents)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, latents)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output, hint=hint)
@@ -370,12 +366,14 @@ class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
         generator: Generators = None, output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1,
         return_dict: bool = True, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Pictures that lead away from `image` as `hint` shows, num_images_per_prompt for each of the embeddings.
 
         Image, strength and "pt" are as in KandinskyV22Img2ImgPipeline, the hint as in KandinskyV22ControlnetPipeline.
         """
-        steps = (num_inference_steps, guidance_scale, generator, None)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        steps = (num_inference_steps, guidance, generator, None)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output, image=image, hint=hint, strength=strength)

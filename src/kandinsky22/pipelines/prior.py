@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
+from kandinsky22.guidance import Guidance, Interval
 from kandinsky22.inputs import checks, mixtures, prompts
 from kandinsky22.models import PriorTransformer
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
@@ -173,7 +174,7 @@ class PriorPipeline(SamplingPipeline):
     def _embed(self, plan: PriorPlan) -> tuple[Tensor, Tensor]:
         """Embeddings and negatives for a plan that was the last to be made."""
         sampling, dtype = plan.sampling, self.prior.dtype
-        tensors = self.encode_prompts(plan.texts, plan.against, plan.copies, guided=sampling.guidance_scale > 1)
+        tensors = self.encode_prompts(plan.texts, plan.against, plan.copies, guided=sampling.guidance.on)
         if not plan.given:
             embeds = self.prior.post_process_latents(self._denoise(sampling, self._noise(sampling, dtype), tensors))
         else:
@@ -203,6 +204,7 @@ class PriorPipeline(SamplingPipeline):
         num_inference_steps: int = 25, generator: Generators = None,
         latents: Tensor | None = None, negative_prior_prompt: str | None = None,
         negative_prompt: str | list[str] = "", guidance_scale: float = 4.0, device: torch.device | str | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> KandinskyPriorPipelineOutput:  # fmt: skip
         """The weighted sum of the embeddings of texts and pictures, (num_images_per_prompt, embedding_dim).
 
@@ -222,9 +224,10 @@ class PriorPipeline(SamplingPipeline):
         if len(against) not in (1, copies):
             raise InputError(f"negative_prompt: {len(against)} strings were given for {copies} pictures")
         silent = self._check_callbacks(None, None)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
 
         def plan(texts: str | list[str], copies: int) -> PriorPlan:
-            options = (num_inference_steps, guidance_scale, generator, latents, silent)
+            options = (num_inference_steps, guidance, generator, latents, silent)
             return self._plan(texts, negative_prior_prompt, copies, *options)
 
         plan(against, copies // len(against))  # checks all arguments
@@ -251,7 +254,7 @@ class PriorPipeline(SamplingPipeline):
     def _discard_draws(self, plan: Plan) -> None:
         """Draw what a run would draw, without its network: the reference runs the prior here and does not use the
         result, and whoever draws next from the same generator is to get the same picture."""
-        run = Run(self._noise(plan, self.prior.dtype), {}, 1.0)
+        run = Run(self._noise(plan, self.prior.dtype), {}, Guidance(1.0))
         for _ in sample(run, self.scheduler, plan.timesteps, lambda _: lambda noisy, _: noisy, plan.generators):
             pass
 
@@ -267,6 +270,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         guidance_scale: float = 4.0, output_type: str = "pt", return_dict: bool = True,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
         callback: Any = None, callback_steps: int | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Image embeddings and negative image embeddings, each (prompts x num_images_per_prompt, embedding_dim).
 
@@ -274,11 +278,13 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         sampled in the same batch, after the prompts', and returned as the negatives; otherwise the embedding of an
         all-zero picture is. `latents` is start noise (rows, embedding_dim), with negative prompts for both halves. A
         list of generators has one for each picture, which also draws for its negative. Guidance is off at 1 and
-        below. `output_type` is "pt" or "np". Raises InputError before any network runs.
+        below, its options are those of `Guidance`. `output_type` is "pt" or "np". Raises InputError before any network
+        runs.
         """
         checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-        options = num_inference_steps, guidance_scale, generator, latents, self._check_callbacks(*told)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        options = num_inference_steps, guidance, generator, latents, self._check_callbacks(*told)
         plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options)
         return self._return(*self._embed(plan), output_type, return_dict)
 
@@ -294,6 +300,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         output_type: str = "pt", return_dict: bool = True,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
         callback: Any = None, callback_steps: int | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
     ) -> Any:  # fmt: skip
         """Image embeddings and negative image embeddings, as those of `KandinskyV22PriorPipeline`.
 
@@ -306,7 +313,8 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         """
         checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-        options = num_inference_steps, guidance_scale, generator, None, self._check_callbacks(*told)
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
+        options = num_inference_steps, guidance, generator, None, self._check_callbacks(*told)
         given = mixtures.pictures("image", image, **self._reading())
         plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options, given=given)
         tail = self._tail(plan.sampling, strength)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
+from kandinsky22.guidance import Guidance
 from kandinsky22.inputs import checks
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.randomness import Generators, randn_tensor
@@ -39,7 +40,7 @@ class Run:
 
     latents: Tensor
     tensors: dict[str, Tensor]
-    guidance_scale: float
+    guidance: Guidance
     index: int = 0
     timestep: Any = None
     shown: bool = False
@@ -48,10 +49,10 @@ class Run:
 def sample(
     run: Run, scheduler: Any, timesteps: Tensor, bind: Bind, generator: Generators, edit: Edit | None = None
 ) -> Iterator[Run]:
-    """Denoise `run.latents` along `timesteps`, yielding `run` after each step.
+    """Denoise `run.latents` along `timesteps`, the last of the scheduler's, yielding `run` after each step.
 
-    Guidance is that of Ho & Salimans 2022 (arXiv 2207.12598), on while `run.guidance_scale` > 1: one batch holds the
-    unconditional rows, then the conditional ones. The condition is computed anew only after its tensors changed.
+    A guided step runs one batch that holds the unconditional rows, then the conditional ones; any other step runs the
+    conditional ones alone. Conditions are computed anew only after their tensors changed.
     """
     accepted = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"return_dict": False}
@@ -59,14 +60,16 @@ def sample(
         options["generator"] = generator
     condition = _Condition(bind)
     learned = uses_learned_variance(scheduler)
+    order, visits = getattr(scheduler, "order", 1), len(scheduler.timesteps)
     for index, timestep in enumerate(timesteps):
         channels = run.latents.shape[1]
-        guided = run.guidance_scale > 1
-        noisy = torch.cat([run.latents] * 2) if guided else run.latents
+        step = (visits - len(timesteps) + index) // order
+        guided = run.guidance.acts(step / -(-visits // order))
         denoise = condition(run, guided)
-        output = denoise(scheduler.scale_model_input(noisy, timestep), timestep)
+        seen = scheduler.scale_model_input(torch.cat([run.latents] * 2) if guided else run.latents, timestep)
+        output = denoise(seen, timestep)
         if guided:
-            output = guide(output, run.guidance_scale, channels)
+            output = run.guidance.combine(output, seen[: len(run.latents)], scheduler, timestep)
         if not learned:
             output = output[:, :channels]  # the rest, if any, is a learned variance nobody asked for
         if "prev_timestep" in accepted:
@@ -85,19 +88,8 @@ def uses_learned_variance(scheduler: Any) -> bool:
     return "variance_type" in settings and getattr(scheduler.config, "variance_type", None) in LEARNED
 
 
-def guide(output: Tensor, scale: float, channels: int) -> Tensor:
-    """Guided prediction from the unconditional and conditional halves of a batch.
-
-    Only the first `channels` are guided; a variance behind them is taken from the conditional half.
-    """
-    unconditional, conditional = output.chunk(2)
-    base = unconditional[:, :channels]
-    guided = base + scale * (conditional[:, :channels] - base)
-    return torch.cat([guided, conditional[:, channels:]], dim=1) if output.shape[1] > channels else guided
-
-
 class _Condition:
-    """A bound network, bound again when a tensor in flight was replaced or changed in place."""
+    """A bound network, bound again when a tensor in flight was replaced or changed in place, or guidance switched."""
 
     def __init__(self, bind: Bind) -> None:
         self._bind = bind
@@ -140,7 +132,7 @@ class Plan:
     by argument, one for all rows or one for each prompt; `keep_pixels` is inpainting's."""
 
     shape: tuple[int, ...]
-    guidance_scale: float
+    guidance: Guidance
     timesteps: Tensor
     generators: Generators
     latents: Tensor | None
@@ -206,23 +198,17 @@ class SamplingPipeline(DiffusionPipeline):
             raise InputError(f"scheduler: {type(self.scheduler).__name__} has no add_noise, which an image needs")
 
     def _schedule(
-        self,
-        shape: tuple[int, ...],
-        pictures: int,
-        num_inference_steps: Any,
-        guidance_scale: Any,
-        generator: Any,
-        latents: Any,
-        callbacks: Callbacks,
-    ) -> Plan:
+        self, shape: tuple[int, ...], pictures: int, num_inference_steps: Any, guidance: Guidance, generator: Any,
+        latents: Any, callbacks: Callbacks,
+    ) -> Plan:  # fmt: skip
         """Check what all calls have in common, for latents of this shape, and set the scheduler's timesteps."""
-        scale = checks.number("guidance_scale", guidance_scale)
         if latents is not None:
             latents = checks.latents(latents, shape)
         generators = checks.generators(generator, pictures, shape[0])
         steps = checks.whole("num_inference_steps", num_inference_steps)
         self.scheduler.set_timesteps(steps, device=self._execution_device)
-        return Plan(shape, scale, self.scheduler.timesteps, generators, latents, callbacks)
+        guidance.check(self.scheduler)
+        return Plan(shape, guidance, self.scheduler.timesteps, generators, latents, callbacks)
 
     def _tail(self, plan: Plan, strength: Any) -> Plan:
         """The plan's last steps only: `strength`, 0 to 1, is the part of them that runs, rounded down. Methods of more
@@ -251,16 +237,16 @@ class SamplingPipeline(DiffusionPipeline):
 
     def _denoise(self, plan: Plan, latents: Tensor, tensors: dict[str, Tensor], edit: Edit | None = None) -> Tensor:
         """The latents after the last step, telling those who asked after each."""
-        self._guidance_scale, self._num_timesteps = plan.guidance_scale, len(plan.timesteps)
+        self._guidance_scale, self._num_timesteps = plan.guidance.scale, len(plan.timesteps)
         shown = bool(plan.callbacks.tensor_inputs) and plan.callbacks.on_step_end is not None
-        run = Run(latents, tensors, plan.guidance_scale, shown=shown)
+        run = Run(latents, tensors, plan.guidance, shown=shown)
         with self._freed_on_error(), self.progress_bar(total=len(plan.timesteps)) as bar:
             steps = sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit)
             while not self._interrupted and next(steps, None) is not None:
                 self._notify(run, plan.callbacks)
-                if self._guidance_scale > 1 >= plan.guidance_scale:
+                run.guidance = dataclasses.replace(plan.guidance, scale=self._guidance_scale)
+                if run.guidance.on and not plan.guidance.on:
                     raise InputError("a callback switched guidance on: the call began without it, so has no negatives")
-                run.guidance_scale = self._guidance_scale
                 bar.update()
         return run.latents
 
