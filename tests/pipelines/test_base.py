@@ -172,9 +172,9 @@ def test_schedulers_of_the_reference_are_components(decoder: Any, tmp_path: Path
 
 def test_unknown_schedulers_can_be_replaced(copy: Path, decoder: Any) -> None:
     index = json.loads((copy / "decoder/model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    index["scheduler"] = ["diffusers", "DDPMWuerstchenScheduler"]
     (copy / "decoder/model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"EulerDiscreteScheduler.*scheduler=.*DDPMScheduler"):
+    with pytest.raises(CheckpointError, match=r"DDPMWuerstchenScheduler.*scheduler=.*DDPMScheduler"):
         KandinskyV22Pipeline.from_pretrained(copy / "decoder")
     assert KandinskyV22Pipeline.from_pretrained(copy / "decoder", scheduler=decoder.scheduler)
 
