@@ -88,4 +88,6 @@ def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
         sampler = chosen.prior if prefix or "prior" in pipe.components else chosen.decoder
         setattr(pipe, name, sampler.from_config(current.config))
         arguments[f"{prefix}num_inference_steps"] = sampler.steps
+        if sampler is chosen.decoder and chosen.guidance_interval is not None:
+            arguments["guidance_interval"] = chosen.guidance_interval
     return dict(arguments)

@@ -36,7 +36,13 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("paint",), ("paint",)),
         (("generate",), ("PROMPT",)),
         (("generate", "a cat", "--colour"), ("--colour",)),
-        (("generate", "a cat", "--scheduler", "euler"), ("euler", "ddpm, ddim")),
+        (("generate", "a cat", "--scheduler", "oil"), ("oil", "ddpm, ddim, dpm")),
+        (("generate", "a cat", "--prior-scheduler", "oil"), ("--prior-scheduler", "oil")),
+        (("generate", "a cat", "--quality", "good"), ("good", "draft, balanced, best")),
+        (("generate", "a cat", "--guidance-interval", "0.5"), ("--guidance-interval", "2")),
+        (("generate", "a cat", "--guidance-interval", "0.6", "0.1"), ("0.6 0.1", "no interval")),
+        (("generate", "a cat", "--guidance-interval", "0", "7"), ("7", "from 0 to 1")),
+        (("generate", "a cat", "--guidance-rescale", "2"), ("'2'", "from 0 to 1")),
         (("generate", "a cat", "--size", "0x64"), ("0x64", "512x768")),
         (("generate", "a cat", "--size", "-64x64"), ("--size",)),
         (("generate", "a cat", "--size", "64"), ("'64'",)),
@@ -69,6 +75,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("variations",), ("PICTURE",)),
         (("variations", "photo.png", "--strength", "0.5"), ("--strength", "--prompt")),
         (("variations", "photo.png", "--prior-guidance", "3"), ("--prior-guidance",)),
+        (("variations", "photo.png", "--prior-scheduler", "dpm"), ("--prior-scheduler",)),
     ],
 )  # fmt: skip
 def test_a_command_line_that_makes_no_sense(
@@ -309,7 +316,7 @@ def test_a_truncated_picture(command: Command) -> None:
     assert_one_line(command("info", "picture.png"), 1, "picture.png", "damaged")
 
 
-@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "KandinskyV22Pipeline"])
+@pytest.mark.parametrize("scheduler", ["OilScheduler", "KandinskyV22Pipeline"])
 def test_a_recipe_with_a_scheduler_we_do_not_have(command: Command, model: Path, scheduler: str) -> None:
     command("generate", "a cat", "--model", model)
     with Image.open("picture.png") as picture:

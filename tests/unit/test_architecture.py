@@ -29,7 +29,7 @@ MAY_KNOW = {
     "pipelines": {"models", "schedulers", "guidance", "inputs", "runtime", "hub", "embedded", "components"}
     | {"composite"},
     "training": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded"},
-    "cli": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded", "training"},
+    "cli": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded", "training", "quality"},
 }
 
 

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kandinsky22.cli import stages
 from kandinsky22.cli.inputs import Inputs, check_shapes, fitting_size
-from kandinsky22.cli.loading import Networks, hardware, load_networks, model_digest, settle, versions
+from kandinsky22.cli.loading import Networks, load_networks, settle
 from kandinsky22.cli.modes import Mode
 from kandinsky22.cli.pictures import check_writable, contact_sheet, picture_paths, save_png, sheet_path
-from kandinsky22.cli.recipe import Part, Recipe, read_recipe
+from kandinsky22.cli.recipe import Recipe, read_recipe
 from kandinsky22.cli.request import Request, read_output, read_request
 from kandinsky22.errors import InputError
 from kandinsky22.hub import EMBEDDED
-
-# What recipes and pipelines call the same numbers.
-PRIOR_ARGUMENTS = {"prior_steps": "num_inference_steps", "prior_guidance": "guidance_scale", "strength": "strength"}
-DECODER_ARGUMENTS = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "width": "width",
-    "height": "height",
-    "strength": "strength",
-    "keep_pixels": "keep_pixels",
-}
-DECODER_PICTURES = {"image": "image", "mask": "mask_image", "hint": "hint"}
 
 
 class Teller:
@@ -58,14 +46,14 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
     _check_outputs([*paths, sheet_path(output)] if several else paths, inputs)
     _introduce(mode, request, say)
     classes = mode.prior(request), mode.decoder(request)
-    networks = load_networks(classes, request.model, request.prior, request.scheduler, request.device, request.dtype)
+    networks = load_networks(classes, request)
     for pipe in (networks.prior, networks.decoder):
         # None: bars where there is a terminal to show them.
         pipe.set_progress_bar_config(disable=True if args.quiet else None)
     if under:
         request = _fit(request, networks.decoder, inputs.pictures[next(iter(under.values()))].size, say)
-    request = _with_defaults(request, networks)
-    made = _recipe(mode, request, networks)
+    request = stages.with_defaults(request, networks)
+    made = stages.recipe_of(mode.name, request, networks)
     settle(networks, low_memory=args.low_memory)
     if recipe is not None and (changes := [*_changes(recipe, made), *inputs.changed]):
         say(f"warning: this may differ from {args.source} in its bits: {'; '.join(changes)}")
@@ -89,8 +77,9 @@ def _recipe_to_repeat(mode: Mode, source: Path | None) -> Recipe | None:
 
 
 def _check_prior_options(args: argparse.Namespace, request: Request) -> None:
-    if not request.texts() and not (args.prior_steps is None and args.prior_guidance is None):
-        args.fail("--prior-steps and --prior-guidance act only where a text is read, and there is none")
+    given = (args.prior_scheduler, args.prior_steps, args.prior_guidance)
+    if not request.texts() and any(option is not None for option in given):
+        args.fail("--prior-scheduler, --prior-steps and --prior-guidance act only where a text is read; there is none")
 
 
 def _check_outputs(paths: Sequence[Path], inputs: Inputs) -> None:
@@ -126,44 +115,6 @@ def _fit(request: Request, decoder: Any, shape: tuple[int, int], say: Teller) ->
     return request
 
 
-def _with_defaults(request: Request, networks: Networks) -> Request:
-    """The request with all numbers: what was asked for, else what this model does best, else the library's defaults."""
-    numbers = {}
-    for pipe, names in ((networks.prior, PRIOR_ARGUMENTS), (networks.decoder, DECODER_ARGUMENTS)):
-        accepted = _arguments(pipe)
-        for name, theirs in names.items():
-            if getattr(request, name) is None and theirs in accepted:
-                numbers[name] = pipe.generation_defaults.get(theirs, accepted[theirs].default)
-    return dataclasses.replace(request, **numbers)
-
-
-def _arguments(pipe: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(pipe.__call__).parameters)
-
-
-def _recipe(mode: Mode, request: Request, networks: Networks) -> Recipe:
-    """What is about to be done; the size is known for certain once there is a picture."""
-    from kandinsky22.runtime.device import dtype_name
-
-    asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    whole = networks.whole
-    sees = request.prompt is None or "image" in _arguments(networks.prior)
-    found = {
-        "command": mode.name,
-        "model_digest": model_digest(whole, sees=sees),
-        "scheduler": type(networks.decoder.scheduler).__name__,
-        "guidance": float(asked["guidance"]),
-        "prior_guidance": float(asked["prior_guidance"]),
-        "width": request.width or 0,
-        "height": request.height or 0,
-        "device": str(networks.device),
-        "dtype": dtype_name(whole.dtype),
-        "hardware": hardware(networks.device),
-        "versions": versions(),
-    }
-    return Recipe(**(asked | found))
-
-
 def _changes(then: Recipe, now: Recipe) -> list[str]:
     """What, other than options, is not as it was when the picture was made."""
     changes = [
@@ -183,38 +134,12 @@ def _changes(then: Recipe, now: Recipe) -> list[str]:
 
 
 def _draw(networks: Networks, request: Request, inputs: Inputs, seed: int) -> Any:
-    """One picture. A picture at a time, so that each is the same alone and in a series, to the bit."""
+    """One picture, whose generator serves the prior first."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    decoder = networks.decoder
-    embeds, negatives = _embeddings(networks.prior, request, inputs, generator)
-    accepted = _arguments(decoder)
-    numbers = {theirs: getattr(request, name) for name, theirs in DECODER_ARGUMENTS.items() if theirs in accepted}
-    pictures = {
-        theirs: inputs.pictures[getattr(request, name)]
-        for name, theirs in DECODER_PICTURES.items()
-        if theirs in accepted
-    }
-    made = decoder(image_embeds=embeds, negative_image_embeds=negatives, generator=generator, **numbers, **pictures)
-    return made.images[0]
-
-
-def _embeddings(prior: Any, request: Request, inputs: Inputs, generator: Any) -> tuple[Any, Any]:
-    """The image embedding to draw, and the one to stay away from: of a prompt, of a mixture, or of a picture."""
-    accepted = _arguments(prior)
-    options = {theirs: getattr(request, name) for name, theirs in PRIOR_ARGUMENTS.items() if theirs in accepted}
-    if request.prompt is None:
-        # A picture alone is a mixture of one. Its embedding needs no steps of the prior, a negative prompt's does.
-        parts = request.parts or (Part(1.0, image=request.image),)
-        items = [part.text if part.image is None else inputs.pictures[part.image] for part in parts]
-        weights = [part.weight for part in parts]
-        options |= {"negative_prior_prompt": request.negative_prompt}
-        return prior.interpolate(items, weights, generator=generator, **options).to_tuple()
-    options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if request.image is not None and "image" in accepted:
-        options["image"] = inputs.pictures[request.image]
-    return prior(generator=generator, **options).to_tuple()
+    embeddings = stages.embed(networks.prior, request, inputs, generator)
+    return stages.draw(networks.decoder, request, inputs, embeddings, generator)
 
 
 def _save(image: Any, path: Path, made: Recipe, seeds: tuple[int, ...], size: tuple[int, int] | None = None) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 from kandinsky22 import __version__
 from kandinsky22.cli.options import SCHEDULERS
+from kandinsky22.cli.request import Request
 from kandinsky22.errors import InputError
 from kandinsky22.hub import EMBEDDED, Source
+from kandinsky22.quality import make_scheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +25,17 @@ class Networks:
     device: Any
 
 
-def load_networks(
-    classes: tuple[str, str], model: str, prior: str | None, scheduler: str | None, device: str, dtype: str
-) -> Networks:
-    """The networks of `model` as pipelines of the `classes` (prior, decoder), the latter with the scheduler of that
-    class name if given. They are on the CPU until `settle` brings them to the device."""
+def load_networks(classes: tuple[str, str], request: Request) -> Networks:
+    """The networks of the request's model as pipelines of the `classes` (prior, decoder), with the schedulers it asks
+    for. They are on the CPU until `settle` brings them to the device."""
     import torch
 
     import kandinsky22
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
-    place = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, place)
+    place = resolve_device(request.device)
+    torch_dtype = resolve_dtype(request.dtype, place)
+    model = request.model
     if model == EMBEDDED:
         # Its products are so small that threads wait for each other longer than they work; and with one, a recipe
         # gives the same bits on any number of cores.
@@ -41,14 +43,16 @@ def load_networks(
     reader, drawer = (getattr(kandinsky22, name) for name in classes)
     _check_model(model, drawer)
     decoder = drawer.from_pretrained(model, torch_dtype=torch_dtype)
-    _use_scheduler(decoder, scheduler)
+    use_scheduler(decoder, request.scheduler, request.scheduler_settings)
     # Any decoder's parts will do here: this is how a model's prior is found.
-    options = decoder.components | ({} if prior is None else {"prior": prior})
+    options = decoder.components | ({} if request.prior is None else {"prior": request.prior})
     whole: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=torch_dtype, **options)
     made, read = whole.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
     if made != read:
         raise InputError(f"the prior makes embeddings of {made} numbers, {model} reads {read}: they do not fit")
-    return Networks(reader.from_pipe(whole), decoder, whole, place)
+    first = reader.from_pipe(whole)
+    use_scheduler(first, request.prior_scheduler, request.prior_scheduler_settings)
+    return Networks(first, decoder, whole, place)
 
 
 def settle(networks: Networks, *, low_memory: bool) -> None:
@@ -73,15 +77,15 @@ def _check_model(model: str, drawer: Any) -> None:
         raise InputError(f"--model {model} is a {name}; weights of a {drawer.__name__} are needed here")
 
 
-def _use_scheduler(pipe: Any, name: str | None) -> None:
-    """Replace the decoder's scheduler by class `name`, set up from the checkpoint's own."""
-    import kandinsky22
-
-    if name is None or name == type(pipe.scheduler).__name__:
+def use_scheduler(pipe: Any, name: str | None, settings: Mapping[str, Any] | None = None) -> None:
+    """Give the pipeline the scheduler of class `name` on the noise schedule of its own, `settings` put in the place of
+    that one's; with neither it keeps its own."""
+    own = type(pipe.scheduler).__name__
+    if name in (None, own) and not settings:
         return
-    if name not in SCHEDULERS.values():
-        raise InputError(f"unknown scheduler {name!r}; accepted: {', '.join(SCHEDULERS)}")
-    pipe.scheduler = getattr(kandinsky22, name).from_config(pipe.scheduler.config)
+    if (name or own) not in SCHEDULERS.values():
+        raise InputError(f"unknown scheduler {name or own!r}; accepted: {', '.join(SCHEDULERS)}")
+    pipe.scheduler = make_scheduler(name or own, pipe.scheduler.config, settings or {})
 
 
 def model_digest(whole: Any, *, sees: bool) -> str:

@@ -8,9 +8,28 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler"}
+from kandinsky22.quality import PRESETS
+
+T = TypeVar("T")
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "dpm-single": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "lcm": "LCMScheduler",
+    "unclip": "UnCLIPScheduler",
+}
 # The largest seed of which a batch of any size still is a seed to torch.
 MAX_SEED = 2**63 - 1
 
@@ -76,6 +95,30 @@ def scheduler(text: str) -> str:
     return by_name[text.lower()]
 
 
+def quality(text: str) -> str:
+    """Read the name of a preset."""
+    if text not in PRESETS:
+        raise argparse.ArgumentTypeError(f"unknown quality {text!r}; accepted: {', '.join(PRESETS)}")
+    return text
+
+
+def several(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """A reader of one value or several with commas between, each once."""
+    return lambda text: tuple(dict.fromkeys(read(part.strip()) for part in text.split(",")))
+
+
+class _ReadInterval(argparse.Action):
+    """Reads `START END`, parts of the way of which the second comes after the first."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        start, end = values
+        if not start < end:
+            raise argparse.ArgumentError(self, f"{start:g} {end:g} is no interval; write START END, such as 0.1 0.6")
+        setattr(namespace, self.dest, (start, end))
+
+
 @dataclasses.dataclass(frozen=True)
 class Portion:
     """A text or a picture to be mixed in, with the weight that was given, if any."""
@@ -134,9 +177,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="MODEL", help="folder or Hub id of a decoder (default: the embedded model)")
     group.add_argument("--prior", metavar="MODEL", help="folder or Hub id of the prior (default: the model's own)")
-    group.add_argument("--scheduler", type=scheduler, help=f"{' or '.join(SCHEDULERS)} (default: the model's own)")
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    group.add_argument("--dtype", help="auto, float32, float16 or bfloat16 (default: auto, float32 on a CPU)")
+    group.add_argument(
+        "--dtype",
+        help=(
+            "float32, float16, bfloat16, or auto, the fastest that the device computes in (default: float32 on a CPU)"
+        ),
+    )
     group.add_argument(
         "--low-memory",
         action="store_true",
@@ -145,12 +192,47 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What the two stages are asked to do; defaults are the model's own, else the library's."""
+    """What the two stages are asked to do, and by which samplers; defaults are the model's, else the library's."""
     group = parser.add_argument_group("sampling", "Not given, these are the model's own defaults.")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    group.add_argument(
+        "--quality",
+        type=quality,
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}: samplers and steps of both stages; other options win",
+    )
+    group.add_argument("--scheduler", type=scheduler, metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
     group.add_argument("--steps", type=whole_number(1), metavar="N", help="decoder steps")
-    group.add_argument("--prior-steps", type=whole_number(1), metavar="N", help="prior steps")
     group.add_argument("--guidance", type=scale, metavar="X", help="decoder guidance scale; up to 1 is none")
+    add_common_sampling(group)
+
+
+def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: str) -> None:
+    """The same for a whole grid of samplers, steps and guidance, by default of these schedulers and steps."""
+    group = parser.add_argument_group("grid", "One value or several, with commas between.")
+    known = f"of {', '.join(SCHEDULERS)} (default: {schedulers})"
+    for name, read, default, help in (
+        ("scheduler", several(scheduler), schedulers, known),
+        ("steps", several(whole_number(1)), steps, f"decoder steps (default: {steps})"),
+        ("guidance", several(scale), None, "decoder guidance scales; up to 1 is none (default: the model's own)"),
+    ):
+        group.add_argument(f"--{name}", type=read, dest=f"grid_{name}", default=default, metavar="A,B,...", help=help)
+    add_common_sampling(parser.add_argument_group("sampling", "Not given, these are the model's own defaults."))
+
+
+def add_common_sampling(group: Any) -> None:
+    """What is the same for one picture and for a grid of them."""
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
+    group.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=share,
+        action=_ReadInterval,
+        metavar=("START", "END"),
+        help="guide only this part of the way from noise (0) to the picture (1); the rest takes half as long",
+    )
+    group.add_argument("--guidance-rescale", type=share, metavar="X", help="0 to 1: softens what strong guidance does")
+    group.add_argument("--prior-scheduler", type=scheduler, metavar="NAME", help="one of those for --scheduler")
+    group.add_argument("--prior-steps", type=whole_number(1), metavar="N", help="prior steps")
     group.add_argument("--prior-guidance", type=scale, metavar="X", help="prior guidance scale; up to 1 is none")
     group.add_argument("--size", type=size, metavar="WxH", help="picture size in pixels")
     group.add_argument(

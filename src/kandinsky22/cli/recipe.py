@@ -65,6 +65,11 @@ class Recipe:
     strength: float | None = None
     keep_pixels: bool | None = None
     prior: str | None = None
+    scheduler_settings: Mapping[str, Any] | None = None
+    prior_scheduler: str | None = None
+    prior_scheduler_settings: Mapping[str, Any] | None = None
+    guidance_interval: tuple[float, ...] | None = None
+    guidance_rescale: float | None = None
 
     def to_json(self) -> str:
         """The recipe as JSON, with the number of its format; what it does not use is left out."""
@@ -105,13 +110,34 @@ class Recipe:
             ("size", f"{self.width}x{self.height}"),
             ("steps", f"{self.steps}, prior {self.prior_steps}"),
             ("guidance", f"{self.guidance:g}, prior {self.prior_guidance:g}"),
-            ("scheduler", self.scheduler),
+            *((name, value) for name, value in self._guided().items()),
+            *((name, value) for name, value in self._schedulers().items()),
             ("model", self.model),
             *([("prior", self.prior)] if self.prior is not None else []),
             ("digest", self.model_digest),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
+
+    def _guided(self) -> dict[str, str]:
+        """The options of guidance that are in use."""
+        interval, rescale = self.guidance_interval, self.guidance_rescale
+        return {
+            **({} if interval is None else {"guided from": " to ".join(f"{part:g}" for part in interval)}),
+            **({} if rescale is None else {"guidance rescaled": f"{rescale:g}"}),
+        }
+
+    def _schedulers(self) -> dict[str, str]:
+        """The schedulers with the settings that are not the model's."""
+        both = {
+            "scheduler": (self.scheduler, self.scheduler_settings),
+            "prior scheduler": (self.prior_scheduler, self.prior_scheduler_settings),
+        }
+        return {
+            name: ", ".join([kind, *(f"{key}={value}" for key, value in (settings or {}).items())])
+            for name, (kind, settings) in both.items()
+            if kind is not None
+        }
 
     def _parameters(self) -> str:
         """The layout that picture galleries know: prompt, negative prompt, then settings on one line."""
@@ -162,6 +188,8 @@ def _seeds(seeds: tuple[int, ...]) -> str:
 
 def _read(value: Any, hint: Any, name: str) -> Any:
     """Check a JSON value against a field's type; lists become tuples."""
+    if hint is Any and isinstance(value, str | int | float):
+        return value
     if isinstance(hint, types.UnionType):
         return None if value is None else _read(value, typing.get_args(hint)[0], name)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kandinsky22.cli.options import Portion
 from kandinsky22.cli.recipe import InputFile, Part, Recipe
 from kandinsky22.errors import InputError
 from kandinsky22.hub import EMBEDDED
+from kandinsky22.quality import preset
 
 PICTURES = ("image", "mask", "hint")
 
@@ -34,12 +35,17 @@ class Request:
     model: str
     prior: str | None
     scheduler: str | None
+    scheduler_settings: Mapping[str, Any] | None
+    prior_scheduler: str | None
+    prior_scheduler_settings: Mapping[str, Any] | None
     device: str
-    dtype: str
+    dtype: str | None
     steps: int | None
     prior_steps: int | None
     guidance: float | None
     prior_guidance: float | None
+    guidance_interval: tuple[float, ...] | None
+    guidance_rescale: float | None
     width: int | None
     height: int | None
 
@@ -59,8 +65,12 @@ def read_request(
     that are not there.
     """
 
+    asked = _preset(args)
+
     def pick(name: str) -> Any:
         given = getattr(args, name, None)
+        if given is None and name in asked:
+            return asked[name]
         return getattr(recipe, name) if given is None and recipe is not None else given
 
     own: dict[str, Any] = {"seeds": _seeds(args, recipe), "parts": _parts(args, recipe, inputs)}
@@ -72,7 +82,7 @@ def read_request(
     plain = {field.name: pick(field.name) for field in dataclasses.fields(Request) if field.name not in own}
     for name in ("prompt", "negative_prompt"):
         checked_text(name.replace("_", " "), plain[name] or "")
-    defaults = {"model": EMBEDDED, "device": "auto", "dtype": "auto"}
+    defaults = {"model": EMBEDDED, "device": "auto"}
     plain |= {name: value for name, value in defaults.items() if plain[name] is None}
     return Request(**own, **plain)
 
@@ -82,6 +92,21 @@ def read_output(args: argparse.Namespace) -> Path:
     if args.output is not None:
         return Path(args.output)
     return Path("picture.png") if args.source is None else args.source.with_name(f"{args.source.stem}-again.png")
+
+
+def _preset(args: argparse.Namespace) -> dict[str, Any]:
+    """What --quality asks for. Settings belong to the scheduler they are for: one that is named has none of them."""
+    found: dict[str, Any] = {}
+    if (name := getattr(args, "quality", None)) is not None:
+        chosen = preset(name)
+        found["guidance_interval"] = chosen.guidance_interval
+        for prefix, sampler in (("", chosen.decoder), ("prior_", chosen.prior)):
+            found |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
+            found[f"{prefix}steps"] = sampler.steps
+    for option in ("scheduler", "prior_scheduler"):
+        if getattr(args, option, None) is not None:
+            found[f"{option}_settings"] = None
+    return found
 
 
 def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
