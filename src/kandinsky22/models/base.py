@@ -14,6 +14,7 @@ from kandinsky22.config import Config
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
 from kandinsky22.files import read_json, write_json
 from kandinsky22.hub import Source, model_folder, shared_folder
+from kandinsky22.runtime import quantize
 from kandinsky22.weights import find_weights, read_tensors, weight_files, write_tensors
 
 M = TypeVar("M", bound="Model")
@@ -86,8 +87,10 @@ class Model(nn.Module):
         if saved_as != cls.__name__:
             raise ConfigError(f"{folder / cls.config_name} describes a {saved_as}, not a {cls.__name__}")
         try:
+            quantization = config.pop(quantize.ENTRY, None)
             with torch.device("meta"):
                 model = cls.from_config(config)
+                quantize.prepare(model, quantization, dtype)
         except ConfigError as error:
             raise ConfigError(f"{folder / cls.config_name}: {error}") from error
         model._fill(find_weights(folder, variant, use_safetensors, shared_folder(folder)), dtype)
@@ -109,12 +112,11 @@ class Model(nn.Module):
         folder, config = Path(save_directory), self.config
         if folder.is_file():
             raise CheckpointError(f"cannot write weights to {folder}: it is a file")
-        write_tensors(
-            folder, self.state_dict(), variant=variant, max_shard_size=max_shard_size, safe=safe_serialization
-        )
+        quantization, tensors = quantize.stored_as(self)
+        write_tensors(folder, tensors, variant=variant, max_shard_size=max_shard_size, safe=safe_serialization)
         fixed = {name: accepted[0] for name, accepted in config.only.items()}
         about = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        write_json(folder / self.config_name, {**fixed, **config, **about})
+        write_json(folder / self.config_name, {**fixed, **config, **quantization, **about})
 
     def _fill(self, files: Iterable[Path], dtype: torch.dtype | None) -> None:
         """Take the weights in `files` instead of the (meta) ones; they must be exactly the network's."""
@@ -142,6 +144,7 @@ class Model(nn.Module):
             raise CheckpointError(f"{where} does not fit {type(self).__name__}: tensors {'; '.join(problems)}")
         self.load_state_dict(found, assign=True)
         self.reset_buffers()
+        quantize.arrange(self)
         assert not any(tensor.is_meta for tensor in self.buffers()), "a buffer is not set by reset_buffers"
 
     def reset_buffers(self) -> None:

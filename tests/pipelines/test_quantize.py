@@ -1,0 +1,109 @@
+"""Quantized pipelines: made in place, shared, saved, loaded, kept in files, and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.pipelines.tiny import difference, pair, seeded
+
+from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline
+from kandinsky22.errors import InputError, MissingDependencyError
+from kandinsky22.runtime.quantize import KINDS, kind_of
+
+pytest.importorskip("torchao")
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "generator": seeded(3)}
+    if isinstance(pipe, KandinskyV22CombinedPipeline):
+        return pipe("a red cat", height=64, width=64, prior_num_inference_steps=2, **options).images.float()
+    return pipe(**pair(), height=64, width=64, **options).images.float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_pipeline_is_saved_and_loaded(
+    combined: KandinskyV22CombinedPipeline, kind: str, tmp_path: Path
+) -> None:
+    exact = draw(combined)
+    if kind == "int4":
+        combined.to(torch.bfloat16)
+    combined.quantize(kind)
+    parts = combined.components
+    assert {name: kind_of(part) for name, part in parts.items() if kind_of_or_none(part)} == {
+        "unet": kind,
+        "prior_prior": kind,
+    }
+    made = draw(combined)
+    assert 1e-4 < difference(made, exact) < 0.5
+    combined.save_pretrained(tmp_path)
+    again = KandinskyV22CombinedPipeline.from_pretrained(tmp_path, torch_dtype=combined.dtype)
+    again.set_progress_bar_config(disable=True)
+    assert difference(draw(again), made) < (1e-5 if kind != "int4" else 0.05)
+
+
+def kind_of_or_none(part: Any) -> str | None:
+    return kind_of(part) if isinstance(part, torch.nn.Module) else None
+
+
+def test_only_the_components_named_are_quantized(combined: KandinskyV22CombinedPipeline) -> None:
+    combined.quantize("int8", components=["prior_prior"])
+    assert kind_of(combined.prior_prior) == "int8"
+    assert kind_of(combined.unet) is None
+    assert combined.prior_pipe.prior is combined.prior_prior
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
+def test_small_weights_can_wait_in_files(decoder: KandinskyV22Pipeline, kind: str, tmp_path: Path) -> None:
+    decoder.quantize(kind)
+    plain = draw(decoder)
+    decoder.enable_low_memory(tmp_path)  # quantized since they were loaded: written to a temporary file
+    assert difference(draw(decoder), plain) < 1e-5
+    decoder.remove_all_hooks()
+    decoder.save_pretrained(tmp_path / "small")
+    again = KandinskyV22Pipeline.from_pretrained(tmp_path / "small")
+    again.set_progress_bar_config(disable=True)
+    again.enable_low_memory()  # read from the small checkpoint each time
+    assert difference(draw(again), plain) < 1e-5
+    assert all(parameter.is_meta for parameter in again.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "components", "words"),
+    [
+        ("int3", None, "kind='int3'; accepted: int8, int8-dynamic, int4"),
+        ("int8", ["movq"], "'movq' cannot be quantized; accepted: unet, prior_prior"),
+        ("int8", ["prior_tokenizer"], "cannot be quantized"),
+        ("int4", None, "bfloat16 on CPUs"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_changes(
+    combined: KandinskyV22CombinedPipeline, kind: str, components: Any, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        combined.quantize(kind, components)
+    assert kind_of(combined.unet) is None
+    assert kind_of(combined.prior_prior) is None
+
+
+def test_offloaded_networks_are_refused(decoder: KandinskyV22Pipeline) -> None:
+    decoder.enable_low_memory()
+    with pytest.raises(InputError, match=r"unet is offloaded by enable_low_memory\(\); call remove_all_hooks\(\)"):
+        decoder.quantize()
+
+
+def test_twice_is_refused(combined: KandinskyV22CombinedPipeline) -> None:
+    combined.quantize("int8", components=["unet"])
+    with pytest.raises(InputError, match="UNet2DConditionModel is quantized already"):
+        combined.quantize("int8", components=["prior_prior", "unet"])
+    assert kind_of(combined.prior_prior) is None
+
+
+def test_without_torchao_the_error_says_what_to_install(
+    decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"kandinsky22\[quantize\]"):
+        decoder.quantize()

@@ -1,0 +1,46 @@
+"""Names of precisions, and what "auto" means where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kandinsky22.errors import InputError
+from kandinsky22.runtime import device
+from kandinsky22.runtime.device import computes_bfloat16, resolve_dtype
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+def test_unasked_a_cpu_computes_in_float32_and_cuda_in_float16() -> None:
+    assert [resolve_dtype(None, place) for place in (CPU, MPS, CUDA)] == [torch.float32, torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_the_fastest_type_that_the_device_has(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(device, "computes_bfloat16", lambda: native)
+    assert resolve_dtype("auto", CPU) == (torch.bfloat16 if native else torch.float32)
+    assert resolve_dtype("auto", CUDA) == resolve_dtype("auto", MPS) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [({"avx512_bf16"}, True), ({"amx_tile"}, True), ({"avx512", "avx2"}, False), (set[str](), False)],
+)
+def test_x86_processors_say_what_they_have(monkeypatch: pytest.MonkeyPatch, flags: set[str], native: bool) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in flags, raising=False)
+    assert computes_bfloat16() is native
+
+
+def test_releases_of_torch_that_cannot_tell_mean_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+    assert computes_bfloat16() is False
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(InputError, match=r"float7.*auto, float32"):
+        resolve_dtype("float7", CPU)
