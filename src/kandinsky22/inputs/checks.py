@@ -117,6 +117,17 @@ def finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def replacement(name: str, value: Any, current: Tensor | None, fewest: int | None = None) -> Tensor:
+    """`value` in the type and place of the tensor `current`, whose shape it has, or `fewest` rows of that if given."""
+    if current is None:
+        raise InputError(f"{name}: this call has none that could be replaced")
+    accepted = [(rows, *current.shape[1:]) for rows in dict.fromkeys((len(current), fewest)) if rows is not None]
+    if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) not in accepted:
+        given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"{name}: a real tensor of shape {' or '.join(map(str, accepted))} is needed, not {given}")
+    return value.to(current)
+
+
 def same_batch(name: str, value: Tensor, batch: int, other: str) -> Tensor:
     """`value` with `batch` rows; a single row is repeated."""
     if value.shape[0] == 1:

@@ -281,8 +281,13 @@ class SamplingPipeline(DiffusionPipeline):
             return {}
         if not isinstance(changes, Mapping):
             raise InputError(f"callback_on_step_end returned {type(changes).__name__}; a dict of tensors is needed")
-        for name, tensor in changes.items():
+        for name in changes:
             checks.choice("callback_on_step_end returned a key", name, self._callback_tensor_inputs)
-            if name == "latents" and getattr(tensor, "shape", None) != run.latents.shape:
-                raise InputError(f"callback_on_step_end returned latents unlike those of shape {run.latents.shape}")
-        return {name: tensor for name, tensor in changes.items() if tensor is not None}
+        # a callback that switches guidance off may leave the negative rows away
+        fewest = None if checks.number("guidance_scale", self._guidance_scale) > 1 else len(run.latents)
+        flying = {"latents": run.latents, **run.tensors}
+        given = {name: tensor for name, tensor in changes.items() if tensor is not None}
+        return {
+            name: checks.replacement(f"callback_on_step_end returned {name}", tensor, flying.get(name), fewest)
+            for name, tensor in given.items()
+        }

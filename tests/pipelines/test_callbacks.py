@@ -1,0 +1,84 @@
+"""What callbacks give back, in all ten classes: taken in the type that is worked in, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.pipelines.test_offload import CALLS, make  # noqa: F401 (a fixture)
+from tests.pipelines.tiny import DIM, difference, seeded
+
+from kandinsky22 import InputError
+
+Ours = Callable[[str], Any]
+
+
+def names_of(pipe: Any) -> list[str]:
+    return list(getattr(pipe, "decoder_pipe", pipe)._callback_tensor_inputs)
+
+
+def run(pipe: Any, name: str, change: Callable[[str, torch.Tensor], Any], **more: Any) -> torch.Tensor:
+    """The first result of a call, each of whose steps changes all tensors that callbacks are shown."""
+
+    def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {name: change(name, tensor) for name, tensor in tensors.items()}
+
+    options = {"callback_on_step_end": told, "callback_on_step_end_tensor_inputs": names_of(pipe), **more}
+    out = pipe(**CALLS[name][1](), generator=seeded(1), **options)
+    return next(iter(vars(out).values()))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_types_are_converted(name: str, make: Ours) -> None:  # noqa: F811
+    pipe = make(name)
+    same = run(pipe, name, lambda _, tensor: tensor)
+    assert difference(run(pipe, name, lambda _, tensor: tensor.double()), same) < 1e-4
+    assert difference(run(pipe, name, lambda _, tensor: tensor.clone().requires_grad_(tensor.dtype.is_floating_point)),
+                      same) < 1e-4  # fmt: skip
+
+
+WRONG: dict[str, Callable[[torch.Tensor], Any]] = {
+    "an array": lambda tensor: tensor.numpy(),
+    "a number": lambda tensor: 3,
+    "too many rows": lambda tensor: torch.cat([tensor] * 3),
+    "half of the rows": lambda tensor: tensor[len(tensor) // 2 :] if len(tensor) > 1 else tensor[:0],
+    "too few numbers": lambda tensor: tensor[..., :-1],
+    "complex numbers": lambda tensor: tensor.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_does_not_fit_is_refused_by_name(name: str, make: Ours) -> None:  # noqa: F811
+    pipe = make(name)
+    for given in names_of(pipe):
+        for wrong in WRONG.values():
+            with pytest.raises(InputError, match=f"callback_on_step_end returned {given}.*shape"):
+                run(pipe, name, lambda each, tensor: wrong(tensor) if each == given else tensor)  # noqa: B023
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_negative_rows_may_be_left_away_where_guidance_ends(name: str, make: Ours) -> None:  # noqa: F811
+    """As callbacks written for the reference do, where its network would otherwise be given too many rows."""
+    pipe, results = make(name), []
+    for halve in (False, True):
+
+        def told(pipe: Any, step: int, timestep: Any, tensors: Any, halve: bool = halve) -> dict[str, Any]:
+            pipe._guidance_scale = 1.0
+            return {key: value[-1:] for key, value in tensors.items()} if halve else {}
+
+        names = [each for each in names_of(pipe) if each != "negative_image_embeds"]
+        options = {"callback_on_step_end": told, "callback_on_step_end_tensor_inputs": names}
+        results.append(next(iter(vars(pipe(**CALLS[name][1](), generator=seeded(1), **options)).values())))
+    assert torch.equal(*results)
+
+
+def test_nothing_takes_the_place_of_nothing(decoder: Any) -> None:
+    call = {"image_embeds": torch.ones(1, DIM), "negative_image_embeds": None, "guidance_scale": 1.0}
+    with pytest.raises(InputError, match="returned negative_image_embeds: this call has none"):
+        decoder(
+            **call,
+            num_inference_steps=2,
+            callback_on_step_end=lambda *_: {"negative_image_embeds": torch.ones(1, DIM)},
+        )
