@@ -18,7 +18,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 def test_the_commands_on_the_page_run_as_written(command: Command) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert {words[1] for words in lines} >= {"generate", "img2img", "inpaint", "control", "mix", "variations", "info"}
+    drawing = {"generate", "img2img", "inpaint", "control", "mix", "variations"}
+    assert {words[1] for words in lines} >= {*drawing, "compare", "info"}
     for program, *arguments in lines:
         if program == "python":
             subprocess.run([sys.executable, *arguments], check=True)

@@ -44,7 +44,7 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
     several = len(request.seeds) > 1
     paths = picture_paths(output, len(request.seeds))
     _check_outputs([*paths, sheet_path(output)] if several else paths, inputs)
-    _introduce(mode, request, say)
+    introduce(mode.published, request, say)
     classes = mode.prior(request), mode.decoder(request)
     networks = load_networks(classes, request)
     for pipe in (networks.prior, networks.decoder):
@@ -89,12 +89,12 @@ def _check_outputs(paths: Sequence[Path], inputs: Inputs) -> None:
             raise InputError(f"{path}: would replace a picture that is read for it; choose another output with -o")
 
 
-def _introduce(mode: Mode, request: Request, say: Teller) -> None:
+def introduce(published: str, request: Request, say: Teller) -> None:
     """Say what is drawing, which words it cannot know, and which weights it is not used to."""
     if request.model == EMBEDDED:
         from kandinsky22.training.captions import unknown_words
 
-        say(f"drawing with the small embedded model; for the published weights add --model {mode.published}")
+        say(f"drawing with the small embedded model; for the published weights add --model {published}")
         if strangers := unknown_words(" ".join(request.texts())):
             say(f"warning: the embedded model never saw these words: {', '.join(strangers)}")
     if request.parts and abs(total := sum(part.weight for part in request.parts)) - 1 > 1e-6:

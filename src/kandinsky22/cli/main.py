@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kandinsky22 import __version__
-from kandinsky22.cli import draw, info
+from kandinsky22.cli import compare, draw, info
 from kandinsky22.cli.modes import MODES
 from kandinsky22.errors import KandinskyError
 
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for mode in MODES:
         mode.add_parser(subparsers, draw.run)
+    compare.add_parser(subparsers)
     info.add_parser(subparsers)
     return parser
 

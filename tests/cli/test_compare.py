@@ -1,0 +1,115 @@
+"""`kandinsky22 compare`: a labelled grid and a table, whose pictures are those of `generate`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.cli.conftest import SIZE, Command, pixels, stored
+from tests.cli.test_errors import assert_one_line
+
+from kandinsky22.cli.sheets import GAP, LARGEST, MARGIN, Sheet, labelled_sheet
+
+GRID = ("--scheduler", "dpm,heun", "--steps", "2,3", "--guidance", "1,3", "--seed", 5)
+
+
+def table(path: str) -> list[dict[str, str]]:
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_grid_holds_what_generate_draws(command: Command, model: Path) -> None:
+    result = command("compare", "a cat", "--model", model, *GRID, "--pictures")
+    assert result.code == 0, result.err
+    kept = [f"compare-{row}-{column}.png" for row in (1, 2, 3, 4) for column in (1, 2)]
+    assert result.out.splitlines() == [*kept, "compare.png", "compare.csv"]
+    rows = table("compare.csv")
+    assert [(row["scheduler"], row["steps"], row["guidance"]) for row in rows] == [
+        (scheduler, steps, scale)
+        for scale in "13"
+        for scheduler in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler")
+        for steps in "23"
+    ]
+    assert [row["evaluations"] for row in rows] == ["2", "3", "3", "5"] * 2
+    assert [row["file"] for row in rows] == kept
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    sheet = np.asarray(Image.open("compare.png").convert("RGB"))
+    for row in rows[:1] + rows[-1:]:
+        options = ("--scheduler", row["scheduler"], "--steps", row["steps"], "--guidance", row["guidance"])
+        command("generate", "a cat", "--model", model, "--seed", 5, *options, "-o", "single.png")
+        assert Path("single.png").read_bytes() == Path(row["file"]).read_bytes()
+        assert holds(sheet, pixels(Path("single.png")))
+    command("generate", "--from", "compare-4-2.png")
+    assert Path("compare-4-2-again.png").read_bytes() == Path("compare-4-2.png").read_bytes()
+    assert stored(Path("compare-4-2.png"))["command"] == "generate"
+
+
+def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
+    """Whether a picture is somewhere on the sheet, pixel by pixel."""
+    high, wide = picture.shape[:2]
+    places = np.argwhere((sheet == picture[0, 0]).all(-1))
+    return any(np.array_equal(sheet[top : top + high, left : left + wide], picture) for top, left in places)
+
+
+def test_only_the_grid_is_kept_unless_told_otherwise(command: Command, model: Path) -> None:
+    arguments = ("--scheduler", "ddim", "--steps", "2", "--negative-prompt", "a dog", "-o", "one.png")
+    result = command("compare", "кот, a cat", "--model", model, *arguments)
+    assert (result.code, result.paths) == (0, [Path("one.png"), Path("one.csv")])
+    assert sorted(path.name for path in Path().iterdir()) == ["one.csv", "one.png"]
+    assert [(row["row"], row["column"], row["file"]) for row in table("one.csv")] == [("1", "1", "")]
+    with Image.open("one.png") as picture:
+        assert picture.info["Description"].startswith("кот, a cat, seed ")
+        assert "DDIMScheduler,2,2" in picture.info["Description"]
+    assert_one_line(command("info", "one.png"), 1, "no recipe")
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_grid_is_small_and_useful_without_options(command: Command) -> None:
+    result = command("compare", "a red dragon", "--quiet")
+    assert (result.code, result.err) == (0, "")
+    rows = table("compare.csv")
+    assert len({row["scheduler"] for row in rows}) * len({row["steps"] for row in rows}) == len(rows) == 20
+    assert "never saw these words: dragon" in command("compare", "a red dragon", "--steps", 1).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps", "4,2000"), ("2000", "1000")),
+        (("--scheduler", "lcm", "--steps", "60"), ("60",)),
+        (("--model", "nowhere/at/all"), ("nowhere/at/all",)),
+        (("-o", "compare.jpg"), (".jpg", "PNG")),
+        (("-o", "missing/compare.png"), ("missing", "no such folder")),
+        (("-o", "taken.png"), ("taken.csv", "is a folder")),
+        (("-o", "kept.png", "--pictures"), ("kept-1-1.png", "is a folder")),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_is_drawn(
+    command: Command,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("kandinsky22.cli.stages.embed", None)
+    for folder in ("taken.csv", "kept-1-1.png"):
+        Path(folder).mkdir()
+    assert_one_line(command("compare", "a cat", "--model", model, *arguments), 1, *words)
+    assert len(list(Path().iterdir())) == 2
+
+
+def test_sheets_scale_large_pictures_down_and_keep_small_ones() -> None:
+    for side, shown in ((SIZE, SIZE), (4 * LARGEST, LARGEST)):
+        images = [Image.new("RGB", (side, side // 2), color) for color in ("#0000ff", "#ff0000")]
+        sheet = labelled_sheet(
+            Sheet("a title " * 40, "about", ["2 steps", "4 steps"], [("ddim", "")], images, ["", ""])
+        )
+        found = np.asarray(sheet)
+        for color in ((0, 0, 255), (255, 0, 0)):
+            high, wide = (np.ptp(places) + 1 for places in np.nonzero((found == color).all(-1)))
+            assert (wide, high) == (shown, shown // 2)
+        assert (found[:MARGIN] == 255).all() and (found[:, -GAP:] == 255).all()
