@@ -1,0 +1,209 @@
+"""What the machine is, what it can do at most, and what a process takes of it: for the benchmarks.
+
+Peaks are the fastest convolution and the fastest matrix product of several that the networks of Kandinsky 2.2 are made
+of, in plain and in packed layout. They say how far from the end of what is possible a measured time is.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+STATUS = Path("/proc/self/status")
+
+# (batch, channels in, channels out, side) of 3x3 convolutions; (rows, in, out) of matrix products
+CONVOLUTIONS = ((2, 384, 384, 64), (2, 768, 768, 32), (2, 1152, 1152, 16), (1, 512, 512, 64), (1, 256, 256, 256))
+PRODUCTS = ((2048, 2048, 2048), (512, 2048, 8192), (8192, 768, 768), (2048, 1152, 1152))
+SMALL_CONVOLUTIONS, SMALL_PRODUCTS = ((1, 64, 64, 32),), ((256, 256, 256),)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable is not None else os.cpu_count() or 1
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the versions that matter; `load` is the system's load average when this is called."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def known(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    about = {"processor": _processor(), "cores": cores(), "memory_gib": _memory(), "python": platform.python_version()}
+    about["versions"] = {name: known(name) for name in ("torch", "diffusers", "transformers")}
+    about["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return about
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = values.get("flags", "").split()
+    wide = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
+    return f"{values.get('model name', platform.machine())} ({', '.join(wide) or platform.machine()})"
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+# Memory
+
+
+def status(name: str, path: Path = STATUS) -> float | None:
+    """A size from a process's status file (Linux) in GiB: VmHWM is the largest that it ever was, RssAnon what no file
+    on disk stands for, now."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 / GIB for line in lines if line.startswith(f"{name}:")), None)
+
+
+def peak_memory() -> float:
+    """The most memory this process ever had, pages of mapped files included, in GiB."""
+    peak = status("VmHWM")
+    if peak is None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else GIB)
+    return peak
+
+
+def forget_peak() -> bool:
+    """Begin anew with the peak of `peak_memory`; whether the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+# Arithmetic
+
+
+def peaks(dtype: str, device: str = "cpu", *, seconds: float = 0.4, small: bool = False) -> dict[str, float]:
+    """The most floating-point operations a second, of convolutions and of matrix products, as large cases reach them.
+
+    Each case is repeated for `seconds`; its best time counts. `small` takes small cases, for tests.
+    """
+    import torch
+
+    kind, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator).to(device=device, dtype=kind)
+
+    def convolutions() -> Iterable[tuple[float, Callable[[], object]]]:
+        for batch, before, after, side in SMALL_CONVOLUTIONS if small else CONVOLUTIONS:
+            last = {"memory_format": torch.channels_last}
+            features = random(batch, before, side, side).contiguous(**last)
+            weight = random(after, before, 3, 3).contiguous(**last)
+            work = 2.0 * batch * side * side * before * after * 9
+            yield work, lambda f=features, w=weight: torch.nn.functional.conv2d(f, w, padding=1)
+            if device == "cpu" and (packed := _packed_convolution(features, weight)):
+                yield work, packed
+
+    def products() -> Iterable[tuple[float, Callable[[], object]]]:
+        for rows, before, after in SMALL_PRODUCTS if small else PRODUCTS:
+            features, weight = random(rows, before), random(after, before)
+            work = 2.0 * rows * before * after
+            yield work, lambda f=features, w=weight: torch.nn.functional.linear(f, w)
+            if device == "cpu" and (packed := _packed_product(features, weight)):
+                yield work, packed
+
+    wait = torch.cuda.synchronize if device.startswith("cuda") else None
+    with torch.no_grad():
+        return {
+            "convolution": max(work / _best(call, seconds, wait) for work, call in convolutions()),
+            "product": max(work / _best(call, seconds, wait) for work, call in products()),
+        }
+
+
+def _best(call: Callable[[], object], seconds: float, wait: Callable[[], None] | None) -> float:
+    """The shortest of the calls that fit into `seconds`, after one that does not count."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        call()
+        if wait is not None:
+            wait()
+        return time.perf_counter() - begun
+
+    once()
+    best, end = once(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, once())
+    return best
+
+
+def _packed_convolution(features: Any, weight: Any) -> Callable[[], object] | None:
+    import torch
+
+    settings = [1, 1], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
+    try:
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, list(features.shape))
+    except (AttributeError, RuntimeError):
+        return None
+    return lambda: torch.ops.mkldnn._convolution_pointwise(features, packed, None, *settings, "none", [], "")
+
+
+def _packed_product(features: Any, weight: Any) -> Callable[[], object] | None:
+    import torch
+
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(features))
+    except (AttributeError, RuntimeError):
+        return None
+    return lambda: torch.ops.mkldnn._linear_pointwise(features, packed, None, "none", [], "")
+
+
+def count_operations(call: Callable[[], object]) -> dict[str, int]:
+    """Floating-point operations of convolutions and of matrix products (attention among them) that a call executes.
+
+    Those of packed layers are counted as well, which torch's counter does not know by itself.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def product(features: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(2 * torch.Size(out_shape).numel() * features[-1])
+
+    def convolution(features: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(2 * torch.Size(out_shape).numel() * weight[1] * weight[2] * weight[3])
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        batch, heads, rows, width = query
+        return int(2 * batch * heads * rows * key[2] * (width + value[3]))
+
+    formulas: dict[Any, Any] = {}
+    for space, name, formula in (
+        ("mkldnn", "_linear_pointwise", product),
+        ("mkldnn", "_convolution_pointwise", convolution),
+        ("aten", "_scaled_dot_product_flash_attention_for_cpu", attention),
+    ):
+        if (operator := getattr(getattr(torch.ops, space), name, None)) is not None:
+            formulas[operator] = formula
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        call()
+    counts = {"convolution": 0, "product": 0}
+    for operator, count in counter.get_flop_counts().get("Global", {}).items():
+        counts["convolution" if "conv" in str(operator) else "product"] += count
+    return counts

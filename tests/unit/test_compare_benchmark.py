@@ -1,0 +1,296 @@
+"""The comparison with the reference: stages do the same work in both libraries, and what is measured is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from benchmarks import compare, compare_report, compare_switches, compare_weights, machine
+from benchmarks.compare_stages import OURS, STAGES, THEIRS, Setting
+from benchmarks.compare_worker import Served, Worker
+
+from kandinsky22.runtime.packed import Linear
+
+SIZE = compare_weights.SIZES["tiny"]
+TOLERANCE = 1e-4  # relative, of a chain of random networks in float32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("compare")
+    for part in compare_weights.PARTS:
+        compare_weights.make(made, "tiny", part)
+    return made
+
+
+def setting(folder: Path, library: str, stage: str, **options: Any) -> Setting:
+    return Setting(library, stage, str(folder), size=SIZE, prior_steps=4, steps=2, **options)
+
+
+def flat(result: Any) -> torch.Tensor:
+    return torch.cat([tensor.float().flatten() for tensor in (result if isinstance(result, list) else [result])])
+
+
+# Stages
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["thin", "full"])
+@pytest.mark.parametrize("stage", ["text", "prior", "step", "decode", "picture"])
+def test_a_stage_gives_the_same_in_both_libraries(folder: Path, stage: str, full: bool) -> None:
+    theirs, ours = (
+        flat(STAGES[stage](setting(folder, library, stage, full_towers=full)).call(0)) for library in (THEIRS, OURS)
+    )
+    assert theirs.std() > 0.01
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", ["text", "prior", "step", "decode"])
+def test_calls_differ_so_that_nothing_kept_from_the_last_one_is_of_use(folder: Path, stage: str) -> None:
+    ours = STAGES[stage](setting(folder, OURS, stage))
+    assert not torch.equal(flat(ours.call(1)), flat(ours.call(2)))
+
+
+def test_the_thin_towers_have_one_layer_and_the_full_ones_all_and_half_precision(folder: Path) -> None:
+    for part, layers, kind in (("prior", 1, "float32"), ("prior-full", 2, "float16")):
+        config = json.loads((folder / part / "image_encoder" / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["dtype"]) == (layers, kind)
+    assert (folder / "prior-full/prior/diffusion_pytorch_model.safetensors").samefile(
+        folder / "prior/prior/diffusion_pytorch_model.safetensors"
+    )
+
+
+def test_modes_of_ours_make_pictures(folder: Path) -> None:
+    plain = STAGES["picture"](setting(folder, OURS, "picture")).call(0)
+    low = STAGES["low-memory"](setting(folder, OURS, "low-memory", low_memory=True)).call(0)
+    assert float((low - plain).abs().max()) < 1e-4
+    fast = STAGES["fast"](setting(folder, OURS, "fast", quality="draft")).call(0)
+    assert fast.shape == plain.shape
+    assert not torch.equal(fast, plain)
+
+
+def test_a_pause_does_not_count_and_separates_peaks(folder: Path) -> None:
+    served = Served(setting(folder, OURS, "picture"))
+    served.start()
+    told = served.do_call(0)
+    assert served.stage is not None
+    assert served.stage.pause > 0
+    assert told["seconds"] == pytest.approx(told["wall"] - served.stage.pause)
+    assert len(served.do_memory()["peaks"]) == 2
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operations_of_layers_are_counted_packed_or_not(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "packing", packed)
+    linear = Linear(512, 256).requires_grad_(False)
+    query = torch.randn(1, 2, 8, 16)
+    convolution, picture = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8)
+
+    def call() -> None:
+        with torch.no_grad():
+            linear(torch.randn(64, 512))
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            convolution(picture)
+
+    counts = machine.count_operations(call)
+    assert counts["product"] == 2 * 64 * 512 * 256 + 2 * (2 * 2 * 8 * 8 * 16)
+    assert counts["convolution"] == 2 * 2 * 5 * 8 * 8 * 3 * 9
+
+
+def test_packed_convolutions_are_counted() -> None:
+    features = torch.randn(2, 16, 8, 8)
+    call = machine._packed_convolution(features, torch.randn(32, 16, 3, 3))
+    if call is None:
+        pytest.skip("this torch has no packed convolutions")
+    assert machine.count_operations(call) == {"convolution": 2 * 2 * 32 * 64 * 16 * 9, "product": 0}
+
+
+def test_steps_of_the_prior_are_carried_on_from_two_and_three(folder: Path) -> None:
+    theirs, ours = (STAGES["prior"](setting(folder, library, "prior")) for library in (THEIRS, OURS))
+    told = theirs.operations(machine.count_operations)
+    assert told == machine.count_operations(lambda: theirs.call(-1, 4))  # what was measured, not only computed
+    mine = ours.operations(machine.count_operations)
+    assert told is not None
+    assert mine is not None
+    assert 0 < mine["product"] < told["product"] / 3
+
+
+def test_a_step_computes_what_the_reference_computes_or_less(folder: Path) -> None:
+    theirs, ours = (
+        STAGES["step"](setting(folder, library, "step")).operations(machine.count_operations)
+        for library in (THEIRS, OURS)
+    )
+    assert theirs is not None
+    assert ours is not None
+    assert 0 < ours["product"] < theirs["product"]
+    assert 0 < ours["convolution"] <= theirs["convolution"]
+
+
+def test_peaks_are_found() -> None:
+    found = machine.peaks("float32", seconds=0.0, small=True)
+    assert set(found) == {"convolution", "product"}
+    assert min(found.values()) > 1e6
+
+
+def test_memory_is_read_from_a_status_file(tmp_path: Path) -> None:
+    file = tmp_path / "status"
+    file.write_text("Name:\tx\nVmHWM:\t 3145728 kB\nRssAnon:\t 1048576 kB\n")
+    assert machine.status("VmHWM", file) == 3.0
+    assert machine.status("RssAnon", file) == 1.0
+    assert machine.status("RssAnon", tmp_path / "none") is None
+    assert machine.peak_memory() > 0.05
+
+
+# Switches
+
+
+def test_switches_leave_one_thing_off_at_a_time(folder: Path) -> None:
+    assert {"packed linear weights", "timesteps ahead"} <= set(compare_switches.available("prior"))
+    assert "timesteps ahead" not in compare_switches.available("decode")
+    stage = STAGES["prior"](setting(folder, OURS, "prior"))
+    from kandinsky22.models import prior
+
+    on, ahead = flat(stage.call(0)), prior.AHEAD
+    try:
+        for name in compare_switches.available("prior"):
+            compare_switches.leave_off(name)
+            assert (Linear.packing, prior.AHEAD) == (
+                name != "packed linear weights",
+                1 if name == "timesteps ahead" else ahead,
+            )
+            assert float((flat(stage.call(0)) - on).abs().max() / on.abs().max()) < TOLERANCE
+    finally:
+        compare_switches.leave_off(None)
+    assert (Linear.packing, prior.AHEAD) == (True, ahead)
+
+
+def test_a_switch_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module, attribute in (("a", "runtime.nowhere", "packing"), ("b", "runtime.packed", "nothing")):
+        switch = compare_switches.Switch(module, "Linear", attribute, ("step",))
+        monkeypatch.setitem(compare_switches.SWITCHES, name, switch)
+    assert not {"a", "b"} & set(compare_switches.available())
+    with pytest.raises(KeyError, match="has no b"):
+        compare_switches.leave_off("b")
+
+
+# Processes
+
+
+def test_a_worker_answers_over_pipes_and_says_why_it_ended(folder: Path) -> None:
+    told = setting(folder, OURS, "")
+    with Worker(told) as worker:
+        assert set(worker.ask("peaks", small=True)) == {"convolution", "product"}
+        assert worker.ask("memory")["peaks"][0] > worker.own / 2 > 0.01
+        with pytest.raises(RuntimeError, match="do_nonsense"):
+            worker.ask("nonsense")
+
+
+@pytest.mark.slow
+def test_a_whole_run_leaves_tables_and_says_that_results_agree(folder: Path, tmp_path: Path) -> None:
+    options = ["--config", "tiny", "--folder", folder, "--out", tmp_path, "--threads", 1, "--only", "decode", "load"]
+    assert compare.main([*map(str, options), "--rounds", "2", "--switches"]) == 0
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert [(r["stage"], r["library"], len(r["seconds"])) for r in found["records"]] == [
+        (stage, library, 2) for stage in ("decode", "load") for library in (THEIRS, OURS)
+    ]
+    assert all(record["peaks"][0] > record["own"] > 0.05 for record in found["records"])
+    assert found["differences"][0]["difference"] < TOLERANCE
+    assert {entry["off"] for entry in found["switches"]} == set(compare_switches.available("decode"))
+    page = (tmp_path / "compare.md").read_text()
+    assert page == compare_report.page(found)
+    assert ElementTree.fromstring((tmp_path / "compare.svg").read_text()).tag.endswith("svg")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "words", ["--rounds 0", "--threads 0", "--size 100", "--prior-steps 2", "--only nothing", "--dtype int3"]
+)
+def test_options_that_make_no_sense_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.parse(words.split())
+    assert words.split()[0] in capsys.readouterr().err
+
+
+def test_a_folder_of_another_config_is_refused(folder: Path) -> None:
+    compare_weights.ensure(folder, "tiny", compare_weights.PARTS)
+    with pytest.raises(ValueError, match="not of the published config"):
+        compare_weights.ensure(folder, "published", ("decoder",))
+
+
+def test_the_clock_gives_first_rounds_to_all_and_further_ones_to_who_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
+    clock = compare.Clock(1.0, parts=2)
+    assert clock.next_part()
+    now[0] = 20.0
+    assert clock.another(9.0)
+    assert not clock.another(11.0)
+    now[0] = 59.0
+    assert clock.next_part()
+    now[0] = 61.0
+    assert not clock.next_part()
+    assert compare.Clock(None, parts=1).another(1e9)
+
+
+# Reports
+
+
+def found(ours: list[float], difference: float = 1e-6) -> dict[str, Any]:
+    """A run of the step alone, the reference taking 2, 3 and 40 seconds."""
+    common = {"stage": "step", "dtype": "fp32", "cpu": [1.0, 1.0, 1.0], "peaks": [4.0], "own": 1.0, "load": [1.0]}
+    work = {"convolution": 10**12, "product": 10**12}
+    return {
+        "asked": {**vars(compare.parse([])), "threads": 1},
+        "machine": machine.describe(),
+        "elapsed": 60.0,
+        "left_out": ["decode, fp32: the time was up"],
+        "switches": [],
+        "peaks": [{"dtype": "fp32", "convolution": 1e12, "product": 2e12}],
+        "differences": [{"stage": "step", "dtype": "fp32", "difference": difference}],
+        "records": [
+            {**common, "library": THEIRS, "seconds": [2.0, 3.0, 40.0], "operations": work},
+            {**common, "library": OURS, "seconds": ours, "operations": work},
+        ],
+    }
+
+
+def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    theirs, ours = found([1.0, 3.0, 2.0])["records"]
+    assert compare_report.times_as_fast(theirs, ours) == 2.0  # of 2, 1 and 20; that of the medians is 1.5
+
+
+def test_the_report_tells_shares_of_the_peak_and_what_was_left_out() -> None:
+    page = compare_report.markdown(found([2.0, 3.0, 3.0]))
+    assert "| guided UNet step | 3 | 3 | 1.00 | 1.3 | 1.0e-06 |" in page
+    assert "| guided UNet step, kandinsky22 | 1 | 1 | 1.5 | 3 | 50 % |" in page
+    assert "takes 2 s, of which ours takes 1.50 times" in page
+    assert "Left out: decode, fp32: the time was up." in page
+
+
+@pytest.mark.parametrize(("difference", "wrong"), [(1e-6, []), (2e-3, ["step"]), (float("nan"), ["step"])])
+def test_float32_results_that_differ_are_found_wrong(difference: float, wrong: list[str]) -> None:
+    assert compare_report.wrong(found([1.0, 1.0, 1.0], difference)) == wrong
+
+
+def test_all_steps_are_put_together_from_stages() -> None:
+    run = found([1.0, 1.0, 1.0])
+    assert compare_report.whole(run, "fp32", OURS) is None
+    step = run["records"][1]
+    run["records"] += [
+        {**step, "stage": stage, "seconds": [seconds]} for stage, seconds in (("prior", 7), ("decode", 5))
+    ]
+    assert compare_report.whole(run, "fp32", OURS) == 7 + 100 + 5
+
+
+def test_settings_travel_as_json() -> None:
+    made = Setting(OURS, "step", "here", quality="draft")
+    assert Setting(**json.loads(json.dumps(dataclasses.asdict(made)))) == made
