@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.pipelines.tiny import DIM, seeded
@@ -42,12 +44,16 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
     ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": "latents"}),
     ("latents", {"latents": torch.zeros(3, 3)}),
     ("latents", {"latents": [0.0]}),
+    ("return_dict", {"return_dict": None}),
+    ("return_dict", {"return_dict": "no"}),
 ]
 PROMPTS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": []}),
     ("prompt", {"prompt": None}),
     ("prompt", {"prompt": 3}),
     (r"prompt\[1\]", {"prompt": ["a cat", b"red"]}),
+    ("prompt", {"prompt": "\ud83d"}),
+    (r"negative_prompt\[1\]", {"negative_prompt": ["blue", "\udcff"]}),
     ("negative_prompt", {"negative_prompt": []}),
     ("negative_prompt", {"negative_prompt": {"a": 1}}),
     ("negative_prompt", {"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}),
@@ -71,9 +77,22 @@ EMBEDDINGS: list[tuple[str, dict[str, Any]]] = [
     ("image_embeds", {"image_embeds": torch.zeros(1, DIM + 1)}),
     ("image_embeds", {"image_embeds": torch.zeros(1, 1, DIM)}),
     ("image_embeds", {"image_embeds": torch.zeros(1, DIM, dtype=torch.int64)}),
+    ("image_embeds.*sparse", {"image_embeds": torch.ones(2, DIM).to_sparse()}),
+    ("image_embeds.*meta", {"image_embeds": torch.ones(2, DIM, device="meta")}),
+    ("image_embeds.*complex", {"image_embeds": torch.ones(2, DIM, dtype=torch.complex64)}),
+    ("image_embeds.*object", {"image_embeds": np.full((2, DIM), None)}),
     ("negative_image_embeds", {"negative_image_embeds": torch.zeros(3, DIM)}),
     ("negative_image_embeds", {"negative_image_embeds": None}),
 ]
+
+
+# Start noise of the right shapes
+NOISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "NaN": lambda noise: noise * float("nan"),
+    "sparse": lambda noise: noise.to_sparse(),
+    "meta": lambda noise: noise.to("meta"),
+    "complex": lambda noise: noise.to(torch.complex64),
+}
 
 
 def ids(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -96,6 +115,24 @@ def test_decoder(decoder: KandinskyV22Pipeline, name: str, given: dict[str, Any]
 def test_combined(combined: KandinskyV22CombinedPipeline, name: str, given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
         combined(**{"prompt": "a cat", **given})
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_start_noise_that_is_none(
+    prior: KandinskyV22PriorPipeline,
+    decoder: KandinskyV22Pipeline,
+    combined: KandinskyV22CombinedPipeline,
+    kind: str,
+) -> None:
+    of_prior, of_decoder = NOISE[kind](torch.ones(1, DIM)), NOISE[kind](torch.ones(2, 4, 16, 16))
+    with pytest.raises(InputError, match=f"latents.*{kind}"):
+        prior("a cat", latents=of_prior)
+    with pytest.raises(InputError, match=f"latents.*{kind}"):
+        combined("a cat", latents=of_prior)
+    with pytest.raises(InputError, match=f"latents.*{kind}"):
+        decoder(**GOOD, latents=of_decoder)
+    with pytest.raises(InputError, match=f"latents.*{kind}"):
+        combined(["a cat", "a dog"], latents=of_decoder)
 
 
 @pytest.mark.parametrize(

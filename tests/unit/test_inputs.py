@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kandinsky22 import InputError, load_image, make_image_grid
+from kandinsky22.inputs.checks import embeddings
 from kandinsky22.inputs.images import from_decoder
 
 
@@ -90,3 +91,10 @@ def test_from_decoder() -> None:
     assert array[0, 0].tolist() == [[0.0, 0.5, 1.0], [0.0, 1.0, 0.75]]
     (image,) = from_decoder(pictures.to(torch.bfloat16), "pil")
     assert np.asarray(image).tolist() == [[[0, 128, 255], [0, 255, 191]]]
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "longdouble", ">f4", "<f8"])
+def test_embeddings_of_all_kinds_of_arrays(kind: str) -> None:
+    numbers = np.arange(6).reshape(2, 3).astype(kind)
+    numbers.flags.writeable = False
+    assert embeddings("thing", numbers, 3).tolist() == [[0, 1, 2], [3, 4, 5]]

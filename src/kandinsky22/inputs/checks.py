@@ -43,6 +43,12 @@ def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
     return value
 
 
+def output(output_type: Any, return_dict: Any, accepted: Sequence[str]) -> None:
+    """In which form results are asked for: an output type of the accepted ones, named or as a tuple."""
+    choice("output_type", output_type, accepted)
+    flag("return_dict", return_dict)
+
+
 def function(name: str, value: Any) -> Callable[..., Any] | None:
     """Something to call, or None."""
     if value is not None and not callable(value):
@@ -73,9 +79,10 @@ def generators(value: Any, pictures: int, rows: int) -> torch.Generator | list[t
 
 
 def latents(value: Any, shape: tuple[int, ...]) -> Tensor:
-    """Start noise of exactly this shape, without NaN or infinity."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"latents: a tensor is needed, not {type(value).__name__}")
+    """Start noise of exactly this shape, real and without NaN or infinity."""
+    if not isinstance(value, Tensor) or value.is_complex():
+        given = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"latents: a tensor of real numbers is needed, not {given}")
     if tuple(value.shape) != shape:
         raise InputError(f"latents have shape {tuple(value.shape)}; this call needs {shape}")
     return finite("latents", value)
@@ -90,10 +97,10 @@ def embeddings(name: str, value: Any, width: int) -> Tensor:
         if not value:
             raise InputError(f"{name}: an empty list was given; at least one embedding is needed")
         return torch.cat([embeddings(name, item, width) for item in value])
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+        value = torch.from_numpy(value.astype(f"=f{min(value.dtype.itemsize, 8)}"))  # in the machine's order of bytes
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        given = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        given = f"numbers of {value.dtype}" if isinstance(value, Tensor | np.ndarray) else type(value).__name__
         raise InputError(f"{name}: a floating-point tensor (batch, {width}) or a list of them is needed, not {given}")
     if value.ndim == 1:
         value = value[None]
@@ -111,8 +118,8 @@ def plain(name: str, value: Tensor) -> Tensor:
 
 
 def finite(name: str, value: Tensor) -> Tensor:
-    """The tensor itself, unless it holds NaN or infinity."""
-    if not bool(torch.isfinite(value).all()):
+    """The tensor itself, unless it holds NaN or infinity, or its numbers in an unusual way."""
+    if not bool(torch.isfinite(plain(name, value)).all()):
         raise InputError(f"{name} holds NaN or infinite numbers")
     return value
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks, images
+from kandinsky22.inputs import checks, images, prompts
 
 
 def pictures(name: str, value: Any, *, dim: int, size: int, image_processor: Any) -> list[Tensor]:
@@ -39,7 +39,7 @@ def parts(items: Any, weights: Any, *, rows: int, dim: int, **options: Any) -> l
 
     def part(name: str, item: Any) -> str | Tensor:
         if isinstance(item, str):
-            return item
+            return prompts.texts(name, item)[0]
         made = _picture(name, item, dim=dim, **options)
         if made.ndim == 2:
             return checks.same_batch(name, made, rows, "the result")

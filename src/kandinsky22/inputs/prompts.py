@@ -10,7 +10,7 @@ from kandinsky22.errors import InputError
 def texts(name: str, value: Any) -> list[str]:
     """A list of at least one string, from a string or a list of strings."""
     if isinstance(value, str):
-        return [value]
+        return [_text(name, value)]
     if not isinstance(value, list | tuple):
         raise InputError(f"{name}: a string or a list of strings is needed, not {type(value).__name__}")
     if not value:
@@ -18,6 +18,7 @@ def texts(name: str, value: Any) -> list[str]:
     for index, item in enumerate(value):
         if not isinstance(item, str):
             raise InputError(f"{name}[{index}]: a string is needed, not {type(item).__name__}")
+        _text(f"{name}[{index}]", item)
     return list(value)
 
 
@@ -34,3 +35,12 @@ def pairs(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | Non
             "equal numbers, or 1, are needed"
         )
     return positive * (count // len(positive)), negative * (count // len(negative))
+
+
+def _text(name: str, value: str) -> str:
+    """The string itself, unless it holds what no text does: halves of characters, as of bytes that were none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: {value!r} is no text: {error.reason}") from error
+    return value

@@ -103,7 +103,7 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         and callbacks; `given` are the keywords of the decoder's `_plan`."""
         positive, _ = prompts.pairs(*texts[:2])
         copies = checks.whole("num_images_per_prompt", texts[2])
-        checks.choice("output_type", output[0], images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
+        checks.output(*output, images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
         decoder, first = self.decoder_pipe, self.prior_pipe
         *options, latents = steps
         of_prior = isinstance(latents, Tensor) and latents.ndim == 2

@@ -174,7 +174,7 @@ class DecoderPipeline(SamplingPipeline):
         copies = checks.whole("num_images_per_prompt", output[0])
         guided = steps[1].on
         latent = 0 if given.get("keep_pixels") else 1  # latents hold no pixels that could be kept
-        checks.choice("output_type", output[1], images.OUTPUT_TYPES[: 3 + latent])
+        checks.output(*output[1:], images.OUTPUT_TYPES[: 3 + latent])
         tensors = self._embeddings(*embeds, copies, guided)
         batch = len(tensors["image_embeds"]) // (2 if guided else 1)
         plan = self._plan(batch, size, *steps, self._check_callbacks(*callbacks), copies=copies, **given)

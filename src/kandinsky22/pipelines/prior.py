@@ -281,7 +281,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         below, its options are those of `Guidance`. `output_type` is "pt" or "np". Raises InputError before any network
         runs.
         """
-        checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
+        checks.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
         options = num_inference_steps, guidance, generator, latents, self._check_callbacks(*told)
@@ -311,7 +311,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         is left. Negative prompts start from the picture too; where no step is left to lead away from it, their
         embeddings are sampled from noise alone, in all steps. Raises InputError before any network runs.
         """
-        checks.choice("output_type", output_type, PRIOR_OUTPUT_TYPES)
+        checks.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
         options = num_inference_steps, guidance, generator, None, self._check_callbacks(*told)
