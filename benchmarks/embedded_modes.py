@@ -23,22 +23,23 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks import mode_judge
-from benchmarks.embedded_prompts import EVALUATION_SEED, Share
+from benchmarks.embedded_prompts import Share
 from benchmarks.embedded_success import under_training
-from benchmarks.pixel_judge import Bools, judge, to_array
-from kandinsky22.training import variants
-from kandinsky22.training.captions import FULL, Detail, Named, NamedShape, caption
-from kandinsky22.training.scenes import (
-    COLORS,
-    Scene,
-    draw_hints,
-    is_held_out,
-    render,
-    sample_scene,
+from benchmarks.mode_cases import (
+    SIZE,
+    as_image,
+    case_rng,
+    left_open,
+    neighbours,
+    picture_of,
+    repainted,
+    sentence,
+    stated,
 )
-
-SIZE = 128
-MARGIN = 0.05  # from a shape to the edge of its hole, in pictures
+from benchmarks.pixel_judge import judge, to_array
+from kandinsky22.training import variants
+from kandinsky22.training.captions import FULL, Detail, caption
+from kandinsky22.training.scenes import COLORS, Scene, draw_hints, sample_scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,92 +89,6 @@ def share_row(mode: str, promise: str, rights: Sequence[bool], bar: float | None
     """A row for something that is right or wrong in each case."""
     share = Share(sum(rights), len(rights))
     return Row(mode, promise, share, share.value, bar)
-
-
-# Cases
-
-
-def case_rng(seed: int, mode: int, index: int) -> np.random.Generator:
-    """The randomness of one case: prompts and pictures of its own, whatever else is judged."""
-    return np.random.default_rng([EVALUATION_SEED + seed, 100 + mode, index])
-
-
-def picture_of(scene: Scene) -> Image.Image:
-    """The scene drawn, as the user's picture."""
-    return as_image(render([scene], SIZE)[0])
-
-
-def as_image(picture: Any) -> Image.Image:
-    """Anything `to_array` takes as a PIL image."""
-    return Image.fromarray((to_array(picture) * 255).round().astype(np.uint8))
-
-
-def stated(scene: Scene) -> Named:
-    """Everything a caption could say of a scene."""
-    shapes = tuple(NamedShape(shape.kind, shape.color, shape.size) for shape in scene.shapes)
-    return Named(shapes, scene.background, scene.place, scene.relation)
-
-
-def _fits(scene: Scene) -> bool:
-    looks = {(shape.kind, shape.color) for shape in scene.shapes}
-    visible = all(shape.color != scene.background for shape in scene.shapes)
-    return visible and len(looks) == len(scene.shapes) and not is_held_out(scene)
-
-
-def repainted(scene: Scene, rng: np.random.Generator) -> tuple[Scene, Bools]:
-    """A scene in which another shape stands in the place of one of these, and a hole (SIZE, SIZE) around both."""
-    slot = int(rng.integers(len(scene.shapes)))
-    old = scene.shapes[slot]
-    while True:
-        look = sample_scene(rng, shapes=1).shapes[0]
-        new = dataclasses.replace(look, x=old.x, y=old.y)
-        shapes = (*scene.shapes[:slot], new, *scene.shapes[slot + 1 :])
-        target = Scene(scene.background, shapes)
-        if _fits(target) and (new.kind, new.color) != (old.kind, old.color):
-            break
-    reach = 1.28 * max(old.radius, new.radius) + MARGIN
-    hole = np.zeros((SIZE, SIZE), dtype=bool)
-    low_x, high_x, low_y, high_y = (
-        min(max(round(SIZE * value), 0), SIZE) for value in (old.x - reach, old.x + reach, old.y - reach, old.y + reach)
-    )
-    hole[low_y:high_y, low_x:high_x] = True
-    return target, hole
-
-
-def neighbours(rng: np.random.Generator, attribute: str) -> tuple[Scene, Scene]:
-    """Two scenes of one shape that differ in this attribute alone."""
-    while True:
-        scene, other = (sample_scene(rng, shapes=1) for _ in range(2))
-        shape, changed = scene.shapes[0], other.shapes[0]
-        changes: dict[str, dict[str, Any]] = {
-            "color": {"color": changed.color},
-            "size": {"size": changed.size, "radius": changed.radius},
-            "place": {"x": changed.x, "y": changed.y},
-        }
-        fields = changes.get(attribute, {})
-        ground = other.background if attribute == "background" else scene.background
-        second = Scene(ground, (dataclasses.replace(shape, **fields),))
-        if _fits(second) and stated(second) != stated(scene):
-            return scene, second
-
-
-def left_open(scene: Scene, attribute: str) -> Named:
-    """All that a sentence says of a scene of one shape which leaves this attribute open."""
-    named = stated(scene)
-    if attribute == "background":
-        return dataclasses.replace(named, background=None)
-    return dataclasses.replace(named, shapes=(dataclasses.replace(named.shapes[0], color=None),))
-
-
-def sentence(scene: Scene, attribute: str, value: str | None) -> str:
-    """Plain words for a scene of one shape, whose "color" or "background" is `value`, or left open if that is None."""
-    shape = scene.shapes[0]
-    ground = value if attribute == "background" else scene.background
-    color = value if attribute == "color" else shape.color
-    where = {"center": "in the center", "left": "on the left", "right": "on the right"}
-    place = where.get(scene.place or "", f"at the {scene.place}")
-    subject = " ".join(["a", shape.size, *([color] if color else []), shape.kind])
-    return " ".join([subject, *([f"on a {ground} background"] if ground else []), place])
 
 
 # Models
@@ -262,6 +177,7 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def image_to_image(models: Models, count: int, seed: int) -> Result:
     """Pictures from pictures and prompts that have nothing to do with them but the number of shapes."""
     cells: dict[float, list[Cell]] = {0.3: [], 1.0: []}
+    overlaps: list[bool] = []
     for some in models.batches(count):
         rngs = [case_rng(seed, 0, index) for index in some]
         scenes = [sample_scene(rng) for rng in rngs]
@@ -273,12 +189,14 @@ def image_to_image(models: Models, count: int, seed: int) -> Result:
         for strength, done in cells.items():
             pictures = models.draw(models.image_to_image, embeds, list(some), image=sources, strength=strength)
             for source, scene, words, picture in zip(sources, scenes, captions, pictures, strict=True):
-                same = mode_judge.placement(picture, scene) >= mode_judge.SAME_COMPOSITION
-                right = same if strength < 1 else judge(picture, words.named).all_right
+                right = mode_judge.composed(picture, scene) if strength < 1 else judge(picture, words.named).all_right
                 done.append(Cell([source, picture], f"{strength}: {words.text}", right))
+                if strength < 1:
+                    overlaps.append(mode_judge.placement(picture, scene) >= mode_judge.SAME_COMPOSITION)
     gentle, strong = ([cell.right for cell in done] for done in cells.values())
     rows = [
-        share_row("img2img", "strength 0.3 keeps the composition (IoU 0.8)", gentle, 0.9),
+        share_row("img2img", "strength 0.3 keeps number, places and sizes of shapes, and the background", gentle, 0.9),
+        share_row("img2img", "and all of each outline (IoU 0.8)", overlaps, 0.9),
         share_row("img2img", "strength 1.0 shows the prompt", strong, 0.9),
     ]
     return rows, [cell for done in cells.values() for cell in done]

@@ -21,6 +21,8 @@ from benchmarks.pixel_judge import (
 )
 from kandinsky22.training.scenes import Scene, render
 
+SAME_PLACE = 0.08  # from a shape's middle to where it was, in pictures; places lie 0.24 apart
+SAME_AREA = 2.0  # how many times as large or as small a shape may have become; large ones are 2.7 times the small
 SAME_COMPOSITION = 0.8  # overlap of what is painted in two pictures that show things in the same places
 KEPT_ERROR = 2.0  # mean difference of pixels that inpainting keeps, of 255
 BETWEEN = 0.1  # how far a mixture must be from either end, as a part of the ends' distance
@@ -53,6 +55,40 @@ def placement(image: Any, scene: Scene) -> float:
     return overlap(mask, painted(drawn))
 
 
+def composed(image: Any, scene: Scene) -> bool:
+    """Whether a picture has as many things as a scene, of about its sizes and in its places, on its background."""
+    drawn = to_array(render([scene], size=to_array(image).shape[0])[0])
+    if np.linalg.norm(ground_of(to_array(image)) - ground_of(drawn)) > STRAY_TOLERANCE:
+        return False
+    found, wanted = (
+        _things(painted(image)),
+        [_things(painted(_only(scene, slot)))[0] for slot in range(len(scene.shapes))],
+    )
+    if len(found) != len(wanted):
+        return False
+    orders = (found, found[::-1])
+    return any(all(map(_alike, order, wanted)) for order in orders)
+
+
+def _only(scene: Scene, slot: int) -> Any:
+    return render([Scene(scene.background, (scene.shapes[slot],))])[0]
+
+
+def _things(mask: Bools) -> list[tuple[Floats, float]]:
+    """Middle (x, y) and area of each patch of a mask, in pictures, but of specks."""
+    things = []
+    for part in components(mask):
+        if part.mean() > STRAY_AREA:
+            ys, xs = np.nonzero(part)
+            things.append((np.array([xs.mean(), ys.mean()], dtype=np.float32) / mask.shape[0], float(part.mean())))
+    return things
+
+
+def _alike(first: tuple[Floats, float], second: tuple[Floats, float]) -> bool:
+    times = first[1] / second[1]
+    return float(np.linalg.norm(first[0] - second[0])) <= SAME_PLACE and 1 / SAME_AREA <= times <= SAME_AREA
+
+
 def kept_error(image: Any, original: Any, hole: Bools) -> float:
     """Mean absolute difference, of 255, between a repainted picture and its original outside of the hole (H, W)."""
     difference = np.abs(to_array(image) - to_array(original))
@@ -75,11 +111,9 @@ def measure(image: Any, attribute: str, where: Bools | None = None) -> Floats:
         return np.median(pixels[mask], axis=0).astype(np.float32) if mask.any() else np.full(3, np.nan, np.float32)
     if attribute == "size":
         return np.sqrt([mask.mean()]).astype(np.float32)
-    parts = [part for part in components(mask) if part.mean() > STRAY_AREA]
-    if len(parts) != 1:  # two shapes half-way are not one shape between them
-        return np.full(2, np.nan, np.float32)
-    ys, xs = np.nonzero(parts[0])
-    return np.array([xs.mean(), ys.mean()], dtype=np.float32) / mask.shape[0]
+    things = _things(mask)
+    # two shapes half-way are not one shape between them
+    return things[0][0] if len(things) == 1 else np.full(2, np.nan, np.float32)
 
 
 def between(middle: Floats, first: Floats, second: Floats) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import embedded_modes, mode_judge
+from benchmarks import embedded_modes, mode_cases, mode_judge
 from benchmarks.embedded_prompts import Share
 from benchmarks.pixel_judge import judge, to_array
 from PIL import Image, ImageFilter
@@ -20,7 +20,7 @@ SCENE = Scene("white", (CIRCLE,))
 
 
 def picture(scene: Scene, size: int = 128) -> Image.Image:
-    return embedded_modes.as_image(render([scene], size)[0])
+    return mode_cases.as_image(render([scene], size)[0])
 
 
 def test_placement_is_full_for_the_scene_and_falls_with_the_distance() -> None:
@@ -32,6 +32,25 @@ def test_placement_is_full_for_the_scene_and_falls_with_the_distance() -> None:
     assert scores[0] > mode_judge.SAME_COMPOSITION > scores[1] > scores[2]
     assert mode_judge.placement(picture(Scene("white", (replace(CIRCLE, kind="star"),))), SCENE) < 0.8
     assert mode_judge.placement(Image.new("RGB", (128, 128), "white"), SCENE) == 0
+
+
+def test_a_composition_is_number_places_sizes_and_background_but_neither_kinds_nor_colours() -> None:
+    other = Shape("star", "blue", "small", 0.25, 0.75, 0.11)
+    pair = Scene("white", (replace(CIRCLE, x=0.7, y=0.3), other))
+    for scene in (SCENE, pair):
+        assert mode_judge.composed(picture(scene), scene)
+        first, *rest = scene.shapes
+        kept = Scene("white", (replace(first, kind="square", color="green", x=first.x + 0.05), *rest))
+        assert mode_judge.composed(picture(kept), scene)
+        for wrong in (
+            Scene("white", (replace(first, x=first.x - 0.2), *rest)),
+            Scene("white", (replace(first, radius=0.1), *rest)),
+            Scene("yellow", scene.shapes),
+            Scene("white", (first, *rest, Shape("circle", "black", "small", 0.2, 0.2, 0.1))),
+        ):
+            assert not mode_judge.composed(picture(wrong), scene)
+    assert not mode_judge.composed(picture(Scene("white", (other,))), pair)
+    assert not mode_judge.composed(Image.new("RGB", (128, 128), "white"), SCENE)
 
 
 def test_masks_that_hold_nothing_overlap_fully() -> None:
@@ -85,15 +104,15 @@ def test_attributes_are_named_where_they_can_be_read() -> None:
 
 def test_a_repainted_scene_differs_in_the_hole_alone() -> None:
     for index in range(16):
-        rng = embedded_modes.case_rng(0, 1, index)
+        rng = mode_cases.case_rng(0, 1, index)
         scene = sample_scene(rng)
-        target, hole = embedded_modes.repainted(scene, rng)
+        target, hole = mode_cases.repainted(scene, rng)
         before, after = (to_array(picture(some)) for some in (scene, target))
         assert mode_judge.kept_error(after, before, hole) == 0
         assert not is_held_out(target)
         named = caption(target, rng).named
         assert judge(after, named).all_right
-        full = embedded_modes.stated(target)
+        full = mode_cases.stated(target)
         assert judge(after, full).all_right and not judge(before, full).all_right
 
 
@@ -101,7 +120,7 @@ def test_a_repainted_scene_differs_in_the_hole_alone() -> None:
 def test_scenes_to_mix_differ_in_one_attribute_alone(attribute: str) -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
-        first, second = embedded_modes.neighbours(rng, attribute)
+        first, second = mode_cases.neighbours(rng, attribute)
         one, other = first.shapes[0], second.shapes[0]
         differing = {
             "background": first.background != second.background,
@@ -114,12 +133,12 @@ def test_scenes_to_mix_differ_in_one_attribute_alone(attribute: str) -> None:
 
 
 def test_sentences_say_what_they_are_asked_to() -> None:
-    assert embedded_modes.sentence(SCENE, "color", None) == "a large circle on a white background in the center"
-    assert embedded_modes.sentence(SCENE, "color", "blue").startswith("a large blue circle on a white")
-    assert embedded_modes.sentence(SCENE, "background", None) == "a large red circle in the center"
+    assert mode_cases.sentence(SCENE, "color", None) == "a large circle on a white background in the center"
+    assert mode_cases.sentence(SCENE, "color", "blue").startswith("a large blue circle on a white")
+    assert mode_cases.sentence(SCENE, "background", None) == "a large red circle in the center"
     low = Scene("white", (replace(CIRCLE, y=0.74),))
-    assert embedded_modes.sentence(low, "background", "green").endswith("on a green background at the bottom")
-    named = embedded_modes.left_open(SCENE, "background")
+    assert mode_cases.sentence(low, "background", "green").endswith("on a green background at the bottom")
+    named = mode_cases.left_open(SCENE, "background")
     assert judge(picture(Scene("blue", (CIRCLE,))), named).all_right
     assert not judge(picture(Scene("white", (replace(CIRCLE, color="green"),))), named).all_right
 
