@@ -117,12 +117,12 @@ STEPS = (4, 6, 8, 12, 25)
 
 # Success over steps, at two evaluations a step for half as many of them. All other methods are measured once, at 12.
 DECODER_STEPS: dict[str, tuple[int, ...]] = {
-    "DDPM (specification)": (8, 12, 25, 50, 100),
-    "DPM++ 2M": (*STEPS, 50),
+    "DDPM (specification)": (12, 25, 50, 100),
+    "DPM++ 2M": STEPS,
     "DDIM": STEPS,
     "UniPC": STEPS,
-    "DPM++ 2M SDE": (8, 12, 25),
-    "Euler ancestral": (8, 12, 25),
+    "DPM++ 2M SDE": (6, 12),
+    "Euler ancestral": (6, 12),
     "DDPM": (12,),
     "Heun": (3, 6),
     "KDPM2": (6,),
@@ -141,15 +141,20 @@ DISTANCE_STEPS: dict[str, tuple[int, ...]] = {
 # The decoder that the prior and guidance are measured with.
 MIDDLE = KINDS["DPM++ 2M"].steps(12)
 PRIOR_STEPS: dict[str, tuple[int, ...]] = {
-    "UnCLIP (specification)": (5, 10),
+    "UnCLIP (specification)": (5, 10, 25),
     "DPM++ 2M": (2, 3, 5, 10),
 }
-GUIDANCE = (1.0, 1.5, 3.0, 4.0)
-OPTIONS: tuple[Mapping[str, Any], ...] = (
-    {"guidance_interval": (0.0, 0.5)},
-    {"guidance_interval": (0.25, 0.75)},
-    {"guidance_interval": (0.5, 1.0)},
-    {"guidance_rescale": 0.7},
+# Scales, the model's own if None, with options: intervals save time, the others tame strong guidance.
+STRONG = 4.0
+GUIDANCE: tuple[tuple[float | None, Mapping[str, Any]], ...] = (
+    (None, {"guidance_interval": (0.0, 0.5)}),
+    (None, {"guidance_interval": (0.25, 0.75)}),
+    (None, {"guidance_interval": (0.5, 1.0)}),
+    (1.0, {}),
+    (STRONG, {}),
+    (STRONG, {"guidance_interval": (0.25, 0.75)}),
+    (STRONG, {"guidance_rescale": 0.7}),
+    (STRONG, {"guidance_threshold": 0.995}),
 )
 
 
@@ -158,7 +163,7 @@ def grid() -> dict[str, list[Cell]]:
     named = [SPECIFICATION, *PRESETS.values()]
     decoder = [Cell(KINDS[name].steps(steps)) for name, row in DECODER_STEPS.items() for steps in row]
     prior = [Cell(MIDDLE, KINDS[name].steps(steps)) for name, row in PRIOR_STEPS.items() for steps in row]
-    guidance = [Cell(MIDDLE, guidance=scale) for scale in GUIDANCE] + [Cell(MIDDLE, options=more) for more in OPTIONS]
+    guidance = [Cell(MIDDLE, guidance=scale, options=more) for scale, more in GUIDANCE]
     return {
         "presets": [Cell.of(preset) for preset in named],
         "prior": prior,
