@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.runtime import normalise
+from kandinsky22.runtime.convolution import Conv2d, double
 from kandinsky22.runtime.packed import Linear
 
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (https://arxiv.org/abs/1803.08494) that takes, and ignores, the decoder's latents."""
 
-    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
-        """Normalised features of the same shape."""
-        return super().forward(features)
+    def forward(
+        self,
+        features: Tensor,
+        latents: Tensor | None = None,
+        *,
+        modulation: Sequence[Tensor] | None = None,
+        activated: bool = False,
+        spent: bool = False,
+    ) -> Tensor:
+        """Normalised features of the same shape, times the first of `modulation` plus the second, then through silu if
+        they are to be `activated`. The memory of `spent` features may be used for them."""
+        return _normalised(super().forward, self, features, modulation, activated, spent)
 
 
 class SpatialNorm(nn.Module):
@@ -33,18 +45,37 @@ class SpatialNorm(nn.Module):
         self.conv_y = nn.Conv2d(latent_channels, channels, 1)
         self.conv_b = nn.Conv2d(latent_channels, channels, 1)
 
-    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, latents: Tensor | None = None, *, activated: bool = False, spent: bool = False
+    ) -> Tensor:
         """Features (batch, channels, H, W) of the same shape, modulated by latents (batch, latent_channels, h, w)."""
         assert latents is not None
+        modulation = self.conv_y(latents), self.conv_b(latents)
+        return _normalised(self.norm_layer, self.norm_layer, features, modulation, activated, spent)
+
+
+def _normalised(
+    plain: Callable[[Tensor], Tensor],
+    norm: nn.GroupNorm,
+    features: Tensor,
+    modulation: Sequence[Tensor] | None,
+    activated: bool,
+    spent: bool,
+) -> Tensor:
+    """silu(norm(features) * scale + shift), as far as wanted, by scale and shift of the same or of a smaller size."""
+    if normalise.suits(features):
+        scale, shift = (part[None, :, None, None].float() for part in (norm.weight, norm.bias))
+        if modulation is not None:
+            scale, shift = modulation[0] * scale, torch.addcmul(modulation[1].float(), modulation[0].float(), shift)
+        how = {"activated": activated, "spent": spent}
+        return normalise.group_norm(features, norm.num_groups, norm.eps, scale, shift, **how)
+    out = plain(features)
+    if modulation is not None:
         size = features.shape[-2:]
-        scale = F.interpolate(self.conv_y(latents), size, mode="nearest")
-        shift = F.interpolate(self.conv_b(latents), size, mode="nearest")
-        return torch.addcmul(shift, self.norm_layer(features), scale)
-
-
-def double(features: Tensor) -> Tensor:
-    """Each pixel repeated in a 2x2 square."""
-    return F.interpolate(features, scale_factor=2.0, mode="nearest")
+        spread = modulation[0].shape[-2:] not in (size, (1, 1))
+        scale, shift = (F.interpolate(p, size, mode="nearest") for p in modulation) if spread else modulation
+        out = torch.addcmul(shift, out, scale)
+    return F.silu(out, inplace=not torch.is_grad_enabled()) if activated else out
 
 
 def halve(features: Tensor) -> Tensor:
@@ -78,12 +109,12 @@ class ResidualBlock(nn.Module):
             return SpatialNorm(channels, latent_channels)
 
         self.norm1 = norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = None if time_dim is None else Linear(time_dim, 2 * out_channels)
         self.norm2 = norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        self.resample = {None: None, "up": double, "down": halve}[resample]
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+        self.resample = resample
 
     def forward(self, features: Tensor, time: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
         """Features (batch, out_channels, H', W') from (batch, in_channels, H, W).
@@ -91,15 +122,19 @@ class ResidualBlock(nn.Module):
         `time` is the *activated* time embedding (batch or 1, time_dim): silu(embedding) is the same for every block,
         so whoever owns the blocks computes it once.
         """
-        hidden = F.silu(self.norm1(features, latents))
-        if self.resample is not None:
-            hidden, features = self.resample(hidden), self.resample(features)
-        hidden = self.norm2(self.conv1(hidden), latents)
-        if self.time_emb_proj is not None:
+        hidden = self.norm1(features, latents, activated=True)
+        if self.resample == "down":
+            hidden, features = halve(hidden), halve(features)
+        hidden = self.conv1(hidden, doubled=self.resample == "up")
+        if self.resample == "up":
+            features = double(features)
+        if self.time_emb_proj is None:
+            hidden = self.norm2(hidden, latents, activated=True, spent=True)
+        else:
             scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
-            hidden = torch.addcmul(shift, hidden, 1 + scale)
-        hidden = self.conv2(F.silu(hidden))
-        return hidden + (features if self.conv_shortcut is None else self.conv_shortcut(features))
+            hidden = self.norm2(hidden, modulation=(1 + scale, shift), activated=True, spent=True)
+        hidden, shortcut = self.conv2(hidden), features if self.conv_shortcut is None else self.conv_shortcut(features)
+        return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
 def sinusoidal_embedding(timestep: Tensor | float, dim: int, device: torch.device) -> Tensor:

@@ -14,8 +14,9 @@ from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError
 from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
-from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm, double
+from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.outputs import Output
+from kandinsky22.runtime.convolution import Conv2d
 
 EPS = 1e-6  # of every norm of the published network
 
@@ -95,9 +96,9 @@ class VQModel(Model):
         cfg = self.config
         code_dim = cfg.latent_channels if cfg.vq_embed_dim is None else cfg.vq_embed_dim
         self.encoder = Encoder(cfg)
-        self.quant_conv = nn.Conv2d(cfg.latent_channels, code_dim, 1)
+        self.quant_conv = Conv2d(cfg.latent_channels, code_dim, 1)
         self.quantize = VectorQuantizer(cfg.num_vq_embeddings, code_dim)
-        self.post_quant_conv = nn.Conv2d(code_dim, cfg.latent_channels, 1)
+        self.post_quant_conv = Conv2d(code_dim, cfg.latent_channels, 1)
         self.decoder = Decoder(cfg, code_dim)
 
     @property
@@ -195,7 +196,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, H / 2, W / 2)."""
@@ -207,11 +208,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, 2 H, 2 W)."""
-        return self.conv(double(features))
+        return self.conv(features, doubled=True)
 
 
 class Encoder(nn.Module):
@@ -220,7 +221,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: VQModelConfig) -> None:
         super().__init__()
         widths, groups = cfg.block_out_channels, cfg.norm_num_groups
-        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(
                 [before] + [width] * cfg.layers_per_block,
@@ -234,14 +235,14 @@ class Encoder(nn.Module):
         )
         self.mid_block = Level([widths[-1]] * 3, attentions=1, groups=groups)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, sample: Tensor) -> Tensor:
         """(batch, latent_channels, H / f, W / f) from (batch, in_channels, H, W)."""
         features = self.conv_in(sample)
         for block in self.down_blocks:
             features = block(features)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(features))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(features), activated=True, spent=True))
 
 
 class Decoder(nn.Module):
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
                 f"VQModel: vq_embed_dim={code_dim} differs from latent_channels={cfg.latent_channels}; "
                 "the decoder's norms need them equal"
             )
-        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Level([widths[0]] * 3, attentions=1, groups=groups, latent_channels=code_dim)
         self.up_blocks = nn.ModuleList(
             Level(
@@ -271,11 +272,11 @@ class Decoder(nn.Module):
             )
         )
         self.conv_norm_out = SpatialNorm(widths[-1], code_dim)
-        self.conv_out = nn.Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         """(batch, out_channels, H, W) from (batch, latent_channels, H / f, W / f) and latents of that size."""
         features = self.mid_block(self.conv_in(features), latents)
         for block in self.up_blocks:
             features = block(features, latents)
-        return self.conv_out(F.silu(self.conv_norm_out(features, latents)))
+        return self.conv_out(self.conv_norm_out(features, latents, activated=True, spent=True))

@@ -21,6 +21,7 @@ from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
 from kandinsky22.outputs import Output
 from kandinsky22.runtime.caching import FeatureCache
+from kandinsky22.runtime.convolution import Conv2d
 from kandinsky22.runtime.packed import Linear
 
 IMAGE_TOKENS = 32  # an image embedding becomes this many tokens (published network)
@@ -132,7 +133,7 @@ class UNet2DConditionModel(Model):
         cfg = self.config
         widths, depth = cfg.block_out_channels, cfg.layers_per_block
         time_dim = 4 * widths[0]
-        self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_dim)
         self.encoder_hid_proj = ImageTokens(cfg.encoder_hid_dim, cfg.cross_attention_dim)
         hint = cfg.addition_embed_type == "image_hint"
@@ -161,7 +162,7 @@ class UNet2DConditionModel(Model):
             self.up_blocks.append(level(inputs, width, kind, "up" if index < last else None))
             before = width
         self.conv_norm_out = GroupNorm(cfg.norm_num_groups, widths[0], eps=cfg.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], cfg.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], cfg.out_channels, 3, padding=1)
 
     def _levels(self) -> Iterator[Level]:
         for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
@@ -225,7 +226,7 @@ class UNet2DConditionModel(Model):
             layers = iter(condition.layers[unused:])
         for level in up:
             features = level(features, time, layers, taken=skips)
-        return self.conv_out(F.silu(self.conv_norm_out(features)))
+        return self.conv_out(self.conv_norm_out(features, activated=True, spent=True)).contiguous()
 
     def _inner_levels(
         self, outer: int, features: Tensor, time: Tensor, layers: Iterator[KeyValue], skips: list[Tensor]
@@ -353,8 +354,8 @@ class ImageTimeEmbedding(nn.Module):
             widths = ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2), (96, 96, 1), (96, 256, 2))
             layers: list[nn.Module] = []
             for before, after, stride in widths:
-                layers += [nn.Conv2d(before, after, 3, padding=1, stride=stride), nn.SiLU()]
-            self.input_hint_block = nn.Sequential(*layers, nn.Conv2d(256, 4, 3, padding=1))
+                layers += [Conv2d(before, after, 3, padding=1, stride=stride), nn.SiLU()]
+            self.input_hint_block = nn.Sequential(*layers, Conv2d(256, 4, 3, padding=1))
 
     def forward(self, embeds: Tensor) -> Tensor:
         """(batch, time_dim) from (batch, embed_dim)."""

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import MissingDependencyError
-from kandinsky22.runtime.packed import Linear
+from kandinsky22.runtime.packed import Packs
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
 """Methods besides `forward` that run a network's layers or read its weights."""
 
-READ_BY_PARENT = ["TimeEmbedding", "VectorQuantizer"]  # classes that look at their layers' weights themselves
+# classes that look at their layers' weights themselves
+READ_BY_PARENT = ["TimeEmbedding", "VectorQuantizer", "SpatialNorm"]
 
 _PLACE = "_offloaded"  # attribute of an offloaded network, in no state dict
 
@@ -256,7 +257,7 @@ class Streamed:
             weights_map=weights,
             preload_module_classes=READ_BY_PARENT,
         )
-        for layer in _linears(network):
+        for layer in _packing(network):
             layer.packing = False  # a layer that is gone after the call would be packed for one product
         _watch(network, network._hf_hook, ENTRY_POINTS)
         network.__dict__["state_dict"] = functools.partial(_kept, weights)
@@ -273,7 +274,7 @@ class Streamed:
         """Make it an ordinary network on the CPU again."""
         _unwatch(network)
         network.to("cpu")  # buffers that are in no checkpoint stayed on the device
-        for layer in _linears(network):
+        for layer in _packing(network):
             del layer.packing
         empty_cache(self.device)
 
@@ -309,13 +310,13 @@ def _unwatch(network: nn.Module) -> None:
         network.__dict__.pop(name, None)
 
 
-def _linears(network: nn.Module) -> Iterable[Linear]:
-    return (module for module in network.modules() if isinstance(module, Linear))
+def _packing(network: nn.Module) -> Iterable[Packs]:
+    return (module for module in network.modules() if isinstance(module, Packs))
 
 
 def drop_packs(network: nn.Module) -> None:
-    """Forget the packed copies of weights that linear layers made for CPUs."""
-    for layer in _linears(network):
+    """Forget the packed copies of weights that layers made for CPUs."""
+    for layer in _packing(network):
         layer.__dict__.pop("_pack", None)
 
 

@@ -20,49 +20,73 @@ WORTHWHILE = 2**20  # multiplications below which the plain product is as fast
 ROWS = 64  # the layout that suits so many rows suits a few and thousands nearly as well
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
+class Packs:
+    """A layer that keeps a rearranged copy of its `weight` for the CPU; to be inherited before the plain layer.
 
     The copy is made at the first use and again whenever the weight changed, and is in no state dict. Changes that torch
     does not count, in place through `weight.data` or a numpy view, are noticed if they concern most of the weight. The
-    copy takes as much memory as the weight, whose own memory is given back for as long as it is mapped from a file.
-    Results differ from the plain layer's by rounding. `Linear.packing = False` switches it off.
+    weight's own memory is given back for as long as it is mapped from a file. `packing = False`, on the layer or on its
+    class, switches all of this off.
     """
 
     packing: bool = True
+    weight: Tensor
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        small = features.numel() * self.out_features < WORTHWHILE
-        if small or not (self.packing and DTYPES and _can_pack(features, self.weight)):
-            return F.linear(features, self.weight, self.bias)
+    def _packed(self, kind: str, make: Callable[[Tensor], Any]) -> Any:
+        """What `make` makes of the weight, as long as the weight stays as it is. Only one kind is kept."""
         pack: _Pack | None = self.__dict__.get("_pack")
-        if pack is None or not pack.holds(self.weight):
-            pack = self.__dict__["_pack"] = _Pack(self.weight)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(features, pack.weight, self.bias, "none", [], "")
-        return product
+        if pack is None or pack.kind != kind or not pack.holds(self.weight):
+            self.__dict__.pop("_pack", None)  # before the other one takes memory too
+            pack = self.__dict__["_pack"] = _Pack(self.weight, kind, make)
+        return pack.made
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # moved or converted: the copy would stay in the CPU's memory, or fit other data that came to the same address
         self.__dict__.pop("_pack", None)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles make a packed weight of their own
         return {name: value for name, value in self.__dict__.items() if name != "_pack"}
 
 
-class _Pack:
-    """A packed weight, and which state of the plain one it was made of."""
+class Linear(Packs, nn.Linear):
+    """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
 
-    def __init__(self, weight: Tensor) -> None:
+    The copy takes as much memory as the weight. Results differ from the plain layer's by rounding.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        small = features.numel() * self.out_features < WORTHWHILE
+        if small or not (self.packing and can_pack(features, self.weight, self.bias)):
+            return F.linear(features, self.weight, self.bias)
+        return product(features, self._packed("linear", packed_matrix), self.bias)
+
+
+def packed_matrix(weight: Tensor) -> Tensor:
+    """A matrix (out, in) as oneDNN likes it, for `product`."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return packed
+
+
+def product(features: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by a packed matrix."""
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(features, matrix, bias, "none", [], "")
+    return made
+
+
+class _Pack:
+    """What was made of a weight, and of which state of it."""
+
+    def __init__(self, weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> None:
+        self.kind = kind
         self.source = weight
         self.version = weight._version
         self.address = weight.data_ptr()
         self.few = _few(weight).clone()
         with torch.no_grad():
-            self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            self.made = make(weight.detach())
         pages.forget(weight)
 
     def holds(self, weight: Tensor) -> bool:
@@ -74,17 +98,19 @@ class _Pack:
 
 def _few(weight: Tensor) -> Tensor:
     """A few numbers from all over a weight."""
-    rows, columns = (max(1, size // 4) for size in weight.shape)
+    rows, columns = (max(1, size // 4) for size in weight.shape[:2])
     return weight.detach()[::rows, ::columns]
 
 
-def _can_pack(features: Tensor, weight: Tensor) -> bool:
+def can_pack(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a layer with this weight may compute with a copy of it, and has to keep no trace of these features."""
     return (
-        weight.device.type == "cpu"
+        bool(DTYPES)
+        and weight.device.type == "cpu"
         and features.device.type == "cpu"
         and weight.dtype == features.dtype
         and weight.dtype in DTYPES
-        and not (torch.is_grad_enabled() and (weight.requires_grad or features.requires_grad))
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, features, bias)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not weight.is_inference()  # such tensors do not count their changes
