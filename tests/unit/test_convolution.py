@@ -1,0 +1,256 @@
+"""Convolutions, norms and attention made for CPUs give the plain ones' results, and step aside where they must."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
+from kandinsky22.models.movq import VQModel
+from kandinsky22.runtime import convolution, normalise, packed, wide, winograd
+from kandinsky22.runtime.convolution import Conv2d, double
+
+needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
+SIZES = [(1, 3, 8, 8, 8), (2, 12, 20, 12, 20), (3, 6, 5, 4, 36), (1, 4, 4, 68, 4)]  # batch, in, out, height, width
+
+
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORTHWHILE", "NARROW", "FEW"):
+        monkeypatch.setattr(convolution, name, 0)
+    monkeypatch.setattr(wide, "NARROW", 8)
+    monkeypatch.setattr(wide, "FEW", 8)
+
+
+def kind(layer: nn.Module) -> str | None:
+    pack = vars(layer).get("_pack")
+    return None if pack is None else pack.kind
+
+
+def distance(ours: Tensor, exact: Tensor) -> float:
+    assert ours.shape == exact.shape
+    return ((ours.double() - exact.double()).abs().max() / exact.abs().max()).item()
+
+
+def exactly(layer: Conv2d, features: Tensor) -> Tensor:
+    weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    return F.conv2d(features.double(), weight, bias, layer.stride, layer.padding)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_way_is_right(size: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
+    batch, inside, outside, *sides = size
+    layer, features = Conv2d(inside, outside, 3, padding=1, bias=bias), torch.randn(batch, inside, *sides)
+    for given in (features, features.contiguous(memory_format=torch.channels_last)):
+        kept = given.clone()
+        with mode():
+            assert distance(layer(given), exactly(layer, given)) < 3e-6
+            assert kind(layer) == ("winograd" if packed.DTYPES else None)
+            assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
+            assert kind(layer) == ("doubled" if packed.DTYPES else None)
+            layer.winograd = layer.doubling = False
+            assert distance(layer(given), exactly(layer, given)) < 1e-6
+            assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
+            assert kind(layer) == ("convolution" if packed.DTYPES else None)
+            del layer.winograd, layer.doubling
+        assert torch.equal(given, kept)
+
+
+@needs_packing
+@pytest.mark.parametrize("settings", [{"stride": 2}, {"padding": 0}, {"kernel_size": 1}], ids=str)
+@torch.no_grad()
+def test_other_convolutions_are_packed(settings: dict[str, int]) -> None:
+    layer = Conv2d(6, 10, **{"kernel_size": 3, "padding": 1, **settings})
+    for sides in ((8, 12), (16, 8)):  # what was packed for one size serves another
+        features = torch.randn(2, 6, *sides)
+        assert distance(layer(features), exactly(layer, features)) < 1e-6
+        assert distance(layer(features, doubled=True), exactly(layer, double(features))) < 1e-6
+    assert kind(layer) == "convolution"
+
+
+@needs_packing
+@torch.no_grad()
+def test_winograd_takes_whole_squares_only() -> None:
+    layer = Conv2d(6, 10, 3, padding=1)
+    for sides in ((10, 12), (12, 9)):
+        features = torch.randn(2, 6, *sides)
+        assert distance(layer(features), exactly(layer, features)) < 1e-6
+        assert kind(layer) == "convolution"
+
+
+@needs_packing
+@torch.no_grad()
+def test_a_picture_does_not_depend_on_how_many_are_made_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "FEW", 8)
+    layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(5, 6, 8, 12)
+    assert distance(layer(features)[2:3], layer(features[2:3])) < 3e-6
+    assert kind(layer) == "convolution"
+    features = torch.randn(5, 6, 8, 16)
+    assert distance(layer(features)[2:3], layer(features[2:3])) < 1e-6
+    assert kind(layer) == "winograd"
+
+
+def test_the_transforms_are_exact() -> None:
+    values, weights, results = winograd.transforms()
+    for matrix in (values, results):
+        assert torch.equal(matrix, matrix.float().double())
+    numbers, kernel = torch.randn(36, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    found = (results @ ((weights @ kernel) * (values @ numbers))).view(4, 4)
+    expected = F.conv2d(numbers.view(1, 1, 6, 6), kernel.view(1, 1, 3, 3))[0, 0]
+    assert (found - expected).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_right_as_the_plain_convolution() -> None:
+    layer, features = Conv2d(24, 16, 3, padding=1).bfloat16(), torch.randn(2, 24, 8, 8).bfloat16()
+    assert distance(layer(features), exactly(layer, features)) < 0.01
+    assert kind(layer) == ("convolution" if torch.bfloat16 in packed.DTYPES else None)
+    assert distance(layer(features, doubled=True), exactly(layer, double(features))) < 0.01
+
+
+@torch.no_grad()
+def test_the_copy_follows_the_weight() -> None:
+    layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
+    changes: list[Callable[[], object]] = [
+        lambda: layer.weight.mul_(2),
+        lambda: layer.load_state_dict({"weight": torch.randn(10, 6, 3, 3), "bias": torch.zeros(10)}, assign=True),
+        lambda: layer.weight.data.mul_(0.5),  # torch does not count this
+        lambda: setattr(layer, "weight", nn.Parameter(torch.randn(10, 6, 3, 3))),
+        lambda: layer.double().float(),
+    ]
+    for change in changes:
+        for doubled in (False, True):
+            expected = exactly(layer, double(features) if doubled else features)
+            assert distance(layer(features, doubled=doubled), expected) < 3e-6
+            change()
+            expected = exactly(layer, double(features) if doubled else features)
+            assert distance(layer(features, doubled=doubled), expected) < 3e-6
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    assert kind(copy.deepcopy(layer)) is None
+
+
+def test_gradients_and_other_types_take_the_plain_convolution() -> None:
+    layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
+    layer(features, doubled=True).sum().backward()
+    assert layer.weight.grad is not None
+    frozen = Conv2d(6, 10, 3, padding=1).requires_grad_(False)
+    frozen.bias.requires_grad_()
+    frozen(features).sum().backward()
+    assert frozen.bias.grad is not None
+    with torch.no_grad():
+        assert layer.double()(features.double()).dtype == torch.float64
+        layer.float().packing = False
+        assert torch.equal(layer(features), F.conv2d(features, layer.weight, layer.bias, padding=1))
+    assert kind(layer) is kind(frozen) is None
+
+
+# Norms
+
+
+@pytest.mark.parametrize("spent", [False, True])
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize(("batch", "sides"), [(1, (8, 8)), (2, (16, 24))], ids=str)
+@pytest.mark.parametrize("block", [64, 1000, 2**18])
+@torch.no_grad()
+def test_norms(
+    spent: bool, activated: bool, batch: int, sides: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(normalise, "BLOCK", block)
+    features = (torch.randn(batch, 64, *sides) * 3 + 20).contiguous(memory_format=torch.channels_last)
+    latents, after = torch.randn(batch, 4, sides[0] // 4, sides[1] // 4), F.silu if activated else lambda x: x
+    plain, spatial = GroupNorm(16, 64, eps=1e-5), SpatialNorm(64, 4)
+    for parameter in (*plain.parameters(), *spatial.parameters()):
+        nn.init.normal_(parameter)
+    scale, shift = torch.randn(2, batch, 64, 1, 1)
+    normed = F.group_norm(features.double(), 16, plain.weight.double(), plain.bias.double(), 1e-5)
+    y, b = (F.interpolate(conv(latents), sides).double() for conv in (spatial.conv_y, spatial.conv_b))
+    inner = spatial.norm_layer
+    expected = [
+        (lambda x, **o: plain(x, **o), normed),
+        (lambda x, **o: plain(x, modulation=(scale, shift), **o), normed * scale.double() + shift.double()),
+        (
+            lambda x, **o: spatial(x, latents, **o),
+            F.group_norm(features.double(), 32, inner.weight.double(), inner.bias.double(), 1e-6) * y + b,
+        ),
+    ]
+    for call, exact in expected:
+        given = features.clone(memory_format=torch.channels_last)
+        made = call(given, activated=activated, spent=spent)
+        assert distance(made, after(exact)) < 1e-6
+        assert (made.data_ptr() == given.data_ptr()) == spent
+        assert spent or torch.equal(given, features)
+        with torch.enable_grad():  # by torch, which is less exact
+            assert distance(call(features, activated=activated, spent=spent), after(exact)) < 1e-4
+
+
+@torch.no_grad()
+def test_norms_keep_more_digits_than_the_plain_ones_in_this_layout() -> None:
+    features = (torch.randn(1, 64, 64, 64) + 10).contiguous(memory_format=torch.channels_last)
+    norm = GroupNorm(16, 64, eps=1e-5)
+    exact = F.group_norm(features.double(), 16)
+    assert distance(norm(features), exact) < 5e-7 < distance(F.group_norm(features, 16), exact)
+
+
+@torch.no_grad()
+def test_norms_in_bfloat16() -> None:
+    features = (torch.randn(2, 64, 16, 16) + 2).bfloat16().contiguous(memory_format=torch.channels_last)
+    norm = GroupNorm(16, 64, eps=1e-5).bfloat16()
+    for spent in (False, True):
+        made = norm(features.clone(memory_format=torch.channels_last), activated=True, spent=spent)
+        assert made.dtype == torch.bfloat16
+        assert distance(made, F.silu(F.group_norm(features.double(), 16))) < 0.005
+
+
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+def test_blocks_with_and_without_gradients_agree(resample: str | None) -> None:
+    block = ResidualBlock(32, 64, eps=1e-5, time_dim=8, resample=resample)
+    features, time = torch.randn(2, 32, 16, 16), torch.randn(2, 8)
+    kept = features.clone()
+    plain = block(features, time)
+    with torch.no_grad():
+        assert distance(block(features, time), plain.detach()) < 1e-5
+    assert torch.equal(features, kept)
+
+
+# Attention
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(1, 1, 40, 16), (2, 3, 300, 8)], ids=str)
+@torch.no_grad()
+def test_wide_attention(shape: tuple[int, ...]) -> None:
+    query, key, value = torch.randn(3, *shape)
+    key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (key, value))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert wide.suits(query, key, value)
+    assert distance(wide.attention(query, key, value), exact) < 1e-5
+    halves = [part.bfloat16() for part in (query, key, value)]
+    assert wide.attention(*halves).dtype == torch.bfloat16
+    assert distance(wide.attention(*halves), exact) < 0.03
+
+
+# Together
+
+
+@torch.no_grad()
+def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8,
+                   down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+                   up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D")).eval()  # fmt: skip
+    latents = torch.randn(1, 4, 8, 8)
+    fast = movq.decode(latents, return_dict=False)[0]
+    kinds = {kind(module) for module in movq.modules()}
+    assert {"convolution", "winograd", "doubled"} <= kinds or not packed.DTYPES
+    monkeypatch.setattr(normalise, "enabled", False)
+    monkeypatch.setattr(wide, "enabled", False)
+    monkeypatch.setattr(Conv2d, "packing", False)
+    plain = copy.deepcopy(movq)
+    assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
+    assert {kind(module) for module in plain.modules() if isinstance(module, Conv2d)} == {None}
