@@ -129,9 +129,11 @@ def _load(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     place = folder / name
     if not place.is_dir():
         place = shared_folder(place) or place
-    library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
-    if class_name is None:
+    if entry is None or entry == [None, None]:
         return None
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+        raise CheckpointError(f"{folder / 'model_index.json'}: {name} is {entry!r}; needed: [library, class], or null")
+    library, class_name = entry
     if library == "transformers":
         return _load_borrowed(name, str(class_name), place, stored)
     for home in (models, schedulers):

@@ -72,8 +72,12 @@ class Composite:
 
         Raises InputError if a component is neither in `pipeline` nor given, or is not one of this class.
         """
-        cls._check_names(components)
         names = cls.component_names()
+        if not names:
+            raise InputError(f"{cls.__name__} is no certain pipeline: call from_pipe of the class that is wanted")
+        if not isinstance(pipeline, Composite):
+            raise InputError(f"pipeline: one of kandinsky22 is needed, not {pipeline!r}")
+        cls._check_names(components)
         # A pipeline of prior and decoder holds the prior's components under a prefix.
         prefix = PRIOR_PREFIX if "prior" in names and "prior_prior" in pipeline.components else ""
         shared = {name: pipeline.components.get(prefix + name) for name in names if name not in components}
@@ -192,11 +196,15 @@ class Composite:
         *,
         max_shard_size: int | str = "10GB",
         variant: str | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Write all components in the published layout, weights as safetensors, then the index that names them.
 
-        Raises CheckpointError if the place cannot be written.
+        Raises CheckpointError if the place cannot be written, InputError unless `safe_serialization`: the other format
+        can hold programs that run when it is read.
         """
+        if safe_serialization is not True:
+            raise InputError(f"safe_serialization={safe_serialization!r}: pipelines are saved as safetensors (True)")
         folder = Path(save_directory)
         for name, component in self.components.items():
             if component is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kandinsky22.errors import CheckpointError, MissingDependencyError
+from kandinsky22.errors import CheckpointError, InputError, MissingDependencyError
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
@@ -28,6 +28,10 @@ class Source:
     token: str | bool | None = None
     local_files_only: bool = False
     part: str = "decoder"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str | os.PathLike):
+            raise InputError(f"{self.name!r} names no model; a folder, a Hub id or {EMBEDDED!r} is needed")
 
     def fetch(self, choose: Callable[[list[str]], Iterable[str]]) -> Path:
         """The checkpoint's folder. From the Hub only the files that `choose` picks from the repository are fetched.

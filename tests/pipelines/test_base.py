@@ -16,6 +16,7 @@ from tests.pipelines.tiny import seeded
 
 import kandinsky22
 from kandinsky22 import (
+    AutoPipelineForText2Image,
     CheckpointError,
     DiffusionPipeline,
     InputError,
@@ -315,6 +316,38 @@ def test_from_pipe_shares(prior: Any, decoder: Any, combined: Any) -> None:
         KandinskyV22Pipeline.from_pipe(prior)
     with pytest.raises(InputError, match="vae"):
         KandinskyV22Pipeline.from_pipe(decoder, vae=None)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"/tmp", ["a"]], ids=repr)
+def test_what_names_no_model(wrong: Any, decoder: Any, checkpoints: Path) -> None:
+    for kind in (KandinskyV22Pipeline, DiffusionPipeline, AutoPipelineForText2Image):
+        with pytest.raises(InputError, match="names no model"):
+            kind.from_pretrained(wrong)
+    if wrong is not None:  # there it means: look for it
+        with pytest.raises(InputError, match="names no model"):
+            KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder", prior=wrong)
+    for pipeline in (wrong, KandinskyV22Pipeline):
+        with pytest.raises(InputError, match="pipeline: one of kandinsky22"):
+            KandinskyV22Pipeline.from_pipe(pipeline)
+    with pytest.raises(InputError, match="DiffusionPipeline is no certain pipeline"):
+        DiffusionPipeline.from_pipe(decoder)
+
+
+@pytest.mark.parametrize("entry", ["unet", ["diffusers"], {"a": 1}, ["diffusers", None], [1, 2]], ids=str)
+def test_a_damaged_entry_of_the_index(entry: Any, copy: Path) -> None:
+    index = copy / "decoder" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": entry}))
+    with pytest.raises(CheckpointError, match=r"model_index.json: unet is .*needed: \[library, class\]"):
+        KandinskyV22Pipeline.from_pretrained(copy / "decoder")
+    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": None}))
+    assert KandinskyV22Pipeline.from_pretrained(copy / "decoder").components["unet"] is None
+
+
+def test_saving_says_what_it_writes(decoder: Any, tmp_path: Path) -> None:
+    """Code for the reference often asks for safetensors by name."""
+    decoder.save_pretrained(tmp_path, safe_serialization=True)
+    with pytest.raises(InputError, match="safe_serialization=False"):
+        decoder.save_pretrained(tmp_path, safe_serialization=False)
 
 
 def test_moving(decoder: Any) -> None:
