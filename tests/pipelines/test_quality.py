@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,3 +77,11 @@ def test_a_preset_leaves_nothing_behind_for_the_next(decoder: KandinskyV22Pipeli
 def test_other_names_are_refused(decoder: KandinskyV22Pipeline, given: Any) -> None:
     with pytest.raises(InputError, match=r"quality=.*draft, balanced, best"):
         apply_quality(decoder, given)
+
+
+def test_the_example_on_the_page_runs(checkpoints: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "samplers-tradeoff.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(example.replace('"embedded"', repr(str(checkpoints / "combined"))), names)
+    assert names["picture"].size
