@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky22.errors import InputError
 from kandinsky22.models.unet import UNet2DConditionModel
@@ -121,3 +122,16 @@ def test_caches_do_not_know_of_each_other() -> None:
     for index, both in enumerate(turns):
         assert torch.equal(both[0], alone[0][index])
         assert torch.equal(both[1], alone[1][index])
+
+
+def test_a_step_between_takes_a_quarter_of_the_operations_at_published_size() -> None:
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel()
+        condition, sample = unet.encode_condition(torch.empty(2, 1280)), torch.empty(2, 4, 64, 64)
+        cache, counts = FeatureCache(every=2), []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                unet.denoise(sample, torch.empty(1), condition, cache)
+            counts.append(counter.get_total_flops())
+    assert counts[0] == pytest.approx(1.707e12, rel=0.01)
+    assert counts[1] / counts[0] == pytest.approx(0.255, abs=0.005)

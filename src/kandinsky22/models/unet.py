@@ -20,7 +20,7 @@ from kandinsky22.models.attention import ImageAttention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
 from kandinsky22.outputs import Output
-from kandinsky22.runtime.caching import FeatureCache
+from kandinsky22.runtime.caching import FeatureCache, check_levels
 from kandinsky22.runtime.convolution import Conv2d
 from kandinsky22.runtime.packed import Linear
 
@@ -204,7 +204,7 @@ class UNet2DConditionModel(Model):
             raise InputError(f"sample is {tuple(sample.shape)}; accepted: sides that are multiples of {factor}")
         outer, kept = len(self.down_blocks), None
         if cache is not None:
-            self.check_cached_levels(cache.levels)
+            check_levels(cache.levels, len(self.down_blocks))
             outer, kept = cache.levels, cache.recall(len(sample))
         time = F.silu(self.time_embedding(timestep) + condition.time)
         if condition.channels is not None:
@@ -238,12 +238,6 @@ class UNet2DConditionModel(Model):
         for level in self.up_blocks[:-outer]:
             features = level(features, time, layers, taken=skips)
         return features
-
-    def check_cached_levels(self, levels: int) -> None:
-        """Raise InputError unless so many outer levels leave inner ones whose features could be kept."""
-        count = len(self.config.block_out_channels)
-        if not 0 < levels < count:
-            raise InputError(f"levels={levels}: this UNet has {count} levels; accepted: 1 to {count - 1} outer ones")
 
     def forward(
         self,

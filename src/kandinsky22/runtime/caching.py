@@ -42,6 +42,12 @@ class FeatureCache:
             self._features = features
 
 
+def check_levels(levels: int, count: int) -> None:
+    """Raise InputError unless so many outer levels of `count` leave inner ones whose features could be kept."""
+    if not 0 < levels < count:
+        raise InputError(f"levels={levels}: this UNet has {count} levels; accepted: 1 to {count - 1} outer ones")
+
+
 class CachesFeatures:
     """What pipelines with a UNet can be told about feature caching."""
 
@@ -61,7 +67,7 @@ class CachesFeatures:
         unet: Any = getattr(self, "unet", None)
         if unet is None:
             raise InputError(f"{type(self).__name__} has no unet, the network whose features can be kept")
-        unet.check_cached_levels(levels)
+        check_levels(levels, len(unet.config.block_out_channels))
         self._feature_caching = every, levels
 
     def disable_feature_caching(self) -> None:
