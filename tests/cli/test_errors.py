@@ -43,6 +43,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("generate", "a cat", "--guidance-interval", "0.6", "0.1"), ("0.6 0.1", "no interval")),
         (("generate", "a cat", "--guidance-interval", "0", "7"), ("7", "from 0 to 1")),
         (("generate", "a cat", "--guidance-rescale", "2"), ("'2'", "from 0 to 1")),
+        (("generate", "a cat", "--guidance-threshold", "0"), ("'0'", "above 0")),
         (("generate", "a cat", "--size", "0x64"), ("0x64", "512x768")),
         (("generate", "a cat", "--size", "-64x64"), ("--size",)),
         (("generate", "a cat", "--size", "64"), ("'64'",)),

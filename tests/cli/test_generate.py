@@ -64,6 +64,7 @@ def test_without_defaults_of_the_model_those_of_the_library_hold(command: Comman
         (("--prior-scheduler", "dpm"), {"prior_scheduler": "DPMSolverMultistepScheduler"}),
         (("--guidance-interval", "0.5", "1"), {"guidance_interval": [0.5, 1.0]}),
         (("--guidance-rescale", "0.7"), {"guidance_rescale": 0.7}),
+        (("--guidance-threshold", "0.5"), {"guidance_threshold": 0.5}),
         (("--dtype", "bf16"), {"dtype": "bfloat16"}),
         (("--seed", "6"), {"seeds": [6]}),
     ],

@@ -67,6 +67,7 @@ def number(wanted: str, lowest: float = -math.inf, highest: float = math.inf) ->
 
 scale = number("a number of at least 0", 0)
 share = number("a number from 0 to 1", 0, 1)
+quantile = number("a number above 0, at most 1", 1e-9, 1)
 weight = number("a weight, a number such as 0.5")
 
 
@@ -231,6 +232,9 @@ def add_common_sampling(group: Any) -> None:
         help="guide only this part of the way from noise (0) to the picture (1); the rest takes half as long",
     )
     group.add_argument("--guidance-rescale", type=share, metavar="X", help="0 to 1: softens what strong guidance does")
+    group.add_argument(
+        "--guidance-threshold", type=quantile, metavar="X", help="limits what guidance exaggerates, such as 0.995"
+    )
     group.add_argument("--prior-scheduler", type=scheduler, metavar="NAME", help="one of those for --scheduler")
     group.add_argument("--prior-steps", type=whole_number(1), metavar="N", help="prior steps")
     group.add_argument("--prior-guidance", type=scale, metavar="X", help="prior guidance scale; up to 1 is none")

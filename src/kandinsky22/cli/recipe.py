@@ -70,6 +70,7 @@ class Recipe:
     prior_scheduler_settings: Mapping[str, Any] | None = None
     guidance_interval: tuple[float, ...] | None = None
     guidance_rescale: float | None = None
+    guidance_threshold: float | None = None
 
     def to_json(self) -> str:
         """The recipe as JSON, with the number of its format; what it does not use is left out."""
@@ -121,10 +122,11 @@ class Recipe:
 
     def _guided(self) -> dict[str, str]:
         """The options of guidance that are in use."""
-        interval, rescale = self.guidance_interval, self.guidance_rescale
+        interval, rescale, threshold = self.guidance_interval, self.guidance_rescale, self.guidance_threshold
         return {
             **({} if interval is None else {"guided from": " to ".join(f"{part:g}" for part in interval)}),
             **({} if rescale is None else {"guidance rescaled": f"{rescale:g}"}),
+            **({} if threshold is None else {"guidance threshold": f"{threshold:g}"}),
         }
 
     def _schedulers(self) -> dict[str, str]:

@@ -46,6 +46,7 @@ class Request:
     prior_guidance: float | None
     guidance_interval: tuple[float, ...] | None
     guidance_rescale: float | None
+    guidance_threshold: float | None
     width: int | None
     height: int | None
 

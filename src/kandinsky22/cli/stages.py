@@ -18,6 +18,7 @@ DECODER_ARGUMENTS = {
     "guidance": "guidance_scale",
     "guidance_interval": "guidance_interval",
     "guidance_rescale": "guidance_rescale",
+    "guidance_threshold": "guidance_threshold",
     "width": "width",
     "height": "height",
     "strength": "strength",
