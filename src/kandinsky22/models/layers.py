@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.models.bands import Rows, measured
 from kandinsky22.runtime import normalise
 from kandinsky22.runtime.convolution import Conv2d, double
+from kandinsky22.runtime.normalise import Table
 from kandinsky22.runtime.packed import Linear
 
 
@@ -19,15 +22,15 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(
         self,
-        features: Tensor,
+        features: Tensor | Rows,
         latents: Tensor | None = None,
         *,
         modulation: Sequence[Tensor] | None = None,
         activated: bool = False,
         spent: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """Normalised features of the same shape, times the first of `modulation` plus the second, then through silu if
-        they are to be `activated`. The memory of `spent` features may be used for them."""
+        they are to be `activated`. The memory of `spent` features may be used for them. Of `Rows`, their table."""
         return _normalised(super().forward, self, features, modulation, activated, spent)
 
 
@@ -46,9 +49,12 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(latent_channels, channels, 1)
 
     def forward(
-        self, features: Tensor, latents: Tensor | None = None, *, activated: bool = False, spent: bool = False
-    ) -> Tensor:
-        """Features (batch, channels, H, W) of the same shape, modulated by latents (batch, latent_channels, h, w)."""
+        self, features: Tensor | Rows, latents: Tensor | None = None, *, activated: bool = False, spent: bool = False
+    ) -> Any:
+        """Features (batch, channels, H, W) of the same shape, modulated by latents (batch, latent_channels, h, w).
+
+        The rest is as in GroupNorm.
+        """
         assert latents is not None
         modulation = self.conv_y(latents), self.conv_b(latents)
         return _normalised(self.norm_layer, self.norm_layer, features, modulation, activated, spent)
@@ -57,16 +63,18 @@ class SpatialNorm(nn.Module):
 def _normalised(
     plain: Callable[[Tensor], Tensor],
     norm: nn.GroupNorm,
-    features: Tensor,
+    features: Tensor | Rows,
     modulation: Sequence[Tensor] | None,
     activated: bool,
     spent: bool,
-) -> Tensor:
+) -> Tensor | Table:
     """silu(norm(features) * scale + shift), as far as wanted, by scale and shift of the same or of a smaller size."""
-    if normalise.suits(features):
+    if not isinstance(features, Tensor) or normalise.suits(features):
         scale, shift = (part[None, :, None, None].float() for part in (norm.weight, norm.bias))
         if modulation is not None:
             scale, shift = modulation[0] * scale, torch.addcmul(modulation[1].float(), modulation[0].float(), shift)
+        if not isinstance(features, Tensor):
+            return Table(measured(features, norm.num_groups, norm.eps), scale, shift)
         how = {"activated": activated, "spent": spent}
         return normalise.group_norm(features, norm.num_groups, norm.eps, scale, shift, **how)
     out = plain(features)

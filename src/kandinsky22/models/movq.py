@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError
+from kandinsky22.models import bands
 from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
@@ -89,7 +91,10 @@ class VQModel(Model):
     """Pictures (batch, 3, H, W) in [-1, 1] to latents (batch, 4, H / f, W / f) and back; f is `downscale_factor`."""
 
     config_class = VQModelConfig
+    compiled_blocks = (ResidualBlock, ImageAttention)
     config: VQModelConfig
+    use_tiling: bool = False
+    use_slicing: bool = False
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
@@ -108,7 +113,7 @@ class VQModel(Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Latents, before quantization, of pictures (batch, in_channels, H, W) in [-1, 1]."""
-        latents = self.quant_conv(self.encoder(x))
+        latents = torch.cat([self.quant_conv(self._encoded(part)) for part in self._parts(x)]).contiguous()
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def decode(
@@ -119,8 +124,40 @@ class VQModel(Model):
             codes, loss = h, h.new_zeros(h.shape[0])
         else:
             codes, loss = self.quantize(h)
-        sample = self.decoder(self.post_quant_conv(codes), codes)
+        sample = torch.cat([self._decoded(self.post_quant_conv(part), part) for part in self._parts(codes)])
+        sample = sample.contiguous()
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Encode and decode a band of rows at a time, for large pictures: in a fraction of the memory.
+
+        Norms still see the whole picture, so the result is the same up to rounding (`bands.py`). Decoding takes about
+        a tenth longer, the price of what is computed again. Without effect where gradients are wanted.
+        """
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole pictures again."""
+        self.use_tiling = False
+
+    def enable_slicing(self, use_slicing: bool = True) -> None:
+        """Encode and decode the pictures of a batch one after the other: in the memory of one."""
+        self.use_slicing = use_slicing
+
+    def disable_slicing(self) -> None:
+        """Encode and decode batches as one again."""
+        self.use_slicing = False
+
+    def _parts(self, batch: Tensor) -> Sequence[Tensor]:
+        return batch.split(1) if self.use_slicing else [batch]
+
+    def _encoded(self, sample: Tensor) -> Tensor:
+        tiled = self.use_tiling and not torch.is_grad_enabled()
+        return bands.encode(self.encoder, sample) if tiled else self.encoder(sample)
+
+    def _decoded(self, features: Tensor, latents: Tensor) -> Tensor:
+        tiled = self.use_tiling and not torch.is_grad_enabled()
+        return bands.decode(self.decoder, features, latents) if tiled else self.decoder(features, latents)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
         """Encode, quantize and decode pictures (batch, in_channels, H, W) in [-1, 1]."""

@@ -8,6 +8,9 @@ squared distances to the mean.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,40 +45,67 @@ def group_norm(
     these are `spent`, the result takes their memory.
     """
     pixels = features.permute(0, 2, 3, 1)
-    mean, deviation = _moments(pixels, groups, eps)
-    scale, shift = (part.permute(0, 2, 3, 1).float() for part in (scale, shift))
-    scale = scale / deviation
-    shift = shift - mean * scale
-    down, across = scale.shape[1:3]
-    tall = pixels.shape[1] // down  # rows of features for which one row of scale and shift stands
-    step = _rows(pixels) if down == 1 else tall
+    step = _rows(pixels)
+    table = Table(moments(pixels.split(step, dim=1), groups, eps), scale, shift)
     out = pixels if spent else pages.empty(pixels, *pixels.shape)
-    for row in range(0, pixels.shape[1], step):
-        part, place = (whole[:, row : row + step].unflatten(2, (across, -1)) for whole in (pixels, out))
-        # (batch, 1 row, across, 1 column, channels), against (batch, rows, across, columns, channels)
-        a, b = (whole[:, row // tall, :][:, None, :, None] for whole in (scale, shift))
-        made = torch.addcmul(b, part, a, out=place) if part.dtype == a.dtype else torch.addcmul(b, part.float(), a)
-        if activated:
-            F.silu(made, inplace=True)
-        if made is not place:
-            place.copy_(made)
+    height = pixels.shape[1]
+    # with a row of the table at a time, no copy of it has to be made for each block
+    step = step if table.height == 1 else height // table.height
+    for row in range(0, height, step):
+        table.apply(pixels[:, row : row + step], row, height, activated=activated, out=out[:, row : row + step])
     return out.permute(0, 3, 1, 2)
 
 
-def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the group that each channel belongs to, (batch, 1, 1, channels) each, in float32."""
-    batch, height, _, channels = pixels.shape
-    blocks = pixels.split(_rows(pixels), dim=1)
-    sizes = torch.tensor([block.shape[1] / height for block in blocks]).view(-1, 1, 1)
-    means, spreads = torch.empty(2, len(blocks), batch, channels)
-    for index, block in enumerate(blocks):
+class Table:
+    """What normalised features are times and plus, at each place: all that is to be known of them and of the norm."""
+
+    def __init__(self, moments: tuple[Tensor, Tensor], scale: Tensor, shift: Tensor) -> None:
+        mean, deviation = moments
+        scale, shift = (part.permute(0, 2, 3, 1).float() for part in (scale, shift))
+        self.scale = scale / deviation
+        self.shift = shift - mean * self.scale
+        self.height, self.width = self.scale.shape[1:3]
+
+    def apply(self, pixels: Tensor, first: int, height: int, *, activated: bool, out: Tensor | None = None) -> Tensor:
+        """Normalised pixels (batch, rows, W, channels), which begin with the row `first` of `height` rows."""
+        tall, last = height // self.height, first + pixels.shape[1]
+        rows: Any = slice(first // tall, first // tall + 1)
+        if (last - 1) // tall != first // tall:
+            rows = torch.arange(first, last, device=pixels.device) // tall
+        a, b = (part[:, rows, :, None] for part in (self.scale, self.shift))
+        part = pixels.unflatten(2, (self.width, -1))
+        place = None if out is None else out.unflatten(2, (self.width, -1))
+        if part.dtype != a.dtype:
+            made = torch.addcmul(b, part.float(), a)
+        else:
+            made = torch.addcmul(b, part, a) if place is None else torch.addcmul(b, part, a, out=place)
+        if activated:
+            F.silu(made, inplace=True)
+        if place is None:
+            made = made.to(pixels.dtype)
+        elif made is not place:
+            made = place.copy_(made)
+        return made.flatten(2, 3)
+
+
+def moments(blocks: Iterable[Tensor], groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the group that each channel belongs to, (batch, 1, 1, channels) each, in float32.
+
+    Blocks are (batch, rows, W, channels), together all rows.
+    """
+    rows, means, spreads = [], [], []
+    for block in blocks:
         block = block.float()
-        torch.mean(block, dim=(1, 2), out=means[index])
-        distances = block - means[index][:, None, None]
-        torch.mean(distances.square_(), dim=(1, 2), out=spreads[index])
+        mean = block.mean(dim=(1, 2))
+        rows.append(block.shape[1])
+        means.append(mean)
+        spreads.append((block - mean[:, None, None]).square_().mean(dim=(1, 2)))
+    parts, within = torch.stack(means), torch.stack(spreads)
+    sizes = torch.tensor(rows, dtype=parts.dtype, device=parts.device).view(-1, 1, 1) / sum(rows)
     # what is spread within parts, and what the parts' means are spread
-    mean = (means * sizes).sum(0)
-    spread = ((spreads + (means - mean).square()) * sizes).sum(0)
+    mean = (parts * sizes).sum(0)
+    spread = ((within + (parts - mean).square()) * sizes).sum(0)
+    batch, channels = mean.shape
     mean, spread = mean.view(batch, groups, -1), spread.view(batch, groups, -1)
     group_mean = mean.mean(-1, keepdim=True)
     deviation = (spread + (mean - group_mean).square()).mean(-1, keepdim=True).add_(eps).sqrt_()
@@ -84,5 +114,5 @@ def _moments(pixels: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _rows(pixels: Tensor) -> int:
-    """How many rows of pixels (batch, H, W, channels) are dealt with at a time."""
-    return max(1, BLOCK // pixels[:, 0].numel())
+    """How many rows of pixels (batch, H, W, channels) are dealt with at a time, whatever the batch."""
+    return max(1, BLOCK // pixels[0, 0].numel())
