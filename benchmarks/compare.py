@@ -69,7 +69,12 @@ class Comparison:
 
     def setting(self, library: str, stage: str, dtype: str) -> Setting:
         """What a worker is told."""
-        of_stage = {"low_memory": stage == "low-memory", "quality": self.options.quality if stage == "fast" else None}
+        of_stage: dict[str, Any] = {"low_memory": stage == "low-memory"}
+        if library == OURS:
+            of_stage["quantize"] = self.options.quantize
+        if stage == "fast":
+            of_stage |= {"quality": self.options.quality, "caching": self.options.caching}
+        of_stage["compiled"] = self.options.compile in ("both", "ours" if library == OURS else "both")
         options = {name: getattr(self.options, name) for name in ("device", "threads", "size", "prior_steps", "steps")}
         full = self.options.towers == "full"
         folder = str(self.options.folder.resolve())
@@ -254,6 +259,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=machine.cores(), help="of each worker (all cores)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--quality", default="balanced", help="preset of the stage `fast` (balanced)")
+    parser.add_argument("--caching", type=int, help="feature caching of the stage `fast`: every so many steps")
+    parser.add_argument("--quantize", help="ours with weights of this kind, such as int8")
+    parser.add_argument("--compile", choices=("ours", "both"), help="compile networks, by torch.compile")
     parser.add_argument("--switches", action="store_true", help="also time ours with one optimisation off at a time")
     parser.add_argument("--make", action="store_true", help="write the weights that are not there yet, and end")
     options = parser.parse_args(arguments)

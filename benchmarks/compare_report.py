@@ -102,10 +102,12 @@ def _head(found: Found) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     load = "" if about["load"] is None else f", load average at the start {about['load']:.1f}"
     place = about["processor"] if asked["device"] == "cpu" else asked["device"]
+    modes = [f"{asked['prior_steps']} steps of the prior"]
+    modes += [f"--{name} {asked[name]}" for name in ("compile", "quantize", "caching") if asked[name] is not None]
     return (
         f"{place}, {asked['threads']} of {about['cores']} cores, {about['memory_gib']} GiB{load}; {versions}. "
         f"Config {asked['config']}, {asked['towers']} CLIP towers, {asked['size']} x {asked['size']}, "
-        f"{asked['prior_steps']} steps of the prior; {found['elapsed'] / 60:.0f} minutes."
+        f"{', '.join(modes)}; {found['elapsed'] / 60:.0f} minutes."
     )
 
 
@@ -174,7 +176,15 @@ def _memory(found: Found, dtype: str) -> str:
         [_title(stage, found["asked"]), peaks(theirs), peaks(ours), own(theirs), own(ours)]
         for stage, theirs, ours in pairs(found, dtype)
     ]
-    return table(["peak memory, GiB", "reference", "kandinsky22", "of it own: reference", "kandinsky22"], rows)
+    notes = []
+    for stage, theirs, ours in pairs(found, dtype):
+        if stage == "picture" and theirs is not None:
+            part = max(ours["peaks"]) / sum(theirs["peaks"])
+            notes.append(f"Ours takes {part:.2f} of what the reference's two pipelines take together (aim: 0.33).")
+        elif stage == "low-memory":
+            notes.append(f"Low memory: {max(ours['peaks']) * 2**30 / 1e9:.1f} GB (aim: 2.5).")
+    head = ["peak memory, GiB", "reference", "kandinsky22", "of it own: reference", "kandinsky22"]
+    return "\n\n".join([table(head, rows), *filter(None, [" ".join(notes)])])
 
 
 def _arithmetic(found: Found, dtype: str) -> str:

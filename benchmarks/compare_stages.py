@@ -24,7 +24,11 @@ Counts = dict[str, int]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a worker is told, once. `quality` names one of our presets, `low_memory` is our mode of that name."""
+    """What a worker is told, once.
+
+    `low_memory`, `quality` (a preset), `caching` (every so many steps) and `quantize` are modes of ours. `compiled`
+    compiles the networks of either library.
+    """
 
     library: str
     stage: str
@@ -38,6 +42,9 @@ class Setting:
     full_towers: bool = False
     low_memory: bool = False
     quality: str | None = None
+    caching: int | None = None
+    quantize: str | None = None
+    compiled: bool = False
 
     @property
     def ours(self) -> bool:
@@ -84,9 +91,27 @@ class Stage:
             Path(self.setting.folder) / part, torch_dtype=self.dtype, **options
         )
         pipe.set_progress_bar_config(disable=True)
+        for network in (getattr(pipe, name, None) for name in ("prior", "unet", "movq")):
+            if network is not None:
+                self.adapt(network)
         if self.setting.low_memory:
             pipe.enable_low_memory()
         return pipe if self.setting.device == "cpu" else pipe.to(self.setting.device)
+
+    def adapt(self, network: Any) -> None:
+        """Quantize and compile, if that is asked for."""
+        if self.setting.quantize is not None and type(network).__name__ != "VQModel":
+            from kandinsky22.runtime.quantize import quantize
+
+            quantize(network, self.setting.quantize)
+        if not self.setting.compiled:
+            return
+        if self.setting.ours:
+            from kandinsky22.runtime.compile import compile_blocks
+
+            compile_blocks(network, mode="default", dynamic=False, backend="inductor")
+        else:
+            getattr(network, "decoder", network).compile()  # MoVQ is not called, but decodes
 
     def prior(self, **options: Any) -> Any:
         """The prior, with the towers that the setting asks for."""
@@ -97,7 +122,9 @@ class Stage:
         """One network of the decoder's folder."""
         folder = Path(self.setting.folder) / "decoder"
         kind = getattr(self.library, name)
-        return kind.from_pretrained(folder, subfolder=subfolder, torch_dtype=self.dtype).to(self.setting.device).eval()
+        network = kind.from_pretrained(folder, subfolder=subfolder, torch_dtype=self.dtype).eval()
+        self.adapt(network)
+        return network.to(self.setting.device)
 
     def random(self, *shape: int, seed: int) -> Any:
         """Normal numbers."""
@@ -238,6 +265,8 @@ class Picture(Stage):
             gc.collect()
             machine.forget_peak()
             decoder = self.pipeline("KandinskyV22Pipeline", "decoder")
+        if self.setting.caching is not None:
+            decoder.enable_feature_caching(self.setting.caching)
         size = {"height": self.setting.size, "width": self.setting.size}
         options = {**size, "output_type": "np", **self._options(decoder, self.setting.steps)}
         made = decoder(embeds, negatives, generator=self.generator(2), return_dict=False, **options)
@@ -262,7 +291,7 @@ class LowMemory(Picture):
 
 
 class Fast(Picture):
-    """The same with one of our presets for fewer steps; the setting says which."""
+    """The same with one of our presets for fewer steps, and feature caching; the setting says which."""
 
     libraries = (OURS,)
 

@@ -35,6 +35,8 @@ SWITCHES = {
     "packed linear weights": Switch("runtime.packed", "Linear", "packing", ("text", "prior", "step", "decode")),
     "timesteps ahead": Switch("models.prior", "", "AHEAD", ("prior",), off=1),
     "packed and faster convolutions": Switch("runtime.convolution", "Conv2d", "packing", ("step", "decode")),
+    "group norm in one pass": Switch("runtime.normalise", "", "enabled", ("step", "decode")),
+    "wide attention": Switch("runtime.wide", "", "enabled", ("decode",)),
     "Winograd": Switch("runtime.convolution", "Conv2d", "winograd", ("step", "decode")),
     "doubled pixels": Switch("runtime.convolution", "Conv2d", "doubling", ("step", "decode")),
 }

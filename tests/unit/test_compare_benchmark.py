@@ -73,6 +73,22 @@ def test_modes_of_ours_make_pictures(folder: Path) -> None:
     assert not torch.equal(fast, plain)
 
 
+def test_more_modes_of_ours_act(folder: Path) -> None:
+    plain, cached = (
+        STAGES["fast"](setting(folder, OURS, "fast", quality="draft", caching=every)).call(0) for every in (None, 2)
+    )
+    assert not torch.equal(plain, cached)
+    compiled = STAGES["step"](setting(folder, OURS, "step", compiled=True))
+    assert any(module._compiled_call_impl is not None for module in compiled.unet.modules())
+
+
+def test_quantized_weights_are_used(folder: Path) -> None:
+    pytest.importorskip("torchao")
+    plain, quantized = (STAGES["step"](setting(folder, OURS, "step", quantize=kind)) for kind in (None, "int8"))
+    one, other = flat(plain.call(0)), flat(quantized.call(0))
+    assert 0 < float((one - other).abs().max() / one.abs().max()) < 0.2
+
+
 def test_a_pause_does_not_count_and_separates_peaks(folder: Path) -> None:
     served = Served(setting(folder, OURS, "picture"))
     served.start()
@@ -283,6 +299,20 @@ def test_the_report_tells_shares_of_the_peak_and_what_was_left_out() -> None:
     assert "| guided UNet step, kandinsky22 | 1 | 1 | 1.5 | 3 | 50 % |" in page
     assert "takes 2 s, of which ours takes 1.50 times" in page
     assert "Left out: decode, fp32: the time was up." in page
+
+
+def test_the_report_tells_of_imports_and_of_the_memory_of_whole_pictures() -> None:
+    run = found([1.0, 1.0, 1.0])
+    theirs, ours = run["records"]
+    for name, library, peaks in (("load", theirs, [9.0]), ("load", ours, [3.0])):
+        run["records"].append({**library, "stage": name, "peaks": peaks, "import": [6.0, 6.0, 6.0]})
+    for library, peaks in ((theirs, [14.0, 7.0]), (ours, [4.0, 7.0])):
+        run["records"].append({**library, "stage": "picture", "peaks": peaks})
+    page = compare_report.markdown(run)
+    assert "| import | 6 | 6 | 1.00 |" in page
+    assert "| load both pipelines | 3 | 1 | 3.00 | 3 |" in page
+    assert "| text to image, 4 steps | 14.00 + 7.00 | 4.00 + 7.00 |" in page
+    assert "Ours takes 0.33 of what the reference's two pipelines take" in page
 
 
 @pytest.mark.parametrize(("difference", "wrong"), [(1e-6, []), (2e-3, ["step"]), (float("nan"), ["step"])])
