@@ -247,7 +247,7 @@ def _switches(found: Found) -> str:
 # A drawing
 
 
-WIDTH, LEFT, ROW = 720, 250, 46
+WIDTH, LEFT, ROW = 760, 290, 46
 COLOURS = {THEIRS: "#9aa5b1", OURS: "#2f6fdf"}
 
 
