@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from kandinsky22 import schedulers
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
 from kandinsky22.randomness import randn_tensor
 from kandinsky22.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler
@@ -142,10 +143,31 @@ def test_configs_travel_between_us_and_the_reference(source: str, target: type[S
     settings = {"num_train_timesteps": 100, "prediction_type": "sample"}
     theirs = getattr(diffusers, source)(**settings)
     ours = target.from_config(theirs.config)
-    reference = getattr(diffusers, target.__name__).from_config(theirs.config)
+    # left to itself the reference forgets the curve of unCLIP's noise, which that class has no choice but to have
+    curve = {"beta_schedule": "squaredcos_cap_v2"} if source == "UnCLIPScheduler" else {}
+    reference = getattr(diffusers, target.__name__).from_config(theirs.config, **curve)
     assert public(ours.config) == public(reference.config)
     again = getattr(diffusers, source).from_config(ours.config)
-    assert public(again.config) == public(getattr(diffusers, source).from_config(reference.config).config)
+    curve = {"beta_schedule": "squaredcos_cap_v2"} if target is UnCLIPScheduler else {}
+    assert public(again.config) == public(getattr(diffusers, source).from_config(reference.config, **curve).config)
+
+
+@pytest.mark.parametrize("kind", [UnCLIPScheduler, diffusers.UnCLIPScheduler])
+@pytest.mark.parametrize("target", sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput"}))
+def test_the_noise_a_network_was_trained_with_is_never_lost(kind: Any, target: str) -> None:
+    source = kind(prediction_type="sample")
+    made = getattr(schedulers, target).from_config(source.config)
+    assert torch.equal(made.betas[:-1], source.betas[:-1])  # the last is another one with rescale_betas_zero_snr
+    assert made.config["prediction_type"] == "sample"
+    theirs = diffusers.DDIMScheduler.from_config(UnCLIPScheduler().config)
+    torch.testing.assert_close(theirs.betas, UnCLIPScheduler().betas)
+
+
+def test_betas_that_were_somebodys_default_carry_over() -> None:
+    """The reference would take those of the class that is built, which differ from class to class."""
+    heun = schedulers.HeunDiscreteScheduler()
+    for source in (heun, diffusers.HeunDiscreteScheduler()):
+        assert torch.equal(DDPMScheduler.from_config(source.config).betas, heun.betas)
 
 
 def test_overrides_win_and_unknown_ones_are_refused() -> None:

@@ -24,7 +24,6 @@ from kandinsky22.files import read_json, write_json
 from kandinsky22.hub import Source, model_folder
 from kandinsky22.outputs import Output
 from kandinsky22.schedulers.config import (
-    DEFAULTED,
     ClipConfig,
     SchedulerConfig,
     SpacingConfig,
@@ -178,7 +177,8 @@ class Scheduler:
         """A scheduler of this class from the config of any other, ours or not.
 
         Settings this class does not have are kept in its config without effect; those the other scheduler left at its
-        defaults get the defaults of this class. Raises ConfigError for impossible values and unknown `overrides`.
+        defaults get the defaults of this class, but for what the network was trained with, which carries over. Raises
+        ConfigError for impossible values and unknown `overrides`.
         """
         if not hasattr(config, "items"):
             raise InputError(f"config: {config!r} given; accepted: a mapping. Files are read by from_pretrained")
@@ -186,8 +186,7 @@ class Scheduler:
         unknown = overrides.keys() - names
         if unknown:
             raise ConfigError(f"{cls.__name__}: no setting {', '.join(sorted(unknown))}; accepted: {', '.join(names)}")
-        skipped = config.get(DEFAULTED) or ()
-        stored = {k: v for k, v in config.items() if not k.startswith("_") and k not in skipped}
+        stored = cls.config_class.inherited(config)
         foreign = {k: stored.pop(k) for k in stored.keys() - names}
         scheduler = cls.__new__(cls)
         scheduler._build(cls.config_class.from_settings({**stored, **overrides}, foreign))

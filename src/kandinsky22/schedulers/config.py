@@ -15,6 +15,8 @@ SC = TypeVar("SC", bound="SchedulerConfig")
 
 # Key under which a config lists the settings nobody gave, so that another class can put its own defaults there.
 DEFAULTED = "_use_default_values"
+# What a network was trained with holds for every scheduler that can do it, though somebody left it at a default.
+OF_TRAINING = {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type"}
 
 
 def whole(value: Any) -> int | None:
@@ -125,10 +127,21 @@ class SchedulerConfig(dict[str, Any], Config):
             cls.parse({name: value for name, value in foreign.items() if name in cls.only}, owner=cls.owner)
         config = cls.parse(_plain(settings), owner=cls.owner)
         dict.update(config, _plain(foreign or {}))
-        defaulted = sorted(set(cls.names()) - settings.keys())
+        fixed = {name for name in OF_TRAINING if len(cls.choices.get(name, ())) == 1}  # nobody could choose it
+        defaulted = sorted(set(cls.names()) - settings.keys() - fixed)
         if defaulted:
             dict.__setitem__(config, DEFAULTED, defaulted)
         return config
+
+    @classmethod
+    def inherited(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a config of any class passes on to this one: settings that somebody chose, and the facts of training
+        that this class can do."""
+        skipped = set(config.get(DEFAULTED) or ())
+        for name in skipped & OF_TRAINING & config.keys() & set(cls.names()):
+            if config[name] in cls.choices.get(name, (config[name],)):
+                skipped.remove(name)
+        return {name: value for name, value in config.items() if not name.startswith("_") and name not in skipped}
 
     def to_json(self) -> dict[str, Any]:
         """What a config file holds: every setting, foreign ones included, and the class they were made for."""
