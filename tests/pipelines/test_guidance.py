@@ -16,6 +16,7 @@ from kandinsky22 import InputError
 
 SMALL: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
 OPTIONS = ("guidance_rescale", "guidance_interval", "guidance_threshold")
+STEPS = ("timesteps", "sigmas")
 PRIORS = ("Prior", "PriorEmb2Emb")
 COMBINED = ("Combined", "Img2ImgCombined", "InpaintCombined")
 ACTING: list[dict[str, Any]] = [
@@ -261,7 +262,9 @@ def test_the_specifications_arguments_keep_their_places(mode: str) -> None:
     """Ours come after them."""
     kind = getattr(kandinsky22, f"KandinskyV22{mode}Pipeline")
     names = list(inspect.signature(kind.__call__).parameters)
-    wanted = [*OPTIONS, *(f"prior_{name}" for name in OPTIONS if mode in COMBINED)]
+    wanted = [*OPTIONS, *STEPS]
+    if mode in COMBINED:
+        wanted = [*OPTIONS, *(f"prior_{name}" for name in OPTIONS), *STEPS, *(f"prior_{name}" for name in STEPS)]
     assert names[-len(wanted) :] == wanted
 
 

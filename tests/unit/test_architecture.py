@@ -21,13 +21,14 @@ MAY_KNOW = {
     "schedulers": {"hub"},
     "inputs": set[str](),
     "guidance": {"inputs", "schedulers"},
+    "stepping": {"inputs", "schedulers"},
     "runtime": set[str](),
     "hub": {"embedded"},
     "embedded": set[str](),
     "components": {"models", "schedulers", "runtime", "hub"},
     "composite": {"components", "models", "hub"},
     "pipelines": {"models", "schedulers", "guidance", "inputs", "runtime", "hub", "embedded", "components"}
-    | {"composite"},
+    | {"composite", "stepping"},
     "training": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded"},
     "cli": {"pipelines", "models", "schedulers", "inputs", "runtime", "hub", "embedded", "training", "quality"},
 }

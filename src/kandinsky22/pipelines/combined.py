@@ -24,10 +24,12 @@ from kandinsky22.pipelines.decoder import (
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.pipelines.sampling import LATENTS
 from kandinsky22.randomness import Generators
+from kandinsky22.stepping import Levels, Steps, Times
 
 Texts: TypeAlias = str | list[str]
 
-GUIDANCE = ("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_threshold")
+OF_PRIOR = ("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_threshold", "num_inference_steps",
+            "timesteps", "sigmas")  # fmt: skip
 
 D = TypeVar("D", bound=DecoderPipeline)
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -95,12 +97,11 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
 
     def _call(
         self, texts: tuple[Any, Any, Any], size: tuple[Any, Any], steps: tuple[Any, Any, Any, Any],
-        told: tuple[Any, Any, Any, Any], prior: tuple[Any, ...], early: tuple[Any, Any, Any],
+        told: tuple[Any, Any, Any, Any], prior: tuple[Any, ...], early: tuple[Any, Any],
         output: tuple[Any, Any], **given: Any,
     ) -> Any:  # fmt: skip
-        """A whole call. `texts` are prompts, negatives and the number for each; `steps` are number, guidance,
-        generator and latents; `told` are the callbacks, `prior` the guidance of the prior, `early` its number of steps
-        and callbacks; `given` are the keywords of the decoder's `_plan`."""
+        """A whole call. `texts` are prompts, negatives and the number for each; `steps`, `told` and `given` are as in
+        the decoder's `_call`; `prior` are the arguments `OF_PRIOR`, `early` the prior's callbacks."""
         positive, _ = prompts.pairs(*texts[:2])
         copies = checks.whole("num_images_per_prompt", texts[2])
         checks.output(*output, images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
@@ -116,12 +117,11 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         try:
             positives, negatives = first(
                 *texts,
-                num_inference_steps=early[0],
                 generator=steps[2],
                 latents=latents if of_prior else None,
-                **dict(zip(GUIDANCE, prior, strict=True)),
-                callback_on_step_end=early[1],
-                callback_on_step_end_tensor_inputs=early[2],
+                **dict(zip(OF_PRIOR, prior, strict=True)),
+                callback_on_step_end=early[0],
+                callback_on_step_end_tensor_inputs=early[1],
                 return_dict=False,
             )
         except InputError as error:  # arguments of both stages have the same names, but for a prefix
@@ -146,7 +146,8 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
         callback_on_step_end_tensor_inputs: Names = LATENTS,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
         prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
-        prior_guidance_threshold: float | None = None,
+        prior_guidance_threshold: float | None = None, timesteps: Times = None, sigmas: Levels = None,
+        prior_timesteps: Times = None, prior_sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each prompt; arguments as of the two pipelines, in which they act.
 
@@ -155,11 +156,12 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
         """
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, latents)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
-        early = (prior_num_inference_steps, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, prior, early, output)
+        pace = (prior_num_inference_steps, prior_timesteps, prior_sigmas)
+        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, (*prior, *pace), early, output)
 
 
 class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPipeline]):
@@ -178,7 +180,8 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
         prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
-        prior_guidance_threshold: float | None = None,
+        prior_guidance_threshold: float | None = None, timesteps: Times = None, sigmas: Levels = None,
+        prior_timesteps: Times = None, prior_sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Pictures that lead away from `image`, num_images_per_prompt for each prompt.
 
@@ -187,12 +190,13 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
         """
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, latents)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
         given = {"image": image, "strength": strength}
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
-        early = (prior_num_inference_steps, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, prior, early, output, **given)
+        pace = (prior_num_inference_steps, prior_timesteps, prior_sigmas)
+        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, (*prior, *pace), early, output, **given)
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPipeline]):
@@ -213,7 +217,8 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
         keep_pixels: bool = False,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
         prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
-        prior_guidance_threshold: float | None = None,
+        prior_guidance_threshold: float | None = None, timesteps: Times = None, sigmas: Levels = None,
+        prior_timesteps: Times = None, prior_sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """`image` repainted where `mask_image` is white, num_images_per_prompt for each prompt.
 
@@ -222,9 +227,10 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
         """
         texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, latents)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
         given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
         told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
-        early = (prior_num_inference_steps, prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, prior, early, output, **given)
+        pace = (prior_num_inference_steps, prior_timesteps, prior_sigmas)
+        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
+        return self._call(texts, (height, width), steps, told, (*prior, *pace), early, output, **given)

@@ -15,8 +15,9 @@ from kandinsky22.inputs import checks, images, masks
 from kandinsky22.inputs.images import Pictures
 from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.outputs import ImagePipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, uses_learned_variance
+from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline
 from kandinsky22.randomness import Generators
+from kandinsky22.stepping import Levels, Steps, Times, uses_learned_variance
 
 Embeds: TypeAlias = Tensor | list[Tensor]
 Names: TypeAlias = list[str] | None
@@ -56,15 +57,9 @@ class DecoderPipeline(SamplingPipeline):
         return int(self.unet.config.sample_size * self.movq_scale_factor)
 
     def _plan(
-        self,
-        batch: int,
-        size: tuple[Any, Any],
-        *options: Any,
-        copies: int = 1,
-        strength: Any = 1.0,
-        keep_pixels: Any = False,
-        **pictures: Any,
-    ) -> Plan:
+        self, batch: int, size: tuple[Any, Any], *options: Any, copies: int = 1, strength: Any = 1.0,
+        keep_pixels: Any = False, **pictures: Any,
+    ) -> Plan:  # fmt: skip
         """Check the arguments of a call for `batch` pictures of `size` (height, width), `copies` of each embedding.
 
         `options` are the rest of `_schedule`'s; `pictures` are image, mask_image and hint as far as the mode has them.
@@ -165,10 +160,10 @@ class DecoderPipeline(SamplingPipeline):
             run.tensors["image_embeds"] = torch.cat([after, both[len(after) :]])
 
     def _call(
-        self, embeds: tuple[Any, Any], size: tuple[Any, Any], steps: tuple[Any, Guidance, Any, Any],
+        self, embeds: tuple[Any, Any], size: tuple[Any, Any], steps: tuple[Steps, Guidance, Any, Any],
         callbacks: tuple[Any, Any, Any, Any], output: tuple[Any, Any, Any], **given: Any,
     ) -> Any:  # fmt: skip
-        """A whole call; `steps` are number, guidance, generator and latents, `output` is number for each embedding,
+        """A whole call; `steps` are Steps, Guidance, generator and latents, `output` is number for each embedding,
         type and return_dict, `given` the keywords of `_plan`."""
         self._need("unet", "scheduler", "movq")
         copies = checks.whole("num_images_per_prompt", output[0])
@@ -230,17 +225,19 @@ class KandinskyV22Pipeline(DecoderPipeline):
         output_type: str = "pil", return_dict: bool = True, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each of the embeddings (batch, dim).
 
         One negative embedding serves all. `height` and `width` are pixels, rounded up to multiples of 64; the
         model's own size unless given. `latents` is start noise (pictures, 4, height / 8, width / 8). Guidance is off
-        at 1 and below; only then may `negative_image_embeds` be None. Its options are those of `Guidance`.
+        at 1 and below; only then may `negative_image_embeds` be None. Its options are those of `Guidance`; descending
+        `timesteps` or `sigmas` take the place of a number of steps where the scheduler's `set_timesteps` has them.
         `output_type` is "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as the decoder leaves it,
         nominally in [-1, 1], or "latent". Raises InputError before any network runs.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, latents)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output)
@@ -259,6 +256,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
         return_dict: bool = True, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Pictures that lead away from `image`, num_images_per_prompt for each of the embeddings (batch, dim).
 
@@ -268,7 +266,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
         "pt" gives [0, 1]; the rest is as in KandinskyV22Pipeline.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, None)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output, image=image, strength=strength)
@@ -291,6 +289,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None,
         callback_steps: int | None = None, keep_pixels: bool = False,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """`image` repainted where `mask_image` is white, num_images_per_prompt for each of the embeddings (batch, dim).
 
@@ -299,7 +298,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         draws them; `keep_pixels` puts the resized image's own in their place. The rest is as in KandinskyV22Pipeline.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, latents)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
@@ -337,6 +336,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1, return_dict: bool = True,
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Pictures, num_images_per_prompt for each of the embeddings (batch, dim), composed as `hint` shows.
 
@@ -344,7 +344,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         height x width. The rest is as in KandinskyV22Pipeline.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, latents)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output, hint=hint)
@@ -367,13 +367,14 @@ class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
         return_dict: bool = True, callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Names = LATENTS,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Pictures that lead away from `image` as `hint` shows, num_images_per_prompt for each of the embeddings.
 
         Image, strength and "pt" are as in KandinskyV22Img2ImgPipeline, the hint as in KandinskyV22ControlnetPipeline.
         """
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (num_inference_steps, guidance, generator, None)
+        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None)
         callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
         embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
         return self._call(embeds, (height, width), steps, callbacks, output, image=image, hint=hint, strength=strength)

@@ -18,6 +18,7 @@ from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
 from kandinsky22.randomness import Generators
 from kandinsky22.runtime.device import usable_device
+from kandinsky22.stepping import Levels, Steps, Times
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,9 @@ class PriorPipeline(SamplingPipeline):
     ]  # fmt: skip
 
     def __init__(
-        self,
-        prior: PriorTransformer,
-        image_encoder: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        scheduler: Any,
+        self, prior: PriorTransformer, image_encoder: Any, text_encoder: Any, tokenizer: Any, scheduler: Any,
         image_processor: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(
             prior=prior,
@@ -205,6 +201,7 @@ class PriorPipeline(SamplingPipeline):
         latents: Tensor | None = None, negative_prior_prompt: str | None = None,
         negative_prompt: str | list[str] = "", guidance_scale: float = 4.0, device: torch.device | str | None = None,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> KandinskyPriorPipelineOutput:  # fmt: skip
         """The weighted sum of the embeddings of texts and pictures, (num_images_per_prompt, embedding_dim).
 
@@ -227,7 +224,7 @@ class PriorPipeline(SamplingPipeline):
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
 
         def plan(texts: str | list[str], copies: int) -> PriorPlan:
-            options = (num_inference_steps, guidance, generator, latents, silent)
+            options = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents, silent)
             return self._plan(texts, negative_prior_prompt, copies, *options)
 
         plan(against, copies // len(against))  # checks all arguments
@@ -271,6 +268,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
         callback: Any = None, callback_steps: int | None = None,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Image embeddings and negative image embeddings, each (prompts x num_images_per_prompt, embedding_dim).
 
@@ -278,13 +276,19 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         sampled in the same batch, after the prompts', and returned as the negatives; otherwise the embedding of an
         all-zero picture is. `latents` is start noise (rows, embedding_dim), with negative prompts for both halves. A
         list of generators has one for each picture, which also draws for its negative. Guidance is off at 1 and
-        below, its options are those of `Guidance`. `output_type` is "pt" or "np". Raises InputError before any network
-        runs.
+        below, its options are those of `Guidance`; `timesteps` or `sigmas` as in KandinskyV22Pipeline. `output_type` is
+        "pt" or "np". Raises InputError before any network runs.
         """
         checks.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        options = num_inference_steps, guidance, generator, latents, self._check_callbacks(*told)
+        options = (
+            Steps(num_inference_steps, timesteps, sigmas),
+            guidance,
+            generator,
+            latents,
+            self._check_callbacks(*told),
+        )
         plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options)
         return self._return(*self._embed(plan), output_type, return_dict)
 
@@ -301,6 +305,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
         callback: Any = None, callback_steps: int | None = None,
         guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
+        timesteps: Times = None, sigmas: Levels = None,
     ) -> Any:  # fmt: skip
         """Image embeddings and negative image embeddings, as those of `KandinskyV22PriorPipeline`.
 
@@ -314,7 +319,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         checks.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        options = num_inference_steps, guidance, generator, None, self._check_callbacks(*told)
+        options = Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None, self._check_callbacks(*told)
         given = mixtures.pictures("image", image, **self._reading())
         plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options, given=given)
         tail = self._tail(plan.sampling, strength)

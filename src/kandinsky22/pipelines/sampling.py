@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from kandinsky22.guidance import Guidance
 from kandinsky22.inputs import checks
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.randomness import Generators, randn_tensor
+from kandinsky22.stepping import Stepper, Steps
 
 Denoise = Callable[[Tensor, Any], Tensor]
 """A network bound to its condition: (sample, timestep) -> output."""
@@ -26,7 +26,6 @@ Bind = Callable[[Mapping[str, Tensor]], Denoise]
 Edit = Callable[[Tensor, "Run"], Tensor]
 """What a mode does to the latents that a step made, `run` standing at that step."""
 
-LEARNED = ("learned", "learned_range")
 LATENTS = ["latents"]  # what callbacks see unless they ask for more
 
 
@@ -54,15 +53,9 @@ def sample(
     A guided step runs one batch that holds the unconditional rows, then the conditional ones; any other step runs the
     conditional ones alone. Conditions are computed anew only after their tensors changed.
     """
-    accepted = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"return_dict": False}
-    if "generator" in accepted:
-        options["generator"] = generator
-    condition = _Condition(bind)
-    learned = uses_learned_variance(scheduler)
+    condition, make_step = _Condition(bind), Stepper(scheduler, timesteps, generator)
     order, visits = getattr(scheduler, "order", 1), len(scheduler.timesteps)
     for index, timestep in enumerate(timesteps):
-        channels = run.latents.shape[1]
         step = (visits - len(timesteps) + index) // order
         guided = run.guidance.acts(step / -(-visits // order))
         denoise = condition(run, guided)
@@ -70,22 +63,10 @@ def sample(
         output = denoise(seen, timestep)
         if guided:
             output = run.guidance.combine(output, seen[: len(run.latents)], scheduler, timestep)
-        if not learned:
-            output = output[:, :channels]  # the rest, if any, is a learned variance nobody asked for
-        if "prev_timestep" in accepted:
-            options["prev_timestep"] = timesteps[index + 1] if index + 1 < len(timesteps) else None
-        latents = scheduler.step(output, timestep, run.latents, **options)[0].to(run.latents.dtype)
+        latents = make_step(index, output, run.latents)
         run.index, run.timestep = index, timestep
         run.latents = latents if edit is None else edit(latents, run)
         yield run
-
-
-def uses_learned_variance(scheduler: Any) -> bool:
-    """Whether `step` takes a learned variance. A config may have inherited that setting from another scheduler's, so
-    it counts only where the class itself has it."""
-    own = getattr(scheduler, "config_class", None)
-    settings = inspect.signature(type(scheduler)).parameters if own is None else own.names()
-    return "variance_type" in settings and getattr(scheduler.config, "variance_type", None) in LEARNED
 
 
 class _Condition:
@@ -198,17 +179,16 @@ class SamplingPipeline(DiffusionPipeline):
             raise InputError(f"scheduler: {type(self.scheduler).__name__} has no add_noise, which an image needs")
 
     def _schedule(
-        self, shape: tuple[int, ...], pictures: int, num_inference_steps: Any, guidance: Guidance, generator: Any,
+        self, shape: tuple[int, ...], pictures: int, steps: Steps, guidance: Guidance, generator: Any,
         latents: Any, callbacks: Callbacks,
     ) -> Plan:  # fmt: skip
         """Check what all calls have in common, for latents of this shape, and set the scheduler's timesteps."""
         if latents is not None:
             latents = checks.latents(latents, shape)
         generators = checks.generators(generator, pictures, shape[0])
-        steps = checks.whole("num_inference_steps", num_inference_steps)
-        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        timesteps = steps.choose(self.scheduler, shape, self._execution_device)
         guidance.check(self.scheduler)
-        return Plan(shape, guidance, self.scheduler.timesteps, generators, latents, callbacks)
+        return Plan(shape, guidance, timesteps, generators, latents, callbacks)
 
     def _tail(self, plan: Plan, strength: Any) -> Plan:
         """The plan's last steps only: `strength`, 0 to 1, is the part of them that runs, rounded down. Methods of more
