@@ -131,7 +131,7 @@ def dynamic_threshold(sample: Tensor, ratio: float, maximum: float) -> Tensor:
 
 
 def _descending(timesteps: Sequence[int] | Tensor) -> list[int]:
-    given = list(timesteps)
+    given = list(timesteps) if isinstance(timesteps, Sequence) or getattr(timesteps, "ndim", 0) == 1 else []
     chosen = [step for step in map(whole, given) if step is not None and step >= 0]
     if not chosen or len(chosen) < len(given) or any(a <= b for a, b in itertools.pairwise(chosen)):
         raise InputError(f"timesteps={timesteps}; accepted: one integer or more, 0 or more, descending")

@@ -42,6 +42,7 @@ def _is_flag(value: Any) -> bool:
 _FLAG = (_is_flag, "True or False")
 _POSITIVE = (_is_positive, "a number above 0")
 _FRACTION = (_is_fraction, "a number above 0, at most 1")
+_PART = (lambda value: _is_positive(value) and value < 1, "a number above 0, below 1")
 _COUNT = (lambda value: (whole(value) or 0) > 0, "an integer above 0")
 _OPTIONAL = (lambda value: value is None or _is_positive(value), "None, or a number above 0")
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -51,8 +52,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, tuple) and all(map(_is_fraction, value))),
         "None, or a list of numbers above 0, at most 1",
     ),
-    "beta_start": _FRACTION,
-    "beta_end": _FRACTION,
+    "beta_start": _PART,
+    "beta_end": _PART,
     "dynamic_thresholding_ratio": _FRACTION,
     "sample_max_value": _POSITIVE,
     "clip_sample_range": _POSITIVE,

@@ -112,6 +112,7 @@ class SigmaScheduler(SequentialScheduler):
         super()._build(config)
         if rescaled(config):
             self.alphas_cumprod[-1] = SMALLEST_SIGNAL
+        self.alphas_cumprod[self.alphas_cumprod == 0] = SMALLEST_SIGNAL  # after a beta of 1
         self._table: Floats = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
         self._visit(self._table[::-1].copy(), [self._final(self._table)], self.timesteps.numpy(), None)
         self.num_inference_steps = None

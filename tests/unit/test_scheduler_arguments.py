@@ -1,0 +1,202 @@
+"""What every scheduler says to steps, timesteps, levels and settings that make no sense: by name, at once."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from kandinsky22 import schedulers
+from kandinsky22.errors import ConfigError, InputError, KandinskyError
+
+ALL = sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput"})
+OF_LEVELS = [name for name in ALL if "sigmas" in inspect.signature(getattr(schedulers, name).set_timesteps).parameters]
+NO_COUNTS = [0, -1, -1000, 2.5, "4", True, math.nan, [4], torch.tensor([4, 5]), 1j, b"4"]
+TOTAL = 200
+
+
+def make(name: str, **config: Any) -> Any:
+    return getattr(schedulers, name)(num_train_timesteps=TOTAL, **config)
+
+
+def largest(name: str) -> int:
+    """The most steps a class takes: consistency models have as many as their network was distilled for."""
+    return 50 if name == "LCMScheduler" else TOTAL
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("steps", NO_COUNTS, ids=repr)
+def test_what_is_no_number_of_steps(name: str, steps: Any) -> None:
+    with pytest.raises(InputError, match="num_inference_steps="):
+        make(name).set_timesteps(steps)
+
+
+@pytest.mark.parametrize("name", ALL)
+@examples(max_examples=25, deadline=None)
+@given(steps=st.integers(-(10**6), 10**6))
+def test_any_number_of_steps_is_set_or_refused_by_name(name: str, steps: int) -> None:
+    scheduler = make(name)
+    if 0 < steps <= largest(name):
+        scheduler.set_timesteps(steps)
+        visits = scheduler.timesteps.tolist()
+        assert len(visits) >= steps
+        assert all(a >= b for a, b in itertools.pairwise(visits)) or name == "PNDMScheduler"
+        assert min(visits) >= 0 and max(visits) < TOTAL
+    else:
+        with pytest.raises(InputError, match=f"num_inference_steps={steps}.*accepted: an integer from 1 to"):
+            scheduler.set_timesteps(steps)
+
+
+@pytest.mark.parametrize("name", ALL)
+@examples(max_examples=40, deadline=None)
+@given(
+    timesteps=st.lists(st.integers(-3, TOTAL + 3), max_size=6),
+    form=st.sampled_from([list, tuple, np.array, lambda steps: torch.tensor(steps, dtype=torch.int64)]),
+)
+def test_any_timesteps_are_visited_or_refused_by_name(name: str, timesteps: list[int], form: Any) -> None:
+    scheduler = make(name)
+    fit = bool(timesteps) and all(a > b for a, b in itertools.pairwise(timesteps))
+    fit = fit and min(timesteps) >= 0 and max(timesteps) < TOTAL
+    given_form = form(timesteps)
+    if fit and (name != "LCMScheduler" or len(timesteps) <= 50):
+        scheduler.set_timesteps(timesteps=given_form)
+        assert {float(step) for step in timesteps} <= {float(step) for step in scheduler.timesteps.tolist()}
+    else:
+        with pytest.raises(InputError, match="timesteps"):
+            scheduler.set_timesteps(timesteps=given_form)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("timesteps", [5, 3.5, "fast", None, [None], ["5"], [5.5, 2], [[9, 3], [1]], {5: 3}], ids=repr)
+def test_what_are_no_timesteps(name: str, timesteps: Any) -> None:
+    with pytest.raises(InputError, match="timesteps"):
+        make(name).set_timesteps(timesteps=timesteps)
+
+
+@pytest.mark.parametrize("name", OF_LEVELS)
+@examples(max_examples=40, deadline=None)
+@given(sigmas=st.lists(st.floats(-1, 200, width=32) | st.just(math.nan) | st.just(math.inf), max_size=5))
+def test_any_levels_are_visited_or_refused_by_name(name: str, sigmas: list[float]) -> None:
+    scheduler = make(name)
+    fit = len(sigmas) > 1 and all(a > b for a, b in itertools.pairwise(sigmas))
+    if fit and sigmas[-1] >= 0 and sigmas[0] < math.inf:
+        scheduler.set_timesteps(sigmas=sigmas)
+        reached = scheduler.sigmas.tolist()
+        assert all(min(abs(level - each) for each in reached) < 1e-6 * max(1, level) for level in sigmas)
+    else:
+        with pytest.raises(InputError, match="sigmas="):
+            scheduler.set_timesteps(sigmas=sigmas)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_refusal_leaves_behind(name: str) -> None:
+    """The run that was set before, in every part."""
+    scheduler = make(name)
+    scheduler.set_timesteps(7)
+    before = scheduler.timesteps.clone()
+    for wrong in ({"num_inference_steps": 0}, {"timesteps": [3, 9]}, {"num_inference_steps": 3, "timesteps": [3]}):
+        with pytest.raises(InputError):
+            scheduler.set_timesteps(**wrong)
+        assert torch.equal(scheduler.timesteps, before)
+        assert scheduler.num_inference_steps == (7 if name != "PNDMScheduler" else scheduler.num_inference_steps)
+    again = make(name)
+    again.set_timesteps(7)
+    sample = torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2)
+    ends = []
+    for each in (scheduler, again):
+        seen = each.scale_model_input(sample, each.timesteps[0])
+        options = {"generator": torch.Generator().manual_seed(0)}
+        accepted = inspect.signature(each.step).parameters
+        given_options = {key: value for key, value in options.items() if key in accepted}
+        ends.append(each.step(seen, each.timesteps[0], sample, **given_options)[0])
+    assert torch.equal(*ends)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_train_timesteps", 0),
+        ("num_train_timesteps", 10.5),
+        ("prediction_type", "noise"),
+        ("prediction_type", None),
+        ("beta_schedule", "circular"),
+        ("no_such_setting", 1),
+        ("thresholdin", True),
+    ],
+)
+def test_impossible_and_unknown_settings(name: str, setting: str, value: Any) -> None:
+    kind = getattr(schedulers, name)
+    for build in (lambda: kind(**{setting: value}), lambda: kind.from_config(kind().config, **{setting: value})):
+        with pytest.raises(ConfigError, match=setting):
+            build()
+
+
+@pytest.mark.parametrize("name", ALL)
+@examples(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_value_of_any_setting_works_or_is_named(name: str, data: st.DataObject) -> None:
+    kind = getattr(schedulers, name)
+    setting = data.draw(st.sampled_from(sorted(kind.config_class.names())))
+    values: list[Any] = [
+        None,
+        0,
+        -1,
+        1,
+        3,
+        0.5,
+        2.0,
+        math.nan,
+        math.inf,
+        True,
+        False,
+        "",
+        "zero",
+        "linear",
+        [],
+        [0.1],
+        {},
+    ]
+    value = data.draw(st.sampled_from(values))
+    config = {"num_train_timesteps": 20, setting: value}
+    try:
+        scheduler = kind(**config)
+        scheduler.set_timesteps(3)
+    except KandinskyError as error:
+        assert any(word in str(error) for word in (setting, "_inference_steps", "timesteps", "trained_betas"))
+        return
+    sample = torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2)
+    for timestep in scheduler.timesteps:
+        seen = scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(torch.tanh(seen), timestep, sample)[0]
+    assert sample.shape == (1, 2, 2, 2)
+    assert torch.isfinite(sample).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("options", [{"speed": 2}, {"num_inference_steps": 3, "gamma": 1}], ids=str)
+def test_options_nobody_has(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        make(name).set_timesteps(**options)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_that_do_not_fit(name: str) -> None:
+    scheduler = make(name)
+    scheduler.set_timesteps(3)
+    sample = torch.zeros(1, 4, 2, 2)
+    for wrong in (torch.zeros(1, 5, 2, 2), torch.zeros(2, 4, 2, 2), torch.zeros(1, 4, 2, 3), torch.zeros(1, 12, 2, 2)):
+        scheduler.scale_model_input(sample, scheduler.timesteps[0])
+        with pytest.raises(InputError, match="model_output has shape"):
+            scheduler.step(wrong, scheduler.timesteps[0], sample)
