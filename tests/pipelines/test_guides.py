@@ -11,7 +11,7 @@ import pytest
 import kandinsky22
 
 FOLDER = Path(__file__).parents[2] / "docs" / "guides"
-PAGES = sorted(FOLDER.glob("*.md"))
+PAGES = [*sorted(FOLDER.glob("*.md")), *(FOLDER.parent / name for name in ("guidance.md", "schedulers.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
