@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ["KANDINSKY22_CACHE"] = ""  # nothing is kept between tests, nor in the home of whoever runs them
 
 
 @pytest.fixture(autouse=True)

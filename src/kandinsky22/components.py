@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kandinsky22 import models, schedulers
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.hub import shared_folder
+from kandinsky22.runtime import asleep
+from kandinsky22.runtime.kept import name_files
 from kandinsky22.runtime.shelves import remember
 from kandinsky22.weights import STEM, weight_files
 
@@ -117,18 +120,72 @@ def needed_files(names: Iterable[str], components: Iterable[str], stored: Stored
 def load_component(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     """The component that `entry` ([library, class]) describes, from its folder in a checkpoint.
 
-    Raises CheckpointError if the class is unknown or the files do not give it.
+    An image encoder is read when it is needed. Raises CheckpointError if the class is unknown or the files do not give
+    it.
     """
+    sleeping = _sleeping(name, entry, folder, stored) if role(name) == "image_encoder" and asleep.enabled else None
+    return _read(name, entry, folder, stored) if sleeping is None else sleeping
+
+
+def _read(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     component = _load(name, entry, folder, stored)
     if isinstance(component, nn.Module):
         remember(component, functools.partial(_load, name, entry, folder, stored))
+        if role(name) == "image_encoder":
+            place = _place(name, folder)
+            name_files(component, _weights(place, stored), next(component.parameters()).dtype)
     return component
 
 
-def _load(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
+def _place(name: str, folder: Path) -> Path:
     place = folder / name
-    if not place.is_dir():
-        place = shared_folder(place) or place
+    return place if place.is_dir() else shared_folder(place) or place
+
+
+def _weights(folder: Path, stored: Stored) -> list[Path]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [folder / name for name in stored.weights(names)]
+
+
+def _sleeping(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
+    """The network of transformers that `entry` describes, to be read when it is needed; None if its files do not look
+    as they should, so that reading them now tells what is wrong."""
+    import transformers
+
+    place = _place(name, folder)
+    library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+    kind = getattr(transformers, str(class_name), None) if library == "transformers" else None
+    files = _weights(place, stored)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and files and _readable(files)):
+        return None
+    try:
+        config = kind.config_class.from_pretrained(os.fspath(place), local_files_only=True)  # type: ignore[attr-defined]
+    except Exception:  # transformers lets anything through
+        return None
+    dtype = torch.float32 if stored.torch_dtype is None else stored.torch_dtype
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    network = asleep.asleep(kind, config, functools.partial(_read, name, entry, folder, stored))
+    name_files(network, files, dtype if isinstance(dtype, torch.dtype) else None)
+    return network
+
+
+def _readable(files: Iterable[Path]) -> bool:
+    """Whether these are safetensors, all there and whole, as far as their beginnings tell."""
+    try:
+        for file in files:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix != ".json":
+                return False
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _load(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
+    place = _place(name, folder)
     if entry is None or entry == [None, None]:
         return None
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):

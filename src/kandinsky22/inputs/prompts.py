@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from kandinsky22.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def texts(name: str, value: Any) -> list[str]:
@@ -35,6 +41,18 @@ def pairs(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | Non
             "equal numbers, or 1, are needed"
         )
     return positive * (count // len(positive)), negative * (count // len(negative))
+
+
+def tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token numbers and which of them are text, (texts, length) each; what is too long is cut off with a warning."""
+    length = tokenizer.model_max_length
+    made = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        if len(ids) > length:
+            lost = tokenizer.decode(ids[length - 1 : -1])
+            logger.warning("CLIP reads %d tokens, so the end of the prompt is ignored: %r", length, lost)
+    return made.input_ids, made.attention_mask.bool()
 
 
 def _text(name: str, value: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,9 +17,8 @@ from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
 from kandinsky22.randomness import Generators
 from kandinsky22.runtime.device import usable_device
+from kandinsky22.runtime.kept import Recent, zero_embed
 from kandinsky22.stepping import Levels, Steps, Times
-
-logger = logging.getLogger(__name__)
 
 PRIOR_OUTPUT_TYPES = ("pt", "np")
 
@@ -72,6 +70,7 @@ class PriorPipeline(SamplingPipeline):
         image_processor: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        self._texts: Recent[TextEncoding] = Recent()
         self.register_modules(
             prior=prior,
             image_encoder=image_encoder,
@@ -83,23 +82,14 @@ class PriorPipeline(SamplingPipeline):
 
     def encode_text(self, texts: Sequence[str]) -> TextEncoding:
         """Encode texts with the CLIP text tower; what does not fit into its context is cut off with a warning."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        for text in texts:
-            ids = self.tokenizer(text).input_ids
-            if len(ids) > length:
-                lost = self.tokenizer.decode(ids[length - 1 : -1])
-                logger.warning("CLIP reads %d tokens, so the end of the prompt is ignored: %r", length, lost)
-        device = self._execution_device
-        encoded = self.text_encoder(tokens.input_ids.to(device))
-        dtype = self.prior.dtype
-        return TextEncoding(
-            encoded.text_embeds.to(dtype),
-            encoded.last_hidden_state.to(dtype),
-            tokens.attention_mask.bool().to(device),
-        )
+        device, dtype = self._execution_device, self.prior.dtype
+
+        def encode() -> TextEncoding:
+            ids, mask = prompts.tokens(self.tokenizer, texts)
+            made = self.text_encoder(ids.to(device))
+            return TextEncoding(made.text_embeds.to(dtype), made.last_hidden_state.to(dtype), mask.to(device))
+
+        return self._texts.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)
 
     def encode_prompts(
         self, prompt: Sequence[str], negative: Sequence[str], copies: int, *, guided: bool
@@ -123,8 +113,9 @@ class PriorPipeline(SamplingPipeline):
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | str | None = None) -> Tensor:
         """The embedding of an all-zero picture, which stands for no condition: (batch_size, dim)."""
         size = self.image_encoder.config.image_size
-        embed = self.encode_pixels(torch.zeros(1, 3, size, size)).repeat(batch_size, 1)
-        return embed if device is None else embed.to(device)
+        pixels = torch.zeros(1, 3, size, size)
+        embed = zero_embed(self.image_encoder, self.prior.dtype, lambda: self.encode_pixels(pixels))
+        return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
 
     def encode_picture(self, picture: Tensor) -> Tensor:
         """Image embeddings (batch, dim) of preprocessed pictures; what already are embeddings stay as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError
-from kandinsky22.runtime import offload
+from kandinsky22.runtime import asleep, offload
 from kandinsky22.runtime.device import chosen_accelerator, usable_device
 from kandinsky22.runtime.shelves import InFiles
 
@@ -39,9 +40,13 @@ class Placed:
             others = [vars(self).get(other) for other in names]
             places = [offload.place_of(other) for other in others if isinstance(other, nn.Module)]
             if (place := next(filter(None, places), None)) is not None and name not in self._exclude_from_cpu_offload:
-                place.join(value)
+                asleep.settle(value, place.join)
 
     def _networks(self) -> dict[str, nn.Module]:
+        """The networks that are there: all but those that are asleep."""
+        return {name: part for name, part in self._all_networks().items() if not asleep.is_asleep(part)}
+
+    def _all_networks(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
 
     def _places(self) -> list[offload.Place]:
@@ -79,8 +84,8 @@ class Placed:
                 )
         for place in self._places():
             place.free()
-        for network in self._networks().values():
-            network.to(device=goal, dtype=dtype)
+        for network in self._all_networks().values():
+            asleep.move(network, goal, dtype)
         return self
 
     @property
@@ -118,11 +123,11 @@ class Placed:
         self.remove_all_hooks()
         stages = offload.Stages(method, place, lambda: offload.InMemory(place), accelerated=True)
         turns = self.model_cpu_offload_seq.split("->")
-        for name, network in self._networks().items():
+        for name, network in self._all_networks().items():
             if name in turns or name not in self._exclude_from_cpu_offload:
-                stages.add(network, lasting=name not in turns)
+                asleep.settle(network, functools.partial(stages.add, lasting=name not in turns))
             else:
-                network.to(place)
+                asleep.move(network, place, None)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | int | None = None
@@ -135,11 +140,11 @@ class Placed:
         place = chosen_accelerator("enable_sequential_cpu_offload", gpu_id, device)
         offload.accelerate_hooks()
         self.remove_all_hooks()
-        for name, network in self._networks().items():
+        for name, network in self._all_networks().items():
             if name in self._exclude_from_cpu_offload:
-                network.to(place)
+                asleep.move(network, place, None)
             else:
-                offload.Streamed(network, place)
+                asleep.settle(network, functools.partial(offload.Streamed, device=place))
 
     def enable_low_memory(self, folder: str | os.PathLike[str] | None = None) -> None:
         """Without an accelerator: keep a network in memory only while it works, and read it anew for the next time.
@@ -160,8 +165,8 @@ class Placed:
                 "or enable_sequential_cpu_offload(), or first to('cpu')"
             )
         stages = offload.Stages("enable_low_memory", torch.device("cpu"), lambda: InFiles(folder), accelerated=False)
-        for network in self._networks().values():
-            stages.add(network)
+        for network in self._all_networks().values():
+            asleep.settle(network, stages.add)
 
     def maybe_free_model_hooks(self) -> None:
         """Take networks that wait for their next turn off the device; each call of a pipeline ends with this."""
@@ -170,9 +175,10 @@ class Placed:
 
     def remove_all_hooks(self) -> None:
         """End all offloading: networks are ordinary ones on the CPU again."""
-        networks = self._networks().values()
+        for network in self._all_networks().values():
+            asleep.settle(network, None)
         if not self._places():
             return
-        for network in networks:
+        for network in self._networks().values():
             offload.release(network)
             network.to("cpu")

@@ -24,24 +24,37 @@ from kandinsky22.weights import find_weights, read_tensors, write_tensors
 _SOURCE = "_source"  # attribute of a network that can be read again, in no state dict
 
 
-class _Source:
-    """How to read a network again, and the state that its weights were in when it was read."""
+class Snapshot:
+    """The state that a network's weights are in."""
 
-    def __init__(self, read: Callable[[], nn.Module], network: nn.Module) -> None:
-        self.read = read
+    def __init__(self, network: nn.Module) -> None:
         self._state = _state(network)
         self._few = [_few(p).clone() for p in network.parameters()]
 
     def holds(self, network: nn.Module) -> bool:
-        """Whether reading it gives the weights that the network has now, as far as can be seen without reading it."""
+        """Whether the network has the same weights now, as far as can be seen without reading them all."""
         if self._state is None or self._state != _state(network):
             return False
         return all(torch.equal(few, _few(p)) for few, p in zip(self._few, network.parameters(), strict=True))
 
 
+class _Source(Snapshot):
+    """How to read a network again, and the state that its weights were in when it was read."""
+
+    def __init__(self, read: Callable[[], nn.Module], network: nn.Module) -> None:
+        super().__init__(network)
+        self.read = read
+
+
 def remember(network: nn.Module, read: Callable[[], nn.Module]) -> None:
     """Note that calling `read` gives this network once more, with the weights that it has now."""
     network.__dict__[_SOURCE] = _Source(read, network)
+
+
+def unchanged(network: nn.Module) -> bool:
+    """Whether the network has the weights that it was read with, as far as can be seen."""
+    source: _Source | None = plain(network).__dict__.get(_SOURCE)
+    return source is not None and source.holds(plain(network))
 
 
 def _state(network: nn.Module) -> list[tuple[int, int, torch.device]] | None:

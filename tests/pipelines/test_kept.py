@@ -1,0 +1,347 @@
+"""Image encoders sleep until they are needed; what they make of an all-zero picture, and texts, are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tests.pipelines.pretend import accelerator
+from tests.pipelines.test_modes_parity import photo
+from tests.pipelines.tiny import difference, seeded
+
+from kandinsky22 import (
+    CheckpointError,
+    DiffusionPipeline,
+    InputError,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
+    KandinskyV22PriorPipeline,
+)
+from kandinsky22.runtime import asleep, kept
+from kandinsky22.runtime.asleep import is_asleep, wake
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "zero-image"
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The towers that ran, in order."""
+    seen: list[str] = []
+    for name, kind in (
+        ("text", transformers.CLIPTextModelWithProjection),
+        ("image", transformers.CLIPVisionModelWithProjection),
+    ):
+        original = kind.forward
+
+        def forward(self: Any, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    return seen
+
+
+def load(folder: Path, kind: Any = KandinskyV22PriorPipeline, **options: Any) -> Any:
+    pipe = kind.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, prompt: str = "a cat", **options: Any) -> list[torch.Tensor]:
+    out = pipe(prompt, num_inference_steps=2, generator=seeded(1), **options)
+    return [out.image_embeds, out.negative_image_embeds]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# Asleep
+
+
+def test_text_to_image_never_reads_the_image_encoder_again(checkpoints: Path, cache: Path, runs: list[str]) -> None:
+    first = load(checkpoints / "prior")
+    assert is_asleep(first.image_encoder)
+    made = draw(first)
+    assert not is_asleep(first.image_encoder)
+    assert runs == ["text", "image"]
+    assert len(list(cache.iterdir())) == 1
+    second = load(checkpoints / "prior")
+    assert same(draw(second), made)
+    assert is_asleep(second.image_encoder)
+    assert runs == ["text", "image", "text"]
+    whole = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
+    whole("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
+    assert not is_asleep(whole.prior_image_encoder), "other files: nothing is known of them yet"
+    again = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
+    again("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
+    assert is_asleep(again.prior_image_encoder)
+    assert is_asleep(again.prior_pipe.image_encoder)
+
+
+@torch.no_grad()
+def test_kept_and_computed_embeddings_are_those_of_the_reference(checkpoints: Path, oracles: dict[str, Any]) -> None:
+    expected = oracles["prior"].get_zero_embed(2)
+    for _ in range(2):
+        assert difference(load(checkpoints / "prior").get_zero_embed(2), expected) < 1e-6
+
+
+WAKING: dict[str, Callable[[Any], Any]] = {
+    "its weights": lambda network: list(network.parameters()),
+    "its state": lambda network: network.state_dict(),
+    "its type": lambda network: network.dtype,
+    "its parts": lambda network: network.visual_projection,
+    "moving": lambda network: network.to("cpu"),
+    "converting": lambda network: network.half(),
+    "training": lambda network: network.train(),
+    "calling": lambda network: network(torch.zeros(1, 3, 32, 32)),
+    "pickling": lambda network: pickle.dumps(network),
+    "copying": lambda network: copy.deepcopy(network),
+    "setting": lambda network: setattr(network, "note", 1),
+    "hooks": lambda network: network.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("how", WAKING)
+def test_it_wakes_when_it_is_looked_at(how: str, checkpoints: Path) -> None:
+    encoder = load(checkpoints / "prior").image_encoder
+    assert isinstance(encoder, transformers.CLIPVisionModelWithProjection)
+    assert encoder.config.projection_dim > 0
+    assert is_asleep(encoder)
+    state, kind = torch.get_rng_state(), transformers.CLIPVisionModelWithProjection
+    WAKING[how](encoder)
+    assert type(encoder) is kind
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not is_asleep(encoder)
+    assert encoder.training == (how == "training")
+    stored = kind.from_pretrained(checkpoints / "prior" / "image_encoder").state_dict()
+    assert all(torch.allclose(tensor.float(), stored[name], atol=1e-3) for name, tensor in encoder.state_dict().items())
+
+
+def test_names_that_it_does_not_have(checkpoints: Path) -> None:
+    encoder = load(checkpoints / "prior").image_encoder
+    assert not hasattr(encoder, "_orig_mod")
+    assert not hasattr(encoder, "__array__")
+    assert is_asleep(encoder)
+    assert not hasattr(encoder, "nothing")
+
+
+def test_pipelines_share_it(checkpoints: Path) -> None:
+    pipe = load(checkpoints / "prior")
+    other = KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)
+    assert other.image_encoder is pipe.image_encoder
+    assert is_asleep(pipe.components["image_encoder"])
+    assert "image_encoder" in repr(pipe)
+    assert is_asleep(pipe.image_encoder)
+    wake(other.image_encoder)
+    assert not is_asleep(pipe.image_encoder)
+
+
+def test_saving_writes_it(checkpoints: Path, tmp_path: Path) -> None:
+    load(checkpoints / "prior").save_pretrained(tmp_path / "saved")
+    ours = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "saved" / "image_encoder")
+    theirs = transformers.CLIPVisionModelWithProjection.from_pretrained(checkpoints / "prior" / "image_encoder")
+    assert same(list(ours.parameters()), list(theirs.parameters()))
+
+
+def test_moves_are_made_up_for(checkpoints: Path, runs: list[str]) -> None:
+    pipe = load(checkpoints / "prior").to(torch.bfloat16)
+    assert is_asleep(pipe.image_encoder)
+    assert pipe.dtype == torch.bfloat16
+    made = draw(pipe)
+    assert pipe.image_encoder.dtype == torch.bfloat16
+    assert same(draw(load(checkpoints / "prior", torch_dtype=torch.bfloat16)), made)
+    assert runs.count("image") == 1, "the same encoder in the same type"
+    draw(load(checkpoints / "prior"))
+    assert runs.count("image") == 2, "another type"
+
+
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory"])
+def test_it_joins_the_others_when_it_wakes(method: str, checkpoints: Path, runs: list[str]) -> None:
+    plain = draw(load(checkpoints / "prior"))
+    os.environ["KANDINSKY22_CACHE"] = ""
+    pipe = load(checkpoints / "prior")
+    with accelerator() if method == "enable_model_cpu_offload" else contextlib.nullcontext("cpu") as device:
+        getattr(pipe, method)(**({} if method == "enable_low_memory" else {"device": device}))
+        assert is_asleep(pipe.image_encoder)
+        offloaded = [part.cpu() for part in draw(pipe)]
+        places = {parameter.device.type for parameter in pipe.image_encoder.parameters()}
+        assert places == ({"cpu"} if method == "enable_model_cpu_offload" else {"meta"})
+        pipe.remove_all_hooks()
+    assert {parameter.device.type for parameter in pipe.image_encoder.parameters()} == {"cpu"}
+    assert all(difference(a, b) < 1e-4 for a, b in zip(offloaded, plain, strict=True))
+
+
+def test_what_was_settled_is_taken_back(checkpoints: Path) -> None:
+    pipe = load(checkpoints / "prior")
+    pipe.enable_low_memory()
+    pipe.remove_all_hooks()
+    assert {parameter.device.type for parameter in pipe.image_encoder.parameters()} == {"cpu"}
+
+
+def test_damaged_files_are_told_at_once(checkpoints: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoints / "prior", tmp_path / "copy"))
+    weights = folder / "image_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="image_encoder"):
+        load(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="image_encoder"):
+        load(folder)
+    assert load(folder, image_encoder=None).image_encoder is None
+    with pytest.raises(InputError, match="image_encoder"):
+        draw(load(folder, image_encoder=None))
+
+
+def test_it_can_be_switched_off(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(asleep, "enabled", False)
+    monkeypatch.setattr(kept, "zero_images", False)
+    pipe = load(checkpoints / "prior")
+    assert not is_asleep(pipe.image_encoder)
+    draw(pipe)
+    assert not cache.exists()
+
+
+# The embedding of an all-zero picture
+
+
+@torch.no_grad()
+def test_changed_encoders_are_not_mistaken(checkpoints: Path, tmp_path: Path, runs: list[str]) -> None:
+    pipe = load(checkpoints / "prior")
+    before = pipe.get_zero_embed()
+    assert torch.equal(pipe.get_zero_embed(), before)
+    assert runs == ["image"]
+    pipe.image_encoder.visual_projection.weight.mul_(2)
+    changed = pipe.get_zero_embed()
+    assert difference(changed, 2 * before) < 1e-5
+    pipe.save_pretrained(tmp_path / "changed")
+    assert torch.equal(load(tmp_path / "changed").get_zero_embed(), changed)
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+    other = load(checkpoints / "prior", image_encoder=copy.deepcopy(pipe.image_encoder))
+    assert difference(other.get_zero_embed(), changed) < 1e-5  # where weights lie in memory moves rounding
+
+
+@torch.no_grad()
+def test_rewritten_files_are_noticed(checkpoints: Path, tmp_path: Path) -> None:
+    pipe = load(checkpoints / "prior")
+    pipe.save_pretrained(tmp_path / "own")
+    before = load(tmp_path / "own").get_zero_embed()
+    sleeping = load(tmp_path / "own")
+    pipe.image_encoder.visual_projection.weight.mul_(2)
+    pipe.save_pretrained(tmp_path / "own")
+    assert difference(sleeping.get_zero_embed(), 2 * before) < 1e-5, "it wakes to the new ones"
+    assert difference(load(tmp_path / "own").get_zero_embed(), 2 * before) < 1e-5
+
+
+def test_damaged_or_forbidden_caches_do_no_harm(
+    checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = load(checkpoints / "prior").get_zero_embed()
+    (file,) = cache.iterdir()
+    file.write_bytes(b"nothing")
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+    blocker = cache.parent / "file"
+    blocker.write_text("in the way")
+    monkeypatch.setenv("KANDINSKY22_CACHE", str(blocker))
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+# Texts
+
+
+def test_a_prompt_is_encoded_once(checkpoints: Path, runs: list[str]) -> None:
+    pipe = load(checkpoints / "prior")
+    first = draw(pipe)
+    assert same(draw(pipe), first)
+    assert runs.count("text") == 1
+    draw(pipe, "a dog")
+    assert runs.count("text") == 2
+    assert same(draw(pipe), first)
+    assert runs.count("text") == 2
+    assert same(draw(load(checkpoints / "prior")), first)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "weights": lambda pipe: pipe.text_encoder.text_projection.weight.mul_(1.5),
+    "weights behind torch's back": lambda pipe: pipe.text_encoder.text_projection.weight.data.mul_(1.5),
+    "type": lambda pipe: pipe.to(torch.bfloat16),
+    "the prior's type": lambda pipe: pipe.prior.to(torch.bfloat16),
+    "the network": lambda pipe: setattr(pipe, "text_encoder", copy.deepcopy(pipe.text_encoder)),
+    "the tokenizer": lambda pipe: setattr(pipe, "tokenizer", copy.deepcopy(pipe.tokenizer)),
+    "loading": lambda pipe: pipe.text_encoder.load_state_dict(pipe.text_encoder.state_dict()),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@torch.no_grad()
+def test_changes_are_noticed(what: str, checkpoints: Path, runs: list[str]) -> None:
+    pipe = load(checkpoints / "prior")
+    pipe.encode_text(["a cat"])
+    CHANGES[what](pipe)
+    made = pipe.encode_text(["a cat"])
+    assert runs.count("text") == 2
+    assert made.prompt_embeds.dtype == pipe.prior.dtype
+    assert torch.equal(pipe.encode_text(["a cat"]).prompt_embeds, made.prompt_embeds)
+    assert runs.count("text") == 2
+
+
+def test_results_do_not_suffer_from_callbacks(checkpoints: Path) -> None:
+    def spoil(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        for tensor in tensors.values():
+            tensor.zero_()
+        return {}
+
+    pipe = load(checkpoints / "prior")
+    first = draw(pipe)
+    names = ["prompt_embeds", "text_encoder_hidden_states", "text_mask"]
+    draw(pipe, callback_on_step_end=spoil, callback_on_step_end_tensor_inputs=names)
+    assert same(draw(pipe), first)
+
+
+def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = load(checkpoints / "prior")
+    monkeypatch.setattr(kept.Recent, "size", 2)
+    for text in ("one", "two", "one", "three", "one"):
+        pipe.encode_text([text])
+    assert runs.count("text") == 3, "the one that was used last stays"
+    pipe.encode_text(["two"])
+    assert runs.count("text") == 4
+    monkeypatch.setattr(kept.Recent, "size", 0)
+    pipe.encode_text(["two"])
+    pipe.encode_text(["five"])
+    pipe.encode_text(["five"])
+    assert runs.count("text") == 6
+
+
+def test_texts_are_kept_in_the_low_memory_mode(checkpoints: Path, runs: list[str]) -> None:
+    pipe = load(checkpoints / "prior")
+    plain = draw(pipe)
+    pipe.enable_low_memory()
+    assert same(draw(pipe), plain)
+    assert same(draw(pipe), plain)
+    assert runs.count("text") == 2
+    pipe.remove_all_hooks()
+    assert same(draw(pipe), plain)
+    assert runs.count("text") == 3
+
+
+def test_pictures_still_wake_the_encoder(checkpoints: Path, oracles: dict[str, Any]) -> None:
+    draw(load(checkpoints / "prior"))
+    pipe = load(checkpoints / "prior")
+    out = pipe.interpolate(["a cat", photo(1)], [0.5, 0.5], num_inference_steps=2, generator=seeded(1))
+    theirs = oracles["prior"].interpolate(["a cat", photo(1)], [0.5, 0.5], num_inference_steps=2, generator=seeded(1))
+    assert difference(out.image_embeds, theirs.image_embeds) < 1e-5
