@@ -38,6 +38,7 @@ from benchmarks.mode_cases import (
 )
 from benchmarks.pixel_judge import judge, to_array
 from kandinsky22.training import variants
+from kandinsky22.training.assemble import DECODER_DEFAULTS, PRIOR_DEFAULTS
 from kandinsky22.training.captions import FULL, Detail, caption
 from kandinsky22.training.scenes import COLORS, Scene, draw_hints, sample_scene
 
@@ -108,10 +109,10 @@ class Models:
         else:
             self.prior = kandinsky22.KandinskyV22PriorPipeline.from_pretrained(self._part("prior"))
             self.decoder = kandinsky22.KandinskyV22Pipeline.from_pretrained(self._part("decoder"))
-        defaults = self.decoder.generation_defaults or {"num_inference_steps": 40, "guidance_scale": 2.0}
+        defaults = self.decoder.generation_defaults or DECODER_DEFAULTS
         given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance}
         self.settings = defaults | {name: value for name, value in given.items() if value is not None}
-        self.early = self.prior.generation_defaults or {"num_inference_steps": 25, "guidance_scale": 2.0}
+        self.early = self.prior.generation_defaults or PRIOR_DEFAULTS
         self.image_to_image = kandinsky22.KandinskyV22Img2ImgPipeline.from_pipe(self.decoder)
         for pipe in (self.prior, self.decoder, self.image_to_image):
             pipe.set_progress_bar_config(disable=True)
@@ -196,7 +197,7 @@ def image_to_image(models: Models, count: int, seed: int) -> Result:
     gentle, strong = ([cell.right for cell in done] for done in cells.values())
     rows = [
         share_row("img2img", "strength 0.3 keeps number, places and sizes of shapes, and the background", gentle, 0.9),
-        share_row("img2img", "and all of each outline (IoU 0.8)", overlaps, 0.9),
+        share_row("img2img", "and all of each outline (IoU 0.8)", overlaps, None),
         share_row("img2img", "strength 1.0 shows the prompt", strong, 0.9),
     ]
     return rows, [cell for done in cells.values() for cell in done]
@@ -228,7 +229,7 @@ def inpaint(models: Models, count: int, seed: int) -> Result:
     rows = [
         share_row("inpaint", "the hole shows what the prompt says", [cell.right for cell in cells], 0.9),
         Row("inpaint", "mean error of kept pixels, of 255", None, mean, mode_judge.KEPT_ERROR, True, False),
-        share_row("inpaint", "each picture within that", [error <= mode_judge.KEPT_ERROR for error in errors], 0.9),
+        share_row("inpaint", "each picture within that", [error <= mode_judge.KEPT_ERROR for error in errors], None),
         share_row("inpaint", "keep_pixels keeps them exactly", exact, 1.0),
     ]
     return rows, cells

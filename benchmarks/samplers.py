@@ -124,7 +124,8 @@ class Bench:
         steps = {"num_inference_steps": cell.decoder.steps, "prior_num_inference_steps": cell.prior.steps}
         scales = {"guidance_scale": cell.guidance, "prior_guidance_scale": cell.prior_guidance}
         given = {name: value for name, value in scales.items() if value is not None}
-        return self.defaults | steps | given | dict(cell.options)
+        everywhere = {"guidance_interval": None}  # whatever the model's own: cells say where guidance acts
+        return self.defaults | everywhere | steps | given | dict(cell.options)
 
     def _embed(self, cell: Cell, prompts: Sequence[Prompt]) -> dict[tuple[str, int], list[Tensor]]:
         """Embeddings and their negatives, by text and seed; made once for each setting of the prior."""

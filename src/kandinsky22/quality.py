@@ -31,7 +31,7 @@ class Sampler:
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """How the decoder and the prior are sampled; everything else stays the model's own. `guidance_interval` is the
-    decoder's argument of that name: where in the steps guidance acts, everywhere if it is None."""
+    decoder's argument of that name: where in the steps guidance acts; None leaves that to the model."""
 
     decoder: Sampler
     prior: Sampler
@@ -41,18 +41,23 @@ class Preset:
 # Each states the same settings, so that one preset after another leaves nothing of the first behind.
 _TRAILING = {"timestep_spacing": "trailing"}
 
+_EARLY = (0.0, 0.7)  # the last steps, where all is decided but details, need no guidance
+
 PRESETS: Mapping[str, Preset] = {
     "draft": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 6, _TRAILING),
         prior=Sampler("DPMSolverMultistepScheduler", 3, _TRAILING),
+        guidance_interval=_EARLY,
     ),
     "balanced": Preset(
-        decoder=Sampler("DPMSolverMultistepScheduler", 12, _TRAILING),
+        decoder=Sampler("DPMSolverMultistepScheduler", 10, _TRAILING),
         prior=Sampler("DPMSolverMultistepScheduler", 5, _TRAILING),
+        guidance_interval=_EARLY,
     ),
     "best": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 25, _TRAILING),
         prior=Sampler("DPMSolverMultistepScheduler", 12, _TRAILING),
+        guidance_interval=_EARLY,
     ),
 }
 
