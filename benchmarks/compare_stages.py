@@ -147,7 +147,7 @@ class Stage:
 
 
 def prompt(number: int) -> str:
-    """A prompt for each call, all of the same length; -1 is for calls that do not count."""
+    """A prompt for each call, all of the same length; those below 0 are for calls that do not count."""
     return f"a red cat, 4k photo, number {500 + number}"
 
 
@@ -199,8 +199,9 @@ class Prior(Stage):
         return self.pipe(prompt(number), return_dict=False, **options)[0]
 
     def operations(self, count: Callable[[Callable[[], object]], Counts]) -> Counts | None:
-        """Counted for two and three steps; each further one adds the same."""
-        few, more = (count(lambda n=n: self.call(-1, n)) for n in (2, 3))
+        """Counted for two and three steps; each further one adds the same. What is done once was done before."""
+        self.call(-1, 2)
+        few, more = (count(lambda n=n: self.call(-n, n)) for n in (2, 3))
         return {kind: few[kind] + (self.setting.prior_steps - 2) * (more[kind] - few[kind]) for kind in few}
 
 

@@ -32,7 +32,7 @@ class Switch:
 
 
 SWITCHES = {
-    "packed linear weights": Switch("runtime.packed", "Linear", "packing", ("text", "prior", "step", "decode")),
+    "packed linear weights": Switch("runtime.packed", "Linear", "packing", ("prior", "step", "decode")),
     "timesteps ahead": Switch("models.prior", "", "AHEAD", ("prior",), off=1),
     "packed and faster convolutions": Switch("runtime.convolution", "Conv2d", "packing", ("step", "decode")),
     "group norm in one pass": Switch("runtime.normalise", "", "enabled", ("step", "decode")),
