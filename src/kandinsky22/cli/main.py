@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     130: interrupted.
     """
     args = build_parser().parse_args(argv)
+    # where torchao is installed, transformers imports it, and it tells of each CUDA library that it cannot load
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         args.run(args)
     except BrokenPipeError:

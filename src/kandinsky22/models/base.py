@@ -32,6 +32,7 @@ class Model(nn.Module):
 
     config_class: ClassVar[type[Config]] = Config
     config_name: ClassVar[str] = "config.json"
+    compiled_blocks: ClassVar[tuple[type[nn.Module], ...]] = ()  # what compiling a network compiles, one by one
 
     def __init__(self, **config: Any) -> None:
         super().__init__()

@@ -132,6 +132,7 @@ class PriorTransformer(Model):
     """Predicts the image embedding behind a noisy one, from a text; embeddings have `embedding_dim` numbers."""
 
     config_class = PriorTransformerConfig
+    compiled_blocks = (TransformerBlock,)
     config: PriorTransformerConfig
 
     def __init__(self, **config: Any) -> None:

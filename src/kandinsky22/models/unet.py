@@ -126,6 +126,7 @@ class UNet2DConditionModel(Model):
     """Predicts the noise in latents (batch, 4, h, w), whose sides are multiples of 2^(levels - 1)."""
 
     config_class = UNet2DConditionConfig
+    compiled_blocks = (ResidualBlock, ImageAttention)
     config: UNet2DConditionConfig
 
     def __init__(self, **config: Any) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 from kandinsky22.composite import Composite
 from kandinsky22.errors import InputError
 from kandinsky22.runtime.caching import CachesFeatures
+from kandinsky22.runtime.compile import Compiles
 from kandinsky22.runtime.placement import Placed
 from kandinsky22.runtime.quantize import Quantizes
 
 
-class DiffusionPipeline(Composite, Placed, CachesFeatures, Quantizes):
+class DiffusionPipeline(Composite, Placed, CachesFeatures, Compiles, Quantizes):
     """Base of all pipelines; `DiffusionPipeline.from_pretrained` gives the one that a checkpoint names."""
 
     def __init__(self) -> None:

@@ -38,8 +38,8 @@ class FeatureCache:
 
     def keep(self, features: Tensor) -> None:
         """Take what the inner levels made, unless the next call is to make its own."""
-        if self.every > 1:
-            self._features = features
+        if self.every > 1:  # copied on GPUs, where CUDA graphs (`compile.py`) may use the memory again in the next step
+            self._features = features.clone() if features.is_cuda else features
 
 
 def check_levels(levels: int, count: int) -> None:

@@ -34,8 +34,9 @@ class Conv2d(Packs, nn.Conv2d):
 
     def forward(self, features: Tensor, doubled: bool = False) -> Tensor:
         """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`."""
-        work = features[:, 0].numel() * self.weight.numel()
-        if work < WORTHWHILE or not (self.packing and _is_plain(self) and can_pack(features, self.weight, self.bias)):
+        # compiled code asks for no sizes here, which it would then be made for
+        small = torch.compiler.is_compiling() or features[:, 0].numel() * self.weight.numel() < WORTHWHILE
+        if small or not (self.packing and _is_plain(self) and can_pack(features, self.weight, self.bias)):
             return super().forward(double(features) if doubled else features)
         if doubled and self.doubling and self._is_3x3():
             return self._doubled(features.contiguous(memory_format=torch.channels_last))

@@ -58,7 +58,8 @@ class Linear(Packs, nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        small = features.numel() * self.out_features < WORTHWHILE
+        # compiled code asks for no sizes here, which it would then be made for
+        small = torch.compiler.is_compiling() or features.numel() * self.out_features < WORTHWHILE
         if small or not (self.packing and can_pack(features, self.weight, self.bias)):
             return F.linear(features, self.weight, self.bias)
         return product(features, self._packed("linear", packed_matrix), self.bias)

@@ -1,0 +1,205 @@
+"""Compiled pipelines: the same pictures, nothing compiled twice, and refusals.
+
+Most tests trace with backend "eager": what is compiled when is the same, and no machine code has to be made.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.pipelines.tiny import difference, pair, seeded
+from torch._dynamo.utils import counters
+
+from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from kandinsky22.errors import InputError, MissingDependencyError
+from kandinsky22.runtime import compile as compilation
+from kandinsky22.runtime.packed import Packs
+
+TRACED = {"backend": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    shapes: Any = importlib.import_module("torch.fx.experimental._config")
+    shapes.use_duck_shape = True
+
+
+@pytest.fixture
+def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where weights are not packed, such as on GPUs: blocks are whole graphs, and the layers around them leave
+    features in memory the same way for all sizes."""
+    monkeypatch.setattr(compilation, "DTYPES", ())
+    monkeypatch.setattr(Packs, "packing", False)
+
+
+def draw(pipe: Any, steps: int = 2, **given: Any) -> torch.Tensor:
+    options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    return pipe(**{**pair(), **options, "generator": seeded(3), **given}).images.float()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_steps_and_calls_compile_nothing_anew_and_sizes_do_once(decoder: KandinskyV22Pipeline) -> None:
+    plain = draw(decoder)
+    decoder.compile(**TRACED)
+    assert difference(draw(decoder, steps=1), draw(decoder, steps=1)) == 0
+    first = graphs()
+    assert first > 0
+    assert difference(draw(decoder), plain) < 1e-5
+    draw(decoder, steps=5, guidance_scale=2.0, **pair(seed=7))
+    assert graphs() == first
+    draw(decoder, width=128)
+    wide = graphs()
+    assert wide > first
+    draw(decoder)
+    draw(decoder, width=128)
+    assert graphs() == wide
+
+
+@pytest.mark.slow
+def test_dynamic_code_serves_all_sizes(decoder: KandinskyV22Pipeline, no_packing: None) -> None:
+    decoder.compile(dynamic=True, components=["unet"], **TRACED)
+    draw(decoder, steps=1)
+    first = graphs()
+    plain = copy.deepcopy(decoder.unet)
+    for height, width in ((128, 64), (64, 192), (192, 192)):
+        made = draw(decoder, steps=1, height=height, width=width)
+        other = KandinskyV22Pipeline(**{**decoder.components, "unet": plain})
+        assert difference(made, draw(other, steps=1, height=height, width=width)) < 1e-4
+    assert graphs() == first
+
+
+@pytest.mark.slow
+def test_prompts_of_other_lengths_compile_nothing_anew(prior: KandinskyV22PriorPipeline, no_packing: None) -> None:
+    def embed(prompt: str) -> torch.Tensor:
+        return prior(prompt, num_inference_steps=3, generator=seeded(1)).image_embeds
+
+    prompts = ["a red cat", "a cat", "a red cat on a red cat and a cat"]
+    plain = [embed(prompt) for prompt in prompts]
+    prior.compile(**TRACED)
+    assert difference(embed(prompts[0]), plain[0]) < 1e-5
+    first = graphs()
+    for prompt, expected in zip(prompts, plain, strict=True):
+        assert difference(embed(prompt), expected) < 1e-5
+    assert graphs() == first > 0
+
+
+def test_names_and_files_stay(decoder: KandinskyV22Pipeline, tmp_path: Path) -> None:
+    names = list(decoder.unet.state_dict())
+    decoder.compile(**TRACED)
+    made = draw(decoder)
+    assert list(decoder.unet.state_dict()) == names
+    decoder.save_pretrained(tmp_path)
+    again = KandinskyV22Pipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert difference(draw(again), made) < 1e-5
+
+
+def test_copies_compute_with_their_own_weights(decoder: KandinskyV22Pipeline) -> None:
+    decoder.compile(**TRACED)
+    twin = copy.deepcopy(decoder.unet)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        condition = twin.encode_condition(pair()["image_embeds"])
+        assert twin.denoise(torch.ones(1, 4, 8, 8), 5, condition).abs().max() == 0
+
+
+def test_uncompiled_networks_run_as_written(decoder: KandinskyV22Pipeline) -> None:
+    plain = draw(decoder)
+    decoder.compile(**TRACED)
+    decoder.uncompile()
+    assert torch.equal(draw(decoder), plain)
+    assert graphs() == 0
+
+
+@pytest.mark.slow
+def test_with_feature_caching_all_levels_that_run_are_compiled_once(decoder: KandinskyV22Pipeline) -> None:
+    decoder.enable_feature_caching(every=2)
+    plain = draw(decoder, steps=4)
+    decoder.compile(components=["unet"], **TRACED)
+    draw(decoder, steps=1)
+    first = graphs()
+    assert difference(draw(decoder, steps=4), plain) < 1e-4
+    assert graphs() == first
+
+
+def test_all_networks_of_a_combined_pipeline_are_compiled(combined: KandinskyV22CombinedPipeline) -> None:
+    combined.compile(**TRACED)
+    for name in ("unet", "movq", "prior_prior"):
+        network = combined.components[name]
+        assert all(
+            module._compiled_call_impl is not None
+            for module in network.modules()
+            if isinstance(module, network.compiled_blocks)
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mode": "fast"}, "mode='fast'; accepted: default, reduce-overhead"),
+        ({"mode": "reduce-overhead"}, "records CUDA graphs, but unet is on cpu"),
+        ({"backend": "gcc"}, "backend='gcc'; accepted: .*inductor"),
+        ({"dynamic": 1}, "dynamic=1; accepted: True or False"),
+        ({"components": ["scheduler"]}, "'scheduler' cannot be compiled; accepted: unet, movq"),
+    ],
+)
+def test_what_cannot_be_is_refused(decoder: KandinskyV22Pipeline, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        decoder.compile(**given)
+    assert all(module._compiled_call_impl is None for module in decoder.unet.modules())
+
+
+def test_networks_offloaded_layer_by_layer_are_refused(decoder: KandinskyV22Pipeline) -> None:
+    decoder.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(InputError, match="unet is offloaded layer by layer"):
+        decoder.compile(**TRACED)
+
+
+def test_without_a_compiler_the_error_says_what_to_install(
+    decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(MissingDependencyError, match=r"C\+\+ compiler.*install g\+\+ or clang"):
+        decoder.compile()
+
+
+@pytest.mark.slow
+def test_machine_code_gives_the_same_and_is_kept(
+    prior: KandinskyV22PriorPipeline, no_packing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
+    plain = prior("a red cat", num_inference_steps=2, generator=seeded(1)).image_embeds
+    prior.compile(cache_dir=tmp_path)
+    made = prior("a red cat", num_inference_steps=2, generator=seeded(1)).image_embeds
+    assert 0 < graphs() <= 4
+    assert difference(made, plain) < 1e-5
+    assert any(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_on_a_gpu_compiled_pictures_are_the_same(decoder: KandinskyV22Pipeline, mode: str, every: int) -> None:
+    decoder.to("cuda")
+    decoder.enable_feature_caching(every=every)
+    plain = draw(decoder, steps=6)
+    decoder.compile(mode=mode)
+    draw(decoder, steps=3)
+    first = graphs()
+    for _ in range(3):
+        assert difference(draw(decoder, steps=6).cpu(), plain.cpu()) < 1e-3
+    assert graphs() == first
