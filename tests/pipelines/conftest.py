@@ -74,6 +74,22 @@ def mode_oracles(mode_folder: Path) -> dict[str, Any]:
     return pipes
 
 
+@pytest.fixture
+def reference(oracles: dict[str, Any], mode_oracles: dict[str, Any]) -> Callable[[str], Any]:
+    """The reference's pipeline of any of the ten classes, by the middle of its name."""
+
+    def make(name: str) -> Any:
+        weights = "prior" if name.startswith("Prior") else name.removesuffix("Combined") or "decoder"
+        parts = dict((oracles | mode_oracles)[weights].components)
+        if name.endswith("Combined"):
+            parts |= {f"prior_{key}": part for key, part in oracles["prior"].components.items()}
+        pipe = getattr(diffusers, f"KandinskyV22{name}Pipeline")(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
 def load(kind: Any, folder: Path) -> Any:
     """A pipeline of its own for each test, which may move, convert and take it apart."""
     pipe = kind.from_pretrained(folder)

@@ -56,6 +56,10 @@ SIDES: list[Any] = [0, -64, 3.5, "512", True, [32]]
 CALLBACKS: list[Any] = [3, "print", [print]]
 NAMES: list[Any] = [["noise"], "latents", 3, [3], ["latents", None]]
 STEPS: list[Any] = [*WHOLE, 10**6]
+RATIOS: list[Any] = [*NUMBERS, -0.1, 1.01]
+INTERVALS: list[Any] = [0.5, [0.5], [0.7, 0.2], (0.0, 1.5), (NAN, 1.0), ["0", "1"], "01"]
+TIMES: list[Any] = [[], 500, "500", [500, "0"], [0, 500], [500, 500], [-1], [1000], [NAN]]
+LEVELS: list[Any] = [[], 3.0, "3", [3.0, "1"], [1.0, 3.0], [3.0, 3.0], [-1.0], [NAN]]
 WRONG: dict[str, list[Any]] = {
     "prompt": [None, [], 3, ["a cat", None], b"a cat", {}],
     "negative_prompt": [[], 3, ["blue", 3], b"blue", {"blue": 1}],
@@ -64,12 +68,17 @@ WRONG: dict[str, list[Any]] = {
     "image": PICTURES,
     "mask_image": [*PICTURES[:6], np.full((8, 8), 300.0), np.full((8, 8), NAN), np.zeros(8), [box()] * 5],
     "hint": [*PICTURES[:9], [hint(1, 1)] * 5, torch.full((1, 3, 32, 32), 2.0)],
-    "strength": [*NUMBERS, -0.1, 1.01],
+    "strength": RATIOS,
     "num_images_per_prompt": WHOLE,
     "num_inference_steps": STEPS,
     "prior_num_inference_steps": STEPS,
     "guidance_scale": NUMBERS,
     "prior_guidance_scale": NUMBERS,
+    **{f"{stage}guidance_rescale": RATIOS for stage in ("", "prior_")},
+    **{f"{stage}guidance_interval": INTERVALS for stage in ("", "prior_")},
+    **{f"{stage}guidance_threshold": [*RATIOS[:3], *RATIOS[4:], 0] for stage in ("", "prior_")},
+    **{f"{stage}timesteps": TIMES for stage in ("", "prior_")},
+    **{f"{stage}sigmas": LEVELS for stage in ("", "prior_")},
     "height": SIDES,
     "width": SIDES,
     "generator": [7, "seed", [], [1], [seeded(0)] * 11, seeded],
@@ -82,7 +91,7 @@ WRONG: dict[str, list[Any]] = {
     "prior_callback_on_step_end_tensor_inputs": NAMES,
     "callback_steps": [0, -2, 1.5, "1", True],
     "keep_pixels": ["yes", None, 2],
-    "return_dict": [],
+    "return_dict": [None, "no", 1],
 }
 # What a picture of a prior may not be: its tensors are prepared, so their range and shape are other matters.
 WRONG_FOR_PRIORS = [*PICTURES[:6], *PICTURES[9:13], torch.zeros(3, 8, 8), torch.full((1, 3, PIXELS, PIXELS), NAN)]

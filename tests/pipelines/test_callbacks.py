@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,39 @@ def run(pipe: Any, name: str, change: Callable[[str, torch.Tensor], Any], **more
     options = {"callback_on_step_end": told, "callback_on_step_end_tensor_inputs": names_of(pipe), **more}
     out = pipe(**CALLS[name][1](), generator=seeded(1), **options)
     return next(iter(vars(out).values()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the reference, for the older kind of callbacks
+@pytest.mark.parametrize("name", CALLS)
+def test_steps_are_those_that_the_reference_tells(name: str, make: Ours, reference: Ours) -> None:  # noqa: F811
+    """By whichever kinds of callbacks it has."""
+    logs: list[list[tuple[Any, ...]]] = []
+    theirs = reference(name)
+    accepted = inspect.signature(type(theirs).__call__).parameters
+    for pipe in (make(name), theirs):
+        log: list[tuple[Any, ...]] = []
+
+        def watcher(kind: str, log: list[tuple[Any, ...]] = log) -> Callable[..., Any]:
+            def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                log.append((kind, step, int(timestep), tensors["latents"].clone()))
+                return tensors
+
+            return told
+
+        def legacy(step: int, timestep: Any, latents: torch.Tensor, log: list[tuple[Any, ...]] = log) -> None:
+            log.append(("callback", step, int(timestep), latents.clone()))
+
+        options: dict[str, Any] = {"callback": legacy, "callback_steps": 2, "height": 32, "width": 32}
+        options |= {kind: watcher(kind) for kind in ("callback_on_step_end", "prior_callback_on_step_end")}
+        taken = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
+        if not name.endswith("Combined"):
+            taken.pop("prior_callback_on_step_end", None)
+        pipe(**CALLS[name][1](), generator=seeded(1), **taken)
+        logs.append(log)
+    assert [entry[:3] for entry in logs[0]] == [entry[:3] for entry in logs[1]]
+    assert logs[0] or name == "PriorEmb2Emb"  # which has none there
+    for (*_, mine), (*_, other) in zip(*logs, strict=True):
+        assert difference(mine, other) < 1e-3
 
 
 @pytest.mark.parametrize("name", CALLS)

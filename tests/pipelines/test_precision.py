@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -78,22 +77,19 @@ def _noise_that_does_not_depend_on_types(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def three(
-    checkpoints: Path, mode_folder: Path, oracles: dict[str, Any], mode_oracles: dict[str, Any]
+    checkpoints: Path, mode_folder: Path, reference: Callable[[str], Any]
 ) -> Callable[[str, torch.dtype, str], tuple[Any, Any, Any]]:
     """The reference exactly, the reference in another type, and ours in that type, which read it from files."""
 
     def make(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, Any]:
         weights = CALLS[name][0]
-        folder = (checkpoints if weights in oracles else mode_folder) / weights
-        parts = dict((oracles | mode_oracles)[weights].components)
+        folder = (checkpoints if weights in ("prior", "decoder") else mode_folder) / weights
         options: dict[str, Any] = {"torch_dtype": dtype}
         if name.endswith("Combined"):
-            parts |= {f"prior_{key}": part for key, part in oracles["prior"].components.items()}
             options["prior"] = kandinsky22.KandinskyV22PriorPipeline.from_pretrained(checkpoints / "prior", **options)
-        kind = f"KandinskyV22{name}Pipeline"
-        exact = getattr(diffusers, kind)(**parts)
-        theirs = getattr(diffusers, kind)(**copy.deepcopy(parts)).to(device, dtype)
-        ours = getattr(kandinsky22, kind).from_pretrained(folder, **options).to(device)
+        exact = reference(name)
+        theirs = type(exact)(**copy.deepcopy(exact.components)).to(device, dtype)
+        ours = getattr(kandinsky22, type(exact).__name__).from_pretrained(folder, **options).to(device)
         for pipe in (exact, theirs, ours):
             pipe.set_progress_bar_config(disable=True)
         return exact, theirs, ours
