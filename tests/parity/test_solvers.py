@@ -257,14 +257,24 @@ def test_every_step_is_that_of_the_reference(name: str, data: st.DataObject) -> 
     compare(name, config, steps, data.draw(st.integers(0, 2**31 - 9)))
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+@pytest.mark.parametrize("name", [name for name in SPACES if name not in ("PNDMScheduler", "LCMScheduler")])
 @pytest.mark.parametrize("steps", [1, 2, 8, 20])
 def test_coefficients_in_single_precision_are_near_enough(name: str, steps: int) -> None:
-    """The reference as it comes, where its rounding is small."""
+    """The reference as it comes, where its rounding is small; methods without levels are compared so everywhere."""
     ours, theirs = pair(name, {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000})
     assert start(ours, theirs, steps)
-    theirs.sigmas = theirs.sigmas.float()
-    run(ours, theirs, range(steps), steps)
+    for levels in ("sigmas", "sigmas_interpol"):
+        if hasattr(theirs, levels):
+            setattr(theirs, levels, getattr(theirs, levels).float())
+    run(ours, theirs, range(len(ours.timesteps)), steps)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_betas_given_as_a_table_are_those_of_the_reference(name: str) -> None:
+    betas = [0.0002 + 0.0003 * place for place in range(100)]
+    ours, theirs = pair(name, {"num_train_timesteps": 100, "trained_betas": betas})
+    assert start(ours, theirs, 9)
+    run(ours, theirs, range(len(ours.timesteps)), 9)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"])
@@ -277,14 +287,21 @@ def test_custom_timesteps_are_those_of_the_reference(name: str) -> None:
     run(ours, theirs, range(5), 0)
 
 
-@pytest.mark.parametrize("given", [{"timesteps": [900, 610, 40]}, {"sigmas": [14.0, 3.0, 0.5, 0.0]}])
-def test_custom_levels_of_eulers_method_are_those_of_the_reference(given: dict[str, Any]) -> None:
-    ours, theirs = pair("EulerDiscreteScheduler", {})
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("EulerDiscreteScheduler", {"timesteps": [900, 610, 40]}),
+        ("EulerDiscreteScheduler", {"sigmas": [14.0, 3.0, 0.5, 0.0]}),
+        ("HeunDiscreteScheduler", {"timesteps": [900, 610, 40]}),
+    ],
+)
+def test_custom_levels_are_those_of_the_reference(name: str, given: dict[str, Any]) -> None:
+    ours, theirs = pair(name, {})
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(**given)
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1e-3)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas)
-    run(ours, theirs, range(3), 0)
+    run(ours, theirs, range(len(ours.timesteps)), 0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
