@@ -32,6 +32,7 @@ from kandinsky22.runtime.asleep import is_asleep, wake
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept, "WORTHWHILE", 0)
     return tmp_path / "cache" / "zero-image"
 
 
@@ -258,6 +259,12 @@ def test_damaged_or_forbidden_caches_do_no_harm(
     blocker.write_text("in the way")
     monkeypatch.setenv("KANDINSKY22_CACHE", str(blocker))
     assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+def test_small_encoders_are_not_worth_a_file(checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "WORTHWHILE", 2**26)
+    load(checkpoints / "prior").get_zero_embed()
+    assert not cache.exists()
 
 
 # Texts

@@ -23,6 +23,7 @@ from kandinsky22.runtime.shelves import Snapshot, unchanged
 R = TypeVar("R")
 
 CACHE = "KANDINSKY22_CACHE"  # environment variable: where to keep files; empty for nowhere
+WORTHWHILE = 2**26  # bytes of an encoder below which it runs sooner than a file is worth
 PARTS, PART = 64, 4096  # so many parts of a file, of so many bytes, stand for it
 
 zero_images = True
@@ -46,7 +47,7 @@ def zero_embed(encoder: Any, dtype: torch.dtype, compute: Callable[[], Tensor]) 
 
     It is a constant of the encoder, so it is kept in a file that is named by a digest of the encoder's own files. While
     it is there, an encoder that is asleep is not woken. Encoders that come from no files, or were changed since, have
-    theirs computed.
+    theirs computed; so have small ones, such as the embedded model's.
     """
     asleep = is_asleep(encoder)
     files, wanted = getattr(encoder, "__dict__", {}).get(_FILES, ((), None))
@@ -89,14 +90,16 @@ def _read(place: Path | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _digest(files: Iterable[Path]) -> str | None:
-    """SHA-256 of names, sizes, times of change and evenly spread parts of files; None if one cannot be read.
+    """SHA-256 of names, sizes, times of change and evenly spread parts of files; None if one cannot be read, or
+    they are too small for this.
 
     The whole would be gigabytes: as long as the encoder takes to run.
     """
-    digest, count = hashlib.sha256(), 0
+    digest, total = hashlib.sha256(), 0
     for file in files:
         try:
             about = file.stat()
+            total += about.st_size
             digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
             with open(file, "rb") as opened:
                 for index in range(PARTS):
@@ -104,8 +107,7 @@ def _digest(files: Iterable[Path]) -> str | None:
                     digest.update(opened.read(PART))
         except OSError:
             return None
-        count += 1
-    return digest.hexdigest() if count else None
+    return digest.hexdigest() if total >= max(1, WORTHWHILE) else None
 
 
 # Texts
