@@ -113,7 +113,8 @@ def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> N
         if isinstance(module, network.compiled_blocks):
             module.compile(**options)
         elif isinstance(module, Packs) and DTYPES and next(network.parameters()).device.type == "cpu":
-            module.forward = functools.partial(_as_written(), module)  # partial, for copies are to be of their own
+            # partial, for copies are to be of their own
+            module.__dict__["forward"] = functools.partial(_as_written(), module)
     if mode in GRAPHS:
         # the memory of graphs' results is used again after this; it is called by what runs first in each step
         first = [module for name, module in network.named_modules() if name.split(".")[-1] == "conv_in"]
