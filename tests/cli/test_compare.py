@@ -12,6 +12,8 @@ from PIL import Image
 from tests.cli.conftest import SIZE, Command, pixels, stored
 from tests.cli.test_errors import assert_one_line
 
+from kandinsky22.cli import stages
+from kandinsky22.cli.request import Request
 from kandinsky22.cli.sheets import GAP, LARGEST, MARGIN, Sheet, labelled_sheet
 
 GRID = ("--scheduler", "dpm,heun", "--steps", "2,3", "--guidance", "1,3", "--seed", 5)
@@ -65,6 +67,24 @@ def test_only_the_grid_is_kept_unless_told_otherwise(command: Command, model: Pa
         assert picture.info["Description"].startswith("кот, a cat, seed ")
         assert "DDIMScheduler,2,2" in picture.info["Description"]
     assert_one_line(command("info", "one.png"), 1, "no recipe")
+
+
+def test_what_is_set_up_at_first_use_is_in_no_cells_seconds(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is made before the grid with guidance, and one without."""
+    drawn: list[tuple[float | None, int | None]] = []
+    draw = stages.draw
+
+    def seen(decoder: Any, request: Request, *rest: Any) -> Any:
+        drawn.append((request.guidance, request.steps))
+        return draw(decoder, request, *rest)
+
+    monkeypatch.setattr(stages, "draw", seen)
+    arguments = ("--scheduler", "ddim", "--steps", "2", "--guidance", "1,3,4")
+    assert command("compare", "a cat", "--model", model, *arguments).code == 0
+    assert sorted(drawn[:2]) == [(1.0, 1), (3.0, 1)]
+    assert drawn[2:] == [(1.0, 2), (3.0, 2), (4.0, 2)]
 
 
 @pytest.mark.usefixtures("embedded")

@@ -137,9 +137,10 @@ def _draw(networks: Networks, request: Request, inputs: Inputs, cells: Sequence[
     embeddings = stages.embed(networks.prior, request, inputs, generator)
     left = generator.get_state()
     decoder, drawn = networks.decoder, []
-    # What is set up at first use is not to be counted for the first cell.
-    decoder.scheduler = cells[0].scheduler
-    stages.draw(decoder, dataclasses.replace(cells[0].request, steps=1), inputs, embeddings, generator)
+    # What is set up at first use, with guidance or without, is not to be counted for the first cell of its kind.
+    for cell in {(cell.request.guidance or 0) > 1: cell for cell in reversed(cells)}.values():
+        decoder.scheduler = cell.scheduler
+        stages.draw(decoder, dataclasses.replace(cell.request, steps=1), inputs, embeddings, generator)
     for number, cell in enumerate(cells, start=1):
         decoder.scheduler = cell.scheduler
         generator.set_state(left)
@@ -147,7 +148,7 @@ def _draw(networks: Networks, request: Request, inputs: Inputs, cells: Sequence[
         image = stages.draw(decoder, cell.request, inputs, embeddings, generator)
         seconds = time.perf_counter() - begun
         drawn.append(Drawn(cell, image, seconds, decoder.num_timesteps))
-        settings = f"{cell.name}, {cell.request.steps} steps, guidance {cell.request.guidance:g}"
+        settings = f"{cell.name}, {_steps(cell)}, guidance {cell.request.guidance:g}"
         say(f"picture {number} of {len(cells)}: {settings}: {seconds:.2f} s")
     return drawn
 
@@ -163,7 +164,7 @@ def _sheet(drawn: Sequence[Drawn], recipe: Recipe) -> Sheet:
     """The grid with its labels."""
     last = drawn[-1].cell
     scales = {one.cell.request.guidance for one in drawn}
-    columns = [f"{one.cell.request.steps} steps" for one in drawn[: last.column]]
+    columns = [_steps(one.cell) for one in drawn[: last.column]]
     firsts = drawn[:: last.column]
     rows = [(one.cell.name, f"guidance {one.cell.request.guidance:g}" if len(scales) > 1 else "") for one in firsts]
     notes = [_note(one) for one in drawn]
@@ -173,6 +174,10 @@ def _sheet(drawn: Sequence[Drawn], recipe: Recipe) -> Sheet:
     if recipe.negative_prompt is not None:
         title += f"\nnot: {recipe.negative_prompt}"
     return Sheet(title, ", ".join(about), columns, rows, [one.image for one in drawn], notes)
+
+
+def _steps(cell: Cell) -> str:
+    return "1 step" if cell.request.steps == 1 else f"{cell.request.steps} steps"
 
 
 def _note(one: Drawn) -> str:
