@@ -84,6 +84,7 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     pipe = kind(unet.half(), DDPMScheduler(**decoder.SCHEDULER), movq)
     pipe.generation_defaults = DECODER_DEFAULTS
     pipe.save_pretrained(folder)
+    _leave_spacing_open(folder / "scheduler" / "scheduler_config.json")
     own: dict[str, Tensor] = {}
     common: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
@@ -91,6 +92,14 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     size = sum(tensor.nbytes for tensor in common.values())
     write_tensors(folder / "unet", common | own, variant=None, max_shard_size=size, safe=True)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
+
+
+def _leave_spacing_open(path: Path) -> None:
+    """Let each class of schedulers space its timesteps as it does by itself: DDPM's spacing, of which training knows
+    nothing, starts few steps far below pure noise."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["timestep_spacing"]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def leave_to(shared: Path, folder: Path) -> None:
