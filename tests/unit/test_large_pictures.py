@@ -69,6 +69,31 @@ def test_tiling_is_exact(movq: VQModel, numbers: int, size: tuple[int, int], mon
 
 
 @torch.no_grad()
+def test_networks_of_one_level_are_tiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    small = VQModel(
+        block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
+    ).eval()
+    latents, pictures = torch.randn(1, 4, 40, 16), torch.randn(1, 3, 40, 16)
+    plain = decoded(small, latents), encoded(small, pictures)
+    small.enable_tiling()
+    assert distance(decoded(small, latents), plain[0]) < 5e-6
+    assert distance(encoded(small, pictures), plain[1]) < 5e-6
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_tiling_on_an_accelerator(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    other = copy.deepcopy(movq).cuda()
+    latents, pictures = torch.randn(2, 4, 16, 16).cuda(), torch.randn(2, 3, 64, 64).cuda()
+    plain = decoded(other, latents), encoded(other, pictures)
+    other.enable_tiling()
+    assert distance(decoded(other, latents), plain[0]) < 1e-3
+    assert distance(encoded(other, pictures), plain[1]) < 1e-3
+
+
+@torch.no_grad()
 def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bands, "NUMBERS", 2**8)
     heights: list[int] = []

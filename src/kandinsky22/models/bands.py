@@ -2,9 +2,9 @@
 
 Convolutions look one row up and down, so a band with one more row on each side gives all rows between. Norms look at
 the whole picture, so each is taken in two passes, of which the first only sums. Of a residual block, only what enters
-it and what its first convolution gives are ever whole in memory; what is twice as large as the level before, and what
-comes of the picture itself, is never whole but computed again where it is needed. Attention is at the size of the
-latents. So the result is that of the whole picture, up to rounding, without seams or shifts of colour.
+it and what its first convolution gives are ever whole in memory; what enters the level of full size is never whole but
+computed again where it is needed. Attention is at the size of the latents. So the result is that of the whole picture,
+up to rounding, without seams or shifts of colour.
 """
 
 from __future__ import annotations
@@ -76,14 +76,17 @@ class Convolved:
 def decode(decoder: Any, features: Tensor, latents: Tensor) -> Tensor:
     """What `decoder(features, latents)` gives."""
     rows: Rows = Whole(decoder.mid_block(decoder.conv_in(features), latents))
-    for level in decoder.up_blocks:
+    largest = len(decoder.up_blocks) - 2  # after which features are as large as they get
+    for number, level in enumerate(decoder.up_blocks):
         for index, block in enumerate(level.resnets):
             made = _residual(block, rows, latents)
             if index < len(level.attentions):
                 made = level.attentions[index](made, latents=latents)
             rows = Whole(made)
-        if level.resample is not None:
+        if number == largest:
             rows = Doubled(made, level.upsamplers[0])
+        elif level.resample is not None:
+            rows = Whole(level.upsamplers[0](made))
     return _convolution(decoder.conv_norm_out, decoder.conv_out, rows, latents)
 
 

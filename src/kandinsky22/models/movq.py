@@ -132,7 +132,7 @@ class VQModel(Model):
         """Encode and decode a band of rows at a time, for large pictures: in a fraction of the memory.
 
         Norms still see the whole picture, so the result is the same up to rounding (`bands.py`). Decoding takes about
-        a tenth longer, the price of what is computed again. Without effect where gradients are wanted.
+        a quarter longer, the price of what is computed again. Without effect where gradients are wanted.
         """
         self.use_tiling = use_tiling
 

@@ -22,7 +22,7 @@ SIDE = 4  # results of a square, along each side
 REACH = 6  # numbers that they depend on
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 SQUARES = 128  # so many are computed at a time, so that what is between the transforms stays in the caches
-SLICE = 2**16  # kernels transformed at a time
+SLICE = 2**12  # kernels transformed at a time
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def _coefficients(roots: Tensor) -> Tensor:
 def transformed(weight: Tensor) -> list[Tensor]:
     """A weight (out, in, 3, 3) as 36 packed matrices (out, in), four times as large together."""
     kernels = weight.reshape(-1, 9)
-    values = torch.empty(REACH * REACH, len(kernels))
+    values = pages.empty(kernels.float(), REACH * REACH, len(kernels))
     for start in range(0, len(kernels), SLICE):
         part = kernels[start : start + SLICE].double()
         values[:, start : start + SLICE] = transforms()[1] @ part.T
