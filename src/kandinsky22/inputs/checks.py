@@ -111,8 +111,9 @@ def embeddings(name: str, value: Any, width: int) -> Tensor:
 
 def plain(name: str, value: Tensor) -> Tensor:
     """`value` itself if it holds its numbers in the usual way; raises InputError for sparse and meta tensors."""
-    if value.layout != torch.strided or value.is_meta:
-        kind = "meta" if value.is_meta else str(value.layout).removeprefix("torch.")
+    empty = value.is_meta and type(value) is Tensor  # a subclass may say so and hold numbers of its own
+    if value.layout != torch.strided or empty:
+        kind = "meta" if empty else str(value.layout).removeprefix("torch.")
         raise InputError(f"{name}: a {kind} tensor was given; one that holds all its numbers is needed")
     return value
 
