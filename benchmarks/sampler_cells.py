@@ -143,6 +143,7 @@ MIDDLE = KINDS["DPM++ 2M"].steps(12)
 PRIOR_STEPS: dict[str, tuple[int, ...]] = {
     "UnCLIP (specification)": (5, 10, 25),
     "DPM++ 2M": (2, 3, 5, 10),
+    "DPM++ 2M SDE": (3, 5, 10),
 }
 # Scales, the model's own if None, with options: intervals save time, the others tame strong guidance.
 STRONG = 4.0
