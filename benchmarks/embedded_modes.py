@@ -197,7 +197,7 @@ def image_to_image(models: Models, count: int, seed: int) -> Result:
     gentle, strong = ([cell.right for cell in done] for done in cells.values())
     rows = [
         share_row("img2img", "strength 0.3 keeps number, places and sizes of shapes, and the background", gentle, 0.9),
-        share_row("img2img", "and all of each outline (IoU 0.8)", overlaps, None),
+        share_row("img2img", "and all of each outline (IoU 0.8)", overlaps, 0.9),
         share_row("img2img", "strength 1.0 shows the prompt", strong, 0.9),
     ]
     return rows, [cell for done in cells.values() for cell in done]
@@ -229,7 +229,7 @@ def inpaint(models: Models, count: int, seed: int) -> Result:
     rows = [
         share_row("inpaint", "the hole shows what the prompt says", [cell.right for cell in cells], 0.9),
         Row("inpaint", "mean error of kept pixels, of 255", None, mean, mode_judge.KEPT_ERROR, True, False),
-        share_row("inpaint", "each picture within that", [error <= mode_judge.KEPT_ERROR for error in errors], None),
+        share_row("inpaint", "each picture within that", [error <= mode_judge.KEPT_ERROR for error in errors], 0.9),
         share_row("inpaint", "keep_pixels keeps them exactly", exact, 1.0),
     ]
     return rows, cells

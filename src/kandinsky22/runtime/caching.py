@@ -56,7 +56,7 @@ class CachesFeatures:
     def enable_feature_caching(self, every: int = 2, levels: int = 1) -> None:
         """Run all of the UNet on every `every`-th step only, its `levels` outer levels on those between.
 
-        Pictures change a little more with each step left out: measured in docs/speed.md. With every=1 nothing is left
+        Pictures change a little more with each step left out: docs/speed-and-memory.md. With every=1 nothing is left
         out. Methods that call the network twice a step count each call. Raises InputError for numbers below 1, or
         as many levels as the UNet has.
         """
