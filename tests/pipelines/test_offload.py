@@ -11,6 +11,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,13 @@ def enable(pipe: Any, mode: str, device: Any = "cpu") -> None:
     getattr(pipe, mode)(**({} if mode == "enable_low_memory" else {"device": device}))
 
 
-def same(mode: str, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether results agree: bit for bit, but for layers that come one at a time, which do not rearrange weights."""
-    if mode == "enable_sequential_cpu_offload":
-        return bool(difference(ours, theirs) < 1e-4)
-    return torch.equal(ours, theirs)
+@contextmanager
+def as_in(mode: str) -> Iterator[None]:
+    """Weights are rearranged within as they are in this mode: for layers that come one at a time, not at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        if mode == "enable_sequential_cpu_offload":
+            patch.setattr(packed.Packs, "packing", False)
+        yield
 
 
 def homes(pipe: Any) -> dict[str, set[str]]:
@@ -156,7 +159,7 @@ def test_model_offload(name: str, make: Callable[[str], Any], worked: list[torch
     for ours, theirs in zip(offloaded, plain, strict=True):
         assert difference(ours, theirs) < 1e-4  # other kernels of attention
     for ours, theirs in zip(run(pipe, name), plain, strict=True):
-        assert difference(ours, theirs) < 3e-5  # where weights lie in memory moves rounding
+        assert difference(ours, theirs) < 1e-5  # where weights lie in memory moves rounding
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -164,10 +167,13 @@ def test_model_offload(name: str, make: Callable[[str], Any], worked: list[torch
 def test_weights_are_there_only_while_they_are_used(name: str, mode: str, make: Callable[[str], Any]) -> None:
     pipe = make(name)
     plain = run(pipe, name)
+    with as_in(mode):
+        expected = run(pipe, name)
     enable(pipe, mode)
     assert all(places == {"meta"} for places in homes(pipe).values())
     assert pipe._execution_device == torch.device("cpu")
-    assert all(same(mode, a, b) for a, b in zip(run(pipe, name), plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), expected, strict=True))
+    assert all(difference(a, b) < 1e-5 for a, b in zip(expected, plain, strict=True))
     assert all(places == {"meta"} for places in homes(pipe).values())
     pipe.remove_all_hooks()
     assert all(places == {"cpu"} for places in homes(pipe).values())
@@ -268,20 +274,22 @@ def test_a_call_that_fails_is_no_harm(mode: str, decoder: Any) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("enough")
 
-    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    with as_in(mode):
+        plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
     enable(decoder, mode)
     with pytest.raises(KeyError, match="enough"):
         decoder(**DECODER, **SMALL, callback_on_step_end=fail)
-    assert same(mode, decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
+    assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_switching_modes(mode: str, decoder: Any) -> None:
-    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    with as_in(mode):
+        plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
     for first in MODES:
         enable(decoder, first)
         enable(decoder, mode)
-        assert same(mode, decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
+        assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
     decoder.remove_all_hooks()
     decoder.remove_all_hooks()
     left = {"forward", "_hf_hook", "_old_forward", "packing", "state_dict", *offload.ENTRY_POINTS}
@@ -450,7 +458,7 @@ def test_memory_is_given_back(large: Any) -> None:
     embeds = {name: torch.zeros(1, 1280) for name in ("image_embeds", "negative_image_embeds")}
     options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt", "height": 16, "width": 16}
     large(**embeds, **options, callback_on_step_end=lambda *_: working.append(resident()) or {})
-    assert 0.9 * sizes["unet"] < working[0] - shelved < 2.2 * sizes["unet"]  # and a rearranged copy of most weights
+    assert 0.9 * sizes["unet"] < working[0] - shelved < 0.6 * sum(sizes.values()) + sizes["unet"]
     gc.collect()
     assert resident() - shelved < 0.25 * min(sizes.values())
 

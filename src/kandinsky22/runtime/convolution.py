@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kandinsky22.runtime import pages, winograd
 from kandinsky22.runtime.packed import Packs, can_pack
 
-WORTHWHILE = 2**22  # multiplications below which the plain convolution is as fast
+WORTHWHILE = 2**25  # multiplications below which rearranging gains nothing, and rounds more
 NARROW = 256  # channels, the mean of in and out, below which transforms cost more than products are saved
 FEW = 64  # squares of a picture below which reading four times as many weights costs more
 LARGE = 2**20  # kernels above which four times as many weights take too much memory
@@ -35,8 +35,12 @@ class Conv2d(Packs, nn.Conv2d):
     def forward(self, features: Tensor, doubled: bool = False) -> Tensor:
         """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`."""
         # compiled code asks for no sizes here, which it would then be made for
-        small = torch.compiler.is_compiling() or features[:, 0].numel() * self.weight.numel() < WORTHWHILE
-        if small or not (self.packing and _is_plain(self) and can_pack(features, self.weight, self.bias)):
+        products = 0 if torch.compiler.is_compiling() else features[:, 0].numel() * self.weight.numel()
+        if doubled:
+            products *= 4
+        if products < WORTHWHILE or not (
+            self.packing and _is_plain(self) and can_pack(features, self.weight, self.bias)
+        ):
             return super().forward(double(features) if doubled else features)
         if doubled and self.doubling and self._is_3x3():
             return self._doubled(features.contiguous(memory_format=torch.channels_last))
