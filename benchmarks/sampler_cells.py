@@ -70,10 +70,13 @@ SPECIFICATION = Preset(
 )
 
 
+INTERVALS = "guidance_interval", "prior_guidance_interval"
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """How both stages are sampled. `guidance` and `prior_guidance` are the model's own unless given, and `options`
-    are more arguments of the decoder, such as guidance_interval."""
+    are more arguments, such as guidance_interval or prior_guidance_interval."""
 
     decoder: Sampler
     prior: Sampler = SPECIFICATION.prior
@@ -84,8 +87,9 @@ class Cell:
     @classmethod
     def of(cls, preset: Preset) -> Cell:
         """The cell that a preset asks for."""
-        interval = preset.guidance_interval
-        return cls(preset.decoder, preset.prior, options={} if interval is None else {"guidance_interval": interval})
+        intervals = {name: getattr(preset, name) for name in INTERVALS}
+        options = {name: interval for name, interval in intervals.items() if interval is not None}
+        return cls(preset.decoder, preset.prior, options=options)
 
     def plain(self) -> dict[str, Any]:
         """The cell as JSON has it."""

@@ -115,20 +115,21 @@ def preset_table(find: Find) -> str:
             [
                 f"`{name}`" if name in PRESETS else "the specification's defaults",
                 _called(preset.decoder),
+                _guided(preset.guidance_interval),
                 _called(preset.prior),
-                *(["all steps" if preset.guidance_interval is None else _interval(preset.guidance_interval)]),
+                _guided(preset.prior_guidance_interval),
                 f"{_percent(record)} ({100 * low:.1f} to {100 * high:.1f})",
                 "" if preset is SPECIFICATION else f"{gap:+.1f} ({worst:+.1f} to {best:+.1f})",
                 "" if timed is None else f"{timed['median']:.2f} s",
                 "" if timed is None else f"{timed['faster']:.1f}",
             ]
         )
-    head = ["", "decoder", "prior", "guided", "right", "points more", "a picture", "times as fast"]
+    head = ["", "decoder", "guided", "prior", "guided", "right", "points more", "a picture", "times as fast"]
     return _table(head, rows)
 
 
-def _interval(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:g} to {interval[1]:g}"
+def _guided(interval: tuple[float, float] | None) -> str:
+    return "all steps" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
 
 
 def guidance_table(find: Find) -> str:

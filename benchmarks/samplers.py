@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.embedded_prompts import Prompt, Share, draw_prompts
 from benchmarks.embedded_success import Drawer, run
-from benchmarks.sampler_cells import KINDS, Cell, distance_grid, grid
+from benchmarks.sampler_cells import INTERVALS, KINDS, Cell, distance_grid, grid
 from benchmarks.sampler_report import write_report
 from kandinsky22 import AutoPipelineForText2Image
 from kandinsky22.runtime.digest import weights_digest
@@ -94,8 +94,15 @@ class Bench:
         few, half = options.references // 2, len(self.prompts) // 2
         self.few = [*self.prompts[:few], *self.prompts[half:][:few]]
         self._configs = self.pipe.scheduler.config, self.pipe.prior_scheduler.config
+        # What nobody set counts too: it says which settings another class puts its own defaults in the place of.
+        stored = [dict(config) for config in self._configs]
         networks = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
-        self._context = {"weights": weights_digest(networks), "seed": options.seed, "defaults": self.defaults}
+        self._context = {
+            "weights": weights_digest(networks),
+            "schedulers": stored,
+            "defaults": self.defaults,
+            "seed": options.seed,
+        }
         self._place = f"{options.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         self._embeddings: dict[str, dict[tuple[str, int], list[Tensor]]] = {}
 
@@ -124,7 +131,7 @@ class Bench:
         steps = {"num_inference_steps": cell.decoder.steps, "prior_num_inference_steps": cell.prior.steps}
         scales = {"guidance_scale": cell.guidance, "prior_guidance_scale": cell.prior_guidance}
         given = {name: value for name, value in scales.items() if value is not None}
-        everywhere = {"guidance_interval": None}  # whatever the model's own: cells say where guidance acts
+        everywhere = dict.fromkeys(INTERVALS)  # whatever the model's own: cells say where guidance acts
         return self.defaults | everywhere | steps | given | dict(cell.options)
 
     def _embed(self, cell: Cell, prompts: Sequence[Prompt]) -> dict[tuple[str, int], list[Tensor]]:

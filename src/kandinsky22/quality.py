@@ -30,12 +30,14 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How the decoder and the prior are sampled; everything else stays the model's own. `guidance_interval` is the
-    decoder's argument of that name: where in the steps guidance acts; None leaves that to the model."""
+    """How the decoder and the prior are sampled; everything else stays the model's own. `guidance_interval` and
+    `prior_guidance_interval` are the arguments of these names: where in the steps guidance acts; None leaves that to
+    the model."""
 
     decoder: Sampler
     prior: Sampler
     guidance_interval: tuple[float, float] | None = None
+    prior_guidance_interval: tuple[float, float] | None = None
 
 
 # Each states the same settings, so that one preset after another leaves nothing of the first behind.
@@ -55,6 +57,7 @@ PRESETS: Mapping[str, Preset] = {
         decoder=Sampler("DPMSolverMultistepScheduler", 8, _TRAILING),
         prior=Sampler("DPMSolverMultistepScheduler", 5, _NOISY),
         guidance_interval=_EARLY,
+        prior_guidance_interval=_EARLY,
     ),
     "best": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 25, _TRAILING),
@@ -82,7 +85,7 @@ def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
     """Give a pipeline the schedulers of a preset, and return the arguments to call it with.
 
     `quality` is "draft", "balanced" or "best"; `pipe` any pipeline of prior, decoder or both. The arguments are
-    `pipe.generation_defaults` with the preset's numbers of steps in their place:
+    `pipe.generation_defaults` with the preset's numbers of steps and intervals of guidance in their place:
     `pipe(prompt, **apply_quality(pipe, "balanced"))`. Raises InputError for other names.
     """
     chosen = preset(quality)
@@ -92,9 +95,12 @@ def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
         if current is None:
             continue
         prefix = name.removesuffix("scheduler")
-        sampler = chosen.prior if prefix or "prior" in pipe.components else chosen.decoder
+        if prefix or "prior" in pipe.components:
+            sampler, interval = chosen.prior, chosen.prior_guidance_interval
+        else:
+            sampler, interval = chosen.decoder, chosen.guidance_interval
         setattr(pipe, name, sampler.from_config(current.config))
         arguments[f"{prefix}num_inference_steps"] = sampler.steps
-        if sampler is chosen.decoder and chosen.guidance_interval is not None:
-            arguments["guidance_interval"] = chosen.guidance_interval
+        if interval is not None:
+            arguments[f"{prefix}guidance_interval"] = interval
     return dict(arguments)

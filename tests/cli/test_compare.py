@@ -50,6 +50,16 @@ def test_the_grid_holds_what_generate_draws(command: Command, model: Path) -> No
     assert stored(Path("compare-4-2.png"))["command"] == "generate"
 
 
+def test_guidance_of_the_prior_ends_in_all_cells_as_it_does_in_generate(command: Command, model: Path) -> None:
+    options = ("--model", model, "--prior-guidance-interval", "0", "0.4", "--seed", 5)
+    assert command("compare", "a cat", *options, "--scheduler", "ddim", "--steps", "2", "--pictures").code == 0
+    command("generate", "a cat", *options, "--scheduler", "ddim", "--steps", "2", "-o", "single.png")
+    assert stored(Path("compare-1-1.png"))["prior_guidance_interval"] == [0.0, 0.4]
+    assert Path("single.png").read_bytes() == Path("compare-1-1.png").read_bytes()
+    command("generate", "--from", "compare-1-1.png", "--prior-guidance-interval", "0", "1", "-o", "guided.png")
+    assert not np.array_equal(pixels(Path("guided.png")), pixels(Path("single.png")))
+
+
 def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
     """Whether a picture is somewhere on the sheet, pixel by pixel."""
     high, wide = picture.shape[:2]

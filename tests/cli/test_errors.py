@@ -42,6 +42,8 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("generate", "a cat", "--guidance-interval", "0.5"), ("--guidance-interval", "2")),
         (("generate", "a cat", "--guidance-interval", "0.6", "0.1"), ("0.6 0.1", "no interval")),
         (("generate", "a cat", "--guidance-interval", "0", "7"), ("7", "from 0 to 1")),
+        (("generate", "a cat", "--prior-guidance-interval", "0.6", "0.1"), ("--prior-", "0.6 0.1", "no interval")),
+        (("generate", "a cat", "--prior-guidance-interval", "nan", "1"), ("--prior-", "nan", "from 0 to 1")),
         (("generate", "a cat", "--guidance-rescale", "2"), ("'2'", "from 0 to 1")),
         (("generate", "a cat", "--guidance-threshold", "0"), ("'0'", "above 0")),
         (("generate", "a cat", "--size", "0x64"), ("0x64", "512x768")),
@@ -83,6 +85,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("variations",), ("PICTURE",)),
         (("variations", "photo.png", "--strength", "0.5"), ("--strength", "--prompt")),
         (("variations", "photo.png", "--prior-guidance", "3"), ("--prior-guidance",)),
+        (("variations", "photo.png", "--prior-guidance-interval", "0", "1"), ("--prior-guidance-interval",)),
         (("variations", "photo.png", "--prior-scheduler", "dpm"), ("--prior-scheduler",)),
     ],
 )  # fmt: skip

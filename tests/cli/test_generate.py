@@ -63,6 +63,7 @@ def test_without_defaults_of_the_model_those_of_the_library_hold(command: Comman
         (("--scheduler", "EulerDiscreteScheduler"), {"scheduler": "EulerDiscreteScheduler"}),
         (("--prior-scheduler", "dpm"), {"prior_scheduler": "DPMSolverMultistepScheduler"}),
         (("--guidance-interval", "0.5", "1"), {"guidance_interval": [0.5, 1.0]}),
+        (("--prior-guidance-interval", "0.5", "1"), {"prior_guidance_interval": [0.5, 1.0]}),
         (("--guidance-rescale", "0.7"), {"guidance_rescale": 0.7}),
         (("--guidance-threshold", "0.5"), {"guidance_threshold": 0.5}),
         (("--dtype", "bf16"), {"dtype": "bfloat16"}),

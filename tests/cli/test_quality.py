@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ QUICK = Preset(
     decoder=Sampler(DPM, 3, {"timestep_spacing": "trailing"}),
     prior=Sampler(DPM, 2, {"timestep_spacing": "trailing"}),
     guidance_interval=(0.0, 0.5),
+    prior_guidance_interval=(0.0, 0.4),
 )
 
 
@@ -32,7 +34,7 @@ def asked(path: str) -> dict[str, Any]:
     """What a picture's recipe says about its samplers."""
     recipe = stored(Path(path))
     ours = ("scheduler", "scheduler_settings", "steps", "prior_scheduler", "prior_scheduler_settings", "prior_steps")
-    return {name: recipe.get(name) for name in (*ours, "guidance_interval", "guidance")}
+    return {name: recipe.get(name) for name in (*ours, "guidance_interval", "prior_guidance_interval", "guidance")}
 
 
 PRESET = {
@@ -43,6 +45,7 @@ PRESET = {
     "prior_scheduler_settings": {"timestep_spacing": "trailing"},
     "prior_steps": 2,
     "guidance_interval": [0.0, 0.5],
+    "prior_guidance_interval": [0.0, 0.4],
     "guidance": 2.0,
 }
 
@@ -60,7 +63,8 @@ def test_a_preset_draws_what_it_draws_in_python_and_is_repeated(command: Command
     assert Path("picture-again.png").read_bytes() == Path("picture.png").read_bytes()
     told = command("info", "picture.png").out
     assert f"{DPM}, timestep_spacing=trailing" in told
-    assert "0 to 0.5" in told
+    assert re.search("^guided from +0 to 0.5$", told, re.MULTILINE)
+    assert re.search("^prior guided from +0 to 0.4$", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,7 @@ def test_a_preset_draws_what_it_draws_in_python_and_is_repeated(command: Command
         (("--scheduler", "ddim"), {"scheduler": "DDIMScheduler", "scheduler_settings": None}),
         (("--prior-scheduler", "unclip"), {"prior_scheduler": "UnCLIPScheduler", "prior_scheduler_settings": None}),
         (("--guidance-interval", "0", "1"), {"guidance_interval": [0.0, 1.0]}),
+        (("--prior-guidance-interval", "0.1", "1"), {"prior_guidance_interval": [0.1, 1.0]}),
         (("--guidance", "3"), {"guidance": 3.0}),
     ],
 )
@@ -80,7 +85,8 @@ def test_other_options_win(command: Command, model: Path, arguments: tuple[str, 
 
 
 def test_a_preset_wins_over_a_recipe_and_named_schedulers_have_no_settings_of_it(command: Command, model: Path) -> None:
-    command("generate", "a cat", "--model", model, "--steps", 5, "--seed", 5, "--guidance-interval", "0.1", "1")
+    command("generate", "a cat", "--model", model, "--steps", 5, "--seed", 5, "--guidance-interval", "0.1", "1",
+            "--prior-guidance-interval", "0.3", "1")  # fmt: skip
     command("generate", "--from", "picture.png", "--quality", "balanced", "-o", "better.png")
     assert asked("better.png") == PRESET
     command("generate", "--from", "better.png", "--scheduler", "ddim", "-o", "ddim.png")

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from tests.pipelines.test_guidance import rows_seen
+from tests.pipelines.tiny import DIM
 
 from kandinsky22 import (
     InputError,
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
     apply_quality,
+    quality,
 )
-from kandinsky22.quality import PRESETS
+from kandinsky22.quality import PRESETS, Preset, Sampler
 
 NAMES = ("draft", "balanced", "best")
 
@@ -38,6 +42,8 @@ def test_both_stages_are_sampled_as_the_preset_says(combined: KandinskyV22Combin
     assert arguments["guidance_scale"] == 2.0
     assert arguments["num_inference_steps"] == preset.decoder.steps
     assert arguments["prior_num_inference_steps"] == preset.prior.steps
+    assert arguments.get("guidance_interval") == preset.guidance_interval
+    assert arguments.get("prior_guidance_interval") == preset.prior_guidance_interval
     assert type(combined.scheduler).__name__ == preset.decoder.scheduler
     assert type(combined.prior_scheduler).__name__ == preset.prior.scheduler
     assert combined.prior_scheduler.config.prediction_type == "sample"
@@ -48,11 +54,35 @@ def test_both_stages_are_sampled_as_the_preset_says(combined: KandinskyV22Combin
 
 def test_a_stage_alone_takes_its_part(decoder: KandinskyV22Pipeline, prior: KandinskyV22PriorPipeline) -> None:
     preset = PRESETS["balanced"]
-    interval = {} if preset.guidance_interval is None else {"guidance_interval": preset.guidance_interval}
-    assert apply_quality(decoder, "balanced") == {"num_inference_steps": preset.decoder.steps} | interval
-    assert apply_quality(prior, "balanced") == {"num_inference_steps": preset.prior.steps}
+    expected = {"num_inference_steps": preset.decoder.steps, "guidance_interval": preset.guidance_interval}
+    assert apply_quality(decoder, "balanced") == expected
+    expected = {"num_inference_steps": preset.prior.steps, "guidance_interval": preset.prior_guidance_interval}
+    assert apply_quality(prior, "balanced") == expected
     assert type(prior.scheduler).__name__ == preset.prior.scheduler
     assert bool(prior("a cat", **apply_quality(prior, "balanced")).image_embeds.isfinite().all())
+
+
+def test_each_stage_ends_its_guidance_where_the_preset_says(
+    combined: KandinskyV22CombinedPipeline, emb2emb: KandinskyV22PriorEmb2EmbPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three, four = (Sampler("DPMSolverMultistepScheduler", steps) for steps in (3, 4))
+    preset = Preset(decoder=three, prior=four, guidance_interval=(0.0, 0.3), prior_guidance_interval=(0.0, 0.5))
+    monkeypatch.setattr(quality, "PRESETS", {"balanced": preset})
+    early, late = rows_seen(combined.prior_prior, monkeypatch), rows_seen(combined.unet, monkeypatch)
+    combined("a cat", **apply_quality(combined, "balanced"))
+    assert (early, late) == ([2, 2, 1, 1], [2, 1, 1])
+    alone = rows_seen(emb2emb.prior, monkeypatch)
+    emb2emb("a cat", image=torch.zeros(1, DIM), strength=1.0, **apply_quality(emb2emb, "balanced"))
+    assert alone == [2, 2, 1, 1]
+
+
+def test_what_a_preset_leaves_open_stays_the_models_own(combined: KandinskyV22CombinedPipeline) -> None:
+    combined.generation_defaults = {"guidance_interval": (0.1, 0.6), "prior_guidance_interval": (0.2, 1.0)}
+    for name, preset in PRESETS.items():
+        arguments = apply_quality(combined, name)
+        for interval in ("guidance_interval", "prior_guidance_interval"):
+            expected = getattr(preset, interval) or combined.generation_defaults[interval]
+            assert arguments[interval] == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

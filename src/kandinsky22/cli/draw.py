@@ -77,9 +77,10 @@ def _recipe_to_repeat(mode: Mode, source: Path | None) -> Recipe | None:
 
 
 def _check_prior_options(args: argparse.Namespace, request: Request) -> None:
-    given = (args.prior_scheduler, args.prior_steps, args.prior_guidance)
-    if not request.texts() and any(option is not None for option in given):
-        args.fail("--prior-scheduler, --prior-steps and --prior-guidance act only where a text is read; there is none")
+    names = "prior_scheduler", "prior_steps", "prior_guidance", "prior_guidance_interval"
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if given and not request.texts():
+        args.fail(f"the prior, and so {', '.join(given)}, acts only where a text is read; there is none")
 
 
 def _check_outputs(paths: Sequence[Path], inputs: Inputs) -> None:

@@ -223,14 +223,8 @@ def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: st
 def add_common_sampling(group: Any) -> None:
     """What is the same for one picture and for a grid of them."""
     group.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
-    group.add_argument(
-        "--guidance-interval",
-        nargs=2,
-        type=share,
-        action=_ReadInterval,
-        metavar=("START", "END"),
-        help="guide only this part of the way from noise (0) to the picture (1); the rest takes half as long",
-    )
+    way = "guide only this part of the way from noise (0) to the picture (1); the rest takes half as long"
+    _add_interval(group, "--guidance-interval", way)
     group.add_argument("--guidance-rescale", type=share, metavar="X", help="0 to 1: softens what strong guidance does")
     group.add_argument(
         "--guidance-threshold", type=quantile, metavar="X", help="limits what guidance exaggerates, such as 0.995"
@@ -238,10 +232,15 @@ def add_common_sampling(group: Any) -> None:
     group.add_argument("--prior-scheduler", type=scheduler, metavar="NAME", help="one of those for --scheduler")
     group.add_argument("--prior-steps", type=whole_number(1), metavar="N", help="prior steps")
     group.add_argument("--prior-guidance", type=scale, metavar="X", help="prior guidance scale; up to 1 is none")
+    _add_interval(group, "--prior-guidance-interval", "guide the prior only on this part of its way")
     group.add_argument("--size", type=size, metavar="WxH", help="picture size in pixels")
     group.add_argument(
         "--seed", type=whole_number(0, MAX_SEED), metavar="N", help="of the first picture; 1 more for each next"
     )
+
+
+def _add_interval(group: Any, name: str, help: str) -> None:
+    group.add_argument(name, nargs=2, type=share, action=_ReadInterval, metavar=("START", "END"), help=help)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

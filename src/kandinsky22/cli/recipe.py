@@ -71,6 +71,7 @@ class Recipe:
     guidance_interval: tuple[float, ...] | None = None
     guidance_rescale: float | None = None
     guidance_threshold: float | None = None
+    prior_guidance_interval: tuple[float, ...] | None = None
 
     def to_json(self) -> str:
         """The recipe as JSON, with the number of its format; what it does not use is left out."""
@@ -122,9 +123,10 @@ class Recipe:
 
     def _guided(self) -> dict[str, str]:
         """The options of guidance that are in use."""
-        interval, rescale, threshold = self.guidance_interval, self.guidance_rescale, self.guidance_threshold
+        rescale, threshold = self.guidance_rescale, self.guidance_threshold
+        intervals = {"guided from": self.guidance_interval, "prior guided from": self.prior_guidance_interval}
         return {
-            **({} if interval is None else {"guided from": " to ".join(f"{part:g}" for part in interval)}),
+            **{name: " to ".join(f"{part:g}" for part in given) for name, given in intervals.items() if given},
             **({} if rescale is None else {"guidance rescaled": f"{rescale:g}"}),
             **({} if threshold is None else {"guidance threshold": f"{threshold:g}"}),
         }

@@ -47,6 +47,7 @@ class Request:
     guidance_interval: tuple[float, ...] | None
     guidance_rescale: float | None
     guidance_threshold: float | None
+    prior_guidance_interval: tuple[float, ...] | None
     width: int | None
     height: int | None
 
@@ -100,7 +101,7 @@ def _preset(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (name := getattr(args, "quality", None)) is not None:
         chosen = preset(name)
-        found["guidance_interval"] = chosen.guidance_interval
+        found |= {name: getattr(chosen, name) for name in ("guidance_interval", "prior_guidance_interval")}
         for prefix, sampler in (("", chosen.decoder), ("prior_", chosen.prior)):
             found |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
             found[f"{prefix}steps"] = sampler.steps

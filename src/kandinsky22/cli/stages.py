@@ -12,7 +12,12 @@ from kandinsky22.cli.recipe import Part, Recipe
 from kandinsky22.cli.request import Request
 
 # What recipes and pipelines call the same numbers.
-PRIOR_ARGUMENTS = {"prior_steps": "num_inference_steps", "prior_guidance": "guidance_scale", "strength": "strength"}
+PRIOR_ARGUMENTS = {
+    "prior_steps": "num_inference_steps",
+    "prior_guidance": "guidance_scale",
+    "prior_guidance_interval": "guidance_interval",
+    "strength": "strength",
+}
 DECODER_ARGUMENTS = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
