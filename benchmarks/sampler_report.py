@@ -132,6 +132,31 @@ def _guided(interval: tuple[float, float] | None) -> str:
     return "all steps" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
 
 
+def others_table(finds: Mapping[int, Find]) -> str:
+    """The presets' success on several sets of prompts, by their seeds, and on all of them together."""
+    named = {"the specification's defaults": SPECIFICATION, **{f"`{name}`": preset for name, preset in PRESETS.items()}}
+    found = {
+        name: [record for find in finds.values() if (record := find("success", Cell.of(preset))) is not None]
+        for name, preset in named.items()
+    }
+    base, *_ = found.values()
+    rows = []
+    for name, records in found.items():
+        if len(base) < len(finds) or len(records) < len(finds):
+            continue
+        together = [{"right": "".join(record["right"] for record in some)} for some in (records, base)]
+        gap, worst, best = (100 * value for value in difference(*together))
+        shown = [_beside(*pair) for pair in zip([*records, together[0]], [*base, together[1]], strict=True)]
+        rows.append([name, *shown, "" if records is base else f"{gap:+.2f} ({worst:+.1f} to {best:+.1f})"])
+    heads = [f"prompts of seed {seed}" for seed in finds]
+    return _table(["", *heads, f"all {len(finds)} sets", "points more on all"], rows)
+
+
+def _beside(record: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """A share, and by how many points it differs from the one it is compared with."""
+    return _percent(record) + ("" if record is base else f" ({100 * difference(record, base)[0]:+.2f})")
+
+
 def guidance_table(find: Find) -> str:
     """Success and time of one sampler under other guidance."""
     base = find("success", Cell(MIDDLE))
@@ -154,10 +179,11 @@ def guidance_table(find: Find) -> str:
     return _table([f"{_called(MIDDLE)}, guidance", "right", "points more", "a picture"], rows)
 
 
-def tables(find: Find) -> dict[str, str]:
-    """All tables in Markdown, by the name of their place on the page."""
+def tables(find: Find, others: Mapping[int, Find]) -> dict[str, str]:
+    """All tables in Markdown, by the name of their place on the page; `others` find what other prompts' seeds gave."""
     return {
         "presets": preset_table(find),
+        "others": others_table({0: find, **others}),
         "decoder": _matrix(decoder_rows(find), _percent, "decoder evaluations"),
         "distance": _matrix(distance_rows(find), lambda record: f"{record['distance']:.3g}", "decoder evaluations"),
         "prior": _matrix(prior_rows(find), _percent, "prior evaluations"),
@@ -174,13 +200,13 @@ def fill(page: str, name: str, text: str) -> str:
     return pattern.sub(lambda _: f"{opening}\n{text}\n{closing}", page)
 
 
-def write_report(find: Find, docs: Path) -> None:
+def write_report(find: Find, others: Mapping[int, Find], docs: Path) -> None:
     """Write tables into the page in `docs`, and curves beside it."""
     from benchmarks.sampler_curves import draw_curves
 
     path = docs / PAGE
     page = path.read_text(encoding="utf-8")
-    for name, text in tables(find).items():
+    for name, text in tables(find, others).items():
         page = fill(page, name, text)
     path.write_text(page, encoding="utf-8")
     for drawn in draw_curves(find, docs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from benchmarks.sampler_cells import KINDS, SPECIFICATION, Cell
 from benchmarks.samplers import Bench
 
 from kandinsky22 import KandinskyV22CombinedPipeline
-from kandinsky22.quality import Sampler
+from kandinsky22.quality import Preset, Sampler
 from kandinsky22.randomness import randn_tensor
 
 PAGE = Path(__file__).parents[2] / "docs" / sampler_report.PAGE
 QUICK = Cell(KINDS["DDIM"].steps(2), KINDS["DPM++ 2M"].steps(2))
+SHORT = Preset(QUICK.decoder, QUICK.prior)
 
 
 @pytest.fixture
 def options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, combined: KandinskyV22CombinedPipeline) -> list[str]:
     """Arguments for four prompts on a tiny model, and a grid of two cells."""
-    monkeypatch.setattr(samplers.AutoPipelineForText2Image, "from_pretrained", lambda name: combined)
+    load = lambda name: KandinskyV22CombinedPipeline(**combined.components)  # noqa: E731 (as if from its files)
+    monkeypatch.setattr(samplers.AutoPipelineForText2Image, "from_pretrained", load)
     monkeypatch.setattr(samplers, "REFERENCE", Cell(KINDS["DPM++ 2M"].steps(40)))
     monkeypatch.setattr(samplers, "grid", lambda: {group: [QUICK] for group in samplers.SUCCESS_GROUPS})
     monkeypatch.setattr(samplers, "distance_grid", lambda: [Cell(KINDS["DDIM"].steps(3))])
@@ -45,15 +48,15 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def test_a_rerun_takes_up_where_the_last_one_stopped(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samplers.main([*options, "--only", "presets", "time"])
-    assert [record["kind"] for record in records(tmp_path)] == ["success", "time"]
+    samplers.main([*options, "--only", "presets", "others", "time"])
+    assert [record["kind"] for record in records(tmp_path)] == ["success", "success", "success", "time"]
     assert len(records(tmp_path)[0]["right"]) == 4
     monkeypatch.setattr(Bench, "measure_success", None)
     monkeypatch.setattr(Bench, "measure_times", None)
     samplers.main(options)
-    assert [record["kind"] for record in records(tmp_path)] == ["success", "time", "distance"]
-    with pytest.raises(TypeError):  # other prompts were not measured
-        samplers.main([*options, "--seed", "1"])
+    assert [record["kind"] for record in records(tmp_path)][3:] == ["time", "distance"]
+    with pytest.raises(TypeError):  # these prompts were not measured
+        samplers.main([*options, "--seed", "3"])
 
 
 def test_measurements_of_other_weights_do_not_count(
@@ -68,6 +71,42 @@ def test_measurements_of_other_weights_do_not_count(
     found = Bench(samplers.parse(options)).find("success", QUICK)
     weight.data.sub_(1)
     assert found is None
+
+
+@pytest.mark.parametrize("name", ["scheduler", "prior_scheduler"])
+def test_measurements_of_other_scheduler_files_do_not_count(
+    bench: Bench, options: list[str], combined: KandinskyV22CombinedPipeline, name: str
+) -> None:
+    """Neither a setting that is another, nor the same one that a file leaves to each class."""
+    bench.measure_success(QUICK)
+    own = getattr(combined, name)
+    left = own.from_config({key: value for key, value in own.config.to_json().items() if key != "clip_sample"})
+    assert left.config.clip_sample is own.config.clip_sample
+    for other in (own.from_config(own.config, clip_sample_range=3.0), left):
+        setattr(combined, name, other)
+        assert Bench(samplers.parse(options)).find("success", QUICK) is None
+    setattr(combined, name, own)
+    assert Bench(samplers.parse(options)).find("success", QUICK) is not None
+
+
+def test_other_prompts_leave_the_page_alone_and_print_their_presets(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sampler_report, "SPECIFICATION", SHORT)
+    monkeypatch.setattr(sampler_report, "PRESETS", {"balanced": dataclasses.replace(SHORT, decoder=QUICK.prior)})
+    cells = [Cell.of(preset) for preset in (SHORT, sampler_report.PRESETS["balanced"])]
+    monkeypatch.setattr(samplers, "grid", lambda: {group: cells for group in samplers.SUCCESS_GROUPS})
+    samplers.main([*options, "--only", "presets", "others"])
+    page = (tmp_path / sampler_report.PAGE).read_text(encoding="utf-8")
+    capsys.readouterr()
+    samplers.main([*options, "--seed", "2", "--report"])
+    assert (tmp_path / sampler_report.PAGE).read_text(encoding="utf-8") == page
+    told = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    written = [line.split(" | ") for line in page.splitlines() if line.startswith("| `balanced`")]
+    assert told[3][0] == "| `balanced`"
+    assert told[3][5].split(" (")[0] == written[1][3].split(" (")[0]
+    right = [record["right"].count("1") for record in records(tmp_path)][1::2]
+    assert written[1][4].startswith(f"{100 * sum(right) / 12:.1f} %")
 
 
 def test_a_picture_depends_on_neither_batch_nor_cells_before(bench: Bench) -> None:
@@ -124,7 +163,7 @@ def test_all_that_is_measured_has_a_place_and_a_style(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = {"right": "1011", "evaluations": 3, "prior_evaluations": 2, "distance": 0.1, "median": 1.0, "faster": 1.0}
     page = PAGE.read_text(encoding="utf-8")
-    for name, text in sampler_report.tables(lambda kind, cell: found).items():
+    for name, text in sampler_report.tables(lambda kind, cell: found, {1: lambda kind, cell: found}).items():
         page = sampler_report.fill(page, name, text)
     assert page.count("75.0 %") > 20
     curves = sampler_curves.draw_curves(lambda kind, cell: {**found, "evaluations": cell.decoder.steps}, tmp_path)
@@ -132,7 +171,8 @@ def test_all_that_is_measured_has_a_place_and_a_style(tmp_path: Path) -> None:
         "samplers-success.svg", "samplers-distance.svg", "samplers-time.svg"
     ]  # fmt: skip
     assert all(f"({path.name})" in page for path in curves)
-    assert sampler_report.tables(lambda kind, cell: None)["presets"] == sampler_report.NONE_YET
+    nothing = sampler_report.tables(lambda kind, cell: None, {1: lambda kind, cell: found})
+    assert nothing["presets"] == nothing["others"] == sampler_report.NONE_YET
     with pytest.raises(ValueError, match="no place for decoder"):
         sampler_report.fill("a page", "decoder", "")
 
