@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Command, Result
 
 import kandinsky22
@@ -96,6 +98,24 @@ def test_a_command_line_that_makes_no_sense(
     result = command(*arguments)
     assert_one_line(result, 2, *words)
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("subcommand", ["generate", "compare"])
+@pytest.mark.parametrize(
+    ("part", "words"), [("prior_prior", "Prior"), ("unet", "V22Pipeline"), ("movq", "V22Pipeline")]
+)
+def test_pictures_of_nan_are_told_and_not_saved(
+    command: Command, model: Path, part: str, words: str, subcommand: str
+) -> None:
+    shutil.copytree(model, "nan")
+    (path,) = Path("nan", part).glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(name for name in weights if name.endswith("weight"))[0]
+    save_file(weights | {name: weights[name] * float("nan")}, path, {"format": "pt"})
+    before = sorted(Path().rglob("*"))
+    result = command(subcommand, "a cat", "--model", "nan", "--prior-steps", 2, "--steps", 2)
+    assert_one_line(result, 1, words, "ends in NaN", "float32")
+    assert sorted(Path().rglob("*")) == before
 
 
 @pytest.fixture

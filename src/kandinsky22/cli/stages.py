@@ -10,6 +10,7 @@ from kandinsky22.cli.inputs import Inputs
 from kandinsky22.cli.loading import Networks, hardware, model_digest, versions
 from kandinsky22.cli.recipe import Part, Recipe
 from kandinsky22.cli.request import Request
+from kandinsky22.errors import KandinskyError
 
 # What recipes and pipelines call the same numbers.
 PRIOR_ARGUMENTS = {
@@ -82,15 +83,21 @@ def embed(prior: Any, request: Request, inputs: Inputs, generator: Any) -> tuple
         items = [part.text if part.image is None else inputs.pictures[part.image] for part in parts]
         weights = [part.weight for part in parts]
         options |= {"negative_prior_prompt": request.negative_prompt}
-        return prior.interpolate(items, weights, generator=generator, **options).to_tuple()
-    options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if request.image is not None and "image" in accepted:
-        options["image"] = inputs.pictures[request.image]
-    return prior(generator=generator, **options).to_tuple()
+        made = prior.interpolate(items, weights, generator=generator, **options).to_tuple()
+    else:
+        options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        if request.image is not None and "image" in accepted:
+            options["image"] = inputs.pictures[request.image]
+        made = prior(generator=generator, **options).to_tuple()
+    for embedding in made:
+        _check_numbers(embedding, prior, request.prior_steps)
+    return made
 
 
 def draw(decoder: Any, request: Request, inputs: Inputs, embeddings: tuple[Any, Any], generator: Any) -> Any:
     """The picture of two embeddings. One at a time, so that each is the same alone and in a series, to the bit."""
+    from kandinsky22.inputs.images import to_pil
+
     accepted = _arguments(decoder)
     numbers = {theirs: getattr(request, name) for name, theirs in DECODER_ARGUMENTS.items() if theirs in accepted}
     pictures = {
@@ -99,5 +106,16 @@ def draw(decoder: Any, request: Request, inputs: Inputs, embeddings: tuple[Any, 
         if theirs in accepted
     }
     wanted, unwanted = embeddings
-    made = decoder(image_embeds=wanted, negative_image_embeds=unwanted, generator=generator, **numbers, **pictures)
-    return made.images[0]
+    named = {"image_embeds": wanted, "negative_image_embeds": unwanted, "output_type": "np"}
+    made = decoder(generator=generator, **named, **numbers, **pictures).images
+    _check_numbers(made, decoder, request.steps)
+    return to_pil(made)[0]
+
+
+def _check_numbers(values: Any, pipe: Any, steps: int | None) -> None:
+    """Raise KandinskyError for NaN, which as a picture would be black without a word."""
+    if bool((values != values).any()):  # which only NaN is
+        raise KandinskyError(
+            f"{type(pipe).__name__} ends in NaN ({type(pipe.scheduler).__name__}, steps: {steps}), which is no picture, "
+            "and was not saved. Try --dtype float32 or another scheduler; if these do the same, the weights are damaged"
+        )
