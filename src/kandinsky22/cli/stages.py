@@ -115,7 +115,8 @@ def draw(decoder: Any, request: Request, inputs: Inputs, embeddings: tuple[Any, 
 def _check_numbers(values: Any, pipe: Any, steps: int | None) -> None:
     """Raise KandinskyError for NaN, which as a picture would be black without a word."""
     if bool((values != values).any()):  # which only NaN is
+        scheduler = type(pipe.scheduler).__name__
         raise KandinskyError(
-            f"{type(pipe).__name__} ends in NaN ({type(pipe.scheduler).__name__}, steps: {steps}), which is no picture, "
-            "and was not saved. Try --dtype float32 or another scheduler; if these do the same, the weights are damaged"
+            f"{type(pipe).__name__} ends in NaN ({scheduler}, steps: {steps}), which is no picture and was not saved. "
+            "Try --dtype float32 or another scheduler; if these do the same, the weights are damaged"
         )
