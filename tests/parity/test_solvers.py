@@ -8,6 +8,7 @@ that what is compared is the method.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,8 @@ def cancelled(ours: Any, visit: int) -> float:
     return max(1.0, float((level / following) ** 0.5))
 
 
-def run(ours: Any, theirs: Any, visits: range, seed: int) -> None:
-    """Make these visits with both, each from what the reference reached.
+def run(ours: Any, theirs: Any, visits: range, seed: int, **told: Any) -> None:
+    """Make these visits with both, each from what the reference reached; both steps are `told` the same.
 
     It is told where it begins: where rounding gives the first levels one timestep, it leaves the first out by itself,
     and then runs off its table.
@@ -218,7 +219,7 @@ def run(ours: Any, theirs: Any, visits: range, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.Generator().manual_seed(seed + 1) for _ in range(2)]
     takes = "generator" in inspect.signature(theirs.step).parameters
-    options: list[dict[str, Any]] = [{"generator": noise} if takes else {} for noise in noises]
+    options: list[dict[str, Any]] = [told | ({"generator": noise} if takes else {}) for noise in noises]
     assert takes == ("generator" in inspect.signature(ours.step).parameters)
     # In double precision, for differences of samples are divided by small levels; the reference narrows some.
     sample = torch.randn((2, 3, 4, 5), generator=generator, dtype=torch.float64)
@@ -244,13 +245,13 @@ def run(ours: Any, theirs: Any, visits: range, seed: int) -> None:
     assert torch.equal(noises[0].get_state(), noises[1].get_state())
 
 
-def compare(name: str, config: dict[str, Any], steps: int, seed: int) -> None:
+def compare(name: str, config: dict[str, Any], steps: int, seed: int, **told: Any) -> None:
     ours, theirs = pair(name, config)
     steps = min(steps, config["num_train_timesteps"])
     if not start(ours, theirs, steps):
         return
     visits = len(ours.timesteps)
-    run(ours, theirs, range(min(visits, 16)), seed)
+    run(ours, theirs, range(min(visits, 16)), seed, **told)
     if visits > 16 and name not in ("PNDMScheduler", "LMSDiscreteScheduler", "LCMScheduler"):
         # Runs that begin near the end, as those from pictures do, where the place is clear from the timestep.
         first = visits - 5
@@ -272,6 +273,12 @@ def test_every_step_is_that_of_the_reference(name: str, data: st.DataObject) -> 
     config = data.draw(configs(name))
     steps = data.draw(st.sampled_from([1, 2, 3, 5, 10, 14, 15, 25, 50, 999, 1000]) | st.integers(1, 1000))
     compare(name, config, steps, data.draw(st.integers(0, 2**31 - 9)))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data(), order=st.integers(1, 8), steps=st.integers(1, 60) | st.sampled_from([999, 1000]))
+def test_every_order_of_linear_multistep_is_that_of_the_reference(data: st.DataObject, order: int, steps: int) -> None:
+    compare("LMSDiscreteScheduler", data.draw(configs("LMSDiscreteScheduler")), steps, order, order=order)
 
 
 @pytest.mark.parametrize("name", [name for name in SPACES if name not in ("PNDMScheduler", "LCMScheduler")])
@@ -319,6 +326,29 @@ def test_custom_levels_are_those_of_the_reference(name: str, given: dict[str, An
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1e-3)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas)
     run(ours, theirs, range(len(ours.timesteps)), 0)
+
+
+SOLVERS = [name for name in SPACES if name.startswith(("DPM", "UniPC", "DEIS"))]
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data(), logs=st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=7, unique_by=lambda log: round(log, 2)))
+def test_steps_between_given_levels_are_those_of_the_reference(
+    name: str, data: st.DataObject, logs: list[float]
+) -> None:
+    """The reference takes no levels of others here, so they are put where its own are."""
+    config = data.draw(configs(name))
+    for key in (*GRIDS, "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr", "lambda_min_clipped"):
+        config.pop(key, None)
+    ours, theirs = pair(name, config)
+    levels = [math.exp(log) for log in sorted(logs, reverse=True)]
+    last = 0.0 if config.get("final_sigmas_type", "zero") == "zero" else levels[-1] / 2
+    ours.set_timesteps(sigmas=[*levels, last])
+    theirs.set_timesteps(len(levels))
+    theirs.sigmas, theirs.timesteps = torch.tensor([*levels, last], dtype=torch.float64), ours.timesteps.clone()
+    torch.testing.assert_close(ours.sigmas.double(), theirs.sigmas, rtol=1e-6, atol=0)
+    run(ours, theirs, range(len(levels)), len(levels))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
