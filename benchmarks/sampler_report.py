@@ -135,19 +135,20 @@ def _guided(interval: tuple[float, float] | None) -> str:
 def others_table(finds: Mapping[int, Find]) -> str:
     """The presets' success on several sets of prompts, by their seeds, and on all of them together."""
     named = {"the specification's defaults": SPECIFICATION, **{f"`{name}`": preset for name, preset in PRESETS.items()}}
-    found = {
-        name: [record for find in finds.values() if (record := find("success", Cell.of(preset))) is not None]
-        for name, preset in named.items()
-    }
-    base, *_ = found.values()
+    base: list[dict[str, Any]] = []
     rows = []
-    for name, records in found.items():
-        if len(base) < len(finds) or len(records) < len(finds):
+    for name, preset in named.items():
+        found = [find("success", Cell.of(preset)) for find in finds.values()]
+        records = [record for record in found if record is not None]
+        if len(records) < len(found):
             continue
-        together = [{"right": "".join(record["right"] for record in some)} for some in (records, base)]
-        gap, worst, best = (100 * value for value in difference(*together))
-        shown = [_beside(*pair) for pair in zip([*records, together[0]], [*base, together[1]], strict=True)]
-        rows.append([name, *shown, "" if records is base else f"{gap:+.2f} ({worst:+.1f} to {best:+.1f})"])
+        records.append({"right": "".join(record["right"] for record in records)})
+        if preset is SPECIFICATION:
+            base = records
+        if base:
+            gap, worst, best = (100 * value for value in difference(records[-1], base[-1]))
+            shown = [_beside(*pair) for pair in zip(records, base, strict=True)]
+            rows.append([name, *shown, "" if records is base else f"{gap:+.2f} ({worst:+.1f} to {best:+.1f})"])
     heads = [f"prompts of seed {seed}" for seed in finds]
     return _table(["", *heads, f"all {len(finds)} sets", "points more on all"], rows)
 

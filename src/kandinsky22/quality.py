@@ -52,6 +52,7 @@ PRESETS: Mapping[str, Preset] = {
         decoder=Sampler("DPMSolverMultistepScheduler", 4, _TRAILING),
         prior=Sampler("DPMSolverMultistepScheduler", 4, _NOISY),
         guidance_interval=_EARLY,
+        prior_guidance_interval=_EARLY,
     ),
     "balanced": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 8, _TRAILING),
