@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from tests.pipelines.pretend import accelerator
@@ -25,7 +27,9 @@ from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
 import kandinsky22
 from kandinsky22.errors import InputError, MissingDependencyError
 from kandinsky22.models import Model
-from kandinsky22.runtime import offload, packed, shelves
+from kandinsky22.runtime import offload, packed, pages, shelves
+from kandinsky22.runtime.convolution import Conv2d
+from kandinsky22.runtime.packed import Linear
 
 EMBEDS = {"image_embeds": torch.ones(1, DIM), "negative_image_embeds": torch.zeros(1, DIM)}
 DECODER = {**EMBEDS, "num_inference_steps": 2, "output_type": "pt"}
@@ -424,6 +428,13 @@ def resident() -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
+def present(tensor: torch.Tensor) -> float:
+    """Which share of a tensor is in memory."""
+    first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    entries = pages._page_entries(first, last - first)
+    return float(np.mean(entries & pages._PRESENT != 0))
+
+
 @pytest.fixture
 def large(tmp_path: Path) -> Iterator[Any]:
     """A decoder whose two networks have about a hundred megabytes each, loaded so that nothing is mapped."""
@@ -461,6 +472,40 @@ def test_memory_is_given_back(large: Any) -> None:
     assert 0.9 * sizes["unet"] < working[0] - shelved < 0.6 * sum(sizes.values()) + sizes["unet"]
     gc.collect()
     assert resident() - shelved < 0.25 * min(sizes.values())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's own account")
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_large_layers_are_in_memory_one_at_a_time(
+    by_layer: bool, large: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelves, "LARGE", 2**19)
+    mapped = kandinsky22.KandinskyV22Pipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    mapped.set_progress_bar_config(disable=True)
+    embeds = {name: torch.ones(1, 1280, dtype=torch.bfloat16) for name in ("image_embeds", "negative_image_embeds")}
+    call: dict[str, Any] = {**embeds, "num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64}
+    plain = mapped(**call, generator=seeded(1)).images
+    mapped.enable_low_memory(by_layer=by_layer)
+    layers = [m for m in mapped.unet.modules() if isinstance(m, Conv2d | Linear) and m.weight.nbytes >= shelves.LARGE]
+    assert len(layers) > 20
+    taken: list[float] = []
+
+    def look(*_: Any) -> dict[str, Any]:
+        packs = sum("_pack" in vars(layer) for layer in layers)
+        shares = [present(layer.weight) for layer in layers]
+        taken.append((packs + sum(shares)) / len(layers))
+        return {}
+
+    again = mapped(**call, generator=seeded(1), callback_on_step_end=look).images
+    if by_layer:
+        assert max(taken) < 0.1
+        assert difference(again.float(), plain.float()) < 0.02  # bfloat16 has three digits, and products without packs round otherwise
+    else:
+        assert min(taken) > 0.9
+        assert torch.equal(again, plain)
+    mapped.remove_all_hooks()
+    assert all(layer.packing and not layer._forward_hooks for layer in layers)
+    assert torch.equal(mapped(**call, generator=seeded(1)).images, plain)
 
 
 # On an accelerator

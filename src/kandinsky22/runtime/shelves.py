@@ -18,8 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kandinsky22.runtime import pages
 from kandinsky22.runtime.offload import drop_packs, plain
+from kandinsky22.runtime.packed import Packs
 from kandinsky22.weights import find_weights, read_tensors, write_tensors
+
+LARGE = 2**22  # bytes of a weight from which on its layer is worth a visit of its own
 
 _SOURCE = "_source"  # attribute of a network that can be read again, in no state dict
 
@@ -71,11 +75,44 @@ def _few(parameter: Tensor) -> Tensor:
     return parameter.detach()[tuple(slice(None, None, max(1, side - 1)) for side in parameter.shape)]
 
 
-class InFiles:
-    """A shelf in files: those that the network came from, or a temporary one in `folder` (the system's own if None)."""
+class Visits:
+    """Large layers of a network, each of whose weights is in memory only while the layer works.
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self._folder = folder
+    Weights that are mapped from a file come from there when they are read; after the layer's work their pages are given
+    up again, and no rearranged copies are made. Weights that are in no file stay, but have no copies either.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        kinds = nn.Linear, nn.Conv2d
+        self._layers = [m for m in network.modules() if isinstance(m, kinds) and m.weight.nbytes >= LARGE]
+        self._handles = [layer.register_forward_hook(_leave) for layer in self._layers]
+        for layer in self._layers:
+            if isinstance(layer, Packs):
+                layer.packing = False
+
+    def end(self) -> None:
+        """Layers are as they were."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            layer.__dict__.pop("packing", None)
+
+
+def _leave(layer: nn.Module, *_: object) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    pages.forget(weight)
+
+
+class InFiles:
+    """A shelf in files: those that the network came from, or a temporary one in `folder` (the system's own if None).
+
+    With `by_layer` large layers come and go one by one, see `Visits`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, by_layer: bool = True) -> None:
+        self._folder, self._by_layer = folder, by_layer
+        self._visits: Visits | None = None
         self._source: _Source | None = None
         self._written: tempfile.TemporaryDirectory[str] | None = None
 
@@ -83,6 +120,8 @@ class InFiles:
         """Let go of the network's weights. Changes made to them since they were fetched are lost."""
         if self._source is None and self._written is None:
             self._find_or_write(network)
+        if self._by_layer and self._visits is None:
+            self._visits = Visits(network)
         for module, name, _, parameter in _parameters(network):
             empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = empty
@@ -96,20 +135,26 @@ class InFiles:
                 fresh = {path: p.detach() for _, _, path, p in _parameters(self._source.read())}
         else:
             assert self._written is not None
-            # copied, for results depend (by rounding) on how weights are aligned, and in files they are not
             files = find_weights(Path(self._written.name))
-            fresh = {path: tensor.clone() for file in files for path, tensor in read_tensors(file)}
+            fresh = {path: self._placed(tensor) for file in files for path, tensor in read_tensors(file)}
         for module, name, path, parameter in _parameters(network):
             module._parameters[name] = nn.Parameter(_laid_out(fresh[path], parameter), parameter.requires_grad)
 
     def close(self, network: nn.Module) -> None:
         """Leave the weights in memory: the shelf is not used any more."""
+        if self._visits is not None:
+            self._visits.end()
+            self._visits = None
         if any(parameter.is_meta for parameter in network.parameters()):
             self.fetch(network)
         if self._source is not None:
             remember(network, self._source.read)
         if self._written is not None:
             self._written.cleanup()
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        # copied, for results depend (by rounding) on how weights are aligned, and in files they are not
+        return tensor if self._by_layer and tensor.nbytes >= LARGE else tensor.clone()
 
     def _find_or_write(self, network: nn.Module) -> None:
         source: _Source | None = network.__dict__.get(_SOURCE)
