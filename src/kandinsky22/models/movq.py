@@ -113,6 +113,7 @@ class VQModel(Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Latents, before quantization, of pictures (batch, in_channels, H, W) in [-1, 1]."""
+        x = x.contiguous()  # rounding is not to depend on how pictures lie in memory
         latents = torch.cat([self.quant_conv(self._encoded(part)) for part in self._parts(x)]).contiguous()
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
