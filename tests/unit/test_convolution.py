@@ -16,6 +16,7 @@ from kandinsky22.runtime import convolution, normalise, packed, wide, winograd
 from kandinsky22.runtime.convolution import Conv2d, double
 
 needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
+WORTHWHILE = convolution.WORTHWHILE  # as it is outside these tests
 SIZES = [(1, 3, 8, 8, 8), (2, 12, 20, 12, 20), (3, 6, 5, 4, 36), (1, 4, 4, 68, 4)]  # batch, in, out, height, width
 
 
@@ -254,3 +255,23 @@ def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = copy.deepcopy(movq)
     assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
     assert {kind(module) for module in plain.modules() if isinstance(module, Conv2d)} == {None}
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 24), (64, 28), (128, 14), (128, 32)])
+def test_a_picture_does_not_depend_on_how_many_there_are(
+    channels: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "WORTHWHILE", WORTHWHILE)
+    layer = Conv2d(channels, channels, 3, padding=1)
+    features = torch.randn(2, channels, side, side)
+    with torch.no_grad():
+        assert torch.equal(layer(features)[:1], layer(features[:1]))
+
+
+def test_encoding_does_not_depend_on_the_layout_of_pictures() -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8, **blocks).eval()
+    pictures = torch.rand(1, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        plain, turned = (movq.encode(p)[0] for p in (pictures, pictures.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(plain, turned)

@@ -101,7 +101,7 @@ def _preset(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (name := getattr(args, "quality", None)) is not None:
         chosen = preset(name)
-        found |= {name: getattr(chosen, name) for name in ("guidance_interval", "prior_guidance_interval")}
+        found |= {option: getattr(chosen, option) for option in ("guidance_interval", "prior_guidance_interval")}
         for prefix, sampler in (("", chosen.decoder), ("prior_", chosen.prior)):
             found |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
             found[f"{prefix}steps"] = sampler.steps

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kandinsky22.runtime import pages, winograd
 from kandinsky22.runtime.packed import Packs, can_pack
 
-WORTHWHILE = 2**25  # multiplications below which rearranging gains nothing, and rounds more
+WORTHWHILE = 2**24  # multiplications for one picture below which rearranging gains nothing, and rounds more
 NARROW = 256  # channels, the mean of in and out, below which transforms cost more than products are saved
 FEW = 64  # squares of a picture below which reading four times as many weights costs more
 LARGE = 2**20  # kernels above which four times as many weights take too much memory
@@ -35,7 +35,8 @@ class Conv2d(Packs, nn.Conv2d):
     def forward(self, features: Tensor, doubled: bool = False) -> Tensor:
         """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`."""
         # compiled code asks for no sizes here, which it would then be made for
-        products = 0 if torch.compiler.is_compiling() else features[:, 0].numel() * self.weight.numel()
+        # the batch does not count, so that a picture does not depend on how many are made with it
+        products = 0 if torch.compiler.is_compiling() else features[:1, 0].numel() * self.weight.numel()
         if doubled:
             products *= 4
         if products < WORTHWHILE or not (
@@ -54,7 +55,6 @@ class Conv2d(Packs, nn.Conv2d):
         return self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
 
     def _suits_winograd(self, features: Tensor) -> bool:
-        # the batch does not count, so that a picture does not depend on how many are made with it
         height, width = features.shape[-2:]
         return (
             features.dtype == torch.float32

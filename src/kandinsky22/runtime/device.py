@@ -59,7 +59,7 @@ def chosen_accelerator(method: str, gpu_id: Any, device: torch.device | str | in
     if device is None and found.type == "cpu":
         raise InputError(
             f"{method}: torch {torch.__version__} sees no accelerator here (CUDA or MPS). On a CPU-only machine call "
-            "enable_low_memory(), which keeps only the network at work in memory; or pass device="
+            "enable_low_memory(), which keeps only what works in memory; or pass device="
         )
     if gpu_id is not None and found.index not in (None, gpu_id):
         raise InputError(f"gpu_id={gpu_id} and device={device!r} name two accelerators; give the number once")

@@ -147,19 +147,22 @@ class Placed:
                 asleep.settle(network, functools.partial(offload.Streamed, device=place))
 
     def enable_low_memory(self, folder: str | os.PathLike[str] | None = None, *, by_layer: bool = True) -> None:
-        """Without an accelerator: keep a network in memory only while it works, and read it anew for the next time.
+        """Without an accelerator: keep a network in memory only while it works, large layers one at a time.
 
-        Large layers are in memory one at a time then: their weights come from the file, or the system's cache of it, at
-        each use, and are not rearranged, which takes up to twice the time and moves rounding. With `by_layer=False` a
-        whole network stays for as long as it works, and results are the same bit for bit.
+        Large weights come from their file, or the system's cache of it, at each use (on Linux), and are not rearranged:
+        that takes longer and moves rounding. With `by_layer=False` a whole network stays for as long as it works, and
+        is read anew for the next time; results are the same bit for bit.
 
         Networks are read from the checkpoint that they were loaded from. One that was changed since, loaded in torch's
         inference mode, or made in memory is first written to a temporary file in `folder` (the system's folder for
         such files unless given), and rounding may move. Weights that are converted when they are read, as their file
-        has another type, stay while their network works. Lost are later changes to weights, and those that nobody
-        sees: of single numbers, through `weight.data` or a numpy view. Works without accelerate. Raises InputError if
-        networks are on an accelerator, CheckpointError if the file cannot be written.
+        has another type, stay while their network works, but are not rearranged either. Lost are later changes to
+        weights, and those that nobody sees: of single numbers, through `weight.data` or a numpy view. Works without
+        accelerate. Raises InputError if networks are on an accelerator or arguments are of the wrong kind,
+        CheckpointError if the file cannot be written.
         """
+        if not isinstance(by_layer, bool):
+            raise InputError(f"by_layer={by_layer!r}; accepted: True or False")
         if folder is not None and not os.path.isdir(folder):
             raise InputError(f"folder={folder!r} is not there; accepted: a folder to write to, or None")
         self.remove_all_hooks()

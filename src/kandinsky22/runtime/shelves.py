@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,22 +80,23 @@ class Visits:
     """Large layers of a network, each of whose weights is in memory only while the layer works.
 
     Weights that are mapped from a file come from there when they are read; after the layer's work their pages are given
-    up again, and no rearranged copies are made. Weights that are in no file stay, but have no copies either.
+    up again, and no rearranged copies are made. Weights that are in no file stay, but have no copies either. Pages can
+    be given up on Linux only, so elsewhere there are no visits; and those of quantized layers, which are small, stay.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        kinds = nn.Linear, nn.Conv2d
-        self._layers = [m for m in network.modules() if isinstance(m, kinds) and m.weight.nbytes >= LARGE]
-        self._handles = [layer.register_forward_hook(_leave) for layer in self._layers]
-        for layer in self._layers:
-            if isinstance(layer, Packs):
-                layer.packing = False
+        kinds = (nn.Linear, nn.Conv2d) if sys.platform.startswith("linux") else ()
+        layers = [m for m in network.modules() if isinstance(m, kinds) and m.weight.nbytes >= LARGE]
+        self._handles = [layer.register_forward_hook(_leave) for layer in layers]
+        self._packed = [layer for layer in layers if isinstance(layer, Packs) and "packing" not in layer.__dict__]
+        for layer in self._packed:
+            layer.packing = False
 
     def end(self) -> None:
         """Layers are as they were."""
         for handle in self._handles:
             handle.remove()
-        for layer in self._layers:
+        for layer in self._packed:
             layer.__dict__.pop("packing", None)
 
 
@@ -145,7 +147,10 @@ class InFiles:
         if self._visits is not None:
             self._visits.end()
             self._visits = None
-        if any(parameter.is_meta for parameter in network.parameters()):
+        if self._by_layer and self._written is not None:
+            self._by_layer = False  # so that nothing is left of the file that goes now
+            self.fetch(network)
+        elif any(parameter.is_meta for parameter in network.parameters()):
             self.fetch(network)
         if self._source is not None:
             remember(network, self._source.read)

@@ -1,0 +1,143 @@
+"""What is in memory in the low-memory mode, by the system's own account."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.pipelines.tiny import DECODER_SCHEDULER, difference, seeded
+
+import kandinsky22
+from kandinsky22.errors import InputError
+from kandinsky22.runtime import pages, shelves
+from kandinsky22.runtime.convolution import Conv2d
+from kandinsky22.runtime.packed import Linear
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="memory is read from Linux's account")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory and not mapped from files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def present(tensor: torch.Tensor) -> float:
+    """Which share of a tensor is in memory."""
+    first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    entries = pages._page_entries(first, last - first)
+    return float(np.mean(entries & pages._PRESENT != 0))
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[Any]:
+    """A decoder whose two networks have about a hundred megabytes each, loaded so that nothing is mapped."""
+    unet = {"block_out_channels": (256, 384), "layers_per_block": 1, "attention_head_dim": 64}
+    unet |= {"down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")}
+    unet |= {"up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
+    movq = {"block_out_channels": (256, 512), "layers_per_block": 1}
+    movq |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    kandinsky22.KandinskyV22Pipeline(
+        kandinsky22.UNet2DConditionModel(sample_size=8, **unet),
+        kandinsky22.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range"),
+        kandinsky22.VQModel(num_vq_embeddings=16, **movq),
+    ).to(torch.bfloat16).save_pretrained(tmp_path)
+    pipe = kandinsky22.KandinskyV22Pipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+
+
+def test_memory_is_given_back(large: Any) -> None:
+    sizes = {name: sum(p.nbytes for p in network.parameters()) for name, network in large._networks().items()}
+    assert min(sizes.values()) > 50e6
+    held = [weakref.ref(p) for network in large._networks().values() for p in network.parameters()]
+    gc.collect()
+    before = resident()
+    large.enable_low_memory()
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
+    shelved = resident()
+    assert before - shelved > 0.9 * sum(sizes.values())
+    working: list[int] = []
+    embeds = {name: torch.zeros(1, 1280) for name in ("image_embeds", "negative_image_embeds")}
+    options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt", "height": 16, "width": 16}
+    large(**embeds, **options, callback_on_step_end=lambda *_: working.append(resident()) or {})
+    # weights that are converted stay while their network works, without copies that are rearranged
+    assert 0.9 * sizes["unet"] < working[0] - shelved < 1.5 * sizes["unet"]
+    gc.collect()
+    assert resident() - shelved < 0.25 * min(sizes.values())
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_large_layers_are_in_memory_one_at_a_time(
+    by_layer: bool, large: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelves, "LARGE", 2**19)
+    mapped = kandinsky22.KandinskyV22Pipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    mapped.set_progress_bar_config(disable=True)
+    embeds = {name: torch.ones(1, 1280, dtype=torch.bfloat16) for name in ("image_embeds", "negative_image_embeds")}
+    call: dict[str, Any] = {**embeds, "num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64}
+    plain = mapped(**call, generator=seeded(1)).images
+    mapped.enable_low_memory(by_layer=by_layer)
+    layers = [m for m in mapped.unet.modules() if isinstance(m, Conv2d | Linear) and m.weight.nbytes >= shelves.LARGE]
+    assert len(layers) > 20
+    taken: list[float] = []
+
+    def look(*_: Any) -> None:
+        packs = sum("_pack" in vars(layer) for layer in layers)
+        shares = [present(layer.weight) for layer in layers]
+        taken.append((packs + sum(shares)) / len(layers))
+
+    watch = layers[-1].register_forward_hook(look)  # when nearly all have worked
+    again = mapped(**call, generator=seeded(1)).images
+    watch.remove()
+    assert len(taken) == 2
+    if by_layer:
+        assert max(taken) < 0.1
+        assert difference(again.float(), plain.float()) < 0.02  # three digits, rounded otherwise without packs
+    else:
+        assert min(taken) > 0.9
+        assert torch.equal(again, plain)
+    mapped.remove_all_hooks()
+    assert all(layer.packing and not layer._forward_hooks for layer in layers)
+    assert torch.equal(mapped(**call, generator=seeded(1)).images, plain)
+
+
+def test_nothing_is_left_of_temporary_files(large: Any, tmp_path: Path) -> None:
+    call: dict[str, Any] = {name: torch.ones(1, 1280) for name in ("image_embeds", "negative_image_embeds")}
+    call |= {"num_inference_steps": 1, "output_type": "pt", "height": 16, "width": 16}
+    with torch.no_grad():
+        large.unet.conv_in.weight.mul_(2)  # no file has these weights
+    plain = large(**call, generator=seeded(1)).images
+    (tmp_path / "shelf").mkdir()
+    large.enable_low_memory(tmp_path / "shelf")
+    again = large(**call, generator=seeded(1)).images
+    assert difference(again, plain) < 1e-4
+    large.remove_all_hooks()
+    assert list((tmp_path / "shelf").iterdir()) == []
+    assert str(tmp_path / "shelf") not in Path("/proc/self/maps").read_text()
+    assert difference(large(**call, generator=seeded(1)).images, plain) < 1e-5
+
+
+def test_layers_that_were_not_packed_stay_so(large: Any, tmp_path: Path) -> None:
+    own = next(m for m in large.unet.modules() if isinstance(m, Conv2d) and m.weight.nbytes >= shelves.LARGE)
+    own.packing = False
+    large.enable_low_memory(tmp_path)
+    large.remove_all_hooks()
+    assert not own.packing
+    assert all("packing" not in vars(m) for m in large.unet.modules() if m is not own)
+
+
+@pytest.mark.parametrize("given", ["False", None, 0, 3.5])
+def test_by_layer_is_yes_or_no(given: Any, decoder: Any) -> None:
+    with pytest.raises(InputError, match="by_layer="):
+        decoder.enable_low_memory(by_layer=given)
+    assert decoder._places() == []
