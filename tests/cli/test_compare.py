@@ -67,6 +67,24 @@ def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
     return any(np.array_equal(sheet[top : top + high, left : left + wide], picture) for top, left in places)
 
 
+def test_a_cell_that_ends_in_nan_is_marked_and_the_others_are_kept(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = stages._check_numbers
+
+    def fail_at_two(values: Any, pipe: Any, steps: int | None) -> None:
+        check(values * float("nan") if steps == 2 else values, pipe, steps)
+
+    monkeypatch.setattr(stages, "_check_numbers", fail_at_two)
+    options = ("--model", model, "--scheduler", "ddim", "--steps", "2,4", "--prior-steps", 3, "--pictures")
+    result = command("compare", "a cat", *options)
+    assert result.out.splitlines() == ["compare-1-2.png", "compare.png", "compare.csv"]
+    last = result.err.splitlines()[-1]
+    assert result.code == 1
+    assert all(words in last for words in ("kandinsky22: error: 1 of 2 cells", "ends in NaN", "steps: 2"))
+    assert [row["file"] for row in table("compare.csv")] == ["", "compare-1-2.png"]
+
+
 def test_only_the_grid_is_kept_unless_told_otherwise(command: Command, model: Path) -> None:
     arguments = ("--scheduler", "ddim", "--steps", "2", "--negative-prompt", "a dog", "-o", "one.png")
     result = command("compare", "кот, a cat", "--model", model, *arguments)

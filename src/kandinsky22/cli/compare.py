@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
@@ -73,10 +74,13 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A cell's picture, the seconds from its embedding to its pixels, and how often the network was asked."""
+    """A cell's picture, the seconds from its embedding to its pixels, and how often the network was asked.
+
+    A cell that ended in NaN has `image` None.
+    """
 
     cell: Cell
-    image: Image
+    image: Image | None
     seconds: float
     evaluations: int
 
@@ -99,15 +103,20 @@ def run(args: argparse.Namespace) -> None:
     recipe = stages.recipe_of("generate", request, networks)
     settle(networks, low_memory=args.low_memory)
     say(f"{len(cells)} pictures, seed {request.seeds[0]}")
-    drawn = _draw(networks, request, inputs, cells, say)
+    drawn, failed = _draw(networks, request, inputs, cells, say)
+    if len(failed) == len(drawn):
+        raise failed[0]
     for one in drawn if args.pictures else ():
-        save_png(one.image, one.cell.path, _recipe(recipe, one).text_entries())
-        print(one.cell.path, flush=True)
+        if one.image is not None:
+            save_png(one.image, one.cell.path, _recipe(recipe, one.cell, one.image).text_entries())
+            print(one.cell.path, flush=True)
     save_png(labelled_sheet(_sheet(drawn, recipe)), args.output, _description(drawn, recipe))
     print(args.output, flush=True)
     with written_whole(table) as temporary:
         temporary.write_text(_csv(drawn, args.pictures), encoding="utf-8")
     print(table, flush=True)
+    if failed:
+        raise stages.NotNumbers(f"{len(failed)} of {len(drawn)} cells are marked NaN; the first: {failed[0]}")
 
 
 def _cells(args: argparse.Namespace, request: Request, networks: Networks) -> list[Cell]:
@@ -128,34 +137,43 @@ def _cells(args: argparse.Namespace, request: Request, networks: Networks) -> li
     return cells
 
 
-def _draw(networks: Networks, request: Request, inputs: Inputs, cells: Sequence[Cell], say: Teller) -> list[Drawn]:
+def _draw(
+    networks: Networks, request: Request, inputs: Inputs, cells: Sequence[Cell], say: Teller
+) -> tuple[list[Drawn], list[stages.NotNumbers]]:
     """All pictures, each as `generate` draws it with the same seed: the prior runs once, and leaves the generator as it
-    would before each."""
+    would before each. And the errors of those that ended in NaN."""
     import torch
 
     generator = torch.Generator().manual_seed(request.seeds[0])
     embeddings = stages.embed(networks.prior, request, inputs, generator)
     left = generator.get_state()
-    decoder, drawn = networks.decoder, []
+    decoder = networks.decoder
+    drawn: list[Drawn] = []
+    failed: list[stages.NotNumbers] = []
     # What is set up at first use, with guidance or without, is not to be counted for the first cell of its kind.
     for cell in {(cell.request.guidance or 0) > 1: cell for cell in reversed(cells)}.values():
         decoder.scheduler = cell.scheduler
-        stages.draw(decoder, dataclasses.replace(cell.request, steps=1), inputs, embeddings, generator)
+        with contextlib.suppress(stages.NotNumbers):
+            stages.draw(decoder, dataclasses.replace(cell.request, steps=1), inputs, embeddings, generator)
     for number, cell in enumerate(cells, start=1):
         decoder.scheduler = cell.scheduler
         generator.set_state(left)
         begun = time.perf_counter()
-        image = stages.draw(decoder, cell.request, inputs, embeddings, generator)
+        image = None
+        try:
+            image = stages.draw(decoder, cell.request, inputs, embeddings, generator)
+        except stages.NotNumbers as error:
+            failed.append(error)
         seconds = time.perf_counter() - begun
         drawn.append(Drawn(cell, image, seconds, decoder.num_timesteps))
         settings = f"{cell.name}, {_steps(cell)}, guidance {cell.request.guidance:g}"
-        say(f"picture {number} of {len(cells)}: {settings}: {seconds:.2f} s")
-    return drawn
+        say(f"picture {number} of {len(cells)}: {settings}: {seconds:.2f} s{', NaN' if image is None else ''}")
+    return drawn, failed
 
 
-def _recipe(recipe: Recipe, one: Drawn) -> Recipe:
+def _recipe(recipe: Recipe, cell: Cell, image: Image) -> Recipe:
     """The recipe with which `generate` draws this cell again."""
-    asked, (width, height) = one.cell.request, one.image.size
+    asked, (width, height) = cell.request, image.size
     own: dict[str, Any] = {"scheduler": asked.scheduler, "steps": asked.steps, "guidance": asked.guidance}
     return dataclasses.replace(recipe, seeds=asked.seeds, width=width, height=height, **own)
 
@@ -173,7 +191,9 @@ def _sheet(drawn: Sequence[Drawn], recipe: Recipe) -> Sheet:
     title = recipe.prompt or ""
     if recipe.negative_prompt is not None:
         title += f"\nnot: {recipe.negative_prompt}"
-    return Sheet(title, ", ".join(about), columns, rows, [one.image for one in drawn], notes)
+    pictures = [one.image for one in drawn]
+    blank = next(image.point(lambda _: 128) for image in pictures if image is not None)
+    return Sheet(title, ", ".join(about), columns, rows, [image or blank for image in pictures], notes)
 
 
 def _steps(cell: Cell) -> str:
@@ -183,7 +203,7 @@ def _steps(cell: Cell) -> str:
 def _note(one: Drawn) -> str:
     """What a picture took."""
     asked = "" if one.evaluations == one.cell.request.steps else f", {one.evaluations} evaluations"
-    return f"{one.seconds:.2f} s{asked}"
+    return f"{'NaN, ' if one.image is None else ''}{one.seconds:.2f} s{asked}"
 
 
 def _description(drawn: Sequence[Drawn], recipe: Recipe) -> dict[str, str]:
@@ -198,7 +218,7 @@ def _csv(drawn: Sequence[Drawn], kept: bool) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["scheduler", "steps", "guidance", "seconds", "evaluations", "row", "column", "file"])
     for one in drawn:
-        asked, file = one.cell.request, one.cell.path.name if kept else ""
+        asked, file = one.cell.request, one.cell.path.name if kept and one.image is not None else ""
         cost = [f"{one.seconds:.4f}", one.evaluations, one.cell.row, one.cell.column]
         writer.writerow([asked.scheduler, asked.steps, f"{asked.guidance:g}", *cost, file])
     return text.getvalue()

@@ -188,7 +188,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--low-memory",
         action="store_true",
-        help="keep networks in memory (of the GPU, if one draws) only while they work: slower, the same pictures but for rounding",
+        help=(
+            "keep networks in memory (of the GPU, if one draws) only while they work: slower, the same pictures but "
+            "for rounding"
+        ),
     )
 
 

@@ -112,11 +112,15 @@ def draw(decoder: Any, request: Request, inputs: Inputs, embeddings: tuple[Any, 
     return to_pil(made)[0]
 
 
+class NotNumbers(KandinskyError):
+    """What a stage ends in is NaN."""
+
+
 def _check_numbers(values: Any, pipe: Any, steps: int | None) -> None:
-    """Raise KandinskyError for NaN, which as a picture would be black without a word."""
+    """Raise NotNumbers for NaN, which as a picture would be black without a word."""
     if bool((values != values).any()):  # which only NaN is
         scheduler = type(pipe.scheduler).__name__
-        raise KandinskyError(
+        raise NotNumbers(
             f"{type(pipe).__name__} ends in NaN ({scheduler}, steps: {steps}), which is no picture and was not saved. "
             "Try --dtype float32 or another scheduler; if these do the same, the weights are damaged"
         )

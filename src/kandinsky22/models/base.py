@@ -14,7 +14,7 @@ from kandinsky22.config import Config
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
 from kandinsky22.files import read_json, write_json
 from kandinsky22.hub import Source, model_folder, shared_folder
-from kandinsky22.runtime import quantize
+from kandinsky22.runtime import pages, quantize
 from kandinsky22.weights import find_weights, read_tensors, weight_files, write_tensors
 
 M = TypeVar("M", bound="Model")
@@ -134,6 +134,8 @@ class Model(nn.Module):
                 if tuple(tensor.shape) != expected[name]:
                     reshaped.append(f"{name} {tuple(tensor.shape)} instead of {expected[name]}")
                 found[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                if found[name] is not tensor:
+                    pages.forget(tensor)  # the file's numbers are not looked at again
         missing = [name for name in expected if name not in found]
         problems = [
             f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
