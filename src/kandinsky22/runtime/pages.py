@@ -48,6 +48,14 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return made
 
 
+def trim() -> None:
+    """Give memory that was freed back to the system; the C library of Linux keeps some for later."""
+    if sys.platform.startswith("linux"):
+        function = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if function is not None:
+            function(0)
+
+
 def _page_entries(first: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """What the kernel says of pages, one number each; nothing where it is not asked."""
     try:

@@ -8,9 +8,7 @@ change to single numbers in its middle is not.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -128,7 +126,7 @@ class InFiles:
             empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = empty
         drop_packs(network)
-        _return_memory()
+        pages.trim()
 
     def fetch(self, network: nn.Module) -> None:
         """Read them again, converted as they were when they were put here."""
@@ -184,11 +182,3 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.dtype == like.dtype and tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(tensor)
-
-
-def _return_memory() -> None:
-    """Give memory that was freed back to the system; the C library of Linux keeps some for later."""
-    if platform.system() == "Linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
