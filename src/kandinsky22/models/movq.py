@@ -18,11 +18,9 @@ from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.outputs import Output
-from kandinsky22.runtime import pages
 from kandinsky22.runtime.convolution import Conv2d
 
 EPS = 1e-6  # of every norm of the published network
-LARGE = 2**14  # numbers in latents, those of 512 x 512 pixels, from which on decoding needs much memory
 
 
 @dataclass
@@ -127,8 +125,6 @@ class VQModel(Model):
             codes, loss = h, h.new_zeros(h.shape[0])
         else:
             codes, loss = self.quantize(h)
-        if codes.numel() >= LARGE and codes.device.type == "cpu":
-            pages.trim()  # what steps before left takes none of the memory that decoding needs most of
         sample = torch.cat([self._decoded(self.post_quant_conv(part), part) for part in self._parts(codes)])
         sample = sample.contiguous()
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
