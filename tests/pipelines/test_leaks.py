@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from tests.pipelines.tiny import seeded
 
 from kandinsky22 import AutoPipelineForText2Image
+from kandinsky22.runtime import pages
 
 GENERATIONS, SETTLED = 50, 10
 
@@ -18,7 +18,7 @@ GENERATIONS, SETTLED = 50, 10
 def resident() -> int:
     """Bytes of this process that are in memory, after what is free was given back."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    pages.trim()
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 

@@ -49,9 +49,8 @@ def group_norm(
     table = Table(moments(pixels.split(step, dim=1), groups, eps), scale, shift)
     out = pixels if spent else pages.empty(pixels, *pixels.shape)
     height = pixels.shape[1]
-    if table.height > 1:  # with whole rows of the table, no copy of them has to be made for each block
-        tall = height // table.height
-        step = max(1, step // tall) * tall
+    # with a row of the table at a time, no copy of it has to be made for each block
+    step = step if table.height == 1 else height // table.height
     for row in range(0, height, step):
         table.apply(pixels[:, row : row + step], row, height, activated=activated, out=out[:, row : row + step])
     return out.permute(0, 3, 1, 2)
@@ -70,16 +69,12 @@ class Table:
     def apply(self, pixels: Tensor, first: int, height: int, *, activated: bool, out: Tensor | None = None) -> Tensor:
         """Normalised pixels (batch, rows, W, channels), which begin with the row `first` of `height` rows."""
         tall, last = height // self.height, first + pixels.shape[1]
-        rows: Any = slice(first // tall, (last - 1) // tall + 1)
-        whole = first % tall == last % tall == 0
-        if not whole and rows.stop - rows.start > 1:
-            rows, whole = torch.arange(first, last, device=pixels.device) // tall, True
-            tall = 1
-        # (batch, rows of the table, rows that each stands for, its columns, columns that each stands for, channels)
-        shape = ((-1, tall if whole else pixels.shape[1]), (self.width, -1))
-        a, b = (part[:, rows, None, :, None] for part in (self.scale, self.shift))
-        part = pixels.unflatten(2, shape[1]).unflatten(1, shape[0])
-        place = None if out is None else out.unflatten(2, shape[1]).unflatten(1, shape[0])
+        rows: Any = slice(first // tall, first // tall + 1)
+        if (last - 1) // tall != first // tall:
+            rows = torch.arange(first, last, device=pixels.device) // tall
+        a, b = (part[:, rows, :, None] for part in (self.scale, self.shift))
+        part = pixels.unflatten(2, (self.width, -1))
+        place = None if out is None else out.unflatten(2, (self.width, -1))
         if part.dtype != a.dtype:
             made = torch.addcmul(b, part.float(), a)
         else:
@@ -90,7 +85,7 @@ class Table:
             made = made.to(pixels.dtype)
         elif made is not place:
             made = place.copy_(made)
-        return made.flatten(3, 4).flatten(1, 2) if out is None else out
+        return made.flatten(2, 3)
 
 
 def moments(blocks: Iterable[Tensor], groups: int, eps: float) -> tuple[Tensor, Tensor]:
