@@ -164,6 +164,7 @@ def test_norms(
     spent: bool, activated: bool, batch: int, sides: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(normalise, "BLOCK", block)
+    monkeypatch.setattr(normalise, "MEASURED", block)
     features = (torch.randn(batch, 64, *sides) * 3 + 20).contiguous(memory_format=torch.channels_last)
     latents, after = torch.randn(batch, 4, sides[0] // 4, sides[1] // 4), F.silu if activated else lambda x: x
     plain, spatial = GroupNorm(16, 64, eps=1e-5), SpatialNorm(64, 4)
@@ -189,6 +190,27 @@ def test_norms(
         assert spent or torch.equal(given, features)
         with torch.enable_grad():  # by torch, which is less exact
             assert distance(call(features, activated=activated, spent=spent), after(exact)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [100, 1200, 2**18])
+@pytest.mark.parametrize("places", [(1, 1), (3, 2), (6, 4), (24, 16)], ids=str)
+@torch.no_grad()
+def test_rows_of_a_norm_may_be_taken_from_anywhere(
+    places: tuple[int, int], block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(normalise, "BLOCK", block)
+    pixels = torch.randn(2, 24, 16, 8, dtype=dtype)
+    scale, shift = torch.randn(2, 2, 8, *places)
+    mean, deviation = torch.randn(2, 1, 1, 8), torch.rand(2, 1, 1, 8) + 0.5
+    table = normalise.Table((mean, deviation), scale, shift)
+    y, b = (F.interpolate(part, (24, 16)).double().permute(0, 2, 3, 1) for part in (scale, shift))
+    exact = F.silu((pixels.double() - mean) / deviation * y + b)
+    bound = 1e-6 if dtype == torch.float32 else 4e-3  # bfloat16 keeps 8 bits: 2e-3 in the mean
+    for first, last in ((0, 24), (1, 23), (5, 6), (7, 18), (23, 24)):
+        made = table.apply(pixels[:, first:last], first, 24, activated=True)
+        assert made.dtype == dtype
+        assert distance(made, exact[:, first:last]) < bound
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ squared distances to the mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from kandinsky22.runtime import pages
 
-BLOCK = 2**18  # numbers of features at a time: a megabyte in float32
+MEASURED = 2**18  # numbers of features that are averaged at a time: a megabyte in float32
+BLOCK = 2**19  # and that are normalised at a time
 
 enabled = True
 """False switches this off: torch's own group norm is used instead."""
@@ -45,15 +45,9 @@ def group_norm(
     these are `spent`, the result takes their memory.
     """
     pixels = features.permute(0, 2, 3, 1)
-    step = _rows(pixels)
-    table = Table(moments(pixels.split(step, dim=1), groups, eps), scale, shift)
+    table = Table(moments(pixels.split(_rows(pixels, MEASURED), dim=1), groups, eps), scale, shift)
     out = pixels if spent else pages.empty(pixels, *pixels.shape)
-    height = pixels.shape[1]
-    # with a row of the table at a time, no copy of it has to be made for each block
-    step = step if table.height == 1 else height // table.height
-    for row in range(0, height, step):
-        table.apply(pixels[:, row : row + step], row, height, activated=activated, out=out[:, row : row + step])
-    return out.permute(0, 3, 1, 2)
+    return table.apply(pixels, 0, pixels.shape[1], activated=activated, out=out).permute(0, 3, 1, 2)
 
 
 class Table:
@@ -61,31 +55,62 @@ class Table:
 
     def __init__(self, moments: tuple[Tensor, Tensor], scale: Tensor, shift: Tensor) -> None:
         mean, deviation = moments
-        scale, shift = (part.permute(0, 2, 3, 1).float() for part in (scale, shift))
+        scale, shift = (part.permute(0, 2, 3, 1).float().contiguous() for part in (scale, shift))
         self.scale = scale / deviation
         self.shift = shift - mean * self.scale
         self.height, self.width = self.scale.shape[1:3]
 
     def apply(self, pixels: Tensor, first: int, height: int, *, activated: bool, out: Tensor | None = None) -> Tensor:
-        """Normalised pixels (batch, rows, W, channels), which begin with the row `first` of `height` rows."""
-        tall, last = height // self.height, first + pixels.shape[1]
-        rows: Any = slice(first // tall, first // tall + 1)
-        if (last - 1) // tall != first // tall:
-            rows = torch.arange(first, last, device=pixels.device) // tall
-        a, b = (part[:, rows, :, None] for part in (self.scale, self.shift))
-        part = pixels.unflatten(2, (self.width, -1))
-        place = None if out is None else out.unflatten(2, (self.width, -1))
-        if part.dtype != a.dtype:
-            made = torch.addcmul(b, part.float(), a)
-        else:
-            made = torch.addcmul(b, part, a) if place is None else torch.addcmul(b, part, a, out=place)
-        if activated:
-            F.silu(made, inplace=True)
-        if place is None:
-            made = made.to(pixels.dtype)
-        elif made is not place:
-            made = place.copy_(made)
-        return made.flatten(2, 3)
+        """Normalised pixels (batch, rows, W, channels), which begin with the row `first` of `height` rows.
+
+        They are written to `out`, whose rows lie without gaps, and which may be the pixels.
+        """
+        out = torch.empty_like(pixels, memory_format=torch.contiguous_format) if out is None else out
+        given, made = pixels.flatten(2), out.flatten(2)
+        tall, across = height // self.height, pixels.shape[2] // self.width
+        most = _rows(pixels, BLOCK)
+        space = None if pixels.dtype == torch.float32 else given.new_empty(
+            len(given), min(most, given.shape[1]), given.shape[2], dtype=torch.float32
+        )  # fmt: skip
+        looked_up: tuple[int, int] | None = None
+        for start, rows, entries in _spans(first, first + pixels.shape[1], tall, most):
+            if looked_up != (start // tall, entries):
+                looked_up = start // tall, entries
+                scale, shift = (_spread(part, *looked_up, across) for part in (self.scale, self.shift))
+            here = slice(start - first, start - first + rows)
+            part, place = (whole[:, here].unflatten(1, (entries, -1)) for whole in (given, made))
+            if space is None:
+                result = torch.addcmul(shift, part, scale, out=place)
+            else:
+                result = space[:, :rows].unflatten(1, (entries, -1)).copy_(part)
+                torch.addcmul(shift, result, scale, out=result)
+            if activated:
+                F.silu(result, inplace=True)
+            if space is not None:
+                place.copy_(result)
+        return out
+
+
+def _spans(first: int, last: int, tall: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """Spans of rows: where each begins, its rows, `most` or less, and how many entries of a table it is about.
+
+    An entry stands for `tall` rows. A span is about several whole ones, or about one or a part of one.
+    """
+    while first < last:
+        inside = first % tall
+        whole = 0 if inside else min(most, last - first) // tall
+        rows = whole * tall or min(most, tall - inside, last - first)
+        yield first, rows, max(1, whole)
+        first += rows
+
+
+def _spread(table: Tensor, first: int, entries: int, across: int) -> Tensor:
+    """Some rows of a table (batch, h, w, channels) with each place repeated `across` times, (batch, entries, 1, row).
+
+    Sums and products of long rows that lie in memory as they are take a third of the time of those that repeat.
+    """
+    rows = table[:, first : first + entries, None, :, None]
+    return rows.expand(-1, -1, -1, -1, across, -1).flatten(3)
 
 
 def moments(blocks: Iterable[Tensor], groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -113,6 +138,6 @@ def moments(blocks: Iterable[Tensor], groups: int, eps: float) -> tuple[Tensor, 
     return next(both), next(both)
 
 
-def _rows(pixels: Tensor) -> int:
-    """How many rows of pixels (batch, H, W, channels) are dealt with at a time, whatever the batch."""
-    return max(1, BLOCK // pixels[0, 0].numel())
+def _rows(pixels: Tensor, numbers: int) -> int:
+    """How many rows of pixels (batch, H, W, channels) have so many numbers, whatever the batch."""
+    return max(1, numbers // pixels[0, 0].numel())
