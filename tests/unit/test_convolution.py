@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.models.movq import VQModel
-from kandinsky22.runtime import convolution, normalise, packed, wide, winograd
-from kandinsky22.runtime.convolution import Conv2d, double
+from kandinsky22.runtime import convolution, normalise, packed, pages, wide, winograd
+from kandinsky22.runtime.convolution import Conv2d, added, double
 
 needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
 WORTHWHILE = convolution.WORTHWHILE  # as it is outside these tests
@@ -62,6 +62,67 @@ def test_every_way_is_right(size: tuple[int, ...], bias: bool, mode: type[torch.
             assert kind(layer) == ("convolution" if packed.DTYPES else None)
             del layer.winograd, layer.doubling
         assert torch.equal(given, kept)
+
+
+@pytest.mark.parametrize("band", [1, 200, 10**6])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_large_results_are_made_in_bands(size: tuple[int, ...], band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MAPPED", 0)
+    monkeypatch.setattr(convolution, "BAND", band)
+    batch, inside, outside, *sides = size
+    layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
+    layer.winograd = False
+    for given in (features, features.contiguous(memory_format=torch.channels_last)):
+        kept = given.clone()
+        assert distance(layer(given), exactly(layer, given)) < 1e-6
+        assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
+        assert torch.equal(given, kept)
+
+
+@pytest.mark.parametrize("off", [(), ("winograd", "doubling"), ("packing",)], ids=str)
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_results_are_added_to_what_is_there(size: tuple[int, ...], doubled: bool, off: tuple[str, ...]) -> None:
+    batch, inside, outside, *sides = size
+    layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
+    for name in off:
+        setattr(layer, name, False)
+    made = exactly(layer, double(features) if doubled else features)
+    for order in (torch.contiguous_format, torch.channels_last):
+        onto = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=order)
+        expected = made + onto
+        summed = layer(features, doubled=doubled, onto=onto)
+        assert distance(summed, expected) < 3e-6
+        assert summed.data_ptr() == onto.data_ptr()
+        with torch.enable_grad():  # nothing is changed that gradients may need
+            before = onto.clone()
+            assert distance(layer(features, doubled=doubled, onto=onto).detach(), made + onto) < 3e-6
+            assert torch.equal(onto, before)
+    onto = torch.randn_like(made, dtype=torch.float32)
+    given, other = (double(features) if doubled else features), nn.Conv2d(inside, outside, 1)
+    expected = other(given) + onto
+    assert torch.equal(added(other, given, onto), expected)
+
+
+@pytest.mark.parametrize("widths", [(32, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+@pytest.mark.parametrize("latent_channels", [None, 4])
+@torch.no_grad()
+def test_blocks_change_what_is_spent_only(
+    widths: tuple[int, int], resample: str | None, latent_channels: int | None
+) -> None:
+    block = ResidualBlock(*widths, eps=1e-5, resample=resample, latent_channels=latent_channels)
+    features = torch.randn(2, widths[0], 8, 12).contiguous(memory_format=torch.channels_last)
+    latents, kept = torch.randn(2, 4, 4, 6), features.clone()
+    with torch.enable_grad():
+        expected = block(features, latents=latents, spent=True).detach()
+    assert torch.equal(features, kept)
+    made = block(features, latents=latents)
+    assert torch.equal(features, kept)
+    assert distance(made, expected) < 1e-5
+    assert distance(block(features, latents=latents, spent=True), expected) < 1e-5
 
 
 @needs_packing

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kandinsky22.runtime import packed
+from kandinsky22.runtime import packed, pages
 from kandinsky22.runtime.packed import Linear
 from kandinsky22.runtime.pages import forget
 from kandinsky22.weights import read_tensors
@@ -66,3 +69,52 @@ def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
     assert torch.allclose(layer(features), plain, atol=1e-3)
     assert full - of_files() > 0.9 * mapped.nbytes
     assert torch.equal(layer.weight, mapped)
+
+
+# Memory that is freed
+
+new_pages_are_seen = pytest.mark.skipif(pages._settings() is None, reason="memory is allocated by somebody else")
+
+
+def new_pages(numbers: int = 2**24) -> int:
+    """How many pages the system gives for two tensors one after the other, the second of which is counted."""
+    torch.ones(numbers)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(numbers)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@new_pages_are_seen
+def test_memory_is_kept_for_the_next_tensor_until_the_end() -> None:
+    outside = new_pages()
+    with pages.kept():
+        assert new_pages() < outside / 10
+        with pytest.raises(ZeroDivisionError), pages.kept():
+            raise ZeroDivisionError
+        assert new_pages() < outside / 10
+        filled = in_memory()
+    assert filled - in_memory() > 2**25
+    assert new_pages() > outside / 2
+
+
+@new_pages_are_seen
+def test_keeping_memory_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "keeping", False)
+    outside = new_pages()
+    with pages.kept():
+        assert new_pages() > outside / 2
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_settings_of_the_environment_are_left_alone(name: str) -> None:
+    code = "from kandinsky22.runtime import pages; print(pages._settings())"
+    environment = {**os.environ, name: "1" if name.startswith("MALLOC") else "glibc.malloc.arena_max=1"}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "None\n"
+    )
+
+
+def in_memory() -> int:
+    """Bytes that this process has in memory."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))

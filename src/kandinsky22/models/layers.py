@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kandinsky22.models.bands import Rows, measured
 from kandinsky22.runtime import normalise
-from kandinsky22.runtime.convolution import Conv2d, double
+from kandinsky22.runtime.convolution import Conv2d, added, double
 from kandinsky22.runtime.normalise import Table
 from kandinsky22.runtime.packed import Linear
 
@@ -125,24 +125,32 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
         self.resample = resample
 
-    def forward(self, features: Tensor, time: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, time: Tensor | None = None, latents: Tensor | None = None, *, spent: bool = False
+    ) -> Tensor:
         """Features (batch, out_channels, H', W') from (batch, in_channels, H, W).
 
         `time` is the *activated* time embedding (batch or 1, time_dim): silu(embedding) is the same for every block,
-        so whoever owns the blocks computes it once.
+        so whoever owns the blocks computes it once. The memory of `spent` features may be used.
         """
-        hidden = self.norm1(features, latents, activated=True)
+        # what is compiled changes nothing that it is given
+        spent = spent and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        shortcut = features if self.resample is None else {"up": double, "down": halve}[self.resample](features)
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(shortcut)
+        own = shortcut is not features
+        hidden = self.norm1(features, latents, activated=True, spent=spent and own)
         if self.resample == "down":
-            hidden, features = halve(hidden), halve(features)
+            hidden = halve(hidden)
         hidden = self.conv1(hidden, doubled=self.resample == "up")
-        if self.resample == "up":
-            features = double(features)
         if self.time_emb_proj is None:
             hidden = self.norm2(hidden, latents, activated=True, spent=True)
         else:
             scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
             hidden = self.norm2(hidden, modulation=(1 + scale, shift), activated=True, spent=True)
-        hidden, shortcut = self.conv2(hidden), features if self.conv_shortcut is None else self.conv_shortcut(features)
+        if own or spent:
+            return added(self.conv2, hidden, shortcut)
+        hidden = self.conv2(hidden)
         return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 

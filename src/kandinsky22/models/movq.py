@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,8 +19,10 @@ from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.outputs import Output
+from kandinsky22.runtime import pages
 from kandinsky22.runtime.convolution import Conv2d
 
+Layer = Callable[..., Tensor]  # takes features and, by name, latents
 EPS = 1e-6  # of every norm of the published network
 
 
@@ -114,7 +117,8 @@ class VQModel(Model):
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Latents, before quantization, of pictures (batch, in_channels, H, W) in [-1, 1]."""
         x = x.contiguous()  # rounding is not to depend on how pictures lie in memory
-        latents = torch.cat([self.quant_conv(self._encoded(part)) for part in self._parts(x)]).contiguous()
+        with pages.kept():
+            latents = torch.cat([self.quant_conv(self._encoded(part)) for part in self._parts(x)]).contiguous()
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def decode(
@@ -125,8 +129,9 @@ class VQModel(Model):
             codes, loss = h, h.new_zeros(h.shape[0])
         else:
             codes, loss = self.quantize(h)
-        sample = torch.cat([self._decoded(self.post_quant_conv(part), part) for part in self._parts(codes)])
-        sample = sample.contiguous()
+        with pages.kept():
+            sample = torch.cat([self._decoded(self.post_quant_conv(part), part) for part in self._parts(codes)])
+            sample = sample.contiguous()
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
@@ -220,13 +225,26 @@ class Level(nn.Module):
 
     def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
         """Features (batch, channels, H, W) at the next level's size."""
+        return through(self.layers(), features, latents)
+
+    def layers(self) -> Iterator[Layer]:
+        """What features go through one after the other; their memory is used again."""
         for index, block in enumerate(self.resnets):
-            features = block(features, latents=latents)
+            yield functools.partial(block, spent=True)
             if index < len(self.attentions):
-                features = self.attentions[index](features, latents=latents)
+                yield self.attentions[index]
         if self.resample is not None:
-            features = getattr(self, self.resample)[0](features)
-        return features
+            yield getattr(self, self.resample)[0]
+
+
+def through(layers: Iterable[Layer], features: Tensor, latents: Tensor | None) -> Tensor:
+    """What layers, one after the other, make of features.
+
+    Called with the layers of several levels: a level would keep what it is given in memory as long as it works.
+    """
+    for layer in layers:
+        features = layer(features, latents=latents)
+    return features
 
 
 class Downsample(nn.Module):
@@ -236,7 +254,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
         """(batch, channels, H / 2, W / 2)."""
         return self.conv(F.pad(features, (0, 1, 0, 1)))
 
@@ -248,7 +266,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
         """(batch, channels, 2 H, 2 W)."""
         return self.conv(features, doubled=True)
 
@@ -277,10 +295,9 @@ class Encoder(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """(batch, latent_channels, H / f, W / f) from (batch, in_channels, H, W)."""
-        features = self.conv_in(sample)
-        for block in self.down_blocks:
-            features = block(features)
-        return self.conv_out(self.conv_norm_out(self.mid_block(features), activated=True, spent=True))
+        levels = (*self.down_blocks, self.mid_block)
+        features = through(itertools.chain(*(level.layers() for level in levels)), self.conv_in(sample), None)
+        return self.conv_out(self.conv_norm_out(features, activated=True, spent=True))
 
 
 class Decoder(nn.Module):
@@ -314,7 +331,6 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         """(batch, out_channels, H, W) from (batch, latent_channels, H / f, W / f) and latents of that size."""
-        features = self.mid_block(self.conv_in(features), latents)
-        for block in self.up_blocks:
-            features = block(features, latents)
+        levels = (self.mid_block, *self.up_blocks)
+        features = through(itertools.chain(*(level.layers() for level in levels)), self.conv_in(features), latents)
         return self.conv_out(self.conv_norm_out(features, latents, activated=True, spent=True))

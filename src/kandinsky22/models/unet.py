@@ -312,7 +312,8 @@ class Level(nn.Module):
         keys and values; results are appended to `left`, inputs completed from the end of `taken`. Without `resampled`
         the size stays as it is."""
         for index, block in enumerate(self.resnets):
-            features = block(features if taken is None else torch.cat([features, taken.pop()], dim=1), time)
+            given = features if taken is None else torch.cat([features, taken.pop()], dim=1)
+            features = block(given, time, spent=taken is not None)
             if index < len(self.attentions):
                 features = self.attentions[index](features, next(layers))
             if left is not None:

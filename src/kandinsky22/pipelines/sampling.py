@@ -15,6 +15,7 @@ from kandinsky22.guidance import Guidance
 from kandinsky22.inputs import checks
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.randomness import Generators, randn_tensor
+from kandinsky22.runtime import pages
 from kandinsky22.stepping import Stepper, Steps
 
 Denoise = Callable[[Tensor, Any], Tensor]
@@ -220,7 +221,7 @@ class SamplingPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps = plan.guidance.scale, len(plan.timesteps)
         shown = bool(plan.callbacks.tensor_inputs) and plan.callbacks.on_step_end is not None
         run = Run(latents, tensors, plan.guidance, shown=shown)
-        with self._freed_on_error(), self.progress_bar(total=len(plan.timesteps)) as bar:
+        with self._freed_on_error(), pages.kept(), self.progress_bar(total=len(plan.timesteps)) as bar:
             steps = sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit)
             while not self._interrupted and next(steps, None) is not None:
                 self._notify(run, plan.callbacks)

@@ -9,6 +9,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +23,11 @@ from kandinsky22.runtime.packed import Packs, can_pack
 WORTHWHILE = 2**24  # multiplications for one picture below which rearranging gains nothing, and rounds more
 NARROW = 256  # channels, the mean of in and out, below which transforms cost more than products are saved
 FEW = 64  # squares of a picture below which reading four times as many weights costs more
+BAND = (
+    2**22
+)  # numbers of a large result that are made at a time: 16 MB in float32, which the C library keeps for the next
 LARGE = 2**20  # kernels above which four times as many weights take too much memory
+LAST = torch.channels_last
 
 
 class Conv2d(Packs, nn.Conv2d):
@@ -32,8 +40,11 @@ class Conv2d(Packs, nn.Conv2d):
     winograd: bool = True
     doubling: bool = True
 
-    def forward(self, features: Tensor, doubled: bool = False) -> Tensor:
-        """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`."""
+    def forward(self, features: Tensor, doubled: bool = False, onto: Tensor | None = None) -> Tensor:
+        """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`.
+
+        With `onto`, of the result's shape, the sum of both; where no gradient is wanted, it takes onto's memory.
+        """
         # compiled code asks for no sizes here, which it would then be made for
         # the batch does not count, so that a picture does not depend on how many are made with it
         products = 0 if torch.compiler.is_compiling() else features[:1, 0].numel() * self.weight.numel()
@@ -42,14 +53,16 @@ class Conv2d(Packs, nn.Conv2d):
         if products < WORTHWHILE or not (
             self.packing and _is_plain(self) and can_pack(features, self.weight, self.bias)
         ):
-            return super().forward(double(features) if doubled else features)
+            return _plus(super().forward(double(features) if doubled else features), onto)
         if doubled and self.doubling and self._is_3x3():
-            return self._doubled(features.contiguous(memory_format=torch.channels_last))
-        features = (double(features) if doubled else features).contiguous(memory_format=torch.channels_last)
+            return _plus(self._doubled(features.contiguous(memory_format=LAST)), onto)
+        if onto is not None and not (onto.dtype == features.dtype and onto.is_contiguous(memory_format=LAST)):
+            return _plus(self(features, doubled), onto)
+        features = (double(features) if doubled else features).contiguous(memory_format=LAST)
         if self.winograd and self._is_3x3() and self._suits_winograd(features):
             matrices = self._packed("winograd", winograd.transformed)
-            return winograd.convolve(features, matrices, self.out_channels, self.bias)
-        return self._product(features, self._packed("convolution", lambda w: self._reordered(w, features)))
+            return winograd.convolve(features, matrices, self.out_channels, self.bias, onto)
+        return self._direct(features, onto)
 
     def _is_3x3(self) -> bool:
         return self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
@@ -68,15 +81,19 @@ class Conv2d(Packs, nn.Conv2d):
         """Results around each corner where four pixels meet, four times the channels, then put in their places."""
         batch, _, height, width = features.shape
         weight = self._packed("doubled", lambda w: self._reordered(_around_corners(w), features))
-        corners = self._product(features, weight, bias=False).permute(0, 2, 3, 1)
-        corners = corners.unflatten(3, (2, 2, -1))  # (batch, corners down, across, below or above, right or left, out)
         out = pages.empty(features, batch, 2 * height, 2 * width, self.out_channels)
         squares = out.unflatten(2, (width, 2)).unflatten(1, (height, 2))
-        for a in (0, 1):  # the upper pixels of a square are the lower ones around the corners above
-            for b in (0, 1):
-                part = corners[:, a : a + height, b : b + width, 1 - a, 1 - b]
-                place = squares[:, :, a, :, b]
-                place.copy_(part) if self.bias is None else torch.add(part, self.bias, out=place)
+        for sample, (first, last) in itertools.product(
+            range(batch), bands(height, (width + 1) * 4 * self.out_channels)
+        ):
+            part = _rows(features[sample : sample + 1], first - 1, last + 1)
+            corners = self._product(part, weight, padding=(0, 1), bias=False).permute(0, 2, 3, 1)
+            corners = corners.unflatten(3, (2, 2, -1))  # (1, down, across, below or above, right or left, out)
+            for a in (0, 1):  # the upper pixels of a square are the lower ones around the corners above
+                for b in (0, 1):
+                    given = corners[0, a : a + last - first, b : b + width, 1 - a, 1 - b]
+                    place = squares[sample, first:last, a, :, b]
+                    place.copy_(given) if self.bias is None else torch.add(given, self.bias, out=place)
         return out.permute(0, 3, 1, 2)
 
     def _reordered(self, weight: Tensor, features: Tensor) -> Tensor:
@@ -85,17 +102,62 @@ class Conv2d(Packs, nn.Conv2d):
         )
         return made
 
-    def _product(self, features: Tensor, weight: Tensor, bias: bool = True) -> Tensor:
-        settings = list(self.padding), list(self.stride), [1, 1], 1
+    def _direct(self, features: Tensor, onto: Tensor | None) -> Tensor:
+        weight = self._packed("convolution", lambda w: self._reordered(w, features))
+        if onto is not None:
+            settings = weight, self.bias, list(self.padding), list(self.stride), [1, 1], 1
+            torch.ops.mkldnn._convolution_pointwise_.binary(onto, features, *settings, "add", None, None, [], None)
+            return onto
+        batch, _, height, width = features.shape
+        row = width * self.out_channels
+        if not self._is_3x3() or height * row * features.element_size() < pages.MAPPED:
+            return self._product(features, weight, self.padding)
+        # large results in pages that `empty` chooses
+        out = pages.empty(features, batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        for sample, (first, last) in itertools.product(range(batch), bands(height, row)):
+            part = _rows(features[sample : sample + 1], first - 1, last + 1)
+            out[sample : sample + 1, :, first:last] = self._product(part, weight, (0, 1))
+        return out
+
+    def _product(self, features: Tensor, weight: Tensor, padding: Any, *, bias: bool = True) -> Tensor:
         made: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            features, weight, self.bias if bias else None, *settings, "none", [], ""
+            features, weight, self.bias if bias else None, list(padding), list(self.stride), [1, 1], 1, "none", [], ""
         )
         return made
+
+
+def bands(height: int, row: int) -> Iterator[tuple[int, int]]:
+    """First and last row, exclusively, of bands of rows that have so many numbers each."""
+    rows = max(1, BAND // row)
+    for first in range(0, height, rows):
+        yield first, min(first + rows, height)
+
+
+def _rows(features: Tensor, first: int, last: int) -> Tensor:
+    """Rows of features, zeros for those above the first and below the last one."""
+    height = features.shape[2]
+    part = features[:, :, max(0, first) : min(height, last)]
+    if first < 0 or last > height:
+        part = F.pad(part, (0, 0, max(0, -first), max(0, last - height)))
+    return part.contiguous(memory_format=LAST)
+
+
+def added(convolution: Callable[[Tensor], Tensor], features: Tensor, onto: Tensor) -> Tensor:
+    """What any layer makes of the features, plus `onto`, whose memory it may take where no gradient is wanted."""
+    if isinstance(convolution, Conv2d):
+        return cast(Tensor, convolution(features, onto=onto))
+    return _plus(convolution(features), onto)
 
 
 def double(features: Tensor) -> Tensor:
     """Each pixel repeated in a 2x2 square."""
     return F.interpolate(features, scale_factor=2.0, mode="nearest")
+
+
+def _plus(made: Tensor, onto: Tensor | None) -> Tensor:
+    if onto is None:
+        return made
+    return made + onto if torch.is_grad_enabled() else onto.add_(made)
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

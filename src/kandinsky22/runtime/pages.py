@@ -1,21 +1,29 @@
-"""Memory of weights that are mapped from a file: it can be given back while the weights stay usable."""
+"""Memory of the CPU, where the system decides too early or too late when it is given back."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
+import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch import Tensor
 
 _DONTNEED, _HUGEPAGE = 4, 14  # MADV_... of Linux
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_... of its C library
 HUGE = 2**21  # bytes of a huge page
 MAPPED = 2**25  # bytes from which on the C library asks the system for memory, and returns it when it is not needed
 # Bits of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst of the Linux kernel).
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1) << np.uint64(bit) for bit in (63, 62, 61))
+
+keeping = True
+"""False switches `kept` off."""
+_keeping, _lock = 0, threading.Lock()  # how many are within
 
 
 def forget(tensor: Tensor) -> bool:
@@ -54,6 +62,47 @@ def trim() -> None:
         function = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if function is not None:
             function(0)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within, memory that is freed stays, for what is allocated next; at the end what is free is given back.
+
+    The C library of Linux gives large tensors pages of their own and returns them with the tensor. In a network that
+    means new pages, which the system clears first, for each layer's features. Nothing is done elsewhere, or where the
+    environment says how memory is to be allocated.
+    """
+    global _keeping
+    function = _settings() if keeping else None
+    if function is None:
+        yield
+        return
+    with _lock:
+        _keeping += 1
+        function(_MMAP_MAX, 0)
+        function(_TRIM_THRESHOLD, sys.maxsize >> 32)
+    try:
+        yield
+    finally:
+        with _lock:
+            _keeping -= 1
+            if not _keeping:  # as the C library has them when it has seen large tensors come and go
+                function(_MMAP_MAX, 2**16)
+                function(_MMAP_THRESHOLD, MAPPED)
+                function(_TRIM_THRESHOLD, 2 * MAPPED)
+        if not _keeping:
+            trim()
+
+
+@functools.cache
+def _settings() -> Callable[[int, int], int] | None:
+    """The C library's function that sets how memory is allocated, if it is there and nobody else does that."""
+    if not sys.platform.startswith("linux") or any(
+        name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
+    ):
+        return None
+    function: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
+    return function
 
 
 def _page_entries(first: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

@@ -70,15 +70,20 @@ def fits(height: int, width: int) -> bool:
     return height % SIDE == 0 and width % SIDE == 0
 
 
-def convolve(features: Tensor, matrices: list[Tensor], channels: int, bias: Tensor | None) -> Tensor:
-    """The convolution of features (batch, in, H, W), padded by 1, as (batch, `channels`, H, W), both channels last."""
+def convolve(
+    features: Tensor, matrices: list[Tensor], channels: int, bias: Tensor | None, onto: Tensor | None = None
+) -> Tensor:
+    """The convolution of features (batch, in, H, W), padded by 1, as (batch, `channels`, H, W), both channels last.
+
+    It is added to `onto`, if that is given, in its memory.
+    """
     batch, inside, height, width = features.shape
     down, across = height // SIDE, width // SIDE
     rows = min(down, max(1, SQUARES // across))
     samples = min(batch, max(1, SQUARES // (down * across)))
     to_values, _, to_results = (matrix.float() for matrix in transforms())
     pixels = features.permute(0, 2, 3, 1)
-    out = pages.empty(features, batch, height, width, channels)
+    out = pages.empty(features, batch, height, width, channels) if onto is None else onto.permute(0, 2, 3, 1)
     for sample in range(0, batch, samples):
         for row in range(0, down, rows):
             band = pixels[sample : sample + samples, max(0, SIDE * row - 1) : SIDE * (row + rows) + 1]
@@ -90,7 +95,9 @@ def convolve(features: Tensor, matrices: list[Tensor], channels: int, bias: Tens
             place = out[sample : sample + samples, SIDE * row : SIDE * (row + rows)]
             place = place.unflatten(2, (across, SIDE)).unflatten(1, (-1, SIDE))
             results = results.permute(2, 3, 0, 4, 1, 5)
-            place.copy_(results) if bias is None else torch.add(results, bias, out=place)
+            if bias is not None:
+                results.add_(bias)
+            place.copy_(results) if onto is None else place.add_(results)
     return out.permute(0, 3, 1, 2)
 
 
