@@ -23,7 +23,7 @@ from torch import nn
 from kandinsky22 import models, schedulers
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.hub import shared_folder
-from kandinsky22.runtime import asleep
+from kandinsky22.runtime import asleep, pages
 from kandinsky22.runtime.kept import name_files
 from kandinsky22.runtime.shelves import remember
 from kandinsky22.weights import STEM, weight_files
@@ -217,11 +217,14 @@ def _load_borrowed(name: str, class_name: str, folder: Path, stored: Stored) -> 
     if kind is None:
         raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no {class_name}; pass {name}=")
     options: dict[str, Any] = {"local_files_only": True}
-    network = isinstance(kind, type) and issubclass(kind, nn.Module)
+    network, halved = isinstance(kind, type) and issubclass(kind, nn.Module), False
     if network:
         release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
         dtype = torch.float32 if stored.torch_dtype is None else stored.torch_dtype
-        options |= {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "output_loading_info": True}
+        type_name = "dtype" if release >= (4, 56) else "torch_dtype"
+        # transformers would keep in memory what it has read of the file
+        halved = isinstance(dtype, torch.dtype) and dtype != torch.float32 and _in_float32(_weights(folder, stored))
+        options |= {type_name: torch.float32 if halved else dtype, "output_loading_info": True}
         options |= {key: getattr(stored.for_folder(folder), key) for key in ("variant", "use_safetensors")}
         if release < (5, 0) and importlib.util.find_spec("accelerate") is not None:
             options["low_cpu_mem_usage"] = True  # later releases always build without doubling memory
@@ -236,7 +239,32 @@ def _load_borrowed(name: str, class_name: str, folder: Path, stored: Stored) -> 
     component, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{folder} does not fit {class_name}: {len(missing)} missing: {', '.join(missing[:8])}")
+    if halved:
+        _convert(component, dtype)
+        setattr(component.config, type_name, dtype)
     return component.eval()
+
+
+def _in_float32(files: Iterable[Path]) -> bool:
+    """Whether all numbers of these files are float32, in safetensors."""
+    kinds = set()
+    for file in files:
+        if file.suffix == ".safetensors":
+            with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
+                kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - no mapping
+        elif file.suffix != ".json":
+            return False
+    return "F32" in kinds and all(kind == "F32" or not kind.startswith(("F", "BF")) for kind in kinds)
+
+
+def _convert(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a network's numbers, one tensor after the other: those that were read from a file take no memory then."""
+    for module in network.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
+                read = tensor.data
+                tensor.data = read.to(dtype)
+                pages.forget(read)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.pipelines.outputs import ImagePipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline
 from kandinsky22.randomness import Generators
+from kandinsky22.runtime import winograd
 from kandinsky22.stepping import Levels, Steps, Times, uses_learned_variance
 
 Embeds: TypeAlias = Tensor | list[Tensor]
@@ -203,7 +204,7 @@ class DecoderPipeline(SamplingPipeline):
         """The result of a call from the latents after the last step; `plan` is given if pixels are to be kept."""
         result: Any = latents
         if output_type != "latent":
-            with self._freed_on_error():
+            with self._freed_on_error(), winograd.turn(self.movq, after=self.unet):
                 pictures = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
             if plan is not None:  # in float32, for others cannot tell all 256 levels of brightness apart
                 rows = {name: self._rows(plan, picture, torch.float32) for name, picture in plan.pictures.items()}

@@ -16,6 +16,7 @@ from kandinsky22.models import PriorTransformer
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
 from kandinsky22.randomness import Generators
+from kandinsky22.runtime import pages
 from kandinsky22.runtime.device import usable_device
 from kandinsky22.runtime.kept import Recent, zero_embed
 from kandinsky22.stepping import Levels, Steps, Times
@@ -80,6 +81,7 @@ class PriorPipeline(SamplingPipeline):
             image_processor=image_processor,
         )
 
+    @torch.no_grad()  # a graph of the encoder would be kept with its results
     def encode_text(self, texts: Sequence[str]) -> TextEncoding:
         """Encode texts with the CLIP text tower; what does not fit into its context is cut off with a warning."""
         device, dtype = self._execution_device, self.prior.dtype
@@ -87,6 +89,7 @@ class PriorPipeline(SamplingPipeline):
         def encode() -> TextEncoding:
             ids, mask = prompts.tokens(self.tokenizer, texts)
             made = self.text_encoder(ids.to(device))
+            pages.forget_large(self.text_encoder.parameters())  # the prior works without them
             return TextEncoding(made.text_embeds.to(dtype), made.last_hidden_state.to(dtype), mask.to(device))
 
         return self._texts.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)

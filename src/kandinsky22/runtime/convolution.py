@@ -60,7 +60,7 @@ class Conv2d(Packs, nn.Conv2d):
             return _plus(self(features, doubled), onto)
         features = (double(features) if doubled else features).contiguous(memory_format=LAST)
         if self.winograd and self._is_3x3() and self._suits_winograd(features):
-            matrices = self._packed("winograd", winograd.transformed)
+            matrices = self._packed(winograd.KIND, winograd.transformed)
             return winograd.convolve(features, matrices, self.out_channels, self.bias, onto)
         return self._direct(features, onto)
 

@@ -50,6 +50,15 @@ class Packs:
         return {name: value for name, value in self.__dict__.items() if name != "_pack"}
 
 
+def give_up(network: nn.Module, kind: str) -> None:
+    """Forget a network's copies of this kind until they are needed again."""
+    layers = [layer for layer in network.modules() if getattr(layer.__dict__.get("_pack"), "kind", None) == kind]
+    for layer in layers:
+        del layer.__dict__["_pack"]
+    if layers:
+        pages.trim()
+
+
 class Linear(Packs, nn.Linear):
     """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
 

@@ -9,7 +9,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from torch import Tensor
@@ -41,6 +41,13 @@ def forget(tensor: Tensor) -> bool:
     if not there.any() or not ((pages[there] & _OF_FILE) != 0).all():
         return False
     return _advise()(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONTNEED) == 0
+
+
+def forget_large(tensors: Iterable[Tensor]) -> None:
+    """`forget` those of a megabyte and more."""
+    for tensor in tensors:
+        if tensor.nbytes >= 2**20:
+            forget(tensor)
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:

@@ -10,14 +10,17 @@ points 0, +-3/4, +-3/2 and infinity: powers of them stay near 1, and they are ex
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kandinsky22.runtime import pages
+from kandinsky22.runtime import packed, pages
 from kandinsky22.runtime.packed import packed_matrix, product
 
+KIND = "winograd"  # of a layer's copy of its weight
 SIDE = 4  # results of a square, along each side
 REACH = 6  # numbers that they depend on
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
@@ -63,6 +66,19 @@ def transformed(weight: Tensor) -> list[Tensor]:
         part = kernels[start : start + SLICE].double()
         values[:, start : start + SLICE] = transforms()[1] @ part.T
     return [packed_matrix(matrix) for matrix in values.view(-1, *weight.shape[:2])]
+
+
+@contextlib.contextmanager
+def turn(network: nn.Module, *, after: nn.Module) -> Iterator[None]:
+    """Of the two networks, only the first has such matrices within, and none has at the end.
+
+    They take four times the memory of weights, and making them takes a small part of the time of a network's work.
+    """
+    packed.give_up(after, KIND)
+    try:
+        yield
+    finally:
+        packed.give_up(network, KIND)
 
 
 def fits(height: int, width: int) -> bool:
