@@ -25,6 +25,7 @@ from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.hub import shared_folder
 from kandinsky22.runtime import asleep, pages
 from kandinsky22.runtime.kept import name_files
+from kandinsky22.runtime.packed import make_direct
 from kandinsky22.runtime.shelves import remember
 from kandinsky22.weights import STEM, weight_files
 
@@ -242,6 +243,7 @@ def _load_borrowed(name: str, class_name: str, folder: Path, stored: Stored) -> 
     if halved:
         _convert(component, dtype)
         setattr(component.config, type_name, dtype)
+    make_direct(component)
     return component.eval()
 
 

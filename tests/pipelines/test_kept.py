@@ -319,6 +319,14 @@ def test_results_do_not_suffer_from_callbacks(checkpoints: Path) -> None:
     assert same(draw(pipe), first)
 
 
+def test_results_hold_no_graph(checkpoints: Path) -> None:
+    pipe = load(checkpoints / "prior")
+    assert next(pipe.text_encoder.parameters()).requires_grad
+    made = pipe.encode_text(["a cat"])
+    assert not made.prompt_embeds.requires_grad
+    assert not made.text_encoder_hidden_states.requires_grad
+
+
 def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(checkpoints / "prior")
     monkeypatch.setattr(kept.Recent, "size", 2)

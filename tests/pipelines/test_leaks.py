@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.pipelines.tiny import seeded
+from torch import nn
 
 from kandinsky22 import AutoPipelineForText2Image
-from kandinsky22.runtime import pages
+from kandinsky22.runtime import convolution, packed, pages, winograd
 
 GENERATIONS, SETTLED = 50, 10
 
@@ -38,3 +41,32 @@ def test_fifty_generations_take_no_more_memory_than_ten() -> None:
         )
     # what is kept on purpose, such as the last sixteen texts, comes to less than a megabyte
     assert resident() - early < 4e6
+
+
+@pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
+def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORTHWHILE", "NARROW", "FEW"):
+        monkeypatch.setattr(convolution, name, 0)
+    counts: list[tuple[bool, bool]] = []
+
+    def count(*_: object) -> None:
+        counts.append((matrices(decoder.unet) > 0, matrices(decoder.movq) > 0))
+
+    embeds = torch.zeros(1, decoder.unet.config.encoder_hid_dim)
+    handles = [
+        layer.register_forward_pre_hook(count)
+        for layer in (decoder.unet.conv_in, decoder.movq.decoder.conv_in, decoder.movq.decoder.conv_out)
+    ]
+    pictures = [
+        decoder(embeds, embeds, num_inference_steps=2, output_type="pt", generator=seeded(0)).images for _ in range(2)
+    ]
+    count()
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(*pictures)
+    assert counts == [(False, False), (True, False), (False, False), (False, True)] * 2 + [(False, False)]
+
+
+def matrices(network: nn.Module) -> int:
+    packs = (vars(layer).get("_pack") for layer in network.modules())
+    return sum(pack is not None and pack.kind == winograd.KIND for pack in packs)

@@ -12,6 +12,7 @@ square, of pixels in [0, 1] or of embeddings).
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from tests.pipelines.test_modes_parity import box_image, hint, photo
 from tests.pipelines.tiny import pair, seeded
 
 import kandinsky22
+from kandinsky22 import KandinskyV22PriorPipeline
 
 SEEDS = range(5)
 SQUARES = 1.25  # how much larger our error may be, by the root of the mean square over all seeds
@@ -134,3 +137,21 @@ def test_no_further_from_exact_than_the_reference(
         record_property(measure, values["ours"] / values["theirs"])
     assert 0 < squares["ours"] <= SQUARES * squares["theirs"]
     assert largest["ours"] <= LARGEST * largest["theirs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_towers_are_converted_as_by_their_own_library(
+    stored: torch.dtype, dtype: torch.dtype, checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "prior"
+    shutil.copytree(checkpoints / "prior", folder)
+    transformers.CLIPTextModelWithProjection.from_pretrained(
+        folder / "text_encoder", torch_dtype=stored
+    ).save_pretrained(folder / "text_encoder")
+    expected = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", torch_dtype=dtype)
+    pipe = KandinskyV22PriorPipeline.from_pretrained(folder, torch_dtype=dtype)
+    ours, theirs = pipe.text_encoder.state_dict(), expected.state_dict()
+    assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in theirs.items()}
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert pipe.text_encoder.config.to_dict() == expected.config.to_dict()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kandinsky22.models import PriorTransformer
 from kandinsky22.runtime import packed
-from kandinsky22.runtime.packed import Linear
+from kandinsky22.runtime.packed import DirectLinear, Linear, make_direct, product
 
 needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
 
@@ -117,8 +117,36 @@ def test_bfloat16_is_as_right_as_the_plain_product() -> None:
 def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Linear, "packing", False)
     layer, features = Linear(40, 24), torch.randn(5, 40)
+    assert error(layer, features) < 1e-6
+    assert not is_packed(layer)
+    monkeypatch.setattr(Linear, "direct", False)
     assert torch.equal(layer(features), F.linear(features, layer.weight, layer.bias))
     assert not is_packed(layer)
+
+
+@needs_packing
+@torch.no_grad()
+def test_layers_of_others_use_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        pass
+
+    network = nn.Sequential(nn.Linear(40, 24), Own(24, 24), nn.LayerNorm(24))
+    features, before = torch.randn(5, 40), dict(network.state_dict())
+    expected = network(features)
+    make_direct(network)
+    assert [type(m) for m in network] == [DirectLinear, Own, nn.LayerNorm]
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    products: list[Tensor] = []
+    monkeypatch.setattr(packed, "product", lambda *given: products.append(product(*given)) or products[-1])
+    assert torch.allclose(network(features), expected, atol=1e-5)
+    assert len(products) == 1
+    assert type(copy.deepcopy(network[0])) is type(pickle.loads(pickle.dumps(network[0]))) is DirectLinear
+    with torch.enable_grad():
+        network(features).sum().backward()
+    assert network[0].weight.grad is not None
+    monkeypatch.setattr(DirectLinear, "direct", False)
+    network(features)
+    assert len(products) == 1
 
 
 @needs_packing

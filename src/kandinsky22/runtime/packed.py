@@ -1,4 +1,4 @@
-"""Linear layers for CPUs, whose weights oneDNN lays out for itself: the same products, two to four times sooner.
+"""Linear layers for CPUs, by oneDNN, whose weights it lays out for itself: the same products, two to four times sooner.
 
 The prior reads gigabytes of weights for every few rows, and the usual row-by-row layout makes poor use of the memory
 and of the caches for that. `benchmarks/linear.py` measures what the layout gains.
@@ -59,29 +59,54 @@ def give_up(network: nn.Module, kind: str) -> None:
         pages.trim()
 
 
-class Linear(Packs, nn.Linear):
-    """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is wanted on an x86 CPU.
+class DirectLinear(nn.Linear):
+    """`nn.Linear` that multiplies by oneDNN wherever no gradient is wanted on an x86 CPU, by its weight as it is.
 
-    The copy takes as much memory as the weight. Results differ from the plain layer's by rounding.
+    In float32 that takes half the time of torch's own product on processors for which that was not made. Results differ
+    by rounding. `direct = False`, on a layer or the class, switches it off.
+    """
+
+    direct: bool = True
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        if not self.direct or self._is_small(features) or not can_pack(features, self.weight, self.bias):
+            return F.linear(features, self.weight, self.bias)
+        return product(features, self.weight, self.bias)
+
+    def _is_small(self, features: Tensor) -> bool:
+        # compiled code asks for no sizes here, which it would then be made for
+        return torch.compiler.is_compiling() or features.numel() * self.out_features < WORTHWHILE
+
+
+class Linear(Packs, DirectLinear):
+    """`DirectLinear` that keeps a packed copy of its weight and multiplies by that.
+
+    The copy takes as much memory as the weight.
     """
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        # compiled code asks for no sizes here, which it would then be made for
-        small = torch.compiler.is_compiling() or features.numel() * self.out_features < WORTHWHILE
-        if small or not (self.packing and can_pack(features, self.weight, self.bias)):
-            return F.linear(features, self.weight, self.bias)
+        if not self.packing or self._is_small(features) or not can_pack(features, self.weight, self.bias):
+            return super().forward(features)
         return product(features, self._packed("linear", packed_matrix), self.bias)
 
 
+def make_direct(network: nn.Module) -> None:
+    """Have the plain linear layers of somebody else's network multiply by oneDNN."""
+    for layer in network.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = DirectLinear
+
+
 def packed_matrix(weight: Tensor) -> Tensor:
-    """A matrix (out, in) as oneDNN likes it, for `product`."""
+    """A matrix (out, in) as oneDNN likes it best, for `product`."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return packed
 
 
 def product(features: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by a packed matrix."""
+    """`F.linear` by a matrix, packed or not."""
     made: Tensor = torch.ops.mkldnn._linear_pointwise(features, matrix, bias, "none", [], "")
     return made
 
