@@ -36,7 +36,7 @@ SWITCHES = {
     "timesteps ahead": Switch("models.prior", "", "AHEAD", ("prior",), off=1),
     "packed and faster convolutions": Switch("runtime.convolution", "Conv2d", "packing", ("step", "decode")),
     "group norm in one pass": Switch("runtime.normalise", "", "enabled", ("step", "decode")),
-    "wide attention": Switch("runtime.wide", "", "enabled", ("decode",)),
+    "large attention": Switch("runtime.large_attention", "", "enabled", ("step", "decode")),
     "Winograd": Switch("runtime.convolution", "Conv2d", "winograd", ("step", "decode")),
     "doubled pixels": Switch("runtime.convolution", "Conv2d", "doubling", ("step", "decode")),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.models.movq import VQModel
-from kandinsky22.runtime import convolution, normalise, packed, pages, wide, winograd
+from kandinsky22.runtime import convolution, large_attention, normalise, packed, pages, winograd
 from kandinsky22.runtime.convolution import Conv2d, added, double
 
 needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
@@ -24,8 +24,8 @@ SIZES = [(1, 3, 8, 8, 8), (2, 12, 20, 12, 20), (3, 6, 5, 4, 36), (1, 4, 4, 68, 4
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORTHWHILE", "NARROW", "FEW"):
         monkeypatch.setattr(convolution, name, 0)
-    monkeypatch.setattr(wide, "NARROW", 8)
-    monkeypatch.setattr(wide, "FEW", 8)
+    monkeypatch.setattr(large_attention, "FEW", 8)
+    monkeypatch.setattr(large_attention, "MANY", 8)
 
 
 def kind(layer: nn.Module) -> str | None:
@@ -307,17 +307,20 @@ def test_blocks_with_and_without_gradients_agree(resample: str | None) -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("shape", [(1, 1, 40, 16), (2, 3, 300, 8)], ids=str)
+@pytest.mark.parametrize("weights", [100, 2**20])
+@pytest.mark.parametrize("shape", [(1, 1, 40, 16), (2, 3, 300, 8), (1, 2, 17, 512)], ids=str)
 @torch.no_grad()
-def test_wide_attention(shape: tuple[int, ...]) -> None:
-    query, key, value = torch.randn(3, *shape)
+def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_attention, "WEIGHTS", weights * shape[2])
+    query = torch.randn(shape)
+    key, value = torch.randn(2, *shape[:2], shape[2] + 5, shape[3])
     key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (key, value))
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert wide.suits(query, key, value)
-    assert distance(wide.attention(query, key, value), exact) < 1e-5
+    assert large_attention.suits(query, key, value)
+    assert distance(large_attention.attention(query, key, value), exact) < 1e-5
     halves = [part.bfloat16() for part in (query, key, value)]
-    assert wide.attention(*halves).dtype == torch.bfloat16
-    assert distance(wide.attention(*halves), exact) < 0.03
+    assert large_attention.attention(*halves).dtype == torch.bfloat16
+    assert distance(large_attention.attention(*halves), exact) < 0.03
 
 
 # Together
@@ -333,7 +336,7 @@ def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {kind(module) for module in movq.modules()}
     assert {"convolution", "winograd", "doubled"} <= kinds or not packed.DTYPES
     monkeypatch.setattr(normalise, "enabled", False)
-    monkeypatch.setattr(wide, "enabled", False)
+    monkeypatch.setattr(large_attention, "enabled", False)
     monkeypatch.setattr(Conv2d, "packing", False)
     plain = copy.deepcopy(movq)
     assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
