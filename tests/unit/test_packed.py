@@ -144,9 +144,15 @@ def test_layers_of_others_use_what_is_faster(monkeypatch: pytest.MonkeyPatch) ->
     with torch.enable_grad():
         network(features).sum().backward()
     assert network[0].weight.grad is not None
+    network[0].weight = nn.Parameter(network[0].weight.T.contiguous().T)
+    assert torch.allclose(network(features), expected, atol=1e-5)
+    assert len(products) == 1, "transposed weights are for torch's own product"
+    network[0].weight = nn.Parameter(network[0].weight.contiguous())
+    network(features)
+    assert len(products) == 2
     monkeypatch.setattr(DirectLinear, "direct", False)
     network(features)
-    assert len(products) == 1
+    assert len(products) == 2
 
 
 @needs_packing

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     if args.pictures:
         check_writable([cell.path for cell in cells])
     recipe = stages.recipe_of("generate", request, networks)
-    settle(networks, low_memory=args.low_memory)
+    settle(networks, request, low_memory=args.low_memory, compiled=args.compile)
     say(f"{len(cells)} pictures, seed {request.seeds[0]}")
     drawn, failed = _draw(networks, request, inputs, cells, say)
     if len(failed) == len(drawn):

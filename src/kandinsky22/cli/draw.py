@@ -54,7 +54,7 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
         request = _fit(request, networks.decoder, inputs.pictures[next(iter(under.values()))].size, say)
     request = stages.with_defaults(request, networks)
     made = stages.recipe_of(mode.name, request, networks)
-    settle(networks, low_memory=args.low_memory)
+    settle(networks, request, low_memory=args.low_memory, compiled=args.compile)
     if recipe is not None and (changes := [*_changes(recipe, made), *inputs.changed]):
         say(f"warning: this may differ from {args.source} in its bits: {'; '.join(changes)}")
     images = []

@@ -55,14 +55,21 @@ def load_networks(classes: tuple[str, str], request: Request) -> Networks:
     return Networks(first, decoder, whole, place)
 
 
-def settle(networks: Networks, *, low_memory: bool) -> None:
-    """Bring the networks to where they work; with `low_memory` each only while it works, in memory or on the GPU."""
+def settle(networks: Networks, request: Request, *, low_memory: bool, compiled: bool) -> None:
+    """Make the networks as small as is asked for and bring them to where they work; with `low_memory` each only while
+    it works, in memory or on the GPU."""
+    if request.quantize is not None:
+        networks.whole.quantize(request.quantize)
+    if request.cache_every is not None:
+        networks.decoder.enable_feature_caching(request.cache_every)
     if not low_memory:
         networks.whole.to(networks.device)
     elif networks.device.type == "cpu":
         networks.whole.enable_low_memory()
     else:
         networks.whole.enable_model_cpu_offload(device=networks.device)
+    if compiled:
+        networks.whole.compile()
 
 
 def _check_model(model: str, drawer: Any) -> None:

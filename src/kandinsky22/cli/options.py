@@ -30,6 +30,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "unclip": "UnCLIPScheduler",
 }
+FORMS = ("int8", "int8-dynamic", "int4")
 # The largest seed of which a batch of any size still is a seed to torch.
 MAX_SEED = 2**63 - 1
 
@@ -192,6 +193,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             "keep networks in memory (of the GPU, if one draws) only while they work: slower, the same pictures but "
             "for rounding"
         ),
+    )
+    group.add_argument(
+        "--quantize", choices=FORMS, help="weights of 8 or 4 bits for the prior and the UNet; changes pictures a little"
+    )
+    group.add_argument(
+        "--cache-every",
+        type=whole_number(1),
+        metavar="N",
+        help="run all of the UNet on every N-th step only, its outermost level on the others; changes pictures",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the networks' blocks when they first run; for GPUs"
     )
 
 

@@ -72,6 +72,8 @@ class Recipe:
     guidance_rescale: float | None = None
     guidance_threshold: float | None = None
     prior_guidance_interval: tuple[float, ...] | None = None
+    quantize: str | None = None
+    cache_every: int | None = None
 
     def to_json(self) -> str:
         """The recipe as JSON, with the number of its format; what it does not use is left out."""
@@ -116,6 +118,8 @@ class Recipe:
             *((name, value) for name, value in self._schedulers().items()),
             ("model", self.model),
             *([("prior", self.prior)] if self.prior is not None else []),
+            *([("quantized", self.quantize)] if self.quantize is not None else []),
+            *([("cached", f"all of the UNet every {self.cache_every} steps")] if self.cache_every is not None else []),
             ("digest", self.model_digest),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),

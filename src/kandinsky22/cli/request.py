@@ -50,6 +50,8 @@ class Request:
     prior_guidance_interval: tuple[float, ...] | None
     width: int | None
     height: int | None
+    quantize: str | None
+    cache_every: int | None
 
     def texts(self) -> list[str]:
         """All that is read by the text encoder."""

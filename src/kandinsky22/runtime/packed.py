@@ -70,7 +70,8 @@ class DirectLinear(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        if not self.direct or self._is_small(features) or not can_pack(features, self.weight, self.bias):
+        suits = self.direct and not self._is_small(features) and can_pack(features, self.weight, self.bias)
+        if not suits or not self.weight.is_contiguous():  # other layouts are multiplied number by number
             return F.linear(features, self.weight, self.bias)
         return product(features, self.weight, self.bias)
 

@@ -1,0 +1,87 @@
+"""`--quantize`, `--cache-every` and `--compile`: what they do, what recipes say of them, what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.cli.conftest import Command
+
+from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline
+from kandinsky22.cli import options
+from kandinsky22.cli.recipe import read_recipe
+from kandinsky22.runtime.quantize import KINDS
+
+
+def pixels(path: str) -> Any:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_the_kinds_are_the_librarys() -> None:
+    assert set(options.FORMS) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
+def test_small_weights(kind: str, command: Command, model: Path) -> None:
+    call = ("generate", "a cat", "--model", model, "--seed", 5)
+    assert command(*call, "-o", "plain.png").code == 0
+    assert command(*call, "-o", "small.png", "--quantize", kind).code == 0
+    assert 0 < np.abs(pixels("small.png") - pixels("plain.png")).mean() < 40
+    assert read_recipe(Path("small.png")).quantize == kind
+    assert read_recipe(Path("plain.png")).quantize is None
+    assert command("generate", "--from", "small.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("small.png").read_bytes()
+    lines = [line.split() for line in command("info", "small.png").out.splitlines()]
+    assert ["quantized", kind] in lines
+    assert read_recipe(Path("small.png")).model_digest == read_recipe(Path("plain.png")).model_digest
+
+
+def test_4_bits_need_bfloat16(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, "--quantize", "int4")
+    assert result.code == 1
+    assert result.err.strip().split("\n")[-1].startswith("kandinsky22: error: int4 weights compute in bfloat16 on CPUs")
+    assert not Path("picture.png").exists()
+
+
+def test_kept_features(command: Command, model: Path) -> None:
+    call = ("generate", "a cat", "--model", model, "--seed", 5, "--steps", 6)
+    assert command(*call, "-o", "plain.png").code == 0
+    assert command(*call, "-o", "every.png", "--cache-every", 1).code == 0
+    assert command(*call, "-o", "cached.png", "--cache-every", 3).code == 0
+    assert (pixels("every.png") == pixels("plain.png")).all()
+    assert (pixels("cached.png") != pixels("plain.png")).any()
+    assert read_recipe(Path("cached.png")).cache_every == 3
+    assert "all of the UNet every 3 steps" in command("info", "cached.png").out
+    assert command("generate", "--from", "cached.png", "-o", "again.png").code == 0
+    assert Path("again.png").read_bytes() == Path("cached.png").read_bytes()
+
+
+def test_a_grid_with_both(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(KandinskyV22CombinedPipeline, "quantize", lambda _, kind: asked.append(kind))
+    monkeypatch.setattr(KandinskyV22Pipeline, "enable_feature_caching", lambda _, every: asked.append(every))
+    grid = ("compare", "a cat", "--model", model, "--scheduler", "ddim", "--steps", "2", "--quantize", "int8")
+    assert command(*grid, "--cache-every", 2).code == 0
+    assert asked == ["int8", 2]
+
+
+def test_compiling(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(KandinskyV22CombinedPipeline, "compile", lambda self: compiled.append(self))
+    call = ("generate", "a cat", "--model", model, "--seed", 5)
+    assert command(*call).code == 0
+    assert not compiled
+    assert command(*call, "--compile", "-o", "compiled.png").code == 0
+    assert len(compiled) == 1
+    assert Path("compiled.png").read_bytes() == Path("picture.png").read_bytes(), "a way to draw, not part of a recipe"
+
+
+@pytest.mark.parametrize("given", [("--quantize", "int3"), ("--cache-every", "0"), ("--cache-every", "x")], ids=str)
+def test_other_values_are_refused(given: tuple[str, str], command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, *given)
+    assert result.code == 2
+    assert given[0] in result.err
+    assert given[1] in result.err
