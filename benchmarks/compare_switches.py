@@ -37,6 +37,7 @@ SWITCHES = {
     "packed and faster convolutions": Switch("runtime.convolution", "Conv2d", "packing", ("step", "decode")),
     "group norm in one pass": Switch("runtime.normalise", "", "enabled", ("step", "decode")),
     "large attention": Switch("runtime.large_attention", "", "enabled", ("step", "decode")),
+    "memory that stays": Switch("runtime.pages", "", "keeping", ("decode",)),
     "Winograd": Switch("runtime.convolution", "Conv2d", "winograd", ("step", "decode")),
     "doubled pixels": Switch("runtime.convolution", "Conv2d", "doubling", ("step", "decode")),
 }

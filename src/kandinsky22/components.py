@@ -225,6 +225,7 @@ def _load_borrowed(name: str, class_name: str, folder: Path, stored: Stored) -> 
         type_name = "dtype" if release >= (4, 56) else "torch_dtype"
         # transformers would keep in memory what it has read of the file
         halved = isinstance(dtype, torch.dtype) and dtype != torch.float32 and _in_float32(_weights(folder, stored))
+        halved = halved and not getattr(kind, "_keep_in_fp32_modules", None)
         options |= {type_name: torch.float32 if halved else dtype, "output_loading_info": True}
         options |= {key: getattr(stored.for_folder(folder), key) for key in ("variant", "use_safetensors")}
         if release < (5, 0) and importlib.util.find_spec("accelerate") is not None:

@@ -21,7 +21,7 @@ def pixels(path: str) -> Any:
 
 
 def test_the_kinds_are_the_librarys() -> None:
-    assert set(options.FORMS) == set(KINDS)
+    assert set(options.KINDS) == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])

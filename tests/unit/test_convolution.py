@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -100,10 +101,36 @@ def test_results_are_added_to_what_is_there(size: tuple[int, ...], doubled: bool
             before = onto.clone()
             assert distance(layer(features, doubled=doubled, onto=onto).detach(), made + onto) < 3e-6
             assert torch.equal(onto, before)
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    onto = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    before = onto.clone()
+    with torch.enable_grad():
+        frozen(features, doubled=doubled, onto=onto.requires_grad_()).sum().backward()
+    assert torch.equal(onto, before)
+    assert torch.equal(onto.grad, torch.ones_like(onto))
     onto = torch.randn_like(made, dtype=torch.float32)
     given, other = (double(features) if doubled else features), nn.Conv2d(inside, outside, 1)
     expected = other(given) + onto
     assert torch.equal(added(other, given, onto), expected)
+
+
+@torch.no_grad()
+def test_what_watches_a_layer_sees_what_it_makes() -> None:
+    layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda *given: seen.append(given[2]))
+    for order in (torch.contiguous_format, torch.channels_last):
+        onto = torch.randn(2, 10, 8, 8).contiguous(memory_format=order)
+        expected = exactly(layer, features) + onto
+        assert distance(added(layer, features, onto), expected) < 3e-6
+    assert len(seen) == 2
+    assert all(distance(made, exactly(layer, features)) < 3e-6 for made in seen)
+    handle.remove()
+    layer.register_forward_pre_hook(lambda *given: seen.append(given[1][0]))
+    added(layer, features, torch.randn(2, 10, 8, 8))
+    assert len(seen) == 3
+    layer.forward = lambda features: torch.zeros(1)  # as others put adapters in
+    assert torch.equal(added(layer, features, torch.ones(1)), torch.ones(1))
 
 
 @pytest.mark.parametrize("widths", [(32, 64), (64, 64)], ids=str)
@@ -123,6 +150,7 @@ def test_blocks_change_what_is_spent_only(
     assert torch.equal(features, kept)
     assert distance(made, expected) < 1e-5
     assert distance(block(features, latents=latents, spent=True), expected) < 1e-5
+    assert not torch.equal(features, kept)
 
 
 @needs_packing
@@ -211,6 +239,29 @@ def test_gradients_and_other_types_take_the_plain_convolution() -> None:
         layer.float().packing = False
         assert torch.equal(layer(features), F.conv2d(features, layer.weight, layer.bias, padding=1))
     assert kind(layer) is kind(frozen) is None
+
+
+@torch.no_grad()
+def test_levels_of_movq_are_called_where_somebody_looks() -> None:
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8, **kinds).eval()
+    latents = torch.randn(1, 4, 8, 8)
+    plain = movq.decode(latents, return_dict=False)[0]
+    decoder, kept = movq.decoder, list[tuple[Tensor, Tensor]]()
+
+    def keep(*given: Any) -> None:
+        kept.append((given[2], given[2].clone()))
+
+    for module in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0], decoder.up_blocks[0].resnets[0]):
+        module.register_forward_hook(keep)
+    assert distance(movq.decode(latents, return_dict=False)[0], plain) < 1e-5
+    assert len(kept) == 4
+    assert all(torch.equal(made, then) for made, then in kept)
+    given = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    before = given.clone()
+    decoder.up_blocks[1](decoder.up_blocks[0](given, latents), latents)
+    decoder.mid_block(given, latents)
+    assert torch.equal(given, before)
 
 
 # Norms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +163,37 @@ def test_networks_use_it() -> None:
     prior(torch.randn(2, 24), 5, torch.randn(2, 24), torch.randn(2, 77, 24), torch.ones(2, 77))
     plain = [n for n, m in prior.named_modules() if isinstance(m, nn.Linear) and not is_packed(m)]
     assert plain == []
+
+
+@needs_packing
+@torch.no_grad()
+def test_weights_of_other_kinds_have_products_of_their_own() -> None:
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.linear:
+                return F.linear(args[0], 2 * args[1].as_subclass(Tensor), args[2])
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    layer, features = DirectLinear(40, 24), torch.randn(5, 40)
+    expected = F.linear(features, 2 * layer.weight, layer.bias)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+    assert torch.equal(layer(features), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_layers_can_be_traced() -> None:
+    for layer in (DirectLinear(40, 24), Linear(40, 24)):
+        features = torch.randn(5, 40)
+        traced = torch.jit.trace(layer, (features,))
+        assert torch.allclose(traced(features), layer(features), atol=1e-5)
+
+
+@needs_packing
+def test_inference_mode_multiplies_alike() -> None:
+    layer, features = DirectLinear(40, 24), torch.randn(5, 40)
+    with torch.no_grad():
+        plain = layer(features)
+    with torch.inference_mode():
+        assert torch.equal(layer(features), plain)

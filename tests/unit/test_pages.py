@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kandinsky22.runtime import packed, pages
 from kandinsky22.runtime.packed import Linear
-from kandinsky22.runtime.pages import forget
+from kandinsky22.runtime.pages import empty, forget, kept
 from kandinsky22.weights import read_tensors
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/pagemap")
@@ -33,6 +33,12 @@ def mapped(tmp_path: Path) -> Tensor:
     torch.manual_seed(0)
     save_file({"weight": torch.randn(SIDE, SIDE)}, tmp_path / "weights.safetensors")
     return dict(read_tensors(tmp_path / "weights.safetensors"))["weight"]
+
+
+def test_forgetting_can_be_switched_off(mapped: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped.sum()
+    monkeypatch.setattr(pages, "forgetting", False)
+    assert not forget(mapped)
 
 
 def test_unchanged_pages_go_and_come_back(mapped: Tensor) -> None:
@@ -73,48 +79,73 @@ def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
 
 # Memory that is freed
 
-new_pages_are_seen = pytest.mark.skipif(pages._settings() is None, reason="memory is allocated by somebody else")
+LARGE = pages.MAPPED // 4  # numbers, in float32
 
 
-def new_pages(numbers: int = 2**24) -> int:
-    """How many pages the system gives for two tensors one after the other, the second of which is counted."""
-    torch.ones(numbers)
+def new_pages() -> int:
+    """How many pages the system gives for a large tensor that is filled."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(numbers)
+    empty(torch.empty(0), LARGE).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@new_pages_are_seen
-def test_memory_is_kept_for_the_next_tensor_until_the_end() -> None:
-    outside = new_pages()
-    with pages.kept():
-        assert new_pages() < outside / 10
-        with pytest.raises(ZeroDivisionError), pages.kept():
+def test_large_tensors_are_like_others() -> None:
+    like = torch.zeros(3, dtype=torch.bfloat16)
+    for shape in ((2, 3), (2, pages.MAPPED // 4, 1)):
+        made = empty(like, *shape)
+        assert (made.shape, made.dtype, made.is_contiguous()) == (shape, torch.bfloat16, True)
+        made.fill_(2)
+        other = made[1:]
+        del made
+        assert (other == 2).all(), "memory stays as long as anything looks at it"
+    assert empty(torch.empty(0, device="meta"), LARGE).device.type == "meta"
+
+
+def test_memory_of_large_tensors_stays_for_the_next_ones_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert new_pages() > 0 < new_pages()
+    with kept():
+        assert new_pages() > 0
+        assert new_pages() == 0
+        with pytest.raises(ZeroDivisionError), kept():
             raise ZeroDivisionError
-        assert new_pages() < outside / 10
-        filled = in_memory()
-    assert filled - in_memory() > 2**25
-    assert new_pages() > outside / 2
-
-
-@new_pages_are_seen
-def test_keeping_memory_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+        assert new_pages() == 0
+        first, second = (empty(torch.empty(0), LARGE).fill_(number) for number in (1, 2))
+        assert (first == 1).all()
+        assert (second == 2).all()
+        del first, second
+        assert len(pages._blocks) == 2
+        empty(torch.empty(0), 2 * LARGE)
+        assert len(pages._blocks) == 1, "those that are too small are let go"
+        empty(torch.empty(0), LARGE)
+        assert [len(block) for block in pages._blocks] == [8 * LARGE]
+    assert not pages._blocks
+    assert new_pages() > 0
     monkeypatch.setattr(pages, "keeping", False)
-    outside = new_pages()
-    with pages.kept():
-        assert new_pages() > outside / 2
+    with kept():
+        assert new_pages() > 0 < new_pages()
 
 
-@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
-def test_settings_of_the_environment_are_left_alone(name: str) -> None:
-    code = "from kandinsky22.runtime import pages; print(pages._settings())"
-    environment = {**os.environ, name: "1" if name.startswith("MALLOC") else "glibc.malloc.arena_max=1"}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "None\n"
-    )
+def test_threads_share_what_is_kept() -> None:
+    with kept(), ThreadPoolExecutor(4) as pool:
+        for number in pool.map(
+            lambda number: empty(torch.empty(0), LARGE).fill_(number).sum().item() / LARGE, range(32)
+        ):
+            assert number == int(number)
+        assert 1 <= len(pages._blocks) <= 4
+    assert not pages._blocks
 
 
-def in_memory() -> int:
-    """Bytes that this process has in memory."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_forked_processes_are_not_within() -> None:
+    with kept():
+        child = os.fork()
+        if not child:
+            os._exit(pages._keeping)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_more_memory_is_torchs_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert empty(torch.empty(0), LARGE).shape == (LARGE,)
+    with pytest.raises(RuntimeError):
+        empty(torch.empty(0), 2**60)

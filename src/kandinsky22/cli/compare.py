@@ -188,6 +188,7 @@ def _sheet(drawn: Sequence[Drawn], recipe: Recipe) -> Sheet:
     notes = [_note(one) for one in drawn]
     about = [f"seed {recipe.seeds[0]}", f"prior {recipe.prior_steps} steps", f"model {recipe.model}"]
     about += [f"guidance {recipe.guidance:g}"] if len(scales) == 1 else []
+    about += [f"{name} {value}" for name, value in recipe.sped_up().items()]
     title = recipe.prompt or ""
     if recipe.negative_prompt is not None:
         title += f"\nnot: {recipe.negative_prompt}"
@@ -209,6 +210,7 @@ def _note(one: Drawn) -> str:
 def _description(drawn: Sequence[Drawn], recipe: Recipe) -> dict[str, str]:
     """What the grid's file says of itself. It has no recipe: no single one would draw it."""
     lines = [f"{recipe.prompt}, seed {recipe.seeds[0]}, model {recipe.model}, digest {recipe.model_digest}"]
+    lines += [f"{name}: {value}" for name, value in recipe.sped_up().items()]
     return {"Description": "\n".join([*lines, _csv(drawn, False)]), "Software": f"kandinsky22 {__version__}"}
 
 

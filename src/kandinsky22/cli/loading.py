@@ -31,11 +31,14 @@ def load_networks(classes: tuple[str, str], request: Request) -> Networks:
     import torch
 
     import kandinsky22
-    from kandinsky22.runtime.device import resolve_device, resolve_dtype
+    from kandinsky22.runtime.device import dtype_name, resolve_device, resolve_dtype
 
     place = resolve_device(request.device)
     torch_dtype = resolve_dtype(request.dtype, place)
     model = request.model
+    if request.quantize == "int4" and (torch_dtype != torch.bfloat16 or place.type != "cpu"):
+        given = f"{dtype_name(torch_dtype)} on {place.type}"
+        raise InputError(f"--quantize int4 computes in bfloat16 on a CPU, not {given}: see --dtype")
     if model == EMBEDDED:
         # Its products are so small that threads wait for each other longer than they work; and with one, a recipe
         # gives the same bits on any number of cores.

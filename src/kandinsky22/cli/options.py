@@ -30,7 +30,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "unclip": "UnCLIPScheduler",
 }
-FORMS = ("int8", "int8-dynamic", "int4")
+KINDS = ("int8", "int8-dynamic", "int4")  # of small weights
 # The largest seed of which a batch of any size still is a seed to torch.
 MAX_SEED = 2**63 - 1
 
@@ -195,7 +195,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     group.add_argument(
-        "--quantize", choices=FORMS, help="weights of 8 or 4 bits for the prior and the UNet; changes pictures a little"
+        "--quantize",
+        choices=(*KINDS, "none"),
+        help="weights of 8 or 4 bits for the prior and the UNet; changes pictures a little",
     )
     group.add_argument(
         "--cache-every",

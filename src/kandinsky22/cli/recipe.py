@@ -118,8 +118,7 @@ class Recipe:
             *((name, value) for name, value in self._schedulers().items()),
             ("model", self.model),
             *([("prior", self.prior)] if self.prior is not None else []),
-            *([("quantized", self.quantize)] if self.quantize is not None else []),
-            *([("cached", f"all of the UNet every {self.cache_every} steps")] if self.cache_every is not None else []),
+            *self.sped_up().items(),
             ("digest", self.model_digest),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
@@ -133,6 +132,13 @@ class Recipe:
             **{name: " to ".join(f"{part:g}" for part in given) for name, given in intervals.items() if given},
             **({} if rescale is None else {"guidance rescaled": f"{rescale:g}"}),
             **({} if threshold is None else {"guidance threshold": f"{threshold:g}"}),
+        }
+
+    def sped_up(self) -> dict[str, str]:
+        """The options in use that trade the picture for speed or memory."""
+        return {
+            **({} if self.quantize is None else {"quantized": self.quantize}),
+            **({} if self.cache_every is None else {"cached": f"all of the UNet every {self.cache_every} steps"}),
         }
 
     def _schedulers(self) -> dict[str, str]:

@@ -86,6 +86,9 @@ def read_request(
     plain = {field.name: pick(field.name) for field in dataclasses.fields(Request) if field.name not in own}
     for name in ("prompt", "negative_prompt"):
         checked_text(name.replace("_", " "), plain[name] or "")
+    # what changes nothing is no part of a recipe
+    plain["quantize"] = None if plain["quantize"] == "none" else plain["quantize"]
+    plain["cache_every"] = None if plain["cache_every"] == 1 else plain["cache_every"]
     defaults = {"model": EMBEDDED, "device": "auto"}
     plain |= {name: value for name, value in defaults.items() if plain[name] is None}
     return Request(**own, **plain)

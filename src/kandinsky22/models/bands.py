@@ -75,6 +75,7 @@ class Convolved:
 
 def decode(decoder: Any, features: Tensor, latents: Tensor) -> Tensor:
     """What `decoder(features, latents)` gives."""
+    latents = latents.contiguous(memory_format=torch.channels_last)  # the norms' tables of places come like that
     rows: Rows = Whole(decoder.mid_block(decoder.conv_in(features), latents))
     largest = len(decoder.up_blocks) - 2  # after which features are as large as they get
     for number, level in enumerate(decoder.up_blocks):

@@ -56,7 +56,6 @@ class SpatialNorm(nn.Module):
         The rest is as in GroupNorm.
         """
         assert latents is not None
-        latents = latents.contiguous(memory_format=torch.channels_last)  # so that tables of places come that way
         modulation = self.conv_y(latents), self.conv_b(latents)
         return _normalised(self.norm_layer, self.norm_layer, features, modulation, activated, spent)
 

@@ -225,26 +225,43 @@ class Level(nn.Module):
 
     def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
         """Features (batch, channels, H, W) at the next level's size."""
-        return through(self.layers(), features, latents)
+        return through(self.layers(spent=False), features, latents)
 
-    def layers(self) -> Iterator[Layer]:
-        """What features go through one after the other; their memory is used again."""
+    def layers(self, *, spent: bool) -> Iterator[Layer]:
+        """What features and latents go through, one layer after the other. The memory of features that a layer made is
+        used again, if nobody else gets to see them, and that of the first ones if they are `spent`."""
         for index, block in enumerate(self.resnets):
-            yield functools.partial(block, spent=True)
+            yield functools.partial(block, spent=spent)
+            last: nn.Module = block
             if index < len(self.attentions):
-                yield self.attentions[index]
+                last = self.attentions[index]
+                yield last
+            spent = not last._forward_hooks
         if self.resample is not None:
-            yield getattr(self, self.resample)[0]
+            yield lambda features, latents: getattr(self, cast(str, self.resample))[0](features)
 
 
 def through(layers: Iterable[Layer], features: Tensor, latents: Tensor | None) -> Tensor:
-    """What layers, one after the other, make of features.
-
-    Called with the layers of several levels: a level would keep what it is given in memory as long as it works.
-    """
+    """What layers, one after the other, make of features."""
     for layer in layers:
         features = layer(features, latents=latents)
     return features
+
+
+def all_layers(first: nn.Module, levels: Iterable[nn.Module]) -> Iterator[Layer]:
+    """The layers of levels, after what comes first: a level that was called would keep what it is given in memory.
+
+    One that is not quite ours, or that somebody watches, is called all the same.
+    """
+    spent = not first._forward_hooks
+    for level in levels:
+        own = type(level) is Level and "forward" not in level.__dict__ and level._compiled_call_impl is None
+        if own and not (level._forward_hooks or level._forward_pre_hooks):
+            yield from cast(Level, level).layers(spent=spent)
+            spent = True
+        else:
+            yield level
+            spent = False
 
 
 class Downsample(nn.Module):
@@ -254,7 +271,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, H / 2, W / 2)."""
         return self.conv(F.pad(features, (0, 1, 0, 1)))
 
@@ -266,7 +283,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """(batch, channels, 2 H, 2 W)."""
         return self.conv(features, doubled=True)
 
@@ -295,8 +312,8 @@ class Encoder(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """(batch, latent_channels, H / f, W / f) from (batch, in_channels, H, W)."""
-        levels = (*self.down_blocks, self.mid_block)
-        features = through(itertools.chain(*(level.layers() for level in levels)), self.conv_in(sample), None)
+        layers = all_layers(self.conv_in, (*self.down_blocks, self.mid_block))
+        features = through(layers, self.conv_in(sample), None)
         return self.conv_out(self.conv_norm_out(features, activated=True, spent=True))
 
 
@@ -331,6 +348,7 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         """(batch, out_channels, H, W) from (batch, latent_channels, H / f, W / f) and latents of that size."""
-        levels = (self.mid_block, *self.up_blocks)
-        features = through(itertools.chain(*(level.layers() for level in levels)), self.conv_in(features), latents)
+        latents = latents.contiguous(memory_format=torch.channels_last)  # the norms' tables of places come like that
+        layers = all_layers(self.conv_in, (self.mid_block, *self.up_blocks))
+        features = through(layers, self.conv_in(features), latents)
         return self.conv_out(self.conv_norm_out(features, latents, activated=True, spent=True))

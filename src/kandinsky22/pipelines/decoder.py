@@ -139,7 +139,8 @@ class DecoderPipeline(SamplingPipeline):
         """Latents (batch, 4, h, w) of the image; each is encoded once, and not at all if it came as latents."""
         image = plan.pictures["image"]
         if image.shape[1] == 3:
-            image = self.movq.encode(image.to(device=self._execution_device, dtype=self.movq.dtype))[0]
+            with winograd.turn(self.movq, after=self.unet):
+                image = self.movq.encode(image.to(device=self._execution_device, dtype=self.movq.dtype))[0]
         return self._rows(plan, image)
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:

@@ -66,7 +66,7 @@ class Compiles:
             raise InputError(f"backend={backend!r}; accepted: {', '.join(known)}")
         networks = self._compilable(components, mode)
         if backend == "inductor":
-            for kind in {parameter.device.type for network in networks.values() for parameter in network.parameters()}:
+            for kind in {_device(network).type for network in networks.values()}:
                 check_tools(kind)
         if cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.fspath(cache_dir)
@@ -90,10 +90,16 @@ class Compiles:
             place = place_of(own[name])
             if place is not None and place.method == "enable_sequential_cpu_offload":
                 raise InputError(f"components: {name} is offloaded layer by layer, which cannot be compiled")
-            device = next(own[name].parameters()).device if place is None else place.device
+            device = _device(own[name])
             if mode in GRAPHS and device.type != "cuda":
                 raise InputError(f"mode={mode!r} records CUDA graphs, but {name} is on {device.type}: move it first")
         return {name: own[name] for name in names}
+
+
+def _device(network: nn.Module) -> torch.device:
+    """Where a network works."""
+    place = place_of(network)
+    return next(network.parameters()).device if place is None else place.device
 
 
 def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> None:
@@ -109,10 +115,11 @@ def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> N
     else:  # earlier releases have one number for everything
         settings: Any = torch._dynamo.config
         settings.cache_size_limit = max(settings.cache_size_limit, LIMIT)
+    device = _device(network)
     for module in network.modules():
         if isinstance(module, network.compiled_blocks):
             module.compile(**options)
-        elif isinstance(module, Packs) and DTYPES and next(network.parameters()).device.type == "cpu":
+        elif isinstance(module, Packs) and DTYPES and device.type == "cpu":
             # partial, for copies are to be of their own
             module.__dict__["forward"] = functools.partial(_as_written(), module)
     if mode in GRAPHS:

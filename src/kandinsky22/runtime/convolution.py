@@ -23,9 +23,8 @@ from kandinsky22.runtime.packed import Packs, can_pack
 WORTHWHILE = 2**24  # multiplications for one picture below which rearranging gains nothing, and rounds more
 NARROW = 256  # channels, the mean of in and out, below which transforms cost more than products are saved
 FEW = 64  # squares of a picture below which reading four times as many weights costs more
-BAND = (
-    2**22
-)  # numbers of a large result that are made at a time: 16 MB in float32, which the C library keeps for the next
+# Numbers of a large result that are made at a time: 16 MB in float32, which the C library keeps for the next ones.
+BAND = 2**22
 LARGE = 2**20  # kernels above which four times as many weights take too much memory
 LAST = torch.channels_last
 
@@ -56,8 +55,10 @@ class Conv2d(Packs, nn.Conv2d):
             return _plus(super().forward(double(features) if doubled else features), onto)
         if doubled and self.doubling and self._is_3x3():
             return _plus(self._doubled(features.contiguous(memory_format=LAST)), onto)
-        if onto is not None and not (onto.dtype == features.dtype and onto.is_contiguous(memory_format=LAST)):
-            return _plus(self(features, doubled), onto)
+        if onto is not None and not (
+            onto.dtype == features.dtype and onto.is_contiguous(memory_format=LAST) and not torch.is_grad_enabled()
+        ):
+            return _plus(Conv2d.forward(self, features, doubled), onto)
         features = (double(features) if doubled else features).contiguous(memory_format=LAST)
         if self.winograd and self._is_3x3() and self._suits_winograd(features):
             matrices = self._packed(winograd.KIND, winograd.transformed)
@@ -84,7 +85,7 @@ class Conv2d(Packs, nn.Conv2d):
         out = pages.empty(features, batch, 2 * height, 2 * width, self.out_channels)
         squares = out.unflatten(2, (width, 2)).unflatten(1, (height, 2))
         for sample, (first, last) in itertools.product(
-            range(batch), bands(height, (width + 1) * 4 * self.out_channels)
+            range(batch), strips(height, (width + 1) * 4 * self.out_channels)
         ):
             part = _rows(features[sample : sample + 1], first - 1, last + 1)
             corners = self._product(part, weight, padding=(0, 1), bias=False).permute(0, 2, 3, 1)
@@ -109,14 +110,15 @@ class Conv2d(Packs, nn.Conv2d):
             torch.ops.mkldnn._convolution_pointwise_.binary(onto, features, *settings, "add", None, None, [], None)
             return onto
         batch, _, height, width = features.shape
-        row = width * self.out_channels
-        if not self._is_3x3() or height * row * features.element_size() < pages.MAPPED:
+        row, beyond = width * self.out_channels, self.kernel_size[0] // 2
+        same = self.stride == (1, 1) and self.kernel_size == (2 * beyond + 1,) * 2 and self.padding == (beyond, beyond)
+        if not same or height * row * features.element_size() < pages.MAPPED:
             return self._product(features, weight, self.padding)
         # large results in pages that `empty` chooses
         out = pages.empty(features, batch, height, width, self.out_channels).permute(0, 3, 1, 2)
-        for sample, (first, last) in itertools.product(range(batch), bands(height, row)):
-            part = _rows(features[sample : sample + 1], first - 1, last + 1)
-            out[sample : sample + 1, :, first:last] = self._product(part, weight, (0, 1))
+        for sample, (first, last) in itertools.product(range(batch), strips(height, row)):
+            part = _rows(features[sample : sample + 1], first - beyond, last + beyond)
+            out[sample : sample + 1, :, first:last] = self._product(part, weight, (0, beyond))
         return out
 
     def _product(self, features: Tensor, weight: Tensor, padding: Any, *, bias: bool = True) -> Tensor:
@@ -126,8 +128,8 @@ class Conv2d(Packs, nn.Conv2d):
         return made
 
 
-def bands(height: int, row: int) -> Iterator[tuple[int, int]]:
-    """First and last row, exclusively, of bands of rows that have so many numbers each."""
+def strips(height: int, row: int) -> Iterator[tuple[int, int]]:
+    """First and last row, exclusively, of strips whose rows have so many numbers each."""
     rows = max(1, BAND // row)
     for first in range(0, height, rows):
         yield first, min(first + rows, height)
@@ -144,8 +146,9 @@ def _rows(features: Tensor, first: int, last: int) -> Tensor:
 
 def added(convolution: Callable[[Tensor], Tensor], features: Tensor, onto: Tensor) -> Tensor:
     """What any layer makes of the features, plus `onto`, whose memory it may take where no gradient is wanted."""
-    if isinstance(convolution, Conv2d):
-        return cast(Tensor, convolution(features, onto=onto))
+    own = type(convolution) is Conv2d and "forward" not in convolution.__dict__
+    if own and not cast(Conv2d, convolution)._forward_hooks:  # which see what the layer makes, without anything added
+        return cast(Conv2d, convolution)(features, onto=onto)
     return _plus(convolution(features), onto)
 
 

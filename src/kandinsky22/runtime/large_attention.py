@@ -13,12 +13,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from kandinsky22.runtime.packed import can_pack, packed_matrix, product
+from kandinsky22.runtime.packed import PLAIN, can_multiply, packed_matrix, product
 
 WIDE = 256  # width of a head from which on
 FEW = 256  # tokens are enough for this to be faster than torch's own attention
 MANY = 512  # tokens that are enough for narrower heads
-WEIGHTS = 2**21  # of one head that are in memory at a time: eight megabytes
+WEIGHTS = 2**21  # of one head that are in memory at a time, about: eight megabytes
 
 enabled = True
 """False switches this off: torch's own attention is used instead."""
@@ -28,7 +28,7 @@ def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attention` can be used for these tensors, and is worth it."""
     enough = FEW if query.shape[-1] >= WIDE else MANY
     large = enabled and not torch.compiler.is_compiling() and min(query.shape[-2], key.shape[-2]) >= enough
-    return large and can_pack(query, key, value)
+    return large and can_multiply(query, key, value) and type(value) in PLAIN
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -39,13 +39,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     batch, heads, count, width = query.shape
     out = query.new_empty(batch, count, heads, width).transpose(1, 2)
     chunk = -(-count // -(-count * key.shape[2] // WEIGHTS))  # as equal as can be
-    space = torch.empty(chunk, key.shape[2])
     for place in itertools.product(range(batch), range(heads)):
         queries, keys = query[place].float(), key[place].float() * width**-0.5
         values = value[place].T.contiguous()
         if chunk < count:  # used more than once
             keys, values = packed_matrix(keys), packed_matrix(values)
         for few, rows in zip(queries.split(chunk), out[place].split(chunk), strict=True):
-            weights = torch.softmax(product(few, keys), dim=-1, out=space[: len(few)])
+            weights = product(few, keys)
+            torch.softmax(weights, dim=-1, out=weights)  # row by row, each number of which is read before it is written
             rows.copy_(product(weights.to(query.dtype), values))
     return out

@@ -45,7 +45,7 @@ def group_norm(
     these are `spent`, the result takes their memory.
     """
     pixels = features.permute(0, 2, 3, 1)
-    table = Table(moments(pixels.split(_rows(pixels, MEASURED), dim=1), groups, eps), scale, shift)
+    table = Table(moments(pixels.split(_row_count(pixels, MEASURED), dim=1), groups, eps), scale, shift)
     out = pixels if spent else pages.empty(pixels, *pixels.shape)
     return table.apply(pixels, 0, pixels.shape[1], activated=activated, out=out).permute(0, 3, 1, 2)
 
@@ -66,9 +66,9 @@ class Table:
         They are written to `out`, whose rows lie without gaps, and which may be the pixels.
         """
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format) if out is None else out
-        given, made = pixels.flatten(2), out.flatten(2)
+        given, made = pixels.flatten(2), out.view(*out.shape[:2], -1)
         tall, across = height // self.height, pixels.shape[2] // self.width
-        most = _rows(pixels, BLOCK)
+        most = _row_count(pixels, BLOCK)
         space = None if pixels.dtype == torch.float32 else given.new_empty(
             len(given), min(most, given.shape[1]), given.shape[2], dtype=torch.float32
         )  # fmt: skip
@@ -138,6 +138,6 @@ def moments(blocks: Iterable[Tensor], groups: int, eps: float) -> tuple[Tensor, 
     return next(both), next(both)
 
 
-def _rows(pixels: Tensor, numbers: int) -> int:
+def _row_count(pixels: Tensor, numbers: int) -> int:
     """How many rows of pixels (batch, H, W, channels) have so many numbers, whatever the batch."""
     return max(1, numbers // pixels[0, 0].numel())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kandinsky22.runtime import pages
 
 WORTHWHILE = 2**20  # multiplications below which the plain product is as fast
+PLAIN = (Tensor, nn.Parameter)  # others, such as quantized ones, have products of their own
 ROWS = 64  # the layout that suits so many rows suits a few and thousands nearly as well
 
 
@@ -54,7 +55,7 @@ def give_up(network: nn.Module, kind: str) -> None:
     """Forget a network's copies of this kind until they are needed again."""
     layers = [layer for layer in network.modules() if getattr(layer.__dict__.get("_pack"), "kind", None) == kind]
     for layer in layers:
-        del layer.__dict__["_pack"]
+        layer.__dict__.pop("_pack", None)  # another thread may have done so
     if layers:
         pages.trim()
 
@@ -70,10 +71,11 @@ class DirectLinear(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        suits = self.direct and not self._is_small(features) and can_pack(features, self.weight, self.bias)
-        if not suits or not self.weight.is_contiguous():  # other layouts are multiplied number by number
-            return F.linear(features, self.weight, self.bias)
-        return product(features, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        suits = self.direct and not self._is_small(features) and can_multiply(features, weight, bias)
+        if not suits or not weight.is_contiguous():  # other layouts are multiplied number by number
+            return F.linear(features, weight, bias)
+        return product(features, weight, bias)
 
     def _is_small(self, features: Tensor) -> bool:
         # compiled code asks for no sizes here, which it would then be made for
@@ -139,9 +141,16 @@ def _few(weight: Tensor) -> Tensor:
 
 
 def can_pack(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a layer with this weight may compute with a copy of it, and has to keep no trace of these features."""
+    """Whether a layer may multiply by a copy of its weight; not of one that does not count its changes."""
+    return can_multiply(features, weight, bias) and not weight.is_inference()
+
+
+def can_multiply(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN can multiply these, and nothing has to keep a trace of it."""
     return (
         bool(DTYPES)
+        and type(features) in PLAIN
+        and type(weight) in PLAIN
         and weight.device.type == "cpu"
         and features.device.type == "cpu"
         and weight.dtype == features.dtype
@@ -149,7 +158,7 @@ def can_pack(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, features, bias)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not weight.is_inference()  # such tensors do not count their changes
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
@@ -158,7 +167,13 @@ def _supported() -> tuple[torch.dtype, ...]:
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return ()
     try:  # not part of torch's public interface: a release without them leaves the plain product
-        operators = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+        operators = (
+            torch.ops.mkldnn._linear_pointwise,
+            torch.ops.mkldnn._reorder_linear_weight,
+            torch.ops.mkldnn._convolution_pointwise,
+            torch.ops.mkldnn._convolution_pointwise_,
+            torch.ops.mkldnn._reorder_convolution_weight,
+        )
         bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError):
         return ()

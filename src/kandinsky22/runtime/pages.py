@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _DONTNEED, _HUGEPAGE = 4, 14  # MADV_... of Linux
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # M_... of its C library
 HUGE = 2**21  # bytes of a huge page
-MAPPED = 2**25  # bytes from which on the C library asks the system for memory, and returns it when it is not needed
+MAPPED = 2**25  # bytes from which on the C library would ask the system for memory each time, and return it each time
 # Bits of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst of the Linux kernel).
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1) << np.uint64(bit) for bit in (63, 62, 61))
 
-keeping = True
-"""False switches `kept` off."""
-_keeping, _lock = 0, threading.Lock()  # how many are within
+keeping, forgetting = True, True
+"""False switches `kept` and `forget` off."""
+_keeping, _blocks = 0, list[mmap.mmap]()  # how many are within, and what is kept for them
+_lock = threading.RLock()  # for tensors may go at any time
 
 
 def forget(tensor: Tensor) -> bool:
@@ -32,7 +35,11 @@ def forget(tensor: Tensor) -> bool:
     The next look at the tensor brings them back from the file, or from the system's cache of it. Returns whether that
     was done: not for other memory, for pages that were written to, or on systems other than Linux.
     """
-    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if (
+        not (forgetting and sys.platform.startswith("linux"))
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+    ):
         return False
     size = mmap.PAGESIZE
     first, last = tensor.data_ptr() // size, -(-(tensor.data_ptr() + tensor.nbytes) // size)
@@ -53,14 +60,79 @@ def forget_large(tensors: Iterable[Tensor]) -> None:
 def empty(like: Tensor, *shape: int) -> Tensor:
     """A contiguous tensor of this shape, else like the other, that is quick to fill.
 
-    Large ones consist of new pages, each of which costs more when it is first used than its numbers take to write; in
-    huge pages, where Linux has them, one has 512 times as much to it.
+    Large ones on Linux have a block of memory of their own, in huge pages where the system has them: new pages cost
+    more when they are first used than numbers take to write, and so there are 512 times fewer of them.
     """
-    made = like.new_empty(shape)
-    if made.nbytes >= MAPPED and made.device.type == "cpu" and sys.platform.startswith("linux"):
-        first, last = -(-made.data_ptr() // HUGE), (made.data_ptr() + made.nbytes) // HUGE
-        _advise()(ctypes.c_void_p(first * HUGE), ctypes.c_size_t((last - first) * HUGE), _HUGEPAGE)
-    return made
+    size = math.prod(shape) * like.element_size()
+    plain = like.device.type == "cpu" and type(like) in (Tensor, nn.Parameter)
+    block = _take(size) if size >= MAPPED and plain and sys.platform.startswith("linux") else None
+    if block is None:
+        return like.new_empty(shape)
+    view = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(view, _give_back, block).atexit = False  # the tensor holds the view
+    return torch.frombuffer(view, dtype=like.dtype).view(shape)
+
+
+def kept() -> contextlib.AbstractContextManager[None]:
+    """Within, the blocks of large tensors that are gone stay for the next ones; at the end they are given back."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _kept()
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    global _keeping
+    _expect_large()
+    with _lock:
+        _keeping += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _keeping -= 1
+            if not _keeping:
+                _blocks.clear()
+
+
+@functools.cache
+def _expect_large() -> None:
+    """Have the C library of Linux keep what is smaller than blocks: it does so with sizes that were freed once."""
+    torch.empty(MAPPED - 2**16, dtype=torch.uint8)
+
+
+def _take(size: int) -> mmap.mmap | None:
+    """The smallest block that was kept and is large enough, but not by far, else a new one, for which all that were
+    kept are let go; None if there is no more memory."""
+    with _lock:
+        fitting = [block for block in _blocks if size <= len(block) <= 4 * size]
+        if fitting:
+            chosen = min(fitting, key=len)
+            _blocks.remove(chosen)
+            return chosen
+        _blocks.clear()
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # of a kernel without huge pages
+        block.madvise(_HUGEPAGE)
+    return block
+
+
+def _begin_anew() -> None:
+    """In a forked process nobody is within."""
+    global _keeping, _lock
+    _keeping, _lock = 0, threading.RLock()
+    _blocks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _give_back(block: mmap.mmap) -> None:
+    with _lock:
+        if keeping and _keeping:
+            _blocks.append(block)
 
 
 def trim() -> None:
@@ -69,47 +141,6 @@ def trim() -> None:
         function = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if function is not None:
             function(0)
-
-
-@contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """Within, memory that is freed stays, for what is allocated next; at the end what is free is given back.
-
-    The C library of Linux gives large tensors pages of their own and returns them with the tensor. In a network that
-    means new pages, which the system clears first, for each layer's features. Nothing is done elsewhere, or where the
-    environment says how memory is to be allocated.
-    """
-    global _keeping
-    function = _settings() if keeping else None
-    if function is None:
-        yield
-        return
-    with _lock:
-        _keeping += 1
-        function(_MMAP_MAX, 0)
-        function(_TRIM_THRESHOLD, sys.maxsize >> 32)
-    try:
-        yield
-    finally:
-        with _lock:
-            _keeping -= 1
-            if not _keeping:  # as the C library has them when it has seen large tensors come and go
-                function(_MMAP_MAX, 2**16)
-                function(_MMAP_THRESHOLD, MAPPED)
-                function(_TRIM_THRESHOLD, 2 * MAPPED)
-        if not _keeping:
-            trim()
-
-
-@functools.cache
-def _settings() -> Callable[[int, int], int] | None:
-    """The C library's function that sets how memory is allocated, if it is there and nobody else does that."""
-    if not sys.platform.startswith("linux") or any(
-        name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
-    ):
-        return None
-    function: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
-    return function
 
 
 def _page_entries(first: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

@@ -27,6 +27,9 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
 SQUARES = 128  # so many are computed at a time, so that what is between the transforms stays in the caches
 SLICE = 2**12  # kernels transformed at a time
 
+turns = True
+"""False switches `turn` off: matrices stay from one generation to the next."""
+
 
 @functools.cache
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
@@ -74,11 +77,13 @@ def turn(network: nn.Module, *, after: nn.Module) -> Iterator[None]:
 
     They take four times the memory of weights, and making them takes a small part of the time of a network's work.
     """
-    packed.give_up(after, KIND)
+    if turns:
+        packed.give_up(after, KIND)
     try:
         yield
     finally:
-        packed.give_up(network, KIND)
+        if turns:
+            packed.give_up(network, KIND)
 
 
 def fits(height: int, width: int) -> bool:
