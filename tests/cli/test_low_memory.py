@@ -52,6 +52,18 @@ def test_the_same_picture(name: str, command: Command, models: Path, together: l
     assert not together
 
 
+@pytest.mark.parametrize("more", [("--quantize", "int8"), ("--cache-every", 2)], ids=str)
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_picture_with_other_options(
+    name: str, more: tuple[Any, ...], command: Command, models: Path, pictures: None
+) -> None:
+    folder, needed = EVERY[name]
+    call = (name, *needed, "--model", models / folder, "--seed", 5, *more)
+    assert command(*call, "-o", "plain.png").code == 0
+    assert command(*call, "-o", "low.png", "--low-memory").code == 0
+    assert Path("low.png").read_bytes() == Path("plain.png").read_bytes()
+
+
 def test_weights_are_read_from_the_models_own_files(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky22.errors import InputError, MissingDependencyError
 from kandinsky22.runtime import compile as compilation
-from kandinsky22.runtime.packed import Packs
+from kandinsky22.runtime.packed import DTYPES, Packs
 
 TRACED = {"backend": "eager"}
 
@@ -68,6 +68,17 @@ def test_steps_and_calls_compile_nothing_anew_and_sizes_do_once(decoder: Kandins
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not DTYPES, reason="this torch has no packed products on this machine")
+def test_packed_layers_stay_outside_of_graphs_whatever_comes_first(decoder: KandinskyV22Pipeline) -> None:
+    for prepare in (lambda: None, decoder.enable_low_memory):
+        prepare()
+        decoder.compile(**TRACED)
+        layers = [module for module in decoder.unet.modules() if isinstance(module, Packs)]
+        assert all("forward" in vars(layer) for layer in layers)
+        decoder.uncompile()
+        assert not any("forward" in vars(layer) for layer in layers)
+
+
 def test_dynamic_code_serves_all_sizes(decoder: KandinskyV22Pipeline, no_packing: None) -> None:
     decoder.compile(dynamic=True, components=["unet"], **TRACED)
     draw(decoder, steps=1)

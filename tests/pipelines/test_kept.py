@@ -25,7 +25,7 @@ from kandinsky22 import (
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky22.runtime import asleep, kept
+from kandinsky22.runtime import asleep, kept, pages
 from kandinsky22.runtime.asleep import is_asleep, wake
 
 
@@ -325,6 +325,14 @@ def test_results_hold_no_graph(checkpoints: Path) -> None:
     made = pipe.encode_text(["a cat"])
     assert not made.prompt_embeds.requires_grad
     assert not made.text_encoder_hidden_states.requires_grad
+
+
+def test_the_text_towers_pages_are_given_up(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[torch.Tensor] = []
+    monkeypatch.setattr(pages, "forget_large", forgotten.extend)
+    pipe = load(checkpoints / "prior")
+    pipe.encode_text(["a cat"])
+    assert {p.data_ptr() for p in forgotten} == {p.data_ptr() for p in pipe.text_encoder.parameters()}
 
 
 def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

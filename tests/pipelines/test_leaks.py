@@ -12,7 +12,7 @@ import torch
 from tests.pipelines.tiny import seeded
 from torch import nn
 
-from kandinsky22 import AutoPipelineForText2Image
+from kandinsky22 import AutoPipelineForText2Image, KandinskyV22Img2ImgPipeline
 from kandinsky22.runtime import convolution, packed, pages, winograd
 
 GENERATIONS, SETTLED = 50, 10
@@ -64,6 +64,15 @@ def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPa
     for handle in handles:
         handle.remove()
     assert torch.equal(*pictures)
+    counts.clear()
+    starting = KandinskyV22Img2ImgPipeline(**decoder.components)
+    starting.set_progress_bar_config(disable=True)
+    handles = [layer.register_forward_pre_hook(count) for layer in (decoder.unet.conv_in, decoder.movq.encoder.conv_in)]
+    for _ in range(2):
+        starting(embeds, torch.zeros(1, 3, 64, 64), embeds, height=64, width=64, num_inference_steps=2, strength=1.0)
+    for handle in handles:
+        handle.remove()
+    assert counts == [(False, False), (False, False), (True, False)] * 2
     monkeypatch.setattr(winograd, "turns", False)
     decoder(embeds, embeds, num_inference_steps=2)
     assert matrices(decoder.unet) > 0 < matrices(decoder.movq)

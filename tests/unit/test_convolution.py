@@ -15,6 +15,7 @@ from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.models.movq import VQModel
 from kandinsky22.runtime import convolution, large_attention, normalise, packed, pages, winograd
 from kandinsky22.runtime.convolution import Conv2d, added, double
+from kandinsky22.runtime.packed import DirectLinear, Linear
 
 needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
 WORTHWHILE = convolution.WORTHWHILE  # as it is outside these tests
@@ -388,7 +389,9 @@ def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"convolution", "winograd", "doubled"} <= kinds or not packed.DTYPES
     monkeypatch.setattr(normalise, "enabled", False)
     monkeypatch.setattr(large_attention, "enabled", False)
-    monkeypatch.setattr(Conv2d, "packing", False)
+    for kind_of_layer in (Conv2d, Linear):
+        monkeypatch.setattr(kind_of_layer, "packing", False)
+    monkeypatch.setattr(DirectLinear, "direct", False)
     plain = copy.deepcopy(movq)
     assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
     assert {kind(module) for module in plain.modules() if isinstance(module, Conv2d)} == {None}

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 _DONTNEED, _HUGEPAGE = 4, 14  # MADV_... of Linux
-HUGE = 2**21  # bytes of a huge page
 MAPPED = 2**25  # bytes from which on the C library would ask the system for memory each time, and return it each time
 # Bits of an entry of /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst of the Linux kernel).
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1) << np.uint64(bit) for bit in (63, 62, 61))
@@ -35,11 +34,8 @@ def forget(tensor: Tensor) -> bool:
     The next look at the tensor brings them back from the file, or from the system's cache of it. Returns whether that
     was done: not for other memory, for pages that were written to, or on systems other than Linux.
     """
-    if (
-        not (forgetting and sys.platform.startswith("linux"))
-        or tensor.device.type != "cpu"
-        or not tensor.is_contiguous()
-    ):
+    possible = forgetting and sys.platform.startswith("linux")
+    if not possible or tensor.device.type != "cpu" or not tensor.is_contiguous():
         return False
     size = mmap.PAGESIZE
     first, last = tensor.data_ptr() // size, -(-(tensor.data_ptr() + tensor.nbytes) // size)
