@@ -189,6 +189,9 @@ def count_operations(call: Callable[[], object]) -> dict[str, int]:
     def convolution(features: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return int(2 * torch.Size(out_shape).numel() * weight[1] * weight[2] * weight[3])
 
+    def convolution_onto(onto: Any, features: Any, weight: Any, *given: Any, **__: Any) -> int:
+        return convolution(features, weight, *given, out_shape=onto)
+
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         batch, heads, rows, width = query
         return int(2 * batch * heads * rows * key[2] * (width + value[3]))
@@ -197,6 +200,7 @@ def count_operations(call: Callable[[], object]) -> dict[str, int]:
     for space, name, formula in (
         ("mkldnn", "_linear_pointwise", product),
         ("mkldnn", "_convolution_pointwise", convolution),
+        ("mkldnn", "_convolution_pointwise_", convolution_onto),
         ("aten", "_scaled_dot_product_flash_attention_for_cpu", attention),
     ):
         if (operator := getattr(getattr(torch.ops, space), name, None)) is not None:

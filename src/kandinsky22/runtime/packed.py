@@ -123,6 +123,7 @@ class _Pack:
         self.version = weight._version
         self.address = weight.data_ptr()
         self.few = _few(weight).clone()
+        pages.expect_large()  # where weights are packed, features are large
         with torch.no_grad():
             self.made = make(weight.detach())
         pages.forget(weight)

@@ -77,7 +77,7 @@ def kept() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _kept() -> Iterator[None]:
     global _keeping
-    _expect_large()
+    expect_large()
     with _lock:
         _keeping += 1
     try:
@@ -90,8 +90,8 @@ def _kept() -> Iterator[None]:
 
 
 @functools.cache
-def _expect_large() -> None:
-    """Have the C library of Linux keep what is smaller than blocks: it does so with sizes that were freed once."""
+def expect_large() -> None:
+    """Have the C library of Linux keep what is freed and smaller than blocks: it does so with sizes it has seen go."""
     torch.empty(MAPPED - 2**16, dtype=torch.uint8)
 
 
