@@ -64,6 +64,7 @@ def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPa
     for handle in handles:
         handle.remove()
     assert torch.equal(*pictures)
+    assert counts == [(False, False), (True, False), (False, False), (False, True)] * 2 + [(False, False)]
     counts.clear()
     starting = KandinskyV22Img2ImgPipeline(**decoder.components)
     starting.set_progress_bar_config(disable=True)
@@ -76,7 +77,6 @@ def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(winograd, "turns", False)
     decoder(embeds, embeds, num_inference_steps=2)
     assert matrices(decoder.unet) > 0 < matrices(decoder.movq)
-    assert counts == [(False, False), (True, False), (False, False), (False, True)] * 2 + [(False, False)]
 
 
 def matrices(network: nn.Module) -> int:
