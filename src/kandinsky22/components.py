@@ -265,9 +265,7 @@ def _convert(network: nn.Module, dtype: torch.dtype) -> None:
     for module in network.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.is_floating_point():
-                read = tensor.data
-                tensor.data = read.to(dtype)
-                pages.forget(read)
+                tensor.data = pages.converted(tensor.data, dtype)
 
 
 @contextlib.contextmanager

@@ -133,9 +133,9 @@ class Model(nn.Module):
                     continue
                 if tuple(tensor.shape) != expected[name]:
                     reshaped.append(f"{name} {tuple(tensor.shape)} instead of {expected[name]}")
-                found[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-                if found[name] is not tensor:
-                    pages.forget(tensor)  # the file's numbers are not looked at again
+                found[name] = tensor
+                if dtype is not None and tensor.is_floating_point():
+                    found[name] = pages.converted(tensor, dtype)
         missing = [name for name in expected if name not in found]
         problems = [
             f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"

@@ -53,6 +53,14 @@ def forget_large(tensors: Iterable[Tensor]) -> None:
             forget(tensor)
 
 
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another type; what was read of it from a file is not looked at again, so it is given up."""
+    made = tensor.to(dtype)
+    if made is not tensor:
+        forget(tensor)
+    return made
+
+
 def empty(like: Tensor, *shape: int) -> Tensor:
     """A contiguous tensor of this shape, else like the other, that is quick to fill.
 
