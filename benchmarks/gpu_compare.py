@@ -1,0 +1,313 @@
+"""Compare kandinsky22 with diffusers on an accelerator, in one process: agreement, time and memory.
+
+    python -m benchmarks.gpu_compare --minutes 6
+
+Networks have the published configs and random weights that are drawn on the device, so no file is read. Both libraries
+hold the same parameter tensors. Measured per size and batch: a guided UNet step, MoVQ decoding, and a whole decoder
+call; the prior pipeline is measured per batch. Every cell is measured eagerly, then with compiled networks for as long
+as `--minutes` lasts. Each cell prints one line of JSON; `--out` also collects them in a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compare_weights
+
+OURS, THEIRS = "kandinsky22", "diffusers"
+DECODER_STEPS, PRIOR_STEPS = 10, 25
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Bench:
+    """Both libraries' pipelines around the same parameters, and the clock of the run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        self.torch, self.options = torch, options
+        self.device = torch.device(options.device)
+        self.dtype = getattr(torch, DTYPES[options.dtype])
+        self.begun = time.perf_counter()
+        self.records: list[dict[str, Any]] = []
+        config = compare_weights.CONFIGS[options.config]
+        self.priors = self._prior_pipelines(config)
+        self.decoders = self._decoder_pipelines(config)
+        self.embedding_width = config["unet"]["encoder_hid_dim"]
+
+    def _pair(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
+        """The reference's network with random weights on the device, and ours with the same tensors."""
+        import diffusers
+
+        import kandinsky22
+
+        torch = self.torch
+        torch.manual_seed(0)
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                theirs = getattr(diffusers, name)(**config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.no_grad():
+            for key in ("positional_embedding", "prd_embedding", "clip_mean"):
+                if isinstance(value := getattr(theirs, key, None), torch.Tensor):
+                    value.normal_(std=0.02)  # zeros would hide differences
+            if isinstance(std := getattr(theirs, "clip_std", None), torch.Tensor):
+                std.fill_(1.0)
+        with torch.device("meta"):
+            ours = getattr(kandinsky22, name)(**config)
+        ours.load_state_dict(theirs.state_dict(), assign=True)
+        ours.reset_buffers()
+        return {THEIRS: theirs, OURS: ours.to(self.device).eval()}
+
+    def _prior_pipelines(self, config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        import diffusers
+        import transformers
+
+        import kandinsky22
+
+        self.torch.manual_seed(0)
+        text, vision = (tower.to(self.device, self.dtype) for tower in compare_weights.make_towers(config, layers=1))
+        side = vision.config.image_size
+        networks = self._pair("PriorTransformer", config["prior"])
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = compare_weights.make_tokenizer(Path(folder) / "words")
+        schedule = {"variance_type": "fixed_small_log", "prediction_type": "sample", "clip_sample_range": 5.0}
+        processor = transformers.CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
+        pipes = {}
+        for library in (diffusers, kandinsky22):
+            pipes[library.__name__] = library.KandinskyV22PriorPipeline(
+                prior=networks[library.__name__],
+                image_encoder=vision,
+                text_encoder=text,
+                tokenizer=tokenizer,
+                scheduler=library.UnCLIPScheduler(**schedule),
+                image_processor=processor,
+            )
+            pipes[library.__name__].set_progress_bar_config(disable=True)
+        return pipes
+
+    def _decoder_pipelines(self, config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        import diffusers
+
+        import kandinsky22
+
+        unets = self._pair("UNet2DConditionModel", config["unet"])
+        movqs = self._pair("VQModel", config["movq"])
+        pipes = {}
+        for library in (diffusers, kandinsky22):
+            scheduler = library.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear")
+            name = library.__name__
+            pipes[name] = library.KandinskyV22Pipeline(unet=unets[name], scheduler=scheduler, movq=movqs[name])
+            pipes[name].set_progress_bar_config(disable=True)
+        return pipes
+
+    # What is timed
+
+    def random(self, *shape: int, seed: int) -> Any:
+        """Normal values, drawn on the CPU so that they are the same everywhere."""
+        drawn = self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
+        return drawn.to(device=self.device, dtype=self.dtype)
+
+    def step(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
+        """A guided UNet step: a batch of 2 x `batch` samples."""
+        sample = self.random(batch, 4, size // 8, size // 8, seed=1).repeat(2, 1, 1, 1)
+        embeds = self.random(2 * batch, self.embedding_width, seed=2)
+        ours, theirs = self.decoders[OURS].unet, self.decoders[THEIRS].unet
+        condition = ours.encode_condition(embeds)
+        timestep = self.torch.tensor(500, device=self.device)
+        added = {"image_embeds": embeds}
+        return {
+            THEIRS: lambda: theirs(
+                sample, timestep, encoder_hidden_states=None, added_cond_kwargs=added, return_dict=False
+            )[0],
+            OURS: lambda: ours.denoise(sample, timestep, condition),
+        }
+
+    def decode(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
+        """MoVQ, latents to pixels."""
+        latents = self.random(batch, 4, size // 8, size // 8, seed=3)
+
+        def call(library: str) -> Callable[[], Any]:
+            return lambda: self.decoders[library].movq.decode(latents, force_not_quantize=True)[0]
+
+        return {library: call(library) for library in (THEIRS, OURS)}
+
+    def picture(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
+        """A whole call of the decoder pipeline."""
+        embeds, negatives = (self.random(batch, self.embedding_width, seed=seed) for seed in (4, 5))
+        options = {"height": size, "width": size, "num_inference_steps": DECODER_STEPS, "output_type": "np"}
+
+        def call(library: str) -> Callable[[], Any]:
+            pipe = self.decoders[library]
+            return lambda: self.torch.as_tensor(
+                pipe(embeds, negatives, generator=self.generator(), return_dict=False, **options)[0]
+            )
+
+        return {library: call(library) for library in (THEIRS, OURS)}
+
+    def prior(self, batch: int) -> dict[str, Callable[[], Any]]:
+        """A whole call of the prior pipeline."""
+        prompts = [f"a red cat, 4k photo, number {500 + row}" for row in range(batch)]
+        options = {"num_inference_steps": PRIOR_STEPS, "return_dict": False}
+        return {
+            library: lambda pipe=self.priors[library]: pipe(prompts, generator=self.generator(), **options)[0]
+            for library in (THEIRS, OURS)
+        }
+
+    def generator(self) -> Any:
+        """A seeded generator."""
+        return self.torch.Generator().manual_seed(0)
+
+    # Measuring
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.begun
+
+    def measure(self, stage: str, calls: dict[str, Callable[[], Any]], rounds: int, **about: Any) -> None:
+        """Time both libraries in turn, and compare their results."""
+        torch, results, first, peaks = self.torch, {}, {}, {}
+        seconds: dict[str, list[float]] = {library: [] for library in calls}
+        with torch.no_grad():
+            for library, call in calls.items():
+                begun = self.now()
+                results[library] = call()
+                first[library] = self.now() - begun
+                call()
+                self.reset_peak()
+                call()
+                peaks[library] = self.peak()
+            for _ in range(rounds):
+                for library, call in calls.items():
+                    begun = self.now()
+                    call()
+                    seconds[library].append(self.now() - begun)
+        exact, made = (results[library].float().cpu() for library in (THEIRS, OURS))
+        medians = {library: statistics.median(values) for library, values in seconds.items()}
+        record = {
+            "stage": stage,
+            "dtype": self.options.dtype,
+            **about,
+            "reference_ms": round(1000 * medians[THEIRS], 2),
+            "ours_ms": round(1000 * medians[OURS], 2),
+            "ratio": round(medians[THEIRS] / medians[OURS], 3),
+            "reference_first_s": round(first[THEIRS], 2),
+            "ours_first_s": round(first[OURS], 2),
+            "reference_peak_gib": round(peaks[THEIRS], 2),
+            "ours_peak_gib": round(peaks[OURS], 2),
+            "difference": float((made - exact).abs().max() / exact.abs().max()),
+            "at_s": round(self.elapsed),
+        }
+        assert made.isfinite().all()
+        self.records.append(record)
+        print(json.dumps(record), flush=True)
+
+    def now(self) -> float:
+        """Seconds on the host's clock, once the device has finished."""
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        """Start counting memory again."""
+        if self.device.type == "cuda":
+            self.torch.cuda.empty_cache()
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> float:
+        """Most GiB allocated at once."""
+        return self.torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+
+    def compile(self) -> None:
+        """Compile the UNet and MoVQ of both libraries, each the way its users do."""
+        theirs = self.decoders[THEIRS]
+        theirs.unet.compile(dynamic=False)
+        theirs.movq.decoder.compile(dynamic=False)
+        self.decoders[OURS].compile()
+
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Sizes and batches, smallest work first."""
+        yield from sorted(
+            ((size, batch) for size in self.options.sizes for batch in self.options.batches),
+            key=lambda cell: cell[0] ** 2 * cell[1],
+        )
+
+    def run(self) -> None:
+        """Measure everything eagerly, then compiled while there is time."""
+        for batch in self.options.batches:
+            self.measure("prior", self.prior(batch), 3, batch=batch, compiled=False)
+        for size, batch in self.cells():
+            about = {"size": size, "batch": batch, "compiled": False}
+            self.measure("step", self.step(size, batch), self.options.rounds, **about)
+            self.measure("decode", self.decode(size, batch), self.options.rounds, **about)
+            self.measure("picture", self.picture(size, batch), 3, **about)
+        if not self.options.compile:
+            return
+        self.compile()
+        longest = 0.0
+        for size, batch in self.cells():
+            begun = self.elapsed
+            if begun + longest > 60 * self.options.minutes:
+                print(f"compiled {size} x {size}, batch {batch}: left out, no time", file=sys.stderr)
+                continue
+            about = {"size": size, "batch": batch, "compiled": True}
+            self.measure("step", self.step(size, batch), self.options.rounds, **about)
+            self.measure("decode", self.decode(size, batch), self.options.rounds, **about)
+            self.measure("picture", self.picture(size, batch), 3, **about)
+            longest = max(longest, self.elapsed - begun)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; the exit code is 1 if float32 results differ by more than 1e-3."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script (cuda)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
+    parser.add_argument("--config", choices=compare_weights.CONFIGS, default="published", help="(published)")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768], help="sides in pixels (512 768)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="pictures per call (1 8)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls per network; pipelines have 3 (7)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure eagerly only")
+    parser.add_argument("--minutes", type=float, default=6.0, help="start no compiled cell that would end later (6)")
+    parser.add_argument("--out", type=Path, help="JSON file for all records")
+    options = parser.parse_args(arguments)
+    bench = Bench(options)
+    try:
+        bench.run()
+    finally:
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"machine": describe(bench), "records": bench.records}, indent=1) + "\n")
+    worst = max(record["difference"] for record in bench.records if record["stage"] in ("step", "decode"))
+    return int(options.dtype == "fp32" and worst > 1e-3)
+
+
+def describe(bench: Bench) -> dict[str, str]:
+    """Versions, and the name of the device."""
+    import diffusers
+
+    import kandinsky22
+
+    name = bench.torch.cuda.get_device_name() if bench.device.type == "cuda" else bench.device.type
+    versions = {"kandinsky22": kandinsky22, "diffusers": diffusers, "torch": bench.torch}
+    return {"device": name, **{library: module.__version__ for library, module in versions.items()}}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
