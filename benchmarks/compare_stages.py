@@ -276,7 +276,7 @@ class Picture(Stage):
     def _options(self, pipe: Any, steps: int) -> dict[str, Any]:
         if self.setting.quality is None:
             return {"num_inference_steps": steps}
-        from kandinsky22.quality import apply_quality
+        from kandinsky22.sampling.presets import apply_quality
 
         return apply_quality(pipe, self.setting.quality)
 

@@ -37,7 +37,7 @@ from benchmarks.mode_cases import (
     stated,
 )
 from benchmarks.pixel_judge import judge, to_array
-from kandinsky22.training import variants
+from kandinsky22.training import shared_unet
 from kandinsky22.training.assemble import DECODER_DEFAULTS, PRIOR_DEFAULTS
 from kandinsky22.training.captions import FULL, Detail, caption
 from kandinsky22.training.scenes import COLORS, Scene, draw_hints, sample_scene
@@ -124,8 +124,8 @@ class Models:
         """The pipeline of "inpaint" or "control"."""
         kind = {"inpaint": "KandinskyV22InpaintPipeline", "control": "KandinskyV22ControlnetPipeline"}[name]
         if self.training is not None:
-            changes = {"inpaint": variants.INPAINT, "control": variants.HINT}[name]
-            unet = variants.load_shared(self.training / "shared").part(changes)
+            changes = {"inpaint": shared_unet.INPAINT, "control": shared_unet.HINT}[name]
+            unet = shared_unet.load_shared(self.training / "shared").part(changes)
             pipe = getattr(self.kinds, kind)(unet, self.decoder.scheduler, self.decoder.movq)
         else:
             pipe = getattr(self.kinds, kind).from_pretrained(self._part(name))
@@ -247,7 +247,7 @@ def control(models: Models, count: int, seed: int) -> Result:
         rngs = [case_rng(seed, 2, index) for index in some]
         scenes = [sample_scene(rng) for rng in rngs]
         scenes = [
-            variants.loosened(s, rng) if index % 2 else s for index, s, rng in zip(some, scenes, rngs, strict=True)
+            shared_unet.loosened(s, rng) if index % 2 else s for index, s, rng in zip(some, scenes, rngs, strict=True)
         ]
         captions = [caption(scene, rng, LOOKS) for scene, rng in zip(scenes, rngs, strict=True)]
         hints = draw_hints(scenes, SIZE, outlines=[index % 4 > 1 for index in some])

@@ -51,7 +51,7 @@ OPTIONS: dict[str, Change] = {
 def load(model: str, quality: str | None) -> tuple[Any, dict[str, Any]]:
     """A pipeline of its own for each option, which takes it apart, and the arguments to call it with."""
     import kandinsky22
-    from kandinsky22.quality import apply_quality
+    from kandinsky22.sampling.presets import apply_quality
 
     pipe = kandinsky22.AutoPipelineForText2Image.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)

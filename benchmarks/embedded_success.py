@@ -101,7 +101,7 @@ def run(draw: Drawer, prompts: Sequence[Prompt], batch: int) -> Iterator[tuple[A
 def under_training(folder: Path, upper_bound: str | None) -> Any:
     """A pipeline of what the stages under `folder` have learned so far; those an upper bound skips are not needed."""
     from kandinsky22 import DDPMScheduler, KandinskyV22CombinedPipeline, UnCLIPScheduler
-    from kandinsky22.training import clip, decoder, loop, movq, prior, variants
+    from kandinsky22.training import clip, decoder, loop, movq, prior, shared_unet
 
     parts: dict[str, Any] = {"unet": None, "scheduler": None, "movq": movq.load_movq(folder / "movq").eval()}
     names = ("prior", "image_encoder", "text_encoder", "tokenizer", "scheduler", "image_processor")
@@ -110,7 +110,7 @@ def under_training(folder: Path, upper_bound: str | None) -> Any:
         towers = clip.Towers.load(folder / "clip" / "model")
         shared = folder / "shared"
         parts["unet"] = (
-            variants.load_shared(shared).part({}) if shared.is_dir() else decoder.load_decoder(folder / "decoder")
+            shared_unet.load_shared(shared).part({}) if shared.is_dir() else decoder.load_decoder(folder / "decoder")
         )
         parts["scheduler"] = DDPMScheduler(**decoder.SCHEDULER)
         parts |= {"prior_image_encoder": towers.vision, "prior_image_processor": clip.image_processor()}

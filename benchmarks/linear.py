@@ -1,4 +1,4 @@
-"""What the packed weights of `kandinsky22.runtime.packed` gain, for layers of Kandinsky 2.2: both products in turn.
+"""What the packed weights of `kandinsky22.kernels.linear` gain, for layers of Kandinsky 2.2: both products in turn.
 
     python -m benchmarks.linear
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from kandinsky22.runtime.packed import Linear
+from kandinsky22.kernels.linear import Linear
 
 # (in, out, rows): a step of the prior, its text, the UNet's attention at 512 x 512
 CASES = (

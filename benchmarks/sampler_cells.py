@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kandinsky22.quality import PRESETS, Preset, Sampler
+from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 
 
 @dataclasses.dataclass(frozen=True)

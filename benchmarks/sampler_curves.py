@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.sampler_cells import KINDS, SPECIFICATION, Cell, grid
 from benchmarks.sampler_report import Find, Rows, decoder_rows, distance_rows, prior_rows, share
-from kandinsky22.quality import PRESETS
+from kandinsky22.sampling.presets import PRESETS
 
 # The palette of Okabe & Ito 2008, which the colour-blind can tell apart; markers say the same again.
 BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"

@@ -20,7 +20,7 @@ from benchmarks.sampler_cells import (
     grid,
     name_of,
 )
-from kandinsky22.quality import PRESETS, Sampler
+from kandinsky22.sampling.presets import PRESETS, Sampler
 
 Find = Callable[[str, Cell], dict[str, Any] | None]
 Rows = dict[str, list[tuple[int, dict[str, Any]]]]

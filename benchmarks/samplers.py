@@ -34,7 +34,7 @@ from benchmarks.embedded_success import Drawer, run
 from benchmarks.sampler_cells import INTERVALS, KINDS, Cell, distance_grid, grid
 from benchmarks.sampler_report import preset_table, write_report
 from kandinsky22 import AutoPipelineForText2Image
-from kandinsky22.runtime.digest import weights_digest
+from kandinsky22.checkpoints.fingerprint import weights_digest
 
 SUCCESS_GROUPS = tuple(grid())
 GROUPS = (*SUCCESS_GROUPS, "others", "distance", "time")

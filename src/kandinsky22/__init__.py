@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput as KandinskyPriorPipelineOutput
     from kandinsky22.pipelines.prior import KandinskyV22PriorEmb2EmbPipeline as KandinskyV22PriorEmb2EmbPipeline
     from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline as KandinskyV22PriorPipeline
-    from kandinsky22.quality import apply_quality as apply_quality
+    from kandinsky22.sampling.presets import apply_quality as apply_quality
     from kandinsky22.schedulers import DDIMScheduler as DDIMScheduler
     from kandinsky22.schedulers import DDPMScheduler as DDPMScheduler
     from kandinsky22.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
@@ -104,7 +104,7 @@ _MODULE_OF = {
     "UnCLIPScheduler": "schedulers",
     "UniPCMultistepScheduler": "schedulers",
     "VQModel": "models.movq",
-    "apply_quality": "quality",
+    "apply_quality": "sampling.presets",
     "load_image": "inputs.images",
     "make_image_grid": "inputs.images",
 }

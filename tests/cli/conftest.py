@@ -104,7 +104,7 @@ def embedded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "inpaint": models / "inpaint",
         "control": models / "control" / "decoder",
     }
-    monkeypatch.setattr("kandinsky22.hub.embedded_folder", parts.__getitem__)
+    monkeypatch.setattr("kandinsky22.checkpoints.hub.embedded_folder", parts.__getitem__)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.cli.conftest import SIZE, Command, pixels, stored
 from tests.cli.test_errors import assert_one_line
 
-from kandinsky22.cli import stages
+from kandinsky22.cli import generate
 from kandinsky22.cli.request import Request
 from kandinsky22.cli.sheets import GAP, LARGEST, MARGIN, Sheet, labelled_sheet
 
@@ -70,12 +70,12 @@ def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
 def test_a_cell_that_ends_in_nan_is_marked_and_the_others_are_kept(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = stages._check_numbers
+    check = generate._check_numbers
 
     def fail_at_two(values: Any, pipe: Any, steps: int | None) -> None:
         check(values * float("nan") if steps == 2 else values, pipe, steps)
 
-    monkeypatch.setattr(stages, "_check_numbers", fail_at_two)
+    monkeypatch.setattr(generate, "_check_numbers", fail_at_two)
     options = ("--model", model, "--scheduler", "ddim", "--steps", "2,4", "--prior-steps", 3, "--pictures")
     result = command("compare", "a cat", *options)
     assert result.out.splitlines() == ["compare-1-2.png", "compare.png", "compare.csv"]
@@ -102,13 +102,13 @@ def test_what_is_set_up_at_first_use_is_in_no_cells_seconds(
 ) -> None:
     """A step is made before the grid with guidance, and one without."""
     drawn: list[tuple[float | None, int | None]] = []
-    draw = stages.draw
+    draw = generate.draw
 
     def seen(decoder: Any, request: Request, *rest: Any) -> Any:
         drawn.append((request.guidance, request.steps))
         return draw(decoder, request, *rest)
 
-    monkeypatch.setattr(stages, "draw", seen)
+    monkeypatch.setattr(generate, "draw", seen)
     arguments = ("--scheduler", "ddim", "--steps", "2", "--guidance", "1,3,4")
     assert command("compare", "a cat", "--model", model, *arguments).code == 0
     assert sorted(drawn[:2]) == [(1.0, 1), (3.0, 1)]
@@ -143,7 +143,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_drawn(
     arguments: tuple[str, ...],
     words: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.stages.embed", None)
+    monkeypatch.setattr("kandinsky22.cli.generate.embed", None)
     for folder in ("taken.csv", "kept-1-1.png"):
         Path(folder).mkdir()
     assert_one_line(command("compare", "a cat", "--model", model, *arguments), 1, *words)

@@ -210,7 +210,7 @@ def test_bad_pictures_are_told_before_any_loading(
 def test_weights_for_something_else_are_told_before_they_are_read(
     command: Command, models: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], folder: str
 ) -> None:
-    monkeypatch.setattr("kandinsky22.composite.load_component", failing(AssertionError("weights are read")))
+    monkeypatch.setattr("kandinsky22.pipelines.composite.load_component", failing(AssertionError("weights are read")))
     Image.new("RGB", (32, 32)).save("photo.png")
     result = command(*arguments, "--model", models / folder)
     assert_one_line(result, 1, f"{models / folder} is a Kandinsky", "needed here")
@@ -231,7 +231,7 @@ def test_a_prior_that_does_not_fit_is_told_before_any_network_runs(
 def test_embedded_weights_that_are_not_there(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, needs: str
 ) -> None:
-    monkeypatch.setattr("kandinsky22.hub.importlib.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("kandinsky22.checkpoints.hub.importlib.resources.files", lambda package: tmp_path)
     Image.new("RGB", (32, 32)).save("photo.png")
     image = ("--image", "photo.png") if name == "inpaint" else ()
     result = command(name, "a circle", *image, needs, "photo.png")

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.cli.conftest import SIZE, Command
 from tests.cli.test_modes import COMMANDS
 
-from kandinsky22.runtime import offload, shelves
+from kandinsky22.runtime import device_offload, disk_offload
 
 EVERY = {"generate": ("combined", ("a cat",)), **COMMANDS}
 
@@ -21,13 +21,13 @@ EVERY = {"generate": ("combined", ("a cat",)), **COMMANDS}
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many networks are off their shelves, each time that one is fetched."""
     seen: list[int] = []
-    enter = offload.Stages.enter
+    enter = device_offload.Stages.enter
 
-    def entered(self: offload.Stages, *args: Any) -> None:
+    def entered(self: device_offload.Stages, *args: Any) -> None:
         enter(self, *args)
         seen.append(len(self.working))
 
-    monkeypatch.setattr(offload.Stages, "enter", entered)
+    monkeypatch.setattr(device_offload.Stages, "enter", entered)
     return seen
 
 
@@ -67,7 +67,7 @@ def test_the_same_picture_with_other_options(
 def test_weights_are_read_from_the_models_own_files(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelves, "write_tensors", lambda *_, **__: pytest.fail("a temporary file was written"))
+    monkeypatch.setattr(disk_offload, "write_tensors", lambda *_, **__: pytest.fail("a temporary file was written"))
     for dtype in ("float32", "bfloat16"):
         assert command("generate", "a cat", "--model", model, "--low-memory", "--dtype", dtype, "-n", 2).code == 0
 

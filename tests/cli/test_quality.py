@@ -12,8 +12,8 @@ import torch
 from tests.cli.conftest import Command, pixels, stored
 
 import kandinsky22
-from kandinsky22 import quality
-from kandinsky22.quality import PRESETS, Preset, Sampler
+from kandinsky22.sampling import presets
+from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 
 DPM = "DPMSolverMultistepScheduler"
 QUICK = Preset(
@@ -27,7 +27,7 @@ QUICK = Preset(
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let balanced be quick."""
-    monkeypatch.setattr(quality, "PRESETS", {**PRESETS, "balanced": QUICK})
+    monkeypatch.setattr(presets, "PRESETS", {**PRESETS, "balanced": QUICK})
 
 
 def asked(path: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_a_preset_draws_what_it_draws_in_python_and_is_repeated(command: Command
     assert command("generate", "a cat", *arguments, "--quality", "balanced").code == 0
     assert asked("picture.png") == PRESET
     pipe = kandinsky22.AutoPipelineForText2Image.from_pretrained(model)
-    options = quality.apply_quality(pipe, "balanced")
+    options = presets.apply_quality(pipe, "balanced")
     (image,) = pipe("a cat", generator=torch.Generator().manual_seed(5), **options).images
     assert np.array_equal(np.asarray(image), pixels(Path("picture.png")))
     result = command("generate", "--from", "picture.png")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.randomness import randn_tensor
+from kandinsky22.noise import randn_tensor
 from kandinsky22.schedulers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 
 SHAPES = [(2, 3, 4, 5), (2, 6), (1, 1, 2, 2)]

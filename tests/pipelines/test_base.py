@@ -24,7 +24,7 @@ from kandinsky22 import (
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky22.hub import Source
+from kandinsky22.checkpoints.hub import Source
 
 CLASSES: dict[str, type[DiffusionPipeline]] = {
     "prior": KandinskyV22PriorPipeline,
@@ -272,7 +272,7 @@ def test_the_prior_is_found(checkpoints: Path, copy: Path, prior: Any) -> None:
 
 
 def test_the_embedded_parts(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kandinsky22 import hub
+    from kandinsky22.checkpoints import hub
 
     for name in ("prior", "decoder"):
         shutil.copytree(checkpoints / name, tmp_path / "embedded/weights" / name)

@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky22.errors import InputError, MissingDependencyError
+from kandinsky22.kernels.linear import DTYPES, Packs
 from kandinsky22.runtime import compile as compilation
-from kandinsky22.runtime.packed import DTYPES, Packs
 
 TRACED = {"backend": "eager"}
 

@@ -12,7 +12,7 @@ from tests.pipelines.tiny import pair, seeded
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky22.errors import InputError
-from kandinsky22.runtime.caching import FeatureCache
+from kandinsky22.models.feature_cache import FeatureCache
 
 
 def draw(pipe: Any, steps: int = 5, **given: Any) -> torch.Tensor:

@@ -25,14 +25,16 @@ from kandinsky22 import (
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky22.runtime import asleep, kept, pages
-from kandinsky22.runtime.asleep import is_asleep, wake
+from kandinsky22.kernels import host_memory
+from kandinsky22.pipelines import embedding_cache
+from kandinsky22.runtime import lazy_component
+from kandinsky22.runtime.lazy_component import is_asleep, wake
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kept, "WORTHWHILE", 0)
+    monkeypatch.setattr(embedding_cache, "WORTHWHILE", 0)
     return tmp_path / "cache" / "zero-image"
 
 
@@ -209,8 +211,8 @@ def test_damaged_files_are_told_at_once(checkpoints: Path, tmp_path: Path) -> No
 
 
 def test_it_can_be_switched_off(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(asleep, "enabled", False)
-    monkeypatch.setattr(kept, "zero_images", False)
+    monkeypatch.setattr(lazy_component, "enabled", False)
+    monkeypatch.setattr(embedding_cache, "zero_images", False)
     pipe = load(checkpoints / "prior")
     assert not is_asleep(pipe.image_encoder)
     draw(pipe)
@@ -262,7 +264,7 @@ def test_damaged_or_forbidden_caches_do_no_harm(
 
 
 def test_small_encoders_are_not_worth_a_file(checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "WORTHWHILE", 2**26)
+    monkeypatch.setattr(embedding_cache, "WORTHWHILE", 2**26)
     load(checkpoints / "prior").get_zero_embed()
     assert not cache.exists()
 
@@ -329,7 +331,7 @@ def test_results_hold_no_graph(checkpoints: Path) -> None:
 
 def test_the_text_towers_pages_are_given_up(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[torch.Tensor] = []
-    monkeypatch.setattr(pages, "forget_large", forgotten.extend)
+    monkeypatch.setattr(host_memory, "forget_large", forgotten.extend)
     pipe = load(checkpoints / "prior")
     pipe.encode_text(["a cat"])
     assert {p.data_ptr() for p in forgotten} == {p.data_ptr() for p in pipe.text_encoder.parameters()}
@@ -337,13 +339,13 @@ def test_the_text_towers_pages_are_given_up(checkpoints: Path, monkeypatch: pyte
 
 def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(checkpoints / "prior")
-    monkeypatch.setattr(kept.Recent, "size", 2)
+    monkeypatch.setattr(embedding_cache.Recent, "size", 2)
     for text in ("one", "two", "one", "three", "one"):
         pipe.encode_text([text])
     assert runs.count("text") == 3, "the one that was used last stays"
     pipe.encode_text(["two"])
     assert runs.count("text") == 4
-    monkeypatch.setattr(kept.Recent, "size", 0)
+    monkeypatch.setattr(embedding_cache.Recent, "size", 0)
     pipe.encode_text(["two"])
     pipe.encode_text(["five"])
     pipe.encode_text(["five"])

@@ -13,7 +13,7 @@ from tests.pipelines.tiny import seeded
 from torch import nn
 
 from kandinsky22 import AutoPipelineForText2Image, KandinskyV22Img2ImgPipeline
-from kandinsky22.runtime import convolution, packed, pages, winograd
+from kandinsky22.kernels import conv, host_memory, linear, winograd
 
 GENERATIONS, SETTLED = 50, 10
 
@@ -21,7 +21,7 @@ GENERATIONS, SETTLED = 50, 10
 def resident() -> int:
     """Bytes of this process that are in memory, after what is free was given back."""
     gc.collect()
-    pages.trim()
+    host_memory.trim()
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
@@ -43,10 +43,10 @@ def test_fifty_generations_take_no_more_memory_than_ten() -> None:
     assert resident() - early < 4e6
 
 
-@pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
+@pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
 def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORTHWHILE", "NARROW", "FEW"):
-        monkeypatch.setattr(convolution, name, 0)
+        monkeypatch.setattr(conv, name, 0)
     counts: list[tuple[bool, bool]] = []
 
     def count(*_: object) -> None:

@@ -17,9 +17,10 @@ from tests.pipelines.tiny import DECODER_SCHEDULER, difference, seeded
 
 import kandinsky22
 from kandinsky22.errors import InputError
-from kandinsky22.runtime import pages, shelves
-from kandinsky22.runtime.convolution import Conv2d
-from kandinsky22.runtime.packed import Linear
+from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.conv import Conv2d
+from kandinsky22.kernels.linear import Linear
+from kandinsky22.runtime import disk_offload
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="memory is read from Linux's account")
 
@@ -33,8 +34,8 @@ def resident() -> int:
 def present(tensor: torch.Tensor) -> float:
     """Which share of a tensor is in memory."""
     first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
-    entries = pages._page_entries(first, last - first)
-    return float(np.mean(entries & pages._PRESENT != 0))
+    entries = host_memory._page_entries(first, last - first)
+    return float(np.mean(entries & host_memory._PRESENT != 0))
 
 
 @pytest.fixture
@@ -80,14 +81,16 @@ def test_memory_is_given_back(large: Any) -> None:
 def test_large_layers_are_in_memory_one_at_a_time(
     by_layer: bool, large: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelves, "LARGE", 2**19)
+    monkeypatch.setattr(disk_offload, "LARGE", 2**19)
     mapped = kandinsky22.KandinskyV22Pipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     mapped.set_progress_bar_config(disable=True)
     embeds = {name: torch.ones(1, 1280, dtype=torch.bfloat16) for name in ("image_embeds", "negative_image_embeds")}
     call: dict[str, Any] = {**embeds, "num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64}
     plain = mapped(**call, generator=seeded(1)).images
     mapped.enable_low_memory(by_layer=by_layer)
-    layers = [m for m in mapped.unet.modules() if isinstance(m, Conv2d | Linear) and m.weight.nbytes >= shelves.LARGE]
+    layers = [
+        m for m in mapped.unet.modules() if isinstance(m, Conv2d | Linear) and m.weight.nbytes >= disk_offload.LARGE
+    ]
     assert len(layers) > 20
     taken: list[float] = []
 
@@ -129,7 +132,7 @@ def test_nothing_is_left_of_temporary_files(large: Any, tmp_path: Path) -> None:
 
 
 def test_layers_that_were_not_packed_stay_so(large: Any, tmp_path: Path) -> None:
-    own = next(m for m in large.unet.modules() if isinstance(m, Conv2d) and m.weight.nbytes >= shelves.LARGE)
+    own = next(m for m in large.unet.modules() if isinstance(m, Conv2d) and m.weight.nbytes >= disk_offload.LARGE)
     own.packing = False
     large.enable_low_memory(tmp_path)
     large.remove_all_hooks()

@@ -23,8 +23,9 @@ from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
 
 import kandinsky22
 from kandinsky22.errors import InputError, MissingDependencyError
+from kandinsky22.kernels import linear
 from kandinsky22.models import Model
-from kandinsky22.runtime import offload, packed, shelves
+from kandinsky22.runtime import device_offload, disk_offload
 
 EMBEDS = {"image_embeds": torch.ones(1, DIM), "negative_image_embeds": torch.zeros(1, DIM)}
 DECODER = {**EMBEDS, "num_inference_steps": 2, "output_type": "pt"}
@@ -107,7 +108,7 @@ def as_in(mode: str) -> Iterator[None]:
     """Weights are rearranged within as they are in this mode: for layers that come one at a time, not at all."""
     with pytest.MonkeyPatch.context() as patch:
         if mode == "enable_sequential_cpu_offload":
-            patch.setattr(packed.Packs, "packing", False)
+            patch.setattr(linear.Packs, "packing", False)
         yield
 
 
@@ -120,7 +121,7 @@ def homes(pipe: Any) -> dict[str, set[str]]:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     """The networks in the order in which they are fetched."""
     fetched: list[torch.nn.Module] = []
-    for shelf in (offload.InMemory, shelves.InFiles):
+    for shelf in (device_offload.InMemory, disk_offload.InFiles):
         original = shelf.fetch
 
         def fetch(self: Any, network: Any, original: Any = original) -> None:
@@ -214,7 +215,7 @@ def test_every_public_method_of_networks_is_watched() -> None:
     for kind in (kandinsky22.PriorTransformer, kandinsky22.UNet2DConditionModel, kandinsky22.VQModel):
         methods = {name for name, value in vars(kind).items() if callable(value) and not name.startswith("_")}
         assert issubclass(kind, Model)
-        assert methods - {"config_class", "forward"} - harmless <= set(offload.ENTRY_POINTS)
+        assert methods - {"config_class", "forward"} - harmless <= set(device_offload.ENTRY_POINTS)
 
 
 # What else may happen while networks are offloaded
@@ -227,11 +228,11 @@ def test_replaced_components_are_treated_alike(mode: str, combined: Any) -> None
     enable(combined, mode)
     combined.unet = replaced
     combined.scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range")
-    assert offload.place_of(replaced) is not None
+    assert device_offload.place_of(replaced) is not None
     assert difference(run(combined, "Combined")[0], plain[0]) < 1e-5
     assert combined.decoder_pipe.unet is replaced
     combined.remove_all_hooks()
-    assert offload.place_of(replaced) is None
+    assert device_offload.place_of(replaced) is None
     assert homes(combined)["unet"] == {"cpu"}
 
 
@@ -265,7 +266,7 @@ def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
     decoder.enable_sequential_cpu_offload(device="cpu")
     assert homes(decoder) == {"unet": {"meta"}, "movq": {"cpu"}}
-    assert offload.place_of(decoder.movq) is None
+    assert device_offload.place_of(decoder.movq) is None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -291,7 +292,7 @@ def test_switching_modes(mode: str, decoder: Any) -> None:
         assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
     decoder.remove_all_hooks()
     decoder.remove_all_hooks()
-    left = {"forward", "_hf_hook", "_old_forward", "packing", "state_dict", *offload.ENTRY_POINTS}
+    left = {"forward", "_hf_hook", "_old_forward", "packing", "state_dict", *device_offload.ENTRY_POINTS}
     assert not [name for module in decoder.unet.modules() for name in vars(module) if name in left]
 
 
@@ -330,13 +331,15 @@ def test_without_an_accelerator(mode: str, decoder: Any) -> None:
             getattr(decoder, mode)(**options)
     with pytest.raises(InputError, match="gpu_id=1"):
         getattr(decoder, mode)(gpu_id=1, device="cpu")
-    assert offload.place_of(decoder.unet) is None
+    assert device_offload.place_of(decoder.unet) is None
 
 
 @pytest.mark.parametrize("mode", MODES[:2])
 def test_without_accelerate(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = offload.importlib.util.find_spec
-    monkeypatch.setattr(offload.importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    find = device_offload.importlib.util.find_spec
+    monkeypatch.setattr(
+        device_offload.importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name)
+    )
     with pytest.raises(MissingDependencyError, match=r"kandinsky22\[offload\]"):
         getattr(decoder, mode)(device="cpu")
     decoder.enable_low_memory()
@@ -405,10 +408,10 @@ def test_changes_that_torch_does_not_count(how: str, decoder: Any, checkpoints: 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky22.runtime.packed.WORTHWHILE", 1)
+    monkeypatch.setattr("kandinsky22.kernels.linear.WORTHWHILE", 1)
     packs = lambda: [m for part in (decoder.unet, decoder.movq) for m in part.modules() if "_pack" in vars(m)]  # noqa: E731
     plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
-    assert packs() or not packed.DTYPES
+    assert packs() or not linear.DTYPES
     enable(decoder, mode)
     assert packs() == []
     again = decoder(**DECODER, **SMALL, generator=seeded(1)).images

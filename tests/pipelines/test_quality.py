@@ -18,9 +18,9 @@ from kandinsky22 import (
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
     apply_quality,
-    quality,
 )
-from kandinsky22.quality import PRESETS, Preset, Sampler
+from kandinsky22.sampling import presets
+from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 
 NAMES = ("draft", "balanced", "best")
 
@@ -67,7 +67,7 @@ def test_each_stage_ends_its_guidance_where_the_preset_says(
 ) -> None:
     three, four = (Sampler("DPMSolverMultistepScheduler", steps) for steps in (3, 4))
     preset = Preset(decoder=three, prior=four, guidance_interval=(0.0, 0.3), prior_guidance_interval=(0.0, 0.5))
-    monkeypatch.setattr(quality, "PRESETS", {"balanced": preset})
+    monkeypatch.setattr(presets, "PRESETS", {"balanced": preset})
     early, late = rows_seen(combined.prior_prior, monkeypatch), rows_seen(combined.unet, monkeypatch)
     combined("a cat", **apply_quality(combined, "balanced"))
     assert (early, late) == ([2, 2, 1, 1], [2, 1, 1])

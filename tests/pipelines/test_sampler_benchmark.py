@@ -15,8 +15,8 @@ from benchmarks.sampler_cells import KINDS, SPECIFICATION, Cell
 from benchmarks.samplers import Bench
 
 from kandinsky22 import KandinskyV22CombinedPipeline
-from kandinsky22.quality import Preset, Sampler
-from kandinsky22.randomness import randn_tensor
+from kandinsky22.noise import randn_tensor
+from kandinsky22.sampling.presets import Preset, Sampler
 
 PAGE = Path(__file__).parents[2] / "docs" / sampler_report.PAGE
 QUICK = Cell(KINDS["DDIM"].steps(2), KINDS["DPM++ 2M"].steps(2))
@@ -127,7 +127,7 @@ def test_every_cell_starts_from_the_same_noise(bench: Bench, monkeypatch: pytest
         drawn[cell.prior.scheduler].append(noise)
         return noise
 
-    monkeypatch.setattr("kandinsky22.pipelines.sampling.randn_tensor", record)
+    monkeypatch.setattr("kandinsky22.pipelines.denoising.randn_tensor", record)
     for prior in (KINDS["UnCLIP (specification)"].steps(3), KINDS["DPM++ 2M"].steps(2)):
         cell = Cell(QUICK.decoder, prior)
         drawn[prior.scheduler] = []

@@ -20,7 +20,7 @@ from kandinsky22 import (
     DiffusionPipeline,
     InputError,
 )
-from kandinsky22.hub import Source
+from kandinsky22.checkpoints.hub import Source
 
 PRIORS = ["PriorPipeline", "PriorEmb2EmbPipeline"]
 DECODERS = ["Pipeline", *(f"{mode}Pipeline" for mode in MODES)]
@@ -287,7 +287,7 @@ def test_embedded_combination(kind: Any) -> None:
 
 
 def test_embedded_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kandinsky22 import hub
+    from kandinsky22.checkpoints import hub
 
     monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path)
     for name in TEN:

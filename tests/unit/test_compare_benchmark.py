@@ -14,7 +14,7 @@ from benchmarks import compare, compare_report, compare_switches, compare_weight
 from benchmarks.compare_stages import OURS, STAGES, THEIRS, Setting
 from benchmarks.compare_worker import Served, Worker
 
-from kandinsky22.runtime.packed import Linear
+from kandinsky22.kernels.linear import Linear
 
 SIZE = compare_weights.SIZES["tiny"]
 TOLERANCE = 1e-4  # relative, of a chain of random networks in float32

@@ -11,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.kernels import attention, conv, group_norm, host_memory, linear, winograd
+from kandinsky22.kernels.conv import Conv2d, added, double
+from kandinsky22.kernels.linear import DirectLinear, Linear
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.models.movq import VQModel
-from kandinsky22.runtime import convolution, large_attention, normalise, packed, pages, winograd
-from kandinsky22.runtime.convolution import Conv2d, added, double
-from kandinsky22.runtime.packed import DirectLinear, Linear
 
-needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
-WORTHWHILE = convolution.WORTHWHILE  # as it is outside these tests
+needs_packing = pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
+WORTHWHILE = conv.WORTHWHILE  # as it is outside these tests
 SIZES = [(1, 3, 8, 8, 8), (2, 12, 20, 12, 20), (3, 6, 5, 4, 36), (1, 4, 4, 68, 4)]  # batch, in, out, height, width
 
 
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORTHWHILE", "NARROW", "FEW"):
-        monkeypatch.setattr(convolution, name, 0)
-    monkeypatch.setattr(large_attention, "FEW", 8)
-    monkeypatch.setattr(large_attention, "MANY", 8)
+        monkeypatch.setattr(conv, name, 0)
+    monkeypatch.setattr(attention, "FEW", 8)
+    monkeypatch.setattr(attention, "MANY", 8)
 
 
 def kind(layer: nn.Module) -> str | None:
@@ -55,13 +55,13 @@ def test_every_way_is_right(size: tuple[int, ...], bias: bool, mode: type[torch.
         kept = given.clone()
         with mode():
             assert distance(layer(given), exactly(layer, given)) < 3e-6
-            assert kind(layer) == ("winograd" if packed.DTYPES else None)
+            assert kind(layer) == ("winograd" if linear.DTYPES else None)
             assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
-            assert kind(layer) == ("doubled" if packed.DTYPES else None)
+            assert kind(layer) == ("doubled" if linear.DTYPES else None)
             layer.winograd = layer.doubling = False
             assert distance(layer(given), exactly(layer, given)) < 1e-6
             assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
-            assert kind(layer) == ("convolution" if packed.DTYPES else None)
+            assert kind(layer) == ("convolution" if linear.DTYPES else None)
             del layer.winograd, layer.doubling
         assert torch.equal(given, kept)
 
@@ -70,8 +70,8 @@ def test_every_way_is_right(size: tuple[int, ...], bias: bool, mode: type[torch.
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
 def test_large_results_are_made_in_bands(size: tuple[int, ...], band: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MAPPED", 0)
-    monkeypatch.setattr(convolution, "BAND", band)
+    monkeypatch.setattr(host_memory, "MAPPED", 0)
+    monkeypatch.setattr(conv, "BAND", band)
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
     layer.winograd = False
@@ -179,7 +179,7 @@ def test_winograd_takes_whole_squares_only() -> None:
 @needs_packing
 @torch.no_grad()
 def test_a_picture_does_not_depend_on_how_many_are_made_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "FEW", 8)
+    monkeypatch.setattr(conv, "FEW", 8)
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(5, 6, 8, 12)
     assert distance(layer(features)[2:3], layer(features[2:3])) < 3e-6
     assert kind(layer) == "convolution"
@@ -202,7 +202,7 @@ def test_the_transforms_are_exact() -> None:
 def test_bfloat16_is_as_right_as_the_plain_convolution() -> None:
     layer, features = Conv2d(24, 16, 3, padding=1).bfloat16(), torch.randn(2, 24, 8, 8).bfloat16()
     assert distance(layer(features), exactly(layer, features)) < 0.01
-    assert kind(layer) == ("convolution" if torch.bfloat16 in packed.DTYPES else None)
+    assert kind(layer) == ("convolution" if torch.bfloat16 in linear.DTYPES else None)
     assert distance(layer(features, doubled=True), exactly(layer, double(features))) < 0.01
 
 
@@ -276,8 +276,8 @@ def test_levels_of_movq_are_called_where_somebody_looks() -> None:
 def test_norms(
     spent: bool, activated: bool, batch: int, sides: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(normalise, "BLOCK", block)
-    monkeypatch.setattr(normalise, "MEASURED", block)
+    monkeypatch.setattr(group_norm, "BLOCK", block)
+    monkeypatch.setattr(group_norm, "MEASURED", block)
     features = (torch.randn(batch, 64, *sides) * 3 + 20).contiguous(memory_format=torch.channels_last)
     latents, after = torch.randn(batch, 4, sides[0] // 4, sides[1] // 4), F.silu if activated else lambda x: x
     plain, spatial = GroupNorm(16, 64, eps=1e-5), SpatialNorm(64, 4)
@@ -312,11 +312,11 @@ def test_norms(
 def test_rows_of_a_norm_may_be_taken_from_anywhere(
     places: tuple[int, int], block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(normalise, "BLOCK", block)
+    monkeypatch.setattr(group_norm, "BLOCK", block)
     pixels = torch.randn(2, 24, 16, 8, dtype=dtype)
     scale, shift = torch.randn(2, 2, 8, *places)
     mean, deviation = torch.randn(2, 1, 1, 8), torch.rand(2, 1, 1, 8) + 0.5
-    table = normalise.Table((mean, deviation), scale, shift)
+    table = group_norm.Table((mean, deviation), scale, shift)
     y, b = (F.interpolate(part, (24, 16)).double().permute(0, 2, 3, 1) for part in (scale, shift))
     exact = F.silu((pixels.double() - mean) / deviation * y + b)
     bound = 1e-6 if dtype == torch.float32 else 4e-3  # bfloat16 keeps 8 bits: 2e-3 in the mean
@@ -363,16 +363,16 @@ def test_blocks_with_and_without_gradients_agree(resample: str | None) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 40, 16), (2, 3, 300, 8), (1, 2, 17, 512)], ids=str)
 @torch.no_grad()
 def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_attention, "WEIGHTS", weights * shape[2])
+    monkeypatch.setattr(attention, "WEIGHTS", weights * shape[2])
     query = torch.randn(shape)
     key, value = torch.randn(2, *shape[:2], shape[2] + 5, shape[3])
     key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (key, value))
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert large_attention.suits(query, key, value)
-    assert distance(large_attention.attention(query, key, value), exact) < 1e-5
+    assert attention.suits(query, key, value)
+    assert distance(attention.attention(query, key, value), exact) < 1e-5
     halves = [part.bfloat16() for part in (query, key, value)]
-    assert large_attention.attention(*halves).dtype == torch.bfloat16
-    assert distance(large_attention.attention(*halves), exact) < 0.03
+    assert attention.attention(*halves).dtype == torch.bfloat16
+    assert distance(attention.attention(*halves), exact) < 0.03
 
 
 # Together
@@ -386,9 +386,9 @@ def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(1, 4, 8, 8)
     fast = movq.decode(latents, return_dict=False)[0]
     kinds = {kind(module) for module in movq.modules()}
-    assert {"convolution", "winograd", "doubled"} <= kinds or not packed.DTYPES
-    monkeypatch.setattr(normalise, "enabled", False)
-    monkeypatch.setattr(large_attention, "enabled", False)
+    assert {"convolution", "winograd", "doubled"} <= kinds or not linear.DTYPES
+    monkeypatch.setattr(group_norm, "enabled", False)
+    monkeypatch.setattr(attention, "enabled", False)
     for kind_of_layer in (Conv2d, Linear):
         monkeypatch.setattr(kind_of_layer, "packing", False)
     monkeypatch.setattr(DirectLinear, "direct", False)
@@ -401,7 +401,7 @@ def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_picture_does_not_depend_on_how_many_there_are(
     channels: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convolution, "WORTHWHILE", WORTHWHILE)
+    monkeypatch.setattr(conv, "WORTHWHILE", WORTHWHILE)
     layer = Conv2d(channels, channels, 3, padding=1)
     features = torch.randn(2, channels, side, side)
     with torch.no_grad():

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky22.errors import InputError
+from kandinsky22.models.feature_cache import FeatureCache
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.runtime.caching import FeatureCache
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": (32, 48, 64),

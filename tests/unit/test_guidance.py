@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kandinsky22 import schedulers
 from kandinsky22.errors import InputError
-from kandinsky22.guidance import Guidance, clean_weights
+from kandinsky22.sampling.guidance import Guidance, clean_weights
 
 KINDS = ("epsilon", "sample", "v_prediction")
 FRACTIONS = st.floats(0, 1)

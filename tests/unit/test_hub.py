@@ -15,7 +15,8 @@ import pytest
 import torch
 from tests.unit.test_models_io import TINY, assert_same
 
-from kandinsky22 import CheckpointError, VQModel, hub
+from kandinsky22 import CheckpointError, VQModel
+from kandinsky22.checkpoints import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

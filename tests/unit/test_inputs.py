@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from kandinsky22 import InputError, load_image, make_image_grid
-from kandinsky22.inputs.checks import embeddings
 from kandinsky22.inputs.images import from_decoder
+from kandinsky22.inputs.validation import embeddings
 
 
 @pytest.fixture

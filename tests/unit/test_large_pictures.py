@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky22.models import VQModel, bands
-from kandinsky22.runtime import large_attention, offload
+from kandinsky22.kernels import attention
+from kandinsky22.models import VQModel, movq_tiling
+from kandinsky22.runtime import device_offload
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": (32, 32, 64),
@@ -59,7 +60,7 @@ def encoded(movq: VQModel, pictures: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (6, 9)], ids=str)
 @torch.no_grad()
 def test_tiling_is_exact(movq: VQModel, numbers: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "NUMBERS", numbers)
+    monkeypatch.setattr(movq_tiling, "NUMBERS", numbers)
     latents, pictures = torch.randn(2, 4, *size), torch.randn(2, 3, 4 * size[0], 4 * size[1])
     exact = copy.deepcopy(movq).double()
     movq.enable_tiling()
@@ -70,7 +71,7 @@ def test_tiling_is_exact(movq: VQModel, numbers: int, size: tuple[int, int], mon
 
 @torch.no_grad()
 def test_networks_of_one_level_are_tiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
     small = VQModel(
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
     ).eval()
@@ -84,7 +85,7 @@ def test_networks_of_one_level_are_tiled_too(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 @torch.no_grad()
 def test_tiling_on_an_accelerator(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
     other = copy.deepcopy(movq).cuda()
     latents, pictures = torch.randn(2, 4, 16, 16).cuda(), torch.randn(2, 3, 64, 64).cuda()
     plain = decoded(other, latents), encoded(other, pictures)
@@ -95,7 +96,7 @@ def test_tiling_on_an_accelerator(movq: VQModel, monkeypatch: pytest.MonkeyPatch
 
 @torch.no_grad()
 def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
     heights: list[int] = []
     conv = movq.decoder.conv_out.register_forward_hook(lambda _, args, __: heights.append(args[0].shape[2]))
     movq.enable_tiling()
@@ -108,12 +109,12 @@ def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pyt
 
 @pytest.mark.parametrize("sides", [(16, 40), (17, 16), (18, 16), (5, 16)], ids=str)
 def test_rows_at_the_edges_of_bands_are_inside_another(sides: tuple[int, int]) -> None:
-    whole = bands.Whole(torch.zeros(1, 1, *sides))
+    whole = movq_tiling.Whole(torch.zeros(1, 1, *sides))
     for size in (4, 8, 16):
         made, last = [], 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bands, "_size", lambda shape, size=size: min(size, shape[2]))
-            for first, end in bands._bands(whole):
+            patch.setattr(movq_tiling, "_size", lambda shape, size=size: min(size, shape[2]))
+            for first, end in movq_tiling._bands(whole):
                 assert first == 0 or first <= last - 2
                 made += range(first + (first > 0), end - (end < sides[0]))
                 last = end
@@ -158,9 +159,9 @@ def most(call: Callable[[], Any]) -> int:
 
 @torch.no_grad()
 def test_tiling_takes_less_memory(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "NUMBERS", 2**8)
-    monkeypatch.setattr(bands, "STEP", 1)
-    monkeypatch.setattr(large_attention, "WEIGHTS", 2**16)  # otherwise as much as these small features
+    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "STEP", 1)
+    monkeypatch.setattr(attention, "WEIGHTS", 2**16)  # otherwise as much as these small features
     latents, pictures = torch.randn(1, 4, 48, 16), torch.randn(1, 3, 192, 64)
     for call in (lambda: decoded(movq, latents), lambda: encoded(movq, pictures)):
         call()  # weights are packed
@@ -195,7 +196,7 @@ def test_training_is_not_tiled(movq: VQModel) -> None:
 
 @torch.no_grad()
 def test_tiling_in_bfloat16(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
     half, latents = copy.deepcopy(movq).bfloat16(), torch.randn(1, 4, 16, 16).bfloat16()
     exact = decoded(movq, latents.float())
     plain = decoded(half, latents)
@@ -208,10 +209,10 @@ def test_tiling_in_bfloat16(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> N
 @torch.no_grad()
 def test_tiling_of_an_offloaded_network(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
-    monkeypatch.setattr(bands, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
     other, latents = copy.deepcopy(movq), torch.randn(1, 4, 16, 16)
     plain = decoded(movq, latents)
     other.enable_tiling()
-    offload.Streamed(other, torch.device("cpu"))
+    device_offload.Streamed(other, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in other.parameters())
     assert distance(decoded(other, latents), plain) < 1e-5

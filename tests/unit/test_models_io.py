@@ -13,15 +13,8 @@ import diffusers
 import pytest
 import torch
 
-from kandinsky22 import (
-    CheckpointError,
-    ConfigError,
-    InputError,
-    PriorTransformer,
-    UNet2DConditionModel,
-    VQModel,
-    weights,
-)
+from kandinsky22 import CheckpointError, ConfigError, InputError, PriorTransformer, UNet2DConditionModel, VQModel
+from kandinsky22.checkpoints import weights
 
 TINY: dict[str, Any] = {
     "block_out_channels": (32, 32),

@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.kernels import linear
+from kandinsky22.kernels.linear import DirectLinear, Linear, make_direct, product
 from kandinsky22.models import PriorTransformer
-from kandinsky22.runtime import packed
-from kandinsky22.runtime.packed import DirectLinear, Linear, make_direct, product
 
-needs_packing = pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
+needs_packing = pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
 
 
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "WORTHWHILE", 1)
+    monkeypatch.setattr(linear, "WORTHWHILE", 1)
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -41,7 +41,7 @@ def test_the_product_is_right(shape: tuple[int, ...], bias: bool, mode: type[tor
         assert layer(torch.zeros(shape)).shape == (*shape[:-1], 24)
         assert error(layer, torch.randn(shape)) < 1e-6
         assert error(layer, torch.randn(40, *shape[:-1]).movedim(0, -1)) < 1e-6, "in any memory layout"
-    assert is_packed(layer) == bool(packed.DTYPES)
+    assert is_packed(layer) == bool(linear.DTYPES)
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def test_layers_of_others_use_what_is_faster(monkeypatch: pytest.MonkeyPatch) ->
     assert [type(m) for m in network] == [DirectLinear, Own, nn.LayerNorm]
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     products: list[Tensor] = []
-    monkeypatch.setattr(packed, "product", lambda *given: products.append(product(*given)) or products[-1])
+    monkeypatch.setattr(linear, "product", lambda *given: products.append(product(*given)) or products[-1])
     assert torch.allclose(network(features), expected, atol=1e-5)
     assert len(products) == 1
     assert type(copy.deepcopy(network[0])) is type(pickle.loads(pickle.dumps(network[0]))) is DirectLinear

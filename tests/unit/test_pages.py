@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kandinsky22.runtime import packed, pages
-from kandinsky22.runtime.packed import Linear
-from kandinsky22.runtime.pages import empty, forget, kept
-from kandinsky22.weights import read_tensors
+from kandinsky22.checkpoints.weights import read_tensors
+from kandinsky22.kernels import host_memory, linear
+from kandinsky22.kernels.host_memory import empty, forget, kept
+from kandinsky22.kernels.linear import Linear
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/pagemap")
 SIDE = 2048  # 16 MiB of weights, well above what else comes and goes
@@ -37,7 +37,7 @@ def mapped(tmp_path: Path) -> Tensor:
 
 def test_forgetting_can_be_switched_off(mapped: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped.sum()
-    monkeypatch.setattr(pages, "forgetting", False)
+    monkeypatch.setattr(host_memory, "forgetting", False)
     assert not forget(mapped)
 
 
@@ -64,7 +64,7 @@ def test_other_memory_stays() -> None:
     assert not forget(torch.empty(3, 3, device="meta"))
 
 
-@pytest.mark.skipif(not packed.DTYPES, reason="this torch has no packed products on this machine")
+@pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
 @torch.no_grad()
 def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
     layer = Linear(SIDE, SIDE, bias=False)
@@ -79,7 +79,7 @@ def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
 
 # Memory that is freed
 
-LARGE = pages.MAPPED // 4  # numbers, in float32
+LARGE = host_memory.MAPPED // 4  # numbers, in float32
 
 
 def new_pages() -> int:
@@ -91,7 +91,7 @@ def new_pages() -> int:
 
 def test_large_tensors_are_like_others() -> None:
     like = torch.zeros(3, dtype=torch.bfloat16)
-    for shape in ((2, 3), (2, pages.MAPPED // 4, 1)):
+    for shape in ((2, 3), (2, host_memory.MAPPED // 4, 1)):
         made = empty(like, *shape)
         assert (made.shape, made.dtype, made.is_contiguous()) == (shape, torch.bfloat16, True)
         made.fill_(2)
@@ -113,14 +113,14 @@ def test_memory_of_large_tensors_stays_for_the_next_ones_until_the_end(monkeypat
         assert (first == 1).all()
         assert (second == 2).all()
         del first, second
-        assert len(pages._blocks) == 2
+        assert len(host_memory._blocks) == 2
         empty(torch.empty(0), 2 * LARGE)
-        assert len(pages._blocks) == 1, "those that are too small are let go"
+        assert len(host_memory._blocks) == 1, "those that are too small are let go"
         empty(torch.empty(0), LARGE)
-        assert [len(block) for block in pages._blocks] == [8 * LARGE]
-    assert not pages._blocks
+        assert [len(block) for block in host_memory._blocks] == [8 * LARGE]
+    assert not host_memory._blocks
     assert new_pages() > 0
-    monkeypatch.setattr(pages, "keeping", False)
+    monkeypatch.setattr(host_memory, "keeping", False)
     with kept():
         assert new_pages() > 0 < new_pages()
 
@@ -131,8 +131,8 @@ def test_threads_share_what_is_kept() -> None:
             lambda number: empty(torch.empty(0), LARGE).fill_(number).sum().item() / LARGE, range(32)
         ):
             assert number == int(number)
-        assert 1 <= len(pages._blocks) <= 4
-    assert not pages._blocks
+        assert 1 <= len(host_memory._blocks) <= 4
+    assert not host_memory._blocks
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
@@ -140,12 +140,12 @@ def test_forked_processes_are_not_within() -> None:
     with kept():
         child = os.fork()
         if not child:
-            os._exit(pages._keeping)
+            os._exit(host_memory._keeping)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_no_more_memory_is_torchs_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(host_memory.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(OSError()))
     assert empty(torch.empty(0), LARGE).shape == (LARGE,)
     with pytest.raises(RuntimeError):
         empty(torch.empty(0), 2**60)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kandinsky22 import PriorTransformer, UNet2DConditionModel
 from kandinsky22.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
-from kandinsky22.runtime import quantized
+from kandinsky22.runtime import quantized_layers
 from kandinsky22.runtime.quantize import KINDS, kind_of, quantize
 
 pytest.importorskip("torchao")
@@ -137,11 +137,11 @@ def test_stored_4_bit_numbers_do_not_depend_on_the_order_of_this_cpu() -> None:
     """Row by row, two a byte, they are the numbers that the layer multiplies with."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 48, bias=False).to(torch.bfloat16)
-    made = quantized.QuantizedLinear.of(layer, "int4")
+    made = quantized_layers.QuantizedLinear.of(layer, "int4")
     stored = made.portable()
     numbers = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1).float()
     scale, zero = made.weight_scale_and_zero.float().unbind(-1)  # (groups, out)
-    weight = (numbers.view(48, -1, quantized.GROUP) - 8) * scale.T[..., None] + zero.T[..., None]
+    weight = (numbers.view(48, -1, quantized_layers.GROUP) - 8) * scale.T[..., None] + zero.T[..., None]
     weight = weight.flatten(1)
     assert error(weight, layer.weight.float()) < 0.1
     product = made(torch.eye(64, dtype=torch.bfloat16)).T.float()
@@ -166,7 +166,7 @@ def test_what_cannot_be_quantized_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_convolutions(dynamic: bool, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(48, 32, kernel, stride=stride, padding=padding).to(dtype)
-    small = quantized.QuantizedConv2d(plain, dynamic=dynamic)
+    small = quantized_layers.QuantizedConv2d(plain, dynamic=dynamic)
     for features in (torch.randn(2, 48, 10, 12), torch.rand(2, 48, 10, 12), torch.zeros(2, 48, 10, 12)):
         features[1] *= 5
         with torch.no_grad():
@@ -182,18 +182,18 @@ def test_convolutions(dynamic: bool, kernel: int, stride: int, padding: int, dty
 def test_where_whole_numbers_cannot_be_multiplied_weights_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     plain, features = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8)
-    monkeypatch.setattr(quantized, "WHOLE_PRODUCTS", False)
+    monkeypatch.setattr(quantized_layers, "WHOLE_PRODUCTS", False)
     with torch.no_grad():
-        elsewhere = quantized.QuantizedConv2d(plain, dynamic=True)(features)
-        assert torch.equal(elsewhere, quantized.QuantizedConv2d(plain, dynamic=False)(features))
+        elsewhere = quantized_layers.QuantizedConv2d(plain, dynamic=True)(features)
+        assert torch.equal(elsewhere, quantized_layers.QuantizedConv2d(plain, dynamic=False)(features))
 
 
 def test_products_of_whole_numbers_are_used_where_they_can() -> None:
     torch.manual_seed(0)
     plain, features = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8)
     with torch.no_grad():
-        made = [quantized.QuantizedConv2d(plain, dynamic=dynamic)(features) for dynamic in (False, True)]
-    assert torch.equal(*made) is not quantized.WHOLE_PRODUCTS
+        made = [quantized_layers.QuantizedConv2d(plain, dynamic=dynamic)(features) for dynamic in (False, True)]
+    assert torch.equal(*made) is not quantized_layers.WHOLE_PRODUCTS
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import torch
 
 from kandinsky22 import schedulers
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
-from kandinsky22.randomness import randn_tensor
+from kandinsky22.noise import randn_tensor
 from kandinsky22.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler
 
 CLASSES = [DDPMScheduler, DDIMScheduler, UnCLIPScheduler]

@@ -19,7 +19,7 @@ from torch import Tensor
 import kandinsky22.schedulers as schedulers
 from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.schedulers.base import Scheduler
-from kandinsky22.schedulers.exponential import phi_ratios
+from kandinsky22.schedulers.exponential_integrator import phi_ratios
 from kandinsky22.schedulers.sigmas import ExplodingScheduler, SigmaScheduler, beta_quantiles
 
 MEAN, SPREAD = 0.4, 0.6
@@ -165,7 +165,7 @@ def test_the_mean_of_clean_samples_is_followed_exactly(
     method: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The guess of the clean sample never changes in the mean, so every order is exact."""
-    monkeypatch.setattr("kandinsky22.schedulers.dpm.randn_tensor", lambda shape, *_: torch.zeros(tuple(shape)))
+    monkeypatch.setattr("kandinsky22.schedulers.dpm_solver.randn_tensor", lambda shape, *_: torch.zeros(tuple(shape)))
     scheduler = make(method[0], **{**method[1], "algorithm_type": "sde-dpmsolver++"})
     scheduler.set_timesteps(12)
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline, KandinskyV22Pipeline, hub
+from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline, KandinskyV22Pipeline
+from kandinsky22.checkpoints import hub
 from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.training import assemble, decoder, movq, variants
+from kandinsky22.training import assemble, decoder, movq, shared_unet
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Draw, Settings
 from kandinsky22.training.scenes import COLORS, Scene, Shape, draw_hints, is_held_out, renamed, render, sample_scene
@@ -24,8 +25,8 @@ from kandinsky22.training.scenes import COLORS, Scene, Shape, draw_hints, is_hel
 TINY: dict[str, Any] = {**decoder.CONFIG, "block_out_channels": (32, 32, 32), "attention_head_dim": 32}
 TINY |= {"cross_attention_dim": 32}
 FEW = Settings(steps=2, warmup=1, log_every=1)
-CHANGES = {"inpaint": variants.INPAINT, "hint": variants.HINT}
-BANKS = (variants.BetweenBank, variants.HoleBank, variants.HintBank)
+CHANGES = {"inpaint": shared_unet.INPAINT, "hint": shared_unet.HINT}
+BANKS = (shared_unet.BetweenBank, shared_unet.HoleBank, shared_unet.HintBank)
 BOTH = pytest.mark.parametrize("name", list(CHANGES))
 
 
@@ -49,9 +50,9 @@ def plain() -> UNet2DConditionModel:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "BANK_START", 64)
+    monkeypatch.setattr(shared_unet, "BANK_START", 64)
     monkeypatch.setattr(decoder, "BANK_START", 64)
-    for bank in (variants.SureBank, *BANKS):
+    for bank in (shared_unet.SureBank, *BANKS):
         monkeypatch.setattr(bank, "batch", 4)
 
 
@@ -63,7 +64,7 @@ def seen(name: str) -> dict[str, Any]:
 
 
 def test_the_shared_network_and_its_parts_begin_as_the_decoder_s_equals(plain: UNet2DConditionModel) -> None:
-    shared = variants.SharedUNet(plain).requires_grad_(False)
+    shared = shared_unet.SharedUNet(plain).requires_grad_(False)
     latents, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING)
     expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
     for extra in ({}, seen("hint"), seen("inpaint"), {**seen("hint"), **seen("inpaint")}):
@@ -72,9 +73,9 @@ def test_the_shared_network_and_its_parts_begin_as_the_decoder_s_equals(plain: U
     torch.testing.assert_close(part.denoise(latents, 500, part.encode_condition(embeds)), expected)
 
 
-def awake(plain: UNet2DConditionModel) -> variants.SharedUNet:
+def awake(plain: UNet2DConditionModel) -> shared_unet.SharedUNet:
     """A shared network whose new inputs count."""
-    shared = variants.SharedUNet(plain).requires_grad_(False)
+    shared = shared_unet.SharedUNet(plain).requires_grad_(False)
     torch.nn.init.normal_(shared.unet.conv_in.weight, std=0.2)
     return shared
 
@@ -91,19 +92,19 @@ def test_a_part_answers_as_the_shared_network_without_what_it_does_not_see(
     alone = shared.part({})
     assert not torch.allclose(answer, alone.denoise(latents, 500, alone.encode_condition(embeds)))
     for key, value in part.state_dict().items():
-        if not key.startswith(variants.OWN):
+        if not key.startswith(shared_unet.OWN):
             assert torch.equal(value, alone.state_dict()[key]), key
 
 
 def banks_in(folder: Path, autoencoder: VQModel, towers: Towers) -> list[decoder.Bank]:
-    kinds = (variants.SureBank, *BANKS)
+    kinds = (shared_unet.SureBank, *BANKS)
     return [kind(folder / kind.name, autoencoder, towers, seed=0, size=64) for kind in kinds]
 
 
 def test_gradients_reach_every_weight(
     plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
 ) -> None:
-    shared = variants.SharedUNet(plain.requires_grad_(True))
+    shared = shared_unet.SharedUNet(plain.requires_grad_(True))
     objective = decoder.denoising(shared, banks_in(tmp_path, autoencoder, towers), decoder.zero_embedding(towers))
     optimizer = torch.optim.SGD(shared.parameters(), lr=0.1)
     for step in range(2):  # new channels count for nothing at first, so what is behind them waits for a step
@@ -124,32 +125,32 @@ def test_training_lowers_the_loss_and_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decoder, "CONFIG", TINY)
-    monkeypatch.setattr(variants, "CONFIG", TINY)
+    monkeypatch.setattr(shared_unet, "CONFIG", TINY)
     monkeypatch.setattr(decoder, "BANK_SIZE", 64)
     decoder.train_decoder(tmp_path / "decoder", autoencoder, towers, FEW, bank_size=64)
     banks = banks_in(tmp_path / "judging", autoencoder, towers)
 
-    def loss(shared: variants.SharedUNet) -> float:
+    def loss(shared: shared_unet.SharedUNet) -> float:
         objective = decoder.denoising(shared, banks, decoder.zero_embedding(towers))
         with torch.no_grad():
             return sum(float(objective(Draw.of(9, step))["loss"]) for step in range(4))
 
-    before = loss(variants.SharedUNet(decoder.load_decoder(tmp_path / "decoder")))
+    before = loss(shared_unet.SharedUNet(decoder.load_decoder(tmp_path / "decoder")))
     settings = Settings(steps=8, warmup=2, learning_rate=3e-3, average=0.5)
     halves = dataclasses.replace(settings, steps=4, decay=4), dataclasses.replace(settings, decay=4)
     for part in halves:
         folders = tmp_path / "shared", tmp_path / "decoder"
-        trained = variants.train_shared(*folders, autoencoder, towers, part, bank_size=64)
+        trained = shared_unet.train_shared(*folders, autoencoder, towers, part, bank_size=64)
     assert loss(trained) < before
-    loaded = variants.load_shared(tmp_path / "shared").state_dict()
+    loaded = shared_unet.load_shared(tmp_path / "shared").state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
 
 
 def test_pictures_and_embeddings_contradict_each_other_only_where_there_is_little_noise(
     autoencoder: VQModel, towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants.SureBank, "batch", 32)
-    bank = variants.SureBank(tmp_path, autoencoder, towers, seed=0, size=64)
+    monkeypatch.setattr(shared_unet.SureBank, "batch", 32)
+    bank = shared_unet.SureBank(tmp_path, autoencoder, towers, seed=0, size=64)
     own = {
         tuple(latents.flatten().tolist()): embeds
         for latents, embeds in zip(*bank.take(bank.choose(Draw.of(0, 0), 512)), strict=True)
@@ -160,17 +161,17 @@ def test_pictures_and_embeddings_contradict_each_other_only_where_there_is_littl
         for row, (latents, embeds) in enumerate(zip(shown.latents, shown.embeds, strict=True)):
             wrong[row] += not torch.equal(own[tuple(latents.flatten().tolist())], embeds)
     table = decoder.timestep_table(decoder.DDPMScheduler(**decoder.SCHEDULER).alphas_cumprod)
-    clear = int(32 * table[variants.CLEAR])
+    clear = int(32 * table[shared_unet.CLEAR])
     assert 0 < clear < 32 and not wrong[clear:].any()
-    assert abs(float(wrong[:clear].mean()) / 40 - variants.CONTRADICTED) < 0.1
-    assert int(decoder.stratified(table, 32, Draw.of(1, 0))[:clear].max()) <= variants.CLEAR
+    assert abs(float(wrong[:clear].mean()) / 40 - shared_unet.CONTRADICTED) < 0.1
+    assert int(decoder.stratified(table, 32, Draw.of(1, 0))[:clear].max()) <= shared_unet.CLEAR
 
 
 def test_mixtures_lie_between_their_ends_and_are_no_combination_that_training_leaves_out() -> None:
     rng = np.random.default_rng(6)
     differ = set()
     for _ in range(300):
-        mixture = variants.between(rng)
+        mixture = shared_unet.between(rng)
         first, second = (scene.shapes[0] for scene in mixture.ends)
         middle = mixture.middle.shapes[0]
         assert first.kind == second.kind == middle.kind
@@ -189,7 +190,7 @@ def test_mixtures_lie_between_their_ends_and_are_no_combination_that_training_le
 
 def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) -> None:
     torch.manual_seed(1)
-    block = variants.SharedUNet(plain).hint
+    block = shared_unet.SharedUNet(plain).hint
     scenes = [Scene("red", (Shape("circle", "blue", "large", x, 0.5, 0.18),)) for x in (0.3, 0.7)]
     with torch.no_grad():
         left, right = block(draw_hints(scenes))
@@ -211,7 +212,7 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
     }
     kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
     for name, kind in kinds.items():
-        unet = shared.part(variants.INPAINT if name == "inpaint" else variants.HINT)
+        unet = shared.part(shared_unet.INPAINT if name == "inpaint" else shared_unet.HINT)
         assemble._save_decoder(kind, unet, autoencoder, tmp_path / name)
         assemble.leave_to(tmp_path / "decoder", tmp_path / name)
         assert sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) == ["unet"]
@@ -237,7 +238,7 @@ def test_holes_keep_what_the_pipeline_would_keep_and_tell_of_a_shape_only_if_it_
     told = []
     for _ in range(400):
         scene = sample_scene(rng)
-        kept, which = variants.sample_hole(scene, rng)
+        kept, which = shared_unet.sample_hole(scene, rng)
         assert kept.shape == (1, 1, 16, 16) and set(kept.unique().tolist()) <= {0.0, 1.0}
         told.append(which)
         if which:
@@ -264,8 +265,8 @@ def test_a_hole_is_a_mask_of_pixels_shrunk_as_the_pipeline_does(monkeypatch: pyt
         def integers(self, high: int) -> int:
             return 0
 
-    kept, _ = variants.sample_hole(scene, Fixed())  # type: ignore[arg-type]
-    reach = variants.REACH * 0.18 + 0.075
+    kept, _ = shared_unet.sample_hole(scene, Fixed())  # type: ignore[arg-type]
+    reach = shared_unet.REACH * 0.18 + 0.075
     centers = (torch.arange(128) + 0.5) / 128
     inside = (centers - 0.5).abs() < reach
     mask = (inside[:, None] & inside[None, :]).float()[None, None]
@@ -277,26 +278,28 @@ def test_a_shape_alone_is_never_a_combination_that_training_leaves_out() -> None
     for _ in range(300):
         scene = sample_scene(rng)
         for slot in range(len(scene.shapes)):
-            told = variants.alone(scene, slot, rng, named=True)
+            told = shared_unet.alone(scene, slot, rng, named=True)
             looks = scene.shapes[slot]
             assert (told.shapes[0].kind, told.shapes[0].color) == (looks.kind, looks.color)
             assert not is_held_out(told) and told.background != looks.color
-            assert variants.alone(scene, slot, rng, named=False).background == scene.background
+            assert shared_unet.alone(scene, slot, rng, named=False).background == scene.background
 
 
 def test_loose_shapes_stay_apart_inside_and_in_order() -> None:
     rng = np.random.default_rng(4)
     for _ in range(200):
-        scene = variants.loosened(sample_scene(rng), rng)
+        scene = shared_unet.loosened(sample_scene(rng), rng)
         for shape in scene.shapes:
-            reach = variants.REACH * shape.radius
+            reach = shared_unet.REACH * shape.radius
             assert reach < min(shape.x, shape.y) and max(shape.x, shape.y) < 1 - reach
         if len(scene.shapes) == 2:
             first, second = scene.shapes
-            assert math.hypot(first.x - second.x, first.y - second.y) > variants.REACH * (first.radius + second.radius)
+            assert math.hypot(first.x - second.x, first.y - second.y) > shared_unet.REACH * (
+                first.radius + second.radius
+            )
             side = "x" if scene.relation == "left of" else "y"
             assert getattr(first, side) < getattr(second, side)
-        settled = variants.settled(scene, rng)
+        settled = shared_unet.settled(scene, rng)
         looks = [[(s.kind, s.color) for s in some.shapes] for some in (scene, settled)]
         assert looks[0] == looks[1] and scene.background == settled.background
 

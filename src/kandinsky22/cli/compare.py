@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
-from kandinsky22.cli import options, stages
+from kandinsky22.checkpoints.atomic_files import written_whole
+from kandinsky22.cli import generate, options
 from kandinsky22.cli.draw import Teller, introduce
 from kandinsky22.cli.inputs import Inputs
 from kandinsky22.cli.loading import Networks, load_networks, settle
@@ -22,7 +23,6 @@ from kandinsky22.cli.recipe import Recipe
 from kandinsky22.cli.request import Request, read_request
 from kandinsky22.cli.sheets import Sheet, labelled_sheet
 from kandinsky22.errors import InputError
-from kandinsky22.files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,11 +96,11 @@ def run(args: argparse.Namespace) -> None:
     networks = load_networks(CLASSES, request)
     for pipe in (networks.prior, networks.decoder):
         pipe.set_progress_bar_config(disable=True)
-    request = stages.with_defaults(request, networks)
+    request = generate.with_defaults(request, networks)
     cells = _cells(args, request, networks)
     if args.pictures:
         check_writable([cell.path for cell in cells])
-    recipe = stages.recipe_of("generate", request, networks)
+    recipe = generate.recipe_of("generate", request, networks)
     settle(networks, request, low_memory=args.low_memory, compiled=args.compile)
     say(f"{len(cells)} pictures, seed {request.seeds[0]}")
     drawn, failed = _draw(networks, request, inputs, cells, say)
@@ -116,13 +116,13 @@ def run(args: argparse.Namespace) -> None:
         temporary.write_text(_csv(drawn, args.pictures), encoding="utf-8")
     print(table, flush=True)
     if failed:
-        raise stages.NotNumbers(f"{len(failed)} of {len(drawn)} cells are marked NaN; the first: {failed[0]}")
+        raise generate.NotNumbers(f"{len(failed)} of {len(drawn)} cells are marked NaN; the first: {failed[0]}")
 
 
 def _cells(args: argparse.Namespace, request: Request, networks: Networks) -> list[Cell]:
     """All cells, one row for each scale and scheduler, one column for each number of steps; raises InputError for what
     a scheduler cannot do, before anything is drawn."""
-    from kandinsky22.quality import make_scheduler
+    from kandinsky22.sampling.presets import make_scheduler
 
     scales = args.grid_guidance or (request.guidance,)
     pairs = [(scale, name) for scale in scales for name in args.grid_scheduler]
@@ -139,30 +139,30 @@ def _cells(args: argparse.Namespace, request: Request, networks: Networks) -> li
 
 def _draw(
     networks: Networks, request: Request, inputs: Inputs, cells: Sequence[Cell], say: Teller
-) -> tuple[list[Drawn], list[stages.NotNumbers]]:
+) -> tuple[list[Drawn], list[generate.NotNumbers]]:
     """All pictures, each as `generate` draws it with the same seed: the prior runs once, and leaves the generator as it
     would before each. And the errors of those that ended in NaN."""
     import torch
 
     generator = torch.Generator().manual_seed(request.seeds[0])
-    embeddings = stages.embed(networks.prior, request, inputs, generator)
+    embeddings = generate.embed(networks.prior, request, inputs, generator)
     left = generator.get_state()
     decoder = networks.decoder
     drawn: list[Drawn] = []
-    failed: list[stages.NotNumbers] = []
+    failed: list[generate.NotNumbers] = []
     # What is set up at first use, with guidance or without, is not to be counted for the first cell of its kind.
     for cell in {(cell.request.guidance or 0) > 1: cell for cell in reversed(cells)}.values():
         decoder.scheduler = cell.scheduler
-        with contextlib.suppress(stages.NotNumbers):
-            stages.draw(decoder, dataclasses.replace(cell.request, steps=1), inputs, embeddings, generator)
+        with contextlib.suppress(generate.NotNumbers):
+            generate.draw(decoder, dataclasses.replace(cell.request, steps=1), inputs, embeddings, generator)
     for number, cell in enumerate(cells, start=1):
         decoder.scheduler = cell.scheduler
         generator.set_state(left)
         begun = time.perf_counter()
         image = None
         try:
-            image = stages.draw(decoder, cell.request, inputs, embeddings, generator)
-        except stages.NotNumbers as error:
+            image = generate.draw(decoder, cell.request, inputs, embeddings, generator)
+        except generate.NotNumbers as error:
             failed.append(error)
         seconds = time.perf_counter() - begun
         drawn.append(Drawn(cell, image, seconds, decoder.num_timesteps))

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.cli import stages
+from kandinsky22.checkpoints.hub import EMBEDDED
+from kandinsky22.cli import generate
 from kandinsky22.cli.inputs import Inputs, check_shapes, fitting_size
 from kandinsky22.cli.loading import Networks, load_networks, settle
 from kandinsky22.cli.modes import Mode
@@ -17,7 +18,6 @@ from kandinsky22.cli.pictures import check_writable, contact_sheet, picture_path
 from kandinsky22.cli.recipe import Recipe, read_recipe
 from kandinsky22.cli.request import Request, read_output, read_request
 from kandinsky22.errors import InputError
-from kandinsky22.hub import EMBEDDED
 
 
 class Teller:
@@ -52,8 +52,8 @@ def run(mode: Mode, args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(disable=True if args.quiet else None)
     if under:
         request = _fit(request, networks.decoder, inputs.pictures[next(iter(under.values()))].size, say)
-    request = stages.with_defaults(request, networks)
-    made = stages.recipe_of(mode.name, request, networks)
+    request = generate.with_defaults(request, networks)
+    made = generate.recipe_of(mode.name, request, networks)
     settle(networks, request, low_memory=args.low_memory, compiled=args.compile)
     if recipe is not None and (changes := [*_changes(recipe, made), *inputs.changed]):
         say(f"warning: this may differ from {args.source} in its bits: {'; '.join(changes)}")
@@ -139,8 +139,8 @@ def _draw(networks: Networks, request: Request, inputs: Inputs, seed: int) -> An
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    embeddings = stages.embed(networks.prior, request, inputs, generator)
-    return stages.draw(networks.decoder, request, inputs, embeddings, generator)
+    embeddings = generate.embed(networks.prior, request, inputs, generator)
+    return generate.draw(networks.decoder, request, inputs, embeddings, generator)
 
 
 def _save(image: Any, path: Path, made: Recipe, seeds: tuple[int, ...], size: tuple[int, int] | None = None) -> None:

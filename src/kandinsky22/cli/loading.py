@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from kandinsky22 import __version__
+from kandinsky22.checkpoints.hub import EMBEDDED, Source
 from kandinsky22.cli.options import SCHEDULERS
 from kandinsky22.cli.request import Request
 from kandinsky22.errors import InputError
-from kandinsky22.hub import EMBEDDED, Source
-from kandinsky22.quality import make_scheduler
+from kandinsky22.sampling.presets import make_scheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def settle(networks: Networks, request: Request, *, low_memory: bool, compiled: 
 def _check_model(model: str, drawer: Any) -> None:
     """Raise InputError, before weights are fetched, if the checkpoint is for pipelines of another kind."""
     import kandinsky22
-    from kandinsky22.files import read_json
+    from kandinsky22.checkpoints.atomic_files import read_json
 
     folder = Source(model, part=drawer.embedded_part).fetch(lambda files: {drawer.config_name} & set(files))
     name = str(read_json(folder / drawer.config_name).get("_class_name"))
@@ -102,7 +102,7 @@ def model_digest(whole: Any, *, sees: bool) -> str:
     """The digest of the networks that draw; of the image encoder too if it `sees` pictures."""
     from torch import nn
 
-    from kandinsky22.runtime.digest import weights_digest
+    from kandinsky22.checkpoints.fingerprint import weights_digest
 
     # Without a picture to read, most of the image encoder would have to be fetched from disk for this.
     parts = {name: part for name, part in whole.components.items() if sees or "image_encoder" not in name}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kandinsky22.quality import PRESETS
+from kandinsky22.sampling.presets import PRESETS
 
 T = TypeVar("T")
 

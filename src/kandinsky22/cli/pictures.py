@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kandinsky22.checkpoints.atomic_files import written_whole
 from kandinsky22.errors import InputError
-from kandinsky22.files import written_whole
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.inputs import Inputs, checked_text
 from kandinsky22.cli.options import Portion
 from kandinsky22.cli.recipe import InputFile, Part, Recipe
 from kandinsky22.errors import InputError
-from kandinsky22.hub import EMBEDDED
-from kandinsky22.quality import preset
+from kandinsky22.sampling.presets import preset
 
 PICTURES = ("image", "mask", "hint")
 

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks
+from kandinsky22.inputs import validation
 
 Picture: TypeAlias = str | os.PathLike[str] | Image | np.ndarray[Any, Any] | Tensor
 Pictures: TypeAlias = Picture | Sequence[Picture]
@@ -125,14 +125,14 @@ def pixels(
 def _pixels(name: str, item: Any, size: tuple[int, int], signed: bool, latents: tuple[int, ...] | None) -> Tensor:
     if not isinstance(item, Tensor):
         return _unit(name, item, size) * 2 - 1
-    checks.plain(name, item)
+    validation.plain(name, item)
     item = item[None] if item.ndim == 3 else item
     if latents is None or item.ndim != 4 or item.shape[1] != latents[0]:
         values, unit = _values(name, item, size, signed)
         return values * 2 - 1 if unit else values
     if tuple(item.shape[1:]) != latents or len(item) == 0 or not item.is_floating_point():
         raise InputError(f"{name}: {item.dtype} latents of shape {tuple(item.shape)}; this size needs floats {latents}")
-    return checks.finite(name, item).detach().float().cpu()
+    return validation.finite(name, item).detach().float().cpu()
 
 
 def hints(name: str, value: Any, size: tuple[int, int]) -> Tensor:
@@ -187,13 +187,13 @@ def _resized(frame: Array, size: tuple[int, int]) -> Array:
 
 def _values(name: str, item: Tensor, size: tuple[int, int], signed: bool) -> tuple[Tensor, bool]:
     """A tensor's pixels (n, 3, *size), float32, and whether their range is [0, 1] rather than [-1, 1]."""
-    checks.plain(name, item)
+    validation.plain(name, item)
     stack = item[None] if item.ndim == 3 else item
     if stack.ndim != 4 or 0 in stack.shape or stack.shape[1] not in (1, 3):
         raise InputError(f"{name} has shape {tuple(item.shape)}; a tensor needs (C, H, W) or (N, C, H, W), C = 1 or 3")
     if stack.dtype != torch.uint8 and not stack.is_floating_point():
         raise InputError(f"{name} holds {stack.dtype}; a tensor needs uint8, or floats")
-    values = checks.finite(name, stack.detach().float().cpu())
+    values = validation.finite(name, stack.detach().float().cpu())
     values = values / 255 if stack.dtype == torch.uint8 else values
     low, high = (float(limit) for limit in values.aminmax())
     unit = stack.dtype == torch.uint8 or not (signed or low < 0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks, images
+from kandinsky22.inputs import images, validation
 
 LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to brightness (ITU-R BT.601), as in PIL
 # Of a latent's eight neighbours, those whose repainting repaints it too; the published inpainting UNet was trained so.
@@ -46,7 +46,7 @@ def _stack(name: str, item: Any) -> Tensor:
     """(n, C, H, W) from an array or a tensor of one or more masks."""
     array = isinstance(item, np.ndarray)
     if not array:
-        checks.plain(name, item)
+        validation.plain(name, item)
     try:
         stack: Tensor = (
             torch.from_numpy(np.array(item, dtype=item.dtype.newbyteorder("="))) if array else item.detach().cpu()
@@ -67,7 +67,7 @@ def _stack(name: str, item: Any) -> Tensor:
 
 def _brightness(name: str, stack: Tensor) -> Tensor:
     """(n, 1, H, W) in [0, 1], from (n, C, H, W) of booleans, integers or floats."""
-    values = checks.finite(name, stack.float())
+    values = validation.finite(name, stack.float())
     low, high = (float(limit) for limit in values.aminmax())
     top = 255 if not stack.is_floating_point() and high > 1 else 1
     if low < 0 or high > top:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.kernels import attention
+from kandinsky22.kernels.linear import Linear
 from kandinsky22.models.layers import GroupNorm, SpatialNorm
-from kandinsky22.runtime import large_attention
-from kandinsky22.runtime.packed import Linear
 
 
 class KeyValue(NamedTuple):
@@ -56,8 +56,8 @@ class Attention(nn.Module):
     def attend(self, tokens: Tensor, kv: KeyValue, mask: Tensor | None = None) -> Tensor:
         """The result for `tokens` (batch, tokens, channels) looking at `kv`, under an additive or boolean mask."""
         query = self._heads(self.to_q(tokens))
-        if mask is None and large_attention.suits(query, *kv):
-            out = large_attention.attention(query, *kv)
+        if mask is None and attention.suits(query, *kv):
+            out = attention.attention(query, *kv)
         else:
             out = F.scaled_dot_product_attention(query, kv.key, kv.value, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.hub import Source, model_folder, shared_folder
+from kandinsky22.checkpoints.weights import find_weights, read_tensors, weight_files, write_tensors
 from kandinsky22.config import Config
 from kandinsky22.errors import CheckpointError, ConfigError, InputError
-from kandinsky22.files import read_json, write_json
-from kandinsky22.hub import Source, model_folder, shared_folder
-from kandinsky22.runtime import pages, quantize
-from kandinsky22.weights import find_weights, read_tensors, weight_files, write_tensors
+from kandinsky22.kernels import host_memory
+from kandinsky22.runtime import quantize
 
 M = TypeVar("M", bound="Model")
 LAYOUT_VERSION = "0.42.0"  # release of the published layout's own library whose files ours are like
@@ -135,7 +136,7 @@ class Model(nn.Module):
                     reshaped.append(f"{name} {tuple(tensor.shape)} instead of {expected[name]}")
                 found[name] = tensor
                 if dtype is not None and tensor.is_floating_point():
-                    found[name] = pages.converted(tensor, dtype)
+                    found[name] = host_memory.converted(tensor, dtype)
         missing = [name for name in expected if name not in found]
         problems = [
             f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"

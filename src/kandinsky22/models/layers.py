@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.models.bands import Rows, measured
-from kandinsky22.runtime import normalise
-from kandinsky22.runtime.convolution import Conv2d, added, double
-from kandinsky22.runtime.normalise import Table
-from kandinsky22.runtime.packed import Linear
+from kandinsky22.kernels import group_norm
+from kandinsky22.kernels.conv import Conv2d, added, double
+from kandinsky22.kernels.group_norm import Table
+from kandinsky22.kernels.linear import Linear
+from kandinsky22.models.movq_tiling import Rows, measured
 
 
 class GroupNorm(nn.GroupNorm):
@@ -69,14 +69,14 @@ def _normalised(
     spent: bool,
 ) -> Tensor | Table:
     """silu(norm(features) * scale + shift), as far as wanted, by scale and shift of the same or of a smaller size."""
-    if not isinstance(features, Tensor) or normalise.suits(features):
+    if not isinstance(features, Tensor) or group_norm.suits(features):
         scale, shift = (part[None, :, None, None].float() for part in (norm.weight, norm.bias))
         if modulation is not None:
             scale, shift = modulation[0] * scale, torch.addcmul(modulation[1].float(), modulation[0].float(), shift)
         if not isinstance(features, Tensor):
             return Table(measured(features, norm.num_groups, norm.eps), scale, shift)
         how = {"activated": activated, "spent": spent}
-        return normalise.group_norm(features, norm.num_groups, norm.eps, scale, shift, **how)
+        return group_norm.group_norm(features, norm.num_groups, norm.eps, scale, shift, **how)
     out = plain(features)
     if modulation is not None:
         size = features.shape[-2:]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError
-from kandinsky22.models import bands
+from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.conv import Conv2d
+from kandinsky22.models import movq_tiling
 from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.outputs import Output
-from kandinsky22.runtime import pages
-from kandinsky22.runtime.convolution import Conv2d
 
 Layer = Callable[..., Tensor]  # takes features and, by name, latents
 EPS = 1e-6  # of every norm of the published network
@@ -117,7 +117,7 @@ class VQModel(Model):
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Latents, before quantization, of pictures (batch, in_channels, H, W) in [-1, 1]."""
         x = x.contiguous()  # rounding is not to depend on how pictures lie in memory
-        with pages.kept():
+        with host_memory.kept():
             latents = torch.cat([self.quant_conv(self._encoded(part)) for part in self._parts(x)]).contiguous()
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
@@ -129,7 +129,7 @@ class VQModel(Model):
             codes, loss = h, h.new_zeros(h.shape[0])
         else:
             codes, loss = self.quantize(h)
-        with pages.kept():
+        with host_memory.kept():
             sample = torch.cat([self._decoded(self.post_quant_conv(part), part) for part in self._parts(codes)])
             sample = sample.contiguous()
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
@@ -137,7 +137,7 @@ class VQModel(Model):
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Encode and decode a band of rows at a time, for large pictures: in a fraction of the memory.
 
-        Norms still see the whole picture, so the result is the same up to rounding (`bands.py`). Decoding takes about
+        Norms still see the whole picture, so the result is the same up to rounding (`movq_tiling.py`). Decoding takes about
         a quarter longer, the price of what is computed again. Without effect where gradients are wanted.
         """
         self.use_tiling = use_tiling
@@ -159,11 +159,11 @@ class VQModel(Model):
 
     def _encoded(self, sample: Tensor) -> Tensor:
         tiled = self.use_tiling and not torch.is_grad_enabled()
-        return bands.encode(self.encoder, sample) if tiled else self.encoder(sample)
+        return movq_tiling.encode(self.encoder, sample) if tiled else self.encoder(sample)
 
     def _decoded(self, features: Tensor, latents: Tensor) -> Tensor:
         tiled = self.use_tiling and not torch.is_grad_enabled()
-        return bands.decode(self.decoder, features, latents) if tiled else self.decoder(features, latents)
+        return movq_tiling.decode(self.decoder, features, latents) if tiled else self.decoder(features, latents)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
         """Encode, quantize and decode pictures (batch, in_channels, H, W) in [-1, 1]."""

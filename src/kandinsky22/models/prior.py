@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.kernels.linear import Linear
 from kandinsky22.models.attention import Attention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import TimeEmbedding
 from kandinsky22.outputs import Output
-from kandinsky22.runtime.packed import Linear
 
 STEP_TOKENS = 3  # timestep, noisy image embedding, query
 AHEAD = 32  # timesteps whose keys and values are computed together

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.kernels.conv import Conv2d
+from kandinsky22.kernels.linear import Linear
 from kandinsky22.models.attention import ImageAttention, KeyValue
 from kandinsky22.models.base import Model
+from kandinsky22.models.feature_cache import FeatureCache, check_levels
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
 from kandinsky22.outputs import Output
-from kandinsky22.runtime.caching import FeatureCache, check_levels
-from kandinsky22.runtime.convolution import Conv2d
-from kandinsky22.runtime.packed import Linear
 
 IMAGE_TOKENS = 32  # an image embedding becomes this many tokens (published network)
 

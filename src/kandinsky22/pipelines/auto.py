@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
+from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.hub import Source
 from kandinsky22.errors import InputError
-from kandinsky22.files import read_json
-from kandinsky22.hub import Source
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.combined import (
     KandinskyV22CombinedPipeline,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kandinsky22.composite import Composite
 from kandinsky22.errors import InputError
-from kandinsky22.runtime.caching import CachesFeatures
+from kandinsky22.models.feature_cache import CachesFeatures
+from kandinsky22.pipelines.composite import Composite
 from kandinsky22.runtime.compile import Compiles
 from kandinsky22.runtime.placement import Placed
 from kandinsky22.runtime.quantize import Quantizes

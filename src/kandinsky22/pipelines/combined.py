@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from kandinsky22.components import PRIOR_PREFIX
 from kandinsky22.errors import InputError
-from kandinsky22.guidance import Guidance, Interval
-from kandinsky22.inputs import checks, images, prompts
+from kandinsky22.inputs import images, prompts, validation
 from kandinsky22.inputs.images import Pictures
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
+from kandinsky22.noise import Generators
 from kandinsky22.pipelines.base import DiffusionPipeline
+from kandinsky22.pipelines.component_io import PRIOR_PREFIX
 from kandinsky22.pipelines.decoder import (
     DecoderPipeline,
     KandinskyV22Img2ImgPipeline,
@@ -21,10 +21,10 @@ from kandinsky22.pipelines.decoder import (
     KandinskyV22Pipeline,
     Names,
 )
+from kandinsky22.pipelines.denoising import LATENTS
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
-from kandinsky22.pipelines.sampling import LATENTS
-from kandinsky22.randomness import Generators
-from kandinsky22.stepping import Levels, Steps, Times
+from kandinsky22.sampling.guidance import Guidance, Interval
+from kandinsky22.sampling.scheduler_adapter import Levels, Steps, Times
 
 Texts: TypeAlias = str | list[str]
 
@@ -103,8 +103,8 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         """A whole call. `texts` are prompts, negatives and the number for each; `steps`, `told` and `given` are as in
         the decoder's `_call`; `prior` are the arguments `OF_PRIOR`, `early` the prior's callbacks."""
         positive, _ = prompts.pairs(*texts[:2])
-        copies = checks.whole("num_images_per_prompt", texts[2])
-        checks.output(*output, images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
+        copies = validation.whole("num_images_per_prompt", texts[2])
+        validation.output(*output, images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
         decoder, first = self.decoder_pipe, self.prior_pipe
         *options, latents = steps
         of_prior = isinstance(latents, Tensor) and latents.ndim == 2

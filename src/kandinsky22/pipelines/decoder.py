@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.guidance import Guidance, Interval
-from kandinsky22.inputs import checks, images, masks
+from kandinsky22.inputs import images, masks, validation
 from kandinsky22.inputs.images import Pictures
+from kandinsky22.kernels import winograd
 from kandinsky22.models import UNet2DConditionModel, VQModel
+from kandinsky22.noise import Generators
+from kandinsky22.pipelines.denoising import LATENTS, Denoise, Plan, Run, SamplingPipeline
 from kandinsky22.pipelines.outputs import ImagePipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline
-from kandinsky22.randomness import Generators
-from kandinsky22.runtime import winograd
-from kandinsky22.stepping import Levels, Steps, Times, uses_learned_variance
+from kandinsky22.sampling.guidance import Guidance, Interval
+from kandinsky22.sampling.scheduler_adapter import Levels, Steps, Times, uses_learned_variance
 
 Embeds: TypeAlias = Tensor | list[Tensor]
 Names: TypeAlias = list[str] | None
@@ -72,7 +72,7 @@ class DecoderPipeline(SamplingPipeline):
             self._need_add_noise()
         shape = self._latent_shape(batch, *size)
         read = {name: self._read(name, value, shape, batch // copies) for name, value in pictures.items()}
-        if checks.flag("keep_pixels", keep_pixels) and read["image"].shape[1] != 3:
+        if validation.flag("keep_pixels", keep_pixels) and read["image"].shape[1] != 3:
             raise InputError("keep_pixels: the image is given as latents, so there are no pixels to keep")
         plan = self._tail(self._schedule(shape, batch, *options), strength)
         return replace(plan, pictures=read, keep_pixels=keep_pixels)
@@ -98,7 +98,7 @@ class DecoderPipeline(SamplingPipeline):
         factor = self.movq_scale_factor
         sides = []
         for name, side in (("height", height), ("width", width)):
-            pixels = self.default_size if side is None else checks.whole(name, side)
+            pixels = self.default_size if side is None else validation.whole(name, side)
             sides.append(-(-pixels // factor**2) * factor)
         return batch, self.movq.config.latent_channels, sides[0], sides[1]
 
@@ -118,11 +118,11 @@ class DecoderPipeline(SamplingPipeline):
         """The embeddings as callbacks see them: with guidance, `image_embeds` holds both halves, negative first."""
         width = self.unet.config.encoder_hid_dim
         target: dict[str, Any] = {"device": self._execution_device, "dtype": self.unet.dtype}
-        embeds = checks.embeddings("image_embeds", positive, width)
+        embeds = validation.embeddings("image_embeds", positive, width)
         tensors = {"image_embeds": embeds.to(**target).repeat_interleave(copies, dim=0)}
         if negative is not None:
-            opposite = checks.embeddings("negative_image_embeds", negative, width)
-            opposite = checks.same_batch("negative_image_embeds", opposite, len(embeds), "image_embeds")
+            opposite = validation.embeddings("negative_image_embeds", negative, width)
+            opposite = validation.same_batch("negative_image_embeds", opposite, len(embeds), "image_embeds")
             tensors["negative_image_embeds"] = opposite.to(**target).repeat_interleave(copies, dim=0)
         elif guided:
             raise InputError("negative_image_embeds=None: guidance_scale > 1 needs them; the prior returns them")
@@ -168,10 +168,10 @@ class DecoderPipeline(SamplingPipeline):
         """A whole call; `steps` are Steps, Guidance, generator and latents, `output` is number for each embedding,
         type and return_dict, `given` the keywords of `_plan`."""
         self._need("unet", "scheduler", "movq")
-        copies = checks.whole("num_images_per_prompt", output[0])
+        copies = validation.whole("num_images_per_prompt", output[0])
         guided = steps[1].on
         latent = 0 if given.get("keep_pixels") else 1  # latents hold no pixels that could be kept
-        checks.output(*output[1:], images.OUTPUT_TYPES[: 3 + latent])
+        validation.output(*output[1:], images.OUTPUT_TYPES[: 3 + latent])
         tensors = self._embeddings(*embeds, copies, guided)
         batch = len(tensors["image_embeds"]) // (2 if guided else 1)
         plan = self._plan(batch, size, *steps, self._check_callbacks(*callbacks), copies=copies, **given)

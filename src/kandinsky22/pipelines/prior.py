@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.guidance import Guidance, Interval
-from kandinsky22.inputs import checks, mixtures, prompts
+from kandinsky22.inputs import interpolation, prompts, validation
+from kandinsky22.kernels import host_memory
 from kandinsky22.models import PriorTransformer
+from kandinsky22.noise import Generators
+from kandinsky22.pipelines.denoising import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
+from kandinsky22.pipelines.embedding_cache import Recent, zero_embed
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
-from kandinsky22.pipelines.sampling import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
-from kandinsky22.randomness import Generators
-from kandinsky22.runtime import pages
 from kandinsky22.runtime.device import usable_device
-from kandinsky22.runtime.kept import Recent, zero_embed
-from kandinsky22.stepping import Levels, Steps, Times
+from kandinsky22.sampling.guidance import Guidance, Interval
+from kandinsky22.sampling.scheduler_adapter import Levels, Steps, Times
 
 PRIOR_OUTPUT_TYPES = ("pt", "np")
 
@@ -89,7 +89,7 @@ class PriorPipeline(SamplingPipeline):
         def encode() -> TextEncoding:
             ids, mask = prompts.tokens(self.tokenizer, texts)
             made = self.text_encoder(ids.to(device))
-            pages.forget_large(self.text_encoder.parameters())  # the prior works without them
+            host_memory.forget_large(self.text_encoder.parameters())  # the prior works without them
             return TextEncoding(made.text_embeds.to(dtype), made.last_hidden_state.to(dtype), mask.to(device))
 
         return self._texts.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)
@@ -145,7 +145,7 @@ class PriorPipeline(SamplingPipeline):
         self, prompt: Any, negative_prompt: Any, copies: Any, *options: Any, given: list[Tensor] | None = None
     ) -> PriorPlan:
         positive, negative = prompts.pairs(prompt, negative_prompt)
-        copies = checks.whole("num_images_per_prompt", copies)
+        copies = validation.whole("num_images_per_prompt", copies)
         self._need("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
         given = given or []
         if given:
@@ -206,8 +206,8 @@ class PriorPipeline(SamplingPipeline):
         string, or one for each picture. Results are moved to `device` if that is given. After `interrupt()` the items
         that it has not come to are left out, negative prompts too. Raises InputError before any network runs.
         """
-        copies = checks.whole("num_images_per_prompt", num_images_per_prompt)
-        items = mixtures.parts(images_and_prompts, weights, rows=copies, **self._reading())
+        copies = validation.whole("num_images_per_prompt", num_images_per_prompt)
+        items = interpolation.parts(images_and_prompts, weights, rows=copies, **self._reading())
         place = None if device is None else usable_device(device)
         if not isinstance(negative_prior_prompt, str | None):
             raise InputError(f"negative_prior_prompt={negative_prior_prompt!r}: one string, or None, is needed")
@@ -273,7 +273,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         below, its options are those of `Guidance`; `timesteps` or `sigmas` as in KandinskyV22Pipeline. `output_type` is
         "pt" or "np". Raises InputError before any network runs.
         """
-        checks.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
+        validation.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
         options = (
@@ -310,11 +310,11 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         is left. Negative prompts start from the picture too; where no step is left to lead away from it, their
         embeddings are sampled from noise alone, in all steps. Raises InputError before any network runs.
         """
-        checks.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
+        validation.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
         options = Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None, self._check_callbacks(*told)
-        given = mixtures.pictures("image", image, **self._reading())
+        given = interpolation.pictures("image", image, **self._reading())
         plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options, given=given)
         tail = self._tail(plan.sampling, strength)
         embeds, negatives = self._embed(dataclasses.replace(plan, sampling=tail))

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError, MissingDependencyError
-from kandinsky22.runtime.offload import place_of, plain
-from kandinsky22.runtime.packed import DTYPES, Packs
+from kandinsky22.kernels.linear import DTYPES, Packs
+from kandinsky22.runtime.device_offload import place_of, plain
 
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 MODES = ("default", *GRAPHS, "max-autotune-no-cudagraphs")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError
-from kandinsky22.runtime import asleep, offload
+from kandinsky22.runtime import device_offload, lazy_component
 from kandinsky22.runtime.device import chosen_accelerator, usable_device
-from kandinsky22.runtime.shelves import InFiles
+from kandinsky22.runtime.disk_offload import InFiles
 
 P = TypeVar("P", bound="Placed")
 
@@ -35,23 +35,23 @@ class Placed:
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         names = vars(self).get("_component_names", ())
-        if name in names and isinstance(value, nn.Module) and offload.place_of(value) is None:
+        if name in names and isinstance(value, nn.Module) and device_offload.place_of(value) is None:
             # what takes the place of an offloaded network, or stands beside one, is treated alike
             others = [vars(self).get(other) for other in names]
-            places = [offload.place_of(other) for other in others if isinstance(other, nn.Module)]
+            places = [device_offload.place_of(other) for other in others if isinstance(other, nn.Module)]
             if (place := next(filter(None, places), None)) is not None and name not in self._exclude_from_cpu_offload:
-                asleep.settle(value, place.join)
+                lazy_component.settle(value, place.join)
 
     def _networks(self) -> dict[str, nn.Module]:
         """The networks that are there: all but those that are asleep."""
-        return {name: part for name, part in self._all_networks().items() if not asleep.is_asleep(part)}
+        return {name: part for name, part in self._all_networks().items() if not lazy_component.is_asleep(part)}
 
     def _all_networks(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
 
-    def _places(self) -> list[offload.Place]:
+    def _places(self) -> list[device_offload.Place]:
         """How networks are offloaded, of those that are."""
-        places = [offload.place_of(network) for network in self._networks().values()]
+        places = [device_offload.place_of(network) for network in self._networks().values()]
         return [place for place in places if place is not None]
 
     # All together
@@ -85,7 +85,7 @@ class Placed:
         for place in self._places():
             place.free()
         for network in self._all_networks().values():
-            asleep.move(network, goal, dtype)
+            lazy_component.move(network, goal, dtype)
         return self
 
     @property
@@ -119,15 +119,15 @@ class Placed:
         """
         method = "enable_model_cpu_offload"
         place = chosen_accelerator(method, gpu_id, device)
-        offload.accelerate_hooks()
+        device_offload.accelerate_hooks()
         self.remove_all_hooks()
-        stages = offload.Stages(method, place, lambda: offload.InMemory(place), accelerated=True)
+        stages = device_offload.Stages(method, place, lambda: device_offload.InMemory(place), accelerated=True)
         turns = self.model_cpu_offload_seq.split("->")
         for name, network in self._all_networks().items():
             if name in turns or name not in self._exclude_from_cpu_offload:
-                asleep.settle(network, functools.partial(stages.add, lasting=name not in turns))
+                lazy_component.settle(network, functools.partial(stages.add, lasting=name not in turns))
             else:
-                asleep.move(network, place, None)
+                lazy_component.move(network, place, None)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | int | None = None
@@ -138,13 +138,13 @@ class Placed:
         Arguments and errors are those of `enable_model_cpu_offload`.
         """
         place = chosen_accelerator("enable_sequential_cpu_offload", gpu_id, device)
-        offload.accelerate_hooks()
+        device_offload.accelerate_hooks()
         self.remove_all_hooks()
         for name, network in self._all_networks().items():
             if name in self._exclude_from_cpu_offload:
-                asleep.move(network, place, None)
+                lazy_component.move(network, place, None)
             else:
-                asleep.settle(network, functools.partial(offload.Streamed, device=place))
+                lazy_component.settle(network, functools.partial(device_offload.Streamed, device=place))
 
     def enable_low_memory(self, folder: str | os.PathLike[str] | None = None, *, by_layer: bool = True) -> None:
         """Without an accelerator: keep a network in memory only while it works, large layers one at a time.
@@ -172,9 +172,9 @@ class Placed:
                 "or enable_sequential_cpu_offload(), or first to('cpu')"
             )
         shelf = functools.partial(InFiles, folder, by_layer=by_layer)
-        stages = offload.Stages("enable_low_memory", torch.device("cpu"), shelf, accelerated=False)
+        stages = device_offload.Stages("enable_low_memory", torch.device("cpu"), shelf, accelerated=False)
         for network in self._all_networks().values():
-            asleep.settle(network, stages.add)
+            lazy_component.settle(network, stages.add)
 
     def maybe_free_model_hooks(self) -> None:
         """Take networks that wait for their next turn off the device; each call of a pipeline ends with this."""
@@ -184,9 +184,9 @@ class Placed:
     def remove_all_hooks(self) -> None:
         """End all offloading: networks are ordinary ones on the CPU again."""
         for network in self._all_networks().values():
-            asleep.settle(network, None)
+            lazy_component.settle(network, None)
         if not self._places():
             return
         for network in self._networks().values():
-            offload.release(network)
+            device_offload.release(network)
             network.to("cpu")

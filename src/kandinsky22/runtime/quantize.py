@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import ConfigError, InputError, MissingDependencyError
-from kandinsky22.runtime.offload import READ_BY_PARENT, place_of, plain
+from kandinsky22.runtime.device_offload import READ_BY_PARENT, place_of, plain
 
 KINDS: Mapping[str, str] = {
     "int8": "weights of 8 bits; products as before",
@@ -126,7 +126,7 @@ def _replace_layers(network: nn.Module, kind: str) -> None:
 
 def _quantized(layer: nn.Module, kind: str) -> nn.Module | None:
     """The layer in 8 or 4 bits, None if it is to stay."""
-    from kandinsky22.runtime.quantized import GROUP, QuantizedConv2d, QuantizedLinear
+    from kandinsky22.runtime.quantized_layers import GROUP, QuantizedConv2d, QuantizedLinear
 
     if isinstance(layer, nn.Conv2d) and min(layer.in_channels, layer.out_channels) >= NARROW:
         return QuantizedConv2d(layer, dynamic=kind == "int8-dynamic")

@@ -4,7 +4,7 @@ from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
 from kandinsky22.schedulers.ddim import DDIMScheduler
 from kandinsky22.schedulers.ddpm import DDPMScheduler
 from kandinsky22.schedulers.deis import DEISMultistepScheduler
-from kandinsky22.schedulers.dpm import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+from kandinsky22.schedulers.dpm_solver import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
 from kandinsky22.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from kandinsky22.schedulers.heun import HeunDiscreteScheduler, KDPM2DiscreteScheduler
 from kandinsky22.schedulers.lcm import LCMScheduler

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.hub import Source, model_folder
 from kandinsky22.errors import ConfigError, InputError
-from kandinsky22.files import read_json, write_json
-from kandinsky22.hub import Source, model_folder
 from kandinsky22.outputs import Output
 from kandinsky22.schedulers.config import (
     ClipConfig,

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.randomness import Generators, randn_tensor
+from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
 from kandinsky22.schedulers.config import ClipConfig, DiscreteConfig, SchedulerConfig
 

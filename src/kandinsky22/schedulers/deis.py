@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kandinsky22.schedulers.base import Floats, SchedulerOutput
 from kandinsky22.schedulers.config import SpacingConfig, TableConfig
-from kandinsky22.schedulers.exponential import ExponentialScheduler, SolverConfig, combine, exact_weights
+from kandinsky22.schedulers.exponential_integrator import ExponentialScheduler, SolverConfig, combine, exact_weights
 
 
 @dataclasses.dataclass(frozen=True)

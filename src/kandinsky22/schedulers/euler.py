@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.randomness import Generators, randn_tensor
+from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Floats, SchedulerOutput
 from kandinsky22.schedulers.config import GridConfig, SpacingConfig, TableConfig, TerminalConfig
 from kandinsky22.schedulers.sigmas import ExplodingScheduler, widened

@@ -11,7 +11,7 @@ from torch import Tensor
 from kandinsky22.errors import InputError
 from kandinsky22.schedulers.base import SchedulerOutput
 from kandinsky22.schedulers.config import GridConfig, SpacingConfig, TableConfig, whole
-from kandinsky22.schedulers.exponential import weights
+from kandinsky22.schedulers.exponential_integrator import weights
 from kandinsky22.schedulers.sigmas import ExplodingScheduler, widened
 
 

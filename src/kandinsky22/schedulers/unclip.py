@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.randomness import Generators
+from kandinsky22.noise import Generators
 from kandinsky22.schedulers.base import SchedulerOutput
 from kandinsky22.schedulers.config import whole
 from kandinsky22.schedulers.ddpm import AncestralConfig, AncestralScheduler

@@ -18,7 +18,7 @@ from kandinsky22.training.decoder import train_decoder
 from kandinsky22.training.loop import finished
 from kandinsky22.training.movq import load_autoencoder, train_autoencoder, train_movq
 from kandinsky22.training.prior import train_prior
-from kandinsky22.training.variants import train_shared
+from kandinsky22.training.shared_unet import train_shared
 
 
 def _prior(out: Path) -> None:

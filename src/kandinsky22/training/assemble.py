@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from kandinsky22.checkpoints.weights import write_tensors
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.models.unet import UNet2DConditionModel
@@ -27,11 +28,10 @@ from kandinsky22.pipelines.decoder import (
 )
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import DDPMScheduler, UnCLIPScheduler
-from kandinsky22.training import decoder, prior, variants
+from kandinsky22.training import decoder, prior, shared_unet
 from kandinsky22.training.clip import Towers, build_tokenizer, image_processor
 from kandinsky22.training.loop import SUMMARY, finished
 from kandinsky22.training.movq import load_movq
-from kandinsky22.weights import write_tensors
 
 # Chosen on other prompts than the benchmark's, a hundred or so a setting, where differences are hardly above chance.
 PRIOR_DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 2.0}
@@ -64,8 +64,8 @@ def assemble(out: Path, folder: Path | None = None) -> None:
     _save_prior(out, towers, folder / "prior")
     movq = load_movq(out / "movq").half()
     if finished(out / "shared"):
-        shared = variants.load_shared(out / "shared")
-        plain, inpaint, hint = (shared.part(changes) for changes in ({}, variants.INPAINT, variants.HINT))
+        shared = shared_unet.load_shared(out / "shared")
+        plain, inpaint, hint = (shared.part(changes) for changes in ({}, shared_unet.INPAINT, shared_unet.HINT))
     else:
         plain, inpaint, hint = decoder.load_decoder(out / "decoder"), None, None
     _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
@@ -88,7 +88,7 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     own: dict[str, Tensor] = {}
     common: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
-        (own if name.startswith(variants.OWN) else common)[name] = tensor
+        (own if name.startswith(shared_unet.OWN) else common)[name] = tensor
     size = sum(tensor.nbytes for tensor in common.values())
     write_tensors(folder / "unet", common | own, variant=None, max_shard_size=size, safe=True)
     (folder / "README.md").write_text(CARD, encoding="utf-8")

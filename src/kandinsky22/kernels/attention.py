@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kandinsky22.runtime.packed import PLAIN, can_multiply, packed_matrix, product
+from kandinsky22.kernels.linear import PLAIN, can_multiply, packed_matrix, product
 
 WIDE = 256  # width of a head from which on
 FEW = 256  # tokens are enough for this to be faster than torch's own attention

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.errors import InputError
-from kandinsky22.runtime.packed import Packs
+from kandinsky22.kernels.linear import Packs
 
 GROUP = 32  # numbers that share a scale and a zero, of 4-bit weights
 MIDDLE = 128  # of the 256 levels of an activation, in zero points of symmetric ranges

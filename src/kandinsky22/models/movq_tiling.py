@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.runtime import pages
-from kandinsky22.runtime.normalise import Table, moments
+from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.group_norm import Table, moments
 
 NUMBERS = 2**24  # of features in a band: 64 MB in float32
 STEP = 4  # bands have a multiple of so many rows, which is what fast convolutions like
@@ -138,7 +138,7 @@ def _convolution(
             given = whole.rows(upper, lower)
             made.add_(given if block.conv_shortcut is None else block.conv_shortcut(given))
         if out is None:
-            out = pages.empty(made, batch, height, width, made.shape[1]).permute(0, 3, 1, 2)
+            out = host_memory.empty(made, batch, height, width, made.shape[1]).permute(0, 3, 1, 2)
         waiting = upper, lower, made
     assert out is not None and waiting is not None
     out[:, :, waiting[0] : waiting[1]] = waiting[2]

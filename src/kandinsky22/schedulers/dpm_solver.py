@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.randomness import Generators, randn_tensor
+from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import SchedulerOutput, spaced_timesteps
 from kandinsky22.schedulers.config import SpacingConfig, TableConfig, TerminalConfig
 from kandinsky22.schedulers.ddpm import VARIANCES
-from kandinsky22.schedulers.exponential import ExponentialScheduler, SolverConfig, Stride, combine, phi_ratios
+from kandinsky22.schedulers.exponential_integrator import (
+    ExponentialScheduler,
+    SolverConfig,
+    Stride,
+    combine,
+    phi_ratios,
+)
 
 Term = tuple[float, Tensor]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import MissingDependencyError
-from kandinsky22.runtime.packed import Packs
+from kandinsky22.kernels.linear import Packs
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
 """Methods besides `forward` that run a network's layers or read its weights."""

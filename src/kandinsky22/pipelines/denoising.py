@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.guidance import Guidance
-from kandinsky22.inputs import checks
+from kandinsky22.inputs import validation
+from kandinsky22.kernels import host_memory
+from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.randomness import Generators, randn_tensor
-from kandinsky22.runtime import pages
-from kandinsky22.stepping import Stepper, Steps
+from kandinsky22.sampling.guidance import Guidance
+from kandinsky22.sampling.scheduler_adapter import Stepper, Steps
 
 Denoise = Callable[[Tensor, Any], Tensor]
 """A network bound to its condition: (sample, timestep) -> output."""
@@ -163,10 +163,10 @@ class SamplingPipeline(DiffusionPipeline):
         """Check whom to tell. Every call begins with this, once, so here an interrupt meant for another ends."""
         self._interrupted = False
         return Callbacks(
-            checks.function("callback_on_step_end", on_step_end),
-            checks.names("callback_on_step_end_tensor_inputs", tensor_inputs, self._callback_tensor_inputs),
-            checks.function("callback", callback),
-            1 if callback_steps is None else checks.whole("callback_steps", callback_steps),
+            validation.function("callback_on_step_end", on_step_end),
+            validation.names("callback_on_step_end_tensor_inputs", tensor_inputs, self._callback_tensor_inputs),
+            validation.function("callback", callback),
+            1 if callback_steps is None else validation.whole("callback_steps", callback_steps),
         )
 
     def _need(self, *components: str) -> None:
@@ -185,8 +185,8 @@ class SamplingPipeline(DiffusionPipeline):
     ) -> Plan:  # fmt: skip
         """Check what all calls have in common, for latents of this shape, and set the scheduler's timesteps."""
         if latents is not None:
-            latents = checks.latents(latents, shape)
-        generators = checks.generators(generator, pictures, shape[0])
+            latents = validation.latents(latents, shape)
+        generators = validation.generators(generator, pictures, shape[0])
         timesteps = steps.choose(self.scheduler, shape, self._execution_device)
         guidance.check(self.scheduler)
         return Plan(shape, guidance, timesteps, generators, latents, callbacks)
@@ -194,7 +194,7 @@ class SamplingPipeline(DiffusionPipeline):
     def _tail(self, plan: Plan, strength: Any) -> Plan:
         """The plan's last steps only: `strength`, 0 to 1, is the part of them that runs, rounded down. Methods of more
         than one visit a step begin with the first visit of one."""
-        part = checks.number("strength", strength)
+        part = validation.number("strength", strength)
         if not 0 <= part <= 1:
             raise InputError(f"strength={strength!r}: a number from 0 (leave as it is) to 1 (all steps) is needed")
         order = getattr(self.scheduler, "order", 1)
@@ -221,7 +221,7 @@ class SamplingPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps = plan.guidance.scale, len(plan.timesteps)
         shown = bool(plan.callbacks.tensor_inputs) and plan.callbacks.on_step_end is not None
         run = Run(latents, tensors, plan.guidance, shown=shown)
-        with self._freed_on_error(), pages.kept(), self.progress_bar(total=len(plan.timesteps)) as bar:
+        with self._freed_on_error(), host_memory.kept(), self.progress_bar(total=len(plan.timesteps)) as bar:
             steps = sample(run, self.scheduler, plan.timesteps, self._bind, plan.generators, edit)
             while not self._interrupted and next(steps, None) is not None:
                 self._notify(run, plan.callbacks)
@@ -263,12 +263,12 @@ class SamplingPipeline(DiffusionPipeline):
         if not isinstance(changes, Mapping):
             raise InputError(f"callback_on_step_end returned {type(changes).__name__}; a dict of tensors is needed")
         for name in changes:
-            checks.choice("callback_on_step_end returned a key", name, self._callback_tensor_inputs)
+            validation.choice("callback_on_step_end returned a key", name, self._callback_tensor_inputs)
         # a callback that switches guidance off may leave the negative rows away
-        fewest = None if checks.number("guidance_scale", self._guidance_scale) > 1 else len(run.latents)
+        fewest = None if validation.number("guidance_scale", self._guidance_scale) > 1 else len(run.latents)
         flying = {"latents": run.latents, **run.tensors}
         given = {name: tensor for name, tensor in changes.items() if tensor is not None}
         return {
-            name: checks.replacement(f"callback_on_step_end returned {name}", tensor, flying.get(name), fewest)
+            name: validation.replacement(f"callback_on_step_end returned {name}", tensor, flying.get(name), fewest)
             for name, tensor in given.items()
         }

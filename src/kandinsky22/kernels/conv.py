@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.runtime import pages, winograd
-from kandinsky22.runtime.packed import Packs, can_pack
+from kandinsky22.kernels import host_memory, winograd
+from kandinsky22.kernels.linear import Packs, can_pack
 
 WORTHWHILE = 2**24  # multiplications for one picture below which rearranging gains nothing, and rounds more
 NARROW = 256  # channels, the mean of in and out, below which transforms cost more than products are saved
@@ -82,7 +82,7 @@ class Conv2d(Packs, nn.Conv2d):
         """Results around each corner where four pixels meet, four times the channels, then put in their places."""
         batch, _, height, width = features.shape
         weight = self._packed("doubled", lambda w: self._reordered(_around_corners(w), features))
-        out = pages.empty(features, batch, 2 * height, 2 * width, self.out_channels)
+        out = host_memory.empty(features, batch, 2 * height, 2 * width, self.out_channels)
         squares = out.unflatten(2, (width, 2)).unflatten(1, (height, 2))
         for sample, (first, last) in itertools.product(
             range(batch), strips(height, (width + 1) * 4 * self.out_channels)
@@ -112,10 +112,10 @@ class Conv2d(Packs, nn.Conv2d):
         batch, _, height, width = features.shape
         row, beyond = width * self.out_channels, self.kernel_size[0] // 2
         same = self.stride == (1, 1) and self.kernel_size == (2 * beyond + 1,) * 2 and self.padding == (beyond, beyond)
-        if not same or height * row * features.element_size() < pages.MAPPED:
+        if not same or height * row * features.element_size() < host_memory.MAPPED:
             return self._product(features, weight, self.padding)
         # large results in pages that `empty` chooses
-        out = pages.empty(features, batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        out = host_memory.empty(features, batch, height, width, self.out_channels).permute(0, 3, 1, 2)
         for sample, (first, last) in itertools.product(range(batch), strips(height, row)):
             part = _rows(features[sample : sample + 1], first - beyond, last + beyond)
             out[sample : sample + 1, :, first:last] = self._product(part, weight, (0, beyond))

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.runtime import pages
-from kandinsky22.runtime.offload import drop_packs, plain
-from kandinsky22.runtime.packed import Packs
-from kandinsky22.weights import find_weights, read_tensors, write_tensors
+from kandinsky22.checkpoints.weights import find_weights, read_tensors, write_tensors
+from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.linear import Packs
+from kandinsky22.runtime.device_offload import drop_packs, plain
 
 LARGE = 2**22  # bytes of a weight from which on its layer is worth a visit of its own
 
@@ -101,7 +101,7 @@ class Visits:
 def _leave(layer: nn.Module, *_: object) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    pages.forget(weight)
+    host_memory.forget(weight)
 
 
 class InFiles:
@@ -126,7 +126,7 @@ class InFiles:
             empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = empty
         drop_packs(network)
-        pages.trim()
+        host_memory.trim()
 
     def fetch(self, network: nn.Module) -> None:
         """Read them again, converted as they were when they were put here."""

@@ -11,7 +11,11 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 
-from kandinsky22.components import (
+from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.hub import Source
+from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.models.base import LAYOUT_VERSION, checked_dtype
+from kandinsky22.pipelines.component_io import (
     PRIOR_PREFIX,
     Stored,
     check_component,
@@ -20,10 +24,6 @@ from kandinsky22.components import (
     needed_files,
     save_component,
 )
-from kandinsky22.errors import CheckpointError, InputError
-from kandinsky22.files import read_json, write_json
-from kandinsky22.hub import Source
-from kandinsky22.models.base import LAYOUT_VERSION, checked_dtype
 
 C = TypeVar("C", bound="Composite")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks
+from kandinsky22.inputs import validation
 from kandinsky22.schedulers.base import dynamic_threshold
 
 Interval: TypeAlias = tuple[float, float] | None
@@ -48,14 +48,14 @@ class Guidance:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "scale", checks.number("guidance_scale", self.scale))
-        put(self, "rescale", checks.number("guidance_rescale", self.rescale))
+        put(self, "scale", validation.number("guidance_scale", self.scale))
+        put(self, "rescale", validation.number("guidance_rescale", self.rescale))
         if not 0 <= self.rescale <= 1:
             raise InputError(f"guidance_rescale={self.rescale!r}: a number from 0 (off) to 1 is needed")
         if self.interval is not None:
             put(self, "interval", _interval(self.interval))
         if self.threshold is not None:
-            put(self, "threshold", checks.number("guidance_threshold", self.threshold))
+            put(self, "threshold", validation.number("guidance_threshold", self.threshold))
             if not 0 < self.threshold <= 1:
                 raise InputError(f"guidance_threshold={self.threshold!r}: a number above 0, at most 1, is needed")
 
@@ -130,7 +130,7 @@ def _deviation(prediction: Tensor) -> Tensor:
 
 def _interval(given: Any) -> tuple[float, float]:
     if isinstance(given, tuple | list) and len(given) == 2:
-        start, end = (checks.number("guidance_interval", each) for each in given)
+        start, end = (validation.number("guidance_interval", each) for each in given)
         if 0 <= start < end <= 1:
             return start, end
     raise InputError(f"guidance_interval={given!r}: two numbers from 0 to 1, the first below the second, are needed")

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.runtime import packed, pages
-from kandinsky22.runtime.packed import packed_matrix, product
+from kandinsky22.kernels import host_memory, linear
+from kandinsky22.kernels.linear import packed_matrix, product
 
 KIND = "winograd"  # of a layer's copy of its weight
 SIDE = 4  # results of a square, along each side
@@ -64,7 +64,7 @@ def _coefficients(roots: Tensor) -> Tensor:
 def transformed(weight: Tensor) -> list[Tensor]:
     """A weight (out, in, 3, 3) as 36 packed matrices (out, in), four times as large together."""
     kernels = weight.reshape(-1, 9)
-    values = pages.empty(kernels.float(), REACH * REACH, len(kernels))
+    values = host_memory.empty(kernels.float(), REACH * REACH, len(kernels))
     for start in range(0, len(kernels), SLICE):
         part = kernels[start : start + SLICE].double()
         values[:, start : start + SLICE] = transforms()[1] @ part.T
@@ -78,12 +78,12 @@ def turn(network: nn.Module, *, after: nn.Module) -> Iterator[None]:
     They take four times the memory of weights, and making them takes a small part of the time of a network's work.
     """
     if turns:
-        packed.give_up(after, KIND)
+        linear.give_up(after, KIND)
     try:
         yield
     finally:
         if turns:
-            packed.give_up(network, KIND)
+            linear.give_up(network, KIND)
 
 
 def fits(height: int, width: int) -> bool:
@@ -104,7 +104,7 @@ def convolve(
     samples = min(batch, max(1, SQUARES // (down * across)))
     to_values, _, to_results = (matrix.float() for matrix in transforms())
     pixels = features.permute(0, 2, 3, 1)
-    out = pages.empty(features, batch, height, width, channels) if onto is None else onto.permute(0, 2, 3, 1)
+    out = host_memory.empty(features, batch, height, width, channels) if onto is None else onto.permute(0, 2, 3, 1)
     for sample in range(0, batch, samples):
         for row in range(0, down, rows):
             band = pixels[sample : sample + samples, max(0, SIDE * row - 1) : SIDE * (row + rows) + 1]

@@ -21,13 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kandinsky22 import models, schedulers
+from kandinsky22.checkpoints.hub import shared_folder
+from kandinsky22.checkpoints.weights import STEM, weight_files
 from kandinsky22.errors import CheckpointError, InputError
-from kandinsky22.hub import shared_folder
-from kandinsky22.runtime import asleep, pages
-from kandinsky22.runtime.kept import name_files
-from kandinsky22.runtime.packed import make_direct
-from kandinsky22.runtime.shelves import remember
-from kandinsky22.weights import STEM, weight_files
+from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.linear import make_direct
+from kandinsky22.pipelines.embedding_cache import name_files
+from kandinsky22.runtime import lazy_component
+from kandinsky22.runtime.disk_offload import remember
 
 OWN = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
 BORROWED = {
@@ -124,7 +125,9 @@ def load_component(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     An image encoder is read when it is needed. Raises CheckpointError if the class is unknown or the files do not give
     it.
     """
-    sleeping = _sleeping(name, entry, folder, stored) if role(name) == "image_encoder" and asleep.enabled else None
+    sleeping = (
+        _sleeping(name, entry, folder, stored) if role(name) == "image_encoder" and lazy_component.enabled else None
+    )
     return _read(name, entry, folder, stored) if sleeping is None else sleeping
 
 
@@ -166,7 +169,7 @@ def _sleeping(name: str, entry: Any, folder: Path, stored: Stored) -> Any:
     dtype = torch.float32 if stored.torch_dtype is None else stored.torch_dtype
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    network = asleep.asleep(kind, config, functools.partial(_read, name, entry, folder, stored))
+    network = lazy_component.asleep(kind, config, functools.partial(_read, name, entry, folder, stored))
     name_files(network, files, dtype if isinstance(dtype, torch.dtype) else None)
     return network
 
@@ -265,7 +268,7 @@ def _convert(network: nn.Module, dtype: torch.dtype) -> None:
     for module in network.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.is_floating_point():
-                tensor.data = pages.converted(tensor.data, dtype)
+                tensor.data = host_memory.converted(tensor.data, dtype)
 
 
 @contextlib.contextmanager

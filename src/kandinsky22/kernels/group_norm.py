@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kandinsky22.runtime import pages
+from kandinsky22.kernels import host_memory
 
 MEASURED = 2**18  # numbers of features that are averaged at a time: a megabyte in float32
 BLOCK = 2**19  # and that are normalised at a time
@@ -50,7 +50,7 @@ def group_norm(
         return F.silu(made, inplace=True) if activated else made
     pixels = features.permute(0, 2, 3, 1)
     table = Table(moments(pixels.split(_row_count(pixels, MEASURED), dim=1), groups, eps), scale, shift)
-    out = pixels if spent else pages.empty(pixels, *pixels.shape)
+    out = pixels if spent else host_memory.empty(pixels, *pixels.shape)
     return table.apply(pixels, 0, pixels.shape[1], activated=activated, out=out).permute(0, 3, 1, 2)
 
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kandinsky22.files import written_whole
-from kandinsky22.runtime.asleep import coming_dtype, is_asleep
-from kandinsky22.runtime.offload import place_of
-from kandinsky22.runtime.shelves import Snapshot, unchanged
+from kandinsky22.checkpoints.atomic_files import written_whole
+from kandinsky22.runtime.device_offload import place_of
+from kandinsky22.runtime.disk_offload import Snapshot, unchanged
+from kandinsky22.runtime.lazy_component import coming_dtype, is_asleep
 
 R = TypeVar("R")
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kandinsky22.checkpoints.atomic_files import read_json, write_json, written_whole
 from kandinsky22.errors import CheckpointError, InputError
-from kandinsky22.files import read_json, write_json, written_whole
 
 STEM = "diffusion_pytorch_model"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

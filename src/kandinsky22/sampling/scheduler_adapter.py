@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError, KandinskyError
-from kandinsky22.inputs import checks
-from kandinsky22.randomness import Generators
+from kandinsky22.inputs import validation
+from kandinsky22.noise import Generators
 from kandinsky22.schedulers.base import Scheduler
 
 Times: TypeAlias = Sequence[int] | Tensor | None
@@ -42,7 +42,7 @@ class Steps:
     def choose(self, scheduler: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Set the scheduler's timesteps, and return them. Raises InputError for steps it does not have, and for a
         scheduler that cannot step samples of `shape`, before any network has to run for that."""
-        chosen: dict[str, Any] = {"num_inference_steps": checks.whole("num_inference_steps", self.number)}
+        chosen: dict[str, Any] = {"num_inference_steps": validation.whole("num_inference_steps", self.number)}
         given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
         if custom := {name: value for name, value in given.items() if value is not None}:
             if len(custom) > 1:

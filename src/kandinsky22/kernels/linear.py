@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.runtime import pages
+from kandinsky22.kernels import host_memory
 
 WORTHWHILE = 2**20  # multiplications below which the plain product is as fast
 PLAIN = (Tensor, nn.Parameter)  # others, such as quantized ones, have products of their own
@@ -57,7 +57,7 @@ def give_up(network: nn.Module, kind: str) -> None:
     for layer in layers:
         layer.__dict__.pop("_pack", None)  # another thread may have done so
     if layers:
-        pages.trim()
+        host_memory.trim()
 
 
 class DirectLinear(nn.Linear):
@@ -123,10 +123,10 @@ class _Pack:
         self.version = weight._version
         self.address = weight.data_ptr()
         self.few = _few(weight).clone()
-        pages.expect_large()  # where weights are packed, features are large
+        host_memory.expect_large()  # where weights are packed, features are large
         with torch.no_grad():
             self.made = make(weight.detach())
-        pages.forget(weight)
+        host_memory.forget(weight)
 
     def holds(self, weight: Tensor) -> bool:
         # `module.to` keeps the parameter and gives it other data; an optimizer step counts up the version; averages of

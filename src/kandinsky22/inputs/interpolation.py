@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import checks, images, prompts
+from kandinsky22.inputs import images, prompts, validation
 
 
 def pictures(name: str, value: Any, *, dim: int, size: int, image_processor: Any) -> list[Tensor]:
@@ -35,14 +35,14 @@ def parts(items: Any, weights: Any, *, rows: int, dim: int, **options: Any) -> l
     if len(items) != len(weights):
         raise InputError(f"weights: {len(weights)} were given for {len(items)} images_and_prompts")
     for index, weight in enumerate(weights):
-        checks.number(f"weights[{index}]", weight)
+        validation.number(f"weights[{index}]", weight)
 
     def part(name: str, item: Any) -> str | Tensor:
         if isinstance(item, str):
             return prompts.texts(name, item)[0]
         made = _picture(name, item, dim=dim, **options)
         if made.ndim == 2:
-            return checks.same_batch(name, made, rows, "the result")
+            return validation.same_batch(name, made, rows, "the result")
         if len(made) != 1:
             raise InputError(f"{name} holds {len(made)} pictures; one is needed, with its own weight")
         return made
@@ -52,11 +52,11 @@ def parts(items: Any, weights: Any, *, rows: int, dim: int, **options: Any) -> l
 
 def _picture(name: str, item: Any, *, dim: int, size: int, image_processor: Any) -> Tensor:
     if isinstance(item, np.ndarray | Tensor) and item.ndim <= 2 and item.dtype != np.uint8:
-        return checks.embeddings(name, item, dim)
+        return validation.embeddings(name, item, dim)
     if isinstance(item, Tensor):
         if item.shape[-3:] != (3, size, size) or item.ndim > 4 or len(item) == 0 or not item.is_floating_point():
             raise InputError(f"{name} has shape {tuple(item.shape)}; pixels need floats (n, 3, {size}, {size})")
-        return checks.finite(name, item).reshape(-1, 3, size, size)
+        return validation.finite(name, item).reshape(-1, 3, size, size)
     if isinstance(item, np.ndarray):
         seen = images.to_pil(images.frames(name, item))
     elif isinstance(item, str | os.PathLike | PIL.Image.Image):
