@@ -1,5 +1,5 @@
-# Every command makes what it needs on first use: a virtual environment in .venv, kept until pyproject.toml or
-# constraints.txt change.
+# Each command sets up what it needs on first use: a virtual environment in .venv, which is updated when pyproject.toml
+# or constraints.txt change.
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= a red circle to the left of a blue square on a yellow background
@@ -9,66 +9,80 @@ BENCH ?= bench
 ARGS ?=
 export PROMPT OUTPUT
 
+# Tests of one file run in one process, so that fixtures of a module or session are built once per process.
+PARALLEL := -n auto --dist loadfile
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+EXE := .exe
+else
 BIN := $(VENV)/bin
+EXE :=
+endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CHECKED := src tests benchmarks
+CHECKED := src tests benchmarks docs
+PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint format typecheck bench judge train-embedded clean
+.PHONY: help install run test test-fast lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.tools  ## set up .venv with everything for work on the project
+install: $(VENV)/.tools  ## set up .venv with the package and all tools
 
-run: $(VENV)/.package  ## draw a picture with the embedded model: make run PROMPT="a green star" SEED=3
+run: $(VENV)/.package  ## generate a picture with the embedded model: make run PROMPT="a green star" SEED=3
 	@$(BIN)/kandinsky22 generate "$$PROMPT" --seed $(SEED) -o "$$OUTPUT" $(ARGS)
 
-test: $(VENV)/.tools  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.tools  ## run all tests, with one process per core: make test ARGS="-n 0 -k guidance" uses one
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(VENV)/.tools  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
-lint: $(VENV)/.tools  ## check style
+lint: $(VENV)/.tools  ## check style and spelling
 	$(BIN)/python -m ruff check $(CHECKED)
 	$(BIN)/python -m ruff format --check $(CHECKED)
+	$(BIN)/python -m codespell_lib $(CHECKED) $(PROSE)
 
-format: $(VENV)/.tools  ## put the sources into the project's style
+format: $(VENV)/.tools  ## format the sources
 	$(BIN)/python -m ruff check --fix $(CHECKED)
 	$(BIN)/python -m ruff format $(CHECKED)
 
 typecheck: $(VENV)/.tools  ## check types, strictly
 	$(BIN)/python -m mypy
 
+docs: $(VENV)/.tools  ## build the documentation into site/; look at it with: python3 -m http.server -d site
+	$(BIN)/python docs/drawings/draw.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.tools  ## compare with the reference at published size: 20 minutes, 24 GiB of memory, 16 GB of disk
 	$(BIN)/python -m benchmarks.compare --folder $(BENCH) --towers full --make
 	$(BIN)/python -m benchmarks.compare --folder $(BENCH) --towers full --dtype fp32 bf16 --minutes 18 \
 	  --out $(BENCH)/result $(ARGS)
 
-judge: $(VENV)/.tools  ## judge the embedded model's pictures
+judge: $(VENV)/.tools  ## measure how often the embedded model's pictures are right
 	$(BIN)/python -m benchmarks.embedded_success
 	$(BIN)/python -m benchmarks.embedded_modes
 
-train-embedded: $(VENV)/.package  ## train the embedded model from nothing, or go on where it stopped (hours)
+train-embedded: $(VENV)/.package  ## train the embedded model from scratch, or resume (hours)
 	$(BIN)/python -m kandinsky22.training $(ARGS)
 
-clean:  ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:  ## remove .venv, caches and the built documentation
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(BIN)/python:
+$(BIN)/python$(EXE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "kandinsky22 needs Python 3.10 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
-	@echo "making $(VENV)"
+	  { echo "kandinsky22 needs Python 3.10 or newer; select one with: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
 	@echo "installing kandinsky22 into $(VENV) (once; minutes on a slow line)"
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.tools: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.tools: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
 	@echo "installing kandinsky22 and its test tools into $(VENV) (once; minutes on a slow line)"
-	@$(PIP) install -c constraints.txt -e ".[test,bench,dev]"
+	@$(PIP) install -c constraints.txt -e ".[test,bench,docs,dev]"
 	@touch $(VENV)/.package $@

@@ -1,4 +1,4 @@
-"""What every test stands on: one thread and a fixed seed, so that results do not depend on machine or order."""
+"""Setup of every test: one torch thread and a fixed seed, so that results do not depend on the machine or the order."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ import os
 import pytest
 import torch
 
+# Helper modules assert too: their failures must show the compared values, as those of test modules do.
+pytest.register_assert_rewrite("tests.cli", "tests.pipelines", "tests.unit")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    os.environ["KANDINSKY22_CACHE"] = ""  # nothing is kept between tests, nor in the home of whoever runs them
+    os.environ["KANDINSKY22_CACHE"] = ""  # no cache on disk: tests share nothing, and the user's cache stays untouched
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch TensorFloat-32 off in tests marked `gpu`, because it rounds inputs to 10 bits of mantissa."""
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

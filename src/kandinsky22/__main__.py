@@ -1,4 +1,4 @@
-"""`python -m kandinsky22` is the command `kandinsky22`."""
+"""Entry point of ``python -m kandinsky22``, the same as the command ``kandinsky22``."""
 
 from __future__ import annotations
 

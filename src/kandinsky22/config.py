@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses that also read like the dictionaries they are stored as."""
+"""Configurations: frozen dataclasses that are also readable as the dictionaries they are stored as."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from kandinsky22.errors import ConfigError
+from kandinsky22.errors import ConfigError, invalid
 
 C = TypeVar("C", bound="Config")
 
@@ -15,36 +15,43 @@ C = TypeVar("C", bound="Config")
 class Config(Mapping[str, Any]):
     """Constructor arguments of one network or scheduler: `config.name`, `config["name"]` and `dict(config)` all work.
 
-    Subclasses are frozen dataclasses. `only` lists arguments that checkpoints may carry but that Kandinsky 2.2 uses
-    at one setting: any other value is refused by name instead of being ignored.
+    Subclasses are frozen dataclasses. Their `supported_values` lists settings that checkpoints contain but that have
+    no field, because Kandinsky 2.2 uses them with the values listed only. Any other value is refused instead of being
+    ignored.
     """
 
-    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
-    def parse(cls: type[C], values: Mapping[str, Any], *, owner: str, ignore_unknown: bool = False) -> C:
-        """Build the config of `owner` from stored or passed values; raises ConfigError naming what does not fit.
+    def parse(cls: type[C], values: Mapping[str, Any], *, owner: str) -> C:
+        """Return the config with stored or passed settings.
 
-        Keys that start with an underscore are bookkeeping and are skipped. Lists become tuples. With `ignore_unknown`
-        (schedulers, whose files travel between classes) unknown keys are dropped, otherwise they are refused unless
-        they are off (None or False).
+        Args:
+            values: Settings by name. Names that start with an underscore are bookkeeping and are skipped, as are
+                unknown settings that are None or False. Lists become tuples.
+            owner: Class name of the network or scheduler, for messages.
+
+        Raises:
+            ConfigError: If a setting is unknown, or if its value is not accepted.
         """
         names = cls.field_names()
-        chosen: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for name, value in values.items():
             if name.startswith("_"):
                 continue
-            value = _freeze(value)
+            value = _lists_to_tuples(value)
             if name in names:
-                chosen[name] = value
-            elif name in cls.only:
-                if value not in cls.only[name]:
-                    accepted = " or ".join(repr(choice) for choice in cls.only[name])
-                    raise ConfigError(f"{owner}: {name}={value!r} is not part of Kandinsky 2.2; accepted: {accepted}")
-            elif not ignore_unknown and value is not None and value is not False:
-                raise ConfigError(f"{owner}: unknown setting {name}={value!r}; accepted: {', '.join(sorted(names))}")
+                settings[name] = value
+            elif name in cls.supported_values:
+                if value not in cls.supported_values[name]:
+                    expected = " or ".join(repr(supported) for supported in cls.supported_values[name])
+                    advice = "Kandinsky 2.2 uses no other value"
+                    raise invalid(f"{owner}: {name}", value, expected, advice, error=ConfigError)
+            elif value is not None and value is not False:
+                expected = f"a known setting ({', '.join(sorted(names))})"
+                raise invalid(f"{owner}: {name}", value, expected, error=ConfigError)
         try:
-            return cls(**chosen)
+            return cls(**settings)
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
@@ -63,9 +70,9 @@ class Config(Mapping[str, Any]):
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """The arguments' names, in order."""
+        """Return the names of the settings in order."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
+def _lists_to_tuples(value: Any) -> Any:
+    return tuple(_lists_to_tuples(item) for item in value) if isinstance(value, list | tuple) else value

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tests.cli.helpers import DEFAULTS, SIZE, Command, Result
 from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, PRIOR_SCHEDULER, clip_towers, save_tokenizer
 
 from kandinsky22 import (
@@ -26,30 +22,6 @@ from kandinsky22 import (
     VQModel,
 )
 from kandinsky22.cli.main import main
-
-SIZE = 32
-DEFAULTS = {
-    "num_inference_steps": 2,
-    "guidance_scale": 2.0,
-    "prior_num_inference_steps": 3,
-    "prior_guidance_scale": 1.5,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run of the command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def paths(self) -> list[Path]:
-        return [Path(line) for line in self.out.splitlines()]
-
-
-Command = Callable[..., Result]
 
 
 @pytest.fixture
@@ -157,15 +129,3 @@ def _tiny_unet(**options: Any) -> UNet2DConditionModel:
         attention_head_dim=8,
         **options,
     ).eval()
-
-
-def stored(path: Path) -> dict[str, Any]:
-    """The recipe in a picture."""
-    with Image.open(path) as picture:
-        return json.loads(picture.info["kandinsky22"])
-
-
-def pixels(path: Path) -> np.ndarray[Any, Any]:
-    """A picture's levels, (H, W, 3)."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))

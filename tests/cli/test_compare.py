@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.cli.conftest import SIZE, Command, pixels, stored
-from tests.cli.test_errors import assert_one_line
+from tests.cli.helpers import SIZE, Command, assert_one_line, pixels, stored
 
 from kandinsky22.cli import generate
 from kandinsky22.cli.request import Request
-from kandinsky22.cli.sheets import GAP, LARGEST, MARGIN, Sheet, labelled_sheet
+from kandinsky22.cli.sheets import GAP, MARGIN, MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
 
 GRID = ("--scheduler", "dpm,heun", "--steps", "2,3", "--guidance", "1,3", "--seed", 5)
 
@@ -70,18 +69,18 @@ def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
 def test_a_cell_that_ends_in_nan_is_marked_and_the_others_are_kept(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = generate._check_numbers
+    check = generate._check_not_nan
 
     def fail_at_two(values: Any, pipe: Any, steps: int | None) -> None:
         check(values * float("nan") if steps == 2 else values, pipe, steps)
 
-    monkeypatch.setattr(generate, "_check_numbers", fail_at_two)
+    monkeypatch.setattr(generate, "_check_not_nan", fail_at_two)
     options = ("--model", model, "--scheduler", "ddim", "--steps", "2,4", "--prior-steps", 3, "--pictures")
     result = command("compare", "a cat", *options)
     assert result.out.splitlines() == ["compare-1-2.png", "compare.png", "compare.csv"]
     last = result.err.splitlines()[-1]
     assert result.code == 1
-    assert all(words in last for words in ("kandinsky22: error: 1 of 2 cells", "ends in NaN", "steps: 2"))
+    assert all(words in last for words in ("kandinsky22: error: 1 of 2 cells", "produced NaN", "steps: 2"))
     assert [row["file"] for row in table("compare.csv")] == ["", "compare-1-2.png"]
 
 
@@ -102,13 +101,13 @@ def test_what_is_set_up_at_first_use_is_in_no_cells_seconds(
 ) -> None:
     """A step is made before the grid with guidance, and one without."""
     drawn: list[tuple[float | None, int | None]] = []
-    draw = generate.draw
+    draw = generate.run_decoder
 
     def seen(decoder: Any, request: Request, *rest: Any) -> Any:
         drawn.append((request.guidance, request.steps))
         return draw(decoder, request, *rest)
 
-    monkeypatch.setattr(generate, "draw", seen)
+    monkeypatch.setattr(generate, "run_decoder", seen)
     arguments = ("--scheduler", "ddim", "--steps", "2", "--guidance", "1,3,4")
     assert command("compare", "a cat", "--model", model, *arguments).code == 0
     assert sorted(drawn[:2]) == [(1.0, 1), (3.0, 1)]
@@ -121,7 +120,7 @@ def test_the_grid_is_small_and_useful_without_options(command: Command) -> None:
     assert (result.code, result.err) == (0, "")
     rows = table("compare.csv")
     assert len({row["scheduler"] for row in rows}) * len({row["steps"] for row in rows}) == len(rows) == 20
-    assert "never saw these words: dragon" in command("compare", "a red dragon", "--steps", 1).err
+    assert "not trained on these words: dragon" in command("compare", "a red dragon", "--steps", 1).err
 
 
 @pytest.mark.parametrize(
@@ -130,8 +129,8 @@ def test_the_grid_is_small_and_useful_without_options(command: Command) -> None:
         (("--steps", "4,2000"), ("2000", "1000")),
         (("--scheduler", "lcm", "--steps", "60"), ("60",)),
         (("--model", "nowhere/at/all"), ("nowhere/at/all",)),
-        (("-o", "compare.jpg"), (".jpg", "PNG")),
-        (("-o", "missing/compare.png"), ("missing", "no such folder")),
+        (("-o", "compare.jpg"), ("--output='compare.jpg'", "PNG")),
+        (("-o", "missing/compare.png"), ("missing", "is not an existing folder")),
         (("-o", "taken.png"), ("taken.csv", "is a folder")),
         (("-o", "kept.png", "--pictures"), ("kept-1-1.png", "is a folder")),
     ],
@@ -143,7 +142,7 @@ def test_what_cannot_be_compared_is_told_before_anything_is_drawn(
     arguments: tuple[str, ...],
     words: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.generate.embed", None)
+    monkeypatch.setattr("kandinsky22.cli.generate.run_prior", None)
     for folder in ("taken.csv", "kept-1-1.png"):
         Path(folder).mkdir()
     assert_one_line(command("compare", "a cat", "--model", model, *arguments), 1, *words)
@@ -151,10 +150,10 @@ def test_what_cannot_be_compared_is_told_before_anything_is_drawn(
 
 
 def test_sheets_scale_large_pictures_down_and_keep_small_ones() -> None:
-    for side, shown in ((SIZE, SIZE), (4 * LARGEST, LARGEST)):
+    for side, shown in ((SIZE, SIZE), (4 * MAX_IMAGE_SIDE, MAX_IMAGE_SIDE)):
         images = [Image.new("RGB", (side, side // 2), color) for color in ("#0000ff", "#ff0000")]
-        sheet = labelled_sheet(
-            Sheet("a title " * 40, "about", ["2 steps", "4 steps"], [("ddim", "")], images, ["", ""])
+        sheet = render_sheet(
+            Sheet("a title " * 40, "about", ["2 steps", "4 steps"], [RowLabel("ddim")], images, ["", ""])
         )
         found = np.asarray(sheet)
         for color in ((0, 0, 255), (255, 0, 0)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tests.cli.conftest import Command, stored
+from tests.cli.helpers import Command, stored
 
 from kandinsky22.runtime.device import dtype_name, resolve_dtype
 

@@ -15,20 +15,11 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.cli.conftest import Command, Result
+from tests.cli.helpers import Command, Result, assert_one_line
 
 import kandinsky22
+from kandinsky22.cli.image_files import save_png
 from kandinsky22.cli.main import build_parser
-from kandinsky22.cli.pictures import save_png
-
-
-def assert_one_line(result: Result, code: int, *words: str) -> None:
-    last = result.err.splitlines()[-1]
-    assert result.code == code
-    assert last.startswith("kandinsky22: error: ")
-    assert all(word in last for word in words), last
-    assert "Traceback" not in result.err
-    assert result.out == ""
 
 
 @pytest.mark.parametrize(
@@ -42,9 +33,9 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("generate", "a cat", "--prior-scheduler", "oil"), ("--prior-scheduler", "oil")),
         (("generate", "a cat", "--quality", "good"), ("good", "draft, balanced, best")),
         (("generate", "a cat", "--guidance-interval", "0.5"), ("--guidance-interval", "2")),
-        (("generate", "a cat", "--guidance-interval", "0.6", "0.1"), ("0.6 0.1", "no interval")),
+        (("generate", "a cat", "--guidance-interval", "0.6", "0.1"), ("0.6 0.1", "START < END")),
         (("generate", "a cat", "--guidance-interval", "0", "7"), ("7", "from 0 to 1")),
-        (("generate", "a cat", "--prior-guidance-interval", "0.6", "0.1"), ("--prior-", "0.6 0.1", "no interval")),
+        (("generate", "a cat", "--prior-guidance-interval", "0.6", "0.1"), ("--prior-", "0.6 0.1", "START < END")),
         (("generate", "a cat", "--prior-guidance-interval", "nan", "1"), ("--prior-", "nan", "from 0 to 1")),
         (("generate", "a cat", "--guidance-rescale", "2"), ("'2'", "from 0 to 1")),
         (("generate", "a cat", "--guidance-threshold", "0"), ("'0'", "above 0")),
@@ -71,7 +62,7 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("compare", "a cat", "--quality", "best"), ("--quality",)),
         (("img2img", "--image", "photo.png"), ("PROMPT",)),
         (("img2img", "a cat"), ("--image",)),
-        (("img2img", "a cat", "--image", ""), ("--image", "empty")),
+        (("img2img", "a cat", "--image", ""), ("--image", "''", "the path of an image file")),
         (("img2img", "a cat", "--image", "https://a.b/c.png"), ("download", "https://a.b/c.png")),
         (("img2img", "a cat", "--image", "photo.png", "--strength", "1.5"), ("1.5", "from 0 to 1")),
         (("img2img", "a cat", "--image", "photo.png", "--mask", "photo.png"), ("--mask",)),
@@ -83,8 +74,8 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
         (("mix", "--text", "a", "cat", "0.5"), ("--text", "quote")),
         (("mix", "--text", "a cat", "heavy"), ("heavy", "weight")),
         (("mix", "--image", "photo.png", "nan"), ("nan", "weight")),
-        (("mix", "--image", "photo.png", "--prior-steps", "3"), ("--prior-steps", "no")),
-        (("variations",), ("PICTURE",)),
+        (("mix", "--image", "photo.png", "--prior-steps", "3"), ("--prior-steps", "no text")),
+        (("variations",), ("IMAGE",)),
         (("variations", "photo.png", "--strength", "0.5"), ("--strength", "--prompt")),
         (("variations", "photo.png", "--prior-guidance", "3"), ("--prior-guidance",)),
         (("variations", "photo.png", "--prior-guidance-interval", "0", "1"), ("--prior-guidance-interval",)),
@@ -114,7 +105,7 @@ def test_pictures_of_nan_are_told_and_not_saved(
     save_file(weights | {name: weights[name] * float("nan")}, path, {"format": "pt"})
     before = sorted(Path().rglob("*"))
     result = command(subcommand, "a cat", "--model", "nan", "--prior-steps", 2, "--steps", 2)
-    assert_one_line(result, 1, words, "ends in NaN", "float32")
+    assert_one_line(result, 1, words, "produced NaN", "float32")
     assert sorted(Path().rglob("*")) == before
 
 
@@ -122,22 +113,22 @@ def test_pictures_of_nan_are_told_and_not_saved(
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail the test when a network is about to be loaded."""
 
-    def load(*arguments: Any) -> None:
+    def load(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("a model is loaded although the output cannot be written")
 
-    monkeypatch.setattr("kandinsky22.cli.draw.load_networks", load)
+    monkeypatch.setattr("kandinsky22.cli.run.load_networks", load)
 
 
 @pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize(
     ("output", "words"),
     [
-        ("missing/picture.png", ("missing", "no such folder")),
-        ("file/picture.png", ("no such folder",)),
+        ("missing/picture.png", ("missing", "is not an existing folder")),
+        ("file/picture.png", ("is not an existing folder",)),
         ("folder.png", ("is a folder",)),
         ("/proc/picture.png", ("cannot be written",)),
-        ("picture.jpg", (".jpg", "PNG")),
-        ("picture", ("no extension",)),
+        ("picture.jpg", ("--output='picture.jpg' is invalid", "PNG")),
+        ("picture", ("--output='picture' is invalid", ".png")),
     ],
 )
 def test_an_output_that_cannot_be_written_is_told_before_any_loading(
@@ -164,13 +155,19 @@ def test_a_folder_in_the_place_of_the_sheet_is_told_before_any_loading(command: 
         (("img2img", "a cat", "--image", "folder"), ("folder", "directory")),
         (("img2img", "a cat", "--image", "text.png"), ("image", "text.png", "cannot")),
         (("img2img", "a cat", "--image", "half.png"), ("image", "half.png", "cannot be read")),
-        (("img2img", "a cat", "--image", "photo.png", "-o", "photo.png"), ("photo.png", "would replace")),
-        (("img2img", "a cat", "--image", "photo.png", "-o", "./a.png", "-n", "2"), ("a-1.png", "would replace")),
-        (("inpaint", "a cat", "--image", "photo.png", "--mask", "wide.png"), ("--mask", "64x32", "proportions")),
+        (("img2img", "a cat", "--image", "photo.png", "-o", "photo.png"), ("photo.png", "would be overwritten")),
+        (("img2img", "a cat", "--image", "photo.png", "-o", "./a.png", "-n", "2"), ("a-1.png", "would be overwritten")),
+        (
+            ("inpaint", "a cat", "--image", "photo.png", "--mask", "wide.png"),
+            ("size of --mask='64x32' is invalid", "the aspect ratio of --image, which is 32x32"),
+        ),
         (("inpaint", "a cat", "--image", "photo.png", "--mask", "text.png"), ("mask", "text.png")),
-        (("control", "a cat", "--hint", "wide.png", "--image", "photo.png"), ("--image", "32x32", "proportions")),
+        (
+            ("control", "a cat", "--hint", "wide.png", "--image", "photo.png"),
+            ("size of --image='32x32' is invalid", "the aspect ratio of --hint, which is 64x32"),
+        ),
         (("control", "a cat", "--hint", "half.png"), ("hint", "half.png")),
-        (("mix", "--text", "a cat", "0.5", "--text", "a dog"), ("some has none",)),
+        (("mix", "--text", "a cat", "0.5", "--text", "a dog"), ("only some", "weight")),
         (("mix", "--image", "photo.png", "--image", "missing.png"), ("missing.png",)),
         (("mix", "--text", "a \udcff cat"), ("encoding",)),
         (("variations", "missing.png"), ("missing.png",)),
@@ -210,10 +207,11 @@ def test_bad_pictures_are_told_before_any_loading(
 def test_weights_for_something_else_are_told_before_they_are_read(
     command: Command, models: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], folder: str
 ) -> None:
-    monkeypatch.setattr("kandinsky22.pipelines.composite.load_component", failing(AssertionError("weights are read")))
+    monkeypatch.setattr("kandinsky22.pipelines.base.load_component", failing(AssertionError("weights are read")))
     Image.new("RGB", (32, 32)).save("photo.png")
     result = command(*arguments, "--model", models / folder)
-    assert_one_line(result, 1, f"{models / folder} is a Kandinsky", "needed here")
+    beginning = f"--model='{models / folder}' is invalid: expected weights for Kandinsky"
+    assert_one_line(result, 1, beginning, ", not for Kandinsky")
 
 
 def test_a_prior_that_does_not_fit_is_told_before_any_network_runs(
@@ -224,7 +222,7 @@ def test_a_prior_that_does_not_fit_is_told_before_any_network_runs(
     decoder.unet = kandinsky22.UNet2DConditionModel(**options)
     decoder.save_pretrained(tmp_path / "other")
     result = command("generate", "a cat", "--model", "other", "--prior", models / "b/prior")
-    assert_one_line(result, 1, "32", "24", "do not fit")
+    assert_one_line(result, 1, "prior.config.embedding_dim=32 is invalid: expected 24", "encoder_hid_dim", "--prior")
 
 
 @pytest.mark.parametrize(("name", "needs"), [("inpaint", "--mask"), ("control", "--hint")])
@@ -242,8 +240,8 @@ def test_embedded_weights_that_are_not_there(
     ("arguments", "words"),
     [
         (("--model", "nowhere/at/all"), ("nowhere/at/all",)),
-        (("--device", "abacus"), ("abacus", "accepted")),
-        (("--device", "cuda:99"), ("cuda:99", "not available")),
+        (("--device", "abacus"), ("device='abacus'", "auto, cpu, cuda, cuda:N or mps")),
+        (("--device", "cuda:99"), ("device='cuda:99'", "available here", "cuda devices")),
         (("--dtype", "float7"), ("float7", "bfloat16")),
     ],
 )
@@ -295,7 +293,7 @@ def test_trouble_on_the_way_leaves_no_file(
     code: int,
     words: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.draw._draw", failing(error))
+    monkeypatch.setattr("kandinsky22.cli.run._generate_image", failing(error))
     assert_one_line(command("generate", "a cat", "--model", model), code, *words)
     assert not list(Path().iterdir())
 
@@ -310,7 +308,7 @@ def test_trouble_while_writing_leaves_the_old_picture(
 
 
 def test_a_bug_is_not_hidden(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky22.cli.draw._draw", failing(RuntimeError("a bug")))
+    monkeypatch.setattr("kandinsky22.cli.run._generate_image", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         command("generate", "a cat", "--model", model)
 
@@ -319,13 +317,16 @@ def test_a_bug_is_not_hidden(command: Command, model: Path, monkeypatch: pytest.
     ("content", "words"),
     [
         (None, ("picture.png", "No such file")),
-        (b"not a picture", ("not a picture",)),
+        (b"not a picture", ("not an image",)),
         ({}, ("no recipe",)),
         ({"kandinsky22": "{"}, ("cannot be read",)),
         ({"kandinsky22": "[]"}, ("cannot be read",)),
         ({"kandinsky22": json.dumps({"format": 99})}, ("another version",)),
-        ({"kandinsky22": json.dumps({"format": 1, "prompt": 7})}, ("prompt is 7",)),
-        ({"kandinsky22": json.dumps({"format": 1, "prompt": "a cat", "seeds": []})}, ("seeds is []",)),
+        ({"kandinsky22": json.dumps({"format": 1, "prompt": 7})}, ("prompt=7 is invalid: expected str",)),
+        (
+            {"kandinsky22": json.dumps({"format": 1, "prompt": "a cat", "seeds": []})},
+            ("seeds=[] is invalid: expected a non-empty tuple[int, ...]",),
+        ),
         ({"kandinsky22": json.dumps({"format": 1, "brush": "thin"})}, ("brush",)),
         ({"kandinsky22": json.dumps({"format": 1, "prompt": "a cat"})}, ("cannot be read",)),
     ],

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.cli.conftest import DEFAULTS, SIZE, Command, pixels, stored
+from tests.cli.helpers import DEFAULTS, SIZE, Command, pixels, stored
 
 import kandinsky22
-from kandinsky22.cli.pictures import save_png
+from kandinsky22.cli.image_files import save_png
 
 
 def test_a_picture_with_the_models_own_defaults(command: Command, model: Path) -> None:
@@ -145,10 +145,10 @@ def test_the_embedded_model_is_the_default_and_says_what_it_is(command: Command)
     result = command("generate", "a red dragon on a blue square", "--steps", 1, "--prior-steps", 2)
     assert result.code == 0
     assert "--model kandinsky-community/kandinsky-2-2-decoder" in result.err
-    assert "never saw these words: dragon" in result.err
+    assert "not trained on these words: dragon" in result.err
     assert stored(Path("picture.png"))["model"] == "embedded"
     known = command("generate", "a red circle on a blue background", "--steps", 1, "--prior-steps", 2)
-    assert "never saw" not in known.err
+    assert "not trained on" not in known.err
 
 
 def test_quiet_means_paths_only(command: Command, model: Path) -> None:
@@ -159,9 +159,9 @@ def test_quiet_means_paths_only(command: Command, model: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value", "told"),
     [
-        ("versions", {"torch": "1.0"}, "torch 1.0 then"),
-        ("hardware", "abacus", "made on abacus"),
-        ("model_digest", "0" * 64, "other weights"),
+        ("versions", {"torch": "1.0"}, "torch was 1.0, is "),
+        ("hardware", "abacus", "hardware was abacus, is "),
+        ("model_digest", "0" * 64, "combined have changed"),
     ],
 )
 def test_what_changed_since_a_picture_was_made_is_told(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.conftest import SIZE, Command
+from tests.cli.helpers import SIZE, Command
 
 
 def test_info_prints_the_recipe(command: Command, model: Path) -> None:

@@ -9,25 +9,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.cli.conftest import SIZE, Command
-from tests.cli.test_modes import COMMANDS
+from tests.cli.helpers import SIZE, SUBCOMMANDS, Command
 
 from kandinsky22.runtime import device_offload, disk_offload
 
-EVERY = {"generate": ("combined", ("a cat",)), **COMMANDS}
+EVERY = {"generate": ("combined", ("a cat",)), **SUBCOMMANDS}
 
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many networks are off their shelves, each time that one is fetched."""
+    """Number of networks in memory, each time that one is onloaded."""
     seen: list[int] = []
-    enter = device_offload.Stages.enter
+    original = device_offload.ModelOffload.onload
 
-    def entered(self: device_offload.Stages, *args: Any) -> None:
-        enter(self, *args)
-        seen.append(len(self.working))
+    def onload(self: device_offload.ModelOffload, *args: Any) -> None:
+        original(self, *args)
+        seen.append(len(self.onloaded))
 
-    monkeypatch.setattr(device_offload.Stages, "enter", entered)
+    monkeypatch.setattr(device_offload.ModelOffload, "onload", onload)
     return seen
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.cli.conftest import Command
+from tests.cli.helpers import Command
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline
-from kandinsky22.cli import draw, options
+from kandinsky22.cli import options, run
 from kandinsky22.cli.recipe import read_recipe
 from kandinsky22.runtime.quantize import KINDS, kind_of
 
@@ -21,7 +21,7 @@ def pixels(path: str) -> Any:
 
 
 def test_the_kinds_are_the_librarys() -> None:
-    assert set(options.KINDS) == set(KINDS)
+    assert set(options.QUANTIZATION_KINDS) == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
@@ -29,13 +29,13 @@ def test_small_weights(kind: str, command: Command, model: Path, monkeypatch: py
     call = ("generate", "a cat", "--model", model, "--seed", 5)
     assert command(*call, "-o", "plain.png").code == 0
     kinds: list[Any] = []
-    drawn = draw._draw
+    drawn = run._generate_image
 
     def recorded(networks: Any, *given: Any) -> Any:
         kinds.append((kind_of(networks.prior.prior), kind_of(networks.decoder.unet), kind_of(networks.decoder.movq)))
         return drawn(networks, *given)
 
-    monkeypatch.setattr(draw, "_draw", recorded)
+    monkeypatch.setattr(run, "_generate_image", recorded)
     assert command(*call, "-o", "small.png", "--quantize", kind).code == 0
     assert kinds == [(kind, kind, None)]
     assert 0 < np.abs(pixels("small.png") - pixels("plain.png")).mean() < 40
@@ -53,7 +53,8 @@ def test_small_weights(kind: str, command: Command, model: Path, monkeypatch: py
 def test_4_bits_need_bfloat16(command: Command, model: Path) -> None:
     result = command("generate", "a cat", "--model", model, "--quantize", "int4")
     assert result.code == 1
-    assert "--quantize int4 computes in bfloat16 on a CPU, not float32 on cpu" in result.err.splitlines()[-1]
+    expected = "--quantize='int4' is invalid: expected bfloat16 on a CPU for 4-bit weights, not float32 on cpu"
+    assert expected in result.err.splitlines()[-1]
     assert not Path("picture.png").exists()
 
 

@@ -277,6 +277,6 @@ def test_configs_read_like_the_dictionaries_they_are_stored_as() -> None:
     assert config.in_channels == config["in_channels"] == dict(config)["in_channels"] == 4
     assert config.get("nothing", 3) == 3
     assert dict(itertools.islice(config.items(), 2)) == {"sample_size": 16, "in_channels": 4}
-    assert "only" not in config
+    assert "supported_values" not in config
     with pytest.raises(KeyError):
-        config["only"]
+        config["supported_values"]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the published layout, made and saved by the reference, and loaded by both."""
+"""Tiny random checkpoints of the published layout, saved by the reference and loaded by both libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import diffusers
 import pytest
 import torch
 import transformers
-from tests.pipelines.tiny import MODES, oracle_decoder, oracle_prior
+from tests.pipelines.calls import CLASSES, COMBINED, PRIORS
+from tests.pipelines.tiny import MODES, load_quietly, oracle_decoder, oracle_prior
 
 import kandinsky22
 from kandinsky22 import (
@@ -41,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def oracles(checkpoints: Path) -> dict[str, Any]:
-    """The reference's pipelines, by name."""
+    """The reference's pipelines, by the folder of their checkpoint."""
     classes = {
         "prior": diffusers.KandinskyV22PriorPipeline,
         "decoder": diffusers.KandinskyV22Pipeline,
@@ -55,7 +56,7 @@ def oracles(checkpoints: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def mode_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint for each decoder that starts from pictures, saved by the reference."""
+    """A folder with one checkpoint per decoder that starts from pictures, saved by the reference."""
     folder = tmp_path_factory.mktemp("modes")
     torch.manual_seed(2)
     for mode in MODES:
@@ -74,37 +75,33 @@ def mode_oracles(mode_folder: Path) -> dict[str, Any]:
     return pipes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def reference(oracles: dict[str, Any], mode_oracles: dict[str, Any]) -> Callable[[str], Any]:
-    """The reference's pipeline of any of the ten classes, by the middle of its name."""
+    """Builds the reference's pipeline of any of the ten classes, by the middle of its name."""
 
-    def make(name: str) -> Any:
-        weights = "prior" if name.startswith("Prior") else name.removesuffix("Combined") or "decoder"
-        parts = dict((oracles | mode_oracles)[weights].components)
-        if name.endswith("Combined"):
-            parts |= {f"prior_{key}": part for key, part in oracles["prior"].components.items()}
-        pipe = getattr(diffusers, f"KandinskyV22{name}Pipeline")(**parts)
+    def build(name: str) -> Any:
+        checkpoint = "prior" if name in PRIORS else name.removesuffix("Combined") or "decoder"
+        components = dict((oracles | mode_oracles)[checkpoint].components)
+        if name in COMBINED:
+            components |= {f"prior_{key}": part for key, part in oracles["prior"].components.items()}
+        pipe = getattr(diffusers, f"KandinskyV22{name}Pipeline")(**components)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    return make
+    return build
 
 
-def load(kind: Any, folder: Path) -> Any:
-    """A pipeline of its own for each test, which may move, convert and take it apart."""
-    pipe = kind.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+# Each test gets pipelines of its own, which it may move, convert and take apart.
 
 
 @pytest.fixture
 def prior(checkpoints: Path) -> KandinskyV22PriorPipeline:
-    return load(KandinskyV22PriorPipeline, checkpoints / "prior")
+    return load_quietly(KandinskyV22PriorPipeline, checkpoints / "prior")
 
 
 @pytest.fixture
 def emb2emb(checkpoints: Path) -> KandinskyV22PriorEmb2EmbPipeline:
-    return load(KandinskyV22PriorEmb2EmbPipeline, checkpoints / "prior")
+    return load_quietly(KandinskyV22PriorEmb2EmbPipeline, checkpoints / "prior")
 
 
 @pytest.fixture
@@ -116,23 +113,46 @@ def their_emb2emb(oracles: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def decoder(checkpoints: Path) -> KandinskyV22Pipeline:
-    return load(KandinskyV22Pipeline, checkpoints / "decoder")
+    return load_quietly(KandinskyV22Pipeline, checkpoints / "decoder")
 
 
 @pytest.fixture
 def combined(checkpoints: Path) -> KandinskyV22CombinedPipeline:
-    return load(KandinskyV22CombinedPipeline, checkpoints / "combined")
+    return load_quietly(KandinskyV22CombinedPipeline, checkpoints / "combined")
 
 
 @pytest.fixture
-def modes(mode_folder: Path) -> Callable[[str], Any]:
-    """Ours, by mode."""
-    return lambda mode: load(getattr(kandinsky22, f"KandinskyV22{mode}Pipeline"), mode_folder / mode)
+def make_pipeline(checkpoints: Path, mode_folder: Path) -> Callable[..., Any]:
+    """Loads our pipeline of any of the ten classes, by the middle of its name; options go to `from_pretrained`."""
+
+    def make(name: str, **options: Any) -> Any:
+        checkpoint = CLASSES[name].checkpoint
+        folder = mode_folder / checkpoint if checkpoint in MODES else checkpoints / checkpoint
+        if name in COMBINED and checkpoint in MODES:
+            options = {"prior": checkpoints / "prior", **options}
+        return load_quietly(getattr(kandinsky22, f"KandinskyV22{name}Pipeline"), folder, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ten_checkpoints(tmp_path_factory: pytest.TempPathFactory, reference: Callable[[str], Any]) -> dict[str, Path]:
+    """Checkpoints of all ten classes, saved by the reference, by the class's name."""
+    folder = tmp_path_factory.mktemp("ten")
+    for middle in CLASSES:
+        reference(middle).save_pretrained(folder / f"KandinskyV22{middle}Pipeline")
+    return {name: folder / name for name in (f"KandinskyV22{middle}Pipeline" for middle in CLASSES)}
+
+
+@pytest.fixture(scope="session")
+def ten_pipelines(ten_checkpoints: dict[str, Path]) -> dict[str, Any]:
+    """Our pipelines of all ten classes, by the class's name. Tests must not change them."""
+    return {name: getattr(kandinsky22, name).from_pretrained(folder) for name, folder in ten_checkpoints.items()}
 
 
 @pytest.fixture
 def no_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments are to be refused before any network runs."""
+    """Fail the test when a network runs: arguments must be checked before."""
 
     def called(*_: Any, **__: Any) -> None:
         pytest.fail("a network ran before the arguments were checked")

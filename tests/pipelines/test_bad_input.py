@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tests.pipelines.tiny import DIM, seeded
+from tests.pipelines.bad_arguments import EMBEDDINGS, NAN, PROMPTS, SHARED, SIZES
+from tests.pipelines.tiny import DIM
 
 from kandinsky22 import (
     InputError,
@@ -19,71 +19,9 @@ from kandinsky22 import (
 )
 
 GOOD = {"image_embeds": torch.ones(2, DIM), "negative_image_embeds": torch.zeros(2, DIM)}
-NAN = torch.full((1, DIM), float("nan"))
 
 
 pytestmark = pytest.mark.usefixtures("no_network_runs")
-
-
-SHARED: list[tuple[str, dict[str, Any]]] = [
-    ("num_images_per_prompt", {"num_images_per_prompt": 0}),
-    ("num_images_per_prompt", {"num_images_per_prompt": True}),
-    ("num_inference_steps", {"num_inference_steps": 0}),
-    ("num_inference_steps", {"num_inference_steps": "many"}),
-    ("num_inference_steps", {"num_inference_steps": 100_000}),
-    ("guidance_scale", {"guidance_scale": float("nan")}),
-    ("guidance_scale", {"guidance_scale": "4"}),
-    ("guidance_scale", {"guidance_scale": None}),
-    ("output_type", {"output_type": "jpeg"}),
-    ("output_type", {"output_type": None}),
-    ("generator", {"generator": 7}),
-    ("generator", {"generator": [seeded(0), seeded(1), seeded(2)]}),
-    ("generator", {"generator": []}),
-    ("callback_on_step_end", {"callback_on_step_end": "print"}),
-    ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": ["noise"]}),
-    ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": "latents"}),
-    ("latents", {"latents": torch.zeros(3, 3)}),
-    ("latents", {"latents": [0.0]}),
-    ("return_dict", {"return_dict": None}),
-    ("return_dict", {"return_dict": "no"}),
-]
-PROMPTS: list[tuple[str, dict[str, Any]]] = [
-    ("prompt", {"prompt": []}),
-    ("prompt", {"prompt": None}),
-    ("prompt", {"prompt": 3}),
-    (r"prompt\[1\]", {"prompt": ["a cat", b"red"]}),
-    ("prompt", {"prompt": "\ud83d"}),
-    (r"negative_prompt\[1\]", {"negative_prompt": ["blue", "\udcff"]}),
-    ("negative_prompt", {"negative_prompt": []}),
-    ("negative_prompt", {"negative_prompt": {"a": 1}}),
-    ("negative_prompt", {"prompt": ["a", "b"], "negative_prompt": ["a", "b", "c"]}),
-]
-SIZES: list[tuple[str, dict[str, Any]]] = [
-    ("height", {"height": 0}),
-    ("width", {"width": -8}),
-    ("height", {"height": "512"}),
-    ("width", {"width": 64.5}),
-    ("callback_steps", {"callback_steps": 0}),
-    ("callback", {"callback": 1}),
-]
-EMBEDDINGS: list[tuple[str, dict[str, Any]]] = [
-    ("image_embeds", {"image_embeds": torch.cat([NAN, NAN])}),
-    ("negative_image_embeds", {"negative_image_embeds": torch.cat([NAN, NAN])}),
-    ("image_embeds", {"image_embeds": torch.full((1, DIM), float("inf"))}),
-    ("image_embeds", {"image_embeds": "a cat"}),
-    ("image_embeds", {"image_embeds": None}),
-    ("image_embeds", {"image_embeds": []}),
-    ("image_embeds", {"image_embeds": torch.zeros(0, DIM)}),
-    ("image_embeds", {"image_embeds": torch.zeros(1, DIM + 1)}),
-    ("image_embeds", {"image_embeds": torch.zeros(1, 1, DIM)}),
-    ("image_embeds", {"image_embeds": torch.zeros(1, DIM, dtype=torch.int64)}),
-    ("image_embeds.*sparse", {"image_embeds": torch.ones(2, DIM).to_sparse()}),
-    ("image_embeds.*meta", {"image_embeds": torch.ones(2, DIM, device="meta")}),
-    ("image_embeds.*complex", {"image_embeds": torch.ones(2, DIM, dtype=torch.complex64)}),
-    ("image_embeds.*object", {"image_embeds": np.full((2, DIM), None)}),
-    ("negative_image_embeds", {"negative_image_embeds": torch.zeros(3, DIM)}),
-    ("negative_image_embeds", {"negative_image_embeds": None}),
-]
 
 
 # Start noise of the right shapes
@@ -96,25 +34,25 @@ NOISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def ids(cases: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    return [f"{index}-{next(iter(given))}" for index, (_, given) in enumerate(cases)]
+    return [f"{index}-{next(iter(arguments))}" for index, (_, arguments) in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("name", "given"), SHARED + PROMPTS, ids=ids(SHARED + PROMPTS))
-def test_prior(prior: KandinskyV22PriorPipeline, name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "arguments"), SHARED + PROMPTS, ids=ids(SHARED + PROMPTS))
+def test_prior(prior: KandinskyV22PriorPipeline, name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
-        prior(**{"prompt": "a cat", **given})
+        prior(**{"prompt": "a cat", **arguments})
 
 
-@pytest.mark.parametrize(("name", "given"), SHARED + SIZES + EMBEDDINGS, ids=ids(SHARED + SIZES + EMBEDDINGS))
-def test_decoder(decoder: KandinskyV22Pipeline, name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "arguments"), SHARED + SIZES + EMBEDDINGS, ids=ids(SHARED + SIZES + EMBEDDINGS))
+def test_decoder(decoder: KandinskyV22Pipeline, name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
-        decoder(**{**GOOD, **given})
+        decoder(**{**GOOD, **arguments})
 
 
-@pytest.mark.parametrize(("name", "given"), SHARED + PROMPTS + SIZES, ids=ids(SHARED + PROMPTS + SIZES))
-def test_combined(combined: KandinskyV22CombinedPipeline, name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "arguments"), SHARED + PROMPTS + SIZES, ids=ids(SHARED + PROMPTS + SIZES))
+def test_combined(combined: KandinskyV22CombinedPipeline, name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
-        combined(**{"prompt": "a cat", **given})
+        combined(**{"prompt": "a cat", **arguments})
 
 
 @pytest.mark.parametrize("kind", NOISE)
@@ -136,7 +74,7 @@ def test_start_noise_that_is_none(
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "arguments"),
     [
         ("guidance_scale", {"prior_guidance_scale": float("inf")}),
         ("num_inference_steps", {"prior_num_inference_steps": -1}),
@@ -144,14 +82,14 @@ def test_start_noise_that_is_none(
     ],
 )
 def test_combined_arguments_of_the_prior(
-    combined: KandinskyV22CombinedPipeline, name: str, given: dict[str, Any]
+    combined: KandinskyV22CombinedPipeline, name: str, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match=name):
-        combined("a cat", **given)
+        combined("a cat", **arguments)
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "arguments"),
     [
         ("images_and_prompts", {"images_and_prompts": []}),
         ("images_and_prompts", {"images_and_prompts": "a cat"}),
@@ -174,9 +112,9 @@ def test_combined_arguments_of_the_prior(
         ("generator", {"generator": "seed"}),
     ],
 )
-def test_interpolate(prior: KandinskyV22PriorPipeline, name: str, given: dict[str, Any]) -> None:
+def test_interpolate(prior: KandinskyV22PriorPipeline, name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
-        prior.interpolate(**{"images_and_prompts": ["a cat", "red"], "weights": [0.5, 0.5], **given})
+        prior.interpolate(**{"images_and_prompts": ["a cat", "red"], "weights": [0.5, 0.5], **arguments})
 
 
 def test_unknown_scheduler(decoder: KandinskyV22Pipeline, combined: KandinskyV22CombinedPipeline) -> None:

@@ -1,6 +1,6 @@
-"""Wrong calls of all ten classes, generated: one wrong argument among right ones that vary.
+"""Generated calls of all ten classes with one invalid argument among valid ones that vary.
 
-Each raises an error of our family that names the argument, before any network runs.
+Each call raises a KandinskyError that names the argument before any network runs.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import Phase
-from tests.pipelines.test_modes_parity import box, hint, photo
-from tests.pipelines.test_ten_classes import TEN, is_combined, is_prior, loaded, saved  # noqa: F401 (fixtures)
+from tests.pipelines.calls import TEN, is_combined, is_prior
+from tests.pipelines.pictures import box_mask, hint, photo
 from tests.pipelines.tiny import DIM, PIXELS, seeded
 
 import kandinsky22
@@ -50,26 +50,26 @@ PICTURES: list[Any] = [
     np.zeros((0, 8, 3), dtype=np.uint8),
     [photo(1)] * 5,
 ]
-WHOLE: list[Any] = [0, -1, 2.5, "3", True, [1], None, NAN]
+INTEGERS: list[Any] = [0, -1, 2.5, "3", True, [1], None, NAN]
 NUMBERS: list[Any] = [NAN, float("inf"), "4", None, [4.0], True, 1j]
 SIDES: list[Any] = [0, -64, 3.5, "512", True, [32]]
 CALLBACKS: list[Any] = [3, "print", [print]]
 NAMES: list[Any] = [["noise"], "latents", 3, [3], ["latents", None]]
-STEPS: list[Any] = [*WHOLE, 10**6]
+STEPS: list[Any] = [*INTEGERS, 10**6]
 RATIOS: list[Any] = [*NUMBERS, -0.1, 1.01]
 INTERVALS: list[Any] = [0.5, [0.5], [0.7, 0.2], (0.0, 1.5), (NAN, 1.0), ["0", "1"], "01"]
 TIMES: list[Any] = [[], 500, "500", [500, "0"], [0, 500], [500, 500], [-1], [1000], [NAN]]
-LEVELS: list[Any] = [[], 3.0, "3", [3.0, "1"], [1.0, 3.0], [3.0, 3.0], [-1.0], [NAN]]
+SIGMAS: list[Any] = [[], 3.0, "3", [3.0, "1"], [1.0, 3.0], [3.0, 3.0], [-1.0], [NAN]]
 WRONG: dict[str, list[Any]] = {
     "prompt": [None, [], 3, ["a cat", None], b"a cat", {}],
     "negative_prompt": [[], 3, ["blue", 3], b"blue", {"blue": 1}],
     "image_embeds": EMBEDS,
     "negative_image_embeds": [*EMBEDS, torch.zeros(5, DIM)],
     "image": PICTURES,
-    "mask_image": [*PICTURES[:6], np.full((8, 8), 300.0), np.full((8, 8), NAN), np.zeros(8), [box()] * 5],
+    "mask_image": [*PICTURES[:6], np.full((8, 8), 300.0), np.full((8, 8), NAN), np.zeros(8), [box_mask()] * 5],
     "hint": [*PICTURES[:9], [hint(1, 1)] * 5, torch.full((1, 3, 32, 32), 2.0)],
     "strength": RATIOS,
-    "num_images_per_prompt": WHOLE,
+    "num_images_per_prompt": INTEGERS,
     "num_inference_steps": STEPS,
     "prior_num_inference_steps": STEPS,
     "guidance_scale": NUMBERS,
@@ -78,7 +78,7 @@ WRONG: dict[str, list[Any]] = {
     **{f"{stage}guidance_interval": INTERVALS for stage in ("", "prior_")},
     **{f"{stage}guidance_threshold": [*RATIOS[:3], *RATIOS[4:], 0] for stage in ("", "prior_")},
     **{f"{stage}timesteps": TIMES for stage in ("", "prior_")},
-    **{f"{stage}sigmas": LEVELS for stage in ("", "prior_")},
+    **{f"{stage}sigmas": SIGMAS for stage in ("", "prior_")},
     "height": SIDES,
     "width": SIDES,
     "generator": [7, "seed", [], [1], [seeded(0)] * 11, seeded],
@@ -93,7 +93,7 @@ WRONG: dict[str, list[Any]] = {
     "keep_pixels": ["yes", None, 2],
     "return_dict": [None, "no", 1],
 }
-# What a picture of a prior may not be: its tensors are prepared, so their range and shape are other matters.
+# Invalid pictures for priors: their tensors are preprocessed, with another range and shape.
 WRONG_FOR_PRIORS = [*PICTURES[:6], *PICTURES[9:13], torch.zeros(3, 8, 8), torch.full((1, 3, PIXELS, PIXELS), NAN)]
 
 
@@ -101,12 +101,12 @@ pytestmark = pytest.mark.usefixtures("no_network_runs")
 
 
 def arguments_of(name: str) -> list[str]:
-    """All arguments of the class's call."""
+    """Return all arguments of the class's `__call__`."""
     return [each for each in inspect.signature(getattr(kandinsky22, name).__call__).parameters if each != "self"]
 
 
-def right(name: str, draw: Any) -> dict[str, Any]:
-    """A call that nothing is wrong with."""
+def valid_call(name: str, draw: Any) -> dict[str, Any]:
+    """Return a valid call."""
     accepted = arguments_of(name)
     rows = draw(st.integers(1, 2))
     out = ["pt", "np"] if is_prior(name) else ["pil", "np", "pt"]
@@ -116,7 +116,7 @@ def right(name: str, draw: Any) -> dict[str, Any]:
         "image_embeds": torch.zeros(rows, DIM),
         "negative_image_embeds": torch.zeros(draw(st.sampled_from([1, rows])), DIM),
         "image": photo(1),
-        "mask_image": box(),
+        "mask_image": box_mask(),
         "hint": hint(1, 1),
         "height": draw(st.sampled_from([32, 20])),
         "width": 32,
@@ -138,33 +138,33 @@ def test_no_argument_is_forgotten() -> None:
 
 
 def cases_of(name: str) -> list[tuple[str, Any]]:
-    """Every argument with each of its wrong values."""
+    """Return every argument with each of its invalid values."""
     wrong = {**WRONG, "image": WRONG_FOR_PRIORS} if is_prior(name) else WRONG
     return [(argument, value) for argument in arguments_of(name) for value in wrong[argument]]
 
 
-# Without shrinking: a failure names its case.
+# Shrinking is left out, because a failure names its case.
 SETTINGS: dict[str, Any] = {"derandomize": True, "deadline": None, "database": None, "phases": [Phase.generate]}
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_one_wrong_argument(name: str, loaded: dict[str, Any]) -> None:  # noqa: F811
+def test_one_wrong_argument(name: str, ten_pipelines: dict[str, Any]) -> None:
     @hypothesis.settings(max_examples=1, **SETTINGS)
     @hypothesis.given(st.data())
     def check(data: st.DataObject) -> None:
         problems = []
         for argument, value in cases_of(name):
-            call = right(name, data.draw) | {argument: value}
+            call = valid_call(name, data.draw) | {argument: value}
             if argument == "negative_image_embeds":
                 call["guidance_scale"] = 4.0  # without guidance they may be missing
-            said = "no error"
+            message = "no error"
             try:
-                loaded[name](**call)
+                ten_pipelines[name](**call)
             except (KandinskyError, pytest.fail.Exception) as error:
-                said = str(error)
+                message = str(error)
             early = is_combined(name) and argument.startswith("prior_")
-            if argument.removeprefix("prior_") not in said or (early and "prior" not in said):
-                problems.append(f"{argument}={value!r}: {said}")
+            if argument.removeprefix("prior_") not in message or (early and "prior" not in message):
+                problems.append(f"{argument}={value!r}: {message}")
         assert not problems
 
     assert len(cases_of(name)) >= 50
@@ -172,13 +172,13 @@ def test_one_wrong_argument(name: str, loaded: dict[str, Any]) -> None:  # noqa:
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_right_calls_are_right(name: str, loaded: dict[str, Any]) -> None:  # noqa: F811
-    """What the wrong argument is put into would get as far as a network."""
+def test_right_calls_are_right(name: str, ten_pipelines: dict[str, Any]) -> None:
+    """The calls into which invalid arguments are put reach a network."""
 
     @hypothesis.settings(max_examples=3, **SETTINGS)
     @hypothesis.given(st.data())
     def check(data: st.DataObject) -> None:
         with pytest.raises(pytest.fail.Exception, match="a network ran"):
-            loaded[name](**right(name, data.draw))
+            ten_pipelines[name](**valid_call(name, data.draw))
 
     check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from kandinsky22 import (
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky22.checkpoints.hub import Source
+from kandinsky22.checkpoints.hub import CheckpointSource
 
 CLASSES: dict[str, type[DiffusionPipeline]] = {
     "prior": KandinskyV22PriorPipeline,
@@ -320,11 +321,13 @@ def test_from_pipe_shares(prior: Any, decoder: Any, combined: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [None, 3, b"/tmp", ["a"]], ids=repr)
 def test_what_names_no_model(wrong: Any, decoder: Any, checkpoints: Path) -> None:
+    expected = "is invalid: expected a folder, a Hub id such as 'owner/name', or 'embedded'"
+    message = re.escape(f"pretrained_model_name_or_path={wrong!r} {expected}")
     for kind in (KandinskyV22Pipeline, DiffusionPipeline, AutoPipelineForText2Image):
-        with pytest.raises(InputError, match="names no model"):
+        with pytest.raises(InputError, match=message):
             kind.from_pretrained(wrong)
-    if wrong is not None:  # there it means: look for it
-        with pytest.raises(InputError, match="names no model"):
+    if wrong is not None:  # None looks for the prior
+        with pytest.raises(InputError, match=re.escape(f"prior={wrong!r} {expected}, or a prior pipeline")):
             KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder", prior=wrong)
     for pipeline in (wrong, KandinskyV22Pipeline):
         with pytest.raises(InputError, match="pipeline: one of kandinsky22"):
@@ -396,17 +399,17 @@ def test_only_what_a_pipeline_needs_is_asked_of_the_hub(
     copy: Path, decoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    root, local = copy / "decoder", Source.fetch
+    root, local = copy / "decoder", CheckpointSource.fetch
     decoder.unet.save_pretrained(root / "unet", safe_serialization=False)
 
-    def fetch(source: Source, choose: Any) -> Path:
+    def fetch(source: CheckpointSource, select_files: Any) -> Path:
         if source.name != "someone/decoder":
-            return local(source, choose)
+            return local(source, select_files)
         names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-        asked.append(sorted(choose(names)))
+        asked.append(sorted(select_files(names)))
         return root
 
-    monkeypatch.setattr(Source, "fetch", fetch)
+    monkeypatch.setattr(CheckpointSource, "fetch", fetch)
     KandinskyV22Pipeline.from_pretrained("someone/decoder", movq=decoder.movq)
     assert asked == [
         ["README.md", "model_index.json"],

@@ -1,4 +1,4 @@
-"""What a call does beyond its numbers: batches, callbacks, output forms, components, and the reference's defects."""
+"""Behaviour of calls: batches, callbacks, output types, components, and defects of the reference."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def test_a_callback_cannot_switch_guidance_on(decoder: KandinskyV22Pipeline) -> 
         decoder(**pair(), **SMALL, guidance_scale=1.0, callback_on_step_end=raise_guidance)
 
 
-# Pictures that are easily misread
+# Pictures of unusual modes and layouts
 
 
 def test_mode_i_of_8_and_16_bit_pictures() -> None:
-    from kandinsky22.inputs.images import rgb
+    from kandinsky22.inputs.images import convert_mode
 
     grey = PIL.Image.new("L", (2, 2), 200)
-    assert rgb("image", grey.convert("I")).getpixel((0, 0)) == (200, 200, 200)
+    assert convert_mode("image", grey.convert("I")).getpixel((0, 0)) == (200, 200, 200)
     deep = PIL.Image.fromarray(np.full((2, 2), 200 * 257, dtype=np.int32))
-    assert deep.mode == "I" and rgb("image", deep).getpixel((0, 0)) == (200, 200, 200)
+    assert deep.mode == "I" and convert_mode("image", deep).getpixel((0, 0)) == (200, 200, 200)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
 def test_tensors_that_hold_no_pixels(kind: str) -> None:
-    from kandinsky22.inputs.images import hints, pixels
-    from kandinsky22.inputs.masks import masks
+    from kandinsky22.inputs.images import hints_to_tensor, images_to_tensor
+    from kandinsky22.inputs.masks import masks_to_tensor
 
-    whole = torch.rand(1, 3, 8, 8)
-    tensor = whole.to_sparse() if kind == "sparse" else whole.to("meta")
-    for read in (pixels, hints, masks):
+    dense = torch.rand(1, 3, 8, 8)
+    tensor = dense.to_sparse() if kind == "sparse" else dense.to("meta")
+    for read in (images_to_tensor, hints_to_tensor, masks_to_tensor):
         with pytest.raises(InputError, match=f"^thing.*{kind}"):
             read("thing", tensor, (8, 8))
 
@@ -87,11 +87,11 @@ def test_prior_batch_equals_single_calls(prior: KandinskyV22PriorPipeline) -> No
 
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
 def test_decoder_batch_equals_single_calls(decoder: KandinskyV22Pipeline, guidance_scale: float) -> None:
-    given = pair(3)
+    inputs = pair(3)
     options = {**SMALL, "guidance_scale": guidance_scale}
-    together = decoder(**given, **options, generator=[seeded(i) for i in range(3)]).images
+    together = decoder(**inputs, **options, generator=[seeded(i) for i in range(3)]).images
     for i in range(3):
-        row = {name: value[i : i + 1] for name, value in given.items()}
+        row = {name: value[i : i + 1] for name, value in inputs.items()}
         assert difference(together[i], decoder(**row, **options, generator=seeded(i)).images[0]) < 1e-4
 
 
@@ -107,9 +107,9 @@ def test_combined_batch_equals_single_calls(combined: KandinskyV22CombinedPipeli
 # Callbacks
 
 
-def record(seen: list[Any]) -> Any:
+def record(log: list[Any]) -> Any:
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append((step, int(timestep), {name: tensor.clone() for name, tensor in tensors.items()}))
+        log.append((step, int(timestep), {name: tensor.clone() for name, tensor in tensors.items()}))
         return tensors
 
     return callback
@@ -152,14 +152,14 @@ def test_callbacks_see_what_the_reference_shows(
 
 
 def change_everything(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """New tensors of other values for all that is not a mask, at the first step."""
+    """Return new tensors of other values for all but masks at the first step."""
     return {
         name: tensor * 0.5 if step == 0 and tensor.is_floating_point() else tensor for name, tensor in tensors.items()
     }
 
 
 def change_in_place(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The same tensor objects, with other values, at the first step."""
+    """Change the values of tensors in place at the first step."""
     for name, tensor in tensors.items():
         if step == 0 and name in ("image_embeds", "prompt_embeds"):
             tensor.mul_(0.5)
@@ -167,7 +167,7 @@ def change_in_place(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
 
 
 def stop_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Guidance off after the first step, and only the conditional rows left."""
+    """Switch guidance off after the first step, and return only the conditional rows."""
     if step > 0:
         return {}
     pipe._guidance_scale = 0.0
@@ -248,7 +248,7 @@ def test_a_new_negative_embedding_acts(decoder: KandinskyV22Pipeline) -> None:
 def test_condition_is_computed_once(decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     encode = decoder.unet.encode_condition
-    monkeypatch.setattr(decoder.unet, "encode_condition", lambda **given: calls.append(1) or encode(**given))
+    monkeypatch.setattr(decoder.unet, "encode_condition", lambda **inputs: calls.append(1) or encode(**inputs))
     decoder(**pair(), **SMALL, callback_on_step_end=record([]))
     assert len(calls) == 1
 
@@ -258,15 +258,15 @@ def test_legacy_callback(
     decoder: KandinskyV22Pipeline, combined: KandinskyV22CombinedPipeline, every: int | None
 ) -> None:
     expected = [0, 1, 2] if every != 2 else [0, 2]
-    seen: list[tuple[int, tuple[int, ...]]] = []
+    log: list[tuple[int, tuple[int, ...]]] = []
     extra = {} if every is None else {"callback_steps": every}
 
     def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
-        seen.append((step, tuple(latents.shape)))
+        log.append((step, tuple(latents.shape)))
 
     decoder(**pair(), **SMALL, callback=callback, **extra)
     combined("a cat", **SMALL, prior_num_inference_steps=2, callback=callback, **extra)
-    assert seen == [(step, (1, 4, 16, 16)) for step in expected] * 2
+    assert log == [(step, (1, 4, 16, 16)) for step in expected] * 2
 
 
 def test_combined_callbacks_of_both_stages(combined: KandinskyV22CombinedPipeline) -> None:
@@ -298,10 +298,10 @@ def test_tuple_equals_named_output(
     ]
     for pipe, arguments in calls:
         named = pipe(**arguments, generator=seeded(0))
-        plain = pipe(**arguments, generator=seeded(0), return_dict=False)
-        assert isinstance(plain, tuple)
-        assert len(plain) == len(named.to_tuple())
-        for one, (name, other) in zip(plain, zip(named.keys(), named.to_tuple(), strict=True), strict=True):
+        as_tuple = pipe(**arguments, generator=seeded(0), return_dict=False)
+        assert isinstance(as_tuple, tuple)
+        assert len(as_tuple) == len(named.to_tuple())
+        for one, (name, other) in zip(as_tuple, zip(named.keys(), named.to_tuple(), strict=True), strict=True):
             assert torch.equal(one, other)
             assert named[name] is other is getattr(named, name)
 
@@ -336,30 +336,30 @@ def test_prior_makes_arrays_that_the_decoder_takes(
     out = prior("a cat", num_inference_steps=2, output_type="np", generator=seeded(0))
     tensors = prior("a cat", num_inference_steps=2, generator=seeded(0))
     results = [
-        decoder(**dict(zip(given.keys(), given.to_tuple(), strict=True)), **SMALL, generator=seeded(1)).images
-        for given in (out, tensors)
+        decoder(**dict(zip(inputs.keys(), inputs.to_tuple(), strict=True)), **SMALL, generator=seeded(1)).images
+        for inputs in (out, tensors)
     ]
     assert torch.equal(*results)
 
 
-# Where the reference is wrong (design notes, numbers in brackets)
+# Defects of the reference, by their numbers in docs/defects.md
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_without_guidance_embeddings_are_repeated_and_cast(decoder: KandinskyV22Pipeline, dtype: torch.dtype) -> None:
     """[2]"""
     decoder = KandinskyV22Pipeline(**copy.deepcopy(decoder.components)).to(dtype)
-    given = pair(2)
-    images = decoder(**given, **SMALL, guidance_scale=1.0, num_images_per_prompt=2, generator=seeded(0)).images
+    inputs = pair(2)
+    images = decoder(**inputs, **SMALL, guidance_scale=1.0, num_images_per_prompt=2, generator=seeded(0)).images
     assert images.shape == (4, 4, 16, 16)
     assert images.dtype == dtype
 
 
 def test_without_guidance_no_negative_is_needed(decoder: KandinskyV22Pipeline) -> None:
-    given = {"image_embeds": embeds(1, 1), "negative_image_embeds": None}
-    assert decoder(**given, **SMALL, guidance_scale=1.0).images.shape == (1, 4, 16, 16)
+    inputs = {"image_embeds": embeds(1, 1), "negative_image_embeds": None}
+    assert decoder(**inputs, **SMALL, guidance_scale=1.0).images.shape == (1, 4, 16, 16)
     with pytest.raises(InputError, match="negative_image_embeds"):
-        decoder(**given, **SMALL)
+        decoder(**inputs, **SMALL)
 
 
 def test_latents_are_cast(prior: KandinskyV22PriorPipeline, decoder: KandinskyV22Pipeline) -> None:
@@ -434,7 +434,7 @@ def test_output_type_is_checked_first(prior: KandinskyV22PriorPipeline, decoder:
     assert not steps
 
 
-# Mixtures
+# Interpolation
 
 
 def test_interpolate_of_embeddings_is_their_weighted_sum(prior: KandinskyV22PriorPipeline) -> None:
@@ -459,9 +459,9 @@ def test_combined_finds_the_prior_of_a_decoder(checkpoints: Path, combined: Kand
     expected = combined(**call, generator=seeded(0)).images
     prior = KandinskyV22PriorPipeline.from_pretrained(checkpoints / "prior")
     sources: list[dict[str, Any]] = [{}, {"prior": prior}, {"prior": checkpoints / "prior"}]
-    for given in sources:
+    for inputs in sources:
         for kind in (KandinskyV22CombinedPipeline, AutoPipelineForText2Image):
-            pipe: Any = kind.from_pretrained(checkpoints / "decoder", **given)
+            pipe: Any = kind.from_pretrained(checkpoints / "decoder", **inputs)
             assert type(pipe) is KandinskyV22CombinedPipeline
             pipe.set_progress_bar_config(disable=True)
             assert torch.equal(pipe(**call, generator=seeded(0)).images, expected)

@@ -1,4 +1,4 @@
-"""What callbacks give back, in all ten classes: taken in the type that is worked in, or refused by name."""
+"""Tensors that callbacks return, in all ten classes: cast to the working dtype, or refused by name."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipelines.test_offload import CALLS, make  # noqa: F401 (a fixture)
+from tests.pipelines.calls import CLASSES, two_step_call
 from tests.pipelines.tiny import DIM, difference, seeded
 
 from kandinsky22 import InputError
-
-Ours = Callable[[str], Any]
 
 
 def names_of(pipe: Any) -> list[str]:
@@ -21,52 +19,54 @@ def names_of(pipe: Any) -> list[str]:
 
 
 def run(pipe: Any, name: str, change: Callable[[str, torch.Tensor], Any], **more: Any) -> torch.Tensor:
-    """The first result of a call, each of whose steps changes all tensors that callbacks are shown."""
+    """Return the first result of a call in which each step changes all tensors that callbacks receive."""
 
-    def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: change(name, tensor) for name, tensor in tensors.items()}
 
-    options = {"callback_on_step_end": told, "callback_on_step_end_tensor_inputs": names_of(pipe), **more}
-    out = pipe(**CALLS[name][1](), generator=seeded(1), **options)
+    options = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": names_of(pipe), **more}
+    out = pipe(**two_step_call(name), generator=seeded(1), **options)
     return next(iter(vars(out).values()))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the reference, for the older kind of callbacks
-@pytest.mark.parametrize("name", CALLS)
-def test_steps_are_those_that_the_reference_tells(name: str, make: Ours, reference: Ours) -> None:  # noqa: F811
-    """By whichever kinds of callbacks it has."""
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the reference deprecates the legacy callbacks
+@pytest.mark.parametrize("name", CLASSES)
+def test_steps_are_those_that_the_reference_tells(
+    name: str, make_pipeline: Callable[..., Any], reference: Callable[[str], Any]
+) -> None:
+    """All kinds of callbacks that the reference has are compared."""
     logs: list[list[tuple[Any, ...]]] = []
     theirs = reference(name)
     accepted = inspect.signature(type(theirs).__call__).parameters
-    for pipe in (make(name), theirs):
+    for pipe in (make_pipeline(name), theirs):
         log: list[tuple[Any, ...]] = []
 
         def watcher(kind: str, log: list[tuple[Any, ...]] = log) -> Callable[..., Any]:
-            def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
                 log.append((kind, step, int(timestep), tensors["latents"].clone()))
                 return tensors
 
-            return told
+            return on_step_end
 
         def legacy(step: int, timestep: Any, latents: torch.Tensor, log: list[tuple[Any, ...]] = log) -> None:
             log.append(("callback", step, int(timestep), latents.clone()))
 
         options: dict[str, Any] = {"callback": legacy, "callback_steps": 2, "height": 32, "width": 32}
         options |= {kind: watcher(kind) for kind in ("callback_on_step_end", "prior_callback_on_step_end")}
-        taken = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
+        accepted_options = {key: value for key, value in options.items() if key in accepted or "kwargs" in accepted}
         if not name.endswith("Combined"):
-            taken.pop("prior_callback_on_step_end", None)
-        pipe(**CALLS[name][1](), generator=seeded(1), **taken)
+            accepted_options.pop("prior_callback_on_step_end", None)
+        pipe(**two_step_call(name), generator=seeded(1), **accepted_options)
         logs.append(log)
     assert [entry[:3] for entry in logs[0]] == [entry[:3] for entry in logs[1]]
-    assert logs[0] or name == "PriorEmb2Emb"  # which has none there
+    assert logs[0] or name == "PriorEmb2Emb"  # the reference has no callbacks there
     for (*_, mine), (*_, other) in zip(*logs, strict=True):
         assert difference(mine, other) < 1e-3
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_other_types_are_converted(name: str, make: Ours) -> None:  # noqa: F811
-    pipe = make(name)
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_types_are_converted(name: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(name)
     same = run(pipe, name, lambda _, tensor: tensor)
     assert difference(run(pipe, name, lambda _, tensor: tensor.double()), same) < 1e-4
     assert difference(run(pipe, name, lambda _, tensor: tensor.clone().requires_grad_(tensor.dtype.is_floating_point)),
@@ -83,28 +83,28 @@ WRONG: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_what_does_not_fit_is_refused_by_name(name: str, make: Ours) -> None:  # noqa: F811
-    pipe = make(name)
-    for given in names_of(pipe):
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_does_not_fit_is_refused_by_name(name: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(name)
+    for changed in names_of(pipe):
         for wrong in WRONG.values():
-            with pytest.raises(InputError, match=f"callback_on_step_end returned {given}.*shape"):
-                run(pipe, name, lambda each, tensor: wrong(tensor) if each == given else tensor)  # noqa: B023
+            with pytest.raises(InputError, match=f"callback_on_step_end returned {changed}.*shape"):
+                run(pipe, name, lambda each, tensor: wrong(tensor) if each == changed else tensor)  # noqa: B023
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_negative_rows_may_be_left_away_where_guidance_ends(name: str, make: Ours) -> None:  # noqa: F811
-    """As callbacks written for the reference do, where its network would otherwise be given too many rows."""
-    pipe, results = make(name), []
+@pytest.mark.parametrize("name", CLASSES)
+def test_negative_rows_may_be_left_away_where_guidance_ends(name: str, make_pipeline: Callable[..., Any]) -> None:
+    """Callbacks written for the reference do so, because its network would otherwise get too many rows."""
+    pipe, results = make_pipeline(name), []
     for halve in (False, True):
 
-        def told(pipe: Any, step: int, timestep: Any, tensors: Any, halve: bool = halve) -> dict[str, Any]:
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any, halve: bool = halve) -> dict[str, Any]:
             pipe._guidance_scale = 1.0
             return {key: value[-1:] for key, value in tensors.items()} if halve else {}
 
         names = [each for each in names_of(pipe) if each != "negative_image_embeds"]
-        options = {"callback_on_step_end": told, "callback_on_step_end_tensor_inputs": names}
-        results.append(next(iter(vars(pipe(**CALLS[name][1](), generator=seeded(1), **options)).values())))
+        options = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": names}
+        results.append(next(iter(vars(pipe(**two_step_call(name), generator=seeded(1), **options)).values())))
     assert torch.equal(*results)
 
 

@@ -1,70 +1,24 @@
-"""Prompts with pictures and masks: prior and decoder as one, equal to the reference, in every batch."""
+"""Combined classes that start from pictures: equal to the reference, and batches equal single calls."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from tests.pipelines.test_modes_parity import box, box_image, photo, tensor
-from tests.pipelines.test_parity import same_pictures
+from tests.pipelines.calls import small_call
+from tests.pipelines.comparison import assert_same_pictures
+from tests.pipelines.pictures import box_mask, box_mask_image, photo, photo_tensor
 from tests.pipelines.tiny import DIM, difference, seeded
 
 import kandinsky22
-from kandinsky22 import (
-    InputError,
-    KandinskyV22Img2ImgCombinedPipeline,
-    KandinskyV22InpaintCombinedPipeline,
-)
+from kandinsky22 import InputError
 
-KINDS = {"Img2ImgCombined": KandinskyV22Img2ImgCombinedPipeline, "InpaintCombined": KandinskyV22InpaintCombinedPipeline}
+KINDS = ("Img2ImgCombined", "InpaintCombined")
 Call = Callable[[], dict[str, Any]]
-
-
-@pytest.fixture
-def pipes(checkpoints: Path, mode_folder: Path, prior: Any) -> Callable[[str], Any]:
-    """Ours, by kind, each with a prior that is loaded once."""
-
-    def make(kind: str) -> Any:
-        pipe = KINDS[kind].from_pretrained(mode_folder / kind.removesuffix("Combined"), prior=prior)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make
-
-
-@pytest.fixture
-def combined_oracles(oracles: dict[str, Any], mode_oracles: dict[str, Any]) -> dict[str, Any]:
-    parts = {f"prior_{name}": part for name, part in oracles["prior"].components.items()}
-    made = {
-        kind: getattr(diffusers, f"KandinskyV22{kind}Pipeline")(
-            **mode_oracles[kind.removesuffix("Combined")].components, **parts
-        )
-        for kind in KINDS
-    }
-    for pipe in made.values():
-        pipe.set_progress_bar_config(disable=True)
-    return made
-
-
-def standard(kind: str) -> dict[str, Any]:
-    given: dict[str, Any] = {
-        "prompt": "a red cat",
-        "image": photo(1),
-        "num_inference_steps": 3,
-        "prior_num_inference_steps": 2,
-        "height": 32,
-        "width": 32,
-        "output_type": "np",
-    }
-    if kind == "InpaintCombined":
-        return {**given, "mask_image": box_image()}
-    return {**given, "num_inference_steps": 6, "strength": 0.5}
 
 
 def both_kinds() -> dict[str, Call]:
@@ -95,15 +49,15 @@ CALLS: dict[str, dict[str, Call]] = {
         "two each": lambda: {"negative_prompt": "bad", "num_images_per_prompt": 2, "generator": seeded(14)},
         "strength 1": lambda: {"strength": 1.0, "generator": seeded(15)},
         "a little": lambda: {"strength": 0.2, "generator": seeded(16)},
-        "tensor": lambda: {"image": tensor(3), "generator": seeded(17)},
+        "tensor": lambda: {"image": photo_tensor(3), "generator": seeded(17)},
         "large picture": lambda: {"image": photo(4, 90, 70), "generator": seeded(18)},
     },
     "InpaintCombined": {
         **both_kinds(),
-        "array": lambda: {"image": np.array(photo(2)), "mask_image": box(), "generator": seeded(10)},
+        "array": lambda: {"image": np.array(photo(2)), "mask_image": box_mask(), "generator": seeded(10)},
         "tensors": lambda: {
-            "image": tensor(3, signed=True),
-            "mask_image": torch.from_numpy(box()),
+            "image": photo_tensor(3, signed=True),
+            "mask_image": torch.from_numpy(box_mask()),
             "generator": seeded(11),
         },
         "two each": lambda: {"num_images_per_prompt": 2, "generator": seeded(12)},
@@ -114,17 +68,21 @@ CALLS: dict[str, dict[str, Call]] = {
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in CALLS[kind]])
-def test_calls(kind: str, name: str, pipes: Callable[[str], Any], combined_oracles: dict[str, Any]) -> None:
+def test_calls(kind: str, name: str, make_pipeline: Callable[..., Any], reference: Callable[[str], Any]) -> None:
     results = []
-    for pipe in (pipes(kind), combined_oracles[kind]):
+    for pipe in (make_pipeline(kind), reference(kind)):
         torch.manual_seed(5)
-        results.append(pipe(**{**standard(kind), **CALLS[kind][name]()}).images)
-    same_pictures(*results)
+        results.append(pipe(**{**small_call(kind), **CALLS[kind][name]()}).images)
+    assert_same_pictures(*results)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_signatures_start_as_the_references(kind: str, combined_oracles: dict[str, Any]) -> None:
-    ours, theirs = (inspect.signature(each.__call__).parameters for each in (KINDS[kind], type(combined_oracles[kind])))
+def test_signatures_start_as_the_references(
+    kind: str, make_pipeline: Callable[..., Any], reference: Callable[[str], Any]
+) -> None:
+    ours, theirs = (
+        inspect.signature(each.__call__).parameters for each in (type(make_pipeline(kind)), type(reference(kind)))
+    )
     names = [name for name in theirs if name != "kwargs"]
     assert list(ours)[: len(names)] == names
     sizes = {"height": None, "width": None}  # the model's own side, which is 512 for the published ones
@@ -137,27 +95,27 @@ def test_signatures_start_as_the_references(kind: str, combined_oracles: dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_equals_single_calls(kind: str, pipes: Callable[[str], Any]) -> None:
-    pipe, options = pipes(kind), {**standard(kind), "output_type": "latent", "num_images_per_prompt": 2}
-    masks = {"mask_image": [box_image(), box()[::-1].copy()]} if kind == "InpaintCombined" else {}
-    given: dict[str, Any] = {
+def test_batch_equals_single_calls(kind: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe, options = make_pipeline(kind), {**small_call(kind), "output_type": "latent", "num_images_per_prompt": 2}
+    masks = {"mask_image": [box_mask_image(), box_mask()[::-1].copy()]} if kind == "InpaintCombined" else {}
+    arguments: dict[str, Any] = {
         "prompt": ["a cat", "red dog"],
         "negative_prompt": ["blue", "ugly"],
         "image": [photo(1), photo(2)],
         **masks,
     }
-    together = pipe(**{**options, **given}, generator=[seeded(i) for i in range(4)]).images
+    together = pipe(**{**options, **arguments}, generator=[seeded(i) for i in range(4)]).images
     assert together.shape[0] == 4
     for i in range(2):
-        one = {name: value[i] for name, value in given.items()}
+        one = {name: value[i] for name, value in arguments.items()}
         alone = pipe(**{**options, **one}, generator=[seeded(2 * i), seeded(2 * i + 1)]).images
         assert difference(together[2 * i : 2 * i + 2], alone) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_stages_alone_give_the_same(kind: str, pipes: Callable[[str], Any]) -> None:
-    pipe = pipes(kind)
-    call = {**standard(kind), "guidance_scale": 3.0}
+def test_both_stages_alone_give_the_same(kind: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(kind)
+    call = {**small_call(kind), "guidance_scale": 3.0}
     generator = seeded(1)
     embeds = pipe.prior_pipe("a red cat", num_inference_steps=2, generator=generator)
     rest = {name: value for name, value in call.items() if name not in ("prompt", "prior_num_inference_steps")}
@@ -166,19 +124,21 @@ def test_both_stages_alone_give_the_same(kind: str, pipes: Callable[[str], Any])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_latents_of_the_decoder(kind: str, pipes: Callable[[str], Any]) -> None:
-    pipe, call = pipes(kind), {**standard(kind), "output_type": "latent"}
+def test_latents_of_the_decoder(kind: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe, call = make_pipeline(kind), {**small_call(kind), "output_type": "latent"}
     noise = torch.randn(1, 4, 16, 16, generator=seeded(3), dtype=torch.float64)
     with_noise, again, without = (
         pipe(**call, latents=latents, generator=seeded(0)).images for latents in (noise, noise, None)
     )
     assert torch.equal(with_noise, again) and with_noise.dtype == torch.float32
     assert difference(with_noise, without) > 1e-2
-    # noise that the decoder would have drawn itself, after the prior
+    # The noise that the decoder draws itself, after the prior.
     generator = seeded(0)
     pipe.prior_pipe("a red cat", num_inference_steps=2, generator=generator)
     drawn = torch.randn(1, 4, 16, 16, generator=generator)
-    pipe.scheduler = kandinsky22.DDIMScheduler.from_config(pipe.scheduler.config)  # which draws nothing more
+    pipe.scheduler = kandinsky22.DDIMScheduler.from_config(
+        pipe.scheduler.config
+    )  # deterministic: no further noise is drawn
     assert torch.equal(*(pipe(**call, latents=x, generator=seeded(0)).images for x in (drawn, None)))
 
 
@@ -186,55 +146,59 @@ def test_latents_of_the_decoder(kind: str, pipes: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tuple_equals_named_output(kind: str, pipes: Callable[[str], Any]) -> None:
-    pipe, call = pipes(kind), standard(kind)
-    plain = pipe(**call, generator=seeded(0), return_dict=False)
-    assert isinstance(plain, tuple) and len(plain) == 1
-    assert np.array_equal(plain[0], pipe(**call, generator=seeded(0)).images)
+def test_tuple_equals_named_output(kind: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe, call = make_pipeline(kind), small_call(kind)
+    as_tuple = pipe(**call, generator=seeded(0), return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
+    assert np.array_equal(as_tuple[0], pipe(**call, generator=seeded(0)).images)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_callbacks_of_both_stages(kind: str, pipes: Callable[[str], Any], combined_oracles: dict[str, Any]) -> None:
+def test_callbacks_of_both_stages(
+    kind: str, make_pipeline: Callable[..., Any], reference: Callable[[str], Any]
+) -> None:
     records: list[list[Any]] = []
-    for pipe in (pipes(kind), combined_oracles[kind]):
-        seen: list[Any] = []
+    for pipe in (make_pipeline(kind), reference(kind)):
+        calls: list[Any] = []
 
-        def note(stage: Any, step: int, timestep: Any, tensors: dict[str, Any], seen: list[Any] = seen) -> Any:
-            seen.append((step, int(timestep), {name: tuple(value.shape) for name, value in tensors.items()}))
+        def record(stage: Any, step: int, timestep: Any, tensors: dict[str, Any], calls: list[Any] = calls) -> Any:
+            calls.append((step, int(timestep), {name: tuple(value.shape) for name, value in tensors.items()}))
             return tensors
 
         pipe(
-            **standard(kind),
-            prior_callback_on_step_end=note,
+            **small_call(kind),
+            prior_callback_on_step_end=record,
             prior_callback_on_step_end_tensor_inputs=["latents", "text_mask"],
-            callback_on_step_end=note,
+            callback_on_step_end=record,
             callback_on_step_end_tensor_inputs=["image_embeds"],
         )
-        records.append(seen)
+        records.append(calls)
     assert records[0] == records[1] and len(records[0]) == 5
     steps: list[int] = []
-    pipes(kind)(**standard(kind), callback=lambda step, timestep, latents: steps.append(step), callback_steps=2)
+    make_pipeline(kind)(
+        **small_call(kind), callback=lambda step, timestep, latents: steps.append(step), callback_steps=2
+    )
     assert steps == [0, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopping_early(kind: str, pipes: Callable[[str], Any]) -> None:
-    pipe, steps = pipes(kind), []
+def test_stopping_early(kind: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe, steps = make_pipeline(kind), []
 
     def stop(stage: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
         steps.append(step)
         pipe.interrupt()
 
-    assert pipe(**standard(kind), callback_on_step_end=stop).images.shape == (1, 32, 32, 3)
+    assert pipe(**small_call(kind), callback_on_step_end=stop).images.shape == (1, 32, 32, 3)
     assert steps == [0]
-    pipe(**standard(kind), prior_callback_on_step_end=stop, callback_on_step_end=stop)
+    pipe(**small_call(kind), prior_callback_on_step_end=stop, callback_on_step_end=stop)
     assert steps == [0, 0]
 
 
-def test_kept_pixels(pipes: Callable[[str], Any]) -> None:
-    made = pipes("InpaintCombined")(**standard("InpaintCombined"), keep_pixels=True).images[0]
-    kept = box() == 0
-    assert np.abs(made - np.asarray(photo(1), dtype=np.float32) / 255)[kept].max() < 1e-6
+def test_kept_pixels(make_pipeline: Callable[..., Any]) -> None:
+    repainted = make_pipeline("InpaintCombined")(**small_call("InpaintCombined"), keep_pixels=True).images[0]
+    unmasked = box_mask() == 0
+    assert np.abs(repainted - np.asarray(photo(1), dtype=np.float32) / 255)[unmasked].max() < 1e-6
 
 
 # Wrong arguments
@@ -265,20 +229,22 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": ["noise"]}),
     ("callback_on_step_end_tensor_inputs", {"prior_callback_on_step_end_tensor_inputs": ["image_embeds"]}),
 ]
-OF_ONE: list[tuple[str, str, dict[str, Any]]] = [
+WRONG_FOR_ONE: list[tuple[str, str, dict[str, Any]]] = [
     ("Img2ImgCombined", "strength", {"strength": 1.1}),
     ("Img2ImgCombined", "strength", {"strength": "0.3"}),
     ("InpaintCombined", "mask_image", {"mask_image": None}),
     ("InpaintCombined", "mask_image", {"mask_image": np.full((32, 32), 300.0)}),
-    ("InpaintCombined", "mask_image", {"mask_image": [box(), box()]}),
+    ("InpaintCombined", "mask_image", {"mask_image": [box_mask(), box_mask()]}),
     ("InpaintCombined", "keep_pixels", {"keep_pixels": "yes"}),
     ("InpaintCombined", "output_type", {"keep_pixels": True, "output_type": "latent"}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "given"), [(kind, *wrong) for kind in KINDS for wrong in WRONG] + OF_ONE)
+@pytest.mark.parametrize(
+    ("kind", "name", "arguments"), [(kind, *wrong) for kind in KINDS for wrong in WRONG] + WRONG_FOR_ONE
+)
 def test_wrong_arguments(
-    kind: str, name: str, given: dict[str, Any], pipes: Callable[[str], Any], no_network_runs: None
+    kind: str, name: str, arguments: dict[str, Any], make_pipeline: Callable[..., Any], no_network_runs: None
 ) -> None:
     with pytest.raises(InputError, match=name):
-        pipes(kind)(**{**standard(kind), **given})
+        make_pipeline(kind)(**{**small_call(kind), **arguments})

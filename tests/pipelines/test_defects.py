@@ -1,6 +1,6 @@
-"""What the reference does wrong and is right here, by the numbers of docs/defects.md.
+"""Defects of the reference that we do not share, by their numbers in docs/defects.md.
 
-Each test shows first that the reference does it wrong on the very input, then what is right.
+Each test first shows the reference's error on an input, then the right result on the same input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tests.pipelines.test_modes_parity import box, hint, photo, standard, tensor
+from tests.pipelines.calls import small_call
+from tests.pipelines.pictures import box_mask, hint, photo, photo_tensor
 from tests.pipelines.tiny import difference, embeds, pair, seeded
 
 from kandinsky22 import (
@@ -26,7 +27,7 @@ from kandinsky22 import (
     KandinskyV22PriorPipeline,
 )
 
-SAME = 1e-4  # relative, between calls of ours
+SAME = 1e-4  # relative, between two of our calls
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
 Ours = Callable[[str], Any]
 
@@ -39,7 +40,7 @@ def _without_deprecations() -> Iterator[None]:
 
 
 def mode_call(mode: str, **more: Any) -> dict[str, Any]:
-    return {**standard(mode), "output_type": "latent", **more}
+    return {**small_call(mode), "output_type": "latent", **more}
 
 
 # 1
@@ -91,12 +92,12 @@ def test_2_embeddings_are_cast_without_guidance(decoder: KandinskyV22Pipeline, c
     assert decoder.to(torch.bfloat16)(**call).images.dtype == torch.bfloat16
 
 
-def test_2_hints_are_repeated_without_guidance(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_2_hints_are_repeated_without_guidance(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     two = {**pair(2), "hint": hint(2, 1), "guidance_scale": 1.0}
     call = mode_call("Controlnet", **two, num_images_per_prompt=2, output_type="np")
     with pytest.raises((RuntimeError, ValueError)):
         mode_oracles["Controlnet"](**call)
-    together = modes("Controlnet")(**call, generator=[seeded(i) for i in range(4)]).images
+    together = make_pipeline("Controlnet")(**call, generator=[seeded(i) for i in range(4)]).images
     for i in range(4):
         row = {name: value[i // 2 : i // 2 + 1] for name, value in two.items() if isinstance(value, torch.Tensor)}
         single = mode_call("Controlnet", **row, guidance_scale=1.0, output_type="np")
@@ -108,16 +109,16 @@ def test_2_hints_are_repeated_without_guidance(modes: Ours, mode_oracles: dict[s
 
 
 def masks_and_images() -> dict[str, Any]:
-    masks = torch.from_numpy(np.stack([box(), box()[::-1].copy()]))[:, None]
-    return {"image": torch.stack([tensor(1, signed=True), tensor(2, signed=True)]), "mask_image": masks}
+    masks = torch.from_numpy(np.stack([box_mask(), box_mask()[::-1].copy()]))[:, None]
+    return {"image": torch.stack([photo_tensor(1, signed=True), photo_tensor(2, signed=True)]), "mask_image": masks}
 
 
-def test_3_every_picture_has_its_own_image_and_mask(modes: Ours, mode_oracles: dict[str, Any]) -> None:
-    ours, theirs, given = modes("Inpaint"), mode_oracles["Inpaint"], masks_and_images()
-    call = mode_call("Inpaint", **pair(2), **given)
+def test_3_every_picture_has_its_own_image_and_mask(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
+    ours, theirs, inputs = make_pipeline("Inpaint"), mode_oracles["Inpaint"], masks_and_images()
+    call = mode_call("Inpaint", **pair(2), **inputs)
 
     def alone(i: int) -> Any:
-        rows = {name: value[i : i + 1].clone() for name, value in {**pair(2), **given}.items()}
+        rows = {name: value[i : i + 1].clone() for name, value in {**pair(2), **inputs}.items()}
         return theirs(**mode_call("Inpaint", **rows), generator=seeded(i)).images[0]
 
     wrong = theirs(**mode_call("Inpaint", **pair(2), **masks_and_images()), generator=[seeded(0), seeded(1)]).images
@@ -127,33 +128,33 @@ def test_3_every_picture_has_its_own_image_and_mask(modes: Ours, mode_oracles: d
         assert difference(together[i], alone(i)) < SAME
 
 
-def test_3_one_image_serves_many_embeddings(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_3_one_image_serves_many_embeddings(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     call = mode_call("Inpaint", **pair(2))
     with pytest.raises((RuntimeError, ValueError)):
         mode_oracles["Inpaint"](**call)
-    together = modes("Inpaint")(**call, generator=[seeded(0), seeded(1)]).images
+    together = make_pipeline("Inpaint")(**call, generator=[seeded(0), seeded(1)]).images
     for i in range(2):
         row = {name: value[i : i + 1] for name, value in pair(2).items()}
         alone = mode_oracles["Inpaint"](**mode_call("Inpaint", **row), generator=seeded(i)).images
         assert difference(together[i], alone[0]) < SAME
 
 
-def test_3_masks_stay_as_they_are(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_3_masks_stay_as_they_are(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     changed = []
-    for pipe in (modes("Inpaint"), mode_oracles["Inpaint"]):
+    for pipe in (make_pipeline("Inpaint"), mode_oracles["Inpaint"]):
         mask = torch.from_numpy(np.random.default_rng(0).random((1, 1, 32, 32)).astype(np.float32))
         before = mask.clone()
-        pipe(**mode_call("Inpaint", image=tensor(1, signed=True)[None], mask_image=mask))
+        pipe(**mode_call("Inpaint", image=photo_tensor(1, signed=True)[None], mask_image=mask))
         changed.append(not torch.equal(mask, before))
     assert changed == [False, True]
 
 
-def test_3_arrays_are_resized(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_3_arrays_are_resized(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     large = np.asarray(photo(1, 48, 48))
-    call = mode_call("Inpaint", image=large, mask_image=box())
+    call = mode_call("Inpaint", image=large, mask_image=box_mask())
     with pytest.raises((RuntimeError, ValueError)):
         mode_oracles["Inpaint"](**call)
-    ours = modes("Inpaint")(**call, generator=seeded(0)).images
+    ours = make_pipeline("Inpaint")(**call, generator=seeded(0)).images
     right = mode_oracles["Inpaint"](**{**call, "image": photo(1, 48, 48)}, generator=seeded(0)).images
     assert difference(ours, right) < SAME
 
@@ -176,41 +177,41 @@ def test_4_latents_are_cast(decoder: KandinskyV22Pipeline, oracles: dict[str, An
 
 @pytest.mark.parametrize("mode", ["", "Img2Img", "Inpaint"])
 def test_5_callbacks_need_no_number_of_steps(
-    mode: str, modes: Ours, decoder: KandinskyV22Pipeline, oracles: dict[str, Any], mode_oracles: dict[str, Any]
+    mode: str, make_pipeline: Ours, decoder: KandinskyV22Pipeline, oracles: dict[str, Any], mode_oracles: dict[str, Any]
 ) -> None:
     steps: list[int] = []
 
-    def told(step: int, timestep: Any, latents: torch.Tensor) -> None:
+    def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
         steps.append(step)
 
-    ours, theirs = (modes(mode), mode_oracles[mode]) if mode else (decoder, oracles["decoder"])
+    ours, theirs = (make_pipeline(mode), mode_oracles[mode]) if mode else (decoder, oracles["decoder"])
     call = mode_call(mode) if mode else {**pair(), **SMALL}
     with pytest.raises(TypeError):
-        theirs(**call, callback=told)
+        theirs(**call, callback=callback)
     steps.clear()
-    ours(**call, callback=told)
+    ours(**call, callback=callback)
     assert steps == list(range(ours.num_timesteps)) and len(steps) > 1
 
 
 # 6
 
 
-def test_6_wide_pictures_stay_wide(modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_6_wide_pictures_stay_wide(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     call = mode_call("Img2Img", image=photo(1, 40, 24), height=24, width=40, output_type="np")
     assert mode_oracles["Img2Img"](**call).images.shape == (1, 40, 24, 3)
-    ours = modes("Img2Img")(**call, generator=seeded(0)).images
+    ours = make_pipeline("Img2Img")(**call, generator=seeded(0)).images
     assert ours.shape == (1, 24, 40, 3)
     swapped = mode_oracles["Img2Img"](**{**call, "height": 40, "width": 24}, generator=seeded(0)).images
     assert difference(ours, swapped) < SAME
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
-def test_6_arrays_are_pictures(mode: str, modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_6_arrays_are_pictures(mode: str, make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     call = mode_call(mode, image=np.asarray(photo(1)), output_type="np")
     with pytest.raises((ValueError, AttributeError)):
         mode_oracles[mode](**call)
     right = mode_oracles[mode](**{**call, "image": photo(1)}, generator=seeded(0)).images
-    assert difference(modes(mode)(**call, generator=seeded(0)).images, right) < SAME
+    assert difference(make_pipeline(mode)(**call, generator=seeded(0)).images, right) < SAME
 
 
 # 7
@@ -235,8 +236,8 @@ def test_8_latents_reach_the_decoder(combined: KandinskyV22CombinedPipeline, ora
     with pytest.raises(ValueError, match="latents"):
         oracles["combined"](**call)
     generator = seeded(0)
-    made = oracles["prior"]("a cat", num_inference_steps=2, generator=generator)
-    right = oracles["decoder"](*made.to_tuple(), **SMALL, latents=latents, generator=generator).images
+    results = oracles["prior"]("a cat", num_inference_steps=2, generator=generator)
+    right = oracles["decoder"](*results.to_tuple(), **SMALL, latents=latents, generator=generator).images
     assert difference(combined(**call, generator=seeded(0)).images, right) < SAME
 
 
@@ -257,68 +258,69 @@ def test_8_a_progress_bar_is_no_offloading(
 
 @pytest.mark.parametrize("mode", ["Controlnet", "ControlnetImg2Img"])
 def test_9_controlled_pipelines_have_step_callbacks_and_latents(
-    mode: str, modes: Ours, mode_oracles: dict[str, Any]
+    mode: str, make_pipeline: Ours, mode_oracles: dict[str, Any]
 ) -> None:
     assert "callback_on_step_end" not in inspect.signature(type(mode_oracles[mode]).__call__).parameters
     with pytest.raises(ValueError, match="output"):
         mode_oracles[mode](**mode_call(mode))
-    seen: list[torch.Tensor] = []
-    out = modes(mode)(
-        **mode_call(mode), callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["latents"])
+    recorded: list[torch.Tensor] = []
+    out = make_pipeline(mode)(
+        **mode_call(mode),
+        callback_on_step_end=lambda pipe, step, timestep, tensors: recorded.append(tensors["latents"]),
     )
-    assert torch.equal(seen[-1], out.images)
+    assert torch.equal(recorded[-1], out.images)
     assert out.images.shape == (1, 4, 16, 16)
 
 
 # 10
 
 
-def asking(pipe: Any, asked: list[str]) -> Any:
-    """The same pipeline, noting when it asks where networks work."""
+def recording_device_reads(pipe: Any, reads: list[str]) -> Any:
+    """Return the same pipeline, recording reads of its execution device."""
 
-    class Asking(type(pipe)):  # type: ignore[misc]
+    class Recording(type(pipe)):  # type: ignore[misc]
         @property
         def _execution_device(self) -> torch.device:
-            asked.append(type(pipe).__module__.split(".")[0])
+            reads.append(type(pipe).__module__.split(".")[0])
             return super()._execution_device
 
-    made = Asking(**pipe.components)
-    made.set_progress_bar_config(disable=True)
-    return made
+    recording = Recording(**pipe.components)
+    recording.set_progress_bar_config(disable=True)
+    return recording
 
 
 def test_10_interpolate_goes_where_networks_work(emb2emb: Any, their_emb2emb: Any) -> None:
-    asked: list[str] = []
+    reads: list[str] = []
     for pipe in (their_emb2emb, emb2emb):
-        asking(pipe, asked).interpolate([photo(1)], [1.0], num_inference_steps=2)
-    assert set(asked) == {"kandinsky22"}
+        recording_device_reads(pipe, reads).interpolate([photo(1)], [1.0], num_inference_steps=2)
+    assert set(reads) == {"kandinsky22"}
 
 
 def test_10_output_types_are_checked_first(
-    prior: KandinskyV22PriorPipeline, oracles: dict[str, Any], modes: Ours, mode_oracles: dict[str, Any]
+    prior: KandinskyV22PriorPipeline, oracles: dict[str, Any], make_pipeline: Ours, mode_oracles: dict[str, Any]
 ) -> None:
     steps: list[int] = []
 
-    def told(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         steps.append(step)
         return tensors
 
     calls: list[tuple[Any, Any, dict[str, Any]]] = [
-        (modes("Inpaint"), mode_oracles["Inpaint"], mode_call("Inpaint", output_type="jpeg")),
+        (make_pipeline("Inpaint"), mode_oracles["Inpaint"], mode_call("Inpaint", output_type="jpeg")),
         (prior, oracles["prior"], {"prompt": "a cat", "num_inference_steps": 2, "output_type": "pil"}),
     ]
     for ours, theirs, call in calls:
         with pytest.raises(ValueError, match="output"):
-            theirs(**call, callback_on_step_end=told)
+            theirs(**call, callback_on_step_end=callback)
         assert len(steps) > 1
         steps.clear()
         with pytest.raises(InputError, match="output_type"):
-            ours(**call, callback_on_step_end=told)
+            ours(**call, callback_on_step_end=callback)
         assert not steps
     unknown = mode_call("Img2Img", output_type="jpeg")
-    assert isinstance(mode_oracles["Img2Img"](**unknown).images, np.ndarray)  # without a word
+    assert isinstance(mode_oracles["Img2Img"](**unknown).images, np.ndarray)  # without an error
     with pytest.raises(InputError, match="output_type"):
-        modes("Img2Img")(**unknown)
+        make_pipeline("Img2Img")(**unknown)
 
 
 # 12
@@ -338,12 +340,12 @@ def test_12_each_prompt_keeps_its_picture(
     def generators() -> list[torch.Generator]:
         return [seeded(i) for i in range(4)]
 
-    made = {name: pipe(**call, **options, generator=generators()).images for name, pipe in
+    results = {name: pipe(**call, **options, generator=generators()).images for name, pipe in
             (("ours", ours), ("theirs", theirs))}  # fmt: skip
     for i in range(4):
         alone = theirs("a cat", photo(1 + i // 2), **options, generator=seeded(i)).images
-        assert difference(made["ours"][i], alone[0]) < SAME
-        assert (difference(made["theirs"][i], alone[0]) > 0.1) == (i in (1, 2))  # pictures 1, 2, 1, 2
+        assert difference(results["ours"][i], alone[0]) < SAME
+        assert (difference(results["theirs"][i], alone[0]) > 0.1) == (i in (1, 2))  # pictures 1, 2, 1, 2
 
 
 # 13
@@ -366,13 +368,13 @@ def test_13_one_generator_a_picture_is_enough_with_negatives(
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
-def test_14_strength_may_leave_no_step(mode: str, modes: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_14_strength_may_leave_no_step(mode: str, make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     call = mode_call(mode, strength=0.0, output_type="np")
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         mode_oracles[mode](**call)
-    ours = modes(mode)
+    ours = make_pipeline(mode)
     with torch.no_grad():
-        clean = ours.movq.encode(tensor(1)[None] * 2 - 1)[0]
+        clean = ours.movq.encode(photo_tensor(1)[None] * 2 - 1)[0]
         right = ours.movq.decode(clean, force_not_quantize=True)[0]
     expected = (right / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert difference(ours(**call).images, expected) < 1e-3

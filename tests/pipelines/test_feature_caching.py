@@ -77,8 +77,8 @@ def test_a_new_condition_starts_with_all_levels(decoder: KandinskyV22Pipeline) -
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "Inpaint", "Controlnet", "ControlnetImg2Img"])
-def test_every_mode_can(modes: Callable[[str], Any], mode: str) -> None:
-    pipe, picture = modes(mode), torch.rand(1, 3, 64, 64, generator=seeded(5))
+def test_every_mode_can(make_pipeline: Callable[[str], Any], mode: str) -> None:
+    pipe, picture = make_pipeline(mode), torch.rand(1, 3, 64, 64, generator=seeded(5))
     given: dict[str, Any] = {"image": picture} if mode != "Controlnet" else {}
     given |= {"hint": picture} if "Controlnet" in mode else {}
     given |= {"mask_image": (picture[:, 0] > 0.5).float()} if mode == "Inpaint" else {}

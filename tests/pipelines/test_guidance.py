@@ -1,4 +1,4 @@
-"""Options of guidance in all ten classes: defaults change nothing, steps outside the interval cost half, each acts."""
+"""Guidance options in all ten classes: they are off by default, each acts, and unguided steps cost half."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipelines.test_modes_parity import box, embeds, hint, photo
-from tests.pipelines.tiny import MODES, difference, seeded
+from tests.pipelines.calls import CLASSES, COMBINED, PRIORS, SMALL_LATENTS, inputs, step_counts
+from tests.pipelines.recording import record_batch_sizes
+from tests.pipelines.tiny import difference, embeds, pair, seeded
 
 import kandinsky22
 from kandinsky22 import InputError
 
-SMALL: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
 OPTIONS = ("guidance_rescale", "guidance_interval", "guidance_threshold")
 STEPS = ("timesteps", "sigmas")
-PRIORS = ("Prior", "PriorEmb2Emb")
-COMBINED = ("Combined", "Img2ImgCombined", "InpaintCombined")
+ALONE = tuple(name for name in CLASSES if name not in COMBINED)
 ACTING: list[dict[str, Any]] = [
     {"guidance_rescale": 0.7},
     {"guidance_interval": (0.25, 0.75)},
@@ -26,80 +25,41 @@ ACTING: list[dict[str, Any]] = [
 ]
 
 
-def call_of(mode: str) -> dict[str, Any]:
-    if mode in PRIORS:
-        call: dict[str, Any] = {"prompt": "a red square", "num_inference_steps": 4}
-        return call | ({"image": embeds(1, 7), "strength": 1.0} if mode == "PriorEmb2Emb" else {})
-    call = {**SMALL, "image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
-    if "Img2Img" in mode:
-        call |= {"image": photo(3), "strength": 1.0}
-    if "Controlnet" in mode:
-        call |= {"hint": hint(1, 5)}
-    if mode == "Inpaint":
-        call |= {"image": photo(3), "mask_image": box()}
-    return call
-
-
-@pytest.fixture
-def build(
-    prior: Any, decoder: Any, modes: Callable[[str], Any], checkpoints: Any
-) -> Callable[[str], tuple[Any, dict[str, Any]]]:
-    """A pipeline that runs alone, and a call of it, by mode."""
-
-    def made(mode: str) -> tuple[Any, dict[str, Any]]:
-        if mode == "PriorEmb2Emb":
-            return kandinsky22.KandinskyV22PriorEmb2EmbPipeline.from_pipe(prior), call_of(mode)
-        return {"Prior": prior, "": decoder}.get(mode) or modes(mode), call_of(mode)
-
-    return made
+def call_of(name: str) -> dict[str, Any]:
+    """Return a call of four steps per stage that ends in embeddings or latents."""
+    return {**inputs(name), **({} if name in PRIORS else SMALL_LATENTS), **step_counts(name, 4)}
 
 
 def run(pipe: Any, call: dict[str, Any], **options: Any) -> torch.Tensor:
     return pipe(**call, **options, generator=seeded(0))[0]
 
 
-def rows_seen(network: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each call of the network's `denoise` has, as a list that grows."""
-    rows: list[int] = []
-    denoise = network.denoise
-
-    def counted(sample: torch.Tensor, *rest: Any) -> torch.Tensor:
-        rows.append(len(sample))
-        return denoise(sample, *rest)
-
-    monkeypatch.setattr(network, "denoise", counted)
-    return rows
-
-
-ALONE = ("Prior", "PriorEmb2Emb", "", *MODES)
-
-
 def same(mode: str, *ends: torch.Tensor) -> bool:
-    """Bit for bit, but for priors: a text that is encoded beside another is rounded in another way."""
+    """Return whether results are equal: bit for bit, except in priors, where rounding depends on the batch of texts."""
     return difference(*ends) < 1e-5 if mode in PRIORS else torch.equal(*ends)
 
 
 @pytest.mark.parametrize("mode", ALONE)
-def test_each_option_acts_and_none_does_by_default(build: Any, mode: str) -> None:
-    pipe, call = build(mode)
-    plain = run(pipe, call)
+def test_each_option_acts_and_none_does_by_default(make_pipeline: Callable[..., Any], mode: str) -> None:
+    pipe, call = make_pipeline(mode), call_of(mode)
+    baseline = run(pipe, call)
     off = {"guidance_rescale": 0.0, "guidance_interval": None, "guidance_threshold": None}
-    assert torch.equal(run(pipe, call, **off), plain)
-    assert torch.equal(run(pipe, call, guidance_interval=(0, 1)), plain)
+    assert torch.equal(run(pipe, call, **off), baseline)
+    assert torch.equal(run(pipe, call, guidance_interval=(0, 1)), baseline)
     for options in ACTING:
         changed = run(pipe, call, **options)
         assert torch.isfinite(changed).all()
-        assert difference(changed, plain) > 1e-4
+        assert difference(changed, baseline) > 1e-4
         single = run(pipe, {**call, "guidance_scale": 1.0}, **options)
-        assert torch.equal(single, run(pipe, {**call, "guidance_scale": 1.0})), "nothing to act on without guidance"
+        assert torch.equal(single, run(pipe, {**call, "guidance_scale": 1.0})), "the options need guidance"
 
 
 @pytest.mark.parametrize("mode", ALONE)
 def test_steps_outside_the_interval_run_the_conditional_half(
-    build: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+    make_pipeline: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, call = build(mode)
-    rows = rows_seen(pipe.prior if mode in PRIORS else pipe.unet, monkeypatch)
+    pipe, call = make_pipeline(mode), call_of(mode)
+    rows = record_batch_sizes(pipe.prior if mode in PRIORS else pipe.unet, monkeypatch)
     run(pipe, {**call, "num_inference_steps": 10}, guidance_interval=(0.2, 0.7))
     assert rows == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1]
     rows.clear()
@@ -109,26 +69,31 @@ def test_steps_outside_the_interval_run_the_conditional_half(
 
 
 @pytest.mark.parametrize("mode", ALONE)
-def test_before_the_interval_samples_are_those_of_the_condition_alone(build: Any, mode: str) -> None:
-    pipe, call = build(mode)
-    ways: list[list[torch.Tensor]] = []
+def test_before_the_interval_samples_are_those_of_the_condition_alone(
+    make_pipeline: Callable[..., Any], mode: str
+) -> None:
+    pipe, call = make_pipeline(mode), call_of(mode)
+    trajectories: list[list[torch.Tensor]] = []
     for options in ({"guidance_interval": (0.5, 1)}, {"guidance_scale": 1.0}, {}):
-        way: list[torch.Tensor] = []
+        trajectory: list[torch.Tensor] = []
         run(
-            pipe, call | options, callback=lambda _, __, latents, way=way: way.append(latents.clone()), callback_steps=1
+            pipe,
+            call | options,
+            callback=lambda _, __, latents, trajectory=trajectory: trajectory.append(latents.clone()),
+            callback_steps=1,
         )
-        ways.append(way)
-    late, never, always = ways
+        trajectories.append(trajectory)
+    late, never, always = trajectories
     assert [same(mode, *pair) for pair in zip(late, never, strict=True)] == [True, True, False, False]
     assert not any(same(mode, *pair) for pair in zip(late, always, strict=True))
 
 
 def test_the_interval_counts_the_steps_that_strength_leaves_out(
-    modes: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    make_pipeline: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where guidance matters is a matter of the noise that is left, not of where a run began."""
-    pipe = modes("Img2Img")
-    rows = rows_seen(pipe.unet, monkeypatch)
+    """The interval is a fraction of the whole noise schedule, not of the steps that are run."""
+    pipe = make_pipeline("Img2Img")
+    rows = record_batch_sizes(pipe.unet, monkeypatch)
     call = {**call_of("Img2Img"), "num_inference_steps": 10, "strength": 0.5}
     run(pipe, call, guidance_interval=(0.2, 0.7))
     assert rows == [2, 2, 1, 1, 1]
@@ -137,18 +102,18 @@ def test_the_interval_counts_the_steps_that_strength_leaves_out(
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_both_visits_of_a_step_are_guided_or_none(
-    modes: Callable[[str], Any], name: str, strength: float, monkeypatch: pytest.MonkeyPatch
+    make_pipeline: Callable[[str], Any], name: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = modes("Img2Img")
+    pipe = make_pipeline("Img2Img")
     pipe.scheduler = getattr(kandinsky22, name).from_config(pipe.scheduler.config)
-    rows = rows_seen(pipe.unet, monkeypatch)
+    rows = record_batch_sizes(pipe.unet, monkeypatch)
     run(pipe, {**call_of("Img2Img"), "strength": strength}, guidance_interval=(0.5, 0.75))
     assert rows == [1, 1, 1, 1, 2, 2, 1][-7 if strength == 1 else -3 :]
 
 
 def test_batches_with_options_equal_single_calls(decoder: Any) -> None:
     options = {"guidance_rescale": 0.5, "guidance_interval": (0.25, 1), "guidance_threshold": 0.95}
-    both = {**SMALL, "image_embeds": embeds(2, 1), "negative_image_embeds": embeds(2, 2)}
+    both = {**SMALL_LATENTS, **pair(2, seed=1)}
     together = decoder(**both, **options, generator=[seeded(0), seeded(1)]).images
     for row in range(2):
         one = {name: value[row : row + 1] if "embeds" in name else value for name, value in both.items()}
@@ -158,14 +123,14 @@ def test_batches_with_options_equal_single_calls(decoder: Any) -> None:
 def test_the_rescaled_network_output_is_the_references(
     decoder: Any, oracles: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where guidance is strongest: what the scheduler is given, step by step, by way of the reference's function."""
+    """The scheduler's inputs are compared step by step with those of the reference's function."""
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     outputs: list[torch.Tensor] = []
     denoise, step = decoder.unet.denoise, decoder.scheduler.step
 
-    def seen(*given: Any) -> torch.Tensor:
-        outputs.append(denoise(*given))
+    def recorded(*arguments: Any) -> torch.Tensor:
+        outputs.append(denoise(*arguments))
         return outputs[-1]
 
     def checked(output: torch.Tensor, timestep: Any, sample: torch.Tensor, **options: Any) -> Any:
@@ -174,14 +139,16 @@ def test_the_rescaled_network_output_is_the_references(
         assert difference(output[:, :4], expected) < 1e-6
         return step(output, timestep, sample, **options)
 
-    monkeypatch.setattr(decoder.unet, "denoise", seen)
-    monkeypatch.setattr(type(decoder.scheduler), "step", lambda self, *given, **options: checked(*given, **options))
+    monkeypatch.setattr(decoder.unet, "denoise", recorded)
+    monkeypatch.setattr(
+        type(decoder.scheduler), "step", lambda self, *arguments, **options: checked(*arguments, **options)
+    )
     run(decoder, call_of(""), guidance_rescale=0.7)
     assert len(outputs) == 4
 
 
 def test_a_callback_may_change_the_scale_within_an_interval(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = rows_seen(decoder.unet, monkeypatch)
+    rows = record_batch_sizes(decoder.unet, monkeypatch)
 
     def switch(pipe: Any, step: int, timestep: Any, tensors: Any) -> None:
         pipe._guidance_scale = 1.0 if step == 2 else 3.0
@@ -196,7 +163,7 @@ def test_networks_are_bound_anew_where_guidance_begins_and_ends(decoder: Any, mo
     monkeypatch.setattr(
         decoder.unet,
         "encode_condition",
-        lambda **given: calls.append(len(given["image_embeds"])) or encode(**given),
+        lambda **arguments: calls.append(len(arguments["image_embeds"])) or encode(**arguments),
     )
     run(decoder, {**call_of(""), "num_inference_steps": 8}, guidance_interval=(0.25, 0.75))
     assert calls == [1, 2, 1]
@@ -204,51 +171,27 @@ def test_networks_are_bound_anew_where_guidance_begins_and_ends(decoder: Any, mo
 
 def test_mixtures_have_the_options_too(prior: Any) -> None:
     call = {"images_and_prompts": ["a cat", embeds(1, 3)], "weights": [0.4, 0.6], "num_inference_steps": 4}
-    plain = prior.interpolate(**call, generator=seeded(0)).image_embeds
-    assert torch.equal(prior.interpolate(**call, generator=seeded(0), guidance_interval=(0, 1)).image_embeds, plain)
+    baseline = prior.interpolate(**call, generator=seeded(0)).image_embeds
+    assert torch.equal(prior.interpolate(**call, generator=seeded(0), guidance_interval=(0, 1)).image_embeds, baseline)
     for options in ACTING:
-        assert difference(prior.interpolate(**call, generator=seeded(0), **options).image_embeds, plain) > 1e-4
+        assert difference(prior.interpolate(**call, generator=seeded(0), **options).image_embeds, baseline) > 1e-4
 
 
-# Prior and decoder as one
-
-
-def combined_call(mode: str) -> dict[str, Any]:
-    call = {"prompt": "a red cat", "prior_num_inference_steps": 4, **SMALL}
-    if mode == "Img2ImgCombined":
-        call |= {"image": photo(3), "strength": 1.0}
-    return call | ({"image": photo(3), "mask_image": box()} if mode == "InpaintCombined" else {})
-
-
-@pytest.fixture
-def joined(combined: Any, prior: Any, modes: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The pipelines that hold prior and decoder, by mode."""
-
-    def made(mode: str) -> Any:
-        if mode == "Combined":
-            return combined
-        parts = modes("Inpaint" if mode == "InpaintCombined" else "Img2Img").components
-        pipe = getattr(kandinsky22, f"KandinskyV22{mode}Pipeline")(
-            **parts, **{f"prior_{name}": part for name, part in prior.components.items()}
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return made
+# Combined classes
 
 
 @pytest.mark.parametrize("mode", COMBINED)
 def test_each_stage_has_options_of_its_own(
-    joined: Callable[[str], Any], mode: str, monkeypatch: pytest.MonkeyPatch
+    make_pipeline: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = joined(mode)
-    early, late = rows_seen(pipe.prior_prior, monkeypatch), rows_seen(pipe.unet, monkeypatch)
-    call = combined_call(mode)
-    plain = run(pipe, call)
+    pipe = make_pipeline(mode)
+    early, late = record_batch_sizes(pipe.prior_prior, monkeypatch), record_batch_sizes(pipe.unet, monkeypatch)
+    call = call_of(mode)
+    baseline = run(pipe, call)
     for options in ACTING:
         for prefix in ("", "prior_"):
             changed = run(pipe, call, **{prefix + name: value for name, value in options.items()})
-            assert difference(changed, plain) > 1e-5, prefix
+            assert difference(changed, baseline) > 1e-5, prefix
     early.clear(), late.clear()
     run(pipe, call, guidance_interval=(0.5, 1), prior_guidance_interval=(0, 0.5))
     assert (early, late) == ([2, 2, 1, 1], [1, 1, 2, 2])
@@ -259,13 +202,13 @@ def test_each_stage_has_options_of_its_own(
 
 @pytest.mark.parametrize("mode", [*ALONE, *COMBINED])
 def test_the_specifications_arguments_keep_their_places(mode: str) -> None:
-    """Ours come after them."""
+    """Our own arguments follow those of the specification."""
     kind = getattr(kandinsky22, f"KandinskyV22{mode}Pipeline")
     names = list(inspect.signature(kind.__call__).parameters)
-    wanted = [*OPTIONS, *STEPS]
+    own_arguments = [*OPTIONS, *STEPS]
     if mode in COMBINED:
-        wanted = [*OPTIONS, *(f"prior_{name}" for name in OPTIONS), *STEPS, *(f"prior_{name}" for name in STEPS)]
-    assert names[-len(wanted) :] == wanted
+        own_arguments = [*OPTIONS, *(f"prior_{name}" for name in OPTIONS), *STEPS, *(f"prior_{name}" for name in STEPS)]
+    assert names[-len(own_arguments) :] == own_arguments
 
 
 BAD = [
@@ -280,18 +223,18 @@ BAD = [
 
 @pytest.mark.usefixtures("no_network_runs")
 @pytest.mark.parametrize("options", BAD, ids=str)
-def test_values_are_refused_before_any_network_runs(build: Any, joined: Callable[[str], Any], options: Any) -> None:
+def test_values_are_refused_before_any_network_runs(make_pipeline: Callable[..., Any], options: Any) -> None:
     name = next(iter(options))
     for mode in ALONE:
-        pipe, call = build(mode)
+        pipe, call = make_pipeline(mode), call_of(mode)
         with pytest.raises(InputError, match=f"{name}="):
             run(pipe, call, **options)
     for mode in COMBINED:
-        pipe = joined(mode)
+        pipe = make_pipeline(mode)
         with pytest.raises(InputError, match=f"^{name}="):
-            run(pipe, combined_call(mode), **options)
+            run(pipe, call_of(mode), **options)
         with pytest.raises(InputError, match=f"of the prior.*{name}="):
-            run(pipe, combined_call(mode), **{f"prior_{name}": options[name]})
+            run(pipe, call_of(mode), **{f"prior_{name}": options[name]})
 
 
 @pytest.mark.usefixtures("no_network_runs")
@@ -302,16 +245,16 @@ def test_thresholds_need_a_scheduler_that_tells_clean_samples(decoder: Any, monk
 
 
 def test_cached_features_do_not_outlive_a_change_of_guidance(decoder: Any) -> None:
-    """Where guidance begins or ends all levels run: kept features are those of another batch, or of long ago."""
+    """All levels run where guidance begins or ends, because cached features belong to another batch or are outdated."""
     decoder.enable_feature_caching(every=4)
     call = {**call_of(""), "num_inference_steps": 6}
-    kept: list[torch.Tensor] = []
+    inner_features: list[torch.Tensor] = []
     inner = decoder.unet.mid_block.forward
 
     def counted(features: torch.Tensor, *rest: Any) -> torch.Tensor:
-        kept.append(features)
+        inner_features.append(features)
         return inner(features, *rest)
 
     decoder.unet.mid_block.forward = counted
     run(decoder, call, guidance_interval=(0.3, 0.6))
-    assert [len(features) for features in kept] == [1, 2, 1]
+    assert [len(features) for features in inner_features] == [1, 2, 1]

@@ -1,4 +1,4 @@
-"""Image encoders sleep until they are needed; what they make of an all-zero picture, and texts, are kept."""
+"""Image encoders are loaded on first use; embeddings of all-zero images and text encodings are cached."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.pipelines.pretend import accelerator
-from tests.pipelines.test_modes_parity import photo
-from tests.pipelines.tiny import difference, seeded
+from tests.pipelines.fake_accelerator import fake_accelerator
+from tests.pipelines.pictures import photo
+from tests.pipelines.tiny import difference, load_quietly, seeded
 
 from kandinsky22 import (
     CheckpointError,
@@ -25,16 +25,15 @@ from kandinsky22 import (
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky22.kernels import host_memory
+from kandinsky22.kernels import host_memory, settings
 from kandinsky22.pipelines import embedding_cache
-from kandinsky22.runtime import lazy_component
-from kandinsky22.runtime.lazy_component import is_asleep, wake
+from kandinsky22.runtime.lazy_component import LazyComponent
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedding_cache, "WORTHWHILE", 0)
+    monkeypatch.setattr(embedding_cache, "MIN_ENCODER_BYTES", 0)
     return tmp_path / "cache" / "zero-image"
 
 
@@ -57,9 +56,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def load(folder: Path, kind: Any = KandinskyV22PriorPipeline, **options: Any) -> Any:
-    pipe = kind.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_quietly(kind, folder, **options)
 
 
 def draw(pipe: Any, prompt: str = "a cat", **options: Any) -> list[torch.Tensor]:
@@ -67,31 +64,36 @@ def draw(pipe: Any, prompt: str = "a cat", **options: Any) -> list[torch.Tensor]
     return [out.image_embeds, out.negative_image_embeds]
 
 
+def is_loaded(pipe: Any, name: str = "image_encoder") -> bool:
+    component = pipe.components[name]
+    return not isinstance(component, LazyComponent) or component.is_loaded
+
+
 def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-# Asleep
+# Lazy loading
 
 
 def test_text_to_image_never_reads_the_image_encoder_again(checkpoints: Path, cache: Path, runs: list[str]) -> None:
     first = load(checkpoints / "prior")
-    assert is_asleep(first.image_encoder)
+    assert not is_loaded(first)
     made = draw(first)
-    assert not is_asleep(first.image_encoder)
+    assert is_loaded(first)
     assert runs == ["text", "image"]
     assert len(list(cache.iterdir())) == 1
     second = load(checkpoints / "prior")
     assert same(draw(second), made)
-    assert is_asleep(second.image_encoder)
+    assert not is_loaded(second)
     assert runs == ["text", "image", "text"]
     whole = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
     whole("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
-    assert not is_asleep(whole.prior_image_encoder), "other files: nothing is known of them yet"
+    assert is_loaded(whole, "prior_image_encoder"), "other files, which have no entry in the cache yet"
     again = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
     again("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
-    assert is_asleep(again.prior_image_encoder)
-    assert is_asleep(again.prior_pipe.image_encoder)
+    assert not is_loaded(again, "prior_image_encoder")
+    assert not is_loaded(again.prior_pipe)
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def test_kept_and_computed_embeddings_are_those_of_the_reference(checkpoints: Pa
         assert difference(load(checkpoints / "prior").get_zero_embed(2), expected) < 1e-6
 
 
-WAKING: dict[str, Callable[[Any], Any]] = {
+USES: dict[str, Callable[[Any], Any]] = {
     "its weights": lambda network: list(network.parameters()),
     "its state": lambda network: network.state_dict(),
     "its type": lambda network: network.dtype,
@@ -112,44 +114,64 @@ WAKING: dict[str, Callable[[Any], Any]] = {
     "calling": lambda network: network(torch.zeros(1, 3, 32, 32)),
     "pickling": lambda network: pickle.dumps(network),
     "copying": lambda network: copy.deepcopy(network),
-    "setting": lambda network: setattr(network, "note", 1),
     "hooks": lambda network: network.register_forward_hook(lambda *_: None),
 }
 
 
-@pytest.mark.parametrize("how", WAKING)
-def test_it_wakes_when_it_is_looked_at(how: str, checkpoints: Path) -> None:
-    encoder = load(checkpoints / "prior").image_encoder
-    assert isinstance(encoder, transformers.CLIPVisionModelWithProjection)
-    assert encoder.config.projection_dim > 0
-    assert is_asleep(encoder)
-    state, kind = torch.get_rng_state(), transformers.CLIPVisionModelWithProjection
-    WAKING[how](encoder)
-    assert type(encoder) is kind
+@pytest.mark.parametrize("how", USES)
+def test_it_is_loaded_on_first_use(how: str, checkpoints: Path) -> None:
+    lazy = load(checkpoints / "prior").components["image_encoder"]
+    kind = transformers.CLIPVisionModelWithProjection
+    assert isinstance(lazy, LazyComponent)
+    assert lazy.component_class is kind
+    assert lazy.config.projection_dim > 0
+    assert not lazy.is_loaded
+    state = torch.get_rng_state()
+    USES[how](lazy)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not is_asleep(encoder)
+    assert lazy.is_loaded
+    encoder = lazy.load()
+    assert type(encoder) is kind
     assert encoder.training == (how == "training")
     stored = kind.from_pretrained(checkpoints / "prior" / "image_encoder").state_dict()
     assert all(torch.allclose(tensor.float(), stored[name], atol=1e-3) for name, tensor in encoder.state_dict().items())
 
 
+def test_copies_and_pickles_are_networks(checkpoints: Path) -> None:
+    lazy = load(checkpoints / "prior").components["image_encoder"]
+    for network in (copy.deepcopy(lazy), pickle.loads(pickle.dumps(lazy))):
+        assert type(network) is transformers.CLIPVisionModelWithProjection
+        assert network is not lazy.load()
+        assert same(list(network.parameters()), list(lazy.load().parameters()))
+
+
+def test_the_pipeline_attribute_is_the_network(checkpoints: Path) -> None:
+    pipe = load(checkpoints / "prior")
+    assert not is_loaded(pipe)
+    assert type(pipe.image_encoder) is transformers.CLIPVisionModelWithProjection
+    assert is_loaded(pipe)
+    pipe.image_encoder.note = 1
+    assert pipe.image_encoder.note == 1
+    assert pipe.components["image_encoder"].load() is pipe.image_encoder
+
+
 def test_names_that_it_does_not_have(checkpoints: Path) -> None:
-    encoder = load(checkpoints / "prior").image_encoder
-    assert not hasattr(encoder, "_orig_mod")
-    assert not hasattr(encoder, "__array__")
-    assert is_asleep(encoder)
-    assert not hasattr(encoder, "nothing")
+    lazy = load(checkpoints / "prior").components["image_encoder"]
+    assert not hasattr(lazy, "_orig_mod")
+    assert not hasattr(lazy, "__array__")
+    assert not lazy.is_loaded
+    assert not hasattr(lazy, "nothing")
 
 
 def test_pipelines_share_it(checkpoints: Path) -> None:
     pipe = load(checkpoints / "prior")
     other = KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)
-    assert other.image_encoder is pipe.image_encoder
-    assert is_asleep(pipe.components["image_encoder"])
-    assert "image_encoder" in repr(pipe)
-    assert is_asleep(pipe.image_encoder)
-    wake(other.image_encoder)
-    assert not is_asleep(pipe.image_encoder)
+    assert other.components["image_encoder"] is pipe.components["image_encoder"]
+    assert "image_encoder: CLIPVisionModelWithProjection" in repr(pipe)
+    assert not is_loaded(pipe)
+    encoder = other.image_encoder
+    assert is_loaded(pipe)
+    assert pipe.image_encoder is encoder
 
 
 def test_saving_writes_it(checkpoints: Path, tmp_path: Path) -> None:
@@ -159,9 +181,9 @@ def test_saving_writes_it(checkpoints: Path, tmp_path: Path) -> None:
     assert same(list(ours.parameters()), list(theirs.parameters()))
 
 
-def test_moves_are_made_up_for(checkpoints: Path, runs: list[str]) -> None:
+def test_conversions_are_applied_after_loading(checkpoints: Path, runs: list[str]) -> None:
     pipe = load(checkpoints / "prior").to(torch.bfloat16)
-    assert is_asleep(pipe.image_encoder)
+    assert not is_loaded(pipe)
     assert pipe.dtype == torch.bfloat16
     made = draw(pipe)
     assert pipe.image_encoder.dtype == torch.bfloat16
@@ -172,13 +194,13 @@ def test_moves_are_made_up_for(checkpoints: Path, runs: list[str]) -> None:
 
 
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory"])
-def test_it_joins_the_others_when_it_wakes(method: str, checkpoints: Path, runs: list[str]) -> None:
+def test_it_is_offloaded_like_the_others_after_loading(method: str, checkpoints: Path, runs: list[str]) -> None:
     plain = draw(load(checkpoints / "prior"))
     os.environ["KANDINSKY22_CACHE"] = ""
     pipe = load(checkpoints / "prior")
-    with accelerator() if method == "enable_model_cpu_offload" else contextlib.nullcontext("cpu") as device:
+    with fake_accelerator() if method == "enable_model_cpu_offload" else contextlib.nullcontext("cpu") as device:
         getattr(pipe, method)(**({} if method == "enable_low_memory" else {"device": device}))
-        assert is_asleep(pipe.image_encoder)
+        assert not is_loaded(pipe)
         offloaded = [part.cpu() for part in draw(pipe)]
         places = {parameter.device.type for parameter in pipe.image_encoder.parameters()}
         assert places == ({"cpu"} if method == "enable_model_cpu_offload" else {"meta"})
@@ -187,14 +209,14 @@ def test_it_joins_the_others_when_it_wakes(method: str, checkpoints: Path, runs:
     assert all(difference(a, b) < 1e-4 for a, b in zip(offloaded, plain, strict=True))
 
 
-def test_what_was_settled_is_taken_back(checkpoints: Path) -> None:
+def test_deferred_offloading_is_cancelled(checkpoints: Path) -> None:
     pipe = load(checkpoints / "prior")
     pipe.enable_low_memory()
     pipe.remove_all_hooks()
     assert {parameter.device.type for parameter in pipe.image_encoder.parameters()} == {"cpu"}
 
 
-def test_damaged_files_are_told_at_once(checkpoints: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_reported_at_once(checkpoints: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = Path(shutil.copytree(checkpoints / "prior", tmp_path / "copy"))
@@ -210,12 +232,11 @@ def test_damaged_files_are_told_at_once(checkpoints: Path, tmp_path: Path) -> No
         draw(load(folder, image_encoder=None))
 
 
-def test_it_can_be_switched_off(checkpoints: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(lazy_component, "enabled", False)
-    monkeypatch.setattr(embedding_cache, "zero_images", False)
-    pipe = load(checkpoints / "prior")
-    assert not is_asleep(pipe.image_encoder)
-    draw(pipe)
+def test_it_can_be_switched_off(checkpoints: Path, cache: Path) -> None:
+    with settings.optimisations(lazy_loading=False, zero_embed_cache=False):
+        pipe = load(checkpoints / "prior")
+        assert not isinstance(pipe.components["image_encoder"], LazyComponent)
+        draw(pipe)
     assert not cache.exists()
 
 
@@ -243,10 +264,10 @@ def test_rewritten_files_are_noticed(checkpoints: Path, tmp_path: Path) -> None:
     pipe = load(checkpoints / "prior")
     pipe.save_pretrained(tmp_path / "own")
     before = load(tmp_path / "own").get_zero_embed()
-    sleeping = load(tmp_path / "own")
+    lazy = load(tmp_path / "own")
     pipe.image_encoder.visual_projection.weight.mul_(2)
     pipe.save_pretrained(tmp_path / "own")
-    assert difference(sleeping.get_zero_embed(), 2 * before) < 1e-5, "it wakes to the new ones"
+    assert difference(lazy.get_zero_embed(), 2 * before) < 1e-5, "the new files are loaded"
     assert difference(load(tmp_path / "own").get_zero_embed(), 2 * before) < 1e-5
 
 
@@ -264,7 +285,7 @@ def test_damaged_or_forbidden_caches_do_no_harm(
 
 
 def test_small_encoders_are_not_worth_a_file(checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_cache, "WORTHWHILE", 2**26)
+    monkeypatch.setattr(embedding_cache, "MIN_ENCODER_BYTES", 2**26)
     load(checkpoints / "prior").get_zero_embed()
     assert not cache.exists()
 
@@ -339,16 +360,15 @@ def test_the_text_towers_pages_are_given_up(checkpoints: Path, monkeypatch: pyte
 
 def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load(checkpoints / "prior")
-    monkeypatch.setattr(embedding_cache.Recent, "size", 2)
+    monkeypatch.setattr(embedding_cache, "TEXT_CACHE_SIZE", 2)
     for text in ("one", "two", "one", "three", "one"):
         pipe.encode_text([text])
     assert runs.count("text") == 3, "the one that was used last stays"
     pipe.encode_text(["two"])
     assert runs.count("text") == 4
-    monkeypatch.setattr(embedding_cache.Recent, "size", 0)
-    pipe.encode_text(["two"])
-    pipe.encode_text(["five"])
-    pipe.encode_text(["five"])
+    with settings.optimisations(text_cache=False):
+        pipe.encode_text(["five"])
+        pipe.encode_text(["five"])
     assert runs.count("text") == 6
 
 
@@ -364,7 +384,7 @@ def test_texts_are_kept_in_the_low_memory_mode(checkpoints: Path, runs: list[str
     assert runs.count("text") == 3
 
 
-def test_pictures_still_wake_the_encoder(checkpoints: Path, oracles: dict[str, Any]) -> None:
+def test_images_still_load_the_encoder(checkpoints: Path, oracles: dict[str, Any]) -> None:
     draw(load(checkpoints / "prior"))
     pipe = load(checkpoints / "prior")
     out = pipe.interpolate(["a cat", photo(1)], [0.5, 0.5], num_inference_steps=2, generator=seeded(1))

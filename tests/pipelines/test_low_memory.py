@@ -144,4 +144,4 @@ def test_layers_that_were_not_packed_stay_so(large: Any, tmp_path: Path) -> None
 def test_by_layer_is_yes_or_no(given: Any, decoder: Any) -> None:
     with pytest.raises(InputError, match="by_layer="):
         decoder.enable_low_memory(by_layer=given)
-    assert decoder._places() == []
+    assert decoder._offloads() == []

@@ -1,4 +1,4 @@
-"""Wrong pictures, masks, hints and strengths: one clear error that names the argument, before any network runs."""
+"""Invalid pictures, masks, hints and strengths: one error that names the argument, before any network runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.pipelines.test_bad_input import EMBEDDINGS, SHARED, SIZES
-from tests.pipelines.test_modes_parity import box, hint, photo, standard, two
-from tests.pipelines.tiny import MODES
+from tests.pipelines.bad_arguments import EMBEDDINGS, SHARED, SIZES
+from tests.pipelines.calls import small_call
+from tests.pipelines.pictures import box_mask, hint, photo
+from tests.pipelines.tiny import MODES, pair
 
 import kandinsky22
 from kandinsky22 import InputError
@@ -95,18 +96,18 @@ STRENGTHS: list[Any] = [-0.1, 1.1, 30, float("nan"), "0.5", None, True]
 
 @pytest.fixture(scope="module")
 def loaded(mode_folder: Path) -> dict[str, Any]:
-    """One pipeline a mode for all wrong calls, which never get far enough to change it."""
+    """One pipeline per mode for all invalid calls, which stop before they change it."""
     return {mode: kandinsky22.DiffusionPipeline.from_pretrained(mode_folder / mode) for mode in MODES}
 
 
-def arguments(mode: str) -> set[str]:
+def arguments_of(mode: str) -> set[str]:
     return set(inspect.signature(getattr(kandinsky22, f"KandinskyV22{mode}Pipeline").__call__).parameters)
 
 
 def cases() -> list[Any]:
-    made: list[Any] = []
+    params: list[Any] = []
     for mode in MODES:
-        known = arguments(mode)
+        known = arguments_of(mode)
         for name, wrong in (
             ("image", NO_PICTURES + ONLY_IMAGE),
             ("hint", NO_PICTURES + ONLY_HINT),
@@ -115,63 +116,63 @@ def cases() -> list[Any]:
             ("keep_pixels", [None, 1, "yes"]),
         ):
             if name in known:
-                made += [
+                params += [
                     pytest.param(mode, name, {name: value}, id=f"{mode}-{name}-{index}")
                     for index, value in enumerate(wrong)
                 ]
-        shared = [(name, given) for name, given in SHARED + SIZES + EMBEDDINGS if set(given) <= known]
-        made += [
-            pytest.param(mode, name, given, id=f"{mode}-{name}-shared-{index}")
-            for index, (name, given) in enumerate(shared)
+        shared = [(name, arguments) for name, arguments in SHARED + SIZES + EMBEDDINGS if set(arguments) <= known]
+        params += [
+            pytest.param(mode, name, arguments, id=f"{mode}-{name}-shared-{index}")
+            for index, (name, arguments) in enumerate(shared)
         ]
-    return made
+    return params
 
 
-def good(mode: str) -> dict[str, Any]:
-    return standard(mode) | two()
+def valid_call(mode: str) -> dict[str, Any]:
+    return small_call(mode) | pair(2, seed=1)
 
 
-@pytest.mark.parametrize(("mode", "name", "given"), cases())
-def test_wrong_argument(mode: str, name: str, given: dict[str, Any], loaded: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("mode", "name", "arguments"), cases())
+def test_wrong_argument(mode: str, name: str, arguments: dict[str, Any], loaded: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=name):
-        loaded[mode](**good(mode) | given)
+        loaded[mode](**valid_call(mode) | arguments)
 
 
-def test_an_item_of_a_list_is_named(modes: Ours) -> None:
+def test_an_item_of_a_list_is_named(make_pipeline: Ours) -> None:
     with pytest.raises(InputError, match=r"mask_image\[1\]"):
-        modes("Inpaint")(**good("Inpaint") | {"mask_image": [box(), box() * 2]})
+        make_pipeline("Inpaint")(**valid_call("Inpaint") | {"mask_image": [box_mask(), box_mask() * 2]})
     with pytest.raises(InputError, match=r"hint\[0\]"):
-        modes("Controlnet")(**good("Controlnet") | {"hint": [3, hint(1, 1)]})
+        make_pipeline("Controlnet")(**valid_call("Controlnet") | {"hint": [3, hint(1, 1)]})
 
 
-def test_kept_pixels_need_pixels(modes: Ours) -> None:
-    pipe = modes("Inpaint")
+def test_kept_pixels_need_pixels(make_pipeline: Ours) -> None:
+    pipe = make_pipeline("Inpaint")
     with pytest.raises(InputError, match="keep_pixels"):
-        pipe(**good("Inpaint") | {"image": torch.zeros(1, 4, 16, 16)}, keep_pixels=True)
+        pipe(**valid_call("Inpaint") | {"image": torch.zeros(1, 4, 16, 16)}, keep_pixels=True)
     with pytest.raises(InputError, match="output_type"):
-        pipe(**good("Inpaint") | {"output_type": "latent"}, keep_pixels=True)
+        pipe(**valid_call("Inpaint") | {"output_type": "latent"}, keep_pixels=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_unet_of_another_mode(mode: str, modes: Ours) -> None:
+def test_unet_of_another_mode(mode: str, make_pipeline: Ours) -> None:
     other = "Img2Img" if mode != "Img2Img" else "Inpaint"
-    pipe = modes(mode)
-    pipe.unet = modes(other).unet
+    pipe = make_pipeline(mode)
+    pipe.unet = make_pipeline(other).unet
     with pytest.raises(InputError, match="unet"):
-        pipe(**good(mode))
+        pipe(**valid_call(mode))
 
 
 @pytest.mark.parametrize("part", ["unet", "movq", "scheduler"])
 @pytest.mark.parametrize("mode", MODES)
-def test_component_left_out(mode: str, part: str, modes: Ours) -> None:
-    pipe = modes(mode)
+def test_component_left_out(mode: str, part: str, make_pipeline: Ours) -> None:
+    pipe = make_pipeline(mode)
     setattr(pipe, part, None)
     with pytest.raises(InputError, match=f"without {part}"):
-        pipe(**good(mode))
+        pipe(**valid_call(mode))
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "Inpaint", "ControlnetImg2Img"])
-def test_scheduler_that_cannot_add_noise(mode: str, modes: Ours) -> None:
+def test_scheduler_that_cannot_add_noise(mode: str, make_pipeline: Ours) -> None:
     class Bare:
         config = None
         timesteps = torch.arange(3)
@@ -179,7 +180,7 @@ def test_scheduler_that_cannot_add_noise(mode: str, modes: Ours) -> None:
         def set_timesteps(self, *_: Any, **__: Any) -> None: ...
         def step(self, *_: Any, **__: Any) -> None: ...
 
-    pipe = modes(mode)
+    pipe = make_pipeline(mode)
     pipe.scheduler = Bare()
     with pytest.raises(InputError, match="add_noise"):
-        pipe(**good(mode))
+        pipe(**valid_call(mode))

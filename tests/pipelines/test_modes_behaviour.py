@@ -1,4 +1,4 @@
-"""What the four decoders that start from pictures promise, and what the reference gets wrong there."""
+"""Behaviour of the four decoders that start from pictures or hints, and errors of the reference in them."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.pipelines.test_modes_parity import box, box_image, hint, photo, standard, tensor, two
-from tests.pipelines.tiny import MODES, difference, embeds, seeded
+from tests.pipelines.calls import small_call
+from tests.pipelines.pictures import box_mask, box_mask_image, hint, photo, photo_tensor
+from tests.pipelines.tiny import MODES, difference, embeds, pair, seeded
 
-SAME = 1e-4  # absolute, pixels in [0, 1]: how many rows a network gets at once moves rounding
-Ours = Callable[[str], Any]
+# Absolute, for pixels in [0, 1]: rounding depends on the batch size.
+SAME = 1e-4
+Ours = Callable[..., Any]
 
 
 def numbers(value: Any) -> Any:
-    """An array, of whatever holds numbers."""
+    """Return a tensor, array or picture as an array."""
     return value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def off(one: Any, other: Any) -> float:
+def largest_difference(one: Any, other: Any) -> float:
+    """Return the largest absolute difference."""
     one, other = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
     assert one.shape == other.shape
     return float(np.abs(one - other).max())
 
 
-def of_two(mode: str) -> dict[str, list[Any]]:
-    """Two of every picture that a mode takes."""
-    given: dict[str, list[Any]] = {}
+def two_pictures(mode: str) -> dict[str, list[Any]]:
+    """Return two of every picture that a mode accepts."""
+    arguments: dict[str, list[Any]] = {}
     if mode != "Controlnet":
-        given["image"] = [photo(1), photo(2, 50, 40)]
+        arguments["image"] = [photo(1), photo(2, 50, 40)]
     if mode == "Inpaint":
-        given["mask_image"] = [box_image(), PIL.Image.fromarray(np.rot90(np.array(box_image())))]
+        arguments["mask_image"] = [box_mask_image(), PIL.Image.fromarray(np.rot90(np.array(box_mask_image())))]
     if mode.startswith("Controlnet"):
-        given["hint"] = [hint(1, 1), photo(3, 128, 128)]
-    return given
+        arguments["hint"] = [hint(1, 1), photo(3, 128, 128)]
+    return arguments
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_signatures(mode: str, mode_oracles: dict[str, Any], modes: Ours) -> None:
-    """Names, order and defaults are the reference's; sizes default to the model's own, and ours add some at the end."""
-    ours = inspect.signature(type(modes(mode)).__call__).parameters
+def test_signatures(mode: str, mode_oracles: dict[str, Any], make_pipeline: Ours) -> None:
+    """Names, order and defaults are the reference's, except that sizes default to the model's; new arguments follow."""
+    ours = inspect.signature(type(make_pipeline(mode)).__call__).parameters
     theirs = dict(inspect.signature(type(mode_oracles[mode]).__call__).parameters)
     theirs.pop("kwargs", None)
     assert list(ours)[: len(theirs)] == list(theirs)
@@ -54,77 +57,87 @@ def test_signatures(mode: str, mode_oracles: dict[str, Any], modes: Ours) -> Non
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_size_of_the_model_unless_given(mode: str, modes: Ours) -> None:
-    given = standard(mode) | {"height": None, "width": None}
-    pipe = modes(mode)
-    assert pipe(**given).images.shape == (1, 32, 32, 3)
-    given = standard(mode) | {"height": 21, "width": 38}
-    if "hint" in given:
-        given["hint"] = hint(1, 1, 24, 40)
-    assert pipe(**given).images.shape == (1, 24, 40, 3)
+def test_size_of_the_model_unless_given(mode: str, make_pipeline: Ours) -> None:
+    arguments = small_call(mode) | {"height": None, "width": None}
+    pipe = make_pipeline(mode)
+    assert pipe(**arguments).images.shape == (1, 32, 32, 3)
+    arguments = small_call(mode) | {"height": 21, "width": 38}
+    if "hint" in arguments:
+        arguments["hint"] = hint(1, 1, 24, 40)
+    assert pipe(**arguments).images.shape == (1, 24, 40, 3)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tuple_is_dict(mode: str, modes: Ours) -> None:
-    pipe = modes(mode)
-    whole = pipe(**standard(mode), generator=seeded(1))
-    (images,) = pipe(**standard(mode), generator=seeded(1), return_dict=False)
-    assert np.array_equal(whole.images, images)
-    assert np.array_equal(whole["images"], whole[0])
+def test_tuple_is_dict(mode: str, make_pipeline: Ours) -> None:
+    pipe = make_pipeline(mode)
+    complete = pipe(**small_call(mode), generator=seeded(1))
+    (images,) = pipe(**small_call(mode), generator=seeded(1), return_dict=False)
+    assert np.array_equal(complete.images, images)
+    assert np.array_equal(complete["images"], complete[0])
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_batch_is_its_single_pictures(mode: str, guidance: float, modes: Ours) -> None:
-    pipe, pictures = modes(mode), of_two(mode)
-    common = standard(mode) | {"guidance_scale": guidance, "num_images_per_prompt": 2}
+def test_batch_is_its_single_pictures(mode: str, guidance: float, make_pipeline: Ours) -> None:
+    pipe, pictures = make_pipeline(mode), two_pictures(mode)
+    common = small_call(mode) | {"guidance_scale": guidance, "num_images_per_prompt": 2}
     generators = [seeded(seed) for seed in range(4)]
-    together = pipe(**{**common, **two(), **pictures, "generator": generators}).images
+    together = pipe(**{**common, **pair(2, seed=1), **pictures, "generator": generators}).images
     assert len(together) == 4
     for row in range(2):
-        own = {name: value[row] for name, value in pictures.items()}
-        own |= {name: value[row : row + 1] for name, value in two().items()}
-        alone = pipe(**{**common, **own, "generator": [seeded(2 * row), seeded(2 * row + 1)]}).images
-        assert off(together[2 * row : 2 * row + 2], alone) < SAME
-    assert off(together[0], together[2]) > 0.01, "the rows are to differ, or else the comparison says nothing"
+        single = {name: value[row] for name, value in pictures.items()}
+        single |= {name: value[row : row + 1] for name, value in pair(2, seed=1).items()}
+        alone = pipe(**{**common, **single, "generator": [seeded(2 * row), seeded(2 * row + 1)]}).images
+        assert largest_difference(together[2 * row : 2 * row + 2], alone) < SAME
+    assert largest_difference(together[0], together[2]) > 0.01, "the rows must differ, or the comparison proves nothing"
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_picture_serves_all(mode: str, modes: Ours) -> None:
-    pipe, pictures = modes(mode), of_two(mode)
-    common = standard(mode) | two()
+def test_one_picture_serves_all(mode: str, make_pipeline: Ours) -> None:
+    pipe, pictures = make_pipeline(mode), two_pictures(mode)
+    common = small_call(mode) | pair(2, seed=1)
     one = pipe(**{**common, **{name: value[1] for name, value in pictures.items()}, "generator": seeded(1)}).images
     same = pipe(**{**common, **{name: [value[1]] * 2 for name, value in pictures.items()}, "generator": seeded(1)})
-    assert off(one, same.images) < SAME
+    assert largest_difference(one, same.images) < SAME
 
 
-def test_the_reference_keeps_one_mask_for_all(mode_oracles: dict[str, Any], modes: Ours) -> None:
-    """Two pictures, repainted nowhere and everywhere: the second is to be new, the first not."""
+def test_the_reference_keeps_one_mask_for_all(mode_oracles: dict[str, Any], make_pipeline: Ours) -> None:
+    """Of two pictures, one is repainted nowhere and one everywhere: only the second may change."""
     masks = torch.stack([torch.zeros(32, 32), torch.ones(32, 32)])
-    pictures = torch.stack([tensor(1, signed=True), tensor(2, signed=True)])
+    pictures = torch.stack([photo_tensor(1, signed=True), photo_tensor(2, signed=True)])
     results = {}
-    for name, pipe in (("ours", modes("Inpaint")), ("theirs", mode_oracles["Inpaint"])):
-        given = {**standard("Inpaint"), **two(), "image": pictures.clone(), "mask_image": masks.clone()}
-        results[name] = pipe(**{**given, "output_type": "latent", "generator": seeded(1)}).images
+    for name, pipe in (("ours", make_pipeline("Inpaint")), ("theirs", mode_oracles["Inpaint"])):
+        arguments = {**small_call("Inpaint"), **pair(2, seed=1), "image": pictures.clone(), "mask_image": masks.clone()}
+        results[name] = pipe(**{**arguments, "output_type": "latent", "generator": seeded(1)}).images
     encoded = mode_oracles["Inpaint"].movq.encode(pictures).latents.detach()
     assert difference(results["ours"][0], encoded[0]) < 1e-4
     assert difference(results["ours"][1], encoded[1]) > 0.1
-    assert difference(results["theirs"][1], encoded[0]) < 1e-4, "the first picture, whole, in place of the second"
+    assert difference(results["theirs"][1], encoded[0]) < 1e-4, "the first picture instead of the second"
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_inputs_stay_as_they_are(mode: str, modes: Ours) -> None:
-    given: dict[str, Any] = standard(mode) | {"latents": torch.randn(1, 4, 16, 16, generator=seeded(3))}
-    given |= {"image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
-    pipe = modes(mode)
-    given = {name: value for name, value in given.items() if name in inspect.signature(pipe.__call__).parameters}
+def test_inputs_stay_as_they_are(mode: str, make_pipeline: Ours) -> None:
+    arguments: dict[str, Any] = small_call(mode) | {"latents": torch.randn(1, 4, 16, 16, generator=seeded(3))}
+    arguments |= {"image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
+    pipe = make_pipeline(mode)
+    arguments = {
+        name: value for name, value in arguments.items() if name in inspect.signature(pipe.__call__).parameters
+    }
     kinds: list[dict[str, Any]] = [{}]
-    if "image" in given:
-        kinds = [{"image": np.array(photo(1))}, {"image": tensor(1, signed=True)}, {"image": [tensor(2)[None]]}]
-    if "mask_image" in given:
-        kinds = [kind | {"mask_image": mask} for kind in kinds for mask in (box() * 0.7, torch.from_numpy(box() * 0.7))]
+    if "image" in arguments:
+        kinds = [
+            {"image": np.array(photo(1))},
+            {"image": photo_tensor(1, signed=True)},
+            {"image": [photo_tensor(2)[None]]},
+        ]
+    if "mask_image" in arguments:
+        kinds = [
+            kind | {"mask_image": mask}
+            for kind in kinds
+            for mask in (box_mask() * 0.7, torch.from_numpy(box_mask() * 0.7))
+        ]
     for kind in kinds:
-        call = given | kind
+        call = arguments | kind
         arrays = {name: value for name, value in call.items() if isinstance(value, np.ndarray | torch.Tensor)}
         before = {name: numbers(value).copy() for name, value in arrays.items()}
         pipe(**call)
@@ -133,146 +146,159 @@ def test_inputs_stay_as_they_are(mode: str, modes: Ours) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_other_types_are_brought_to_the_networks(mode: str, modes: Ours) -> None:
+def test_other_types_are_brought_to_the_networks(mode: str, make_pipeline: Ours) -> None:
     """Everything in float64, guidance on and off; the networks are in float32."""
-    pipe = modes(mode)
+    pipe = make_pipeline(mode)
     for guidance in (4.0, 1.0):
-        given = standard(mode) | {"guidance_scale": guidance}
+        arguments = small_call(mode) | {"guidance_scale": guidance}
         if not mode.endswith("Img2Img"):
-            given["latents"] = torch.randn(1, 4, 16, 16, generator=seeded(3))
-        if "image" in given:
-            given["image"] = tensor(1, signed=True)
-        wider = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-        results = [pipe(**call, generator=seeded(1)).images for call in (given, wider)]
-        assert off(*results) < 1e-6
+            arguments["latents"] = torch.randn(1, 4, 16, 16, generator=seeded(3))
+        if "image" in arguments:
+            arguments["image"] = photo_tensor(1, signed=True)
+        wider = {
+            name: value.double() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+        }
+        results = [pipe(**call, generator=seeded(1)).images for call in (arguments, wider)]
+        assert largest_difference(*results) < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_bfloat16(mode: str, modes: Ours) -> None:
-    pipe = modes(mode).to(torch.bfloat16)
+def test_bfloat16(mode: str, make_pipeline: Ours) -> None:
+    pipe = make_pipeline(mode).to(torch.bfloat16)
     for guidance in (4.0, 1.0):
-        images = pipe(**standard(mode) | {"guidance_scale": guidance}).images
+        images = pipe(**small_call(mode) | {"guidance_scale": guidance}).images
         assert images.dtype == np.float32
         assert np.isfinite(images).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_callbacks_on_every_class(mode: str, modes: Ours) -> None:
-    """Both kinds, the legacy one without callback_steps too; hints can be seen and changed."""
-    pipe, seen = modes(mode), []
+def test_callbacks_on_every_class(mode: str, make_pipeline: Ours) -> None:
+    """Both kinds work, the legacy one without callback_steps too; hints can be read and changed."""
+    pipe, events = make_pipeline(mode), []
 
     def on_step_end(self: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> Any:
         assert self is pipe
         assert list(tensors) == pipe._callback_tensor_inputs
-        seen.append(("end", step, int(timestep)))
+        events.append(("end", step, int(timestep)))
         return {"hint": tensors["hint"] * 0} if "hint" in tensors else {}
 
     def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
         assert latents.shape == (1, 4, 16, 16)
-        seen.append(("callback", step, int(timestep)))
+        events.append(("callback", step, int(timestep)))
 
-    given = standard(mode) | {"num_inference_steps": 4, "output_type": "latent"}
-    told = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs}
-    plain = pipe(**given, generator=seeded(1)).images
-    heard = pipe(**given, **told, callback=callback, generator=seeded(1)).images
+    arguments = small_call(mode) | {"num_inference_steps": 4, "output_type": "latent"}
+    callbacks = {
+        "callback_on_step_end": on_step_end,
+        "callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs,
+    }
+    baseline = pipe(**arguments, generator=seeded(1)).images
+    changed_images = pipe(**arguments, **callbacks, callback=callback, generator=seeded(1)).images
     steps = 2 if mode.endswith("Img2Img") else 4
-    assert len(seen) == 2 * steps == 2 * pipe.num_timesteps
-    assert [entry[1] for entry in seen] == [step for step in range(steps) for _ in range(2)]
-    changed = difference(plain, heard)
-    assert changed > 0.01 if mode.startswith("Controlnet") else changed == 0, "only the hint is another"
+    assert len(events) == 2 * steps == 2 * pipe.num_timesteps
+    assert [entry[1] for entry in events] == [step for step in range(steps) for _ in range(2)]
+    changed = difference(baseline, changed_images)
+    assert changed > 0.01 if mode.startswith("Controlnet") else changed == 0, "only the hint is changed"
 
 
-def test_guidance_may_end_early(modes: Ours) -> None:
-    """A callback turns guidance off: the conditional halves of hint and mask go on alone."""
+def test_guidance_may_end_early(make_pipeline: Ours) -> None:
+    """After a callback switches guidance off, the conditional halves of hint and mask are used alone."""
     for mode in ("Controlnet", "Inpaint"):
-        pipe = modes(mode)
+        pipe = make_pipeline(mode)
 
         def on_step_end(self: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> Any:
             self._guidance_scale = 1.0
             return {}
 
-        given = standard(mode) | {"num_inference_steps": 4, "generator": seeded(1)}
-        assert np.isfinite(pipe(**given, callback_on_step_end=on_step_end).images).all()
+        arguments = small_call(mode) | {"num_inference_steps": 4, "generator": seeded(1)}
+        assert np.isfinite(pipe(**arguments, callback_on_step_end=on_step_end).images).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_interrupt(mode: str, modes: Ours) -> None:
-    pipe, latents = modes(mode), []
+def test_interrupt(mode: str, make_pipeline: Ours) -> None:
+    pipe, latents = make_pipeline(mode), []
 
     def on_step_end(self: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> None:
         latents.append(tensors["latents"])
         if step == 1:
             self.interrupt()
 
-    given = standard(mode) | {"num_inference_steps": 10, "output_type": "latent", "callback_on_step_end": on_step_end}
-    result = pipe(**given).images
+    arguments = small_call(mode) | {
+        "num_inference_steps": 10,
+        "output_type": "latent",
+        "callback_on_step_end": on_step_end,
+    }
+    result = pipe(**arguments).images
     assert len(latents) == 2
-    if mode != "Inpaint":  # there the kept part is finished
+    if mode != "Inpaint":  # inpainting finishes the unmasked region
         assert torch.equal(result, latents[-1])
     latents.clear()
-    given["callback_on_step_end"] = lambda self, step, timestep, tensors: latents.append(tensors["latents"])
-    pipe(**given)
+    arguments["callback_on_step_end"] = lambda self, step, timestep, tensors: latents.append(tensors["latents"])
+    pipe(**arguments)
     assert len(latents) == pipe.num_timesteps, "the next call runs to its end"
     latents.clear()
-    pipe(**given, callback=lambda *_: pipe.interrupt())
+    pipe(**arguments, callback=lambda *_: pipe.interrupt())
     assert len(latents) == 1
 
 
-def test_interrupted_inpainting_keeps_what_is_kept(modes: Ours) -> None:
-    pipe = modes("Inpaint")
-    given = standard("Inpaint") | {"num_inference_steps": 10, "output_type": "latent", "mask_image": np.zeros((4, 4))}
-    whole = pipe(**given).images
-    cut = pipe(**given, callback=lambda *_: pipe.interrupt()).images
-    assert torch.equal(whole, cut)
+def test_interrupted_inpainting_keeps_what_is_kept(make_pipeline: Ours) -> None:
+    pipe = make_pipeline("Inpaint")
+    arguments = small_call("Inpaint") | {
+        "num_inference_steps": 10,
+        "output_type": "latent",
+        "mask_image": np.zeros((4, 4)),
+    }
+    complete = pipe(**arguments).images
+    cut = pipe(**arguments, callback=lambda *_: pipe.interrupt()).images
+    assert torch.equal(complete, cut)
 
 
 # Starting from a picture
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
-def test_strength(mode: str, modes: Ours) -> None:
-    pipe = modes(mode)
-    encoded = pipe.movq.encode(tensor(1, signed=True)[None])[0].detach()
-    given = standard(mode) | {"num_inference_steps": 10, "output_type": "latent"}
+def test_strength(mode: str, make_pipeline: Ours) -> None:
+    pipe = make_pipeline(mode)
+    encoded = pipe.movq.encode(photo_tensor(1, signed=True)[None])[0].detach()
+    arguments = small_call(mode) | {"num_inference_steps": 10, "output_type": "latent"}
     for strength, steps in ((0, 0), (0.05, 0), (0.1, 1), (0.29, 2), (0.999, 9), (1, 10), (np.float32(1.0), 10)):
         generator, log = seeded(1), []
-        call = given | {"strength": strength, "generator": generator, "callback": lambda *_, log=log: log.append(1)}
+        call = arguments | {"strength": strength, "generator": generator, "callback": lambda *_, log=log: log.append(1)}
         result = pipe(**call).images
         assert len(log) == pipe.num_timesteps == steps
         if steps == 0:
-            assert difference(result, encoded) < 1e-5, "nothing is added and nothing removed"
+            assert difference(result, encoded) < 1e-5, "no noise is added and no step is run"
         else:
             assert difference(result, encoded) > 0.01
-    assert pipe(**given | {"strength": 0.0, "output_type": "pil"}).images[0].size == (32, 32)
+    assert pipe(**arguments | {"strength": 0.0, "output_type": "pil"}).images[0].size == (32, 32)
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img", "Inpaint"])
-def test_latents_instead_of_a_picture(mode: str, modes: Ours) -> None:
+def test_latents_instead_of_a_picture(mode: str, make_pipeline: Ours) -> None:
     """The reference encodes them as if they were pixels, and fails."""
-    pipe = modes(mode)
-    encoded = pipe.movq.encode(torch.stack([tensor(1, signed=True), tensor(2, signed=True)]))[0].detach()
-    common = standard(mode) | two() | {"generator": seeded(1)}
+    pipe = make_pipeline(mode)
+    encoded = pipe.movq.encode(torch.stack([photo_tensor(1, signed=True), photo_tensor(2, signed=True)]))[0].detach()
+    common = small_call(mode) | pair(2, seed=1) | {"generator": seeded(1)}
     expected = pipe(**common | {"image": [photo(1), photo(2)]}).images
-    for given in (encoded, encoded.double(), list(encoded), [encoded[:1], encoded[1]]):
-        assert off(pipe(**common | {"image": given, "generator": seeded(1)}).images, expected) < SAME
+    for arguments in (encoded, encoded.double(), list(encoded), [encoded[:1], encoded[1]]):
+        assert largest_difference(pipe(**common | {"image": arguments, "generator": seeded(1)}).images, expected) < SAME
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img", "Inpaint"])
-def test_kinds_of_pictures_agree(mode: str, modes: Ours, tmp_path: Path) -> None:
-    pipe, picture = modes(mode), photo(1, 40, 24)
+def test_kinds_of_pictures_agree(mode: str, make_pipeline: Ours, tmp_path: Path) -> None:
+    pipe, picture = make_pipeline(mode), photo(1, 40, 24)
     pixels = np.array(picture)
     picture.save(tmp_path / "picture.png")
-    turned = picture.transpose(PIL.Image.Transpose.ROTATE_90)  # exif orientation 6: turn it back by a quarter
-    exif = turned.getexif()
+    rotated = picture.transpose(PIL.Image.Transpose.ROTATE_90)  # EXIF orientation 6 rotates it back by 90 degrees
+    exif = rotated.getexif()
     exif[0x0112] = 6
-    turned.save(tmp_path / "turned.png", exif=exif)
+    rotated.save(tmp_path / "rotated.png", exif=exif)
     chw = torch.from_numpy(pixels).permute(2, 0, 1)
     signed = chw.float() / 127.5 - 1
     kinds: dict[str, Any] = {
         "path": tmp_path / "picture.png",
         "string": str(tmp_path / "picture.png"),
-        "turned": str(tmp_path / "turned.png"),
-        "turned, opened": PIL.Image.open(tmp_path / "turned.png"),
+        "rotated": str(tmp_path / "rotated.png"),
+        "rotated, opened": PIL.Image.open(tmp_path / "rotated.png"),
         "rgba": picture.convert("RGBA"),
         "array": pixels,
         "array with alpha": np.dstack([pixels, np.full((24, 40), 7, np.uint8)]),
@@ -287,60 +313,62 @@ def test_kinds_of_pictures_agree(mode: str, modes: Ours, tmp_path: Path) -> None
         "list": [picture],
         "tuple of tensors": (signed,),
     }
-    common = standard(mode) | {"height": 24, "width": 40, "generator": seeded(1)}
+    common = small_call(mode) | {"height": 24, "width": 40, "generator": seeded(1)}
     if "hint" in common:
         common["hint"] = hint(1, 1, 24, 40)
     expected = pipe(**common | {"image": picture}).images
     for name, kind in kinds.items():
         result = pipe(**common | {"image": kind, "generator": seeded(1)}).images
-        assert off(result, expected) < (2e-3 if name == "half floats" else SAME), name
+        assert largest_difference(result, expected) < (2e-3 if name == "half floats" else SAME), name
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "Inpaint"])
-def test_grey_pictures_agree(mode: str, modes: Ours) -> None:
-    pipe = modes(mode)
+def test_grey_pictures_agree(mode: str, make_pipeline: Ours) -> None:
+    pipe = make_pipeline(mode)
     grey = photo(1).convert("L")
-    level = np.array(grey)
-    deep = level.astype(np.uint16) * 257
+    values = np.array(grey)
+    deep = values.astype(np.uint16) * 257
     kinds: dict[str, Any] = {
         "L": grey,
         "LA": grey.convert("LA"),
         "P": grey.convert("P"),
         "I;16": PIL.Image.fromarray(deep),
         "I": PIL.Image.fromarray(deep.astype(np.int32)),
-        "F": PIL.Image.fromarray(level.astype(np.float32)),
-        "array": level,
-        "array, one channel": level[..., None],
-        "floats": level / 255,
-        "tensor": torch.from_numpy(level)[None],
-        "tensors": torch.from_numpy(level)[None, None],
+        "F": PIL.Image.fromarray(values.astype(np.float32)),
+        "array": values,
+        "array, one channel": values[..., None],
+        "floats": values / 255,
+        "tensor": torch.from_numpy(values)[None],
+        "tensors": torch.from_numpy(values)[None, None],
     }
-    common = standard(mode)
+    common = small_call(mode)
     expected = pipe(**common | {"image": grey.convert("RGB"), "generator": seeded(1)}).images
     for name, kind in kinds.items():
-        assert off(pipe(**common | {"image": kind, "generator": seeded(1)}).images, expected) < SAME, name
+        assert largest_difference(pipe(**common | {"image": kind, "generator": seeded(1)}).images, expected) < SAME, (
+            name
+        )
 
 
 # Hints
 
 
 @pytest.mark.parametrize("mode", ["Controlnet", "ControlnetImg2Img"])
-def test_kinds_of_hints_agree(mode: str, modes: Ours) -> None:
-    pipe, picture = modes(mode), photo(1, 128, 128).convert("L")
-    level = np.array(picture)
+def test_kinds_of_hints_agree(mode: str, make_pipeline: Ours) -> None:
+    pipe, picture = make_pipeline(mode), photo(1, 128, 128).convert("L")
+    grey = np.array(picture)
     kinds: dict[str, Any] = {
         "rgb": picture.convert("RGB"),
         "list": [picture],
-        "16 bits": PIL.Image.fromarray(level.astype(np.uint16) * 257),
-        "array": level,
-        "floats": np.repeat(level[..., None] / 255, 3, axis=2),
-        "bytes in a tensor": torch.from_numpy(level)[None],
-        "tensor": torch.from_numpy(level / 255)[None, None],
+        "16 bits": PIL.Image.fromarray(grey.astype(np.uint16) * 257),
+        "array": grey,
+        "floats": np.repeat(grey[..., None] / 255, 3, axis=2),
+        "bytes in a tensor": torch.from_numpy(grey)[None],
+        "tensor": torch.from_numpy(grey / 255)[None, None],
     }
-    common = standard(mode)
+    common = small_call(mode)
     expected = pipe(**common | {"hint": picture, "generator": seeded(1)}).images
     for name, kind in kinds.items():
-        assert off(pipe(**common | {"hint": kind, "generator": seeded(1)}).images, expected) < SAME, name
+        assert largest_difference(pipe(**common | {"hint": kind, "generator": seeded(1)}).images, expected) < SAME, name
     latents = pipe(**common | {"hint": picture, "output_type": "latent", "generator": seeded(1)}).images
     assert latents.shape == (1, 4, 16, 16)
 
@@ -348,27 +376,27 @@ def test_kinds_of_hints_agree(mode: str, modes: Ours) -> None:
 # Masks
 
 
-def test_kinds_of_masks_agree(modes: Ours, tmp_path: Path) -> None:
-    pipe, mask = modes("Inpaint"), box()
-    image = box_image()
+def test_kinds_of_masks_agree(make_pipeline: Ours, tmp_path: Path) -> None:
+    pipe, mask = make_pipeline("Inpaint"), box_mask()
+    image = box_mask_image()
     image.save(tmp_path / "mask.png")
-    level = np.array(image)
+    grey = np.array(image)
     kinds: dict[str, Any] = {
         "path": tmp_path / "mask.png",
         "rgb": image.convert("RGB"),
         "rgba": image.convert("RGBA"),
         "palette": image.convert("P"),
         "bits": image.convert("1"),
-        "16 bits": PIL.Image.fromarray(level.astype(np.uint16) * 257),
+        "16 bits": PIL.Image.fromarray(grey.astype(np.uint16) * 257),
         "floats": mask,
         "soft": mask * 0.5 + (1 - mask) * 0.49,
         "doubles": mask.astype(np.float64),
-        "bytes": level,
+        "bytes": grey,
         "ones in bytes": mask.astype(np.uint8),
         "integers": mask.astype(np.int64),
         "booleans": mask > 0,
         "one channel": mask[..., None],
-        "colours": np.repeat(level[..., None], 3, axis=2),
+        "colours": np.repeat(grey[..., None], 3, axis=2),
         "batch": mask[None],
         "batch of one channel": mask[None, ..., None],
         "tensor": torch.from_numpy(mask),
@@ -377,11 +405,11 @@ def test_kinds_of_masks_agree(modes: Ours, tmp_path: Path) -> None:
         "tensor NHW1": torch.from_numpy(mask)[None, ..., None],
         "tensor of colours": torch.from_numpy(mask).expand(1, 3, 32, 32),
         "tensor of booleans": torch.from_numpy(mask) > 0,
-        "tensor of bytes": torch.from_numpy(level),
+        "tensor of bytes": torch.from_numpy(grey),
         "list": [image],
         "larger": np.repeat(np.repeat(mask, 3, axis=0), 3, axis=1),
     }
-    common = standard("Inpaint") | {"output_type": "latent"}
+    common = small_call("Inpaint") | {"output_type": "latent"}
     expected = pipe(**common | {"mask_image": image, "generator": seeded(1)}).images
     for name, kind in kinds.items():
         result = pipe(**common | {"mask_image": kind, "generator": seeded(1)}).images
@@ -389,36 +417,36 @@ def test_kinds_of_masks_agree(modes: Ours, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_kept_pixels(output_type: str, modes: Ours) -> None:
-    pipe, picture, mask = modes("Inpaint"), photo(1, 90, 70), box(40, 24)
-    call = standard("Inpaint") | two() | {"height": 24, "width": 40, "image": picture, "mask_image": mask}
+def test_kept_pixels(output_type: str, make_pipeline: Ours) -> None:
+    pipe, picture, mask = make_pipeline("Inpaint"), photo(1, 90, 70), box_mask(40, 24)
+    call = small_call("Inpaint") | pair(2, seed=1) | {"height": 24, "width": 40, "image": picture, "mask_image": mask}
     call |= {"num_images_per_prompt": 2, "output_type": output_type}
-    plain = pipe(**call, generator=seeded(1)).images
-    kept = pipe(**call, keep_pixels=True, generator=seeded(1)).images
+    baseline = pipe(**call, generator=seeded(1)).images
+    restored = pipe(**call, keep_pixels=True, generator=seeded(1)).images
     resized = np.array(picture.resize((40, 24), PIL.Image.Resampling.BICUBIC, reducing_gap=1))
     expected = resized if output_type == "pil" else resized.astype(np.float32) / 255
-    for one, other in zip(kept, plain, strict=True):
+    for one, other in zip(restored, baseline, strict=True):
         one, other = numbers(one), numbers(other)
         if output_type == "pt":
             one, other = one.transpose(1, 2, 0) * 0.5 + 0.5, other.transpose(1, 2, 0) * 0.5 + 0.5
         if output_type == "pil":
             assert np.array_equal(one[mask == 0], expected[mask == 0])
-        assert off(one[mask == 0], expected[mask == 0]) < 1e-6
+        assert largest_difference(one[mask == 0], expected[mask == 0]) < 1e-6
         assert np.array_equal(one[mask == 1], other[mask == 1])
 
 
-def test_kept_pixels_in_low_precision(modes: Ours) -> None:
-    pipe, picture = modes("Inpaint").to(torch.bfloat16), photo(1)
-    (kept,) = pipe(**standard("Inpaint") | {"output_type": "pil", "image": picture}, keep_pixels=True).images
-    assert np.array_equal(np.array(kept)[box() == 0], np.array(picture)[box() == 0])
+def test_kept_pixels_in_low_precision(make_pipeline: Ours) -> None:
+    pipe, picture = make_pipeline("Inpaint").to(torch.bfloat16), photo(1)
+    (restored,) = pipe(**small_call("Inpaint") | {"output_type": "pil", "image": picture}, keep_pixels=True).images
+    assert np.array_equal(np.array(restored)[box_mask() == 0], np.array(picture)[box_mask() == 0])
 
 
-def test_files_of_the_four_are_shared(modes: Ours) -> None:
-    """Weights for pictures from text serve img2img, those for hints serve both of their classes."""
+def test_files_of_the_four_are_shared(make_pipeline: Ours) -> None:
+    """Text-to-image weights also serve img2img, and ControlNet weights serve both ControlNet classes."""
     import kandinsky22
 
-    text = kandinsky22.KandinskyV22Pipeline.from_pipe(modes("Img2Img"))
+    text = kandinsky22.KandinskyV22Pipeline.from_pipe(make_pipeline("Img2Img"))
     again = kandinsky22.KandinskyV22Img2ImgPipeline.from_pipe(text)
-    assert again(**standard("Img2Img")).images.shape == (1, 32, 32, 3)
-    hinted = kandinsky22.KandinskyV22ControlnetImg2ImgPipeline.from_pipe(modes("Controlnet"))
-    assert hinted(**standard("ControlnetImg2Img")).images.shape == (1, 32, 32, 3)
+    assert again(**small_call("Img2Img")).images.shape == (1, 32, 32, 3)
+    hinted = kandinsky22.KandinskyV22ControlnetImg2ImgPipeline.from_pipe(make_pipeline("Controlnet"))
+    assert hinted(**small_call("ControlnetImg2Img")).images.shape == (1, 32, 32, 3)

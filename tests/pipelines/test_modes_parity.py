@@ -1,6 +1,6 @@
-"""The four decoders that start from pictures: the same call, ours and the reference's, the same numbers.
+"""Equal results of both libraries in the four decoders that start from pictures or hints.
 
-Only calls that the reference does right are compared here; what it does wrong stands in `test_modes_behaviour`.
+Only calls that the reference handles correctly are compared; its errors are tested in `test_modes_behaviour`.
 """
 
 from __future__ import annotations
@@ -12,48 +12,15 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-from tests.pipelines.test_parity import SCHEDULERS, same_pictures, with_schedulers
-from tests.pipelines.tiny import MODES, difference, embeds, seeded
+from tests.pipelines.calls import small_call
+from tests.pipelines.comparison import SCHEDULERS, assert_same_pictures, with_schedulers
+from tests.pipelines.pictures import box_mask, box_mask_image, hint, photo, photo_tensor
+from tests.pipelines.tiny import MODES, difference, pair, seeded
 
 HEIGHT, WIDTH = 24, 40
 Call = Callable[[], dict[str, Any]]
-
-
-def photo(seed: int, width: int = 32, height: int = 32) -> PIL.Image.Image:
-    """Smooth colours, so that scaling them down is no matter of rounding."""
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BICUBIC)
-
-
-def tensor(seed: int, *, signed: bool = False) -> torch.Tensor:
-    """A picture (3, 32, 32) in [0, 1] or [-1, 1]."""
-    values = torch.from_numpy(np.asarray(photo(seed), dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
-    return values * 2 - 1 if signed else values
-
-
-def box(width: int = 32, height: int = 32) -> np.ndarray[Any, Any]:
-    """A mask that repaints a box off the centre, one corner of the picture and a single pixel."""
-    mask = np.zeros((height, width), dtype=np.float32)
-    mask[height // 4 : height // 2, width // 3 : width - 7] = 1
-    mask[-3:, :5] = 1
-    mask[1, -4] = 1
-    return mask
-
-
-def box_image(width: int = 32, height: int = 32) -> PIL.Image.Image:
-    return PIL.Image.fromarray((box(width, height) * 255).astype(np.uint8))
-
-
-def hint(rows: int, seed: int, height: int = 32, width: int = 32) -> torch.Tensor:
-    """Hints (rows, 3, H, W) of eight pixels a latent, which here has two pixels of the picture."""
-    return torch.rand(rows, 3, height * 4, width * 4, generator=seeded(seed))
-
-
-def two(first: int = 1) -> dict[str, Any]:
-    return {"image_embeds": embeds(2, first), "negative_image_embeds": embeds(2, first + 1)}
 
 
 def with_strength() -> dict[str, Call]:
@@ -65,8 +32,8 @@ def with_strength() -> dict[str, Call]:
         "strength 0.7": lambda: {"strength": 0.7, "generator": seeded(3)},
         "picture resized": lambda: {"image": photo(4, 57, 43), "generator": seeded(4)},
         "large picture": lambda: {"image": photo(5, 300, 200), "generator": seeded(5)},
-        "tensor": lambda: {"image": tensor(6), "generator": seeded(6)},
-        "signed tensors": lambda: {"image": torch.stack([tensor(7, signed=True)]), "generator": seeded(7)},
+        "tensor": lambda: {"image": photo_tensor(6), "generator": seeded(6)},
+        "signed tensors": lambda: {"image": torch.stack([photo_tensor(7, signed=True)]), "generator": seeded(7)},
         "tensor resized": lambda: {"image": torch.rand(1, 3, 50, 44, generator=seeded(8)), "generator": seeded(8)},
         "generators": lambda: {"generator": [seeded(9)]},
         "guidance high": lambda: {"guidance_scale": 8, "generator": seeded(10)},
@@ -79,22 +46,26 @@ def with_strength() -> dict[str, Call]:
 CALLS: dict[str, dict[str, Call]] = {
     "Img2Img": {
         **with_strength(),
-        "two": lambda: {**two(), "image": [photo(1), photo(2)], "generator": seeded(14)},
-        "kinds": lambda: {**two(), "image": [photo(1, 50, 50), tensor(2)], "generator": seeded(15)},
+        "two": lambda: {**pair(2, seed=1), "image": [photo(1), photo(2)], "generator": seeded(14)},
+        "kinds": lambda: {**pair(2, seed=1), "image": [photo(1, 50, 50), photo_tensor(2)], "generator": seeded(15)},
         "two each": lambda: {
-            **two(),
+            **pair(2, seed=1),
             "image": [photo(1), photo(2)],
             "num_images_per_prompt": 2,
             "generator": seeded(16),
         },
         "latent": lambda: {"output_type": "latent", "generator": seeded(17)},
-        "generators of two": lambda: {**two(), "image": [photo(1), photo(2)], "generator": [seeded(1), seeded(2)]},
+        "generators of two": lambda: {
+            **pair(2, seed=1),
+            "image": [photo(1), photo(2)],
+            "generator": [seeded(1), seeded(2)],
+        },
     },
     "ControlnetImg2Img": {
         **with_strength(),
-        "two": lambda: {**two(), "image": [photo(1), photo(2)], "hint": hint(2, 1), "generator": seeded(14)},
+        "two": lambda: {**pair(2, seed=1), "image": [photo(1), photo(2)], "hint": hint(2, 1), "generator": seeded(14)},
         "two each": lambda: {
-            **two(),
+            **pair(2, seed=1),
             "image": [photo(1), photo(2)],
             "hint": [hint(1, 1), hint(1, 2)],
             "num_images_per_prompt": 2,
@@ -104,14 +75,14 @@ CALLS: dict[str, dict[str, Call]] = {
     "Controlnet": {
         "as it is": lambda: {"generator": seeded(0)},
         "global seed": dict,
-        "two": lambda: {**two(), "hint": hint(2, 1), "generator": seeded(1)},
-        "list of hints": lambda: {**two(), "hint": [hint(1, 1), hint(1, 2)], "generator": seeded(2)},
-        "two each": lambda: {**two(), "hint": hint(2, 1), "num_images_per_prompt": 2, "generator": seeded(3)},
+        "two": lambda: {**pair(2, seed=1), "hint": hint(2, 1), "generator": seeded(1)},
+        "list of hints": lambda: {**pair(2, seed=1), "hint": [hint(1, 1), hint(1, 2)], "generator": seeded(2)},
+        "two each": lambda: {**pair(2, seed=1), "hint": hint(2, 1), "num_images_per_prompt": 2, "generator": seeded(3)},
         "wide": lambda: {"height": HEIGHT, "width": WIDTH, "hint": hint(1, 4, HEIGHT, WIDTH), "generator": seeded(4)},
         "guidance off": lambda: {"guidance_scale": 0.5, "generator": seeded(5)},
         "guidance high": lambda: {"guidance_scale": 8, "generator": seeded(6)},
         "latents": lambda: {"latents": torch.randn(1, 4, 16, 16, generator=seeded(7)), "generator": seeded(8)},
-        "generators": lambda: {**two(), "hint": hint(2, 1), "generator": [seeded(9), seeded(10)]},
+        "generators": lambda: {**pair(2, seed=1), "hint": hint(2, 1), "generator": [seeded(9), seeded(10)]},
         "pil": lambda: {"output_type": "pil", "generator": seeded(11)},
         "pt": lambda: {"output_type": "pt", "generator": seeded(12)},
         "signed hint": lambda: {"hint": hint(1, 3) * 2 - 1, "generator": seeded(13)},
@@ -119,21 +90,21 @@ CALLS: dict[str, dict[str, Call]] = {
     "Inpaint": {
         "as it is": lambda: {"generator": seeded(0)},
         "global seed": dict,
-        "mask is an array": lambda: {"mask_image": box(), "generator": seeded(1)},
-        "array": lambda: {"image": np.array(photo(2)), "mask_image": box(), "generator": seeded(2)},
+        "mask is an array": lambda: {"mask_image": box_mask(), "generator": seeded(1)},
+        "array": lambda: {"image": np.array(photo(2)), "mask_image": box_mask(), "generator": seeded(2)},
         "tensors": lambda: {
-            "image": tensor(3, signed=True),
-            "mask_image": torch.from_numpy(box()),
+            "image": photo_tensor(3, signed=True),
+            "mask_image": torch.from_numpy(box_mask()),
             "generator": seeded(3),
         },
-        "bright tensor": lambda: {  # in [-1, 1] all the same
-            "image": tensor(3)[None],
-            "mask_image": torch.from_numpy(box())[None, None],
+        "bright tensor": lambda: {  # its values happen to lie in [0, 1], but are read as [-1, 1]
+            "image": photo_tensor(3)[None],
+            "mask_image": torch.from_numpy(box_mask())[None, None],
             "generator": seeded(3),
         },
-        "resized": lambda: {"image": photo(4, 90, 70), "mask_image": box_image(57, 43), "generator": seeded(4)},
+        "resized": lambda: {"image": photo(4, 90, 70), "mask_image": box_mask_image(57, 43), "generator": seeded(4)},
         "colours in the mask": lambda: {"mask_image": photo(5), "generator": seeded(5)},
-        "mask of bits": lambda: {"mask_image": box_image(50, 40).convert("1"), "generator": seeded(6)},
+        "mask of bits": lambda: {"mask_image": box_mask_image(50, 40).convert("1"), "generator": seeded(6)},
         "soft mask": lambda: {
             "mask_image": np.random.default_rng(7).random((32, 32)).astype(np.float32),
             "generator": seeded(7),
@@ -143,9 +114,9 @@ CALLS: dict[str, dict[str, Call]] = {
         "wide": lambda: {"height": HEIGHT, "width": WIDTH, "generator": seeded(10)},
         "two each": lambda: {"num_images_per_prompt": 2, "generator": seeded(11)},
         "two of one picture": lambda: {
-            **two(),
-            "image": torch.stack([tensor(3, signed=True)] * 2),
-            "mask_image": torch.from_numpy(np.stack([box()] * 2)),
+            **pair(2, seed=1),
+            "image": torch.stack([photo_tensor(3, signed=True)] * 2),
+            "mask_image": torch.from_numpy(np.stack([box_mask()] * 2)),
             "generator": [seeded(12), seeded(13)],
         },
         "guidance off": lambda: {"guidance_scale": 1.0, "generator": seeded(14)},
@@ -160,43 +131,22 @@ CALLS: dict[str, dict[str, Call]] = {
 EVERY = [(mode, name) for mode in MODES for name in CALLS[mode]]
 
 
-def standard(mode: str) -> dict[str, Any]:
-    """What every call of a mode has unless a case says otherwise."""
-    given: dict[str, Any] = {
-        "image_embeds": embeds(1, 20),
-        "negative_image_embeds": embeds(1, 21),
-        "height": 32,
-        "width": 32,
-        "num_inference_steps": 3,
-        "output_type": "np",
-    }
-    if mode != "Controlnet":
-        given["image"] = photo(1)
-    if mode == "Inpaint":
-        given["mask_image"] = box_image()
-    if mode.endswith("Img2Img"):
-        given |= {"num_inference_steps": 6, "strength": 0.5}
-    if mode.startswith("Controlnet"):
-        given["hint"] = hint(1, 1)
-    return given
-
-
 def both(ours: Any, theirs: Any, mode: str, call: Call, scheduler: str = "as saved") -> list[Any]:
     results = []
     for pipe in with_schedulers(ours, theirs, scheduler):
         torch.manual_seed(5)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the reference, for tensors in [-1, 1]
-            results.append(pipe(**{**standard(mode), **call()}).images)
+            warnings.simplefilter("ignore", FutureWarning)  # raised by the reference for tensors in [-1, 1]
+            results.append(pipe(**{**small_call(mode), **call()}).images)
     return results
 
 
 @pytest.mark.parametrize(("mode", "name"), EVERY)
-def test_pictures(mode: str, name: str, mode_oracles: dict[str, Any], modes: Callable[[str], Any]) -> None:
-    same_pictures(*both(modes(mode), mode_oracles[mode], mode, CALLS[mode][name]))
+def test_pictures(mode: str, name: str, mode_oracles: dict[str, Any], make_pipeline: Callable[[str], Any]) -> None:
+    assert_same_pictures(*both(make_pipeline(mode), mode_oracles[mode], mode, CALLS[mode][name]))
 
 
-FEW = {
+CALLS_WITH_SCHEDULERS = {
     "Img2Img": ["as it is", "strength 0.7", "two each", "guidance off"],
     "ControlnetImg2Img": ["strength 0.7", "two each"],
     "Controlnet": ["as it is", "two each", "latents"],
@@ -205,45 +155,55 @@ FEW = {
 
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "as saved"])
-@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode, names in FEW.items() for name in names])
+@pytest.mark.parametrize(
+    ("mode", "name"), [(mode, name) for mode, names in CALLS_WITH_SCHEDULERS.items() for name in names]
+)
 def test_schedulers(
-    mode: str, name: str, scheduler: str, mode_oracles: dict[str, Any], modes: Callable[[str], Any]
+    mode: str, name: str, scheduler: str, mode_oracles: dict[str, Any], make_pipeline: Callable[[str], Any]
 ) -> None:
-    same_pictures(*both(modes(mode), mode_oracles[mode], mode, CALLS[mode][name], scheduler))
+    assert_same_pictures(*both(make_pipeline(mode), mode_oracles[mode], mode, CALLS[mode][name], scheduler))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("mode", ["Img2Img", "Inpaint"])
-def test_double_precision(mode: str, scheduler: str, mode_folder: Path, modes: Callable[[str], Any]) -> None:
-    """A random network magnifies rounding errors from step to step; without them, many steps are equal too."""
+def test_double_precision(mode: str, scheduler: str, mode_folder: Path, make_pipeline: Callable[[str], Any]) -> None:
+    """A random network magnifies rounding errors from step to step; in float64 many steps are equal too."""
     kind = getattr(diffusers, f"KandinskyV22{mode}Pipeline")
     theirs = kind.from_pretrained(mode_folder / mode).to(torch.float64)
     theirs.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": 10, "output_type": "pt"}
     call |= {"strength": 1.0} if mode == "Img2Img" else {}
-    results = both(modes(mode).to(torch.float64), theirs, mode, lambda: {**call, "generator": seeded(1)}, scheduler)
+    results = both(
+        make_pipeline(mode).to(torch.float64), theirs, mode, lambda: {**call, "generator": seeded(1)}, scheduler
+    )
     assert difference(*results) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
 def test_wide_pictures_are_tall_in_the_reference(
-    mode: str, mode_oracles: dict[str, Any], modes: Callable[[str], Any]
+    mode: str, mode_oracles: dict[str, Any], make_pipeline: Callable[[str], Any]
 ) -> None:
-    """It swaps height and width of the picture it starts from; asked for the contrary, it gives the same picture."""
+    """The reference swaps height and width of the start picture; with swapped arguments it gives our picture."""
     results = []
-    for pipe, height, width in ((modes(mode), HEIGHT, WIDTH), (mode_oracles[mode], WIDTH, HEIGHT)):
-        given = {**standard(mode), "image": photo(3, 50, 31), "height": height, "width": width, "generator": seeded(1)}
-        if "hint" in given:
-            given["hint"] = hint(1, 2, HEIGHT, WIDTH)
-        results.append(pipe(**given).images)
+    for pipe, height, width in ((make_pipeline(mode), HEIGHT, WIDTH), (mode_oracles[mode], WIDTH, HEIGHT)):
+        arguments = {
+            **small_call(mode),
+            "image": photo(3, 50, 31),
+            "height": height,
+            "width": width,
+            "generator": seeded(1),
+        }
+        if "hint" in arguments:
+            arguments["hint"] = hint(1, 2, HEIGHT, WIDTH)
+        results.append(pipe(**arguments).images)
     assert results[0].shape == (1, HEIGHT, WIDTH, 3)
-    same_pictures(*results)
+    assert_same_pictures(*results)
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "Inpaint"])
-def test_callbacks_see_the_same(mode: str, mode_oracles: dict[str, Any], modes: Callable[[str], Any]) -> None:
+def test_callbacks_see_the_same(mode: str, mode_oracles: dict[str, Any], make_pipeline: Callable[[str], Any]) -> None:
     logs: list[list[Any]] = []
-    ours = modes(mode)
+    ours = make_pipeline(mode)
     names = ours._callback_tensor_inputs
     assert names == mode_oracles[mode]._callback_tensor_inputs
     for pipe in (ours, mode_oracles[mode]):
@@ -257,7 +217,7 @@ def test_callbacks_see_the_same(mode: str, mode_oracles: dict[str, Any], modes: 
             log.append((step, int(timestep), {"latents": latents.clone()}))
 
         pipe(
-            **standard(mode),
+            **small_call(mode),
             generator=seeded(1),
             callback_on_step_end=on_step_end,
             callback_on_step_end_tensor_inputs=names,
@@ -272,7 +232,7 @@ def test_callbacks_see_the_same(mode: str, mode_oracles: dict[str, Any], modes: 
             assert difference(tensor, other[name]) < 1e-4, name
 
 
-def test_a_mask_changed_by_a_callback(mode_oracles: dict[str, Any], modes: Callable[[str], Any]) -> None:
+def test_a_mask_changed_by_a_callback(mode_oracles: dict[str, Any], make_pipeline: Callable[[str], Any]) -> None:
     def on_step_end(self: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         mask = tensors["mask_image"]
         return {"mask_image": torch.flip(mask, dims=[2]), "masked_image": tensors["masked_image"] * 0.5}
@@ -282,15 +242,17 @@ def test_a_mask_changed_by_a_callback(mode_oracles: dict[str, Any], modes: Calla
         "callback_on_step_end_tensor_inputs": ["mask_image", "masked_image"],
         "output_type": "latent",
     }
-    results = both(modes("Inpaint"), mode_oracles["Inpaint"], "Inpaint", lambda: {**call, "generator": seeded(3)})
+    results = both(
+        make_pipeline("Inpaint"), mode_oracles["Inpaint"], "Inpaint", lambda: {**call, "generator": seeded(3)}
+    )
     assert difference(*results) < 1e-4
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_files_go_both_ways(
-    mode: str, mode_oracles: dict[str, Any], modes: Callable[[str], Any], tmp_path: Path
+    mode: str, mode_oracles: dict[str, Any], make_pipeline: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    ours = modes(mode)
+    ours = make_pipeline(mode)
     ours.save_pretrained(tmp_path)
     reloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(reloaded) is type(mode_oracles[mode])

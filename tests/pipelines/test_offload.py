@@ -17,8 +17,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tests.pipelines.pretend import accelerator
-from tests.pipelines.test_modes_parity import box_image, hint, photo
+from tests.pipelines.calls import CLASSES, inputs, two_step_call
+from tests.pipelines.fake_accelerator import fake_accelerator
+from tests.pipelines.pictures import photo
 from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
 
 import kandinsky22
@@ -27,67 +28,13 @@ from kandinsky22.kernels import linear
 from kandinsky22.models import Model
 from kandinsky22.runtime import device_offload, disk_offload
 
-EMBEDS = {"image_embeds": torch.ones(1, DIM), "negative_image_embeds": torch.zeros(1, DIM)}
-DECODER = {**EMBEDS, "num_inference_steps": 2, "output_type": "pt"}
-STARTED = {**DECODER, "strength": 1.0}
-TEXT = {"prompt": "a red cat", "num_inference_steps": 2}
-BOTH = {**TEXT, "prior_num_inference_steps": 2, "output_type": "pt"}
-
-# for each class: its checkpoint, what it is called with, and the networks that work, in order
-CALLS: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
-    "Prior": ("prior", lambda: TEXT, "text_encoder prior image_encoder"),
-    "PriorEmb2Emb": (
-        "prior",
-        lambda: {**TEXT, "image": photo(1), "strength": 1.0},
-        "text_encoder image_encoder prior image_encoder",
-    ),
-    "": ("decoder", lambda: DECODER, "unet movq"),
-    "Img2Img": ("Img2Img", lambda: {**STARTED, "image": photo(1)}, "movq unet movq"),
-    "Inpaint": ("Inpaint", lambda: {**DECODER, "image": photo(1), "mask_image": box_image()}, "movq unet movq"),
-    "Controlnet": ("Controlnet", lambda: {**DECODER, "hint": hint(1, 1)}, "unet movq"),
-    "ControlnetImg2Img": (
-        "ControlnetImg2Img",
-        lambda: {**STARTED, "image": photo(1), "hint": hint(1, 1)},
-        "movq unet movq",
-    ),
-    "Combined": (
-        "combined",
-        lambda: BOTH,
-        "prior_text_encoder prior_prior prior_image_encoder unet movq",
-    ),
-    "Img2ImgCombined": (
-        "Img2Img",
-        lambda: {**BOTH, "image": photo(1), "strength": 1.0},
-        "prior_text_encoder prior_prior prior_image_encoder movq unet movq",
-    ),
-    "InpaintCombined": (
-        "Inpaint",
-        lambda: {**BOTH, "image": photo(1), "mask_image": box_image()},
-        "prior_text_encoder prior_prior prior_image_encoder movq unet movq",
-    ),
-}
-SMALL = {"height": 32, "width": 32}
+DECODER: dict[str, Any] = {**inputs(""), "num_inference_steps": 2, "output_type": "pt", "height": 32, "width": 32}
 MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory")
-
-
-@pytest.fixture
-def make(checkpoints: Path, mode_folder: Path) -> Callable[[str], Any]:
-    """A pipeline by the middle of its class's name."""
-
-    def made(name: str) -> Any:
-        folder = CALLS[name][0]
-        place = mode_folder / folder if folder in kandinsky22.__all__ or folder[0].isupper() else checkpoints / folder
-        options = {"prior": checkpoints / "prior"} if name.endswith("Combined") and folder != "combined" else {}
-        pipe = getattr(kandinsky22, f"KandinskyV22{name}Pipeline").from_pretrained(place, **options)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return made
 
 
 def run(pipe: Any, name: str) -> list[torch.Tensor]:
     """All tensors that a call of this class gives, on the CPU."""
-    out = pipe(**CALLS[name][1](), generator=seeded(1))
+    out = pipe(**two_step_call(name), generator=seeded(1))
     return [getattr(out, field).cpu() for field in vars(out)]
 
 
@@ -119,26 +66,26 @@ def homes(pipe: Any) -> dict[str, set[str]]:
 
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
-    """The networks in the order in which they are fetched."""
-    fetched: list[torch.nn.Module] = []
-    for shelf in (device_offload.InMemory, disk_offload.InFiles):
-        original = shelf.fetch
+    """The networks in the order in which they are onloaded."""
+    onloaded: list[torch.nn.Module] = []
+    for storage in (device_offload.CpuStorage, disk_offload.DiskStorage):
+        original = storage.onload
 
-        def fetch(self: Any, network: Any, original: Any = original) -> None:
+        def onload(self: Any, network: Any, original: Any = original) -> None:
             original(self, network)
-            fetched.append(network)
+            onloaded.append(network)
 
-        monkeypatch.setattr(shelf, "fetch", fetch)
-    return fetched
+        monkeypatch.setattr(storage, "onload", onload)
+    return onloaded
 
 
 def names_of(pipe: Any, networks: list[torch.nn.Module]) -> str:
     return " ".join(next(name for name, part in pipe._networks().items() if part is network) for network in networks)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_model_offload(name: str, make: Callable[[str], Any], worked: list[torch.nn.Module]) -> None:
-    pipe = make(name)
+@pytest.mark.parametrize("name", CLASSES)
+def test_model_offload(name: str, make_pipeline: Callable[..., Any], worked: list[torch.nn.Module]) -> None:
+    pipe = make_pipeline(name)
     plain = run(pipe, name)
     seen: set[tuple[str, ...]] = set()
 
@@ -146,14 +93,14 @@ def test_model_offload(name: str, make: Callable[[str], Any], worked: list[torch
         seen.add(tuple(part for part, places in homes(pipe).items() if places == {"meta"}))
         return {}
 
-    with accelerator() as device:
+    with fake_accelerator() as device:
         pipe.enable_model_cpu_offload(device=device)
         assert all(places == {"cpu"} for places in homes(pipe).values())
         assert pipe._execution_device == device
         offloaded = run(pipe, name)  # any tensor left behind would have raised
-        assert names_of(pipe, worked) == CALLS[name][2]
+        assert names_of(pipe, worked) == CLASSES[name].networks
         assert all(places == {"cpu"} for places in homes(pipe).values())
-        pipe(**CALLS[name][1](), generator=seeded(1), callback_on_step_end=look)
+        pipe(**two_step_call(name), generator=seeded(1), callback_on_step_end=look)
         assert seen == {("prior",) if name.startswith("Prior") else ("unet",)}
         pipe.remove_all_hooks()
     for ours, theirs in zip(offloaded, plain, strict=True):
@@ -162,10 +109,10 @@ def test_model_offload(name: str, make: Callable[[str], Any], worked: list[torch
         assert difference(ours, theirs) < 1e-5  # where weights lie in memory moves rounding
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_weights_are_there_only_while_they_are_used(name: str, mode: str, make: Callable[[str], Any]) -> None:
-    pipe = make(name)
+def test_weights_are_there_only_while_they_are_used(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(name)
     plain = run(pipe, name)
     with as_in(mode):
         expected = run(pipe, name)
@@ -182,11 +129,11 @@ def test_weights_are_there_only_while_they_are_used(name: str, mode: str, make: 
 
 @pytest.mark.parametrize("name", ["Prior", "PriorEmb2Emb"])
 @pytest.mark.parametrize("mode", MODES)
-def test_interpolate(name: str, mode: str, make: Callable[[str], Any]) -> None:
-    pipe = make(name)
+def test_interpolate(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(name)
     plain = mix(pipe)
     if mode == "enable_model_cpu_offload":
-        with accelerator() as device:
+        with fake_accelerator() as device:
             enable(pipe, mode, device)
             for ours, theirs in zip(mix(pipe), plain, strict=True):
                 assert difference(ours, theirs) < 1e-4
@@ -197,16 +144,16 @@ def test_interpolate(name: str, mode: str, make: Callable[[str], Any]) -> None:
     assert all(places == {"meta"} for places in homes(pipe).values())
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_low_memory_takes_turns(name: str, make: Callable[[str], Any], worked: list[torch.nn.Module]) -> None:
-    pipe = make(name)
+@pytest.mark.parametrize("name", CLASSES)
+def test_low_memory_takes_turns(name: str, make_pipeline: Callable[..., Any], worked: list[torch.nn.Module]) -> None:
+    pipe = make_pipeline(name)
     pipe.enable_low_memory()
     together: set[int] = set()
     pipe(
-        **CALLS[name][1](),
+        **two_step_call(name),
         callback_on_step_end=lambda *_: together.add(sum(at == {"cpu"} for at in homes(pipe).values())) or {},
     )
-    assert names_of(pipe, worked) == CALLS[name][2]
+    assert names_of(pipe, worked) == CLASSES[name].networks
     assert together == {1}
 
 
@@ -228,29 +175,29 @@ def test_replaced_components_are_treated_alike(mode: str, combined: Any) -> None
     enable(combined, mode)
     combined.unet = replaced
     combined.scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range")
-    assert device_offload.place_of(replaced) is not None
+    assert device_offload.offload_of(replaced) is not None
     assert difference(run(combined, "Combined")[0], plain[0]) < 1e-5
     assert combined.decoder_pipe.unet is replaced
     combined.remove_all_hooks()
-    assert device_offload.place_of(replaced) is None
+    assert device_offload.offload_of(replaced) is None
     assert homes(combined)["unet"] == {"cpu"}
 
 
 def test_pipelines_that_share_networks_share_their_turns(combined: Any) -> None:
-    with accelerator() as device:
+    with fake_accelerator() as device:
         combined.enable_model_cpu_offload(device=device)
         decoder = kandinsky22.KandinskyV22Pipeline.from_pipe(combined)
         for pipe in (decoder, combined.decoder_pipe, combined.prior_pipe):
             assert pipe._execution_device == device
         combined.movq.decode(torch.zeros(1, 4, 8, 8))  # a network alone is fetched too, and its arguments follow it
         assert homes(combined)["movq"] == {"meta"}
-        decoder(**DECODER, **SMALL)
+        decoder(**DECODER)
         assert all(places == {"cpu"} for places in homes(combined).values())
 
 
 def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(decoder), "model_cpu_offload_seq", "unet")
-    with accelerator() as device:
+    with fake_accelerator() as device:
         decoder.enable_model_cpu_offload(device=device)
         decoder.movq.decode(torch.zeros(1, 4, 8, 8))
         decoder.unet.encode_condition(torch.zeros(1, DIM))
@@ -258,7 +205,7 @@ def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         decoder.maybe_free_model_hooks()
         assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
     monkeypatch.setattr(type(decoder), "_exclude_from_cpu_offload", ["movq"])
-    with accelerator() as device:
+    with fake_accelerator() as device:
         decoder.enable_model_cpu_offload(device=device)
         decoder.maybe_free_model_hooks()
         assert homes(decoder) == {"unet": {"cpu"}, "movq": {"meta"}}  # excluded: always
@@ -266,7 +213,7 @@ def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
     decoder.enable_sequential_cpu_offload(device="cpu")
     assert homes(decoder) == {"unet": {"meta"}, "movq": {"cpu"}}
-    assert device_offload.place_of(decoder.movq) is None
+    assert device_offload.offload_of(decoder.movq) is None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -275,21 +222,21 @@ def test_a_call_that_fails_is_no_harm(mode: str, decoder: Any) -> None:
         raise KeyError("enough")
 
     with as_in(mode):
-        plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+        plain = decoder(**DECODER, generator=seeded(1)).images
     enable(decoder, mode)
     with pytest.raises(KeyError, match="enough"):
-        decoder(**DECODER, **SMALL, callback_on_step_end=fail)
-    assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
+        decoder(**DECODER, callback_on_step_end=fail)
+    assert torch.equal(decoder(**DECODER, generator=seeded(1)).images, plain)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_switching_modes(mode: str, decoder: Any) -> None:
     with as_in(mode):
-        plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+        plain = decoder(**DECODER, generator=seeded(1)).images
     for first in MODES:
         enable(decoder, first)
         enable(decoder, mode)
-        assert torch.equal(decoder(**DECODER, **SMALL, generator=seeded(1)).images, plain)
+        assert torch.equal(decoder(**DECODER, generator=seeded(1)).images, plain)
     decoder.remove_all_hooks()
     decoder.remove_all_hooks()
     left = {"forward", "_hf_hook", "_old_forward", "packing", "state_dict", *device_offload.ENTRY_POINTS}
@@ -331,7 +278,7 @@ def test_without_an_accelerator(mode: str, decoder: Any) -> None:
             getattr(decoder, mode)(**options)
     with pytest.raises(InputError, match="gpu_id=1"):
         getattr(decoder, mode)(gpu_id=1, device="cpu")
-    assert device_offload.place_of(decoder.unet) is None
+    assert device_offload.offload_of(decoder.unet) is None
 
 
 @pytest.mark.parametrize("mode", MODES[:2])
@@ -343,7 +290,7 @@ def test_without_accelerate(mode: str, decoder: Any, monkeypatch: pytest.MonkeyP
     with pytest.raises(MissingDependencyError, match=r"kandinsky22\[offload\]"):
         getattr(decoder, mode)(device="cpu")
     decoder.enable_low_memory()
-    assert decoder(**DECODER, **SMALL).images.isfinite().all()
+    assert decoder(**DECODER).images.isfinite().all()
 
 
 # The low-memory mode
@@ -371,15 +318,15 @@ def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path:
         for network in (decoder.unet, decoder.movq):
             network.to(memory_format=torch.channels_last)
     partly = change in ("in place", "laid out")  # the other weights were mapped, and now lie elsewhere in memory
-    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    plain = decoder(**DECODER, generator=seeded(1)).images
     decoder.enable_low_memory(tmp_path)
     written = [file for _, _, files in os.walk(tmp_path) for file in files]
     assert len(written) == (0 if change == "none" else 2)
-    result = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    result = decoder(**DECODER, generator=seeded(1)).images
     assert difference(result, plain) < (1e-5 if partly else 1e-30)
     decoder.remove_all_hooks()
     assert os.listdir(tmp_path) == []
-    result = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    result = decoder(**DECODER, generator=seeded(1)).images
     assert difference(result, plain) < (1e-5 if partly else 1e-30)
 
 
@@ -401,7 +348,7 @@ def test_changes_that_torch_does_not_count(how: str, decoder: Any, checkpoints: 
     assert weight._version == version
     expected = {name: tensor.clone() for name, tensor in decoder.unet.state_dict().items()}
     decoder.enable_low_memory()
-    decoder(**DECODER, **SMALL)
+    decoder(**DECODER)
     decoder.remove_all_hooks()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in decoder.unet.state_dict().items())
 
@@ -410,11 +357,11 @@ def test_changes_that_torch_does_not_count(how: str, decoder: Any, checkpoints: 
 def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kandinsky22.kernels.linear.WORTHWHILE", 1)
     packs = lambda: [m for part in (decoder.unet, decoder.movq) for m in part.modules() if "_pack" in vars(m)]  # noqa: E731
-    plain = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    plain = decoder(**DECODER, generator=seeded(1)).images
     assert packs() or not linear.DTYPES
     enable(decoder, mode)
     assert packs() == []
-    again = decoder(**DECODER, **SMALL, generator=seeded(1)).images
+    again = decoder(**DECODER, generator=seeded(1)).images
     assert difference(again, plain) < 1e-5
     decoder.maybe_free_model_hooks()
     assert packs() == []
@@ -444,7 +391,7 @@ def test_less_memory_than_the_reference(
     ours = request.getfixturevalue(name)
     theirs = getattr(diffusers, f"KandinskyV22{kinds[name]}Pipeline").from_pretrained(checkpoints / name)
     theirs.set_progress_bar_config(disable=True)
-    call = CALLS[kinds[name]][1]()
+    call = two_step_call(kinds[name])
     marks = {"ours": low_water(ours, mode, call), "reference": low_water(theirs, mode, call)}
     for who, mark in marks.items():
         record_property(who, mark)
@@ -452,10 +399,10 @@ def test_less_memory_than_the_reference(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("mode", MODES[:2])
-def test_on_a_real_accelerator(name: str, mode: str, make: Callable[[str], Any]) -> None:
-    pipe = make(name)
+def test_on_a_real_accelerator(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(name)
     plain = run(pipe, name)
     getattr(pipe, mode)()
     for ours, theirs in zip(run(pipe, name), plain, strict=True):

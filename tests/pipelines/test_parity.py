@@ -1,4 +1,4 @@
-"""The same call, ours and the reference's, on the same checkpoint: the same numbers."""
+"""Equal results of equal calls of both libraries on the same checkpoint."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, PIXELS, difference, embeds, seeded
+from tests.pipelines.comparison import (
+    PIXEL_TOLERANCE,
+    SCHEDULERS,
+    assert_same_embeddings,
+    assert_same_pictures,
+    with_schedulers,
+)
+from tests.pipelines.pictures import noise_picture
+from tests.pipelines.tiny import DIM, PIXELS, difference, embeds, pair, seeded
 
-import kandinsky22
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
-PICTURES = 1e-4  # absolute, pixels in [0, 1]
-EMBEDDINGS = 1e-5  # relative
-
-# Calls are functions, because generators are used up by them.
+# Calls are functions, because a call advances its generators.
 PRIOR_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "prompt": lambda: {"prompt": "a red cat", "generator": seeded(0)},
     "global seed": lambda: {"prompt": "a red cat"},
@@ -67,73 +70,30 @@ def test_prior(call: Callable[[], dict[str, Any]], oracles: dict[str, Any], prio
     for pipe in (prior, oracles["prior"]):
         torch.manual_seed(5)
         results.append(pipe(**{"num_inference_steps": 3, **call()}))
-    ours, theirs = results
-    assert type(ours.image_embeds) is type(theirs.image_embeds)
-    assert difference(ours.image_embeds, theirs.image_embeds) < EMBEDDINGS
-    assert difference(ours.negative_image_embeds, theirs.negative_image_embeds) < EMBEDDINGS
+    assert_same_embeddings(*results)
 
 
 DECODER_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "defaults": lambda: {"generator": seeded(0)},
     "global seed": dict,
-    "batch": lambda: {"image_embeds": embeds(2, 1), "negative_image_embeds": embeds(2, 2), "generator": seeded(1)},
+    "batch": lambda: {**pair(2, seed=1), "generator": seeded(1)},
     "lists": lambda: {
         "image_embeds": [embeds(1, 1), embeds(2, 3)],
         "negative_image_embeds": [embeds(2, 2), embeds(1, 4)],
         "generator": seeded(2),
     },
-    "two each": lambda: {
-        "image_embeds": embeds(2, 1),
-        "negative_image_embeds": embeds(2, 2),
-        "num_images_per_prompt": 2,
-        "generator": seeded(3),
-    },
+    "two each": lambda: {**pair(2, seed=1), "num_images_per_prompt": 2, "generator": seeded(3)},
     "wide": lambda: {"height": 24, "width": 48, "generator": seeded(4)},
     "tall, rounded up": lambda: {"height": 45, "width": 22, "generator": seeded(5)},
     "guidance off": lambda: {"guidance_scale": 1.0, "generator": seeded(6)},
     "guidance high": lambda: {"guidance_scale": 8, "generator": seeded(7)},
     "latents": lambda: {"latents": torch.randn(1, 4, 16, 16, generator=seeded(8)), "generator": seeded(9)},
-    "generators": lambda: {
-        "image_embeds": embeds(2, 1),
-        "negative_image_embeds": embeds(2, 2),
-        "generator": [seeded(10), seeded(11)],
-    },
+    "generators": lambda: {**pair(2, seed=1), "generator": [seeded(10), seeded(11)]},
     "pil": lambda: {"output_type": "pil", "generator": seeded(12)},
     "pt": lambda: {"output_type": "pt", "generator": seeded(13)},
     "latent": lambda: {"output_type": "latent", "generator": seeded(14)},
     "more steps": lambda: {"num_inference_steps": 5, "generator": seeded(15)},
 }
-SCHEDULERS = {
-    "as saved": None,
-    "fixed variance": ("DDPMScheduler", {**DECODER_SCHEDULER, "variance_type": "fixed_small"}),
-    # clipped, for without it a random network leaves the range of latents, where MoVQ magnifies rounding errors
-    "DDIM": ("DDIMScheduler", {**DECODER_SCHEDULER, "set_alpha_to_one": False}),
-}
-
-
-def with_schedulers(ours: Any, theirs: Any, name: str) -> tuple[Any, Any]:
-    """Both pipelines with this scheduler, each library's own; neither argument is changed."""
-    chosen = SCHEDULERS[name]
-    if chosen is None:
-        return ours, theirs
-    parts = {**theirs.components, "scheduler": getattr(diffusers, chosen[0])(**chosen[1])}
-    theirs = type(theirs)(**parts)
-    theirs.set_progress_bar_config(disable=True)
-    ours.scheduler = getattr(kandinsky22, chosen[0])(**chosen[1])
-    return ours, theirs
-
-
-def same_pictures(ours: Any, theirs: Any) -> None:
-    assert type(ours) is type(theirs)
-    if isinstance(ours, list):  # a step of 1 / 255 may be rounded either way
-        one, other = (
-            np.stack([np.asarray(picture) for picture in pictures]).astype(int) for pictures in (ours, theirs)
-        )
-        assert np.abs(one - other).max() <= 1
-        assert np.abs(one - other).mean() < 0.01
-    else:
-        assert ours.shape == theirs.shape
-        assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() < PICTURES
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -141,24 +101,17 @@ def same_pictures(ours: Any, theirs: Any) -> None:
 def test_decoder(
     call: Callable[[], dict[str, Any]], scheduler: str, oracles: dict[str, Any], decoder: KandinskyV22Pipeline
 ) -> None:
-    standard = {
-        "image_embeds": embeds(1, 20),
-        "negative_image_embeds": embeds(1, 21),
-        "height": 32,
-        "width": 32,
-        "num_inference_steps": 3,
-        "output_type": "np",
-    }
+    standard = {**pair(), "height": 32, "width": 32, "num_inference_steps": 3, "output_type": "np"}
     results = []
     for pipe in with_schedulers(decoder, oracles["decoder"], scheduler):
         torch.manual_seed(5)
         results.append(pipe(**{**standard, **call()}).images)
-    same_pictures(*results)
+    assert_same_pictures(*results)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_decoder_in_double_precision(scheduler: str, checkpoints: Path, decoder: KandinskyV22Pipeline) -> None:
-    """A random network magnifies rounding errors from step to step; without them, many steps are equal too."""
+    """A random network magnifies rounding errors from step to step; in float64 many steps are equal too."""
     ours = KandinskyV22Pipeline(**copy.deepcopy(decoder.components)).to(torch.float64)
     theirs = diffusers.KandinskyV22Pipeline.from_pretrained(checkpoints / "decoder", torch_dtype=torch.float64)
     theirs.set_progress_bar_config(disable=True)
@@ -166,8 +119,7 @@ def test_decoder_in_double_precision(scheduler: str, checkpoints: Path, decoder:
     for pipe in with_schedulers(ours, theirs, scheduler):
         results.append(
             pipe(
-                image_embeds=embeds(2, 20),
-                negative_image_embeds=embeds(2, 21),
+                **pair(2),
                 height=32,
                 width=32,
                 num_inference_steps=12,
@@ -226,24 +178,19 @@ def test_combined(
     for pipe in (combined, oracles["combined"]):
         torch.manual_seed(5)
         results.append(pipe(**{**standard, **call()}).images)
-    same_pictures(*results)
-
-
-def picture(seed: int) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
+    assert_same_pictures(*results)
 
 
 MIXTURES: dict[str, Callable[[], dict[str, Any]]] = {
     "text": lambda: {"images_and_prompts": ["a cat"], "weights": [1.0]},
     "texts": lambda: {"images_and_prompts": ["a cat", "red"], "weights": [0.25, 0.75]},
-    "text and picture": lambda: {"images_and_prompts": ["a cat", picture(1)], "weights": [0.4, 0.6]},
+    "text and picture": lambda: {"images_and_prompts": ["a cat", noise_picture(1, 56, 40)], "weights": [0.4, 0.6]},
     "pixels": lambda: {
         "images_and_prompts": [torch.randn(1, 3, PIXELS, PIXELS, generator=seeded(3)), "a cat"],
         "weights": [0.3, 0.3],
     },
     "three each": lambda: {
-        "images_and_prompts": [picture(2), "a cat", "red"],
+        "images_and_prompts": [noise_picture(2, 56, 40), "a cat", "red"],
         "weights": [0.2, 0.2, 0.6],
         "num_images_per_prompt": 3,
     },
@@ -254,7 +201,7 @@ MIXTURES: dict[str, Callable[[], dict[str, Any]]] = {
         "num_images_per_prompt": 2,
     },
     "negative of the prior": lambda: {
-        "images_and_prompts": ["a cat", picture(4)],
+        "images_and_prompts": ["a cat", noise_picture(4, 56, 40)],
         "weights": [0.5, 0.5],
         "negative_prior_prompt": "ugly",
     },
@@ -283,10 +230,8 @@ def test_interpolate(
         generator = seeded(40)
         results.append(pipe.interpolate(**{"num_inference_steps": 3, "generator": generator, **call()}))
         drawn_next.append(torch.randn(4, generator=generator))
-    ours, theirs = results
-    assert difference(ours.image_embeds, theirs.image_embeds) < EMBEDDINGS
-    assert difference(ours.negative_image_embeds, theirs.negative_image_embeds) < EMBEDDINGS
-    assert torch.equal(*drawn_next), "a decoder called next with this generator would draw another picture"
+    assert_same_embeddings(*results)
+    assert torch.equal(*drawn_next), "a decoder that uses this generator next would draw other noise"
 
 
 def test_cut_prompt_is_reported(prior: KandinskyV22PriorPipeline, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,13 +251,7 @@ def test_reference_loads_what_we_save(name: str, oracles: dict[str, Any], tmp_pa
     reloaded.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {
         "prior": {"prompt": "a red cat"},
-        "decoder": {
-            "image_embeds": embeds(1, 1),
-            "negative_image_embeds": embeds(1, 2),
-            "height": 32,
-            "width": 32,
-            "output_type": "np",
-        },
+        "decoder": {**pair(seed=1), "height": 32, "width": 32, "output_type": "np"},
         "combined": {"prompt": "a red cat", "height": 32, "width": 32, "output_type": "np"},
     }[name]
     results = [pipe(**call, num_inference_steps=2, generator=seeded(0))[0] for pipe in (reloaded, oracles[name])]
@@ -323,7 +262,6 @@ def test_schedulers_of_the_reference_work_in_our_pipelines(
     decoder: KandinskyV22Pipeline, oracles: dict[str, Any]
 ) -> None:
     standard = {"height": 32, "width": 32, "num_inference_steps": 4, "output_type": "latent"}
-    inputs = {"image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
     config = oracles["decoder"].scheduler.config
     solvers = [
         diffusers.DDPMScheduler.from_config(config),
@@ -332,10 +270,10 @@ def test_schedulers_of_the_reference_work_in_our_pipelines(
     ]
     for solver in solvers:
         decoder.scheduler = solver
-        ours = decoder(**inputs, **standard, generator=seeded(1)).images
+        ours = decoder(**pair(seed=1), **standard, generator=seeded(1)).images
         assert torch.isfinite(ours).all()
         if isinstance(solver, diffusers.UniPCMultistepScheduler):
-            continue  # its step takes no generator; ours does not pass one, the reference fails
+            continue  # its step accepts no generator: we pass none, and the reference fails
         theirs = diffusers.KandinskyV22Pipeline(**{**oracles["decoder"].components, "scheduler": solver})
         theirs.set_progress_bar_config(disable=True)
-        assert difference(ours, theirs(**inputs, **standard, generator=seeded(1)).images) < PICTURES
+        assert difference(ours, theirs(**pair(seed=1), **standard, generator=seeded(1)).images) < PIXEL_TOLERANCE

@@ -1,12 +1,12 @@
-"""Half precision, all ten classes: no further from the reference in float32 than the reference itself is.
+"""Half precision in all ten classes: our error against float32 is not larger than the reference's.
 
-Weights, inputs and noise are the same in all runs. Noise has to be made so: a seed gives other numbers in other types,
-here and in the reference, so both draw it in float32 and round it. Both then round every operation, and a random
-network magnifies that from step to step; which of two equally good orders of the operations comes out nearer is a
-matter of luck for a single picture. So the errors are taken over several seeds, the root of the mean square and the
-largest, and both may be a little larger than the reference's. When this was written they were 0.88 to 1.11 and 0.63 to
-1.35 times the reference's on a CPU (0.007 to 0.027 in bfloat16 and 0.0008 to 0.004 in float16, root of the mean
-square, of pixels in [0, 1] or of embeddings).
+Weights, inputs and noise are the same in all runs. A seed gives other noise in other dtypes, in both libraries, and
+therefore both draw it in float32 here and round it. Both libraries then round every operation, and a random network
+magnifies rounding from step to step. For a single picture it is chance which of two equally good orders of operations
+is nearer. Errors are therefore taken over several seeds, as root mean square and as maximum, and both may be slightly
+larger than the reference's. On a CPU they were 0.88 to 1.11 times (root mean square) and 0.63 to 1.35 times (maximum)
+the reference's. The root mean square errors of pixels in [0, 1] or of embeddings were 0.007 to 0.027 in bfloat16 and
+0.0008 to 0.004 in float16.
 """
 
 from __future__ import annotations
@@ -21,51 +21,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.pipelines.test_modes_parity import box_image, hint, photo
+from tests.pipelines.calls import CLASSES, DECODERS, PRIORS, inputs, step_counts
 from tests.pipelines.tiny import pair, seeded
 
-import kandinsky22
 from kandinsky22 import KandinskyV22PriorPipeline
 
 SEEDS = range(5)
-SQUARES = 1.25  # how much larger our error may be, by the root of the mean square over all seeds
-LARGEST = 1.6  # and by the largest single number, an extreme value that varies more
+SQUARES = 1.25  # largest ratio of our root mean square error to the reference's, over all seeds
+LARGEST = 1.6  # largest ratio of the maxima, which vary more
 
-Call = Callable[[int], dict[str, Any]]
-
-
-def words(seed: int) -> dict[str, Any]:
-    return {"prompt": ["a red cat", "on a mat", "dog, 4k photo", "red", "cat on a red mat"][seed]}
+PROMPTS = ("a red cat", "on a mat", "dog, 4k photo", "red", "cat on a red mat")
 
 
-PRIOR = {"num_inference_steps": 4}
-PIXELS = {"height": 32, "width": 32, "output_type": "np"}
-STEPS = {**PIXELS, "num_inference_steps": 4}
-STARTED = {**PIXELS, "num_inference_steps": 8, "strength": 0.5}
-BOTH = {"prior_num_inference_steps": 4}
-
-# by the middle of the class's name: where its weights are, and a call
-CALLS: dict[str, tuple[str, Call]] = {
-    "Prior": ("prior", lambda seed: {**words(seed), **PRIOR, "negative_prompt": "blue"}),
-    "PriorEmb2Emb": ("prior", lambda seed: {**words(seed), **PRIOR, "image": photo(seed), "strength": 1.0}),
-    "": ("decoder", lambda seed: {**pair(seed=10 * seed), **STEPS}),
-    "Img2Img": ("Img2Img", lambda seed: {**pair(seed=10 * seed), **STARTED, "image": photo(seed)}),
-    "Inpaint": (
-        "Inpaint",
-        lambda seed: {**pair(seed=10 * seed), **STEPS, "image": photo(seed), "mask_image": box_image()},
-    ),
-    "Controlnet": ("Controlnet", lambda seed: {**pair(seed=10 * seed), **STEPS, "hint": hint(1, seed)}),
-    "ControlnetImg2Img": (
-        "ControlnetImg2Img",
-        lambda seed: {**pair(seed=10 * seed), **STARTED, "image": photo(seed), "hint": hint(1, seed)},
-    ),
-    "Combined": ("decoder", lambda seed: {**words(seed), **BOTH, **STEPS}),
-    "Img2ImgCombined": ("Img2Img", lambda seed: {**words(seed), **BOTH, **STARTED, "image": photo(seed)}),
-    "InpaintCombined": (
-        "Inpaint",
-        lambda seed: {**words(seed), **BOTH, **STEPS, "image": photo(seed), "mask_image": box_image()},
-    ),
-}
+def call_of(name: str, seed: int) -> dict[str, Any]:
+    """Return a call of four steps per stage, with embeddings or a prompt and pictures that depend on the seed."""
+    call = {**inputs(name, seed), **step_counts(name, 4)}
+    call |= pair(seed=10 * seed) if name in DECODERS else {"prompt": PROMPTS[seed]}
+    if name == "Prior":
+        call |= {"negative_prompt": "blue"}
+    if name in PRIORS:
+        return call
+    if "Img2Img" in name:
+        call |= {"num_inference_steps": 8, "strength": 0.5}
+    return {**call, "height": 32, "width": 32, "output_type": "np"}
 
 
 @pytest.fixture(autouse=True)
@@ -78,40 +56,20 @@ def _noise_that_does_not_depend_on_types(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "randn", randn)
 
 
-@pytest.fixture
-def three(
-    checkpoints: Path, mode_folder: Path, reference: Callable[[str], Any]
-) -> Callable[[str, torch.dtype, str], tuple[Any, Any, Any]]:
-    """The reference exactly, the reference in another type, and ours in that type, which read it from files."""
-
-    def make(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any, Any]:
-        weights = CALLS[name][0]
-        folder = (checkpoints if weights in ("prior", "decoder") else mode_folder) / weights
-        options: dict[str, Any] = {"torch_dtype": dtype}
-        if name.endswith("Combined"):
-            options["prior"] = kandinsky22.KandinskyV22PriorPipeline.from_pretrained(checkpoints / "prior", **options)
-        exact = reference(name)
-        theirs = type(exact)(**copy.deepcopy(exact.components)).to(device, dtype)
-        ours = getattr(kandinsky22, type(exact).__name__).from_pretrained(folder, **options).to(device)
-        for pipe in (exact, theirs, ours):
-            pipe.set_progress_bar_config(disable=True)
-        return exact, theirs, ours
-
-    return make
-
-
 def numbers(pipe: Any, name: str, seed: int) -> list[np.ndarray[Any, Any]]:
-    """All that a call gives, with as many numbers from each seed."""
-    out = pipe(**CALLS[name][1](seed), generator=seeded(seed))
+    """Return all results of a call as arrays."""
+    out = pipe(**call_of(name, seed), generator=seeded(seed))
     return [np.asarray(torch.as_tensor(value).float().cpu(), dtype=np.float64) for value in vars(out).values()]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize(
     ("device", "dtype"),
     [
         pytest.param("cpu", torch.bfloat16, id="bfloat16"),
-        pytest.param("cpu", torch.float16, id="float16", marks=pytest.mark.slow),  # CPUs convolve it slowly
+        pytest.param(
+            "cpu", torch.float16, id="float16", marks=pytest.mark.slow
+        ),  # convolutions in float16 are slow on CPUs
         pytest.param("cuda", torch.bfloat16, id="bfloat16 on a GPU", marks=pytest.mark.gpu),
         pytest.param("cuda", torch.float16, id="float16 on a GPU", marks=pytest.mark.gpu),
     ],
@@ -120,16 +78,20 @@ def test_no_further_from_exact_than_the_reference(
     name: str,
     device: str,
     dtype: torch.dtype,
-    three: Callable[..., tuple[Any, Any, Any]],
+    make_pipeline: Callable[..., Any],
+    reference: Callable[[str], Any],
     record_property: Callable[[str, object], None],
 ) -> None:
-    exact, theirs, ours = three(name, dtype, device)
+    exact = reference(name)
+    theirs = type(exact)(**copy.deepcopy(exact.components)).to(device, dtype)
+    theirs.set_progress_bar_config(disable=True)
+    ours = make_pipeline(name, torch_dtype=dtype).to(device)
     assert ours.dtype == dtype
     errors: dict[str, list[np.ndarray[Any, Any]]] = {"ours": [], "theirs": []}
     for seed in SEEDS:
-        right, *rough = (numbers(pipe, name, seed) for pipe in (exact, theirs, ours))
-        for who, made in zip(("theirs", "ours"), rough, strict=True):
-            errors[who] += [(one - other).ravel() for one, other in zip(made, right, strict=True)]
+        exact_results, *rounded = (numbers(pipe, name, seed) for pipe in (exact, theirs, ours))
+        for who, results in zip(("theirs", "ours"), rounded, strict=True):
+            errors[who] += [(one - other).ravel() for one, other in zip(results, exact_results, strict=True)]
     flat = {who: np.concatenate(parts) for who, parts in errors.items()}
     squares = {who: float(np.sqrt(np.mean(values**2))) for who, values in flat.items()}
     largest = {who: float(np.abs(values).max()) for who, values in flat.items()}

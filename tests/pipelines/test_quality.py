@@ -1,4 +1,4 @@
-"""Presets in Python: one call for any pipeline, and nothing left behind by the one before."""
+"""Presets in Python: they apply to any pipeline, and nothing of an earlier preset remains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipelines.test_guidance import rows_seen
+from tests.pipelines.recording import record_batch_sizes
 from tests.pipelines.tiny import DIM
 
 from kandinsky22 import (
@@ -68,10 +68,10 @@ def test_each_stage_ends_its_guidance_where_the_preset_says(
     three, four = (Sampler("DPMSolverMultistepScheduler", steps) for steps in (3, 4))
     preset = Preset(decoder=three, prior=four, guidance_interval=(0.0, 0.3), prior_guidance_interval=(0.0, 0.5))
     monkeypatch.setattr(presets, "PRESETS", {"balanced": preset})
-    early, late = rows_seen(combined.prior_prior, monkeypatch), rows_seen(combined.unet, monkeypatch)
+    early, late = record_batch_sizes(combined.prior_prior, monkeypatch), record_batch_sizes(combined.unet, monkeypatch)
     combined("a cat", **apply_quality(combined, "balanced"))
     assert (early, late) == ([2, 2, 1, 1], [2, 1, 1])
-    alone = rows_seen(emb2emb.prior, monkeypatch)
+    alone = record_batch_sizes(emb2emb.prior, monkeypatch)
     emb2emb("a cat", image=torch.zeros(1, DIM), strength=1.0, **apply_quality(emb2emb, "balanced"))
     assert alone == [2, 2, 1, 1]
 
@@ -88,25 +88,25 @@ def test_what_a_preset_leaves_open_stays_the_models_own(combined: KandinskyV22Co
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("before", NAMES)
 def test_a_preset_leaves_nothing_behind_for_the_next(decoder: KandinskyV22Pipeline, name: str, before: str) -> None:
-    own = decoder.scheduler
+    own_scheduler = decoder.scheduler
     apply_quality(decoder, name)
-    wanted = decoder.scheduler
-    decoder.scheduler = own
+    expected_scheduler = decoder.scheduler
+    decoder.scheduler = own_scheduler
     apply_quality(decoder, before)
     apply_quality(decoder, name)
-    for steps in (wanted, decoder.scheduler):
+    for steps in (expected_scheduler, decoder.scheduler):
         steps.set_timesteps(PRESETS[name].decoder.steps)
-    assert torch.equal(wanted.timesteps, decoder.scheduler.timesteps)
-    assert {key: wanted.config[key] for key in PRESETS[name].decoder.settings} == {
+    assert torch.equal(expected_scheduler.timesteps, decoder.scheduler.timesteps)
+    assert {key: expected_scheduler.config[key] for key in PRESETS[name].decoder.settings} == {
         key: decoder.scheduler.config[key] for key in PRESETS[name].decoder.settings
     }
-    assert type(wanted) is type(decoder.scheduler)
+    assert type(expected_scheduler) is type(decoder.scheduler)
 
 
-@pytest.mark.parametrize("given", ["good", None, 3, ["best"]])
-def test_other_names_are_refused(decoder: KandinskyV22Pipeline, given: Any) -> None:
+@pytest.mark.parametrize("quality", ["good", None, 3, ["best"]])
+def test_other_names_are_refused(decoder: KandinskyV22Pipeline, quality: Any) -> None:
     with pytest.raises(InputError, match=r"quality=.*draft, balanced, best"):
-        apply_quality(decoder, given)
+        apply_quality(decoder, quality)
 
 
 def test_the_example_on_the_page_runs(checkpoints: Path) -> None:

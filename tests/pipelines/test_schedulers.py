@@ -1,4 +1,4 @@
-"""Every scheduler in every pipeline: a learned variance, steps with and without `generator`, two visits a step."""
+"""Every scheduler in every pipeline: learned variance, optional `generator` argument, two evaluations per step."""
 
 from __future__ import annotations
 
@@ -7,49 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipelines.test_modes_parity import box, embeds, hint, photo
+from tests.pipelines.calls import DECODERS, SMALL_LATENTS, inputs
 from tests.pipelines.tiny import difference, seeded
 
 import kandinsky22
 from kandinsky22 import schedulers
 
 NAMES = sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput", "UnCLIPScheduler"})
-SMALL: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "latent"}
 
 
-def given(mode: str) -> dict[str, Any]:
-    call: dict[str, Any] = {"image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
-    if "Img2Img" in mode:
-        call |= {"image": photo(3), "strength": 0.6}
-    if "Controlnet" in mode:
-        call |= {"hint": hint(1, 5)}
-    if mode == "Inpaint":
-        call |= {"image": photo(3), "mask_image": box(), "output_type": "np"}
-    return call
-
-
-def swap(pipe: Any, name: str) -> Any:
-    """The pipeline with this scheduler, told to drop or use the variance as the file says."""
+def with_scheduler(pipe: Any, name: str) -> Any:
+    """Give the pipeline this scheduler, with the settings of the one that it has, and return it."""
     kind = getattr(kandinsky22, name)
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return pipe
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_decoders(decoder: Any, modes: Callable[[str], Any], name: str) -> None:
-    first = swap(decoder, name)(**given(""), **SMALL, generator=seeded(0)).images
-    again = decoder(**given(""), **SMALL, generator=seeded(0)).images
+def test_decoders(decoder: Any, make_pipeline: Callable[[str], Any], name: str) -> None:
+    first = with_scheduler(decoder, name)(**inputs(""), **SMALL_LATENTS, generator=seeded(0)).images
+    again = decoder(**inputs(""), **SMALL_LATENTS, generator=seeded(0)).images
     assert torch.isfinite(first).all()
     assert difference(first, again) == 0
-    for mode in ("Img2Img", "Inpaint", "Controlnet", "ControlnetImg2Img"):
-        pictures = swap(modes(mode), name)(**{**SMALL, **given(mode)}, generator=seeded(0)).images
+    for mode in DECODERS[1:]:
+        options = {"output_type": "np"} if mode == "Inpaint" else {"strength": 0.6} if "Img2Img" in mode else {}
+        pipe = with_scheduler(make_pipeline(mode), name)
+        pictures = pipe(**{**SMALL_LATENTS, **inputs(mode), **options}, generator=seeded(0)).images
         assert torch.isfinite(torch.as_tensor(pictures)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prior(prior: Any, name: str) -> None:
-    """On its own cosine schedule with clean samples predicted."""
-    swap(prior, name)
+    """The prior keeps its cosine schedule and its prediction of clean samples."""
+    with_scheduler(prior, name)
     assert (prior.scheduler.config.prediction_type, prior.scheduler.config.beta_schedule) == (
         "sample",
         "squaredcos_cap_v2",
@@ -59,10 +49,10 @@ def test_the_prior(prior: Any, name: str) -> None:
     assert difference(*ends) == 0
 
 
-def test_pictures_keep_their_part_whatever_the_order(modes: Callable[[str], Any]) -> None:
-    """Half of ten steps is five, with two network calls each but for the last, which has one."""
+def test_pictures_keep_their_part_whatever_the_order(make_pipeline: Callable[[str], Any]) -> None:
+    """Half of ten steps is five, with two evaluations each except the last, which has one."""
     for name, calls in (("EulerDiscreteScheduler", 5), ("HeunDiscreteScheduler", 9), ("KDPM2DiscreteScheduler", 9)):
-        pipe = swap(modes("Img2Img"), name)
-        options = {**SMALL, **given("Img2Img"), "num_inference_steps": 10, "strength": 0.5}
+        pipe = with_scheduler(make_pipeline("Img2Img"), name)
+        options = {**SMALL_LATENTS, **inputs("Img2Img"), "num_inference_steps": 10, "strength": 0.5}
         pipe(**options, generator=seeded(0))
         assert pipe.num_timesteps == calls

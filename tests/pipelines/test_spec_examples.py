@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
-from tests.pipelines.conftest import load
+from tests.pipelines.tiny import load_quietly
 
 import kandinsky22
 from kandinsky22 import InputError
@@ -24,7 +24,7 @@ STEPS = 4
 
 
 def quiet(kind: Any) -> Any:
-    return load(kind, EMBEDDED)
+    return load_quietly(kind, EMBEDDED)
 
 
 @pytest.fixture

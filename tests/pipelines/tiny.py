@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the reference, and what tests compare with."""
+"""Tiny random pipelines of the reference, and small helpers that most tests of pipelines use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import transformers
 
-DIM = 32  # of the embeddings; a multiple of 16, so that random numbers drawn in parts equal those drawn at once
-PIXELS = 32  # side of the pictures the vision tower reads
+# Width of the embeddings: a multiple of 16, so that random numbers drawn in parts equal those drawn at once.
+DIM = 32
+PIXELS = 32  # side of the pictures that the vision tower reads
 
 PRIOR_SCHEDULER = {
     "variance_type": "fixed_small_log",
@@ -25,7 +26,7 @@ DECODER_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": 
 
 
 def save_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
-    """Letters as tokens; a few merges, so that words do not simply fall into letters."""
+    """Save and return a tokenizer of letters, with a few merges so that some words have tokens longer than a letter."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!?"
     merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>"), ("o", "n</w>")]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
@@ -40,7 +41,7 @@ def save_tokenizer(folder: Path) -> transformers.CLIPTokenizer:
 
 
 def clip_towers(tokenizer: transformers.CLIPTokenizer) -> tuple[Any, Any, Any]:
-    """Text tower, vision tower and image processor."""
+    """Return a random text tower, a random vision tower and an image processor."""
     common = {"hidden_size": DIM, "projection_dim": DIM, "intermediate_size": 37, "num_attention_heads": 4}
     text = transformers.CLIPTextConfig(
         **common,
@@ -62,7 +63,7 @@ def clip_towers(tokenizer: transformers.CLIPTokenizer) -> tuple[Any, Any, Any]:
 
 
 def oracle_prior(folder: Path) -> Any:
-    """The reference's prior pipeline with random weights."""
+    """Return the reference's prior pipeline with random weights."""
     tokenizer = save_tokenizer(folder / "words")
     text_encoder, image_encoder, processor = clip_towers(tokenizer)
     prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=12, embedding_dim=DIM, num_layers=2)
@@ -80,7 +81,7 @@ def oracle_prior(folder: Path) -> Any:
     )
 
 
-# Pipelines of the reference that start from pictures: input channels of the UNet, and what it is conditioned on.
+# Decoders of the reference that start from pictures: input channels and added conditioning of their UNet.
 MODES = {
     "Img2Img": (4, "image"),
     "Inpaint": (9, "image"),
@@ -90,7 +91,7 @@ MODES = {
 
 
 def oracle_decoder(mode: str = "") -> Any:
-    """The reference's decoder pipeline with random weights, its scheduler using the learned variance as published."""
+    """Return the reference's decoder pipeline with random weights and, as published, learned variance."""
     in_channels, condition = MODES.get(mode, (4, "image"))
     unet = diffusers.UNet2DConditionModel(
         sample_size=16,
@@ -108,7 +109,7 @@ def oracle_decoder(mode: str = "") -> Any:
         attention_head_dim=8,
         resnet_time_scale_shift="scale_shift",
     )
-    if condition == "image_hint":  # random convolutions make signals smaller; hints are to make a difference
+    if condition == "image_hint":  # random convolutions shrink signals, and hints must make a difference
         with torch.no_grad():
             for parameter in unet.add_embedding.input_hint_block.parameters():
                 parameter.mul_(3)
@@ -128,22 +129,29 @@ def oracle_decoder(mode: str = "") -> Any:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator on the CPU."""
+    """Return a generator on the CPU."""
     return torch.Generator().manual_seed(seed)
 
 
 def embeds(rows: int, seed: int) -> torch.Tensor:
-    """Image embeddings."""
+    """Return random image embeddings (rows, DIM)."""
     return torch.randn(rows, DIM, generator=seeded(seed))
 
 
 def pair(rows: int = 1, seed: int = 20) -> dict[str, torch.Tensor]:
-    """Image embeddings and their negatives, as arguments of a decoder."""
+    """Return random image embeddings and their negatives, as arguments of a decoder."""
     return {"image_embeds": embeds(rows, seed), "negative_image_embeds": embeds(rows, seed + 1)}
 
 
+def load_quietly(kind: Any, folder: Path | str, **options: Any) -> Any:
+    """Load a pipeline class from a folder, without progress bars."""
+    pipe = kind.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def difference(ours: Any, theirs: Any) -> float:
-    """Largest difference relative to the largest value."""
+    """Return the largest difference relative to the largest value of `theirs`."""
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.test_solvers import exact, make, network, variance
+from tests.unit.gaussian import best_prediction, flow, make_scheduler, variance
 
 from kandinsky22 import schedulers
 
 
 def test_order_of_convergence_of_implicit_sampling() -> None:
-    scheduler = make("DDIMScheduler", clip_sample=False)
+    scheduler = make_scheduler("DDIMScheduler", clip_sample=False)
     table = ((1 - scheduler.alphas_cumprod.double()) / scheduler.alphas_cumprod.double()) ** 0.5
     begin, errors = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3), []
     for stride in (20, 10):
         scheduler.set_timesteps(timesteps=list(range(900, 199, -stride)))
         sample = begin
         for timestep in scheduler.timesteps.tolist()[:-1]:
-            sample = scheduler.step(network(sample, float(table[timestep])), timestep, sample).prev_sample
-        errors.append(float((sample - exact(begin, float(table[900]), float(table[200]))).abs().max()))
+            sample = scheduler.step(best_prediction(sample, float(table[timestep])), timestep, sample).prev_sample
+        errors.append(float((sample - flow(begin, float(table[900]), float(table[200]))).abs().max()))
     assert 0.75 < math.log2(errors[0] / errors[1]) < 1.6
 
 
@@ -44,7 +44,7 @@ def test_order_of_convergence_of_what_ancestral_methods_draw(
     module = getattr(schedulers, name).step.__module__
     module = "kandinsky22.schedulers.ddpm" if module.endswith("unclip") else module
     monkeypatch.setattr(f"{module}.randn_tensor", lambda *_: noise)
-    scheduler = make(name, **({} if name.startswith("Euler") else {"clip_sample": False}))
+    scheduler = make_scheduler(name, **({} if name.startswith("Euler") else {"clip_sample": False}))
     table = ((1 - scheduler.alphas_cumprod.double()) / scheduler.alphas_cumprod.double()) ** 0.5
     errors = []
     for stride in (20, 10):
@@ -57,7 +57,10 @@ def test_order_of_convergence_of_what_ancestral_methods_draw(
             sample = probes * sizes[0]
             seen = scheduler.scale_model_input(sample, timestep)
             given = {"prev_timestep": following} if name.startswith("UnCLIP") else {}
-            out = scheduler.step(network(seen, start), timestep, sample, **options, **given).prev_sample / sizes[1]
+            out = (
+                scheduler.step(best_prediction(seen, start), timestep, sample, **options, **given).prev_sample
+                / sizes[1]
+            )
             still, moved, drawn = out.flatten().tolist()
             spread = (moved - still) ** 2 * spread + (drawn - still) ** 2
         errors.append(abs(spread - variance(float(table[200]))))

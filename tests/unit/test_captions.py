@@ -8,15 +8,15 @@ import itertools
 import numpy as np
 
 from kandinsky22.training.captions import (
-    EMPTY,
+    EMPTY_CAPTION,
     FULL,
     VOCABULARY,
     Detail,
-    Named,
-    NamedShape,
-    agrees,
+    SceneDescription,
+    ShapeDescription,
+    add_nonsense_word,
     caption,
-    distracted,
+    matches,
     unknown_words,
     words,
 )
@@ -32,15 +32,15 @@ def test_every_caption_agrees_with_its_scene_and_uses_known_words() -> None:
     rng = np.random.default_rng(0)
     for _ in range(800):
         scene = sample_scene(rng)
-        told = caption(scene, rng)
-        assert agrees(told.named, scene)
-        assert unknown_words(told.text) == []
-        assert "  " not in told.text and told.text == told.text.strip()
-        if told.named.background is not None:
-            assert told.named.background in words(told.text)
-        assert [shape.color for shape in told.named.shapes if shape.color] == [
-            word for word in words(told.text) if word in COLORS and word != told.named.background
-        ] or told.named.background in {shape.color for shape in told.named.shapes}
+        text, description = (result := caption(scene, rng)).text, result.description
+        assert matches(description, scene)
+        assert unknown_words(text) == []
+        assert "  " not in text and text == text.strip()
+        if description.background is not None:
+            assert description.background in words(text)
+        assert [shape.color for shape in description.shapes if shape.color] == [
+            word for word in words(text) if word in COLORS and word != description.background
+        ] or description.background in {shape.color for shape in description.shapes}
 
 
 def test_articles_fit_their_words() -> None:
@@ -55,25 +55,25 @@ def test_articles_fit_their_words() -> None:
 def test_full_captions_leave_nothing_open() -> None:
     rng = np.random.default_rng(2)
     for _ in range(200):
-        named = caption(sample_scene(rng), rng, FULL).named
-        assert named.background is not None
-        assert (named.place is None) != (named.relation is None)
-        assert all(shape.color and shape.size for shape in named.shapes)
+        description = caption(sample_scene(rng), rng, FULL).description
+        assert description.background is not None
+        assert (description.position is None) != (description.relation is None)
+        assert all(shape.color and shape.size for shape in description.shapes)
 
 
-def test_relations_are_told_from_both_sides() -> None:
+def test_relations_are_stated_from_both_sides() -> None:
     rng = np.random.default_rng(3)
-    told = {caption(PAIR, rng, FULL).named.relation for _ in range(50)}
-    assert told == {"left of", "right of"}
+    relations = {caption(PAIR, rng, FULL).description.relation for _ in range(50)}
+    assert relations == {"left of", "right of"}
     assert all(OPPOSITE[OPPOSITE[relation]] == relation for relation in RELATIONS)
 
 
-def test_a_wrong_attribute_does_not_agree() -> None:
-    red, blue = NamedShape("circle", "red", "small"), NamedShape("square", "blue", None)
-    right = Named((red, blue), "yellow", None, "left of")
-    assert agrees(right, PAIR)
-    assert agrees(Named((blue, red), None, None, "right of"), PAIR)
-    assert agrees(Named((blue, red)), PAIR)
+def test_a_wrong_attribute_does_not_match() -> None:
+    red, blue = ShapeDescription("circle", "red", "small"), ShapeDescription("square", "blue", None)
+    right = SceneDescription((red, blue), "yellow", None, "left of")
+    assert matches(right, PAIR)
+    assert matches(SceneDescription((blue, red), None, None, "right of"), PAIR)
+    assert matches(SceneDescription((blue, red)), PAIR)
     for wrong in (
         dataclasses.replace(right, background="red"),
         dataclasses.replace(right, relation="above"),
@@ -82,13 +82,13 @@ def test_a_wrong_attribute_does_not_agree() -> None:
         dataclasses.replace(right, shapes=(red, dataclasses.replace(blue, kind="star"))),
         dataclasses.replace(right, shapes=(red,), relation=None),
     ):
-        assert not agrees(wrong, PAIR)
-    assert agrees(EMPTY.named, PAIR)
+        assert not matches(wrong, PAIR)
+    assert matches(EMPTY_CAPTION.description, PAIR)
 
 
 def test_detail_switches_attributes_off() -> None:
     rng = np.random.default_rng(4)
-    bare = caption(PAIR, rng, Detail(size=0, color=0, background=0, place=0, relation=0)).named
+    bare = caption(PAIR, rng, Detail(size=0, color=0, background=0, position=0, relation=0)).description
     assert bare.background is None and bare.relation is None
     assert {(shape.color, shape.size) for shape in bare.shapes} == {(None, None)}
 
@@ -98,7 +98,7 @@ def test_unknown_words_are_named_once_in_order() -> None:
     assert list(VOCABULARY) == sorted(set(VOCABULARY))
 
 
-def test_a_distraction_adds_one_word() -> None:
+def test_a_nonsense_word_is_one_more_word() -> None:
     rng = np.random.default_rng(5)
     for text in ("a red circle", ""):
-        assert len(distracted(text, rng).split()) == len(text.split()) + 1
+        assert len(add_nonsense_word(text, rng).split()) == len(text.split()) + 1

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from tests.unit.test_models_io import TINY, assert_same
+from tests.unit.tiny_models import TINY_MOVQ, assert_same_weights
 
 from kandinsky22 import CheckpointError, VQModel
 from kandinsky22.checkpoints import hub
@@ -83,7 +83,7 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     root = tmp_path / "hub"
-    model = VQModel(**TINY)
+    model = VQModel(**TINY_MOVQ)
     model.save_pretrained(root / "someone/picture/movq")
     model.save_pretrained(root / "someone/picture/movq", safe_serialization=False)
     model.to(torch.float16).save_pretrained(root / "someone/picture/movq", variant="fp16", max_shard_size="100KB")
@@ -110,7 +110,7 @@ def load(cache: Path, name: str = "someone/picture", **options: Any) -> VQModel:
 def test_only_the_files_needed_are_fetched(server: Hub, tmp_path: Path) -> None:
     loaded = load(tmp_path / "cache")
     assert sorted(server.fetched) == ["movq/config.json", "movq/diffusion_pytorch_model.safetensors"]
-    assert_same(loaded, VQModel.from_pretrained(server.root / "someone/picture/movq"))
+    assert_same_weights(loaded, VQModel.from_pretrained(server.root / "someone/picture/movq"))
 
 
 def test_a_variant_in_shards(server: Hub, tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_the_cache_serves_when_the_hub_does_not(server: Hub, tmp_path: Path, mon
     first = load(tmp_path / "cache")
     server.up = False
     server.fetched.clear()
-    assert_same(load(tmp_path / "cache", local_files_only=True), first)
-    assert_same(load(tmp_path / "cache"), first)
+    assert_same_weights(load(tmp_path / "cache", local_files_only=True), first)
+    assert_same_weights(load(tmp_path / "cache"), first)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert_same(load(tmp_path / "cache"), first)
+    assert_same_weights(load(tmp_path / "cache"), first)
     assert not server.fetched
 
 
@@ -167,16 +167,16 @@ def test_names_that_cannot_be_models(tmp_path: Path) -> None:
 
 def test_the_embedded_model_is_never_looked_up(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    VQModel(**TINY).save_pretrained(tmp_path / "embedded/movq")
+    VQModel(**TINY_MOVQ).save_pretrained(tmp_path / "embedded/movq")
     monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no embedded"):
         VQModel.from_pretrained("embedded", subfolder="movq")
     weights = tmp_path / "package/embedded/weights"
-    model = VQModel(**TINY)
+    model = VQModel(**TINY_MOVQ)
     model.save_pretrained(weights / "decoder/movq")
     monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path / "package")
-    assert_same(VQModel.from_pretrained("embedded", subfolder="movq"), model)
-    assert hub.Source("embedded").prior().part == "prior"
+    assert_same_weights(VQModel.from_pretrained("embedded", subfolder="movq"), model)
+    assert hub.CheckpointSource("embedded").matching_prior().embedded_subfolder == "prior"
     assert not server.fetched
 
 
@@ -185,12 +185,12 @@ def test_the_embedded_model_is_never_looked_up(server: Hub, monkeypatch: pytest.
 )
 def test_the_prior_named_in_a_card(card: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"---\n{card}---\n# text\nprior: other\n")
-    assert hub.Source(tmp_path).prior().name == "someone/prior"
+    assert hub.CheckpointSource(tmp_path).matching_prior().name == "someone/prior"
 
 
 def test_the_prior_named_on_the_hub(server: Hub, tmp_path: Path) -> None:
-    found = hub.Source("someone/picture", cache_dir=tmp_path, token="hf_x", revision="main").prior()
-    assert found == hub.Source("someone/prior", cache_dir=tmp_path, token="hf_x")
+    found = hub.CheckpointSource("someone/picture", cache_dir=tmp_path, token="hf_x", revision="main").matching_prior()
+    assert found == hub.CheckpointSource("someone/prior", cache_dir=tmp_path, token="hf_x")
     assert server.fetched == ["README.md"]
 
 
@@ -198,7 +198,7 @@ def test_the_prior_named_on_the_hub(server: Hub, tmp_path: Path) -> None:
 def test_the_prior_in_a_folder_nearby(place: str, tmp_path: Path) -> None:
     (tmp_path / "k-decoder").mkdir()
     with pytest.raises(CheckpointError, match="prior="):
-        hub.Source(tmp_path / "k-decoder").prior()
+        hub.CheckpointSource(tmp_path / "k-decoder").matching_prior()
     (tmp_path / place).mkdir()
     (tmp_path / place / "model_index.json").write_text("{}")
-    assert hub.Source(tmp_path / "k-decoder").prior().name == (tmp_path / place).resolve()
+    assert hub.CheckpointSource(tmp_path / "k-decoder").matching_prior().name == (tmp_path / place).resolve()

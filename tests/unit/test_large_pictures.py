@@ -213,6 +213,6 @@ def test_tiling_of_an_offloaded_network(movq: VQModel, monkeypatch: pytest.Monke
     other, latents = copy.deepcopy(movq), torch.randn(1, 4, 16, 16)
     plain = decoded(movq, latents)
     other.enable_tiling()
-    device_offload.Streamed(other, torch.device("cpu"))
+    device_offload.SequentialOffload(other, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in other.parameters())
     assert distance(decoded(other, latents), plain) < 1e-5

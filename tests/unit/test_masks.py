@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.pipelines.kandinsky2_2.pipeline_kandinsky2_2_inpainting import prepare_mask
 
-from kandinsky22.inputs.masks import kept, masks
+from kandinsky22.inputs.masks import masks_to_tensor, unmasked_latents
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.98])
@@ -16,14 +16,14 @@ def test_kept_latents(size: tuple[int, int], share: float) -> None:
     repainted = (torch.rand(3, 1, 8 * size[0], 8 * size[1]) < share).float()
     expected = prepare_mask(F.interpolate(1 - repainted, size))  # works in place, on what interpolate made
     before = repainted.clone()
-    assert torch.equal(kept(repainted, size), expected)
+    assert torch.equal(unmasked_latents(repainted, size), expected)
     assert torch.equal(repainted, before)
 
 
 def test_one_pixel_takes_six_neighbours() -> None:
     repainted = torch.zeros(1, 1, 5, 5)
     repainted[..., 2, 2] = 1
-    assert kept(repainted, (5, 5))[0, 0].tolist() == [
+    assert unmasked_latents(repainted, (5, 5))[0, 0].tolist() == [
         [1, 1, 1, 1, 1],
         [1, 0, 0, 1, 1],
         [1, 0, 0, 0, 1],
@@ -33,6 +33,6 @@ def test_one_pixel_takes_six_neighbours() -> None:
 
 
 def test_masks_of_a_list_are_stacked() -> None:
-    made = masks("mask_image", [torch.ones(2, 4, 4), torch.zeros(4, 4), torch.eye(4)[None, None]], (4, 4))
+    made = masks_to_tensor("mask_image", [torch.ones(2, 4, 4), torch.zeros(4, 4), torch.eye(4)[None, None]], (4, 4))
     assert made.shape == (4, 1, 4, 4)
     assert made.sum(dim=(1, 2, 3)).tolist() == [16, 16, 0, 4]

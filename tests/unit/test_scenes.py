@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from kandinsky22.errors import InputError
 from kandinsky22.training.scenes import (
     COLORS,
-    CONTRAST,
-    PLACES,
+    MIN_CONTRAST,
+    POSITIONS,
     SHAPES,
     SIZES,
     Scene,
@@ -19,8 +20,8 @@ from kandinsky22.training.scenes import (
     is_held_out,
     mixed_palettes,
     nearest_color,
+    random_palette,
     render,
-    repaint,
     sample_scene,
 )
 
@@ -93,12 +94,12 @@ def test_first_of_two_shapes_is_left_or_above() -> None:
         else:
             assert scene.relation == "above"
             assert first.y < second.y and abs(first.x - second.x) < 0.1
-        assert scene.place is None
+        assert scene.position is None
 
 
-def test_all_places_and_attributes_occur() -> None:
+def test_all_positions_and_attributes_occur() -> None:
     seen = scenes(600, shapes=1)
-    assert {scene.place for scene in seen} == set(PLACES)
+    assert {scene.position for scene in seen} == set(POSITIONS)
     assert {scene.shapes[0].kind for scene in seen} == set(SHAPES)
     assert {scene.shapes[0].color for scene in seen} == set(COLORS) == {scene.background for scene in seen}
     assert all(scene.relation is None for scene in seen)
@@ -118,26 +119,26 @@ def test_training_still_shows_every_attribute_of_what_is_held_out() -> None:
 
 def test_same_seed_same_scene_and_wrong_count_is_refused() -> None:
     assert scenes(5) == scenes(5)
-    with pytest.raises(ValueError, match="1 or 2 shapes"):
+    with pytest.raises(InputError, match="shapes=3 is invalid: expected 1, 2 or None"):
         sample_scene(np.random.default_rng(0), shapes=3)
 
 
 def test_repainted_pictures_have_the_colours_of_their_palettes() -> None:
     rng, batch = np.random.default_rng(4), scenes(200)
-    palettes = [repaint(scene, rng) for scene in batch]
+    palettes = [random_palette(scene, rng) for scene in batch]
     for scene, palette, picture in zip(batch, palettes, render(batch, 64, palettes), strict=True):
         ground = torch.tensor(palette[scene.background])
         assert torch.allclose(picture[:, 0, 0], ground)
         for shape in scene.shapes:
             paint = torch.tensor(palette[shape.color])
             assert torch.allclose(picture[:, int(shape.y * 64), int(shape.x * 64)], paint)
-            assert float((paint - ground).norm()) >= CONTRAST
+            assert float((paint - ground).norm()) >= MIN_CONTRAST
 
 
 def test_no_palette_comes_near_what_is_left_out_of_training() -> None:
     rng = np.random.default_rng(5)
     for scene in scenes(300):
-        named = {name: nearest_color(color) for name, color in repaint(scene, rng).items()}
+        named = {name: nearest_color(color) for name, color in random_palette(scene, rng).items()}
         shapes = [Shape(s.kind, named[s.color], s.size, s.x, s.y, s.radius) for s in scene.shapes]
         assert not is_held_out(Scene(named[scene.background], tuple(shapes)))
 

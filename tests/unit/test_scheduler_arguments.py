@@ -51,7 +51,7 @@ def test_any_number_of_steps_is_set_or_refused_by_name(name: str, steps: int) ->
         assert all(a >= b for a, b in itertools.pairwise(visits)) or name == "PNDMScheduler"
         assert min(visits) >= 0 and max(visits) < TOTAL
     else:
-        with pytest.raises(InputError, match=f"num_inference_steps={steps}.*accepted: an integer from 1 to"):
+        with pytest.raises(InputError, match=f"num_inference_steps={steps}.*expected an integer from 1 to"):
             scheduler.set_timesteps(steps)
 
 
@@ -198,5 +198,5 @@ def test_outputs_that_do_not_fit(name: str) -> None:
     sample = torch.zeros(1, 4, 2, 2)
     for wrong in (torch.zeros(1, 5, 2, 2), torch.zeros(2, 4, 2, 2), torch.zeros(1, 4, 2, 3), torch.zeros(1, 12, 2, 2)):
         scheduler.scale_model_input(sample, scheduler.timesteps[0])
-        with pytest.raises(InputError, match="model_output has shape"):
+        with pytest.raises(InputError, match=r"model_output\.shape="):
             scheduler.step(wrong, scheduler.timesteps[0], sample)

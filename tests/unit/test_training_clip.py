@@ -10,10 +10,10 @@ import torch
 
 from kandinsky22.training import prior as recipe
 from kandinsky22.training.captions import VOCABULARY, caption
-from kandinsky22.training.clip import Towers, build_tokenizer, neighbours, objective
-from kandinsky22.training.loop import Draw
-from kandinsky22.training.probe import UNKNOWN, Probe, Seen, answers, scene_of, told
-from kandinsky22.training.scenes import is_held_out, render, repaint, sample_scene
+from kandinsky22.training.clip import Towers, build_tokenizer, clip_losses, neighbours
+from kandinsky22.training.loop import StepRandomness
+from kandinsky22.training.probe import UNKNOWN, Probe, SceneLabels, caption_answers, scene_answers, scene_of
+from kandinsky22.training.scenes import is_held_out, random_palette, render, sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -36,41 +36,42 @@ def test_trimming_changes_no_value(towers: Towers) -> None:
     assert full.hidden.shape[1] == 77
 
 
-def test_what_captions_tell_is_true() -> None:
+def test_captions_are_true() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         scene = sample_scene(rng)
-        truth, said = answers(scene), told(caption(scene, rng).named)
-        assert all(a in (UNKNOWN, b) for a, b in zip(said, truth, strict=True))
+        truth, stated = scene_answers(scene), caption_answers(caption(scene, rng).description)
+        assert all(a in (UNKNOWN, b) for a, b in zip(stated, truth, strict=True))
 
 
 def test_answers_describe_the_scene() -> None:
     rng = np.random.default_rng(1)
     for _ in range(100):
         scene = sample_scene(rng)
-        again = scene_of(answers(scene))
-        assert (again.background, again.place, again.relation) == (scene.background, scene.place, scene.relation)
+        again = scene_of(scene_answers(scene))
+        assert (again.background, again.position, again.relation) == (scene.background, scene.position, scene.relation)
         looks = [[(shape.kind, shape.color, shape.size) for shape in s.shapes] for s in (again, scene)]
         assert looks[0] == looks[1]
 
 
-def test_parts_that_add_up_leave_no_residue() -> None:
+def test_parts_that_add_up_leave_no_residual() -> None:
     torch.manual_seed(0)
     probe, rng = Probe(128), np.random.default_rng(2)
     scenes = [sample_scene(rng, shapes=1 + index % 2) for index in range(64)]
-    seen = Seen.of(scenes).followed_by(Seen.of(scenes, [repaint(scene, rng) for scene in scenes]))
-    assert seen.answers.shape == (128, 8) and seen.paints.shape == (128, 3, 3)
-    assert (seen.answers[64:, [0, 3, 6]] == UNKNOWN).all(), "colours of a palette have no names"
-    assert seen.paints[::2, 2].isnan().all() and not seen.paints[1::2].isnan().any()
+    palettes = [random_palette(scene, rng) for scene in scenes]
+    labels = SceneLabels.of(scenes).followed_by(SceneLabels.of(scenes, palettes))
+    assert labels.answers.shape == (128, 8) and labels.colors.shape == (128, 3, 3)
+    assert (labels.answers[64:, [0, 3, 6]] == UNKNOWN).all(), "colours of a palette have no names"
+    assert labels.colors[::2, 2].isnan().all() and not labels.colors[1::2].isnan().any()
     with torch.no_grad():
-        whole = probe.compose(seen)
-        assert probe.picture_losses(whole, seen)["residue"] < 1e-10
-        assert probe.picture_losses(whole.roll(1, 0), seen)["residue"] > 0.1
+        composed = probe.compose(labels)
+        assert probe.image_losses(composed, labels)["residual"] < 1e-10
+        assert probe.image_losses(composed.roll(1, 0), labels)["residual"] > 0.1
         # the same change of one attribute is the same step in any combination
-        brighter = Seen(seen.answers, seen.measures, seen.paints.clone())
-        brighter.paints[:, 0] = 1.0
-        darker = Seen(seen.answers, seen.measures, seen.paints.clone())
-        darker.paints[:, 0] = 0.0
+        brighter = SceneLabels(labels.answers, labels.geometry, labels.colors.clone())
+        brighter.colors[:, 0] = 1.0
+        darker = SceneLabels(labels.answers, labels.geometry, labels.colors.clone())
+        darker.colors[:, 0] = 0.0
         steps = probe.compose(brighter) - probe.compose(darker)
         assert torch.allclose(steps, steps[:1].expand_as(steps), atol=1e-5)
 
@@ -84,10 +85,10 @@ def test_neighbours_are_different_and_never_held_out() -> None:
 
 
 def test_a_step_of_clip_reaches_all_its_weights(towers: Towers) -> None:
-    losses = objective(towers, Draw.of(0, 0), 8)
+    losses = clip_losses(towers, StepRandomness.of(0, 0), 8)
     losses["loss"].backward()  # type: ignore[no-untyped-call]
-    silent = [name for name, p in towers.named_parameters() if p.grad is None]
-    assert silent == []
+    unreached = [name for name, p in towers.named_parameters() if p.grad is None]
+    assert unreached == []
     towers.zero_grad(set_to_none=True)
 
 
@@ -100,12 +101,12 @@ def test_towers_are_saved_in_the_published_layout(towers: Towers, tmp_path: Path
     assert names == {"tokenizer", "text_encoder", "image_encoder", "image_processor"}
 
 
-def test_levels_share_a_text_without_seeing_each_other(towers: Towers) -> None:
-    prior = recipe.create(towers.requires_grad_(False), 0)
+def test_timesteps_share_a_text_without_attending_to_each_other(towers: Towers) -> None:
+    prior = recipe.create_prior(towers.requires_grad_(False), 0)
     text = towers.embed_texts(["a red circle", "a big blue square on white"])
     with torch.no_grad():
         condition = prior.encode_condition(text.embeds, text.hidden, text.mask)
         noisy, timesteps = torch.randn(2, 3, 128), torch.randint(0, 1000, (2, 3))
-        together = recipe.denoise_levels(prior, noisy, timesteps, condition)
-        alone = [prior.denoise(noisy[:, level], timesteps[:, level], condition) for level in range(3)]
-    assert torch.allclose(together, torch.stack(alone, 1), atol=1e-5)
+        together = recipe.denoise_timesteps(prior, noisy, timesteps, condition)
+        separate = [prior.denoise(noisy[:, index], timesteps[:, index], condition) for index in range(3)]
+    assert torch.allclose(together, torch.stack(separate, 1), atol=1e-5)

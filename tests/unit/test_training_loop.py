@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import CheckpointError, InputError
-from kandinsky22.training.loop import CHECKPOINT, LOG, Draw, Objective, Settings, finished, load_average, train
+from kandinsky22.training.loop import (
+    CHECKPOINT,
+    LOG,
+    Objective,
+    Settings,
+    StepRandomness,
+    is_finished,
+    load_average,
+    train,
+)
 
 SETTINGS = Settings(steps=12, warmup=3, log_every=4, average=0.9)
 
@@ -21,9 +31,9 @@ def network(width: int = 4) -> nn.Sequential:
 
 
 def objective(net: nn.Module, width: int = 4) -> Objective:
-    def losses(draw: Draw) -> dict[str, Tensor]:
-        inputs = torch.randn(8, width, generator=draw.torch)
-        target = torch.from_numpy(draw.numpy.normal(size=(8, width))).float()
+    def losses(randomness: StepRandomness) -> dict[str, Tensor]:
+        inputs = torch.randn(8, width, generator=randomness.torch)
+        target = torch.from_numpy(randomness.numpy.normal(size=(8, width))).float()
         return {"loss": (net(inputs) - target).square().mean()}
 
     return losses
@@ -35,16 +45,16 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     for stop in (5, 8, None):
         parts = network()
         summary = train(parts, objective(parts), SETTINGS, tmp_path / "parts", stop_at=stop)
-        assert summary["finished"] == finished(tmp_path / "parts") == (stop is None)
+        assert summary["finished"] == is_finished(tmp_path / "parts") == (stop is None)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
 
 
 def test_lengthening_a_run_before_its_decay_changes_no_step_made(tmp_path: Path) -> None:
     short, long = Settings(steps=12, warmup=2, decay=4), Settings(steps=30, warmup=2, decay=4)
-    assert [short.rate(step) for step in range(8)] == [long.rate(step) for step in range(8)]
-    assert short.rate(11) < short.rate(9) < short.rate(7) == short.learning_rate
-    assert short.rate(0) == short.learning_rate / 2
+    assert [short.learning_rate_at(step) for step in range(8)] == [long.learning_rate_at(step) for step in range(8)]
+    assert short.learning_rate_at(11) < short.learning_rate_at(9) < short.learning_rate_at(7) == short.learning_rate
+    assert short.learning_rate_at(0) == short.learning_rate / 2
 
 
 def test_only_what_requires_gradients_is_trained_and_averaged(tmp_path: Path) -> None:
@@ -73,7 +83,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     net = network()
     train(net, objective(net), SETTINGS, tmp_path)
     wider = network(5)
-    with pytest.raises(CheckpointError, match="another network"):
+    with pytest.raises(CheckpointError, match="belongs to another network"):
         train(wider, objective(wider, 5), SETTINGS, tmp_path)
 
 
@@ -100,10 +110,16 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "summary.json"]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "average": 1.0}])
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=list(wrong)[-1]):
-        Settings(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0 is invalid: expected an integer from 1"),
+        ({"steps": 5, "average": 1.0}, "average=1.0 is invalid: expected a number from 0 to below 1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        Settings(**settings)  # type: ignore[arg-type]
 
 
 def test_a_network_with_nothing_to_train_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from kandinsky22.models.movq import VQModel
 from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training import decoder, movq
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
-from kandinsky22.training.loop import Draw, Settings
+from kandinsky22.training.loop import Settings, StepRandomness
 from kandinsky22.training.scenes import render, sample_scene
 
 FEW = Settings(steps=2, warmup=1, log_every=1)
@@ -29,9 +29,9 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> VQModel:
     return movq.train_autoencoder(tmp_path_factory.mktemp("movq"), FEW).requires_grad_(False)
 
 
-def test_pictures_are_crops_around_shapes_or_whole() -> None:
-    crops, whole = (movq.pictures(Draw.of(0, 1), whole=whole) for whole in (False, True))
-    assert crops.shape == (16, 3, 64, 64) and whole.shape == (4, 3, 128, 128)
+def test_training_images_are_crops_around_shapes_or_full_images() -> None:
+    crops, full = (movq.training_images(StepRandomness.of(0, 1), full_size=full_size) for full_size in (False, True))
+    assert crops.shape == (16, 3, 64, 64) and full.shape == (4, 3, 128, 128)
     assert all(crop.flatten(1).std(1).max() > 0.01 for crop in crops), "a crop without an outline teaches nothing"
     assert crops.abs().max() <= 1
 
@@ -42,7 +42,7 @@ def test_frozen_latents_are_normal_and_the_pictures_unchanged() -> None:
     rng = np.random.default_rng(5)
     images = render([sample_scene(rng) for _ in range(16)], movq.SIZE) * 2 - 1
     before = net.decode(net.quant_conv(net.encoder(images)), True).sample  # type: ignore[union-attr]
-    movq.freeze_latents(net, seed=0, count=64)
+    movq.normalise_latents(net, seed=0, count=64)
     latents = net.quant_conv(net.encoder(images))
     after = net.decode(latents, True).sample  # type: ignore[union-attr]
     torch.testing.assert_close(after, before, atol=2e-4, rtol=1e-3)
@@ -52,20 +52,20 @@ def test_frozen_latents_are_normal_and_the_pictures_unchanged() -> None:
     assert (codes - latents).square().mean() < 0.05
 
 
-def test_picture_loss_is_zero_for_the_picture_and_heavier_at_outlines() -> None:
-    images = movq.pictures(Draw.of(0, 2), whole=True)
-    assert movq.picture_loss(images, images)["loss"] == 0
+def test_image_loss_is_zero_for_the_target_and_heavier_at_outlines() -> None:
+    images = movq.training_images(StepRandomness.of(0, 2), full_size=True)
+    assert movq.image_loss(images, images)["loss"] == 0
     flat = torch.zeros(1, 3, 32, 32)
     square = flat.clone()
     square[:, :, 8:24, 8:24] = 1
-    assert movq.picture_loss(square + 0.1, square)["loss"] > movq.picture_loss(flat + 0.1, flat)["loss"]
+    assert movq.image_loss(square + 0.1, square)["loss"] > movq.image_loss(flat + 0.1, flat)["loss"]
 
 
-def test_refinement_moves_the_decoder_and_leaves_the_latents(autoencoder: VQModel) -> None:
-    objective = movq.refinement(autoencoder)
+def test_the_second_stage_trains_the_decoder_and_keeps_the_latents(autoencoder: VQModel) -> None:
+    objective = movq.decoder_objective(autoencoder)
     trained = {name for name, value in autoencoder.named_parameters() if value.requires_grad}
     assert trained and all(name.startswith(("decoder.", "post_quant_conv.")) for name in trained)
-    assert torch.isfinite(objective(Draw.of(0, 7))["loss"])
+    assert torch.isfinite(objective(StepRandomness.of(0, 7))["loss"])
     autoencoder.requires_grad_(False)
 
 
@@ -75,12 +75,12 @@ def test_the_bank_is_the_same_whether_filled_at_once_or_resumed(
     monkeypatch.setattr(decoder, "BANK_START", 64)
     monkeypatch.setattr(decoder, "BANK_GROWTH", 64)
     first = decoder.Bank(tmp_path, autoencoder, towers, seed=3, size=128)
-    early = first.take(first.choose(Draw.of(3, 0), 8))
-    first.choose(Draw.of(3, 1), 8)
+    early = first.read(first.sample_indices(StepRandomness.of(3, 0), 8))
+    first.sample_indices(StepRandomness.of(3, 1), 8)
     assert first.count == 128
     again = decoder.Bank(tmp_path, autoencoder, towers, seed=3, size=128)
     assert again.count == 128
-    for one, other in zip(early, again.take(again.choose(Draw.of(3, 0), 8)), strict=True):
+    for one, other in zip(early, again.read(again.sample_indices(StepRandomness.of(3, 0), 8)), strict=True):
         assert torch.equal(one, other)
 
 
@@ -96,9 +96,9 @@ def test_a_decoder_can_be_trained_and_loaded(tmp_path: Path, autoencoder: VQMode
 
 def test_timesteps_near_the_clean_end_are_rare() -> None:
     scheduler = DDPMScheduler(**decoder.SCHEDULER)
-    table = decoder.timestep_table(scheduler.alphas_cumprod)
-    density = torch.cat([table[:1], table.diff()])
-    assert table[-1] == pytest.approx(1, abs=1e-4)
+    distribution = decoder.timestep_distribution(scheduler.alphas_cumprod)
+    density = torch.cat([distribution[:1], distribution.diff()])
+    assert distribution[-1] == pytest.approx(1, abs=1e-4)
     assert density[0] < density[500] / 20
     assert density[500] == pytest.approx(float(density[999]), rel=1e-2)
 

@@ -17,16 +17,25 @@ from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.training import assemble, decoder, movq, shared_unet
+from kandinsky22.training import assemble, decoder, movq, shared_banks, shared_unet
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
-from kandinsky22.training.loop import Draw, Settings
-from kandinsky22.training.scenes import COLORS, Scene, Shape, draw_hints, is_held_out, renamed, render, sample_scene
+from kandinsky22.training.loop import Settings, StepRandomness
+from kandinsky22.training.scenes import (
+    COLORS,
+    Scene,
+    Shape,
+    is_held_out,
+    rename_colors,
+    render,
+    render_hints,
+    sample_scene,
+)
 
 TINY: dict[str, Any] = {**decoder.CONFIG, "block_out_channels": (32, 32, 32), "attention_head_dim": 32}
 TINY |= {"cross_attention_dim": 32}
 FEW = Settings(steps=2, warmup=1, log_every=1)
-CHANGES = {"inpaint": shared_unet.INPAINT, "hint": shared_unet.HINT}
-BANKS = (shared_unet.BetweenBank, shared_unet.HoleBank, shared_unet.HintBank)
+CHANGES = {"inpaint": shared_unet.INPAINT_CONFIG, "hint": shared_unet.HINT_CONFIG}
+BANKS = (shared_banks.InterpolationBank, shared_banks.InpaintBank, shared_banks.HintBank)
 BOTH = pytest.mark.parametrize("name", list(CHANGES))
 
 
@@ -50,9 +59,9 @@ def plain() -> UNet2DConditionModel:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_unet, "BANK_START", 64)
+    monkeypatch.setattr(shared_banks, "BANK_START", 64)
     monkeypatch.setattr(decoder, "BANK_START", 64)
-    for bank in (shared_unet.SureBank, *BANKS):
+    for bank in (shared_banks.StrongSignalBank, *BANKS):
         monkeypatch.setattr(bank, "batch", 4)
 
 
@@ -69,7 +78,7 @@ def test_the_shared_network_and_its_parts_begin_as_the_decoder_s_equals(plain: U
     expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
     for extra in ({}, seen("hint"), seen("inpaint"), {**seen("hint"), **seen("inpaint")}):
         torch.testing.assert_close(shared.denoise(latents, 500, shared.encode_condition(embeds, **extra)), expected)
-    part = shared.part({})
+    part = shared.variant({})
     torch.testing.assert_close(part.denoise(latents, 500, part.encode_condition(embeds)), expected)
 
 
@@ -86,18 +95,18 @@ def test_a_part_answers_as_the_shared_network_without_what_it_does_not_see(
 ) -> None:
     shared = awake(plain)
     latents, embeds, extra = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING), seen(name)
-    part = shared.part(CHANGES[name])
+    part = shared.variant(CHANGES[name])
     answer = part.denoise(latents, 500, part.encode_condition(embeds, **extra))
     torch.testing.assert_close(answer, shared.denoise(latents, 500, shared.encode_condition(embeds, **extra)))
-    alone = shared.part({})
+    alone = shared.variant({})
     assert not torch.allclose(answer, alone.denoise(latents, 500, alone.encode_condition(embeds)))
     for key, value in part.state_dict().items():
-        if not key.startswith(shared_unet.OWN):
+        if not key.startswith(shared_unet.UNSHARED_PREFIXES):
             assert torch.equal(value, alone.state_dict()[key]), key
 
 
 def banks_in(folder: Path, autoencoder: VQModel, towers: Towers) -> list[decoder.Bank]:
-    kinds = (shared_unet.SureBank, *BANKS)
+    kinds = (shared_banks.StrongSignalBank, *BANKS)
     return [kind(folder / kind.name, autoencoder, towers, seed=0, size=64) for kind in kinds]
 
 
@@ -105,16 +114,18 @@ def test_gradients_reach_every_weight(
     plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
 ) -> None:
     shared = shared_unet.SharedUNet(plain.requires_grad_(True))
-    objective = decoder.denoising(shared, banks_in(tmp_path, autoencoder, towers), decoder.zero_embedding(towers))
+    objective = decoder.denoising_objective(
+        shared, banks_in(tmp_path, autoencoder, towers), decoder.zero_embedding(towers)
+    )
     optimizer = torch.optim.SGD(shared.parameters(), lr=0.1)
     for step in range(2):  # new channels count for nothing at first, so what is behind them waits for a step
         optimizer.zero_grad()
-        losses = objective(Draw.of(0, step))
+        losses = objective(StepRandomness.of(0, step))
         losses["loss"].backward()
         optimizer.step()
     for name, parameter in shared.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.abs().max() > 0), name
-    assert {"sure", "between", "holes", "hints"} < losses.keys()
+    assert {"strong_signal", "interpolation", "inpaint", "hints"} < losses.keys()
 
 
 def test_training_lowers_the_loss_and_can_be_resumed(
@@ -131,9 +142,9 @@ def test_training_lowers_the_loss_and_can_be_resumed(
     banks = banks_in(tmp_path / "judging", autoencoder, towers)
 
     def loss(shared: shared_unet.SharedUNet) -> float:
-        objective = decoder.denoising(shared, banks, decoder.zero_embedding(towers))
+        objective = decoder.denoising_objective(shared, banks, decoder.zero_embedding(towers))
         with torch.no_grad():
-            return sum(float(objective(Draw.of(9, step))["loss"]) for step in range(4))
+            return sum(float(objective(StepRandomness.of(9, step))["loss"]) for step in range(4))
 
     before = loss(shared_unet.SharedUNet(decoder.load_decoder(tmp_path / "decoder")))
     settings = Settings(steps=8, warmup=2, learning_rate=3e-3, average=0.5)
@@ -149,41 +160,44 @@ def test_training_lowers_the_loss_and_can_be_resumed(
 def test_pictures_and_embeddings_contradict_each_other_only_where_there_is_little_noise(
     autoencoder: VQModel, towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_unet.SureBank, "batch", 32)
-    bank = shared_unet.SureBank(tmp_path, autoencoder, towers, seed=0, size=64)
+    monkeypatch.setattr(shared_banks.StrongSignalBank, "batch", 32)
+    bank = shared_banks.StrongSignalBank(tmp_path, autoencoder, towers, seed=0, size=64)
     own = {
         tuple(latents.flatten().tolist()): embeds
-        for latents, embeds in zip(*bank.take(bank.choose(Draw.of(0, 0), 512)), strict=True)
+        for latents, embeds in zip(*bank.read(bank.sample_indices(StepRandomness.of(0, 0), 512)), strict=True)
     }
     wrong = torch.zeros(32)
     for step in range(40):
-        shown = bank.examples(Draw.of(1, step))
+        shown = bank.examples(StepRandomness.of(1, step))
         for row, (latents, embeds) in enumerate(zip(shown.latents, shown.embeds, strict=True)):
             wrong[row] += not torch.equal(own[tuple(latents.flatten().tolist())], embeds)
-    table = decoder.timestep_table(decoder.DDPMScheduler(**decoder.SCHEDULER).alphas_cumprod)
-    clear = int(32 * table[shared_unet.CLEAR])
+    table = decoder.timestep_distribution(decoder.DDPMScheduler(**decoder.SCHEDULER).alphas_cumprod)
+    clear = int(32 * table[shared_banks.STRONG_SIGNAL_TIMESTEP])
     assert 0 < clear < 32 and not wrong[clear:].any()
-    assert abs(float(wrong[:clear].mean()) / 40 - shared_unet.CONTRADICTED) < 0.1
-    assert int(decoder.stratified(table, 32, Draw.of(1, 0))[:clear].max()) <= shared_unet.CLEAR
+    assert abs(float(wrong[:clear].mean()) / 40 - shared_banks.MISMATCH_SHARE) < 0.1
+    assert (
+        int(decoder.stratified_timesteps(table, 32, StepRandomness.of(1, 0))[:clear].max())
+        <= shared_banks.STRONG_SIGNAL_TIMESTEP
+    )
 
 
 def test_mixtures_lie_between_their_ends_and_are_no_combination_that_training_leaves_out() -> None:
     rng = np.random.default_rng(6)
     differ = set()
     for _ in range(300):
-        mixture = shared_unet.between(rng)
+        mixture = shared_banks.sample_mixture(rng)
         first, second = (scene.shapes[0] for scene in mixture.ends)
-        middle = mixture.middle.shapes[0]
+        middle = mixture.scene.shapes[0]
         assert first.kind == second.kind == middle.kind
         assert not any(is_held_out(scene) for scene in mixture.ends)
-        assert not is_held_out(renamed(mixture.middle, mixture.palette))
+        assert not is_held_out(rename_colors(mixture.scene, mixture.palette))
         for name in ("x", "y", "radius"):
             start, end = getattr(first, name), getattr(second, name)
-            assert getattr(middle, name) == pytest.approx(start + mixture.part * (end - start))
+            assert getattr(middle, name) == pytest.approx(start + mixture.fraction * (end - start))
             differ |= {name} if start != end else set()
         grounds = [np.array(COLORS[scene.background]) for scene in mixture.ends]
-        expected = grounds[0] + mixture.part * (grounds[1] - grounds[0])
-        np.testing.assert_allclose(mixture.palette[mixture.middle.background], expected)
+        expected = grounds[0] + mixture.fraction * (grounds[1] - grounds[0])
+        np.testing.assert_allclose(mixture.palette[mixture.scene.background], expected)
         differ |= {name for name in ("color", "size") if getattr(first, name) != getattr(second, name)}
     assert differ == {"x", "y", "radius", "color", "size"}
 
@@ -193,7 +207,7 @@ def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) 
     block = shared_unet.SharedUNet(plain).hint
     scenes = [Scene("red", (Shape("circle", "blue", "large", x, 0.5, 0.18),)) for x in (0.3, 0.7)]
     with torch.no_grad():
-        left, right = block(draw_hints(scenes))
+        left, right = block(render_hints(scenes))
     assert 0.2 < float((left - right).std()) < 5
 
 
@@ -202,7 +216,7 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
 ) -> None:
     torch.manual_seed(0)
     shared = awake(UNet2DConditionModel(**decoder.CONFIG))
-    plain = shared.part({})
+    plain = shared.variant({})
     monkeypatch.setattr(hub, "_embedded", lambda: tmp_path)
     picture = render([sample_scene(np.random.default_rng(0))])[0]
     assemble._save_decoder(KandinskyV22Pipeline, plain, autoencoder, tmp_path / "decoder")
@@ -212,9 +226,9 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
     }
     kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
     for name, kind in kinds.items():
-        unet = shared.part(shared_unet.INPAINT if name == "inpaint" else shared_unet.HINT)
+        unet = shared.variant(shared_unet.INPAINT_CONFIG if name == "inpaint" else shared_unet.HINT_CONFIG)
         assemble._save_decoder(kind, unet, autoencoder, tmp_path / name)
-        assemble.leave_to(tmp_path / "decoder", tmp_path / name)
+        assemble.remove_shared_files(tmp_path / "decoder", tmp_path / name)
         assert sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) == ["unet"]
         assert not list((tmp_path / name / "unet").glob("*-00001-of-*"))
         pipe = kind.from_pretrained("embedded", torch_dtype=torch.float32)
@@ -233,24 +247,24 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
         KandinskyV22InpaintPipeline.from_pretrained("embedded")
 
 
-def test_holes_keep_what_the_pipeline_would_keep_and_tell_of_a_shape_only_if_it_is_inside() -> None:
+def test_masks_are_those_of_the_pipeline_and_embeddings_show_a_shape_alone_only_if_it_is_inside() -> None:
     rng = np.random.default_rng(2)
-    told = []
+    indices = []
     for _ in range(400):
         scene = sample_scene(rng)
-        kept, which = shared_unet.sample_hole(scene, rng)
-        assert kept.shape == (1, 1, 16, 16) and set(kept.unique().tolist()) <= {0.0, 1.0}
-        told.append(which)
-        if which:
-            shape = scene.shapes[which - 1]
-            pixels = kept[0, 0].repeat_interleave(8, 0).repeat_interleave(8, 1)
-            drawn = draw_hints([Scene("red", (shape,))])[0, 0] > 0
+        mask = shared_banks.sample_mask(scene, rng)
+        assert mask.known.shape == (1, 1, 16, 16) and set(mask.known.unique().tolist()) <= {0.0, 1.0}
+        indices.append(mask.embedding_index)
+        if mask.embedding_index:
+            shape = scene.shapes[mask.embedding_index - 1]
+            pixels = mask.known[0, 0].repeat_interleave(8, 0).repeat_interleave(8, 1)
+            drawn = render_hints([Scene("red", (shape,))])[0, 0] > 0
             assert not bool((pixels.bool() & drawn).any())
-            assert bool(kept.any())
-    assert set(told) == {0, 1, 2}
+            assert bool(mask.known.any())
+    assert set(indices) == {0, 1, 2}
 
 
-def test_a_hole_is_a_mask_of_pixels_shrunk_as_the_pipeline_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_reduced_to_latents_as_the_pipeline_does(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene("red", (Shape("circle", "blue", "large", 0.5, 0.5, 0.18),))
 
     class Fixed:
@@ -265,12 +279,12 @@ def test_a_hole_is_a_mask_of_pixels_shrunk_as_the_pipeline_does(monkeypatch: pyt
         def integers(self, high: int) -> int:
             return 0
 
-    kept, _ = shared_unet.sample_hole(scene, Fixed())  # type: ignore[arg-type]
-    reach = shared_unet.REACH * 0.18 + 0.075
+    known = shared_banks.sample_mask(scene, Fixed()).known  # type: ignore[arg-type]
+    reach = shared_banks.MAX_EXTENT * 0.18 + 0.075
     centers = (torch.arange(128) + 0.5) / 128
     inside = (centers - 0.5).abs() < reach
     mask = (inside[:, None] & inside[None, :]).float()[None, None]
-    assert torch.equal(kept, masks.kept(mask, (16, 16)))
+    assert torch.equal(known, masks.unmasked_latents(mask, (16, 16)))
 
 
 def test_a_shape_alone_is_never_a_combination_that_training_leaves_out() -> None:
@@ -278,39 +292,40 @@ def test_a_shape_alone_is_never_a_combination_that_training_leaves_out() -> None
     for _ in range(300):
         scene = sample_scene(rng)
         for slot in range(len(scene.shapes)):
-            told = shared_unet.alone(scene, slot, rng, named=True)
-            looks = scene.shapes[slot]
-            assert (told.shapes[0].kind, told.shapes[0].color) == (looks.kind, looks.color)
-            assert not is_held_out(told) and told.background != looks.color
-            assert shared_unet.alone(scene, slot, rng, named=False).background == scene.background
+            single = shared_banks.single_shape(scene, slot, rng, other_background=True)
+            shape = scene.shapes[slot]
+            assert (single.shapes[0].kind, single.shapes[0].color) == (shape.kind, shape.color)
+            assert not is_held_out(single) and single.background != shape.color
+            same = shared_banks.single_shape(scene, slot, rng, other_background=False)
+            assert same.background == scene.background
 
 
-def test_loose_shapes_stay_apart_inside_and_in_order() -> None:
+def test_shapes_in_a_free_layout_stay_apart_inside_and_in_order() -> None:
     rng = np.random.default_rng(4)
     for _ in range(200):
-        scene = shared_unet.loosened(sample_scene(rng), rng)
+        scene = shared_banks.free_layout(sample_scene(rng), rng)
         for shape in scene.shapes:
-            reach = shared_unet.REACH * shape.radius
+            reach = shared_banks.MAX_EXTENT * shape.radius
             assert reach < min(shape.x, shape.y) and max(shape.x, shape.y) < 1 - reach
         if len(scene.shapes) == 2:
             first, second = scene.shapes
-            assert math.hypot(first.x - second.x, first.y - second.y) > shared_unet.REACH * (
+            assert math.hypot(first.x - second.x, first.y - second.y) > shared_banks.MAX_EXTENT * (
                 first.radius + second.radius
             )
             side = "x" if scene.relation == "left of" else "y"
             assert getattr(first, side) < getattr(second, side)
-        settled = shared_unet.settled(scene, rng)
-        looks = [[(s.kind, s.color) for s in some.shapes] for some in (scene, settled)]
-        assert looks[0] == looks[1] and scene.background == settled.background
+        captionable = shared_banks.captionable_layout(scene, rng)
+        looks = [[(s.kind, s.color) for s in some.shapes] for some in (scene, captionable)]
+        assert looks[0] == looks[1] and scene.background == captionable.background
 
 
 def test_hints_show_shapes_without_colours() -> None:
     rng = np.random.default_rng(5)
     scenes = [sample_scene(rng) for _ in range(6)]
-    layers, edges = draw_hints(scenes), draw_hints(scenes, outlines=True)
+    layers, edges = render_hints(scenes), render_hints(scenes, outlines=True)
     assert layers.shape == edges.shape == (6, 3, 128, 128)
     assert float(layers.min()) == 0 and float(layers.max()) == 1
-    mixed = draw_hints(scenes, outlines=[True, False] * 3)
+    mixed = render_hints(scenes, outlines=[True, False] * 3)
     assert torch.equal(mixed[0], edges[0]) and torch.equal(mixed[1], layers[1])
     whitened = [tuple(dataclasses.replace(shape, color="white") for shape in scene.shapes) for scene in scenes]
     recoloured = [Scene("black", shapes) for shapes in whitened]

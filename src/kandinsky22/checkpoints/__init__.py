@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoint files: finding them in folders and on the Hub, strict reading, atomic writing, fingerprints."""

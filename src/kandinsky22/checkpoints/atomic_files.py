@@ -1,4 +1,4 @@
-"""Files, whole or not at all: what is written appears under its name only once it is complete."""
+"""Atomic file writing: a file appears under its name only when it is complete. Reading and writing of JSON."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from kandinsky22.errors import CheckpointError
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name `path` when the block ends, and vanishes if it raises.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`, and rename it to `path` when the block ends.
 
-    Readers that have the old file open or memory-mapped keep it. Missing folders are made. Raises OSError if the
-    place cannot be written.
+    The temporary file is deleted if the block raises. Readers that have the old file open or memory-mapped keep it.
+    Missing folders are created. An OSError is raised if the folder is not writable.
+
+    Args:
+        path: The file to write or to replace.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -27,14 +30,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, _default_mode(final))
+        os.chmod(temporary, _permissions(final))
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _default_mode(path: Path) -> int:
-    """Permissions of the file that is replaced, or those of any newly made file (temporary ones are private)."""
+def _permissions(path: Path) -> int:
+    """Permissions of the file to be replaced, or those of a new file (temporary files are private)."""
     try:
         return path.stat().st_mode & 0o777
     except FileNotFoundError:
@@ -44,7 +47,14 @@ def _default_mode(path: Path) -> int:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file; raises CheckpointError naming the file if it is missing or not a JSON object."""
+    """Return the JSON object in a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If the file is missing, or is not a JSON object.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -52,14 +62,22 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"cannot read {path}: a JSON object is needed, this is a {type(content).__name__}")
+        raise CheckpointError(f"cannot read {path}: it holds a JSON {type(content).__name__} instead of an object")
     return content
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a JSON object, keys sorted; raises CheckpointError naming the file if that is impossible."""
+    """Write a JSON object atomically, with sorted keys.
+
+    Args:
+        path: The file to write or to replace.
+        content: The object.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error

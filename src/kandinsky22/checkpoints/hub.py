@@ -1,4 +1,4 @@
-"""Where checkpoint files come from: a folder, the embedded model, or the Hugging Face Hub. Nothing is loaded here."""
+"""Location of checkpoint files: a folder, the embedded model, or the Hugging Face Hub. No weights are read here."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
-from kandinsky22.errors import CheckpointError, InputError, MissingDependencyError
+from kandinsky22.errors import CheckpointError, MissingDependencyError, invalid
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
+HUB_TIMEOUT = 30.0  # seconds without a response
+MODEL_NAMES = f"a folder, a Hub id such as 'owner/name', or {EMBEDDED!r}"
+
+SelectFiles: TypeAlias = Callable[[list[str]], Iterable[str]]
+"""Function that selects the files to download, from the names of all files of a repository."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint's name and how to reach it: a folder, "embedded", or a Hub id with the Hub's usual options.
+class CheckpointSource:
+    """Name of a checkpoint, with the options that are needed to find its files.
 
-    `part` names the folder of the embedded weights that is meant: "prior", "decoder", "inpaint" or "control".
+    Attributes:
+        name: A folder, "embedded", or a Hub id.
+        revision: Branch, tag or commit on the Hub; None means the default branch.
+        cache_dir: Folder of the Hub cache; None means the Hub client's default.
+        token: Access token of the Hub, True for the stored one, False for none; None means the Hub client's default.
+        local_files_only: Whether no network request is made and only cached files are used.
+        embedded_subfolder: Folder of the embedded weights: "prior", "decoder", "inpaint" or "control".
     """
 
     name: str | os.PathLike[str]
@@ -27,128 +39,180 @@ class Source:
     cache_dir: str | os.PathLike[str] | None = None
     token: str | bool | None = None
     local_files_only: bool = False
-    part: str = "decoder"
+    embedded_subfolder: str = "decoder"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str | os.PathLike):
-            raise InputError(f"{self.name!r} names no model; a folder, a Hub id or {EMBEDDED!r} is needed")
+            raise invalid("pretrained_model_name_or_path", self.name, MODEL_NAMES)
 
-    def fetch(self, choose: Callable[[list[str]], Iterable[str]]) -> Path:
-        """The checkpoint's folder. From the Hub only the files that `choose` picks from the repository are fetched.
+    def fetch(self, select_files: SelectFiles) -> Path:
+        """Return the checkpoint's folder, after downloading files if it is on the Hub.
 
-        Raises CheckpointError if there is no such folder and no such repository within reach.
+        Args:
+            select_files: Selects the files to download from the names of all files of the repository. It is not
+                called for folders and cached files.
+
+        Raises:
+            CheckpointError: If there is no such folder, and no such repository on the Hub or in its cache.
+            MissingDependencyError: If the Hub is needed and its client is not installed.
         """
         if self.name == EMBEDDED:
-            return embedded_folder(self.part)
+            return embedded_folder(self.embedded_subfolder)
         if os.path.isdir(self.name):
             return Path(self.name)
         if os.path.exists(self.name):
-            raise CheckpointError(f"{self.name} is a file; a model is a folder (or a Hub id, or {EMBEDDED!r})")
+            raise CheckpointError(f"{self.name} is a file; a model is {MODEL_NAMES}")
         if not HUB_ID.fullmatch(str(self.name)):
             raise CheckpointError(
-                f"no model {str(self.name)!r}: there is no such folder, and it is not a Hub id like 'owner/name'"
+                f"no model {str(self.name)!r}: there is no such folder, and it is not a Hub id such as 'owner/name'"
             )
-        return self._download(choose)
+        return self._download(select_files)
 
-    def _download(self, choose: Callable[[list[str]], Iterable[str]]) -> Path:
+    def _download(self, select_files: SelectFiles) -> Path:
+        """Download the selected files, or take the cached snapshot if the Hub is not reachable."""
         try:
             import huggingface_hub as hub
             from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
         except ImportError as error:
-            raise MissingDependencyError(f"{self.name} is no folder, and Hub ids need huggingface_hub") from error
-        name, wanted, trouble = str(self.name), None, None
+            raise MissingDependencyError(
+                f"{self.name} is not a local folder; loading it from the Hub requires huggingface_hub"
+            ) from error
+        repository, selected, connection_error = str(self.name), None, None
         if not self.local_files_only:
             try:
-                info = hub.HfApi().model_info(name, revision=self.revision, token=self.token, timeout=30)
-                wanted = list(choose([file.rfilename for file in info.siblings or []]))
+                info = hub.HfApi().model_info(repository, revision=self.revision, token=self.token, timeout=HUB_TIMEOUT)
+                selected = list(select_files([file.rfilename for file in info.siblings or []]))
             except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-                raise CheckpointError(self._unknown(error)) from error
-            except Exception as error:  # offline by setting, no connection, a server in trouble: the cache may do
-                trouble = error
+                raise CheckpointError(self._not_found(error)) from error
+            except Exception as error:  # offline mode, no connection, server errors: the cache may have the files
+                connection_error = error
         try:
             folder = hub.snapshot_download(
-                name,
+                repository,
                 revision=self.revision,
                 cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
                 token=self.token,
-                # Of a cached copy nothing is asked here: what is missing from it is found missing when it is read.
-                allow_patterns=wanted or ["nothing/at/all"],
-                local_files_only=wanted is None,
+                # Offline, the cached snapshot is taken as it is; missing files are reported when they are opened.
+                # An empty list of patterns would download everything.
+                allow_patterns=selected or ["nothing/at/all"],
+                local_files_only=selected is None,
             )
-        except Exception as error:  # the Hub client raises OSError, ValueError and its HTTP library's own errors
-            raise CheckpointError(self._unknown(trouble or error)) from (trouble or error)
+        except Exception as error:  # the Hub client raises OSError, ValueError and its HTTP library's exceptions
+            cause = connection_error or error
+            raise CheckpointError(self._not_found(cause)) from cause
         return Path(folder)
 
-    def _unknown(self, error: Exception) -> str:
+    def _not_found(self, error: Exception) -> str:
+        """Message for a checkpoint that is neither a folder nor in reach on the Hub."""
         reason = str(error).strip().split("\n")[0]
-        where = "the local Hub cache" if self.local_files_only else "the Hugging Face Hub"
-        at = f" at revision {self.revision!r}" if self.revision else ""
-        return f"no model {str(self.name)!r}: there is no such folder, and {where} did not give it{at} ({reason})"
+        searched = "the local Hub cache" if self.local_files_only else "the Hugging Face Hub"
+        revision = f" at revision {self.revision!r}" if self.revision else ""
+        return (
+            f"no model {str(self.name)!r}: there is no such folder, and {searched} did not provide it{revision} "
+            f"({reason})"
+        )
 
-    def prior(self) -> Source:
-        """Where the prior that belongs to this decoder is, for pipelines that need both.
+    def matching_prior(self, prior: str | os.PathLike[str] | None = None) -> CheckpointSource:
+        """Return the source of the prior that belongs to this decoder.
 
-        Looked for: `prior:` in the front matter of the model card (a Hub id or a folder beside the card), a folder
-        `prior` inside or beside this one, a sibling named like it with "prior" for "decoder". Raises CheckpointError.
+        These are tried in order: `prior:` in the front matter of the model card (a Hub id, or a folder relative to
+        the card), a folder `prior` inside or next to this one, a sibling named like this folder with "prior" instead
+        of "decoder".
+
+        Args:
+            prior: Folder or Hub id of another prior to use; None looks for the matching one.
+
+        Raises:
+            InputError: If `prior` is not the name of a model.
+            CheckpointError: If there is no matching prior.
         """
+        if prior is not None:
+            if not isinstance(prior, str | os.PathLike):
+                raise invalid("prior", prior, f"{MODEL_NAMES}, or a prior pipeline")
+            return replace(self, name=prior, embedded_subfolder="prior", revision=None)
         if self.name == EMBEDDED:
-            return replace(self, part="prior")
-        folder = self.fetch(lambda names: [name for name in names if name == "README.md"])
-        if named := _named_prior(folder / "README.md"):
-            beside = folder / named
-            return replace(self, name=beside if beside.is_dir() else named, revision=None)
+            return replace(self, embedded_subfolder="prior")
+        folder = self.fetch(select_files=lambda names: [name for name in names if name == "README.md"])
+        if card_prior := _prior_in_card(folder / "README.md"):
+            relative = folder / card_prior
+            return replace(self, name=relative if relative.is_dir() else card_prior, revision=None)
         if os.path.isdir(self.name):
             folder = folder.resolve()
-            alike = re.sub(r"(decoder|controlnet).*", "prior", folder.name)
-            for candidate in (folder / "prior", folder.parent / "prior", folder.parent / alike):
+            sibling = re.sub(r"(decoder|controlnet).*", "prior", folder.name)
+            for candidate in (folder / "prior", folder.parent / "prior", folder.parent / sibling):
                 if (candidate / "model_index.json").is_file():
                     return replace(self, name=candidate)
         raise CheckpointError(
-            f"{self.name} does not say which prior belongs to it; pass prior= (a folder, a Hub id or a prior pipeline)"
+            f"{self.name} does not name the prior that belongs to it; pass prior= (a folder, a Hub id or a prior "
+            "pipeline)"
         )
 
 
-def embedded_folder(part: str) -> Path:
-    """Folder of the embedded weights, one of `Source.part`; raises CheckpointError if this installation has none."""
-    folder = _embedded() / part
-    if not folder.is_dir():
-        raise CheckpointError(f"this installation has no embedded {part} weights: {folder} does not exist")
-    return folder
-
-
-def _embedded() -> Path:
-    return Path(str(importlib.resources.files("kandinsky22"))) / "embedded" / "weights"
-
-
-def shared_folder(component: Path) -> Path | None:
-    """Where a component's files are looked for that its own folder leaves out: within the embedded model, whose
-    decoders share what they have in common, the plain decoder's component of that name; None anywhere else."""
-    whole = _embedded().resolve()
-    return whole / "decoder" / component.name if component.resolve().parent.parent == whole else None
-
-
-def model_folder(source: Source, subfolder: str | None, choose: Callable[[list[str]], Iterable[str]]) -> Path:
-    """Folder of one network or scheduler; `choose` sees and gives file names inside it."""
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    if source.name == EMBEDDED and subfolder and not (embedded_folder(source.part) / subfolder).is_dir():
-        source = replace(source, part="prior")
-
-    def inside(names: list[str]) -> list[str]:
-        return [prefix + name for name in choose([n[len(prefix) :] for n in names if n.startswith(prefix)])]
-
-    folder = source.fetch(inside)
-    if subfolder and not (folder / subfolder).is_dir():
-        there = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json"))) or "no such folders"
-        raise CheckpointError(f"no folder {subfolder!r} in {folder}; it has {there}")
-    return folder / subfolder if subfolder else folder
-
-
-def _named_prior(card: Path) -> str | None:
-    """The first entry under `prior:` in a model card's front matter."""
+def _prior_in_card(card: Path) -> str | None:
+    """First entry under `prior:` in a model card's front matter; None if there is none."""
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^prior:\s*(?:-\s+)?\[?\s*['\"]?([^\s'\"\],]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+    entry = re.search(r"^prior:\s*(?:-\s+)?\[?\s*['\"]?([^\s'\"\],]+)", front[1], re.MULTILINE) if front else None
+    return entry[1] if entry else None
+
+
+def embedded_folder(subfolder: str) -> Path:
+    """Return a folder of the embedded weights.
+
+    Args:
+        subfolder: "prior", "decoder", "inpaint" or "control".
+
+    Raises:
+        CheckpointError: If this installation does not have these weights.
+    """
+    folder = _embedded_weights() / subfolder
+    if not folder.is_dir():
+        raise CheckpointError(f"this installation has no embedded {subfolder} weights: {folder} does not exist")
+    return folder
+
+
+def embedded_fallback_folder(component_folder: Path) -> Path | None:
+    """Return the folder with the shards that a component of the embedded model shares with the decoder's component.
+
+    Args:
+        component_folder: Folder of a component, such as ".../inpaint/unet".
+
+    Returns:
+        The folder of the decoder's component of the same name; None outside the embedded model.
+    """
+    weights = _embedded_weights().resolve()
+    is_embedded = component_folder.resolve().parent.parent == weights
+    return weights / "decoder" / component_folder.name if is_embedded else None
+
+
+def _embedded_weights() -> Path:
+    return Path(str(importlib.resources.files("kandinsky22"))) / "embedded" / "weights"
+
+
+def model_folder(source: CheckpointSource, subfolder: str | None, select_files: SelectFiles) -> Path:
+    """Return the folder of one network or scheduler.
+
+    Args:
+        source: The checkpoint.
+        subfolder: Folder within the checkpoint, such as "unet"; None means the checkpoint's folder itself.
+        select_files: Selects the files to download, from names relative to the subfolder.
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist, or does not have the subfolder.
+    """
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    if source.name == EMBEDDED and subfolder and not (embedded_folder(source.embedded_subfolder) / subfolder).is_dir():
+        source = replace(source, embedded_subfolder="prior")
+
+    def select_in_subfolder(names: list[str]) -> list[str]:
+        relative_names = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+        return [prefix + name for name in select_files(relative_names)]
+
+    folder = source.fetch(select_in_subfolder)
+    if subfolder and not (folder / subfolder).is_dir():
+        subfolders = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json"))) or "none"
+        raise CheckpointError(f"no folder {subfolder!r} in {folder}; its component folders: {subfolders}")
+    return folder / subfolder if subfolder else folder

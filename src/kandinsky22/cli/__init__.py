@@ -1,1 +1,1 @@
-"""The command `kandinsky22`. Parsing imports nothing heavy; subcommands import what they use when they run."""
+"""The command `kandinsky22`. Parsing imports no heavy package; each subcommand imports what it uses when it runs."""

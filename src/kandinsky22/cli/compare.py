@@ -1,4 +1,4 @@
-"""`kandinsky22 compare PROMPT`: one prompt and seed over schedulers, steps and guidance, as a picture and a table."""
+"""`kandinsky22 compare PROMPT`: one prompt and seed over schedulers, steps and guidance, as a grid and a table."""
 
 from __future__ import annotations
 
@@ -13,51 +13,76 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
-from kandinsky22.checkpoints.atomic_files import written_whole
+from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.cli import generate, options
-from kandinsky22.cli.draw import Teller, introduce
-from kandinsky22.cli.inputs import Inputs
-from kandinsky22.cli.loading import Networks, load_networks, settle
-from kandinsky22.cli.pictures import check_writable, save_png
-from kandinsky22.cli.recipe import Recipe
+from kandinsky22.cli.console import Console
+from kandinsky22.cli.image_files import check_writable, save_png
+from kandinsky22.cli.inputs import InputImages
+from kandinsky22.cli.loading import Networks, load_networks, prepare_networks
+from kandinsky22.cli.recipe import Recipe, save_png_with_recipe
 from kandinsky22.cli.request import Request, read_request
-from kandinsky22.cli.sheets import Sheet, labelled_sheet
+from kandinsky22.cli.run import report_model
+from kandinsky22.cli.sheets import RowLabel, Sheet, render_sheet
 from kandinsky22.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
-SCHEDULERS, STEPS = "dpm,unipc,ddim,euler-ancestral,ddpm", "2,4,8,25"
-CLASSES = "KandinskyV22PriorPipeline", "KandinskyV22Pipeline"
-PUBLISHED = "kandinsky-community/kandinsky-2-2-decoder"
+    from kandinsky22 import KandinskyPriorPipelineOutput
+
+DEFAULT_SCHEDULERS, DEFAULT_STEPS = "dpm,unipc,ddim,euler-ancestral,ddpm", "2,4,8,25"
+PRIOR_CLASS, DECODER_CLASS = "KandinskyV22PriorPipeline", "KandinskyV22Pipeline"
+PUBLISHED_MODEL = "kandinsky-community/kandinsky-2-2-decoder"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Declare the subcommand."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `compare`.
+
+    Args:
+        subparsers: Subcommands of the command's parser.
+    """
     parser = subparsers.add_parser(
         "compare",
-        help="draw one prompt with several samplers, steps and guidance scales, side by side",
-        description="Draw one prompt from the same noise over schedulers x steps x guidance: a labelled picture of\n"
-        "all, and beside it a .csv with the seconds and the network evaluations of each.",
+        help="generate one prompt with several schedulers, steps and guidance scales, side by side",
+        description="Generate one prompt from the same noise with all combinations of schedulers, steps and guidance\n"
+        "scales: a labelled grid of images, and next to it a .csv table of seconds and UNet evaluations.",
         epilog='example:\n  kandinsky22 compare "a red circle on a blue background" --steps 4,8,25 -o compare.png',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="what the pictures show")
+    parser.add_argument("prompt", metavar="PROMPT", help="description of the images")
     group = parser.add_argument_group("output")
     group.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", default=Path("compare.png"), help="a .png (default: compare.png)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=Path("compare.png"),
+        help="a .png file (default: compare.png)",
     )
-    group.add_argument("--pictures", action="store_true", help="keep each picture too, as a file with its recipe")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes; errors and paths only")
-    options.add_grid_options(parser, SCHEDULERS, STEPS)
+    group.add_argument(
+        "--pictures", action="store_true", help="also save each image of the grid as a file with its recipe"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="print no progress and no notes, only errors and paths"
+    )
+    options.add_grid_options(parser, DEFAULT_SCHEDULERS, DEFAULT_STEPS)
     options.add_model_options(parser)
     parser.set_defaults(run=run, source=None, count=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One picture of the grid: where it stands, its request and the scheduler that draws it."""
+    """One combination of settings.
+
+    Attributes:
+        row: Row in the grid, from 1.
+        column: Column in the grid, from 1.
+        request: Settings of the command with this cell's scheduler, steps and guidance scale.
+        scheduler: The scheduler.
+        path: File of the cell's image for `--pictures`.
+    """
 
     row: int
     column: int
@@ -66,161 +91,205 @@ class Cell:
     path: Path
 
     @property
-    def name(self) -> str:
-        """What the command calls the scheduler."""
-        own = type(self.scheduler).__name__
-        return next(short for short, kind in options.SCHEDULERS.items() if kind == own)
+    def scheduler_name(self) -> str:
+        """Short name of the scheduler, as on the command line."""
+        class_name = type(self.scheduler).__name__
+        return next(short_name for short_name, name in options.SCHEDULERS.items() if name == class_name)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A cell's picture, the seconds from its embedding to its pixels, and how often the network was asked.
+class CellResult:
+    """Result of one cell.
 
-    A cell that ended in NaN has `image` None.
+    Attributes:
+        cell: The cell.
+        image: The image; None if it contained NaN.
+        error: The error if the image contained NaN, else None.
+        seconds: Wall-clock time from the embeddings to the image.
+        evaluations: Number of UNet evaluations.
     """
 
     cell: Cell
     image: Image | None
+    error: generate.NanError | None
     seconds: float
     evaluations: int
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the grid; paths go to stdout, everything else to stderr."""
-    say, inputs = Teller(args.quiet), Inputs(None)
-    request, table = read_request(args, None, inputs), args.output.with_suffix(".csv")
+    """Generate and save the grid and the table. Paths of finished files go to stdout, everything else to stderr.
+
+    Args:
+        args: Parsed command line.
+
+    Raises:
+        InputError: If the output, the model or an option is invalid, or if a scheduler does not support the steps.
+        NanError: If a cell contains NaN; all other files are saved before, unless every cell contains NaN.
+        OSError: If a file cannot be read or written.
+    """
+    console, inputs = Console(quiet=args.quiet), InputImages(None)
+    request, table_path = read_request(args, None, inputs), args.output.with_suffix(".csv")
     check_writable([args.output])
-    if table.is_dir():
-        raise InputError(f"{table}: is a folder; the table goes there, choose another output with -o")
-    introduce(PUBLISHED, request, say)
-    networks = load_networks(CLASSES, request)
+    if table_path.is_dir():
+        raise InputError(f"{table_path} is a folder, but the table is written there; choose another output with -o")
+    report_model(PUBLISHED_MODEL, request, console)
+
+    networks = load_networks(request, prior_class=PRIOR_CLASS, decoder_class=DECODER_CLASS)
     for pipe in (networks.prior, networks.decoder):
         pipe.set_progress_bar_config(disable=True)
-    request = generate.with_defaults(request, networks)
-    cells = _cells(args, request, networks)
+    request = generate.with_model_defaults(request, networks)
+    cells = _grid_cells(args, request, networks)
     if args.pictures:
         check_writable([cell.path for cell in cells])
-    recipe = generate.recipe_of("generate", request, networks)
-    settle(networks, request, low_memory=args.low_memory, compiled=args.compile)
-    say(f"{len(cells)} pictures, seed {request.seeds[0]}")
-    drawn, failed = _draw(networks, request, inputs, cells, say)
-    if len(failed) == len(drawn):
-        raise failed[0]
-    for one in drawn if args.pictures else ():
-        if one.image is not None:
-            save_png(one.image, one.cell.path, _recipe(recipe, one.cell, one.image).text_entries())
-            print(one.cell.path, flush=True)
-    save_png(labelled_sheet(_sheet(drawn, recipe)), args.output, _description(drawn, recipe))
+    recipe = generate.build_recipe("generate", request, networks)
+    prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
+    console.note(f"{len(cells)} images, seed {request.seeds[0]}")
+
+    results = _generate_cells(networks, request, inputs, cells, console)
+    errors = [result.error for result in results if result.error is not None]
+    if len(errors) == len(results):
+        raise errors[0]
+    for result in results if args.pictures else ():
+        if result.image is not None:
+            save_png_with_recipe(result.image, result.cell.path, _cell_recipe(recipe, result.cell, result.image))
+            print(result.cell.path, flush=True)
+    save_png(render_sheet(_grid_sheet(results, recipe)), args.output, _grid_text_chunks(results, recipe))
     print(args.output, flush=True)
-    with written_whole(table) as temporary:
-        temporary.write_text(_csv(drawn, args.pictures), encoding="utf-8")
-    print(table, flush=True)
-    if failed:
-        raise generate.NotNumbers(f"{len(failed)} of {len(drawn)} cells are marked NaN; the first: {failed[0]}")
+    with atomic_write(table_path) as temporary:
+        temporary.write_text(_csv_table(results, with_files=args.pictures), encoding="utf-8")
+    print(table_path, flush=True)
+    if errors:
+        raise generate.NanError(f"{len(errors)} of {len(results)} cells are marked NaN; the first: {errors[0]}")
 
 
-def _cells(args: argparse.Namespace, request: Request, networks: Networks) -> list[Cell]:
-    """All cells, one row for each scale and scheduler, one column for each number of steps; raises InputError for what
-    a scheduler cannot do, before anything is drawn."""
+def _grid_cells(args: argparse.Namespace, request: Request, networks: Networks) -> list[Cell]:
+    """Return all cells: one row per guidance scale and scheduler, one column per number of steps.
+
+    Raises InputError before any network runs if a scheduler does not support a number of steps.
+    """
     from kandinsky22.sampling.presets import make_scheduler
 
     scales = args.grid_guidance or (request.guidance,)
-    pairs = [(scale, name) for scale in scales for name in args.grid_scheduler]
+    row_settings = [(scale, name) for scale in scales for name in args.grid_scheduler]
     cells = []
-    for row, (scale, name) in enumerate(pairs, start=1):
+    for row, (scale, name) in enumerate(row_settings, start=1):
         for column, steps in enumerate(args.grid_steps, start=1):
             scheduler = make_scheduler(name, networks.decoder.scheduler.config, {})
             scheduler.set_timesteps(steps)
-            asked = dataclasses.replace(request, scheduler=name, steps=steps, guidance=scale)
+            cell_request = dataclasses.replace(request, scheduler=name, steps=steps, guidance=scale)
             path = args.output.with_name(f"{args.output.stem}-{row}-{column}.png")
-            cells.append(Cell(row, column, asked, scheduler, path))
+            cells.append(Cell(row=row, column=column, request=cell_request, scheduler=scheduler, path=path))
     return cells
 
 
-def _draw(
-    networks: Networks, request: Request, inputs: Inputs, cells: Sequence[Cell], say: Teller
-) -> tuple[list[Drawn], list[generate.NotNumbers]]:
-    """All pictures, each as `generate` draws it with the same seed: the prior runs once, and leaves the generator as it
-    would before each. And the errors of those that ended in NaN."""
+def _generate_cells(
+    networks: Networks, request: Request, inputs: InputImages, cells: Sequence[Cell], console: Console
+) -> list[CellResult]:
+    """Return the results of all cells. Each image equals that of `generate` with the same settings and seed.
+
+    The prior runs once. Each cell starts from the generator state that the prior leaves behind.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(request.seeds[0])
-    embeddings = generate.embed(networks.prior, request, inputs, generator)
-    left = generator.get_state()
+    embeddings = generate.run_prior(networks.prior, request, inputs, generator)
+    state_after_prior = generator.get_state()
+    _warm_up(networks, inputs, cells, embeddings, generator)
     decoder = networks.decoder
-    drawn: list[Drawn] = []
-    failed: list[generate.NotNumbers] = []
-    # What is set up at first use, with guidance or without, is not to be counted for the first cell of its kind.
-    for cell in {(cell.request.guidance or 0) > 1: cell for cell in reversed(cells)}.values():
-        decoder.scheduler = cell.scheduler
-        with contextlib.suppress(generate.NotNumbers):
-            generate.draw(decoder, dataclasses.replace(cell.request, steps=1), inputs, embeddings, generator)
+    results: list[CellResult] = []
     for number, cell in enumerate(cells, start=1):
         decoder.scheduler = cell.scheduler
-        generator.set_state(left)
-        begun = time.perf_counter()
-        image = None
+        generator.set_state(state_after_prior)
+        image, error = None, None
+        start = time.perf_counter()
         try:
-            image = generate.draw(decoder, cell.request, inputs, embeddings, generator)
-        except generate.NotNumbers as error:
-            failed.append(error)
-        seconds = time.perf_counter() - begun
-        drawn.append(Drawn(cell, image, seconds, decoder.num_timesteps))
-        settings = f"{cell.name}, {_steps(cell)}, guidance {cell.request.guidance:g}"
-        say(f"picture {number} of {len(cells)}: {settings}: {seconds:.2f} s{', NaN' if image is None else ''}")
-    return drawn, failed
+            image = generate.run_decoder(decoder, cell.request, inputs, embeddings, generator)
+        except generate.NanError as nan_error:
+            error = nan_error
+        seconds = time.perf_counter() - start
+        results.append(CellResult(cell, image, error, seconds, evaluations=decoder.num_timesteps))
+        settings = f"{cell.scheduler_name}, {_steps_label(cell)}, guidance {cell.request.guidance:g}"
+        suffix = ", NaN" if image is None else ""
+        console.note(f"image {number} of {len(cells)}: {settings}: {seconds:.2f} s{suffix}")
+    return results
 
 
-def _recipe(recipe: Recipe, cell: Cell, image: Image) -> Recipe:
-    """The recipe with which `generate` draws this cell again."""
-    asked, (width, height) = cell.request, image.size
-    own: dict[str, Any] = {"scheduler": asked.scheduler, "steps": asked.steps, "guidance": asked.guidance}
-    return dataclasses.replace(recipe, seeds=asked.seeds, width=width, height=height, **own)
+def _warm_up(
+    networks: Networks,
+    inputs: InputImages,
+    cells: Sequence[Cell],
+    embeddings: KandinskyPriorPipelineOutput,
+    generator: torch.Generator,
+) -> None:
+    """Run one step with guidance and one without, as far as cells use them: times must not contain one-off set-up."""
+    first_cells = {(cell.request.guidance or 0) > 1: cell for cell in reversed(cells)}
+    for cell in first_cells.values():
+        networks.decoder.scheduler = cell.scheduler
+        one_step = dataclasses.replace(cell.request, steps=1)
+        with contextlib.suppress(generate.NanError):
+            generate.run_decoder(networks.decoder, one_step, inputs, embeddings, generator)
 
 
-def _sheet(drawn: Sequence[Drawn], recipe: Recipe) -> Sheet:
-    """The grid with its labels."""
-    last = drawn[-1].cell
-    scales = {one.cell.request.guidance for one in drawn}
-    columns = [_steps(one.cell) for one in drawn[: last.column]]
-    firsts = drawn[:: last.column]
-    rows = [(one.cell.name, f"guidance {one.cell.request.guidance:g}" if len(scales) > 1 else "") for one in firsts]
-    notes = [_note(one) for one in drawn]
-    about = [f"seed {recipe.seeds[0]}", f"prior {recipe.prior_steps} steps", f"model {recipe.model}"]
-    about += [f"guidance {recipe.guidance:g}"] if len(scales) == 1 else []
-    about += [f"{name} {value}" for name, value in recipe.sped_up().items()]
+def _cell_recipe(recipe: Recipe, cell: Cell, image: Image) -> Recipe:
+    """Return the recipe with which `generate` repeats a cell."""
+    request = cell.request
+    settings: dict[str, Any] = {"scheduler": request.scheduler, "steps": request.steps, "guidance": request.guidance}
+    return dataclasses.replace(recipe, seeds=request.seeds, width=image.width, height=image.height, **settings)
+
+
+def _grid_sheet(results: Sequence[CellResult], recipe: Recipe) -> Sheet:
+    """Return the grid with its labels; cells that contained NaN are grey."""
+    column_count = results[-1].cell.column
+    guidance_scales = {result.cell.request.guidance for result in results}
+    subtitle = [f"seed {recipe.seeds[0]}", f"prior {recipe.prior_steps} steps", f"model {recipe.model}"]
+    subtitle += [f"guidance {recipe.guidance:g}"] if len(guidance_scales) == 1 else []
+    subtitle += [f"{name} {value}" for name, value in recipe.approximations().items()]
     title = recipe.prompt or ""
     if recipe.negative_prompt is not None:
         title += f"\nnot: {recipe.negative_prompt}"
-    pictures = [one.image for one in drawn]
-    blank = next(image.point(lambda _: 128) for image in pictures if image is not None)
-    return Sheet(title, ", ".join(about), columns, rows, [image or blank for image in pictures], notes)
+    grey = next(result.image.point(lambda _: 128) for result in results if result.image is not None)
+    return Sheet(
+        title=title,
+        subtitle=", ".join(subtitle),
+        columns=[_steps_label(result.cell) for result in results[:column_count]],
+        rows=[
+            RowLabel(
+                result.cell.scheduler_name,
+                f"guidance {result.cell.request.guidance:g}" if len(guidance_scales) > 1 else "",
+            )
+            for result in results[::column_count]
+        ],
+        images=[result.image or grey for result in results],
+        captions=[_caption(result) for result in results],
+    )
 
 
-def _steps(cell: Cell) -> str:
+def _steps_label(cell: Cell) -> str:
     return "1 step" if cell.request.steps == 1 else f"{cell.request.steps} steps"
 
 
-def _note(one: Drawn) -> str:
-    """What a picture took."""
-    asked = "" if one.evaluations == one.cell.request.steps else f", {one.evaluations} evaluations"
-    return f"{'NaN, ' if one.image is None else ''}{one.seconds:.2f} s{asked}"
+def _caption(result: CellResult) -> str:
+    """Return the time of a cell, and its number of UNet evaluations if that is not the number of steps."""
+    evaluations = "" if result.evaluations == result.cell.request.steps else f", {result.evaluations} evaluations"
+    return f"{'NaN, ' if result.image is None else ''}{result.seconds:.2f} s{evaluations}"
 
 
-def _description(drawn: Sequence[Drawn], recipe: Recipe) -> dict[str, str]:
-    """What the grid's file says of itself. It has no recipe: no single one would draw it."""
+def _grid_text_chunks(results: Sequence[CellResult], recipe: Recipe) -> dict[str, str]:
+    """Return the text chunks of the grid's PNG file: a description instead of a recipe, which no single one fits."""
     lines = [f"{recipe.prompt}, seed {recipe.seeds[0]}, model {recipe.model}, digest {recipe.model_digest}"]
-    lines += [f"{name}: {value}" for name, value in recipe.sped_up().items()]
-    return {"Description": "\n".join([*lines, _csv(drawn, False)]), "Software": f"kandinsky22 {__version__}"}
+    lines += [f"{name}: {value}" for name, value in recipe.approximations().items()]
+    description = "\n".join([*lines, _csv_table(results, with_files=False)])
+    return {"Description": description, "Software": f"kandinsky22 {__version__}"}
 
 
-def _csv(drawn: Sequence[Drawn], kept: bool) -> str:
-    """The table, one line a picture; `file` is empty unless pictures are kept."""
+def _csv_table(results: Sequence[CellResult], *, with_files: bool) -> str:
+    """Return the table, one line per cell; the column `file` is empty for images that are not saved."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["scheduler", "steps", "guidance", "seconds", "evaluations", "row", "column", "file"])
-    for one in drawn:
-        asked, file = one.cell.request, one.cell.path.name if kept and one.image is not None else ""
-        cost = [f"{one.seconds:.4f}", one.evaluations, one.cell.row, one.cell.column]
-        writer.writerow([asked.scheduler, asked.steps, f"{asked.guidance:g}", *cost, file])
+    for result in results:
+        cell, request = result.cell, result.cell.request
+        file = cell.path.name if with_files and result.image is not None else ""
+        settings = [request.scheduler, request.steps, f"{request.guidance:g}"]
+        writer.writerow([*settings, f"{result.seconds:.4f}", result.evaluations, cell.row, cell.column, file])
     return text.getvalue()

@@ -1,18 +1,24 @@
-"""From a request to pictures: the numbers that are left to the model, and the calls of the two stages."""
+"""Run the two stages of a request: the prior computes image embeddings, the decoder generates an image from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kandinsky22.cli.inputs import Inputs
-from kandinsky22.cli.loading import Networks, hardware, model_digest, versions
-from kandinsky22.cli.recipe import Part, Recipe
+from kandinsky22.cli.inputs import InputImages
+from kandinsky22.cli.loading import Networks, hardware_name, model_digest, software_versions
+from kandinsky22.cli.recipe import MixtureItem, Recipe
 from kandinsky22.cli.request import Request
 from kandinsky22.errors import KandinskyError
 
-# What recipes and pipelines call the same numbers.
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from kandinsky22 import KandinskyPriorPipelineOutput
+
+# Fields of Request and the pipeline arguments that take their values.
 PRIOR_ARGUMENTS = {
     "prior_steps": "num_inference_steps",
     "prior_guidance": "guidance_scale",
@@ -30,97 +36,148 @@ DECODER_ARGUMENTS = {
     "strength": "strength",
     "keep_pixels": "keep_pixels",
 }
-DECODER_PICTURES = {"image": "image", "mask": "mask_image", "hint": "hint"}
+DECODER_IMAGES = {"image": "image", "mask": "mask_image", "hint": "hint"}
 
 
-def with_defaults(request: Request, networks: Networks) -> Request:
-    """The request with all numbers: what was asked for, else what this model does best, else the library's defaults."""
-    numbers = {}
-    for pipe, names in ((networks.prior, PRIOR_ARGUMENTS), (networks.decoder, DECODER_ARGUMENTS)):
-        accepted = _arguments(pipe)
-        for name, theirs in names.items():
-            if getattr(request, name) is None and theirs in accepted:
-                numbers[name] = pipe.generation_defaults.get(theirs, accepted[theirs].default)
-    return dataclasses.replace(request, **numbers)
+class NanError(KandinskyError):
+    """The result of a stage contains NaN."""
 
 
-def _arguments(pipe: Any) -> dict[str, inspect.Parameter]:
+def with_model_defaults(request: Request, networks: Networks) -> Request:
+    """Return the request with the unset sampling settings filled in.
+
+    They come from the model's `generation_defaults`, else from the defaults of the pipelines' arguments.
+
+    Args:
+        request: Settings of the command.
+        networks: The loaded networks.
+    """
+    values = {}
+    for pipe, arguments in ((networks.prior, PRIOR_ARGUMENTS), (networks.decoder, DECODER_ARGUMENTS)):
+        parameters = _call_parameters(pipe)
+        for field, argument in arguments.items():
+            if getattr(request, field) is None and argument in parameters:
+                values[field] = pipe.generation_defaults.get(argument, parameters[argument].default)
+    return dataclasses.replace(request, **values)
+
+
+def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(pipe.__call__).parameters)
 
 
-def recipe_of(command: str, request: Request, networks: Networks) -> Recipe:
-    """What is about to be done; the size is known for certain once there is a picture."""
+def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
+    """Return the recipe of a request. Width and height are 0 until an image exists, if the request does not set them.
+
+    Args:
+        command: Name of the subcommand.
+        request: Settings of the command, from `with_model_defaults`.
+        networks: The loaded networks.
+    """
     from kandinsky22.runtime.device import dtype_name
 
-    asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    whole = networks.whole
-    sees = request.prompt is None or "image" in _arguments(networks.prior)
-    found = {
+    requested = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    uses_image_encoder = request.prompt is None or "image" in _call_parameters(networks.prior)
+    resolved = {
         "command": command,
-        "model_digest": model_digest(whole, sees=sees),
+        "model_digest": model_digest(networks.combined, with_image_encoder=uses_image_encoder),
         "scheduler": type(networks.decoder.scheduler).__name__,
         "prior_scheduler": type(networks.prior.scheduler).__name__,
-        "guidance": float(asked["guidance"]),
-        "guidance_rescale": asked["guidance_rescale"] or None,
-        "prior_guidance": float(asked["prior_guidance"]),
+        "guidance": float(requested["guidance"]),
+        "guidance_rescale": requested["guidance_rescale"] or None,
+        "prior_guidance": float(requested["prior_guidance"]),
         "width": request.width or 0,
         "height": request.height or 0,
         "device": str(networks.device),
-        "dtype": dtype_name(whole.dtype),
-        "hardware": hardware(networks.device),
-        "versions": versions(),
+        "dtype": dtype_name(networks.combined.dtype),
+        "hardware": hardware_name(networks.device),
+        "versions": software_versions(),
     }
-    return Recipe(**(asked | found))
+    return Recipe(**(requested | resolved))
 
 
-def embed(prior: Any, request: Request, inputs: Inputs, generator: Any) -> tuple[Any, Any]:
-    """The image embedding to draw, and the one to stay away from: of a prompt, of a mixture, or of a picture."""
-    accepted = _arguments(prior)
-    options = {theirs: getattr(request, name) for name, theirs in PRIOR_ARGUMENTS.items() if theirs in accepted}
+def run_prior(
+    prior: Any, request: Request, inputs: InputImages, generator: torch.Generator
+) -> KandinskyPriorPipelineOutput:
+    """Return the image embedding of a prompt, a mixture or an image, and the negative image embedding.
+
+    Args:
+        prior: Prior pipeline.
+        request: Settings of the command, from `with_model_defaults`.
+        inputs: The opened input images.
+        generator: Source of the noise.
+
+    Raises:
+        NanError: If an embedding contains NaN.
+    """
+    parameters = _call_parameters(prior)
+    options = {
+        argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
+    }
     if request.prompt is None:
-        # A picture alone is a mixture of one. Its embedding needs no steps of the prior, a negative prompt's does.
-        parts = request.parts or (Part(1.0, image=request.image),)
-        items = [part.text if part.image is None else inputs.pictures[part.image] for part in parts]
-        weights = [part.weight for part in parts]
+        # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
+        mixture = request.parts or (MixtureItem(1.0, image=request.image),)
+        items = [item.text if item.image is None else inputs.images[item.image] for item in mixture]
+        weights = [item.weight for item in mixture]
         options |= {"negative_prior_prompt": request.negative_prompt}
-        made = prior.interpolate(items, weights, generator=generator, **options).to_tuple()
+        embeddings = prior.interpolate(items, weights, generator=generator, **options)
     else:
         options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        if request.image is not None and "image" in accepted:
-            options["image"] = inputs.pictures[request.image]
-        made = prior(generator=generator, **options).to_tuple()
-    for embedding in made:
-        _check_numbers(embedding, prior, request.prior_steps)
-    return made
+        if request.image is not None and "image" in parameters:
+            options["image"] = inputs.images[request.image]
+        embeddings = prior(generator=generator, **options)
+    for embedding in (embeddings.image_embeds, embeddings.negative_image_embeds):
+        _check_not_nan(embedding, prior, request.prior_steps)
+    return embeddings
 
 
-def draw(decoder: Any, request: Request, inputs: Inputs, embeddings: tuple[Any, Any], generator: Any) -> Any:
-    """The picture of two embeddings. One at a time, so that each is the same alone and in a series, to the bit."""
-    from kandinsky22.inputs.images import to_pil
+def run_decoder(
+    decoder: Any,
+    request: Request,
+    inputs: InputImages,
+    embeddings: KandinskyPriorPipelineOutput,
+    generator: torch.Generator,
+) -> Image:
+    """Return the image of one pair of embeddings.
 
-    accepted = _arguments(decoder)
-    numbers = {theirs: getattr(request, name) for name, theirs in DECODER_ARGUMENTS.items() if theirs in accepted}
-    pictures = {
-        theirs: inputs.pictures[getattr(request, name)]
-        for name, theirs in DECODER_PICTURES.items()
-        if theirs in accepted
+    The batch size is always 1, because results of larger batches can differ in the last bits: an image of a series must
+    equal the image of its seed alone.
+
+    Args:
+        decoder: Decoder pipeline.
+        request: Settings of the command, from `with_model_defaults`.
+        inputs: The opened input images.
+        embeddings: Result of `run_prior`.
+        generator: Source of the noise.
+
+    Raises:
+        NanError: If the image contains NaN.
+    """
+    from kandinsky22.inputs.images import array_to_pil
+
+    parameters = _call_parameters(decoder)
+    options = {
+        argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
     }
-    wanted, unwanted = embeddings
-    named = {"image_embeds": wanted, "negative_image_embeds": unwanted, "output_type": "np"}
-    made = decoder(generator=generator, **named, **numbers, **pictures).images
-    _check_numbers(made, decoder, request.steps)
-    return to_pil(made)[0]
+    options |= {
+        argument: inputs.images[getattr(request, field)]
+        for field, argument in DECODER_IMAGES.items()
+        if argument in parameters
+    }
+    pixels = decoder(
+        image_embeds=embeddings.image_embeds,
+        negative_image_embeds=embeddings.negative_image_embeds,
+        generator=generator,
+        output_type="np",
+        **options,
+    ).images
+    _check_not_nan(pixels, decoder, request.steps)
+    return array_to_pil(pixels)[0]
 
 
-class NotNumbers(KandinskyError):
-    """What a stage ends in is NaN."""
-
-
-def _check_numbers(values: Any, pipe: Any, steps: int | None) -> None:
-    """Raise NotNumbers for NaN, which as a picture would be black without a word."""
-    if bool((values != values).any()):  # which only NaN is
-        scheduler = type(pipe.scheduler).__name__
-        raise NotNumbers(
-            f"{type(pipe).__name__} ends in NaN ({scheduler}, steps: {steps}), which is no picture and was not saved. "
-            "Try --dtype float32 or another scheduler; if these do the same, the weights are damaged"
+def _check_not_nan(values: Any, pipe: Any, steps: int | None) -> None:
+    """Raise NanError if a tensor or an array contains NaN, which would be saved as a black image without a warning."""
+    if bool((values != values).any()):  # only NaN differs from itself
+        raise NanError(
+            f"{type(pipe).__name__} produced NaN with {type(pipe.scheduler).__name__}, steps: {steps}; the result was "
+            "not saved. Try --dtype float32 or another scheduler; if both give NaN, the weights are damaged"
         )

@@ -1,99 +1,161 @@
-"""Picture files that a command reads: their pixels, and what a recipe records so that it can tell them again."""
+"""Input images of a command: their pixels, and the records that a recipe keeps of them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kandinsky22.cli.recipe import InputFile
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# How much wider or narrower two pictures may be that are to lie on each other: scaled copies are rounded to pixels.
-SHAPE_TOLERANCE = 0.02
+# Largest difference of two aspect ratios that still counts as equal, as a natural logarithm: the sides of scaled
+# copies are rounded to pixels.
+ASPECT_RATIO_TOLERANCE = 0.02
 
 
-class Inputs:
-    """The picture files of one command. `source` is the picture whose recipe is repeated, if there is one.
+class InputImages:
+    """The input image files of one command.
 
-    `pictures` holds what was opened, upright, by record; `paths` where that lies; `changed` what is not as it was.
+    Attributes:
+        images: Opened images, upright, by record.
+        paths: Paths of the opened files.
+        changes: Messages about files that differ from the recipe's record.
     """
 
-    def __init__(self, source: Path | None) -> None:
-        self._source = source
-        self.pictures: dict[InputFile, Image] = {}
+    def __init__(self, recipe_source: Path | None) -> None:
+        """Create an empty collection.
+
+        Args:
+            recipe_source: Image file whose recipe is repeated, or None.
+        """
+        self._recipe_source = recipe_source
+        self.images: dict[InputFile, Image] = {}
         self.paths: list[Path] = []
-        self.changed: list[str] = []
+        self.changes: list[str] = []
 
-    def given(self, option: str, path: Path) -> InputFile:
-        """Open what an option names; raises InputError if it is no picture, OSError if there is no file."""
-        return self._open(option, path, checked_text(option, str(path)))
+    def open(self, name: str, path: Path) -> InputFile:
+        """Open an image that the command line names.
 
-    def recorded(self, option: str, then: InputFile) -> InputFile:
-        """Open what the recipe names: where it was, or beside the picture that is repeated."""
-        beside = Path() if self._source is None else self._source.parent
-        name = Path(then.name)
-        there = [place for place in dict.fromkeys((name, beside / name, beside / name.name)) if place.is_file()]
-        if not there:
-            raise InputError(f"{self._source} was made from {name}, which is not here; put it back, or give another")
-        found = next((place for place in there if _digest(place) == then.sha256), there[0])
-        now = self._open(option, found, then.name)
-        if now != then:
-            self.changed.append(f"{found} is another picture now")
-        return now
+        Args:
+            name: Name of the option without dashes, for error messages.
+            path: The image file.
 
-    def _open(self, option: str, path: Path, name: str) -> InputFile:
-        from kandinsky22.inputs import images
+        Returns:
+            The file's record.
 
-        file = InputFile(name, _digest(path))
-        picture = images.opened(option, str(path))
-        images.rgb(option, picture)  # raises for what has no colours
-        self.pictures[file] = picture
+        Raises:
+            InputError: If the file is not a readable image.
+            OSError: If the file cannot be opened.
+        """
+        return self._open(name, path, check_text(name, str(path)))
+
+    def open_recorded(self, name: str, record: InputFile) -> InputFile:
+        """Open an image that the recipe names.
+
+        The file is searched at its recorded path, then relative to the folder of the image whose recipe is repeated.
+
+        Args:
+            name: Name of the option without dashes, for error messages.
+            record: The recipe's record.
+
+        Returns:
+            The file's current record, which differs from `record` if the file has changed.
+
+        Raises:
+            InputError: If the file is missing or is not a readable image.
+            OSError: If the file cannot be opened.
+        """
+        source_folder = Path() if self._recipe_source is None else self._recipe_source.parent
+        recorded_path = Path(record.name)
+        candidates = dict.fromkeys((recorded_path, source_folder / recorded_path, source_folder / recorded_path.name))
+        existing = [path for path in candidates if path.is_file()]
+        if not existing:
+            raise InputError(
+                f"{self._recipe_source} was generated from {recorded_path}, which is missing; restore the file or pass "
+                "another one"
+            )
+        path = next((path for path in existing if _sha256(path) == record.sha256), existing[0])
+        current = self._open(name, path, record.name)
+        if current != record:
+            self.changes.append(f"{path} has changed")
+        return current
+
+    def _open(self, name: str, path: Path, recorded_name: str) -> InputFile:
+        from kandinsky22.inputs.images import convert_mode, open_image
+
+        record = InputFile(recorded_name, _sha256(path))
+        image = open_image(name, str(path))
+        convert_mode(name, image)  # raises InputError now if the image cannot be converted to RGB later
+        self.images[record] = image
         self.paths.append(path)
-        return file
+        return record
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def checked_text(what: str, text: str) -> str:
-    """The text itself, unless the terminal handed over bytes that are no characters."""
+def check_text(name: str, text: str) -> str:
+    """Return a text from the command line unchanged.
+
+    Args:
+        name: Name of the option, for error messages.
+        text: The text.
+
+    Raises:
+        InputError: If the text contains bytes that the terminal's encoding could not decode (lone surrogates).
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"the {what} {text!a} is not text in this terminal's encoding") from None
+        raise invalid(name, text, "text in the encoding of the terminal") from None
     return text
 
 
-def check_shapes(pictures: Mapping[str, Image]) -> None:
-    """Raise InputError unless the pictures, by option, are equally proportioned, as what lies on each other is."""
-    for (first, picture), (option, other) in zip(pictures.items(), list(pictures.items())[1:], strict=False):
-        ratio = picture.width * other.height / (picture.height * other.width)
-        if abs(math.log(ratio)) > SHAPE_TOLERANCE:
-            raise InputError(
-                f"{option} is {other.width}x{other.height} and {first} {picture.width}x{picture.height}; they lie on "
-                "each other, so equal proportions are needed"
+def check_aspect_ratios(images: Mapping[str, Image]) -> None:
+    """Raise an error unless images that are overlaid have the same aspect ratio.
+
+    Args:
+        images: Images by option.
+
+    Raises:
+        InputError: If two aspect ratios differ by more than `ASPECT_RATIO_TOLERANCE`.
+    """
+    for (first_name, first), (name, image) in zip(images.items(), list(images.items())[1:], strict=False):
+        ratio = first.width * image.height / (first.height * image.width)
+        if abs(math.log(ratio)) > ASPECT_RATIO_TOLERANCE:
+            raise invalid(
+                f"size of {name}",
+                f"{image.width}x{image.height}",
+                f"the aspect ratio of {first_name}, which is {first.width}x{first.height}",
+                "crop or resize one of them",
             )
 
 
-def fitting_size(shape: Sequence[int], side: int, multiple: int) -> tuple[int, int]:
-    """Width and height, multiples of `multiple`, of a picture about as large as `side` squared and shaped as `shape`.
+def fitting_size(image_size: tuple[int, int], default_side: int, multiple: int) -> tuple[int, int]:
+    """Return the (width, height) that fits an image's aspect ratio best, then the area of the model's default size.
 
-    The proportions come first, then the size.
+    Args:
+        image_size: (width, height) of the image, in pixels.
+        default_side: Side of the model's default square, in pixels.
+        multiple: Width and height are multiples of this number of pixels.
     """
-    width, height = shape
-    exact = side * math.sqrt(width / height), side * math.sqrt(height / width)
-    near = [sorted({max(1, math.floor(s / multiple)) * multiple, math.ceil(s / multiple) * multiple}) for s in exact]
-    sizes = [(wide, high) for wide in near[0] for high in near[1]]
+    width, height = image_size
+    exact = default_side * math.sqrt(width / height), default_side * math.sqrt(height / width)
+    near = [
+        sorted({max(1, math.floor(side / multiple)) * multiple, math.ceil(side / multiple) * multiple})
+        for side in exact
+    ]
+    candidates = [(wide, high) for wide in near[0] for high in near[1]]
 
-    def badness(size: tuple[int, int]) -> tuple[float, float]:
-        wide, high = (math.log(made / wanted) for made, wanted in zip(size, exact, strict=True))
+    def deviation(size: tuple[int, int]) -> tuple[float, float]:
+        wide, high = (math.log(rounded / side) for rounded, side in zip(size, exact, strict=True))
         return round(abs(wide - high), 9), abs(wide + high)
 
-    return min(sizes, key=badness)
+    return min(candidates, key=deviation)

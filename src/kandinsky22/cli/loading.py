@@ -1,116 +1,150 @@
-"""From model options to networks that are ready to draw, and what is to be said of them in a recipe."""
+"""Load and prepare the networks of a request, and describe them for the recipe."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
-from kandinsky22.checkpoints.hub import EMBEDDED, Source
+from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource
 from kandinsky22.cli.options import SCHEDULERS
 from kandinsky22.cli.request import Request
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.sampling.presets import make_scheduler
+
+if TYPE_CHECKING:
+    import torch
+
+    from kandinsky22 import KandinskyV22CombinedPipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """The prior and the decoder that a subcommand draws with, `whole`, made of both, and the device they work on."""
+    """Pipelines that share the networks of a request.
+
+    Attributes:
+        prior: Prior pipeline of the class that the subcommand uses.
+        decoder: Decoder pipeline of the class that the subcommand uses.
+        combined: Pipeline of all components, for settings that concern all networks.
+        device: Device that runs the networks.
+    """
 
     prior: Any
     decoder: Any
-    whole: Any
-    device: Any
+    combined: KandinskyV22CombinedPipeline
+    device: torch.device
 
 
-def load_networks(classes: tuple[str, str], request: Request) -> Networks:
-    """The networks of the request's model as pipelines of the `classes` (prior, decoder), with the schedulers it asks
-    for. They are on the CPU until `settle` brings them to the device."""
-    import torch
+def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> Networks:
+    """Return the networks of the requested model, on the CPU, with the requested schedulers.
 
+    `prepare_networks` moves them to the device.
+
+    Args:
+        request: Settings of the command.
+        prior_class: Name of the prior's pipeline class.
+        decoder_class: Name of the decoder's pipeline class.
+
+    Raises:
+        InputError: If the device or dtype is not available, if the checkpoint belongs to another kind of decoder, if
+            prior and decoder have different embedding dimensions, or if a scheduler is unknown.
+        CheckpointError: If a file of the checkpoint is missing or damaged.
+    """
     import kandinsky22
-    from kandinsky22.runtime.device import dtype_name, resolve_device, resolve_dtype
+    from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
-    place = resolve_device(request.device)
-    torch_dtype = resolve_dtype(request.dtype, place)
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
     model = request.model
-    if request.quantize == "int4" and (torch_dtype != torch.bfloat16 or place.type != "cpu"):
-        given = f"{dtype_name(torch_dtype)} on {place.type}"
-        raise InputError(f"--quantize int4 computes in bfloat16 on a CPU, not {given}: see --dtype")
+    _check_quantization(request.quantize, dtype, device)
     if model == EMBEDDED:
-        # Its products are so small that threads wait for each other longer than they work; and with one, a recipe
-        # gives the same bits on any number of cores.
-        torch.set_num_threads(1)
-    reader, drawer = (getattr(kandinsky22, name) for name in classes)
-    _check_model(model, drawer)
-    decoder = drawer.from_pretrained(model, torch_dtype=torch_dtype)
-    use_scheduler(decoder, request.scheduler, request.scheduler_settings)
-    # Any decoder's parts will do here: this is how a model's prior is found.
-    options = decoder.components | ({} if request.prior is None else {"prior": request.prior})
-    whole: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=torch_dtype, **options)
-    made, read = whole.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
-    if made != read:
-        raise InputError(f"the prior makes embeddings of {made} numbers, {model} reads {read}: they do not fit")
-    first = reader.from_pipe(whole)
-    use_scheduler(first, request.prior_scheduler, request.prior_scheduler_settings)
-    return Networks(first, decoder, whole, place)
+        _use_one_thread()
+    prior_type, decoder_type = getattr(kandinsky22, prior_class), getattr(kandinsky22, decoder_class)
+    _check_model(model, decoder_type)
+    decoder = decoder_type.from_pretrained(model, torch_dtype=dtype)
+    set_scheduler(decoder, request.scheduler, request.scheduler_settings)
+    # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
+    components = decoder.components | ({} if request.prior is None else {"prior": request.prior})
+    combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
+    prior_dim, decoder_dim = combined.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
+    if prior_dim != decoder_dim:
+        expected = f"{decoder_dim}, the encoder_hid_dim of {model}"
+        raise invalid("prior.config.embedding_dim", prior_dim, expected, "choose a prior that fits with --prior")
+    prior = prior_type.from_pipe(combined)
+    set_scheduler(prior, request.prior_scheduler, request.prior_scheduler_settings)
+    return Networks(prior=prior, decoder=decoder, combined=combined, device=device)
 
 
-def settle(networks: Networks, request: Request, *, low_memory: bool, compiled: bool) -> None:
-    """Make the networks as small as is asked for and bring them to where they work; with `low_memory` each only while
-    it works, in memory or on the GPU."""
+def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, compile: bool) -> None:
+    """Quantize the networks, enable feature caching, move or offload them, and compile them, as requested.
+
+    Args:
+        networks: The networks.
+        request: Settings of the command.
+        low_memory: Whether each network is in memory (GPU memory, if the device is a GPU) only while it runs.
+        compile: Whether the networks' blocks are compiled on first use.
+
+    Raises:
+        MissingDependencyError: If an option needs a package that is not installed.
+    """
     if request.quantize is not None:
-        networks.whole.quantize(request.quantize)
+        networks.combined.quantize(request.quantize)
     if request.cache_every is not None:
         networks.decoder.enable_feature_caching(request.cache_every)
     if not low_memory:
-        networks.whole.to(networks.device)
+        networks.combined.to(networks.device)
     elif networks.device.type == "cpu":
-        networks.whole.enable_low_memory()
+        networks.combined.enable_low_memory()
     else:
-        networks.whole.enable_model_cpu_offload(device=networks.device)
-    if compiled:
-        networks.whole.compile()
+        networks.combined.enable_model_cpu_offload(device=networks.device)
+    if compile:
+        networks.combined.compile()
 
 
-def _check_model(model: str, drawer: Any) -> None:
-    """Raise InputError, before weights are fetched, if the checkpoint is for pipelines of another kind."""
-    import kandinsky22
-    from kandinsky22.checkpoints.atomic_files import read_json
+def set_scheduler(pipe: Any, class_name: str | None, settings: Mapping[str, Any] | None = None) -> None:
+    """Replace a pipeline's scheduler by another one on the same noise schedule.
 
-    folder = Source(model, part=drawer.embedded_part).fetch(lambda files: {drawer.config_name} & set(files))
-    name = str(read_json(folder / drawer.config_name).get("_class_name"))
-    # Classes that the embedded model serves from one folder are those that share weights.
-    if getattr(getattr(kandinsky22, name, None), "embedded_part", None) != drawer.embedded_part:
-        raise InputError(f"--model {model} is a {name}; weights of a {drawer.__name__} are needed here")
+    Args:
+        pipe: Pipeline of the prior or the decoder.
+        class_name: Class name of the scheduler; None keeps the class.
+        settings: Settings that replace those of the current scheduler's config; None or an empty mapping keeps them.
 
-
-def use_scheduler(pipe: Any, name: str | None, settings: Mapping[str, Any] | None = None) -> None:
-    """Give the pipeline the scheduler of class `name` on the noise schedule of its own, `settings` put in the place of
-    that one's; with neither it keeps its own."""
-    own = type(pipe.scheduler).__name__
-    if name in (None, own) and not settings:
+    Raises:
+        InputError: If no scheduler has this class name.
+    """
+    current = type(pipe.scheduler).__name__
+    if class_name in (None, current) and not settings:
         return
-    if (name or own) not in SCHEDULERS.values():
-        raise InputError(f"unknown scheduler {name or own!r}; accepted: {', '.join(SCHEDULERS)}")
-    pipe.scheduler = make_scheduler(name or own, pipe.scheduler.config, settings or {})
+    new = class_name or current
+    if new not in SCHEDULERS.values():
+        raise invalid("scheduler", new, f"one of {', '.join(SCHEDULERS)}")
+    pipe.scheduler = make_scheduler(new, pipe.scheduler.config, settings or {})
 
 
-def model_digest(whole: Any, *, sees: bool) -> str:
-    """The digest of the networks that draw; of the image encoder too if it `sees` pictures."""
+def model_digest(combined: KandinskyV22CombinedPipeline, *, with_image_encoder: bool) -> str:
+    """Return the fingerprint of the networks' weights.
+
+    Args:
+        combined: Pipeline of all components.
+        with_image_encoder: Whether the image encoder is included. Without input images it does not run, and the
+            fingerprint would be the only reason to read its weights from disk.
+    """
     from torch import nn
 
     from kandinsky22.checkpoints.fingerprint import weights_digest
 
-    # Without a picture to read, most of the image encoder would have to be fetched from disk for this.
-    parts = {name: part for name, part in whole.components.items() if sees or "image_encoder" not in name}
-    return weights_digest({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
+    networks = {
+        name: component
+        for name, component in combined.components.items()
+        if isinstance(component, nn.Module) and (with_image_encoder or "image_encoder" not in name)
+    }
+    return weights_digest(networks)
 
 
-def versions() -> dict[str, str]:
-    """Versions of the software that decides over a picture's bits."""
+def software_versions() -> dict[str, str]:
+    """Return the versions of the packages that determine the pixels."""
     import PIL
     import torch
     import transformers
@@ -123,10 +157,51 @@ def versions() -> dict[str, str]:
     }
 
 
-def hardware(device: Any) -> str:
-    """What computes: arithmetic differs in the last bits between kinds of processors."""
+def hardware_name(device: torch.device) -> str:
+    """Return the name of the GPU, or the architecture and instruction set of the CPU.
+
+    Floating-point results differ in the last bits between kinds of processors.
+
+    Args:
+        device: Device that runs the networks.
+    """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _check_quantization(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    import torch
+
+    from kandinsky22.runtime.device import dtype_name
+
+    if kind == "int4" and (dtype != torch.bfloat16 or device.type != "cpu"):
+        expected = f"bfloat16 on a CPU for 4-bit weights, not {dtype_name(dtype)} on {device.type}"
+        raise invalid("--quantize", kind, expected, "add --dtype bfloat16 --device cpu")
+
+
+def _use_one_thread() -> None:
+    """Limit torch to one CPU thread for the rest of the process.
+
+    Matrix products of the embedded model are so small that synchronising threads takes longer than computing. With one
+    thread, a recipe also gives the same bits on any number of cores.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _check_model(model: str, decoder_type: Any) -> None:
+    """Raise InputError, before any weights are fetched, if the checkpoint belongs to another kind of decoder."""
+    import kandinsky22
+    from kandinsky22.checkpoints.atomic_files import read_json
+
+    config_name = decoder_type.config_name
+    source = CheckpointSource(model, embedded_subfolder=decoder_type.embedded_subfolder)
+    folder = source.fetch(lambda files: {config_name} & set(files))
+    class_name = str(read_json(folder / config_name).get("_class_name"))
+    # Classes that share weights have the same folder in the embedded model.
+    if getattr(getattr(kandinsky22, class_name, None), "embedded_subfolder", None) != decoder_type.embedded_subfolder:
+        raise invalid("--model", model, f"weights for {decoder_type.__name__}, not for {class_name}")

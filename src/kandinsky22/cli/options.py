@@ -1,4 +1,7 @@
-"""Options that several subcommands share, in groups, and the readers of their values."""
+"""Command-line options that several subcommands share, in groups, and the functions that parse their values.
+
+The parsing functions raise `argparse.ArgumentTypeError`; argparse puts the option's name before the message.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kandinsky22.errors import describe
 from kandinsky22.sampling.presets import PRESETS
 
 T = TypeVar("T")
@@ -30,240 +34,385 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "unclip": "UnCLIPScheduler",
 }
-KINDS = ("int8", "int8-dynamic", "int4")  # of small weights
-# The largest seed of which a batch of any size still is a seed to torch.
+# Repeats kandinsky22.runtime.quantize.KINDS: importing that module would import torch.
+QUANTIZATION_KINDS = ("int8", "int8-dynamic", "int4")
+# torch accepts seeds below 2**64. The limit leaves room for the consecutive seeds of a series.
 MAX_SEED = 2**63 - 1
 
 
-def whole_number(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """A reader of integers from `lowest` to `highest`."""
-    wanted = f"a whole number of at least {lowest}" + (f" and at most {highest}" if highest is not None else "")
+def _invalid(value: object, expected: str, advice: str | None = None) -> argparse.ArgumentTypeError:
+    message = f"{describe(value)} is invalid: expected {expected}"
+    return argparse.ArgumentTypeError(message if advice is None else f"{message}; {advice}")
 
-    def read(text: str) -> int:
+
+def integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """Return a parser of integers in a closed range.
+
+    Args:
+        lowest: Smallest accepted integer.
+        highest: Largest accepted integer; None sets no limit.
+    """
+    expected = f"an integer of at least {lowest}" + (f" and at most {highest}" if highest is not None else "")
+
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+            raise _invalid(text, expected) from None
         if value < lowest or (highest is not None and value > highest):
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            raise _invalid(text, expected)
         return value
 
-    return read
+    return parse
 
 
-def number(wanted: str, lowest: float = -math.inf, highest: float = math.inf) -> Callable[[str], float]:
-    """A reader of finite numbers from `lowest` to `highest`, which messages call `wanted`."""
+def finite_number(expected: str, lowest: float = -math.inf, highest: float = math.inf) -> Callable[[str], float]:
+    """Return a parser of finite numbers in a closed range.
 
-    def read(text: str) -> float:
+    Args:
+        expected: Description of the accepted values for error messages.
+        lowest: Smallest accepted number.
+        highest: Largest accepted number.
+    """
+
+    def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not lowest <= value <= highest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise _invalid(text, expected)
         return value
 
-    return read
+    return parse
 
 
-scale = number("a number of at least 0", 0)
-share = number("a number from 0 to 1", 0, 1)
-quantile = number("a number above 0, at most 1", 1e-9, 1)
-weight = number("a weight, a number such as 0.5")
+guidance_scale = finite_number("a finite number of at least 0", 0)
+fraction = finite_number("a number from 0 to 1", 0, 1)
+quantile = finite_number("a number above 0 and at most 1", 1e-9, 1)
+mixture_weight = finite_number("a weight, a finite number such as 0.5")
 
 
-def picture_file(text: str) -> Path:
-    """Read the path of a picture."""
+def image_path(text: str) -> Path:
+    """Return the path of an image file. The file is opened later.
+
+    Args:
+        text: Path in the local file system.
+
+    Raises:
+        argparse.ArgumentTypeError: If the path is empty or an http(s) address.
+    """
     if text.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError(f"{text!r} is an address; download the picture, for recipes name files")
+        raise _invalid(text, "the path of a local file", "download the image first, because recipes record files")
     if not text:
-        raise argparse.ArgumentTypeError("an empty path names no picture")
+        raise _invalid(text, "the path of an image file")
     return Path(text)
 
 
-def size(text: str) -> tuple[int, int]:
-    """Read WxH, in pixels, as (width, height)."""
+def image_size(text: str) -> tuple[int, int]:
+    """Return (width, height) in pixels.
+
+    Args:
+        text: The size as WIDTHxHEIGHT; both sides are at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text has another form.
+    """
     match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
     if match is None or not all(int(side) for side in match.groups()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT in pixels, such as 512x768")
+        raise _invalid(text, "WIDTHxHEIGHT in pixels, such as 512x768")
     return int(match[1]), int(match[2])
 
 
-def scheduler(text: str) -> str:
-    """Read a scheduler's short or class name as its class name."""
-    by_name = {key.lower(): value for short, value in SCHEDULERS.items() for key in (short, value)}
-    if text.lower() not in by_name:
-        raise argparse.ArgumentTypeError(f"unknown scheduler {text!r}; accepted: {', '.join(SCHEDULERS)}")
-    return by_name[text.lower()]
+def scheduler_class(text: str) -> str:
+    """Return the class name of a scheduler.
+
+    Args:
+        text: Short name or class name, in upper or lower case.
+
+    Raises:
+        argparse.ArgumentTypeError: If no scheduler has this name.
+    """
+    class_names = {key.lower(): name for short_name, name in SCHEDULERS.items() for key in (short_name, name)}
+    if text.lower() not in class_names:
+        raise _invalid(text, f"one of {', '.join(SCHEDULERS)}")
+    return class_names[text.lower()]
 
 
-def quality(text: str) -> str:
-    """Read the name of a preset."""
+def preset_name(text: str) -> str:
+    """Return the name of a preset.
+
+    Args:
+        text: Name of the preset.
+
+    Raises:
+        argparse.ArgumentTypeError: If no preset has this name.
+    """
     if text not in PRESETS:
-        raise argparse.ArgumentTypeError(f"unknown quality {text!r}; accepted: {', '.join(PRESETS)}")
+        raise _invalid(text, f"one of {', '.join(PRESETS)}")
     return text
 
 
-def several(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """A reader of one value or several with commas between, each once."""
-    return lambda text: tuple(dict.fromkeys(read(part.strip()) for part in text.split(",")))
+def comma_separated(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Return a parser of one or several values separated by commas; repeated values are dropped.
+
+    Args:
+        parse: Parser of a single value.
+    """
+    return lambda text: tuple(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
 
 
-class _ReadInterval(argparse.Action):
-    """Reads `START END`, parts of the way of which the second comes after the first."""
+class _StoreInterval(argparse.Action):
+    """Store ``START END`` as a tuple; START must be smaller than END."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         start, end = values
         if not start < end:
-            raise argparse.ArgumentError(self, f"{start:g} {end:g} is no interval; write START END, such as 0.1 0.6")
+            raise argparse.ArgumentError(
+                self, f"{start:g} {end:g} is invalid: expected START END with START < END, such as 0.1 0.6"
+            )
         setattr(namespace, self.dest, (start, end))
 
 
 @dataclasses.dataclass(frozen=True)
-class Portion:
-    """A text or a picture to be mixed in, with the weight that was given, if any."""
+class MixtureOption:
+    """One `--text` or `--image` option of the subcommand `mix`.
+
+    Attributes:
+        text: Text to mix in, or None.
+        image: Path of the image to mix in, or None. Exactly one of `text` and `image` is set.
+        weight: Weight on the command line; None if there is none.
+    """
 
     text: str | None
     image: Path | None
     weight: float | None
 
 
-class _AddPortion(argparse.Action):
-    """Collects `--text TEXT [WEIGHT]` and `--image FILE [WEIGHT]` in the order they are given in."""
+class _AppendMixtureOption(argparse.Action):
+    """Collect ``--text TEXT [WEIGHT]`` and ``--image FILE [WEIGHT]`` in the order of the command line."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        item, *weights = values
+        content, *weights = values
         if len(weights) > 1:
-            raise argparse.ArgumentError(self, f"one value and its weight are accepted, not {values}; quote texts")
+            raise argparse.ArgumentError(
+                self, f"{describe(values)} is invalid: expected one value and its weight; quote texts of several words"
+            )
         try:
-            heavy = weight(weights[0]) if weights else None
-            made = Portion(item, None, heavy) if option == "--text" else Portion(None, picture_file(item), heavy)
+            weight = mixture_weight(weights[0]) if weights else None
+            if option == "--text":
+                item = MixtureOption(content, None, weight)
+            else:
+                item = MixtureOption(None, image_path(content), weight)
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from error
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), made])
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), item])
 
 
-def add_prompt(group: Any) -> None:
-    """The prompt, as what the command line has beside options."""
-    group.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the picture shows")
+def add_prompt(group: argparse._ArgumentGroup) -> None:
+    """Add the prompt as a positional argument.
+
+    Args:
+        group: Option group of the subcommand.
+    """
+    group.add_argument("prompt", nargs="?", metavar="PROMPT", help="description of the image")
 
 
-def add_picture(group: Any, name: str, help: str) -> None:
-    """A picture file."""
-    group.add_argument(f"--{name}", type=picture_file, metavar="FILE", help=help)
+def add_image(group: argparse._ArgumentGroup, name: str, help: str) -> None:
+    """Add an option that names an image file.
+
+    Args:
+        group: Option group of the subcommand.
+        name: Name of the option without dashes.
+        help: Help text.
+    """
+    group.add_argument(f"--{name}", type=image_path, metavar="FILE", help=help)
 
 
-def add_strength(group: Any, help: str) -> None:
-    """How far to go from a picture."""
-    group.add_argument("--strength", type=share, metavar="X", help=f"{help} (default: the model's own, else 0.3)")
+def add_strength(group: argparse._ArgumentGroup, help: str) -> None:
+    """Add `--strength`, the fraction of the denoising process that runs.
+
+    Args:
+        group: Option group of the subcommand.
+        help: Help text; the default value is appended.
+    """
+    group.add_argument("--strength", type=fraction, metavar="X", help=f"{help} (default: the model's own, else 0.3)")
 
 
-def add_portions(group: Any) -> None:
-    """Texts and pictures with their weights."""
-    common: dict[str, Any] = {"dest": "parts", "action": _AddPortion, "nargs": "+"}
-    group.add_argument("--text", metavar=("TEXT", "WEIGHT"), help="a text and its weight; may be repeated", **common)
+def add_mixture(group: argparse._ArgumentGroup) -> None:
+    """Add `--text` and `--image` with optional weights, both stored in `args.parts`.
+
+    Args:
+        group: Option group of the subcommand.
+    """
+    common: dict[str, Any] = {"dest": "parts", "action": _AppendMixtureOption, "nargs": "+"}
+    group.add_argument("--text", metavar=("TEXT", "WEIGHT"), help="a text and its weight; can be repeated", **common)
     group.add_argument(
         "--image",
         metavar=("FILE", "WEIGHT"),
-        help="a picture and its weight; may be repeated. Weights should sum to 1; without any, all are equal",
+        help="an image and its weight; can be repeated. Weights should sum to 1; without weights, all are equal",
         **common,
     )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which networks, where, in which precision."""
+    """Add the options for checkpoints, device, dtype, memory, quantization, feature caching and compilation.
+
+    Args:
+        parser: Parser of the subcommand.
+    """
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="MODEL", help="folder or Hub id of a decoder (default: the embedded model)")
-    group.add_argument("--prior", metavar="MODEL", help="folder or Hub id of the prior (default: the model's own)")
+    group.add_argument(
+        "--prior", metavar="MODEL", help="folder or Hub id of a prior (default: the prior that belongs to --model)"
+    )
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(
         "--dtype",
         help=(
-            "float32, float16, bfloat16, or auto, the fastest that the device computes in (default: float32 on a CPU)"
+            "float32, float16, bfloat16, or auto for the fastest type of the device (default: float16 on CUDA, else "
+            "float32)"
         ),
     )
     group.add_argument(
         "--low-memory",
         action="store_true",
         help=(
-            "keep networks in memory (of the GPU, if one draws) only while they work: slower, the same pictures but "
-            "for rounding"
+            "hold each network in memory (GPU memory, if a GPU is used) only while it runs: slower, the same images up "
+            "to rounding"
         ),
     )
     group.add_argument(
         "--quantize",
-        choices=(*KINDS, "none"),
-        help="weights of 8 or 4 bits for the prior and the UNet; changes pictures a little",
+        choices=(*QUANTIZATION_KINDS, "none"),
+        help="8-bit or 4-bit weights for the prior and the UNet; changes images slightly",
     )
     group.add_argument(
         "--cache-every",
-        type=whole_number(1),
+        type=integer(1),
         metavar="N",
-        help="run all of the UNet on every N-th step only, its outermost level on the others; changes pictures",
+        help=(
+            "feature caching: run the full UNet on every N-th step, and only its outermost resolution level on the "
+            "others; changes images"
+        ),
     )
     group.add_argument(
-        "--compile", action="store_true", help="compile the networks' blocks when they first run; for GPUs"
+        "--compile", action="store_true", help="compile the networks' blocks on first use; intended for GPUs"
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What the two stages are asked to do, and by which samplers; defaults are the model's, else the library's."""
-    group = parser.add_argument_group("sampling", "Not given, these are the model's own defaults.")
+    """Add the sampling options of both stages for a single setting.
+
+    Args:
+        parser: Parser of the subcommand.
+    """
+    group = parser.add_argument_group("sampling", "Options that are not set use the model's own defaults.")
     group.add_argument(
         "--quality",
-        type=quality,
+        type=preset_name,
         metavar="NAME",
-        help=f"{', '.join(PRESETS)}: samplers and steps of both stages; other options win",
+        help=f"{', '.join(PRESETS)}: schedulers and steps of both stages; other options override it",
     )
-    group.add_argument("--scheduler", type=scheduler, metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
-    group.add_argument("--steps", type=whole_number(1), metavar="N", help="decoder steps")
-    group.add_argument("--guidance", type=scale, metavar="X", help="decoder guidance scale; up to 1 is none")
-    add_common_sampling(group)
+    group.add_argument(
+        "--scheduler", type=scheduler_class, metavar="NAME", help=f"decoder scheduler: {', '.join(SCHEDULERS)}"
+    )
+    group.add_argument("--steps", type=integer(1), metavar="N", help="decoder steps")
+    group.add_argument(
+        "--guidance", type=guidance_scale, metavar="X", help="decoder guidance scale; up to 1, guidance is off"
+    )
+    _add_common_sampling_options(group)
 
 
 def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: str) -> None:
-    """The same for a whole grid of samplers, steps and guidance, by default of these schedulers and steps."""
-    group = parser.add_argument_group("grid", "One value or several, with commas between.")
-    known = f"of {', '.join(SCHEDULERS)} (default: {schedulers})"
-    for name, read, default, help in (
-        ("scheduler", several(scheduler), schedulers, known),
-        ("steps", several(whole_number(1)), steps, f"decoder steps (default: {steps})"),
-        ("guidance", several(scale), None, "decoder guidance scales; up to 1 is none (default: the model's own)"),
+    """Add the sampling options of both stages for a grid of schedulers, steps and guidance scales.
+
+    Args:
+        parser: Parser of the subcommand.
+        schedulers: Default of `--scheduler`, separated by commas.
+        steps: Default of `--steps`, separated by commas.
+    """
+    group = parser.add_argument_group("grid", "Each option takes one value, or several separated by commas.")
+    for name, parse, default, help in (
+        (
+            "scheduler",
+            comma_separated(scheduler_class),
+            schedulers,
+            f"decoder schedulers: {', '.join(SCHEDULERS)} (default: {schedulers})",
+        ),
+        ("steps", comma_separated(integer(1)), steps, f"decoder steps (default: {steps})"),
+        (
+            "guidance",
+            comma_separated(guidance_scale),
+            None,
+            "decoder guidance scales; up to 1, guidance is off (default: the model's own)",
+        ),
     ):
-        group.add_argument(f"--{name}", type=read, dest=f"grid_{name}", default=default, metavar="A,B,...", help=help)
-    add_common_sampling(parser.add_argument_group("sampling", "Not given, these are the model's own defaults."))
+        group.add_argument(f"--{name}", type=parse, dest=f"grid_{name}", default=default, metavar="A,B,...", help=help)
+    description = "Options that are not set use the model's own defaults."
+    _add_common_sampling_options(parser.add_argument_group("sampling", description))
 
 
-def add_common_sampling(group: Any) -> None:
-    """What is the same for one picture and for a grid of them."""
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should not show")
-    way = "guide only this part of the way from noise (0) to the picture (1); the rest takes half as long"
-    _add_interval(group, "--guidance-interval", way)
-    group.add_argument("--guidance-rescale", type=share, metavar="X", help="0 to 1: softens what strong guidance does")
-    group.add_argument(
-        "--guidance-threshold", type=quantile, metavar="X", help="limits what guidance exaggerates, such as 0.995"
+def _add_common_sampling_options(group: argparse._ArgumentGroup) -> None:
+    """Add the sampling options that have one value both for a single setting and for a grid."""
+    group.add_argument("--negative-prompt", metavar="TEXT", help="description of what the image must not show")
+    _add_interval(
+        group,
+        "--guidance-interval",
+        "guide only this part of the denoising process (0: pure noise, 1: finished image); the other steps cost half",
     )
-    group.add_argument("--prior-scheduler", type=scheduler, metavar="NAME", help="one of those for --scheduler")
-    group.add_argument("--prior-steps", type=whole_number(1), metavar="N", help="prior steps")
-    group.add_argument("--prior-guidance", type=scale, metavar="X", help="prior guidance scale; up to 1 is none")
-    _add_interval(group, "--prior-guidance-interval", "guide the prior only on this part of its way")
-    group.add_argument("--size", type=size, metavar="WxH", help="picture size in pixels")
     group.add_argument(
-        "--seed", type=whole_number(0, MAX_SEED), metavar="N", help="of the first picture; 1 more for each next"
+        "--guidance-rescale",
+        type=fraction,
+        metavar="X",
+        help="0 to 1; reduces the contrast and saturation that strong guidance adds",
+    )
+    group.add_argument(
+        "--guidance-threshold",
+        type=quantile,
+        metavar="X",
+        help="dynamic thresholding of guided predictions at this quantile, such as 0.995",
+    )
+    group.add_argument(
+        "--prior-scheduler", type=scheduler_class, metavar="NAME", help="prior scheduler, a name as for --scheduler"
+    )
+    group.add_argument("--prior-steps", type=integer(1), metavar="N", help="prior steps")
+    group.add_argument(
+        "--prior-guidance", type=guidance_scale, metavar="X", help="prior guidance scale; up to 1, guidance is off"
+    )
+    _add_interval(group, "--prior-guidance-interval", "guide the prior only in this part of its denoising process")
+    group.add_argument("--size", type=image_size, metavar="WxH", help="image size in pixels")
+    group.add_argument(
+        "--seed",
+        type=integer(0, MAX_SEED),
+        metavar="N",
+        help="seed of the first image; each following image uses the next integer (default: random)",
     )
 
 
-def _add_interval(group: Any, name: str, help: str) -> None:
-    group.add_argument(name, nargs=2, type=share, action=_ReadInterval, metavar=("START", "END"), help=help)
+def _add_interval(group: argparse._ArgumentGroup, name: str, help: str) -> None:
+    group.add_argument(name, nargs=2, type=fraction, action=_StoreInterval, metavar=("START", "END"), help=help)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Where pictures go and how much is said on the way."""
+    """Add the options for the number of images, the output file and the messages.
+
+    Args:
+        parser: Parser of the subcommand.
+    """
     group = parser.add_argument_group("output")
-    group.add_argument("-n", type=whole_number(1), dest="count", metavar="N", help="pictures to draw (default: 1)")
-    group.add_argument("-o", "--output", type=Path, metavar="FILE", help="a .png (default: picture.png)")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress, no notes; errors and paths only")
+    group.add_argument("-n", type=integer(1), dest="count", metavar="N", help="number of images (default: 1)")
+    group.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .png file (default: picture.png; with --from, the repeated file's name with -again)",
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="print no progress and no notes, only errors and paths"
+    )

@@ -1,4 +1,7 @@
-"""A picture's recipe: all that is needed to draw it again, kept as text inside the picture's own file."""
+"""The recipe of an image: everything that is needed to generate it again, stored as text in the image's PNG file.
+
+`save_png_with_recipe` writes a recipe into a PNG file, `read_recipe` reads it.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,27 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
-from kandinsky22.errors import InputError
+from kandinsky22.cli.image_files import save_png
+from kandinsky22.errors import InputError, invalid
 
-KEY = "kandinsky22"
-FORMAT = 1
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+RECIPE_KEYWORD = "kandinsky22"  # keyword of the PNG text chunk that contains the recipe as JSON
+RECIPE_FORMAT = 1  # format number in the JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A file that a picture was made from: its name as it was given, and the SHA-256 of its bytes."""
+    """Record of an input image file.
+
+    Attributes:
+        name: Path as on the command line.
+        sha256: Hexadecimal SHA-256 of the file's bytes.
+    """
 
     name: str
     sha256: str
@@ -29,8 +41,14 @@ class InputFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Part of a mixture: a text or a picture, and its weight."""
+class MixtureItem:
+    """One text or image of a mixture of embeddings.
+
+    Attributes:
+        weight: Factor of the item's embedding.
+        text: The text, or None.
+        image: The image file, or None. Exactly one of `text` and `image` is set.
+    """
 
     weight: float
     text: str | None = None
@@ -39,7 +57,45 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one picture, or the pictures of a contact sheet, were made: one picture a seed, all else in common."""
+    """Settings that generated one image, or all images of a contact sheet. None marks an unused setting.
+
+    The field names are the keys of the JSON in the PNG file.
+
+    Attributes:
+        seeds: One seed per image.
+        model: Folder or Hub id of the decoder, or "embedded".
+        model_digest: Fingerprint of the networks' weights.
+        scheduler: Class name of the decoder's scheduler.
+        steps: Number of decoder steps.
+        prior_steps: Number of prior steps.
+        guidance: Guidance scale of the decoder.
+        prior_guidance: Guidance scale of the prior.
+        width: Image width in pixels.
+        height: Image height in pixels.
+        device: Device that ran the networks.
+        dtype: Name of the floating-point type.
+        hardware: Name of the GPU, or architecture and instruction set of the CPU.
+        versions: Versions of the software that determines the pixels, by package.
+        command: Subcommand.
+        prompt: The prompt.
+        negative_prompt: The negative prompt.
+        image: Input image of img2img, inpaint, control and variations.
+        mask: Mask of inpaint.
+        hint: Hint of control.
+        parts: Items of mix.
+        strength: Fraction of the denoising process that runs, from 0 to 1.
+        keep_pixels: Whether inpaint copies the pixels outside the mask.
+        prior: Folder or Hub id of the prior; None for the prior that belongs to `model`.
+        scheduler_settings: Scheduler settings that replace those of the checkpoint.
+        prior_scheduler: Class name of the prior's scheduler.
+        prior_scheduler_settings: Like `scheduler_settings`, for the prior.
+        guidance_interval: (start, end) of guidance, as fractions of the denoising process.
+        guidance_rescale: Guidance rescale factor, from 0 to 1.
+        guidance_threshold: Quantile of dynamic thresholding.
+        prior_guidance_interval: Like `guidance_interval`, for the prior.
+        quantize: Kind of quantized weights.
+        cache_every: Interval of full UNet evaluations with feature caching, in steps.
+    """
 
     seeds: tuple[int, ...]
     model: str
@@ -61,7 +117,7 @@ class Recipe:
     image: InputFile | None = None
     mask: InputFile | None = None
     hint: InputFile | None = None
-    parts: tuple[Part, ...] | None = None
+    parts: tuple[MixtureItem, ...] | None = None
     strength: float | None = None
     keep_pixels: bool | None = None
     prior: str | None = None
@@ -76,28 +132,40 @@ class Recipe:
     cache_every: int | None = None
 
     def to_json(self) -> str:
-        """The recipe as JSON, with the number of its format; what it does not use is left out."""
+        """Return the recipe as JSON with its format number; fields that are None are left out."""
         entries = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return json.dumps({"format": FORMAT, **entries}, ensure_ascii=False)
+        return json.dumps({"format": RECIPE_FORMAT, **entries}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, *, origin: str) -> Recipe:
-        """Read what `to_json` wrote; raises InputError that names `origin` when it is something else."""
+        """Return the recipe that `to_json` wrote.
+
+        Args:
+            text: The JSON.
+            origin: Name of the file that contains it, for error messages.
+
+        Raises:
+            InputError: If the text is not a recipe of this format.
+        """
         try:
-            stored = json.loads(text)
-            if stored.pop("format") != FORMAT:
-                raise ValueError("it was written in another format, by another version")
-            return cls(**_read_fields(cls, stored))
+            entries = json.loads(text)
+            if entries.pop("format") != RECIPE_FORMAT:
+                raise ValueError("another version of kandinsky22 wrote it in another format")
+            return cls(**_parse_fields(cls, entries))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{origin}: its recipe cannot be read ({error})") from error
+            raise InputError(f"the recipe in {origin} cannot be read: {error}") from error
 
-    def text_entries(self) -> dict[str, str]:
-        """What is written into the file, by keyword: the recipe as JSON, and again as people and galleries read it."""
-        return {KEY: self.to_json(), "parameters": self._parameters(), "Software": f"kandinsky22 {__version__}"}
+    def png_text_chunks(self) -> dict[str, str]:
+        """Return the text chunks of the PNG file by keyword: the JSON, and a summary that image galleries can show."""
+        return {
+            RECIPE_KEYWORD: self.to_json(),
+            "parameters": self._gallery_parameters(),
+            "Software": f"kandinsky22 {__version__}",
+        }
 
-    def lines(self) -> list[tuple[str, str]]:
-        """The recipe as (name, value) pairs for people."""
-        given = {
+    def summary(self) -> list[tuple[str, str]]:
+        """Return the recipe as (name, value) pairs for display."""
+        inputs = {
             "prompt": self.prompt,
             "negative prompt": self.negative_prompt,
             "image": self.image,
@@ -108,58 +176,58 @@ class Recipe:
         }
         return [
             ("command", self.command),
-            *((name, str(value)) for name, value in given.items() if value is not None),
-            *(("mixed in", f"{part.weight:g} of {part.image or part.text}") for part in self.parts or ()),
-            ("seed", _seeds(self.seeds)),
+            *((name, str(value)) for name, value in inputs.items() if value is not None),
+            *(("mixed in", f"{item.weight:g} of {item.image or item.text}") for item in self.parts or ()),
+            ("seed", _join(self.seeds)),
             ("size", f"{self.width}x{self.height}"),
             ("steps", f"{self.steps}, prior {self.prior_steps}"),
             ("guidance", f"{self.guidance:g}, prior {self.prior_guidance:g}"),
-            *((name, value) for name, value in self._guided().items()),
-            *((name, value) for name, value in self._schedulers().items()),
+            *self._guidance_summary().items(),
+            *self._scheduler_summary().items(),
             ("model", self.model),
             *([("prior", self.prior)] if self.prior is not None else []),
-            *self.sped_up().items(),
+            *self.approximations().items(),
             ("digest", self.model_digest),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
 
-    def _guided(self) -> dict[str, str]:
-        """The options of guidance that are in use."""
-        rescale, threshold = self.guidance_rescale, self.guidance_threshold
-        intervals = {"guided from": self.guidance_interval, "prior guided from": self.prior_guidance_interval}
-        return {
-            **{name: " to ".join(f"{part:g}" for part in given) for name, given in intervals.items() if given},
-            **({} if rescale is None else {"guidance rescaled": f"{rescale:g}"}),
-            **({} if threshold is None else {"guidance threshold": f"{threshold:g}"}),
-        }
-
-    def sped_up(self) -> dict[str, str]:
-        """The options in use that trade the picture for speed or memory."""
+    def approximations(self) -> dict[str, str]:
+        """Return the active options that change the image for speed or memory, by name."""
         return {
             **({} if self.quantize is None else {"quantized": self.quantize}),
             **({} if self.cache_every is None else {"cached": f"all of the UNet every {self.cache_every} steps"}),
         }
 
-    def _schedulers(self) -> dict[str, str]:
-        """The schedulers with the settings that are not the model's."""
-        both = {
+    def _guidance_summary(self) -> dict[str, str]:
+        """Return the active guidance options."""
+        rescale, threshold = self.guidance_rescale, self.guidance_threshold
+        intervals = {"guided from": self.guidance_interval, "prior guided from": self.prior_guidance_interval}
+        return {
+            **{name: " to ".join(f"{end:g}" for end in interval) for name, interval in intervals.items() if interval},
+            **({} if rescale is None else {"guidance rescaled": f"{rescale:g}"}),
+            **({} if threshold is None else {"guidance threshold": f"{threshold:g}"}),
+        }
+
+    def _scheduler_summary(self) -> dict[str, str]:
+        """Return both schedulers with the settings that differ from the checkpoint's."""
+        schedulers = {
             "scheduler": (self.scheduler, self.scheduler_settings),
             "prior scheduler": (self.prior_scheduler, self.prior_scheduler_settings),
         }
         return {
-            name: ", ".join([kind, *(f"{key}={value}" for key, value in (settings or {}).items())])
-            for name, (kind, settings) in both.items()
-            if kind is not None
+            name: ", ".join([class_name, *(f"{key}={value}" for key, value in (settings or {}).items())])
+            for name, (class_name, settings) in schedulers.items()
+            if class_name is not None
         }
 
-    def _parameters(self) -> str:
-        """The layout that picture galleries know: prompt, negative prompt, then settings on one line."""
+    def _gallery_parameters(self) -> str:
+        """Return the layout that image galleries parse: prompt, negative prompt, then all settings on one line."""
         settings = {
             "Steps": self.steps,
             "Sampler": self.scheduler,
             "CFG scale": f"{self.guidance:g}",
-            "Seed": _seeds(self.seeds),
+            "Seed": _join(self.seeds),
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.model_digest[:10],
             "Model": self.model,
@@ -169,60 +237,94 @@ class Recipe:
             "Version": f"kandinsky22 {self.versions.get('kandinsky22', __version__)}",
         }
         negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt is not None else []
-        shown = [part.image.name if part.image else part.text for part in self.parts or ()]
-        prompt = " + ".join(map(str, shown)) if self.prompt is None else self.prompt
-        if self.prompt is None and self.parts is None:
-            prompt = f"{self.command} of {self.image and self.image.name}"
-        return "\n".join([prompt, *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+        return "\n".join(
+            [self._subject(), *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())]
+        )
+
+    def _subject(self) -> str:
+        """Return the prompt, or what the image was generated from instead."""
+        if self.prompt is not None:
+            return self.prompt
+        if self.parts is not None:
+            return " + ".join(str(item.image.name if item.image else item.text) for item in self.parts)
+        return f"{self.command} of {self.image and self.image.name}"
+
+
+def save_png_with_recipe(image: Image, path: Path, recipe: Recipe) -> None:
+    """Write an image with its recipe as text chunks of the PNG file. The file appears complete or not at all.
+
+    Args:
+        image: The image.
+        path: The PNG file; an existing file is replaced.
+        recipe: The recipe.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    save_png(image, path, recipe.png_text_chunks())
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in the picture at `path`; raises InputError when there is none, OSError when there is no file."""
+    """Return the recipe that a PNG file contains.
+
+    Args:
+        path: The image file.
+
+    Raises:
+        InputError: If the file is not an image, is damaged, or contains no readable recipe.
+        OSError: If the file cannot be opened.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as picture:
-            # Where text stands after the pixels, it is known only once those are read.
-            picture.load()
-            stored = picture.info.get(KEY)
+        with Image.open(path) as image:
+            # Text chunks after the pixels are known only after the pixels have been read.
+            image.load()
+            text = image.info.get(RECIPE_KEYWORD)
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture") from None
+        raise InputError(f"{path} is not an image file") from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise InputError(f"{path}: damaged picture ({error})") from error
-    if not isinstance(stored, str):
-        raise InputError(f"{path}: carries no recipe; `kandinsky22` writes one into the PNG files it draws")
-    return Recipe.from_json(stored, origin=str(path))
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(text, str):
+        raise InputError(f"{path} contains no recipe; kandinsky22 writes recipes into the PNG files that it generates")
+    return Recipe.from_json(text, origin=str(path))
 
 
-def _seeds(seeds: tuple[int, ...]) -> str:
+def _join(seeds: tuple[int, ...]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _read(value: Any, hint: Any, name: str) -> Any:
-    """Check a JSON value against a field's type; lists become tuples."""
+def _parse(value: Any, hint: Any, name: str) -> Any:
+    """Return a JSON value converted to the type of the dataclass field `name`; lists become tuples."""
     if hint is Any and isinstance(value, str | int | float):
         return value
     if isinstance(hint, types.UnionType):
-        return None if value is None else _read(value, typing.get_args(hint)[0], name)
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+        return None if value is None else _parse(value, typing.get_args(hint)[0], name)
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, list) and value:
-        return tuple(_read(item, parts[0], name) for item in value)
+        return tuple(_parse(item, parameters[0], name) for item in value)
     if origin is not None and origin is not tuple and isinstance(value, dict):
-        return {str(key): _read(item, parts[1], name) for key, item in value.items()}
+        return {str(key): _parse(item, parameters[1], name) for key, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if origin is None and type(value) is hint:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return hint(**_read_fields(hint, value))
-    raise ValueError(f"{name} is {value!r}")
+        return hint(**_parse_fields(hint, value))
+    raise invalid(name, value, _type_name(hint))
 
 
-def _read_fields(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a dataclass from JSON values by name."""
+def _type_name(hint: Any) -> str:
+    if hint is Any:
+        return "a string or a number"
+    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else f"a non-empty {hint}"
+
+
+def _parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a dataclass from JSON values by name."""
     hints = typing.get_type_hints(kind)
-    if unknown := sorted(stored.keys() - hints.keys()):
+    if unknown := sorted(entries.keys() - hints.keys()):
         raise ValueError(f"unknown entries {', '.join(unknown)}")
-    return {name: _read(value, hints[name], name) for name, value in stored.items()}
+    return {name: _parse(value, hints[name], name) for name, value in entries.items()}

@@ -1,4 +1,4 @@
-"""What a command line asks for: its own options first, then those of the recipe it repeats."""
+"""Request: the settings of one command, from its options, its preset, and the recipe that it repeats."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.cli.inputs import Inputs, checked_text
-from kandinsky22.cli.options import Portion
-from kandinsky22.cli.recipe import InputFile, Part, Recipe
+from kandinsky22.cli.inputs import InputImages, check_text
+from kandinsky22.cli.options import MixtureOption
+from kandinsky22.cli.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.errors import InputError
-from kandinsky22.sampling.presets import preset
+from kandinsky22.sampling.presets import find_preset
 
-PICTURES = ("image", "mask", "hint")
+IMAGE_OPTIONS = ("image", "mask", "hint")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was asked for, under the names that recipes have for it; None is left to the model, or not used."""
+    """Settings of one command.
+
+    Attributes: those of `Recipe` with the same names. None means that the model's default is used, or that the
+    subcommand does not have the setting.
+    """
 
     prompt: str | None
     negative_prompt: str | None
     image: InputFile | None
     mask: InputFile | None
     hint: InputFile | None
-    parts: tuple[Part, ...] | None
+    parts: tuple[MixtureItem, ...] | None
     strength: float | None
     keep_pixels: bool | None
     seeds: tuple[int, ...]
@@ -54,66 +58,84 @@ class Request:
     cache_every: int | None
 
     def texts(self) -> list[str]:
-        """All that is read by the text encoder."""
-        parts = [part.text for part in self.parts or ()]
-        return [text for text in (self.prompt, self.negative_prompt, *parts) if text is not None]
+        """Return all texts that the text encoder encodes."""
+        mixed = [item.text for item in self.parts or ()]
+        return [text for text in (self.prompt, self.negative_prompt, *mixed) if text is not None]
 
 
 def read_request(
-    args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs, *, shape: str | None = None
+    args: argparse.Namespace, recipe: Recipe | None, inputs: InputImages, *, size_option: str | None = None
 ) -> Request:
-    """What `args` ask for, on top of `recipe` if there is one; `shape` names the picture that gives the size, if one
-    does.
+    """Return the settings of a command line. Options override the preset, and the preset overrides the recipe.
 
-    Opens all pictures; raises InputError for those that are none and for bytes that are no text, OSError for files
-    that are not there.
+    Args:
+        args: Parsed command line.
+        recipe: Recipe to repeat, or None.
+        inputs: Collection that receives the opened input images.
+        size_option: Name of the image option that determines the size of the result; None if there is none.
+
+    Raises:
+        InputError: If an input file is not a readable image, a text cannot be encoded, or only some items of a mixture
+            have weights.
+        OSError: If an input file cannot be opened.
     """
 
-    asked = _preset(args)
+    preset_values = _preset_values(args)
 
-    def pick(name: str) -> Any:
-        given = getattr(args, name, None)
-        if given is None and name in asked:
-            return asked[name]
-        return getattr(recipe, name) if given is None and recipe is not None else given
+    def resolve(name: str) -> Any:
+        option = getattr(args, name, None)
+        if option is not None:
+            return option
+        if name in preset_values:
+            return preset_values[name]
+        return None if recipe is None else getattr(recipe, name)
 
-    own: dict[str, Any] = {"seeds": _seeds(args, recipe), "parts": _parts(args, recipe, inputs)}
-    own |= {name: _picture(name, pick(name), inputs) for name in PICTURES}
-    # The recipe's size fits the recipe's picture, and its prior belongs to its model.
-    same = recipe if shape is None or getattr(args, shape) is None else None
-    own["width"], own["height"] = args.size or ((None, None) if same is None else (same.width, same.height))
-    own["prior"] = pick("prior") if args.model is None else args.prior
-    plain = {field.name: pick(field.name) for field in dataclasses.fields(Request) if field.name not in own}
+    derived: dict[str, Any] = {"seeds": _seeds(args, recipe), "parts": _mixture(args, recipe, inputs)}
+    derived |= {name: _open_image(name, resolve(name), inputs) for name in IMAGE_OPTIONS}
+    # The recipe's size fits the recipe's image: another image gets a size of its own.
+    uses_recipe_size = recipe is not None and (size_option is None or getattr(args, size_option) is None)
+    recipe_size = (recipe.width, recipe.height) if recipe is not None and uses_recipe_size else (None, None)
+    derived["width"], derived["height"] = args.size or recipe_size
+    # The recipe's prior belongs to the recipe's model.
+    derived["prior"] = resolve("prior") if args.model is None else args.prior
+    direct = {field.name: resolve(field.name) for field in dataclasses.fields(Request) if field.name not in derived}
     for name in ("prompt", "negative_prompt"):
-        checked_text(name.replace("_", " "), plain[name] or "")
-    # what changes nothing is no part of a recipe
-    plain["quantize"] = None if plain["quantize"] == "none" else plain["quantize"]
-    plain["cache_every"] = None if plain["cache_every"] == 1 else plain["cache_every"]
+        check_text(name, direct[name] or "")
+    # Values without effect are left out of recipes.
+    direct["quantize"] = None if direct["quantize"] == "none" else direct["quantize"]
+    direct["cache_every"] = None if direct["cache_every"] == 1 else direct["cache_every"]
     defaults = {"model": EMBEDDED, "device": "auto"}
-    plain |= {name: value for name, value in defaults.items() if plain[name] is None}
-    return Request(**own, **plain)
+    direct |= {name: value for name, value in defaults.items() if direct[name] is None}
+    return Request(**derived, **direct)
 
 
-def read_output(args: argparse.Namespace) -> Path:
-    """Where the picture goes; a repeated picture goes beside its original unless told otherwise."""
+def output_path(args: argparse.Namespace) -> Path:
+    """Return the output file: `--output`, else NAME-again.png next to the repeated image, else picture.png.
+
+    Args:
+        args: Parsed command line.
+    """
     if args.output is not None:
         return Path(args.output)
     return Path("picture.png") if args.source is None else args.source.with_name(f"{args.source.stem}-again.png")
 
 
-def _preset(args: argparse.Namespace) -> dict[str, Any]:
-    """What --quality asks for. Settings belong to the scheduler they are for: one that is named has none of them."""
-    found: dict[str, Any] = {}
+def _preset_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of `--quality`.
+
+    Scheduler settings belong to one scheduler class, so an explicit `--scheduler` resets them.
+    """
+    values: dict[str, Any] = {}
     if (name := getattr(args, "quality", None)) is not None:
-        chosen = preset(name)
-        found |= {option: getattr(chosen, option) for option in ("guidance_interval", "prior_guidance_interval")}
-        for prefix, sampler in (("", chosen.decoder), ("prior_", chosen.prior)):
-            found |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
-            found[f"{prefix}steps"] = sampler.steps
+        chosen_preset = find_preset(name)
+        values |= {field: getattr(chosen_preset, field) for field in ("guidance_interval", "prior_guidance_interval")}
+        for prefix, sampler in (("", chosen_preset.decoder), ("prior_", chosen_preset.prior)):
+            values |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
+            values[f"{prefix}steps"] = sampler.steps
     for option in ("scheduler", "prior_scheduler"):
         if getattr(args, option, None) is not None:
-            found[f"{option}_settings"] = None
-    return found
+            values[f"{option}_settings"] = None
+    return values
 
 
 def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
@@ -127,28 +149,28 @@ def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
     return tuple(range(first, first + count))
 
 
-def _picture(name: str, value: Path | InputFile | None, inputs: Inputs) -> InputFile | None:
-    if isinstance(value, InputFile):
-        return inputs.recorded(name, value)
-    return None if value is None else inputs.given(name, value)
+def _open_image(name: str, source: Path | InputFile | None, inputs: InputImages) -> InputFile | None:
+    if isinstance(source, InputFile):
+        return inputs.open_recorded(name, source)
+    return None if source is None else inputs.open(name, source)
 
 
-def _parts(args: argparse.Namespace, recipe: Recipe | None, inputs: Inputs) -> tuple[Part, ...] | None:
-    """What is to be mixed. Where no weights are given, all have an equal share."""
-    given: Sequence[Portion] | None = getattr(args, "parts", None)
-    if given is None:
-        stored = None if recipe is None else recipe.parts
-        return stored and tuple(
-            dataclasses.replace(part, image=_picture("image", part.image, inputs)) for part in stored
+def _mixture(args: argparse.Namespace, recipe: Recipe | None, inputs: InputImages) -> tuple[MixtureItem, ...] | None:
+    """Return the items of `mix`; without weights, all items have the same weight."""
+    options: Sequence[MixtureOption] | None = getattr(args, "parts", None)
+    if options is None:
+        recorded = None if recipe is None else recipe.parts
+        return recorded and tuple(
+            dataclasses.replace(item, image=_open_image("image", item.image, inputs)) for item in recorded
         )
-    unweighted = [portion.weight is None for portion in given]
+    unweighted = [option.weight is None for option in options]
     if any(unweighted) and not all(unweighted):
-        raise InputError("some of what is mixed has a weight and some has none; give one to each, or to none")
+        raise InputError("only some of the mixed items have a weight; give a weight to each of them or to none")
     return tuple(
-        Part(
-            weight=1 / len(given) if portion.weight is None else portion.weight,
-            text=None if portion.text is None else checked_text("text", portion.text),
-            image=_picture("image", portion.image, inputs),
+        MixtureItem(
+            weight=1 / len(options) if option.weight is None else option.weight,
+            text=None if option.text is None else check_text("text", option.text),
+            image=_open_image("image", option.image, inputs),
         )
-        for portion in given
+        for option in options
     )

@@ -1,1 +1,1 @@
-"""The embedded model: weights and card of a small Kandinsky 2.2 that this project trained itself."""
+"""The embedded model: weights and model card of a small Kandinsky 2.2, trained from scratch by this project."""

@@ -1,1 +1,1 @@
-"""What a user hands in, checked and turned into tensors. No networks here."""
+"""Conversion of user input (images, masks, hints, prompts, embeddings) to checked tensors, without networks."""

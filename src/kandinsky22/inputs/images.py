@@ -1,4 +1,4 @@
-"""Pictures, from wherever they are to PIL and from the decoder's tensors to what was asked for."""
+"""Images: reading them into PIL and tensors, and converting the decoder's output to the requested type."""
 
 from __future__ import annotations
 
@@ -18,76 +18,325 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import validation
 
-Picture: TypeAlias = str | os.PathLike[str] | Image | np.ndarray[Any, Any] | Tensor
-Pictures: TypeAlias = Picture | Sequence[Picture]
 Array: TypeAlias = np.ndarray[Any, Any]
+ImageInput: TypeAlias = str | os.PathLike[str] | Image | Array | Tensor
+ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-URL_TIMEOUT = 60.0  # seconds without an answer
-OVERSHOOT = 1.5  # how far from 0 pixels in [-1, 1] may lie: decoders leave some a little outside their range
+URL_TIMEOUT = 60.0  # seconds without a response
+MAX_SIGNED_VALUE = 1.5  # largest absolute value accepted for images in [-1, 1]; decoders overshoot slightly
+
+ARRAY_KINDS = "an array (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3 or 4, of uint8 or of floats in [0, 1]"
+TENSOR_KINDS = "a tensor (C, H, W) or (N, C, H, W) with C = 1 or 3, of uint8 or floats"
+
+
+# Reading
 
 
 def load_image(image: str | os.PathLike[str] | Image, convert_method: Callable[[Image], Image] | None = None) -> Image:
-    """A picture from a path, an http(s) address or PIL, upright (EXIF orientation applied) and in RGB.
+    """Return an image from a path, an http(s) URL or PIL, upright (EXIF orientation applied) and in RGB.
 
-    `convert_method` replaces the conversion to RGB. Raises InputError when there is no readable picture.
+    Args:
+        image: Path, URL or PIL image.
+        convert_method: Function that replaces the conversion to RGB; None converts to RGB.
+
+    Raises:
+        InputError: If `image` is not a readable image.
     """
-    upright = opened("image", image)
-    return rgb("image", upright) if convert_method is None else convert_method(upright)
+    upright = open_image("image", image)
+    return convert_mode("image", upright) if convert_method is None else convert_method(upright)
 
 
-def opened(name: str, item: Any) -> Image:
-    """The picture at a path or address, or a copy of one in PIL; upright, in the mode it has."""
+def open_image(argument: str, source: Any) -> Image:
+    """Return the image at a path or URL, or a copy of a PIL image; upright, in its original mode.
+
+    Args:
+        argument: Name of the argument, for messages.
+        source: Path, http(s) URL or PIL image.
+
+    Raises:
+        InputError: If `source` is none of those, empty, or cannot be read.
+    """
     try:
-        picture = _read(os.fspath(item)) if isinstance(item, str | os.PathLike) else item
-        if not isinstance(picture, Image):
-            raise InputError(f"{name}: a path, an http(s) address or a PIL image is needed, not {type(item).__name__}")
-        if 0 in picture.size:
-            raise InputError(
-                f"{name} is a picture of {picture.width} x {picture.height} pixels; at least one is needed"
-            )
-        return PIL.ImageOps.exif_transpose(picture)
+        image = _read_file_or_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else source
+        if not isinstance(image, Image):
+            raise invalid(argument, source, "a path, an http(s) URL or a PIL image")
+        if 0 in image.size:
+            raise invalid(f"{argument}.size", image.size, "at least one pixel")
+        return PIL.ImageOps.exif_transpose(image)
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, HTTPException, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"{name} {item!r} cannot be read: {error}") from error
+        raise InputError(f"{argument}={source!r} cannot be read: {error}") from error
 
 
-def _read(place: str) -> Image:
-    if not place.startswith(("http://", "https://")):
-        return PIL.Image.open(place)
-    request = urllib.request.Request(place, headers={"User-Agent": "kandinsky22"})
-    with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as answer:
-        return PIL.Image.open(io.BytesIO(answer.read()))
+def _read_file_or_url(location: str) -> Image:
+    if not location.startswith(("http://", "https://")):
+        return PIL.Image.open(location)
+    request = urllib.request.Request(location, headers={"User-Agent": "kandinsky22"})
+    with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+        return PIL.Image.open(io.BytesIO(response.read()))
 
 
-def rgb(name: str, picture: Image, mode: str = "RGB") -> Image:
-    """The picture in RGB, or in another mode of 8 bits a channel. Transparency is dropped, not blended.
+def convert_mode(argument: str, image: Image, mode: str = "RGB") -> Image:
+    """Return an image in RGB, or in another mode of 8 bits per channel. Transparency is dropped, not blended.
 
-    16-bit modes hold 0 to 65535, mode "F" 0 to 255, mode "I" either: no number above 255 means the latter.
+    Args:
+        argument: Name of the argument, for messages.
+        image: Image of any mode. 16-bit modes hold 0 to 65535 and mode "F" holds 0 to 255. Mode "I" holds 0 to 255 if
+            no value is larger, and 0 to 65535 otherwise.
+        mode: Name of a PIL mode with 8 bits per channel.
+
+    Raises:
+        InputError: If the image holds other values, or if PIL cannot convert its mode.
     """
-    if picture.mode[0] in "IF":  # PIL would cut everything off at 255
-        values = np.asarray(picture, dtype=np.float64)
-        top = 255 if picture.mode == "F" or (picture.mode == "I" and values.max() <= 255) else 65535
-        if not (values.min() >= 0 and values.max() <= top):
-            raise InputError(f"{name}: a PIL image of mode {picture.mode!r} holds 0 to {top}, this one other numbers")
-        picture = PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # PIL would clip all values at 255
+        values = np.asarray(image, dtype=np.float64)
+        top = 255 if image.mode == "F" or (image.mode == "I" and values.max() <= 255) else 65535
+        expected = f"values from 0 to {top} in a PIL image of mode {image.mode!r}"
+        validation.values_in_range(argument, values.min(), values.max(), (0, top), expected)
+        image = PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     try:
-        return picture.convert(mode)
+        return image.convert(mode)
     except ValueError as error:
-        raise InputError(f"{name}: a PIL image of mode {picture.mode!r} has no conversion to {mode}") from error
+        raise invalid(f"{argument}.mode", image.mode, f"a mode that PIL converts to {mode}") from error
+
+
+def labelled_items(argument: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the items of a list, or one single item, each with its name for messages.
+
+    Args:
+        argument: Name of the argument.
+        value: A non-empty list or tuple, or anything else as a single item.
+
+    Returns:
+        Pairs of name and item, such as ("image[0]", item).
+
+    Raises:
+        InputError: If `value` is an empty list.
+    """
+    if not isinstance(value, list | tuple):
+        return [(argument, value)]
+    if not value:
+        raise invalid(argument, value, "at least one item")
+    return [(f"{argument}[{index}]", item) for index, item in enumerate(value)]
+
+
+# Conversion to tensors
+
+
+def images_to_tensor(
+    argument: str,
+    value: Any,
+    size: tuple[int, int],
+    *,
+    signed: bool = False,
+    latent_shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Return images as a tensor (batch, 3, height, width) in [-1, 1], float32; latents are returned as they are.
+
+    Images of another size are resized: arrays and PIL images with a bicubic filter, tensors to the nearest pixel.
+
+    Args:
+        argument: Name of the argument, for messages.
+        value: One image or a list of them. An image is a path, an http(s) URL or a PIL image of any mode; an array
+            (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3 or 4 (alpha is dropped), of uint8 or of floats in [0, 1];
+            or a tensor (C, H, W) or (N, C, H, W) with C = 1 or 3, of uint8, of floats in [0, 1], or of floats in
+            [-1, 1] if `signed` or if any value is negative.
+        size: Height and width of the result in pixels.
+        signed: Whether float tensors are in [-1, 1] even if no value is negative.
+        latent_shape: Shape (channels, height, width) of latents that are accepted instead of images, as tensors
+            (channels, height, width) or (N, channels, height, width); None accepts no latents.
+
+    Returns:
+        Images (batch, 3, *size) in [-1, 1], or latents (batch, *latent_shape), float32 on the CPU.
+
+    Raises:
+        InputError: If an item is not such an image, or if the list mixes images and latents.
+    """
+    tensors = [
+        _image_or_latents(label, item, size, signed, latent_shape) for label, item in labelled_items(argument, value)
+    ]
+    channels = sorted({tensor.shape[1] for tensor in tensors})
+    if len(channels) > 1:
+        raise invalid(f"channels of {argument}", channels, "either images or latents", "do not mix them in one list")
+    return torch.cat(tensors)
+
+
+def _image_or_latents(
+    argument: str, item: Any, size: tuple[int, int], signed: bool, latent_shape: tuple[int, ...] | None
+) -> Tensor:
+    if not isinstance(item, Tensor):
+        return _unit_range_pixels(argument, item, size) * 2 - 1
+    validation.dense(argument, item)
+    batch = item[None] if item.ndim == 3 else item
+    if latent_shape is None or batch.ndim != 4 or batch.shape[1] != latent_shape[0]:
+        pixels, unit_range = _tensor_pixels(argument, item, size, signed)
+        return pixels * 2 - 1 if unit_range else pixels
+    if tuple(batch.shape[1:]) != latent_shape or len(batch) == 0 or not batch.is_floating_point():
+        raise invalid(argument, item, f"floating-point latents of shape (n, {', '.join(map(str, latent_shape))})")
+    return validation.finite_tensor(argument, batch).detach().float().cpu()
+
+
+def hints_to_tensor(argument: str, value: Any, size: tuple[int, int]) -> Tensor:
+    """Return ControlNet hints as a tensor (batch, 3, height, width), float32.
+
+    Args:
+        argument: Name of the argument, for messages.
+        value: One hint or a list of them, of the kinds that `images_to_tensor` accepts.
+        size: Height and width of the result in pixels. Hints of another size are resized like images.
+
+    Returns:
+        Hints (batch, 3, *size). Float tensors keep their values, which must be in [-1, 1]; everything else is
+        converted to [0, 1].
+
+    Raises:
+        InputError: If an item is not a hint.
+    """
+    return torch.cat(
+        [
+            _tensor_pixels(label, item, size, True)[0]
+            if isinstance(item, Tensor)
+            else _unit_range_pixels(label, item, size)
+            for label, item in labelled_items(argument, value)
+        ]
+    )
+
+
+def _unit_range_pixels(argument: str, item: Any, size: tuple[int, int]) -> Tensor:
+    """Pixels (n, 3, *size) in [0, 1] from an array, a PIL image, a path or a URL."""
+    if isinstance(item, np.ndarray):
+        images = list(array_to_rgb(argument, item))
+    else:
+        images = [np.asarray(convert_mode(argument, open_image(argument, item)))]
+    return torch.from_numpy(np.stack([resize_array(image, size) for image in images])).permute(0, 3, 1, 2)
+
+
+def array_to_rgb(argument: str, array: Array) -> Array:
+    """Return an array (n, H, W, 3) of uint8, or of float32 in [0, 1].
+
+    Args:
+        argument: Name of the argument, for messages.
+        array: One or more images (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3 or 4, of uint8 or of floats in
+            [0, 1]. A fourth channel (alpha) is dropped, a single one is repeated.
+
+    Raises:
+        InputError: If the array has another shape, dtype or range.
+    """
+    batch = array[..., None] if array.ndim == 2 else array
+    batch = batch[None] if batch.ndim == 3 else batch
+    if batch.ndim != 4 or 0 in batch.shape or batch.shape[3] not in (1, 3, 4):
+        raise invalid(argument, array, ARRAY_KINDS)
+    if batch.dtype != np.uint8:
+        if not np.issubdtype(batch.dtype, np.floating):
+            raise invalid(argument, array, ARRAY_KINDS)
+        validation.values_in_range(argument, batch.min(), batch.max(), (0, 1), "floats in [0, 1]")
+        batch = batch.astype(np.float32)
+    return np.broadcast_to(batch[..., :3], (*batch.shape[:3], 3))
+
+
+def _tensor_pixels(argument: str, item: Tensor, size: tuple[int, int], signed: bool) -> tuple[Tensor, bool]:
+    """Pixels (n, 3, *size) of a tensor, float32, and whether their range is [0, 1] rather than [-1, 1]."""
+    validation.dense(argument, item)
+    batch = item[None] if item.ndim == 3 else item
+    if batch.ndim != 4 or 0 in batch.shape or batch.shape[1] not in (1, 3):
+        raise invalid(argument, item, TENSOR_KINDS)
+    if batch.dtype != torch.uint8 and not batch.is_floating_point():
+        raise invalid(argument, item, TENSOR_KINDS)
+    pixels = validation.finite_tensor(argument, batch.detach().float().cpu())
+    pixels = pixels / 255 if batch.dtype == torch.uint8 else pixels
+    low, high = (float(extreme) for extreme in pixels.aminmax())
+    unit_range = batch.dtype == torch.uint8 or not (signed or low < 0)
+    limits = (-MAX_SIGNED_VALUE, 1 if unit_range else MAX_SIGNED_VALUE)
+    validation.values_in_range(argument, low, high, limits, f"floats in {'[0, 1]' if unit_range else '[-1, 1]'}")
+    return resize_tensor(pixels, size).expand(-1, 3, -1, -1), unit_range
+
+
+# Resizing
+
+
+def resize_array(image: Array, size: tuple[int, int]) -> Array:
+    """Return an image resized by PIL's bicubic filter.
+
+    Args:
+        image: Array (H, W, 3) of uint8, or of float32 in [0, 1].
+        size: Height and width of the result in pixels.
+
+    Returns:
+        Array (*size, 3), float32 in [0, 1].
+    """
+    is_uint8 = image.dtype == np.uint8
+    planes = [image] if is_uint8 else [image[..., channel] for channel in range(3)]  # PIL has no RGB mode of floats
+    resized = [
+        PIL.Image.fromarray(np.ascontiguousarray(plane)).resize(
+            size[::-1], PIL.Image.Resampling.BICUBIC, reducing_gap=1
+        )
+        for plane in planes
+    ]
+    if is_uint8:
+        return np.asarray(resized[0], dtype=np.float32) / np.float32(255)
+    return np.stack([np.asarray(plane) for plane in resized], axis=-1).clip(0, 1)
+
+
+def resize_tensor(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return images resized to the nearest pixel.
+
+    Args:
+        images: Tensor (n, channels, H, W).
+        size: Height and width of the result in pixels.
+    """
+    return F.interpolate(images, size)
+
+
+# Output
+
+
+def to_output_type(images: Tensor, output_type: str, *, unit_range: bool = False) -> Tensor | Array | list[Image]:
+    """Return the decoder's images in the requested form.
+
+    Args:
+        images: Tensor (batch, 3, H, W), nominally in [-1, 1].
+        output_type: "pt" for a tensor, "np" for an array (batch, H, W, 3) of float32 in [0, 1], "pil" for a list of
+            8-bit RGB images.
+        unit_range: Whether "pt" gives values in [0, 1]; False returns `images` unchanged, as the reference does in
+            some modes.
+    """
+    if output_type == "pt" and not unit_range:
+        return images
+    images = (images * 0.5 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array: Array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    return array if output_type == "np" else array_to_pil(array)
+
+
+def array_to_pil(array: Array) -> list[Image]:
+    """Return 8-bit RGB images.
+
+    Args:
+        array: Images (batch, H, W, 3) of uint8, or of floats in [0, 1].
+    """
+    pixels = array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
+    return [PIL.Image.fromarray(image) for image in pixels]
 
 
 def make_image_grid(images: Sequence[Image], rows: int, cols: int, resize: int | None = None) -> Image:
-    """One RGB picture with `images` row by row, each first made `resize` pixels square if that is given.
+    """Return one RGB image that shows `images` row by row, in cells of the size of the first image.
 
-    All cells have the size of the first picture. Raises InputError unless there are rows x cols pictures.
+    Args:
+        images: PIL images, exactly `rows` times `cols`.
+        rows: Number of rows.
+        cols: Number of columns.
+        resize: Side in pixels of the squares that the images are resized to first; None leaves them as they are.
+
+    Raises:
+        InputError: If the number of images does not fill the grid, or is 0.
     """
     if not images or len(images) != rows * cols:
-        raise InputError(f"images: {len(images)} were given for a grid of rows={rows} x cols={cols}")
+        raise invalid("len(images)", len(images), f"rows x cols = {rows} x {cols}, and at least one, to fill the grid")
     if resize is not None:
         images = [image.resize((resize, resize)) for image in images]
     width, height = images[0].size
@@ -95,131 +344,3 @@ def make_image_grid(images: Sequence[Image], rows: int, cols: int, resize: int |
     for index, image in enumerate(images):
         grid.paste(image, box=(index % cols * width, index // cols * height))
     return grid
-
-
-def each(name: str, value: Any) -> list[tuple[str, Any]]:
-    """What a list holds, or the one thing that is no list, each with its name for messages."""
-    if not isinstance(value, list | tuple):
-        return [(name, value)]
-    if not value:
-        raise InputError(f"{name}: an empty list was given; at least one picture is needed")
-    return [(f"{name}[{index}]", item) for index, item in enumerate(value)]
-
-
-def pixels(
-    name: str, value: Any, size: tuple[int, int], *, signed: bool = False, latents: tuple[int, ...] | None = None
-) -> Tensor:
-    """Pictures (batch, 3, *size) in [-1, 1], float32; or latents, if tensors of the shape `latents` are given.
-
-    One picture or a list: paths, addresses, PIL images; arrays (H, W), (H, W, C) or (N, H, W, C) of uint8, or of
-    floats in [0, 1], C being 1, 3 or 4 (alpha is dropped); tensors (C, H, W) or (N, C, H, W), C being 1 or 3, of
-    uint8, or of floats in [0, 1] or, if `signed` or any of them is negative, in [-1, 1]. Another size is resized:
-    bicubic, tensors to the nearest pixel. Raises InputError naming the item.
-    """
-    parts = [_pixels(label, item, size, signed, latents) for label, item in each(name, value)]
-    if len({part.shape[1] for part in parts}) > 1:
-        raise InputError(f"{name} mixes latents with pictures; one list holds only one kind")
-    return torch.cat(parts)
-
-
-def _pixels(name: str, item: Any, size: tuple[int, int], signed: bool, latents: tuple[int, ...] | None) -> Tensor:
-    if not isinstance(item, Tensor):
-        return _unit(name, item, size) * 2 - 1
-    validation.plain(name, item)
-    item = item[None] if item.ndim == 3 else item
-    if latents is None or item.ndim != 4 or item.shape[1] != latents[0]:
-        values, unit = _values(name, item, size, signed)
-        return values * 2 - 1 if unit else values
-    if tuple(item.shape[1:]) != latents or len(item) == 0 or not item.is_floating_point():
-        raise InputError(f"{name}: {item.dtype} latents of shape {tuple(item.shape)}; this size needs floats {latents}")
-    return validation.finite(name, item).detach().float().cpu()
-
-
-def hints(name: str, value: Any, size: tuple[int, int]) -> Tensor:
-    """Hints (batch, 3, *size), float32: tensors of floats as they are, within [-1, 1], everything else in [0, 1].
-
-    The kinds are those of `pixels`.
-    """
-    return torch.cat(
-        [
-            _values(label, item, size, True)[0] if isinstance(item, Tensor) else _unit(label, item, size)
-            for label, item in each(name, value)
-        ]
-    )
-
-
-def _unit(name: str, item: Any, size: tuple[int, int]) -> Tensor:
-    """Pixels (n, 3, *size) in [0, 1] from a picture that is no tensor."""
-    stack = frames(name, item) if isinstance(item, np.ndarray) else [np.asarray(rgb(name, opened(name, item)))]
-    return torch.from_numpy(np.stack([_resized(frame, size) for frame in stack])).permute(0, 3, 1, 2)
-
-
-def frames(name: str, array: Array) -> Array:
-    """(n, H, W, 3), uint8 or float32 in [0, 1], from an array of one or more pictures."""
-    stack = array[..., None] if array.ndim == 2 else array
-    stack = stack[None] if stack.ndim == 3 else stack
-    if stack.ndim != 4 or 0 in stack.shape or stack.shape[3] not in (1, 3, 4):
-        raise InputError(
-            f"{name} has shape {array.shape}; an array needs (H, W), (H, W, C) or (N, H, W, C), C = 1, 3, 4"
-        )
-    if stack.dtype != np.uint8:
-        if not np.issubdtype(stack.dtype, np.floating):
-            raise InputError(f"{name} holds {array.dtype}; an array needs uint8, or floats in [0, 1]")
-        if not (stack.min() >= 0 and stack.max() <= 1):
-            raise InputError(f"{name} holds {stack.min()} to {stack.max()}; an array of floats needs [0, 1]")
-        stack = stack.astype(np.float32)
-    return np.broadcast_to(stack[..., :3], (*stack.shape[:3], 3))
-
-
-def _resized(frame: Array, size: tuple[int, int]) -> Array:
-    """(*size, 3), float32 in [0, 1], from one picture (H, W, 3)."""
-    planes = [frame] if frame.dtype == np.uint8 else [frame[..., channel] for channel in range(3)]
-    scaled = [
-        PIL.Image.fromarray(np.ascontiguousarray(plane)).resize(
-            size[::-1], PIL.Image.Resampling.BICUBIC, reducing_gap=1
-        )
-        for plane in planes
-    ]
-    if frame.dtype == np.uint8:
-        return np.asarray(scaled[0], dtype=np.float32) / np.float32(255)
-    return np.stack([np.asarray(plane) for plane in scaled], axis=-1).clip(0, 1)
-
-
-def _values(name: str, item: Tensor, size: tuple[int, int], signed: bool) -> tuple[Tensor, bool]:
-    """A tensor's pixels (n, 3, *size), float32, and whether their range is [0, 1] rather than [-1, 1]."""
-    validation.plain(name, item)
-    stack = item[None] if item.ndim == 3 else item
-    if stack.ndim != 4 or 0 in stack.shape or stack.shape[1] not in (1, 3):
-        raise InputError(f"{name} has shape {tuple(item.shape)}; a tensor needs (C, H, W) or (N, C, H, W), C = 1 or 3")
-    if stack.dtype != torch.uint8 and not stack.is_floating_point():
-        raise InputError(f"{name} holds {stack.dtype}; a tensor needs uint8, or floats")
-    values = validation.finite(name, stack.detach().float().cpu())
-    values = values / 255 if stack.dtype == torch.uint8 else values
-    low, high = (float(limit) for limit in values.aminmax())
-    unit = stack.dtype == torch.uint8 or not (signed or low < 0)
-    if high > (1 if unit else OVERSHOOT) or low < -OVERSHOOT:
-        raise InputError(
-            f"{name} holds {low:g} to {high:g}; a tensor of floats needs {'[0, 1]' if unit else '[-1, 1]'}"
-        )
-    return F.interpolate(values, size).expand(-1, 3, -1, -1), unit
-
-
-def from_decoder(pictures: Tensor, output_type: str, *, unit: bool = False) -> Any:
-    """The decoder's pictures (batch, 3, H, W), nominally in [-1, 1], in the form asked for.
-
-    "pt": unchanged, or with `unit` in [0, 1], as the reference returns them. "np": an array (batch, H, W, 3), float32
-    in [0, 1]. "pil": a list of 8-bit RGB images.
-    """
-    if output_type == "pt" and not unit:
-        return pictures
-    pictures = (pictures * 0.5 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return pictures
-    array: Array = pictures.permute(0, 2, 3, 1).float().cpu().numpy()
-    return array if output_type == "np" else to_pil(array)
-
-
-def to_pil(array: np.ndarray[Any, Any]) -> list[Image]:
-    """8-bit RGB images from an array (batch, H, W, 3) of uint8, or of floats in [0, 1]."""
-    levels = array if array.dtype == np.uint8 else (array * 255).round().astype(np.uint8)
-    return [PIL.Image.fromarray(picture) for picture in levels]

@@ -1,4 +1,4 @@
-"""What the image encoder's side of the prior takes: pictures and embeddings, alone or mixed with texts."""
+"""Inputs of the prior's image encoder: images and embeddings, alone or mixed with texts for interpolation."""
 
 from __future__ import annotations
 
@@ -10,59 +10,98 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.inputs import images, prompts, validation
 
 
-def pictures(name: str, value: Any, *, dim: int, size: int, image_processor: Any) -> list[Tensor]:
-    """Pictures as pixels (n, 3, size, size) and embeddings (n, dim), one tensor for each item of a list.
+def image_items(
+    argument: str, value: Any, *, embedding_dim: int, image_size: int, image_processor: Any
+) -> list[Tensor]:
+    """Return the pixels or embeddings of each item of a list of images.
 
-    Items are paths, addresses and PIL images of any mode; arrays (H, W), (H, W, C) or (N, H, W, C) of uint8, or the
-    last two of floats in [0, 1]; tensors (3, size, size) or (n, 3, size, size) of pixels as `image_processor` makes
-    them; embeddings (dim,) or (n, dim), tensors or arrays of floats. Raises InputError naming the item.
+    Args:
+        argument: Name of the argument, for messages.
+        value: One item or a list of them. An item is a path, an http(s) URL or a PIL image of any mode; an array
+            (H, W), (H, W, C) or (N, H, W, C) of uint8, or the last two of floats in [0, 1]; a float tensor
+            (3, image_size, image_size) or (n, 3, image_size, image_size) of pixels as `image_processor` returns
+            them; or an embedding (embedding_dim,) or (n, embedding_dim), a tensor or array of floats.
+        embedding_dim: Number of values of one embedding.
+        image_size: Side in pixels of the image encoder's input.
+        image_processor: CLIP image processor that converts images to pixels.
+
+    Returns:
+        One tensor per item: pixels (n, 3, image_size, image_size) or embeddings (n, embedding_dim).
+
+    Raises:
+        InputError: If an item is none of those.
     """
-    options: dict[str, Any] = {"dim": dim, "size": size, "image_processor": image_processor}
-    return [_picture(label, item, **options) for label, item in images.each(name, value)]
+    return [
+        _pixels_or_embeddings(
+            label, item, embedding_dim=embedding_dim, image_size=image_size, image_processor=image_processor
+        )
+        for label, item in images.labelled_items(argument, value)
+    ]
 
 
-def parts(items: Any, weights: Any, *, rows: int, dim: int, **options: Any) -> list[str | Tensor]:
-    """The items as texts, pixels (1, 3, size, size), or embeddings (rows, dim), with their weights checked.
+def interpolation_items(
+    items: Any, weights: Any, *, batch_size: int, embedding_dim: int, image_size: int, image_processor: Any
+) -> list[str | Tensor]:
+    """Return the items to interpolate, after checking them and their weights.
 
-    Strings are texts; everything else is as in `pictures`, one picture an item. Raises InputError naming the item.
+    Args:
+        items: List of texts (strings) and of items that `image_items` accepts, one image each. A path must be a
+            `pathlib.Path`, because strings are texts.
+        weights: List of one finite number per item.
+        batch_size: Number of embeddings to compute, the size to which embeddings are repeated.
+        embedding_dim: Number of values of one embedding.
+        image_size: Side in pixels of the image encoder's input.
+        image_processor: CLIP image processor that converts images to pixels.
+
+    Returns:
+        One entry per item: a text, pixels (1, 3, image_size, image_size), or embeddings (batch_size, embedding_dim).
+
+    Raises:
+        InputError: If an item or a weight is invalid, or if their numbers differ.
     """
-    if not isinstance(items, list | tuple) or not isinstance(weights, list | tuple) or not items:
-        raise InputError("images_and_prompts and weights: two lists with at least one entry are needed")
+    if not isinstance(items, list | tuple) or not items:
+        raise invalid("images_and_prompts", items, "a list of at least one image or text")
+    if not isinstance(weights, list | tuple):
+        raise invalid("weights", weights, "a list of one number per item of images_and_prompts")
     if len(items) != len(weights):
-        raise InputError(f"weights: {len(weights)} were given for {len(items)} images_and_prompts")
+        raise invalid("len(weights)", len(weights), f"{len(items)}, one per item of images_and_prompts")
     for index, weight in enumerate(weights):
-        validation.number(f"weights[{index}]", weight)
+        validation.finite_float(f"weights[{index}]", weight)
 
-    def part(name: str, item: Any) -> str | Tensor:
+    def checked_item(argument: str, item: Any) -> str | Tensor:
         if isinstance(item, str):
-            return prompts.texts(name, item)[0]
-        made = _picture(name, item, dim=dim, **options)
-        if made.ndim == 2:
-            return validation.same_batch(name, made, rows, "the result")
-        if len(made) != 1:
-            raise InputError(f"{name} holds {len(made)} pictures; one is needed, with its own weight")
-        return made
+            return prompts.text_list(argument, item)[0]
+        tensor = _pixels_or_embeddings(
+            argument, item, embedding_dim=embedding_dim, image_size=image_size, image_processor=image_processor
+        )
+        if tensor.ndim == 2:
+            return validation.batch_of_size(argument, tensor, batch_size, "the result")
+        if len(tensor) != 1:
+            raise invalid(f"len({argument})", len(tensor), "1 image per item", "list each image with its own weight")
+        return tensor
 
-    return [part(f"images_and_prompts[{index}]", item) for index, item in enumerate(items)]
+    return [checked_item(f"images_and_prompts[{index}]", item) for index, item in enumerate(items)]
 
 
-def _picture(name: str, item: Any, *, dim: int, size: int, image_processor: Any) -> Tensor:
+def _pixels_or_embeddings(
+    argument: str, item: Any, *, embedding_dim: int, image_size: int, image_processor: Any
+) -> Tensor:
     if isinstance(item, np.ndarray | Tensor) and item.ndim <= 2 and item.dtype != np.uint8:
-        return validation.embeddings(name, item, dim)
+        return validation.image_embeddings(argument, item, embedding_dim)
     if isinstance(item, Tensor):
-        if item.shape[-3:] != (3, size, size) or item.ndim > 4 or len(item) == 0 or not item.is_floating_point():
-            raise InputError(f"{name} has shape {tuple(item.shape)}; pixels need floats (n, 3, {size}, {size})")
-        return validation.finite(name, item).reshape(-1, 3, size, size)
+        shape = (3, image_size, image_size)
+        if item.shape[-3:] != shape or item.ndim > 4 or len(item) == 0 or not item.is_floating_point():
+            raise invalid(argument, item, f"floating-point pixels of shape (n, 3, {image_size}, {image_size})")
+        return validation.finite_tensor(argument, item).reshape(-1, *shape)
     if isinstance(item, np.ndarray):
-        seen = images.to_pil(images.frames(name, item))
+        pil_images = images.array_to_pil(images.array_to_rgb(argument, item))
     elif isinstance(item, str | os.PathLike | PIL.Image.Image):
-        seen = [images.rgb(name, images.opened(name, item))]
+        pil_images = [images.convert_mode(argument, images.open_image(argument, item))]
     else:
-        kinds = "a picture (path, PIL, array), prepared pixels or an embedding is needed"
-        raise InputError(f"{name}: {kinds}, not {type(item).__name__}")
-    pixels: Tensor = image_processor(seen, return_tensors="pt").pixel_values
+        raise invalid(argument, item, "an image (path, URL, PIL image or array), preprocessed pixels or an embedding")
+    pixels: Tensor = image_processor(pil_images, return_tensors="pt").pixel_values
     return torch.as_tensor(pixels)

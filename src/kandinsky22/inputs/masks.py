@@ -1,4 +1,4 @@
-"""Masks: which pixels are repainted, and which latents that leaves untouched."""
+"""Inpainting masks: conversion to tensors, and the latents that a mask leaves unchanged."""
 
 from __future__ import annotations
 
@@ -8,83 +8,112 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.inputs import images, validation
 
-LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to brightness (ITU-R BT.601), as in PIL
-# Of a latent's eight neighbours, those whose repainting repaints it too; the published inpainting UNet was trained so.
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in brightness (ITU-R BT.601), as in PIL
+
+# Offsets (down, right) of the neighbours that extend a repainted latent: six of the eight, because the published
+# inpainting UNet was trained with these.
 NEIGHBOURS = ((-1, -1), (-1, 0), (0, -1), (0, 1), (1, 0), (1, 1))
 
+MASK_KINDS = "booleans, integers or floats of shape (H, W), (N, H, W), (N, 1, H, W) or (N, H, W, 1)"
 
-def masks(name: str, value: Any, size: tuple[int, int]) -> Tensor:
-    """Masks (batch, 1, *size), float32: 1 where the picture is repainted, 0 where it is kept.
 
-    One mask or a list, of white (repaint) and black; from half brightness on counts as white. Paths, addresses, PIL
-    images of any mode; arrays (H, W), (H, W, C), (N, H, W) or (N, H, W, C), C being 1, 3 or 4; tensors (H, W),
-    (1, H, W), (N, H, W), (N, C, H, W), C being 1 or 3, or (N, H, W, 1). They hold booleans, floats in [0, 1], or
-    integers: 0 and 1, or 0 to 255. Another size is resized: Lanczos, arrays and tensors to the nearest pixel. Raises
-    InputError naming the item.
+def masks_to_tensor(argument: str, value: Any, size: tuple[int, int]) -> Tensor:
+    """Return masks as a tensor (batch, 1, height, width), float32: 1 where the image is repainted, 0 elsewhere.
+
+    Masks are white (repaint) and black; half brightness and above counts as white. Masks of another size are
+    resized: PIL images with a Lanczos filter, arrays and tensors to the nearest pixel.
+
+    Args:
+        argument: Name of the argument, for messages.
+        value: One mask or a list of them. A mask is a path, an http(s) URL or a PIL image of any mode; an array
+            (H, W), (H, W, C), (N, H, W) or (N, H, W, C) with C = 1, 3 or 4; or a tensor (H, W), (1, H, W),
+            (N, H, W), (N, C, H, W) with C = 1 or 3, or (N, H, W, 1). Arrays and tensors hold booleans, floats in
+            [0, 1], or integers: 0 and 1, or 0 to 255.
+        size: Height and width of the result in pixels.
+
+    Raises:
+        InputError: If an item is not a mask.
     """
-    return torch.cat([_mask(label, item, size) for label, item in images.each(name, value)])
+    return torch.cat([_mask(label, item, size) for label, item in images.labelled_items(argument, value)])
 
 
-def _mask(name: str, item: Any, size: tuple[int, int]) -> Tensor:
+def _mask(argument: str, item: Any, size: tuple[int, int]) -> Tensor:
+    """One item as a mask (n, 1, *size) of zeros and ones."""
     if isinstance(item, np.ndarray | Tensor):
-        stack = _stack(name, item)
-        bright = _brightness(name, stack)
-        return F.interpolate((bright >= 0.5).float(), size)
-    picture = images.opened(name, item)
-    if picture.mode not in ("1", "RGB", "RGBA"):
-        picture = images.rgb(name, picture, "L")
-    picture = picture.resize(size[::-1], PIL.Image.Resampling.LANCZOS).convert("L")
-    return torch.from_numpy(np.asarray(picture) >= 127.5).float()[None, None]
+        brightness = _brightness(argument, _channels_first(argument, item))
+        return images.resize_tensor((brightness >= 0.5).float(), size)
+    image = images.open_image(argument, item)
+    if image.mode not in ("1", "RGB", "RGBA"):
+        image = images.convert_mode(argument, image, "L")
+    return torch.from_numpy(np.asarray(resize_mask(image, size)) >= 127.5).float()[None, None]
 
 
-def _stack(name: str, item: Any) -> Tensor:
-    """(n, C, H, W) from an array or a tensor of one or more masks."""
-    array = isinstance(item, np.ndarray)
-    if not array:
-        validation.plain(name, item)
+def resize_mask(mask: Image, size: tuple[int, int]) -> Image:
+    """Return a mask resized by PIL's Lanczos filter, in 8 bits of grey.
+
+    Args:
+        mask: PIL image of mode "1", "L", "RGB" or "RGBA".
+        size: Height and width of the result in pixels.
+    """
+    return mask.resize(size[::-1], PIL.Image.Resampling.LANCZOS).convert("L")
+
+
+def _channels_first(argument: str, item: Any) -> Tensor:
+    """One or more masks, an array or a tensor, as a tensor (n, C, H, W)."""
+    is_array = isinstance(item, np.ndarray)
     try:
-        stack: Tensor = (
-            torch.from_numpy(np.array(item, dtype=item.dtype.newbyteorder("="))) if array else item.detach().cpu()
+        masks: Tensor = (
+            torch.from_numpy(np.array(item, dtype=item.dtype.newbyteorder("=")))
+            if is_array
+            else validation.dense(argument, item).detach().cpu()
         )
     except TypeError as error:
-        raise InputError(f"{name} holds {item.dtype}; booleans, integers or floats are needed") from error
-    shape, colours = tuple(stack.shape), (1, 3, 4) if array else (1,)
-    if stack.ndim == 2:
-        stack = stack[None, None]
-    elif stack.ndim == 3:
-        stack = stack.permute(2, 0, 1)[None] if array and shape[2] in colours else stack[:, None]
-    elif stack.ndim == 4 and shape[3] in colours and (array or shape[1] not in (1, 3)):
-        stack = stack.permute(0, 3, 1, 2)
-    if stack.ndim != 4 or 0 in shape or stack.shape[1] not in (1, 3, 4) or stack.is_complex():
-        raise InputError(f"{name}: {stack.dtype} of shape {shape} is no mask; (H, W), (N, 1, H, W) or (N, H, W, 1) is")
-    return stack
+        raise invalid(argument, item, MASK_KINDS) from error
+    shape = tuple(masks.shape)
+    channel_counts = (1, 3, 4) if is_array else (1,)
+    if masks.ndim == 2:
+        masks = masks[None, None]
+    elif masks.ndim == 3:
+        masks = masks.permute(2, 0, 1)[None] if is_array and shape[2] in channel_counts else masks[:, None]
+    elif masks.ndim == 4 and shape[3] in channel_counts and (is_array or shape[1] not in (1, 3)):
+        masks = masks.permute(0, 3, 1, 2)
+    if masks.ndim != 4 or 0 in shape or masks.shape[1] not in (1, 3, 4) or masks.is_complex():
+        raise invalid(argument, item, MASK_KINDS)
+    return masks
 
 
-def _brightness(name: str, stack: Tensor) -> Tensor:
-    """(n, 1, H, W) in [0, 1], from (n, C, H, W) of booleans, integers or floats."""
-    values = validation.finite(name, stack.float())
-    low, high = (float(limit) for limit in values.aminmax())
-    top = 255 if not stack.is_floating_point() and high > 1 else 1
-    if low < 0 or high > top:
-        raise InputError(f"{name} holds {low:g} to {high:g}; floats in [0, 1] or integers from 0 to 255 are needed")
-    if stack.shape[1] > 1:
+def _brightness(argument: str, masks: Tensor) -> Tensor:
+    """Brightness (n, 1, H, W) in [0, 1], from masks (n, C, H, W) of booleans, integers or floats."""
+    values = validation.finite_tensor(argument, masks.float())
+    low, high = (float(extreme) for extreme in values.aminmax())
+    top = 255 if not masks.is_floating_point() and high > 1 else 1
+    validation.values_in_range(argument, low, high, (0, top), "floats in [0, 1] or integers from 0 to 255")
+    if masks.shape[1] > 1:
         values = (values[:, :3] * torch.tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
     return values / top
 
 
-def kept(repainted: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where latents of `size` stay as they are: (batch, 1, *size), 1 or 0, from masks of pixels.
+def unmasked_latents(repainted: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a mask of latents: 1 where latents stay unchanged, 0 where they are repainted.
 
-    A latent stays if neither its own pixel nor that of one of six neighbours is repainted.
+    A latent stays unchanged if neither its own pixel nor that of one of six neighbours is repainted.
+
+    Args:
+        repainted: Masks of pixels (batch, 1, H, W), 1 where the image is repainted.
+        size: Height and width of the latents.
+
+    Returns:
+        Tensor (batch, 1, *size) of zeros and ones.
     """
     height, width = size
-    keep = F.interpolate(1 - repainted, size)
-    around = F.pad(keep, (1, 1, 1, 1), value=1.0)
+    unchanged = F.interpolate(1 - repainted, size)
+    padded = F.pad(unchanged, (1, 1, 1, 1), value=1.0)
     for down, right in NEIGHBOURS:
-        keep = keep * around[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width]
-    return keep
+        unchanged = unchanged * padded[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width]
+    return unchanged

@@ -1,64 +1,105 @@
-"""Prompts: one string or a list of them, brought to equally long lists."""
+"""Prompts: checked strings, pairs of prompts and negative prompts, and tokens."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 
 logger = logging.getLogger(__name__)
 
 
-def texts(name: str, value: Any) -> list[str]:
-    """A list of at least one string, from a string or a list of strings."""
+class PromptPairs(NamedTuple):
+    """Prompts with their negative prompts.
+
+    Attributes:
+        prompts: The prompts.
+        negative_prompts: As many negative prompts; None if there are none.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str] | None
+
+
+class Tokens(NamedTuple):
+    """Tokenised texts.
+
+    Attributes:
+        ids: Token ids (texts, length), integers.
+        mask: Booleans (texts, length), False at padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
+def text_list(argument: str, value: Any) -> list[str]:
+    """Return a list of at least one string.
+
+    Args:
+        argument: Name of the argument, for messages.
+        value: A string or a non-empty list of strings.
+
+    Raises:
+        InputError: If `value` is anything else, or if a string contains lone surrogates, which no text has.
+    """
     if isinstance(value, str):
-        return [_text(name, value)]
-    if not isinstance(value, list | tuple):
-        raise InputError(f"{name}: a string or a list of strings is needed, not {type(value).__name__}")
-    if not value:
-        raise InputError(f"{name}: an empty list was given; at least one string is needed")
+        _check_surrogates(argument, value)
+        return [value]
+    if not isinstance(value, list | tuple) or not value:
+        raise invalid(argument, value, "a string or a list of at least one string")
     for index, item in enumerate(value):
         if not isinstance(item, str):
-            raise InputError(f"{name}[{index}]: a string is needed, not {type(item).__name__}")
-        _text(f"{name}[{index}]", item)
+            raise invalid(f"{argument}[{index}]", item, "a string")
+        _check_surrogates(f"{argument}[{index}]", item)
     return list(value)
 
 
-def pairs(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str] | None]:
-    """Prompts and their negatives, equally many: a single one on either side serves all of the other side."""
-    positive = texts("prompt", prompt)
+def prompt_pairs(prompt: Any, negative_prompt: Any) -> PromptPairs:
+    """Return prompts and negative prompts as lists of equal length; a single one serves all of the other list.
+
+    Args:
+        prompt: A string or a list of strings.
+        negative_prompt: A string, a list of strings, or None for no negative prompts.
+
+    Raises:
+        InputError: If either is not text, or if the numbers differ and neither is 1.
+    """
+    prompts = text_list("prompt", prompt)
     if negative_prompt is None:
-        return positive, None
-    negative = texts("negative_prompt", negative_prompt)
-    count = max(len(positive), len(negative))
-    if len(positive) not in (1, count) or len(negative) not in (1, count):
-        raise InputError(
-            f"negative_prompt: {len(negative)} strings were given for {len(positive)} prompts; "
-            "equal numbers, or 1, are needed"
-        )
-    return positive * (count // len(positive)), negative * (count // len(negative))
+        return PromptPairs(prompts, None)
+    negatives = text_list("negative_prompt", negative_prompt)
+    count = max(len(prompts), len(negatives))
+    if len(prompts) not in (1, count) or len(negatives) not in (1, count):
+        raise invalid("len(negative_prompt)", len(negatives), f"1 or {len(prompts)}, the number of prompts")
+    return PromptPairs(prompts * (count // len(prompts)), negatives * (count // len(negatives)))
 
 
-def tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Token numbers and which of them are text, (texts, length) each; what is too long is cut off with a warning."""
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tokens:
+    """Return the tokens of texts, padded to the tokenizer's maximum length.
+
+    Texts with more tokens are cut off, and a warning shows the part that is lost.
+
+    Args:
+        tokenizer: CLIP tokenizer.
+        texts: The texts.
+    """
     length = tokenizer.model_max_length
-    made = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     for text in texts:
         ids = tokenizer(text).input_ids
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
-            logger.warning("CLIP reads %d tokens, so the end of the prompt is ignored: %r", length, lost)
-    return made.input_ids, made.attention_mask.bool()
+            logger.warning("CLIP reads %d tokens; the end of the prompt is ignored: %r", length, lost)
+    return Tokens(encoded.input_ids, encoded.attention_mask.bool())
 
 
-def _text(name: str, value: str) -> str:
-    """The string itself, unless it holds what no text does: halves of characters, as of bytes that were none."""
+def _check_surrogates(argument: str, text: str) -> None:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{name}: {value!r} is no text: {error.reason}") from error
-    return value
+        raise invalid(argument, text, "text without lone surrogates") from error

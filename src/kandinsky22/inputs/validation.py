@@ -1,5 +1,8 @@
-"""Checks of single arguments. Each returns the value in the one form the rest of the library works with, or raises
-`InputError` that names the argument, what was given and what is accepted."""
+"""Checks of single arguments.
+
+Each function returns the value in the one form that the rest of the library uses, or raises an `InputError` that
+names the argument, its value and what is accepted.
+"""
 
 from __future__ import annotations
 
@@ -12,134 +15,279 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 
 
-def whole(name: str, value: Any, *, minimum: int = 1) -> int:
-    """A whole number of at least `minimum`; numpy's integers count, booleans and floats do not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < minimum:
-        raise InputError(f"{name}={value!r}: a whole number of at least {minimum} is needed")
+def positive_int(argument: str, value: Any) -> int:
+    """Return an integer of at least 1.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Its value. NumPy integers are accepted, booleans and floats are not.
+
+    Raises:
+        InputError: If `value` is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+        raise invalid(argument, value, "an integer of at least 1")
     return int(value)
 
 
-def number(name: str, value: Any) -> float:
-    """A finite number."""
+def finite_float(argument: str, value: Any) -> float:
+    """Return a finite number.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Its value. NumPy numbers are accepted, booleans are not.
+
+    Raises:
+        InputError: If `value` is anything else, NaN or infinite.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InputError(f"{name}={value!r}: a finite number is needed")
+        raise invalid(argument, value, "a finite number")
     return float(value)
 
 
-def flag(name: str, value: Any) -> bool:
-    """True or False, nothing that merely counts as one."""
+def strict_bool(argument: str, value: Any) -> bool:
+    """Return True or False; other values that Python treats as true or false are refused.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Its value.
+
+    Raises:
+        InputError: If `value` is not a bool.
+    """
     if not isinstance(value, bool):
-        raise InputError(f"{name}={value!r}: True or False is needed")
+        raise invalid(argument, value, "True or False")
     return value
 
 
-def choice(name: str, value: Any, accepted: Sequence[str]) -> str:
-    """One of the accepted words."""
+def one_of(argument: str, value: Any, accepted: Sequence[str]) -> str:
+    """Return one of the accepted strings.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Its value.
+        accepted: The strings that are accepted.
+
+    Raises:
+        InputError: If `value` is not one of them.
+    """
     if not isinstance(value, str) or value not in accepted:
-        raise InputError(f"{name}={value!r}: accepted are {', '.join(map(repr, accepted))}")
+        raise invalid(argument, value, f"one of {', '.join(map(repr, accepted))}")
     return value
 
 
-def output(output_type: Any, return_dict: Any, accepted: Sequence[str]) -> None:
-    """In which form results are asked for: an output type of the accepted ones, named or as a tuple."""
-    choice("output_type", output_type, accepted)
-    flag("return_dict", return_dict)
+def subset_of(argument: str, value: Any, accepted: Sequence[str]) -> tuple[str, ...]:
+    """Return a tuple of some of the accepted strings.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: A sequence of strings. None means no strings.
+        accepted: The strings that are accepted.
+
+    Raises:
+        InputError: If `value` is not a sequence, or if one of its items is not accepted.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise invalid(argument, value, f"a list of names out of {', '.join(map(repr, accepted))}")
+    return tuple(one_of(argument, item, accepted) for item in value)
 
 
-def function(name: str, value: Any) -> Callable[..., Any] | None:
-    """Something to call, or None."""
+def output_format(output_type: Any, return_dict: Any, accepted: Sequence[str]) -> None:
+    """Check the two arguments that select the form of a pipeline's result.
+
+    Args:
+        output_type: Name of the form, one of `accepted`.
+        return_dict: True for a result with named fields, False for a tuple.
+        accepted: The output types of this pipeline.
+
+    Raises:
+        InputError: If either of the two is not accepted.
+    """
+    one_of("output_type", output_type, accepted)
+    strict_bool("return_dict", return_dict)
+
+
+def optional_callable(argument: str, value: Any) -> Callable[..., Any] | None:
+    """Return a callable or None.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Its value.
+
+    Raises:
+        InputError: If `value` is neither.
+    """
     if value is not None and not callable(value):
-        raise InputError(f"{name}={value!r}: a function or None is needed")
+        raise invalid(argument, value, "a function or None")
     return value
 
 
-def names(name: str, value: Any, accepted: Sequence[str]) -> tuple[str, ...]:
-    """A list of some of the accepted words; None means none of them."""
-    chosen = () if value is None else value
-    if isinstance(chosen, str) or not isinstance(chosen, Sequence):
-        raise InputError(f"{name}={value!r}: a list of names is needed, out of {', '.join(accepted)}")
-    return tuple(choice(name, item, accepted) for item in chosen)
+def generators_per_item(value: Any, num_images: int, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
+    """Return the random generators of a batch.
 
+    Args:
+        value: One generator for all batch items, a list of one, a list with one per image or per batch item, or
+            None for torch's global generator. A list with one generator per image is repeated where an image has
+            several batch items (the prior's negative embedding, for example).
+        num_images: Number of images to generate.
+        batch_size: Number of batch items, a multiple of `num_images`.
 
-def generators(value: Any, pictures: int, rows: int) -> torch.Generator | list[torch.Generator] | None:
-    """No generator, one for all, or a list with one for each of `rows` samples.
+    Returns:
+        None, one generator, or a list of `batch_size` generators.
 
-    A list with one for each picture is repeated where a picture has several samples (its negative, say).
+    Raises:
+        InputError: If `value` is not a generator, a list of the right length, or None.
     """
     if value is None or isinstance(value, torch.Generator):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(item, torch.Generator) for item in value):
-        raise InputError(f"generator={value!r}: a torch.Generator, a list of them, or None is needed")
-    if len(value) not in (1, pictures, rows):
-        raise InputError(f"generator: a list of {len(value)} was given for {pictures} pictures; one each is needed")
-    return value[0] if len(value) == 1 else [*value] * (rows // len(value))
+        raise invalid("generator", value, "a torch.Generator, a list of them, or None")
+    if len(value) not in (1, num_images, batch_size):
+        raise invalid("len(generator)", len(value), f"1 or {num_images}, one generator per image")
+    return value[0] if len(value) == 1 else [*value] * (batch_size // len(value))
 
 
-def latents(value: Any, shape: tuple[int, ...]) -> Tensor:
-    """Start noise of exactly this shape, real and without NaN or infinity."""
-    if not isinstance(value, Tensor) or value.is_complex():
-        given = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"latents: a tensor of real numbers is needed, not {given}")
-    if tuple(value.shape) != shape:
-        raise InputError(f"latents have shape {tuple(value.shape)}; this call needs {shape}")
-    return finite("latents", value)
+def initial_latents(value: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return initial noise of exactly one shape.
+
+    Args:
+        value: A tensor of real, finite values.
+        shape: The shape it must have.
+
+    Raises:
+        InputError: If `value` is not such a tensor.
+    """
+    if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) != shape:
+        raise invalid("latents", value, f"a tensor of real numbers of shape {shape}")
+    return finite_tensor("latents", value)
 
 
-def embeddings(name: str, value: Any, width: int) -> Tensor:
-    """Image embeddings as one tensor (batch, width), from a tensor, an array, or a list of those.
+def image_embeddings(argument: str, value: Any, width: int) -> Tensor:
+    """Return image embeddings as one tensor (batch, width).
 
-    A single vector counts as a batch of one.
+    Args:
+        argument: Name of the argument, for messages.
+        value: A floating-point tensor or array (batch, width) or (width,), or a list of those.
+        width: Number of values of one embedding.
+
+    Raises:
+        InputError: If `value` has another type or shape, or holds NaN or infinity.
     """
     if isinstance(value, list | tuple):
         if not value:
-            raise InputError(f"{name}: an empty list was given; at least one embedding is needed")
-        return torch.cat([embeddings(name, item, width) for item in value])
+            raise invalid(argument, value, "at least one embedding")
+        items = [image_embeddings(f"{argument}[{index}]", item, width) for index, item in enumerate(value)]
+        return torch.cat(items)
+    embeds = value
     if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
-        value = torch.from_numpy(value.astype(f"=f{min(value.dtype.itemsize, 8)}"))  # in the machine's order of bytes
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        given = f"numbers of {value.dtype}" if isinstance(value, Tensor | np.ndarray) else type(value).__name__
-        raise InputError(f"{name}: a floating-point tensor (batch, {width}) or a list of them is needed, not {given}")
-    if value.ndim == 1:
-        value = value[None]
-    if value.ndim != 2 or value.shape[1] != width or value.shape[0] == 0:
-        raise InputError(f"{name} has shape {tuple(value.shape)}; this model needs (batch, {width})")
-    return finite(name, value)
+        native_dtype = f"=f{min(value.dtype.itemsize, 8)}"  # torch reads neither foreign byte orders nor long doubles
+        embeds = torch.from_numpy(value.astype(native_dtype))
+    if isinstance(embeds, Tensor) and embeds.ndim == 1:
+        embeds = embeds[None]
+    if (
+        not isinstance(embeds, Tensor)
+        or not embeds.is_floating_point()
+        or embeds.ndim != 2
+        or embeds.shape[1] != width
+        or embeds.shape[0] == 0
+    ):
+        raise invalid(argument, value, f"a floating-point tensor or array of shape (batch, {width}), or a list of them")
+    return finite_tensor(argument, embeds)
 
 
-def plain(name: str, value: Tensor) -> Tensor:
-    """`value` itself if it holds its numbers in the usual way; raises InputError for sparse and meta tensors."""
-    empty = value.is_meta and type(value) is Tensor  # a subclass may say so and hold numbers of its own
-    if value.layout != torch.strided or empty:
-        kind = "meta" if empty else str(value.layout).removeprefix("torch.")
-        raise InputError(f"{name}: a {kind} tensor was given; one that holds all its numbers is needed")
+def dense(argument: str, value: Tensor) -> Tensor:
+    """Return a tensor that stores all of its values.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The tensor.
+
+    Raises:
+        InputError: If the tensor is sparse or on the meta device.
+    """
+    if value.layout != torch.strided:
+        raise invalid(f"{argument}.layout", value.layout, "torch.strided", "call to_dense() first")
+    if value.is_meta and type(value) is Tensor:  # a subclass may report the meta device and store values of its own
+        raise invalid(f"{argument}.device", value.device, "a device that stores values, which 'meta' does not")
     return value
 
 
-def finite(name: str, value: Tensor) -> Tensor:
-    """The tensor itself, unless it holds NaN or infinity, or its numbers in an unusual way."""
-    if not bool(torch.isfinite(plain(name, value)).all()):
-        raise InputError(f"{name} holds NaN or infinite numbers")
+def finite_tensor(argument: str, value: Tensor) -> Tensor:
+    """Return a dense tensor without NaN or infinity.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The tensor.
+
+    Raises:
+        InputError: If the tensor is sparse, on the meta device, or holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(dense(argument, value)).all()):
+        raise invalid(argument, value, "finite values, without NaN and infinity")
     return value
 
 
-def replacement(name: str, value: Any, current: Tensor | None, fewest: int | None = None) -> Tensor:
-    """`value` in the type and place of the tensor `current`, whose shape it has, or `fewest` rows of that if given."""
+def values_in_range(argument: str, low: float, high: float, limits: tuple[float, float], expected: str) -> None:
+    """Check the smallest and the largest value of a tensor or an array.
+
+    Args:
+        argument: Name of the argument, for the message.
+        low: Its smallest value.
+        high: Its largest value.
+        limits: Smallest and largest value that are accepted.
+        expected: Description of the accepted values, for the message.
+
+    Raises:
+        InputError: If `low` or `high` is outside `limits`, or NaN.
+    """
+    if not low >= limits[0]:
+        raise invalid(f"{argument}.min()", float(f"{low:g}"), expected)
+    if not high <= limits[1]:
+        raise invalid(f"{argument}.max()", float(f"{high:g}"), expected)
+
+
+def replacement_tensor(
+    argument: str, value: Any, current: Tensor | None, other_batch_size: int | None = None
+) -> Tensor:
+    """Return a tensor that replaces another one, with the dtype and device of that one.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: A real tensor of the shape of `current`.
+        current: The tensor to replace; None if there is none.
+        other_batch_size: Another batch size that `value` may have; None accepts only that of `current`.
+
+    Raises:
+        InputError: If `value` is not such a tensor, or if there is nothing to replace.
+    """
     if current is None:
-        raise InputError(f"{name}: this call has none that could be replaced")
-    accepted = [(rows, *current.shape[1:]) for rows in dict.fromkeys((len(current), fewest)) if rows is not None]
-    if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) not in accepted:
-        given = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"{name}: a real tensor of shape {' or '.join(map(str, accepted))} is needed, not {given}")
+        raise invalid(argument, value, "no tensor of this name", "this call has no such tensor to replace")
+    batch_sizes = dict.fromkeys((len(current), other_batch_size))
+    shapes = [(batch_size, *current.shape[1:]) for batch_size in batch_sizes if batch_size is not None]
+    if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) not in shapes:
+        raise invalid(argument, value, f"a real tensor of shape {' or '.join(map(str, shapes))}")
     return value.to(current)
 
 
-def same_batch(name: str, value: Tensor, batch: int, other: str) -> Tensor:
-    """`value` with `batch` rows; a single row is repeated."""
+def batch_of_size(argument: str, value: Tensor, batch_size: int, other: str) -> Tensor:
+    """Return a tensor with `batch_size` batch items; a single item is repeated.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Tensor (1, ...) or (batch_size, ...).
+        batch_size: The batch size it must have.
+        other: Name of the argument that has this batch size, for the message.
+
+    Raises:
+        InputError: If `value` has another batch size.
+    """
     if value.shape[0] == 1:
-        return value.expand(batch, *value.shape[1:])
-    if value.shape[0] != batch:
-        raise InputError(f"{name} has {value.shape[0]} rows and {other} has {batch}; equal numbers, or 1, are needed")
+        return value.expand(batch_size, *value.shape[1:])
+    if value.shape[0] != batch_size:
+        raise invalid(f"len({argument})", value.shape[0], f"1 or {batch_size}, the batch size of {other}")
     return value

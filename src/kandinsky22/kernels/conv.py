@@ -1,10 +1,10 @@
-"""Convolutions for CPUs: the same results, sooner, by one of three exact ways.
+"""Convolutions for CPUs: the results of `nn.Conv2d`, in less time, by one of three exact methods.
 
-- *packed*: the weight is laid out once as oneDNN likes it, not at each call, and pixels have their channels together.
-- *Winograd*: a 3x3 convolution with a quarter of the multiplications (`winograd.py`), for float32 at large sizes; in
-  bfloat16 it would cost precision, and float32 in its place all that is gained.
-- *doubled*: a 3x3 convolution of pixels that were each repeated in a 2x2 square reads every pixel more than once, so
-  four 2x2 convolutions with summed weights, one for each place in the square, give the same with 4/9 of the work.
+- *Packed*: the weight is converted to oneDNN's layout once, not at each call, and features are channels last.
+- *Winograd*: a 3x3 convolution with a quarter of the multiplications (`winograd.py`), for float32 at large sizes. In
+  bfloat16 it would cost precision, and in float32 instead of bfloat16 everything that it gains.
+- *Fused upsampling*: a 3x3 convolution after nearest-neighbour upsampling reads every pixel more than once. Four 2x2
+  convolutions with summed weights, one per pixel of the 2x2 square, are the same sums with 4/9 of the work.
 """
 
 from __future__ import annotations
@@ -17,169 +17,206 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.kernels import host_memory, winograd
-from kandinsky22.kernels.linear import Packs, can_pack
+from kandinsky22.kernels import host_memory, settings, winograd
+from kandinsky22.kernels.linear import PackedWeightMixin, can_pack
 
-WORTHWHILE = 2**24  # multiplications for one picture below which rearranging gains nothing, and rounds more
-NARROW = 256  # channels, the mean of in and out, below which transforms cost more than products are saved
-FEW = 64  # squares of a picture below which reading four times as many weights costs more
-# Numbers of a large result that are made at a time: 16 MB in float32, which the C library keeps for the next ones.
-BAND = 2**22
-LARGE = 2**20  # kernels above which four times as many weights take too much memory
-LAST = torch.channels_last
+MIN_MULTIPLICATIONS = 2**24  # per batch item; below this, packing gains nothing, and rounds more
+MIN_WINOGRAD_CHANNELS = 256  # mean of input and output channels; below this, the transforms cost more than is saved
+MIN_WINOGRAD_TILES = 64  # per batch item; below this, reading weights of four times the size costs more
+MAX_WINOGRAD_KERNELS = 2**20  # input channels x output channels; above this, the weights take too much memory
+# Elements of a large result that are computed at a time: 16 MB in float32, which the C library keeps for the next ones.
+STRIP_ELEMENTS = 2**22
+CHANNELS_LAST = torch.channels_last
 
 
-class Conv2d(Packs, nn.Conv2d):
-    """`nn.Conv2d` that takes the fastest exact way wherever no gradient is wanted on an x86 CPU.
+class Conv2d(PackedWeightMixin, nn.Conv2d):
+    """`nn.Conv2d` that takes the fastest exact method wherever no gradient is needed on an x86 CPU.
 
-    Results differ from the plain layer's by rounding, and have their channels last in memory. `packing = False`
-    switches all ways off, `winograd = False` and `doubling = False` one each; on a layer or on the class.
+    Results differ from those of `nn.Conv2d` by rounding, and are channels last. Small, grouped and dilated convolutions
+    are computed by torch.
     """
 
-    winograd: bool = True
-    doubling: bool = True
+    def forward(self, features: Tensor, upsample: bool = False, residual: Tensor | None = None) -> Tensor:
+        """Return features (batch, out, H', W').
 
-    def forward(self, features: Tensor, doubled: bool = False, onto: Tensor | None = None) -> Tensor:
-        """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`.
-
-        With `onto`, of the result's shape, the sum of both; where no gradient is wanted, it takes onto's memory.
+        Args:
+            features: Tensor (batch, in, H, W).
+            upsample: Whether the features are upsampled first, by a factor of two with nearest neighbour.
+            residual: Tensor of the result's shape to add. It is overwritten with the sum where no gradient is needed.
+                None adds nothing.
         """
-        # compiled code asks for no sizes here, which it would then be made for
-        # the batch does not count, so that a picture does not depend on how many are made with it
-        products = 0 if torch.compiler.is_compiling() else features[:1, 0].numel() * self.weight.numel()
-        if doubled:
-            products *= 4
-        if products < WORTHWHILE or not (
-            self.packing and _is_plain(self) and can_pack(features, self.weight, self.bias)
-        ):
-            return _plus(super().forward(double(features) if doubled else features), onto)
-        if doubled and self.doubling and self._is_3x3():
-            return _plus(self._doubled(features.contiguous(memory_format=LAST)), onto)
-        if onto is not None and not (
-            onto.dtype == features.dtype and onto.is_contiguous(memory_format=LAST) and not torch.is_grad_enabled()
-        ):
-            return _plus(Conv2d.forward(self, features, doubled), onto)
-        features = (double(features) if doubled else features).contiguous(memory_format=LAST)
-        if self.winograd and self._is_3x3() and self._suits_winograd(features):
-            matrices = self._packed(winograd.KIND, winograd.transformed)
-            return winograd.convolve(features, matrices, self.out_channels, self.bias, onto)
-        return self._direct(features, onto)
+        if not self._is_packed(features, upsample):
+            return _add(super().forward(upsample2x(features) if upsample else features), residual)
+        options, is_3x3 = settings.current(), self._is_same_3x3()
+        if upsample and options.fused_upsample and is_3x3:
+            return _add(self._upsampled(features.contiguous(memory_format=CHANNELS_LAST)), residual)
+        if residual is not None and not _can_accumulate(features, residual):
+            return _add(Conv2d.forward(self, features, upsample), residual)
+        features = (upsample2x(features) if upsample else features).contiguous(memory_format=CHANNELS_LAST)
+        if options.winograd and is_3x3 and self._is_winograd_faster(features):
+            matrices = self._packed(winograd.LAYOUT, winograd.transform_weight)
+            return winograd.convolve(features, matrices, self.out_channels, self.bias, residual)
+        return self._direct(features, residual)
 
-    def _is_3x3(self) -> bool:
+    def _is_packed(self, features: Tensor, upsample: bool) -> bool:
+        # Compiled code must not read sizes here: it would then be compiled for these sizes only. The batch does not
+        # count, so that an image does not depend on the number of images that are generated with it.
+        if torch.compiler.is_compiling():
+            return False
+        multiplications = features[:1, 0].numel() * self.weight.numel() * (4 if upsample else 1)
+        return (
+            multiplications >= MIN_MULTIPLICATIONS
+            and self.pack_weights
+            and settings.current().packed_conv
+            and self.groups == 1
+            and self.dilation == (1, 1)
+            and self.padding_mode == "zeros"
+            and can_pack(features, self.weight, self.bias)
+        )
+
+    def _is_same_3x3(self) -> bool:
         return self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
 
-    def _suits_winograd(self, features: Tensor) -> bool:
+    def _is_winograd_faster(self, features: Tensor) -> bool:
         height, width = features.shape[-2:]
         return (
             features.dtype == torch.float32
-            and self.in_channels + self.out_channels >= 2 * NARROW
-            and self.in_channels * self.out_channels <= LARGE
-            and winograd.fits(height, width)
-            and height * width >= FEW * winograd.SIDE**2
+            and self.in_channels + self.out_channels >= 2 * MIN_WINOGRAD_CHANNELS
+            and self.in_channels * self.out_channels <= MAX_WINOGRAD_KERNELS
+            and winograd.is_supported_size(height, width)
+            and height * width >= MIN_WINOGRAD_TILES * winograd.OUTPUT_TILE**2
         )
 
-    def _doubled(self, features: Tensor) -> Tensor:
-        """Results around each corner where four pixels meet, four times the channels, then put in their places."""
+    def _upsampled(self, features: Tensor) -> Tensor:
+        """The convolution of upsampled features: results around each corner where four pixels meet, then moved."""
         batch, _, height, width = features.shape
-        weight = self._packed("doubled", lambda w: self._reordered(_around_corners(w), features))
-        out = host_memory.empty(features, batch, 2 * height, 2 * width, self.out_channels)
+        weight = self._packed("fused_upsample", lambda w: self._reordered(_corner_kernels(w), features))
+        out = host_memory.empty_large(features, batch, 2 * height, 2 * width, self.out_channels)
         squares = out.unflatten(2, (width, 2)).unflatten(1, (height, 2))
-        for sample, (first, last) in itertools.product(
-            range(batch), strips(height, (width + 1) * 4 * self.out_channels)
+        for item, (first, last) in itertools.product(
+            range(batch), row_strips(height, (width + 1) * 4 * self.out_channels)
         ):
-            part = _rows(features[sample : sample + 1], first - 1, last + 1)
-            corners = self._product(part, weight, padding=(0, 1), bias=False).permute(0, 2, 3, 1)
-            corners = corners.unflatten(3, (2, 2, -1))  # (1, down, across, below or above, right or left, out)
+            strip = _padded_rows(features[item : item + 1], first - 1, last + 1)
+            corners = self._convolve(strip, weight, padding=(0, 1), bias=False).permute(0, 2, 3, 1)
+            corners = corners.unflatten(3, (2, 2, -1))  # (1, row, column, above or below, left or right, out)
             for a in (0, 1):  # the upper pixels of a square are the lower ones around the corners above
                 for b in (0, 1):
-                    given = corners[0, a : a + last - first, b : b + width, 1 - a, 1 - b]
-                    place = squares[sample, first:last, a, :, b]
-                    place.copy_(given) if self.bias is None else torch.add(given, self.bias, out=place)
+                    source = corners[0, a : a + last - first, b : b + width, 1 - a, 1 - b]
+                    target = squares[item, first:last, a, :, b]
+                    target.copy_(source) if self.bias is None else torch.add(source, self.bias, out=target)
         return out.permute(0, 3, 1, 2)
 
-    def _reordered(self, weight: Tensor, features: Tensor) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, list(self.padding), list(self.stride), [1, 1], 1, list(features.shape)
-        )
-        return made
-
-    def _direct(self, features: Tensor, onto: Tensor | None) -> Tensor:
-        weight = self._packed("convolution", lambda w: self._reordered(w, features))
-        if onto is not None:
-            settings = weight, self.bias, list(self.padding), list(self.stride), [1, 1], 1
-            torch.ops.mkldnn._convolution_pointwise_.binary(onto, features, *settings, "add", None, None, [], None)
-            return onto
+    def _direct(self, features: Tensor, residual: Tensor | None) -> Tensor:
+        weight = self._packed("conv", lambda w: self._reordered(w, features))
+        if residual is not None:
+            layer = weight, self.bias, list(self.padding), list(self.stride), [1, 1], 1
+            torch.ops.mkldnn._convolution_pointwise_.binary(residual, features, *layer, "add", None, None, [], None)
+            return residual
         batch, _, height, width = features.shape
-        row, beyond = width * self.out_channels, self.kernel_size[0] // 2
-        same = self.stride == (1, 1) and self.kernel_size == (2 * beyond + 1,) * 2 and self.padding == (beyond, beyond)
-        if not same or height * row * features.element_size() < host_memory.MAPPED:
-            return self._product(features, weight, self.padding)
-        # large results in pages that `empty` chooses
-        out = host_memory.empty(features, batch, height, width, self.out_channels).permute(0, 3, 1, 2)
-        for sample, (first, last) in itertools.product(range(batch), strips(height, row)):
-            part = _rows(features[sample : sample + 1], first - beyond, last + beyond)
-            out[sample : sample + 1, :, first:last] = self._product(part, weight, (0, beyond))
+        row_elements, margin = width * self.out_channels, self.kernel_size[0] // 2
+        keeps_size = (
+            self.stride == (1, 1)
+            and self.kernel_size == (2 * margin + 1, 2 * margin + 1)
+            and self.padding == (margin, margin)
+        )
+        if not keeps_size or height * row_elements * features.element_size() < host_memory.LARGE_BUFFER:
+            return self._convolve(features, weight, self.padding)
+        # strips, because oneDNN would allocate the result itself, in small pages
+        out = host_memory.empty_large(features, batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        for item, (first, last) in itertools.product(range(batch), row_strips(height, row_elements)):
+            strip = _padded_rows(features[item : item + 1], first - margin, last + margin)
+            out[item : item + 1, :, first:last] = self._convolve(strip, weight, (0, margin))
         return out
 
-    def _product(self, features: Tensor, weight: Tensor, padding: Any, *, bias: bool = True) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._convolution_pointwise(
+    def _reordered(self, weight: Tensor, features: Tensor) -> Tensor:
+        reordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, list(self.padding), list(self.stride), [1, 1], 1, list(features.shape)
+        )
+        return reordered
+
+    def _convolve(self, features: Tensor, weight: Tensor, padding: Any, *, bias: bool = True) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
             features, weight, self.bias if bias else None, list(padding), list(self.stride), [1, 1], 1, "none", [], ""
         )
-        return made
+        return out
 
 
-def strips(height: int, row: int) -> Iterator[tuple[int, int]]:
-    """First and last row, exclusively, of strips whose rows have so many numbers each."""
-    rows = max(1, BAND // row)
+def row_strips(height: int, row_elements: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row and the row after the last one of strips of about `STRIP_ELEMENTS` elements.
+
+    Args:
+        height: Number of rows.
+        row_elements: Elements per row.
+    """
+    rows = max(1, STRIP_ELEMENTS // row_elements)
     for first in range(0, height, rows):
         yield first, min(first + rows, height)
 
 
-def _rows(features: Tensor, first: int, last: int) -> Tensor:
-    """Rows of features, zeros for those above the first and below the last one."""
+def _padded_rows(features: Tensor, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` of features, with zero rows outside of them."""
     height = features.shape[2]
-    part = features[:, :, max(0, first) : min(height, last)]
+    rows = features[:, :, max(0, first) : min(height, last)]
     if first < 0 or last > height:
-        part = F.pad(part, (0, 0, max(0, -first), max(0, last - height)))
-    return part.contiguous(memory_format=LAST)
+        rows = F.pad(rows, (0, 0, max(0, -first), max(0, last - height)))
+    return rows.contiguous(memory_format=CHANNELS_LAST)
 
 
-def added(convolution: Callable[[Tensor], Tensor], features: Tensor, onto: Tensor) -> Tensor:
-    """What any layer makes of the features, plus `onto`, whose memory it may take where no gradient is wanted."""
-    own = type(convolution) is Conv2d and "forward" not in convolution.__dict__
-    if own and not cast(Conv2d, convolution)._forward_hooks:  # which see what the layer makes, without anything added
-        return cast(Conv2d, convolution)(features, onto=onto)
-    return _plus(convolution(features), onto)
+def conv_add(convolution: Callable[[Tensor], Tensor], features: Tensor, residual: Tensor) -> Tensor:
+    """Return convolution(features) + residual.
+
+    The sum is computed by the convolution itself if that is a `Conv2d` without forward hooks: hooks receive the output
+    without anything added.
+
+    Args:
+        convolution: Layer to call.
+        features: Input of the layer.
+        residual: Tensor of the output's shape; it may be overwritten where no gradient is needed.
+    """
+    is_unmodified = type(convolution) is Conv2d and "forward" not in convolution.__dict__
+    if is_unmodified and not cast(Conv2d, convolution)._forward_hooks:
+        return cast(Conv2d, convolution)(features, residual=residual)
+    return _add(convolution(features), residual)
 
 
-def double(features: Tensor) -> Tensor:
-    """Each pixel repeated in a 2x2 square."""
+def upsample2x(features: Tensor) -> Tensor:
+    """Return features (batch, channels, 2 H, 2 W): each pixel repeated in a 2x2 square.
+
+    Args:
+        features: Tensor (batch, channels, H, W).
+    """
     return F.interpolate(features, scale_factor=2.0, mode="nearest")
 
 
-def _plus(made: Tensor, onto: Tensor | None) -> Tensor:
-    if onto is None:
-        return made
-    return made + onto if torch.is_grad_enabled() else onto.add_(made)
+def _add(out: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return out
+    return out + residual if torch.is_grad_enabled() else residual.add_(out)
 
 
-def _is_plain(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+def _can_accumulate(features: Tensor, residual: Tensor) -> bool:
+    """Whether a convolution can add its result to the residual in place."""
+    return (
+        residual.dtype == features.dtype
+        and residual.is_contiguous(memory_format=CHANNELS_LAST)
+        and not torch.is_grad_enabled()
+    )
 
 
-def _around_corners(weight: Tensor) -> Tensor:
-    """Weights (4 out, in, 2, 2) for the pixels to the upper left, upper right, lower left, lower right of a corner.
+def _corner_kernels(weight: Tensor) -> Tensor:
+    """Kernels (4 out, in, 2, 2) for the pixels to the upper left, upper right, lower left, lower right of a corner.
 
-    A pixel above a corner lies in the lower half of its square: of its three rows, the first two fall into its own
-    square and the third into the one below. A pixel below lies in the upper half, the other way round.
+    A pixel above a corner lies in the lower half of its square: of the three rows that its kernel reads, the first two
+    fall into its own square and the third into the one below. A pixel below lies in the upper half, the other way
+    round.
     """
     above, below = ((0, 1), (2,)), ((0,), (1, 2))
-    made = [
-        torch.stack([torch.stack([_sum(weight, ys, xs) for xs in across], -1) for ys in down], -2)
+    kernels = [
+        torch.stack([torch.stack([_sum(weight, rows, columns) for columns in across], -1) for rows in down], -2)
         for down in (above, below)
         for across in (above, below)
     ]
-    return torch.cat(made).contiguous()
+    return torch.cat(kernels).contiguous()
 
 
 def _sum(weight: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:

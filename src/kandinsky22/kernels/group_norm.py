@@ -1,147 +1,190 @@
-"""Group normalisation for CPUs, of features that have their channels last in memory, with what follows it.
+"""Group normalisation for CPUs, fused with the modulation and the SiLU after it, for channels-last features.
 
-A scale and a shift for each channel and place, and silu, are applied a few rows at a time, while the rows are in the
-cache. The formula is torch's, and so is the result but for rounding: torch's own kernel for this layout takes the
-variance as the mean of squares minus the square of the mean, which costs up to three digits; here it is the mean of
-squared distances to the mean.
+Scale, shift and SiLU are applied a few rows at a time, while the rows are in the cache. The formula is torch's, and so
+is the result except for rounding: torch's own kernel for this layout computes the variance as the mean of squares minus
+the square of the mean, which costs up to three digits; here it is the mean of squared distances to the mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kandinsky22.kernels import host_memory
+from kandinsky22.kernels import host_memory, settings
 
-MEASURED = 2**18  # numbers of features that are averaged at a time: a megabyte in float32
-BLOCK = 2**19  # and that are normalised at a time
-
-enabled = True
-"""False switches this off: torch's own group norm is used instead."""
+STATISTICS_BLOCK = 2**18  # elements whose statistics are computed at a time: a megabyte in float32
+NORMALISE_BLOCK = 2**19  # elements that are normalised at a time
 
 
-def suits(features: Tensor) -> bool:
-    """Whether `group_norm` can be used for these features, and is worth it."""
+class GroupStatistics(NamedTuple):
+    """Mean and standard deviation of the group that each channel belongs to, in float32.
+
+    Attributes:
+        mean: Tensor (batch, 1, 1, channels).
+        deviation: Tensor (batch, 1, 1, channels), the square root of the variance plus eps.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+
+def is_supported(features: Tensor) -> bool:
+    """Return whether `group_norm` can be used for these features, and is faster than torch's kernel.
+
+    Args:
+        features: Tensor (batch, channels, H, W).
+    """
     return (
-        enabled
+        not torch.compiler.is_compiling()
+        and settings.current().fused_group_norm
         and features.device.type == "cpu"
         and features.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and features.is_contiguous(memory_format=torch.channels_last)
     )
 
 
 def group_norm(
-    features: Tensor, groups: int, eps: float, scale: Tensor, shift: Tensor, *, activated: bool, spent: bool
+    features: Tensor, groups: int, eps: float, scale: Tensor, shift: Tensor, *, silu: bool, inplace: bool
 ) -> Tensor:
-    """(features - mean) / deviation * scale + shift, then silu if `activated`.
+    """Return (features - mean) / deviation * scale + shift, and SiLU of that if `silu`.
 
-    Features are (batch, channels, H, W), mean and deviation those of each group of channels; scale and shift
-    are (batch or 1, channels, h, w), each of their places standing for H / h x W / w places of the features. If
-    these are `spent`, the result takes their memory.
+    Mean and deviation are those of each group of channels (https://arxiv.org/abs/1803.08494, equation 1).
+
+    Args:
+        features: Tensor (batch, channels, H, W), for which `is_supported` is true.
+        groups: Number of groups of channels.
+        eps: Added to the variance.
+        scale: Tensor (batch or 1, channels, h, w), upsampled to (H, W) by nearest neighbour; h divides H, w divides W.
+        shift: Tensor of the same shape.
+        silu: Whether SiLU follows.
+        inplace: Whether `features` may be overwritten.
+
+    Returns:
+        Tensor (batch, channels, H, W), channels last.
     """
     if features.dtype == torch.bfloat16 and scale.shape == shift.shape == (1, features.shape[1], 1, 1):
         # torch's kernel is faster, and keeps far more digits of the variance than the result has
-        made = F.group_norm(features, groups, scale.flatten(), shift.flatten(), eps)
-        return F.silu(made, inplace=True) if activated else made
+        normed = F.group_norm(features, groups, scale.flatten(), shift.flatten(), eps)
+        return F.silu(normed, inplace=True) if silu else normed
     pixels = features.permute(0, 2, 3, 1)
-    table = Table(moments(pixels.split(_row_count(pixels, MEASURED), dim=1), groups, eps), scale, shift)
-    out = pixels if spent else host_memory.empty(pixels, *pixels.shape)
-    return table.apply(pixels, 0, pixels.shape[1], activated=activated, out=out).permute(0, 3, 1, 2)
+    statistics = group_statistics(pixels.split(_row_count(pixels, STATISTICS_BLOCK), dim=1), groups, eps)
+    out = pixels if inplace else host_memory.empty_large(pixels, *pixels.shape)
+    normed = ScaleShift(statistics, scale, shift).apply(pixels, 0, pixels.shape[1], silu=silu, out=out)
+    return normed.permute(0, 3, 1, 2)
 
 
-class Table:
-    """What normalised features are times and plus, at each place: all that is to be known of them and of the norm."""
+class ScaleShift:
+    """Scale and shift per channel and spatial position that fuse a group norm with its modulation.
 
-    def __init__(self, moments: tuple[Tensor, Tensor], scale: Tensor, shift: Tensor) -> None:
-        mean, deviation = moments
+    y = x * scale + shift equals (x - mean) / deviation * modulation scale + modulation shift.
+    """
+
+    def __init__(self, statistics: GroupStatistics, scale: Tensor, shift: Tensor) -> None:
         scale, shift = (part.permute(0, 2, 3, 1).float().contiguous() for part in (scale, shift))
-        self.scale = scale / deviation
-        self.shift = shift - mean * self.scale
+        self.scale = scale / statistics.deviation
+        self.shift = shift - statistics.mean * self.scale
         self.height, self.width = self.scale.shape[1:3]
 
-    def apply(self, pixels: Tensor, first: int, height: int, *, activated: bool, out: Tensor | None = None) -> Tensor:
-        """Normalised pixels (batch, rows, W, channels), which begin with the row `first` of `height` rows.
+    def apply(self, pixels: Tensor, first: int, height: int, *, silu: bool, out: Tensor | None = None) -> Tensor:
+        """Return normalised rows of features.
 
-        They are written to `out`, whose rows lie without gaps, and which may be the pixels.
+        Args:
+            pixels: Tensor (batch, rows, W, channels): rows `first` to `first + rows` of the features.
+            first: Index of the first row.
+            height: Number of rows of all features, a multiple of the height of scale and shift.
+            silu: Whether SiLU follows.
+            out: Contiguous tensor for the result, which may be `pixels`; None allocates one.
+
+        Returns:
+            Tensor (batch, rows, W, channels).
         """
         out = torch.empty_like(pixels, memory_format=torch.contiguous_format) if out is None else out
-        given, made = pixels.flatten(2), out.view(*out.shape[:2], -1)
-        tall, across = height // self.height, pixels.shape[2] // self.width
-        most = _row_count(pixels, BLOCK)
-        space = None if pixels.dtype == torch.float32 else given.new_empty(
-            len(given), min(most, given.shape[1]), given.shape[2], dtype=torch.float32
-        )  # fmt: skip
-        looked_up: tuple[int, int] | None = None
-        for start, rows, entries in _spans(first, first + pixels.shape[1], tall, most):
-            if looked_up != (start // tall, entries):
-                looked_up = start // tall, entries
-                scale, shift = (_spread(part, *looked_up, across) for part in (self.scale, self.shift))
-            here = slice(start - first, start - first + rows)
-            part, place = (whole[:, here].unflatten(1, (entries, -1)) for whole in (given, made))
-            if space is None:
-                result = torch.addcmul(shift, part, scale, out=place)
+        in_rows, out_rows = pixels.flatten(2), out.view(*out.shape[:2], -1)
+        rows_per_entry, columns_per_entry = height // self.height, pixels.shape[2] // self.width
+        limit = _row_count(pixels, NORMALISE_BLOCK)
+        buffer = None  # bfloat16 rows are computed in float32
+        if pixels.dtype != torch.float32:
+            buffer_shape = len(in_rows), min(limit, in_rows.shape[1]), in_rows.shape[2]
+            buffer = in_rows.new_empty(buffer_shape, dtype=torch.float32)
+        expanded: tuple[int, int] | None = None
+        for start, count, entries in _spans(first, first + pixels.shape[1], rows_per_entry, limit):
+            if expanded != (start // rows_per_entry, entries):
+                expanded = start // rows_per_entry, entries
+                scale, shift = (_expand(part, *expanded, columns_per_entry) for part in (self.scale, self.shift))
+            span = slice(start - first, start - first + count)
+            source, target = (rows[:, span].unflatten(1, (entries, -1)) for rows in (in_rows, out_rows))
+            if buffer is None:
+                result = torch.addcmul(shift, source, scale, out=target)
             else:
-                result = space[:, :rows].unflatten(1, (entries, -1)).copy_(part)
+                result = buffer[:, :count].unflatten(1, (entries, -1)).copy_(source)
                 torch.addcmul(shift, result, scale, out=result)
-            if activated:
+            if silu:
                 F.silu(result, inplace=True)
-            if space is not None:
-                place.copy_(result)
+            if buffer is not None:
+                target.copy_(result)
         return out
 
 
-def _spans(first: int, last: int, tall: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """Spans of rows: where each begins, its rows, `most` or less, and how many entries of a table it is about.
+def _spans(first: int, last: int, rows_per_entry: int, limit: int) -> Iterator[tuple[int, int, int]]:
+    """Spans of at most `limit` rows between `first` and `last`: first row, number of rows, entries of the table.
 
-    An entry stands for `tall` rows. A span is about several whole ones, or about one or a part of one.
+    An entry of the table belongs to `rows_per_entry` rows. A span covers several complete entries, or one or a part of
+    one.
     """
     while first < last:
-        inside = first % tall
-        whole = 0 if inside else min(most, last - first) // tall
-        rows = whole * tall or min(most, tall - inside, last - first)
-        yield first, rows, max(1, whole)
-        first += rows
+        offset = first % rows_per_entry
+        complete = 0 if offset else min(limit, last - first) // rows_per_entry
+        count = complete * rows_per_entry or min(limit, rows_per_entry - offset, last - first)
+        yield first, count, max(1, complete)
+        first += count
 
 
-def _spread(table: Tensor, first: int, entries: int, across: int) -> Tensor:
-    """Some rows of a table (batch, h, w, channels) with each place repeated `across` times, (batch, entries, 1, row).
+def _expand(table: Tensor, first: int, entries: int, repeats: int) -> Tensor:
+    """Rows of a table (batch, h, w, channels) with each column repeated, (batch, entries, 1, w * repeats * channels).
 
-    Sums and products of long rows that lie in memory as they are take a third of the time of those that repeat.
+    Sums and products of long contiguous rows take a third of the time of broadcast ones.
     """
     rows = table[:, first : first + entries, None, :, None]
-    return rows.expand(-1, -1, -1, -1, across, -1).flatten(3)
+    return rows.expand(-1, -1, -1, -1, repeats, -1).flatten(3)
 
 
-def moments(blocks: Iterable[Tensor], groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the group that each channel belongs to, (batch, 1, 1, channels) each, in float32.
+def group_statistics(blocks: Iterable[Tensor], groups: int, eps: float) -> GroupStatistics:
+    """Return mean and standard deviation of each group of channels.
 
-    Blocks are (batch, rows, W, channels), together all rows.
+    Blocks are combined by the parallel algorithm of Chan, Golub and LeVeque (1979): variances within blocks plus
+    variances of the blocks' means.
+
+    Args:
+        blocks: Tensors (batch, rows, W, channels), together all rows.
+        groups: Number of groups of channels.
+        eps: Added to the variance.
     """
-    rows, means, spreads = [], [], []
+    rows, block_means, block_variances = [], [], []
     for block in blocks:
         block = block.float()
         mean = block.mean(dim=(1, 2))
         rows.append(block.shape[1])
-        means.append(mean)
-        spreads.append((block - mean[:, None, None]).square_().mean(dim=(1, 2)))
-    parts, within = torch.stack(means), torch.stack(spreads)
-    sizes = torch.tensor(rows, dtype=parts.dtype, device=parts.device).view(-1, 1, 1) / sum(rows)
-    # what is spread within parts, and what the parts' means are spread
-    mean = (parts * sizes).sum(0)
-    spread = ((within + (parts - mean).square()) * sizes).sum(0)
+        block_means.append(mean)
+        block_variances.append((block - mean[:, None, None]).square_().mean(dim=(1, 2)))
+    means, variances = torch.stack(block_means), torch.stack(block_variances)
+    shares = torch.tensor(rows, dtype=means.dtype, device=means.device).view(-1, 1, 1) / sum(rows)
+    mean = (means * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * shares).sum(0)
     batch, channels = mean.shape
-    mean, spread = mean.view(batch, groups, -1), spread.view(batch, groups, -1)
+    mean, variance = mean.view(batch, groups, -1), variance.view(batch, groups, -1)
     group_mean = mean.mean(-1, keepdim=True)
-    deviation = (spread + (mean - group_mean).square()).mean(-1, keepdim=True).add_(eps).sqrt_()
-    both = (part.expand_as(mean).reshape(batch, 1, 1, channels) for part in (group_mean, deviation))
-    return next(both), next(both)
+    deviation = (variance + (mean - group_mean).square()).mean(-1, keepdim=True).add_(eps).sqrt_()
+    return GroupStatistics(
+        group_mean.expand_as(mean).reshape(batch, 1, 1, channels),
+        deviation.expand_as(mean).reshape(batch, 1, 1, channels),
+    )
 
 
-def _row_count(pixels: Tensor, numbers: int) -> int:
-    """How many rows of pixels (batch, H, W, channels) have so many numbers, whatever the batch."""
-    return max(1, numbers // pixels[0, 0].numel())
+def _row_count(pixels: Tensor, elements: int) -> int:
+    """Rows of pixels (batch, H, W, channels) that have about `elements` elements per batch item, at least one."""
+    return max(1, elements // pixels[0, 0].numel())

@@ -1,11 +1,18 @@
-"""Linear layers for CPUs, by oneDNN, whose weights it lays out for itself: the same products, two to four times sooner.
+"""Linear layers for CPUs: the products of `torch.nn.functional.linear`, by oneDNN, in a half to a quarter of the time.
 
-The prior reads gigabytes of weights for every few rows, and the usual row-by-row layout makes poor use of the memory
-and of the caches for that. `benchmarks/linear.py` measures what the layout gains.
+There are two ways, both equal to torch's product except for rounding:
+
+- `Linear` multiplies by a *packed* copy of its weight, in a layout of oneDNN's choice. The prior reads gigabytes of
+  weights for a few rows of features, and the usual row-major layout makes poor use of memory and caches for that.
+- `onednn_linear_layers` makes all linear layers, also those of other libraries, multiply by oneDNN without a copy. In
+  float32 this takes half the time of torch's own product on some processors.
+
+`benchmarks/linear.py` measures what packing gains.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -13,149 +20,190 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from kandinsky22.kernels import host_memory
+from kandinsky22.kernels import host_memory, settings
+from kandinsky22.kernels.fingerprint import TensorFingerprint
 
-WORTHWHILE = 2**20  # multiplications below which the plain product is as fast
-PLAIN = (Tensor, nn.Parameter)  # others, such as quantized ones, have products of their own
-ROWS = 64  # the layout that suits so many rows suits a few and thousands nearly as well
+MIN_MULTIPLICATIONS = 2**20  # below this, torch's own product is as fast
+TENSOR_TYPES = (Tensor, nn.Parameter)  # subclasses, such as quantized tensors, have products of their own
+PACKING_ROWS = 64  # oneDNN packs for a number of rows; the layout for 64 suits a few and thousands nearly as well
 
 
-class Packs:
-    """A layer that keeps a rearranged copy of its `weight` for the CPU; to be inherited before the plain layer.
+class PackedWeightMixin:
+    """Mixin for layers that keep a copy of their `weight` in another layout; inherited before the torch layer.
 
-    The copy is made at the first use and again whenever the weight changed, and is in no state dict. Changes that torch
-    does not count, in place through `weight.data` or a numpy view, are noticed if they concern most of the weight. The
-    weight's own memory is given back for as long as it is mapped from a file. `packing = False`, on the layer or on its
-    class, switches all of this off.
+    The copy is made at the first use and again after every change of the weight (see `TensorFingerprint` for changes
+    that are noticed). It is not part of the state dict, of pickles or of copies. While it exists, the memory of a
+    weight that is mapped from a file is given back to the system.
+
+    Attributes:
+        pack_weights: False on an instance keeps that layer unpacked; the settings switch all layers.
     """
 
-    packing: bool = True
+    pack_weights: bool = True
     weight: Tensor
 
-    def _packed(self, kind: str, make: Callable[[Tensor], Any]) -> Any:
-        """What `make` makes of the weight, as long as the weight stays as it is. Only one kind is kept."""
-        pack: _Pack | None = self.__dict__.get("_pack")
-        if pack is None or pack.kind != kind or not pack.holds(self.weight):
-            self.__dict__.pop("_pack", None)  # before the other one takes memory too
-            pack = self.__dict__["_pack"] = _Pack(self.weight, kind, make)
-        return pack.made
+    def _packed(self, layout: str, pack: Callable[[Tensor], Any]) -> Any:
+        """Return `pack(weight)`, stored until the weight changes. Only one layout is stored at a time."""
+        packed: _PackedWeight | None = self.__dict__.get("_packed_weight")
+        if packed is None or packed.layout != layout or not packed.is_current(self.weight):
+            self.__dict__.pop("_packed_weight", None)  # freed before the next one takes memory
+            packed = self.__dict__["_packed_weight"] = _PackedWeight(self.weight, layout, pack)
+        return packed.value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # moved or converted: the copy would stay in the CPU's memory, or fit other data that came to the same address
-        self.__dict__.pop("_pack", None)
+        # After a move the copy would stay in the CPU's memory; after a conversion it could match other data that came
+        # to the same address.
+        self.__dict__.pop("_packed_weight", None)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies and pickles make a packed weight of their own
-        return {name: value for name, value in self.__dict__.items() if name != "_pack"}
+        return {name: value for name, value in self.__dict__.items() if name != "_packed_weight"}
 
 
-def give_up(network: nn.Module, kind: str) -> None:
-    """Forget a network's copies of this kind until they are needed again."""
-    layers = [layer for layer in network.modules() if getattr(layer.__dict__.get("_pack"), "kind", None) == kind]
-    for layer in layers:
-        layer.__dict__.pop("_pack", None)  # another thread may have done so
-    if layers:
-        host_memory.trim()
+class _PackedWeight:
+    """A weight in another layout, with the state of the weight that it was made from."""
+
+    def __init__(self, weight: Tensor, layout: str, pack: Callable[[Tensor], Any]) -> None:
+        self.layout = layout
+        self._source = weight
+        self._fingerprint = TensorFingerprint(weight)
+        host_memory.raise_mmap_threshold()  # layers with packed weights have large features
+        with torch.no_grad():
+            self.value = pack(weight.detach())
+        host_memory.drop_mapped_pages(weight)
+
+    def is_current(self, weight: Tensor) -> bool:
+        return self._source is weight and self._fingerprint.matches(weight)
 
 
-class DirectLinear(nn.Linear):
-    """`nn.Linear` that multiplies by oneDNN wherever no gradient is wanted on an x86 CPU, by its weight as it is.
+def drop_packed(network: nn.Module, layout: str | None = None) -> None:
+    """Free the packed weights of a network's layers. They are packed again at their next use.
 
-    In float32 that takes half the time of torch's own product on processors for which that was not made. Results differ
-    by rounding. `direct = False`, on a layer or the class, switches it off.
+    Args:
+        network: Network whose layers are searched.
+        layout: Name of the layout to free, such as "winograd"; None frees all.
     """
-
-    direct: bool = True
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        weight, bias = self.weight, self.bias
-        suits = self.direct and not self._is_small(features) and can_multiply(features, weight, bias)
-        if not suits or not weight.is_contiguous():  # other layouts are multiplied number by number
-            return F.linear(features, weight, bias)
-        return product(features, weight, bias)
-
-    def _is_small(self, features: Tensor) -> bool:
-        # compiled code asks for no sizes here, which it would then be made for
-        return torch.compiler.is_compiling() or features.numel() * self.out_features < WORTHWHILE
-
-
-class Linear(Packs, DirectLinear):
-    """`DirectLinear` that keeps a packed copy of its weight and multiplies by that.
-
-    The copy takes as much memory as the weight.
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        if not self.packing or self._is_small(features) or not can_pack(features, self.weight, self.bias):
-            return super().forward(features)
-        return product(features, self._packed("linear", packed_matrix), self.bias)
-
-
-def make_direct(network: nn.Module) -> None:
-    """Have the plain linear layers of somebody else's network multiply by oneDNN."""
+    layers = []
     for layer in network.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = DirectLinear
+        packed: _PackedWeight | None = layer.__dict__.get("_packed_weight")
+        if packed is not None and layout in (None, packed.layout):
+            layers.append(layer)
+    for layer in layers:
+        layer.__dict__.pop("_packed_weight", None)  # another thread may have done so
+    if layers:
+        host_memory.malloc_trim()
 
 
-def packed_matrix(weight: Tensor) -> Tensor:
-    """A matrix (out, in) as oneDNN likes it best, for `product`."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+class Linear(PackedWeightMixin, nn.Linear):
+    """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is needed on an x86 CPU.
+
+    The copy takes as much memory as the weight. Without it (`pack_weights`, the setting `packed_linear`) the layer
+    multiplies by oneDNN with the weight as it is.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features (..., out_features).
+
+        Args:
+            features: Tensor (..., in_features).
+        """
+        if _is_small(features, self.weight):
+            return F.linear(features, self.weight, self.bias)
+        packs = self.pack_weights and settings.current().packed_linear
+        if packs and can_pack(features, self.weight, self.bias):
+            return onednn_linear(features, self._packed("linear", pack_linear_weight), self.bias)
+        return _linear(features, self.weight, self.bias)
+
+
+def onednn_linear_layers() -> contextlib.AbstractContextManager[Any]:
+    """Return a context manager in which `torch.nn.functional.linear` multiplies by oneDNN where that is faster.
+
+    It acts on the calls of this thread, and therefore on all linear layers that run inside, whatever their class. With
+    gradients, under autocast, in compiled code, for small products, for weights that are not contiguous and on other
+    devices than x86 CPUs torch's own product is used. Results differ from it by rounding.
+    """
+    if torch.compiler.is_compiling() or not (ONEDNN_DTYPES and settings.current().onednn_linear):
+        return contextlib.nullcontext()
+    return _OneDnnLinearMode()
+
+
+class _OneDnnLinearMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, with its argument names, by oneDNN where that is faster; with the weight as it is."""
+    if (
+        not _is_small(input, weight)
+        and settings.current().onednn_linear
+        and can_multiply(input, weight, bias)
+        and weight.is_contiguous()  # oneDNN multiplies other layouts one element at a time
+    ):
+        return onednn_linear(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def _is_small(features: Tensor, weight: Tensor) -> bool:
+    # Compiled code must not read sizes here: it would then be compiled for these sizes only.
+    return torch.compiler.is_compiling() or features.numel() * weight.shape[0] < MIN_MULTIPLICATIONS
+
+
+def pack_linear_weight(weight: Tensor) -> Tensor:
+    """Return a matrix in oneDNN's own layout, for `onednn_linear`.
+
+    Args:
+        weight: Matrix (out_features, in_features).
+    """
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_ROWS)
     return packed
 
 
-def product(features: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by a matrix, packed or not."""
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(features, matrix, bias, "none", [], "")
-    return made
+def onednn_linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return features · weightᵀ + bias, (..., out_features), computed by oneDNN.
 
-
-class _Pack:
-    """What was made of a weight, and of which state of it."""
-
-    def __init__(self, weight: Tensor, kind: str, make: Callable[[Tensor], Any]) -> None:
-        self.kind = kind
-        self.source = weight
-        self.version = weight._version
-        self.address = weight.data_ptr()
-        self.few = _few(weight).clone()
-        host_memory.expect_large()  # where weights are packed, features are large
-        with torch.no_grad():
-            self.made = make(weight.detach())
-        host_memory.forget(weight)
-
-    def holds(self, weight: Tensor) -> bool:
-        # `module.to` keeps the parameter and gives it other data; an optimizer step counts up the version; averages of
-        # weights and adapters are often merged through `weight.data`, which counts nothing
-        same = self.source is weight and self.version == weight._version and self.address == weight.data_ptr()
-        return same and torch.equal(self.few, _few(weight))
-
-
-def _few(weight: Tensor) -> Tensor:
-    """A few numbers from all over a weight."""
-    rows, columns = (max(1, size // 4) for size in weight.shape[:2])
-    return weight.detach()[::rows, ::columns]
+    Args:
+        features: Tensor (..., in_features), float32 or bfloat16, on the CPU.
+        weight: Matrix (out_features, in_features) of the same dtype, packed by `pack_linear_weight` or not.
+        bias: Tensor (out_features,), None for no bias.
+    """
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(features, weight, bias, "none", [], "")
+    return product
 
 
 def can_pack(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a layer may multiply by a copy of its weight; not of one that does not count its changes."""
+    """Return whether a layer may multiply by a packed copy of its weight.
+
+    As `can_multiply`, except for weights of inference mode: their changes cannot be detected.
+
+    Args:
+        features: Input of the layer.
+        weight: Weight of the layer.
+        bias: Bias of the layer, None for none.
+    """
     return can_multiply(features, weight, bias) and not weight.is_inference()
 
 
 def can_multiply(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN can multiply these, and nothing has to keep a trace of it."""
+    """Return whether oneDNN can multiply these tensors, and nothing records the operation.
+
+    Args:
+        features: Input of the product.
+        weight: Matrix or convolution weight.
+        bias: Bias, None for none.
+    """
     return (
-        bool(DTYPES)
-        and type(features) in PLAIN
-        and type(weight) in PLAIN
+        bool(ONEDNN_DTYPES)
+        and type(features) in TENSOR_TYPES
+        and type(weight) in TENSOR_TYPES
         and weight.device.type == "cpu"
         and features.device.type == "cpu"
         and weight.dtype == features.dtype
-        and weight.dtype in DTYPES
+        and weight.dtype in ONEDNN_DTYPES
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, features, bias)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -163,11 +211,11 @@ def can_multiply(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _supported() -> tuple[torch.dtype, ...]:
-    """Types with packed products here: float32, and bfloat16 where the CPU computes in it."""
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    """Types that oneDNN multiplies on this machine: float32, and bfloat16 where the CPU computes in it."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return ()
-    try:  # not part of torch's public interface: a release without them leaves the plain product
+    try:  # not part of torch's public interface: without these operators torch's own product is used
         operators = (
             torch.ops.mkldnn._linear_pointwise,
             torch.ops.mkldnn._reorder_linear_weight,
@@ -181,4 +229,4 @@ def _supported() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16)[: 1 + bool(bfloat16 and operators)]
 
 
-DTYPES = _supported()
+ONEDNN_DTYPES = _onednn_dtypes()

@@ -1,11 +1,11 @@
-"""3x3 convolutions with a quarter of the multiplications (Lavin & Gray 2015, https://arxiv.org/abs/1509.09308).
+"""3x3 convolutions by Winograd's method, F(4x4, 3x3) (Lavin & Gray 2015, https://arxiv.org/abs/1509.09308).
 
-Sixteen results of a 4x4 square and the 6x6 numbers that they depend on are values and coefficients of polynomials:
-known at six points in each direction, a product of such polynomials takes 36 multiplications instead of 144. The
-transforms to points and back are sums over each square; what is between them is 36 matrix products over the channels.
+The 16 results of a 4x4 tile and the 6x6 inputs that they depend on are values and coefficients of polynomials: known at
+six points in each direction, a product of such polynomials takes 36 multiplications instead of 144. The transforms to
+points and back are sums over each tile; between them are 36 matrix products over the channels.
 
 In exact arithmetic nothing changes. In float32 rounding errors are about five times those of the direct sum, with the
-points 0, +-3/4, +-3/2 and infinity: powers of them stay near 1, and they are exact in binary, so that only sums round.
+points 0, ±3/4, ±3/2 and infinity: their powers stay near 1, and they are exact in binary, so that only sums round.
 """
 
 from __future__ import annotations
@@ -13,119 +13,155 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.kernels import host_memory, linear
-from kandinsky22.kernels.linear import packed_matrix, product
+from kandinsky22.kernels import host_memory, settings
+from kandinsky22.kernels.linear import drop_packed, onednn_linear, pack_linear_weight
 
-KIND = "winograd"  # of a layer's copy of its weight
-SIDE = 4  # results of a square, along each side
-REACH = 6  # numbers that they depend on
+LAYOUT = "winograd"  # name of the layout of a layer's packed weight
+OUTPUT_TILE = 4  # side of a tile of results
+INPUT_TILE = 6  # side of the tile of inputs that these depend on
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)  # and infinity
-SQUARES = 128  # so many are computed at a time, so that what is between the transforms stays in the caches
-SLICE = 2**12  # kernels transformed at a time
+TILES_PER_CHUNK = 128  # tiles computed at a time: intermediate values stay in the caches
+KERNELS_PER_CHUNK = 2**12  # kernels transformed at a time
 
-turns = True
-"""False switches `turn` off: matrices stay from one generation to the next."""
+
+class Transforms(NamedTuple):
+    """The three linear maps of the method, in float64, over flattened tiles.
+
+    Attributes:
+        inputs: Matrix (36, 36) from a tile of inputs to values at points.
+        weights: Matrix (36, 9) from a kernel to values at points.
+        results: Matrix (16, 36) from products at points to a tile of results.
+    """
+
+    inputs: Tensor
+    weights: Tensor
+    results: Tensor
 
 
 @functools.cache
-def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """What turns 36 numbers into values (36, 36), 9 weights into values (36, 9), products into 16 results (16, 36).
+def transforms() -> Transforms:
+    """Return the matrices Bᵀ⊗Bᵀ, G⊗G and Aᵀ⊗Aᵀ of Lavin & Gray (equation 8) for `POINTS`.
 
-    In float64. With N_j the product of p_j - p_l over the other points: weights are evaluated at p_j and divided by
-    N_j, results are read from powers of p_j, and numbers meet the coefficients of the product of x - p_l.
+    With N_j the product of p_j - p_l over the other points: weights are evaluated at p_j and divided by N_j, results
+    are read from powers of p_j, and inputs meet the coefficients of the product of x - p_l.
     """
     points = torch.tensor(POINTS, dtype=torch.float64)
     count = len(points)
-    values, weights, results = (
+    inputs, weights, results = (
         torch.zeros(rows, columns, dtype=torch.float64) for rows, columns in ((6, 6), (6, 3), (4, 6))
     )
     for j, point in enumerate(points):
         others = torch.cat([points[:j], points[j + 1 :]])
-        values[j, :count] = _coefficients(others)
+        inputs[j, :count] = _coefficients(others)
         weights[j] = point ** torch.arange(3) / (point - others).prod()
-        results[:, j] = point ** torch.arange(SIDE)
-    values[count] = _coefficients(points)
-    weights[count, 2] = results[SIDE - 1, count] = 1
-    return torch.kron(values, values), torch.kron(weights, weights), torch.kron(results, results)
+        results[:, j] = point ** torch.arange(OUTPUT_TILE)
+    inputs[count] = _coefficients(points)
+    weights[count, 2] = results[OUTPUT_TILE - 1, count] = 1
+    return Transforms(torch.kron(inputs, inputs), torch.kron(weights, weights), torch.kron(results, results))
 
 
 def _coefficients(roots: Tensor) -> Tensor:
-    """Of the product of (x - root), the constant first."""
-    made = torch.ones(1, dtype=torch.float64)
+    """Coefficients of the product of (x - root), the constant first."""
+    coefficients = torch.ones(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
     for root in roots:
-        made = torch.cat([made.new_zeros(1), made]) - root * torch.cat([made, made.new_zeros(1)])
-    return made
+        coefficients = torch.cat([zero, coefficients]) - root * torch.cat([coefficients, zero])
+    return coefficients
 
 
-def transformed(weight: Tensor) -> list[Tensor]:
-    """A weight (out, in, 3, 3) as 36 packed matrices (out, in), four times as large together."""
+def transform_weight(weight: Tensor) -> list[Tensor]:
+    """Return a weight as 36 packed matrices (out, in), together four times as large.
+
+    Args:
+        weight: Tensor (out, in, 3, 3).
+    """
     kernels = weight.reshape(-1, 9)
-    values = host_memory.empty(kernels.float(), REACH * REACH, len(kernels))
-    for start in range(0, len(kernels), SLICE):
-        part = kernels[start : start + SLICE].double()
-        values[:, start : start + SLICE] = transforms()[1] @ part.T
-    return [packed_matrix(matrix) for matrix in values.view(-1, *weight.shape[:2])]
+    values = host_memory.empty_large(kernels.float(), INPUT_TILE * INPUT_TILE, len(kernels))
+    for start in range(0, len(kernels), KERNELS_PER_CHUNK):
+        chunk = kernels[start : start + KERNELS_PER_CHUNK].double()
+        values[:, start : start + KERNELS_PER_CHUNK] = transforms().weights @ chunk.T
+    return [pack_linear_weight(matrix) for matrix in values.view(-1, *weight.shape[:2])]
 
 
 @contextlib.contextmanager
-def turn(network: nn.Module, *, after: nn.Module) -> Iterator[None]:
-    """Of the two networks, only the first has such matrices within, and none has at the end.
+def weights_in_use_by(network: nn.Module, *, after: nn.Module) -> Iterator[None]:
+    """Free the Winograd weights of `after` on entry and those of `network` on exit.
 
-    They take four times the memory of weights, and making them takes a small part of the time of a network's work.
+    They take four times the memory of the weights, and packing them again takes a small part of the time that the
+    network runs.
+
+    Args:
+        network: Network that runs inside the context.
+        after: Network that ran before.
     """
-    if turns:
-        linear.give_up(after, KIND)
+    frees = settings.current().free_winograd_weights
+    if frees:
+        drop_packed(after, LAYOUT)
     try:
         yield
     finally:
-        if turns:
-            linear.give_up(network, KIND)
+        if frees:
+            drop_packed(network, LAYOUT)
 
 
-def fits(height: int, width: int) -> bool:
-    """Whether pictures of this size are made of whole squares."""
-    return height % SIDE == 0 and width % SIDE == 0
+def is_supported_size(height: int, width: int) -> bool:
+    """Return whether features of this size consist of complete tiles.
+
+    Args:
+        height: Rows of the features.
+        width: Columns of the features.
+    """
+    return height % OUTPUT_TILE == 0 and width % OUTPUT_TILE == 0
 
 
 def convolve(
-    features: Tensor, matrices: list[Tensor], channels: int, bias: Tensor | None, onto: Tensor | None = None
+    features: Tensor, matrices: list[Tensor], channels: int, bias: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:
-    """The convolution of features (batch, in, H, W), padded by 1, as (batch, `channels`, H, W), both channels last.
+    """Return a 3x3 convolution with padding 1, (batch, channels, H, W), channels last.
 
-    It is added to `onto`, if that is given, in its memory.
+    Args:
+        features: Tensor (batch, in, H, W), float32, channels last, for whose size `is_supported_size` is true.
+        matrices: The weight as `transform_weight` returns it.
+        channels: Number of output channels.
+        bias: Tensor (channels,), None for no bias.
+        residual: Channels-last tensor of the result's shape to add; it is overwritten with the sum. None adds nothing.
     """
-    batch, inside, height, width = features.shape
-    down, across = height // SIDE, width // SIDE
-    rows = min(down, max(1, SQUARES // across))
-    samples = min(batch, max(1, SQUARES // (down * across)))
-    to_values, _, to_results = (matrix.float() for matrix in transforms())
+    batch, in_channels, height, width = features.shape
+    tile_rows, tile_columns = height // OUTPUT_TILE, width // OUTPUT_TILE
+    rows_per_chunk = min(tile_rows, max(1, TILES_PER_CHUNK // tile_columns))
+    items_per_chunk = min(batch, max(1, TILES_PER_CHUNK // (tile_rows * tile_columns)))
+    to_inputs, to_results = transforms().inputs.float(), transforms().results.float()
     pixels = features.permute(0, 2, 3, 1)
-    out = host_memory.empty(features, batch, height, width, channels) if onto is None else onto.permute(0, 2, 3, 1)
-    for sample in range(0, batch, samples):
-        for row in range(0, down, rows):
-            band = pixels[sample : sample + samples, max(0, SIDE * row - 1) : SIDE * (row + rows) + 1]
-            edges = int(row == 0), int(row + rows >= down)
-            squares = _squares(band, edges)
-            values = torch.mm(to_values, squares.reshape(REACH * REACH, -1)).view(REACH * REACH, -1, inside)
-            products = torch.stack([product(part, matrix) for part, matrix in zip(values, matrices, strict=True)])
-            results = torch.mm(to_results, products.flatten(1)).view(SIDE, SIDE, *squares.shape[2:5], channels)
-            place = out[sample : sample + samples, SIDE * row : SIDE * (row + rows)]
-            place = place.unflatten(2, (across, SIDE)).unflatten(1, (-1, SIDE))
-            results = results.permute(2, 3, 0, 4, 1, 5)
+    if residual is None:
+        out = host_memory.empty_large(features, batch, height, width, channels)
+    else:
+        out = residual.permute(0, 2, 3, 1)
+    for item in range(0, batch, items_per_chunk):
+        for row in range(0, tile_rows, rows_per_chunk):
+            first, last = OUTPUT_TILE * row, OUTPUT_TILE * (row + rows_per_chunk)
+            strip = pixels[item : item + items_per_chunk, max(0, first - 1) : last + 1]
+            tiles = _input_tiles(strip, pad_above=row == 0, pad_below=row + rows_per_chunk >= tile_rows)
+            values = torch.mm(to_inputs, tiles.reshape(INPUT_TILE**2, -1)).view(INPUT_TILE**2, -1, in_channels)
+            products = torch.stack([onednn_linear(*pair) for pair in zip(values, matrices, strict=True)])
+            results = torch.mm(to_results, products.flatten(1))
+            results = results.view(OUTPUT_TILE, OUTPUT_TILE, *tiles.shape[2:5], channels).permute(2, 3, 0, 4, 1, 5)
             if bias is not None:
                 results.add_(bias)
-            place.copy_(results) if onto is None else place.add_(results)
+            target = out[item : item + items_per_chunk, first:last]
+            target = target.unflatten(2, (tile_columns, OUTPUT_TILE)).unflatten(1, (-1, OUTPUT_TILE))
+            target.copy_(results) if residual is None else target.add_(results)
     return out.permute(0, 3, 1, 2)
 
 
-def _squares(band: Tensor, edges: tuple[int, int]) -> Tensor:
-    """All 6x6 squares, 4 apart, of a band (samples, rows, columns, in), as (6, 6, samples, down, across, in).
+def _input_tiles(strip: Tensor, *, pad_above: bool, pad_below: bool) -> Tensor:
+    """All 6x6 tiles, 4 apart, of a strip (items, rows, columns, in), as (6, 6, items, tile rows, tile columns, in).
 
-    Zeros stand to its left and right, and where `edges` say so above and below.
+    The strip is padded by a zero column on either side, and by a zero row above and below as told.
     """
-    padded = torch.nn.functional.pad(band, (0, 0, 1, 1, *edges))
-    return padded.unfold(1, REACH, SIDE).unfold(2, REACH, SIDE).permute(4, 5, 0, 1, 2, 3)
+    padded = torch.nn.functional.pad(strip, (0, 0, 1, 1, int(pad_above), int(pad_below)))
+    return padded.unfold(1, INPUT_TILE, OUTPUT_TILE).unfold(2, INPUT_TILE, OUTPUT_TILE).permute(4, 5, 0, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""Networks: tensors in, tensors out. They know no files, prompts, steps or devices."""
+"""Networks: tensors in, tensors out. They are independent of pipelines, prompts, samplers and devices."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "PriorTransformer", "UNet2DConditionModel", "VQModel"]
 
-_HOMES = {"Model": "base", "PriorTransformer": "prior", "UNet2DConditionModel": "unet", "VQModel": "movq"}
+_MODULE_OF = {"Model": "base", "PriorTransformer": "prior", "UNet2DConditionModel": "unet", "VQModel": "movq"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,4 +1,4 @@
-"""The only attention: over tokens, with optional extra keys and values that were computed beforehand."""
+"""Multi-head attention over tokens, with optional additional keys and values that were computed before."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ from kandinsky22.models.layers import GroupNorm, SpatialNorm
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one attention layer, each of shape (batch, heads, tokens, head_dim)."""
+    """Keys and values of one attention layer.
+
+    Attributes:
+        key: Tensor (batch, heads, tokens, head_dim).
+        value: Tensor (batch, heads, tokens, head_dim).
+    """
 
     key: Tensor
     value: Tensor
 
     def followed_by(self, other: KeyValue) -> KeyValue:
-        """These tokens first, then those of `other`."""
+        """Return these tokens followed by those of `other`.
+
+        Args:
+            other: Keys and values of the same layer.
+        """
         return KeyValue(torch.cat([self.key, other.key], dim=2), torch.cat([self.value, other.value], dim=2))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q k' / sqrt(head_dim)) v (https://arxiv.org/abs/1706.03762).
+    """Multi-head self-attention, softmax(q kᵀ / √head_dim) v (https://arxiv.org/abs/1706.03762, equation 1).
 
-    With `context_dim` the layer can also turn context tokens into additional keys and values (`encode_context`), which
-    depend on nothing else and so are computed once for many calls.
+    Args:
+        channels: Width of the tokens.
+        head_dim: Channels per head.
+        context_dim: Width of context tokens, from which `encode_context` computes additional keys and values. They
+            depend on nothing else, therefore they are computed once for many calls. None for no context.
     """
 
     def __init__(self, channels: int, *, head_dim: int, context_dim: int | None = None) -> None:
@@ -46,32 +58,58 @@ class Attention(nn.Module):
         return tokens.view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def encode_context(self, context: Tensor) -> KeyValue:
-        """Additional keys and values from context tokens (batch, tokens, context_dim)."""
+        """Return additional keys and values.
+
+        Args:
+            context: Context tokens (batch, tokens, context_dim).
+        """
         return KeyValue(self._heads(self.add_k_proj(context)), self._heads(self.add_v_proj(context)))
 
     def key_value(self, tokens: Tensor) -> KeyValue:
-        """Keys and values of tokens (batch, tokens, channels) of the sequence itself."""
+        """Return keys and values of the sequence itself.
+
+        Args:
+            tokens: Tensor (batch, tokens, channels).
+        """
         return KeyValue(self._heads(self.to_k(tokens)), self._heads(self.to_v(tokens)))
 
     def attend(self, tokens: Tensor, kv: KeyValue, mask: Tensor | None = None) -> Tensor:
-        """The result for `tokens` (batch, tokens, channels) looking at `kv`, under an additive or boolean mask."""
+        """Return the output for tokens that attend to given keys and values, (batch, tokens, channels).
+
+        Args:
+            tokens: Tensor (batch, tokens, channels), the queries.
+            kv: Keys and values to attend to.
+            mask: Additive or boolean mask, broadcastable to (batch, heads, tokens, keys); None masks nothing.
+        """
         query = self._heads(self.to_q(tokens))
-        if mask is None and attention.suits(query, *kv):
+        if mask is None and attention.is_supported(query, *kv):
             out = attention.attention(query, *kv)
         else:
             out = F.scaled_dot_product_attention(query, kv.key, kv.value, attn_mask=mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def forward(self, tokens: Tensor, context: KeyValue | None = None, mask: Tensor | None = None) -> Tensor:
-        """Every token (batch, tokens, channels) looks at the context, if any, and at all tokens."""
+        """Return the output for tokens that attend to the context and to each other, (batch, tokens, channels).
+
+        Args:
+            tokens: Tensor (batch, tokens, channels).
+            context: Additional keys and values, before those of the tokens; None for none.
+            mask: Additive or boolean mask, broadcastable to (batch, heads, tokens, keys); None masks nothing.
+        """
         kv = self.key_value(tokens)
         return self.attend(tokens, kv if context is None else context.followed_by(kv), mask)
 
 
 class ImageAttention(Attention):
-    """Attention between all places of a feature map (batch, channels, height, width), normalised first, as a residual.
+    """Attention between all spatial positions of features, after a norm, with a residual connection.
 
-    `latent_channels` selects the latent-conditioned norm of MoVQ's decoder instead of a plain group norm.
+    Args:
+        channels: Channels of the features.
+        head_dim: Channels per head.
+        eps: Added to the variance in the norm.
+        groups: Groups of channels in the norm.
+        context_dim: Width of context tokens; None for no context.
+        latent_channels: Channels of the latents that modulate the norm of MoVQ's decoder; None for a plain group norm.
     """
 
     def __init__(
@@ -91,7 +129,13 @@ class ImageAttention(Attention):
             self.spatial_norm = SpatialNorm(channels, latent_channels)
 
     def forward(self, features: Tensor, context: KeyValue | None = None, latents: Tensor | None = None) -> Tensor:
-        """Features of the same shape; `latents` (batch, latent_channels, h, w) goes to the latent-conditioned norm."""
+        """Return features (batch, channels, H, W).
+
+        Args:
+            features: Tensor (batch, channels, H, W).
+            context: Additional keys and values; None for none.
+            latents: Tensor (batch, latent_channels, h, w); None for layers without `latent_channels`.
+        """
         normed = self.group_norm(features) if latents is None else self.spatial_norm(features, latents)
         tokens = normed.flatten(2).transpose(1, 2)
         out = super().forward(tokens, context)

@@ -1,101 +1,180 @@
-"""Building blocks of the UNet and MoVQ: residual block, resampling, norms, time embedding."""
+"""Building blocks of the UNet and MoVQ: norms, residual block, resampling, time embedding."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import group_norm
-from kandinsky22.kernels.conv import Conv2d, added, double
-from kandinsky22.kernels.group_norm import Table
+from kandinsky22.kernels.conv import Conv2d, conv_add, upsample2x
+from kandinsky22.kernels.group_norm import ScaleShift
 from kandinsky22.kernels.linear import Linear
-from kandinsky22.models.movq_tiling import Rows, measured
+from kandinsky22.models.movq_tiling import RowSource, row_statistics
+
+
+class Modulation(NamedTuple):
+    """Scale and shift that follow a norm: norm(features) * scale + shift.
+
+    Attributes:
+        scale: Tensor (batch, channels, h, w), upsampled to the size of the features by nearest neighbour.
+        shift: Tensor of the same shape.
+    """
+
+    scale: Tensor
+    shift: Tensor
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (https://arxiv.org/abs/1803.08494) that takes, and ignores, the decoder's latents."""
+    """Group normalisation (https://arxiv.org/abs/1803.08494), with an optional modulation and SiLU after it."""
 
     def forward(
         self,
-        features: Tensor | Rows,
+        features: Tensor,
         latents: Tensor | None = None,
         *,
-        modulation: Sequence[Tensor] | None = None,
-        activated: bool = False,
-        spent: bool = False,
-    ) -> Any:
-        """Normalised features of the same shape, times the first of `modulation` plus the second, then through silu if
-        they are to be `activated`. The memory of `spent` features may be used for them. Of `Rows`, their table."""
-        return _normalised(super().forward, self, features, modulation, activated, spent)
+        modulation: Modulation | None = None,
+        silu: bool = False,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Return normalised features (batch, channels, H, W).
+
+        Args:
+            features: Tensor (batch, channels, H, W).
+            latents: Ignored; this norm and `SpatialNorm` are called alike.
+            modulation: Scale and shift to apply after the norm; None applies none.
+            silu: Whether SiLU follows.
+            inplace: Whether `features` may be overwritten.
+        """
+        if group_norm.is_supported(features):
+            return _fused_norm(self, features, modulation, silu=silu, inplace=inplace)
+        return _modulate(super().forward(features), modulation, silu=silu)
+
+    def scale_shift(self, rows: RowSource, latents: Tensor | None = None) -> ScaleShift:
+        """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
+
+        Args:
+            rows: Source of the features.
+            latents: Ignored.
+        """
+        return _scale_shift(self, rows, None)
 
 
 class SpatialNorm(nn.Module):
-    """MoVQ's modulated norm: norm(f) * y(z) + b(z), where z are the latents, one for each place
-    (https://arxiv.org/abs/2209.09002, equation 4).
+    """MoVQ's modulated norm: norm(f) * y(z) + b(z), with z the latents (https://arxiv.org/abs/2209.09002, equation 4).
 
-    The two 1x1 convolutions commute with nearest-neighbour upsampling, so they run at the size of the latents.
+    The two 1x1 convolutions y and b commute with nearest-neighbour upsampling, therefore they run at latent size.
     """
+
+    reads_child_weights = True  # offloading moves them together, quantization leaves them alone
 
     def __init__(self, channels: int, latent_channels: int) -> None:
         super().__init__()
-        # 32 groups whatever the config says about other norms: so it is in the published network
+        # 32 groups whatever the config says about other norms, as in the published network
         self.norm_layer = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_y = nn.Conv2d(latent_channels, channels, 1)
         self.conv_b = nn.Conv2d(latent_channels, channels, 1)
 
-    def forward(
-        self, features: Tensor | Rows, latents: Tensor | None = None, *, activated: bool = False, spent: bool = False
-    ) -> Any:
-        """Features (batch, channels, H, W) of the same shape, modulated by latents (batch, latent_channels, h, w).
+    def forward(self, features: Tensor, latents: Tensor, *, silu: bool = False, inplace: bool = False) -> Tensor:
+        """Return normalised and modulated features (batch, channels, H, W).
 
-        The rest is as in GroupNorm.
+        Args:
+            features: Tensor (batch, channels, H, W).
+            latents: Tensor (batch, latent_channels, h, w); H is a multiple of h, W of w.
+            silu: Whether SiLU follows.
+            inplace: Whether `features` may be overwritten.
         """
-        assert latents is not None
-        modulation = self.conv_y(latents), self.conv_b(latents)
-        return _normalised(self.norm_layer, self.norm_layer, features, modulation, activated, spent)
+        modulation = Modulation(self.conv_y(latents), self.conv_b(latents))
+        if group_norm.is_supported(features):
+            return _fused_norm(self.norm_layer, features, modulation, silu=silu, inplace=inplace)
+        return _modulate(self.norm_layer(features), modulation, silu=silu)
+
+    def scale_shift(self, rows: RowSource, latents: Tensor) -> ScaleShift:
+        """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
+
+        Args:
+            rows: Source of the features.
+            latents: Tensor (batch, latent_channels, h, w).
+        """
+        return _scale_shift(self.norm_layer, rows, Modulation(self.conv_y(latents), self.conv_b(latents)))
 
 
-def _normalised(
-    plain: Callable[[Tensor], Tensor],
-    norm: nn.GroupNorm,
-    features: Tensor | Rows,
-    modulation: Sequence[Tensor] | None,
-    activated: bool,
-    spent: bool,
-) -> Tensor | Table:
-    """silu(norm(features) * scale + shift), as far as wanted, by scale and shift of the same or of a smaller size."""
-    if not isinstance(features, Tensor) or group_norm.suits(features):
-        scale, shift = (part[None, :, None, None].float() for part in (norm.weight, norm.bias))
-        if modulation is not None:
-            scale, shift = modulation[0] * scale, torch.addcmul(modulation[1].float(), modulation[0].float(), shift)
-        if not isinstance(features, Tensor):
-            return Table(measured(features, norm.num_groups, norm.eps), scale, shift)
-        how = {"activated": activated, "spent": spent}
-        return group_norm.group_norm(features, norm.num_groups, norm.eps, scale, shift, **how)
-    out = plain(features)
+def _fused_norm(
+    norm: nn.GroupNorm, features: Tensor, modulation: Modulation | None, *, silu: bool, inplace: bool
+) -> Tensor:
+    affine = _affine(norm, modulation)
+    return group_norm.group_norm(
+        features, norm.num_groups, norm.eps, affine.scale, affine.shift, silu=silu, inplace=inplace
+    )
+
+
+def _scale_shift(norm: nn.GroupNorm, rows: RowSource, modulation: Modulation | None) -> ScaleShift:
+    affine = _affine(norm, modulation)
+    return ScaleShift(row_statistics(rows, norm.num_groups, norm.eps), affine.scale, affine.shift)
+
+
+def _affine(norm: nn.GroupNorm, modulation: Modulation | None) -> Modulation:
+    """Weight and bias of a norm and the modulation after it as one modulation, in float32."""
+    scale, shift = (part[None, :, None, None].float() for part in (norm.weight, norm.bias))
+    if modulation is None:
+        return Modulation(scale, shift)
+    return Modulation(
+        modulation.scale * scale, torch.addcmul(modulation.shift.float(), modulation.scale.float(), shift)
+    )
+
+
+def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool) -> Tensor:
+    """silu(normed * scale + shift) by torch's operations; `normed` may be overwritten where no gradient is needed."""
     if modulation is not None:
-        size = features.shape[-2:]
-        spread = modulation[0].shape[-2:] not in (size, (1, 1))
-        scale, shift = (F.interpolate(p, size, mode="nearest") for p in modulation) if spread else modulation
-        out = torch.addcmul(shift, out, scale)
-    return F.silu(out, inplace=not torch.is_grad_enabled()) if activated else out
+        height, width = normed.shape[-2:]
+        rows, columns = modulation.scale.shape[-2:]
+        if (rows, columns) in ((height, width), (1, 1)):
+            normed = torch.addcmul(modulation.shift, normed, modulation.scale)
+        elif normed.device.type == "cpu" or height % rows or width % columns:
+            scale, shift = (F.interpolate(part, (height, width), mode="nearest") for part in modulation)
+            normed = torch.addcmul(shift, normed, scale)
+        else:
+            normed = _modulate_tiles(normed, modulation)
+    return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
 
 
-def halve(features: Tensor) -> Tensor:
-    """The mean of each 2x2 square."""
+def _modulate_tiles(normed: Tensor, modulation: Modulation) -> Tensor:
+    """normed * scale + shift, with each element of scale and shift broadcast over a tile of the features.
+
+    GPUs are limited by memory traffic here: scale and shift are not expanded to the size of the features.
+    """
+    rows, columns = modulation.scale.shape[-2:]
+    tiles = normed.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    scale, shift = (part[:, :, :, None, :, None] for part in modulation)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or normed.dtype != scale.dtype:
+        return torch.addcmul(shift, tiles, scale).reshape(normed.shape)
+    torch.addcmul(shift, tiles, scale, out=tiles)
+    return normed
+
+
+def downsample2x(features: Tensor) -> Tensor:
+    """Return features (batch, channels, H / 2, W / 2): the mean of each 2x2 square.
+
+    Args:
+        features: Tensor (batch, channels, H, W).
+    """
     return F.avg_pool2d(features, 2)
 
 
 class ResidualBlock(nn.Module):
-    """norm, silu, conv, norm, silu, conv, added to a shortcut; the one residual block of the UNet and of MoVQ.
+    """Norm, SiLU, convolution, twice, added to a shortcut: the residual block of both the UNet and MoVQ.
 
-    `time_dim` adds a scale and shift from the time embedding after the second norm; `latent_channels` takes the norms
-    of MoVQ's decoder; `resample` ("up" or "down") changes the size by two between the first norm and convolution.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output. A 1x1 convolution is on the shortcut if the two differ.
+        eps: Added to the variance in the norms.
+        groups: Groups of channels in the norms.
+        time_dim: Width of the time embedding, whose projection scales and shifts after the second norm; None for none.
+        latent_channels: Channels of the latents that modulate the norms of MoVQ's decoder; None for plain group norms.
+        resample: "up" or "down" changes the size by two between the first norm and its convolution; None keeps it.
     """
 
     def __init__(
@@ -125,38 +204,52 @@ class ResidualBlock(nn.Module):
         self.resample = resample
 
     def forward(
-        self, features: Tensor, time: Tensor | None = None, latents: Tensor | None = None, *, spent: bool = False
+        self, features: Tensor, time: Tensor | None = None, latents: Tensor | None = None, *, inplace: bool = False
     ) -> Tensor:
-        """Features (batch, out_channels, H', W') from (batch, in_channels, H, W).
+        """Return features (batch, out_channels, H', W').
 
-        `time` is the *activated* time embedding (batch or 1, time_dim): silu(embedding) is the same for every block,
-        so whoever owns the blocks computes it once. The memory of `spent` features may be used.
+        Args:
+            features: Tensor (batch, in_channels, H, W).
+            time: *Activated* time embedding (batch or 1, time_dim): silu(embedding) is the same for every block, so
+                the network computes it once. None for blocks without `time_dim`.
+            latents: Tensor (batch, latent_channels, h, w). None for blocks without `latent_channels`.
+            inplace: Whether `features` may be overwritten.
         """
-        # what is compiled changes nothing that it is given
-        spent = spent and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        shortcut = features if self.resample is None else {"up": double, "down": halve}[self.resample](features)
+        # compiled code never overwrites its inputs
+        inplace = inplace and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        shortcut = features
+        if self.resample is not None:
+            shortcut = upsample2x(features) if self.resample == "up" else downsample2x(features)
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
-        own = shortcut is not features
-        hidden = self.norm1(features, latents, activated=True, spent=spent and own)
+        is_new = shortcut is not features
+        hidden = self.norm1(features, latents, silu=True, inplace=inplace and is_new)
         if self.resample == "down":
-            hidden = halve(hidden)
-        hidden = self.conv1(hidden, doubled=self.resample == "up")
+            hidden = downsample2x(hidden)
+        hidden = self.conv1(hidden, upsample=self.resample == "up")
         if self.time_emb_proj is None:
-            hidden = self.norm2(hidden, latents, activated=True, spent=True)
+            hidden = self.norm2(hidden, latents, silu=True, inplace=True)
         else:
             scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
-            hidden = self.norm2(hidden, modulation=(1 + scale, shift), activated=True, spent=True)
-        if own or spent:
-            return added(self.conv2, hidden, shortcut)
+            hidden = self.norm2(hidden, modulation=Modulation(1 + scale, shift), silu=True, inplace=True)
+        if is_new or inplace:
+            return conv_add(self.conv2, hidden, shortcut)
         hidden = self.conv2(hidden)
         return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
 
 def sinusoidal_embedding(timestep: Tensor | float, dim: int, device: torch.device) -> Tensor:
-    """Timesteps as [cos, sin] of `dim` / 2 frequencies from 1 down to 1/10000 (https://arxiv.org/abs/1706.03762, 3.5).
+    """Return timesteps as [cos, sin] of `dim` / 2 frequencies from 1 down to 1/10000.
 
-    Returns float32 of shape (1, dim) for a single timestep, (batch, dim) for one timestep per sample.
+    Source: https://arxiv.org/abs/1706.03762, section 3.5.
+
+    Args:
+        timestep: One timestep, or a tensor (batch,) with one per batch item.
+        dim: Width of the embedding, even.
+        device: Device of the result.
+
+    Returns:
+        Float32 tensor (1, dim) for a single timestep, (batch, dim) for one per batch item.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
@@ -165,7 +258,9 @@ def sinusoidal_embedding(timestep: Tensor | float, dim: int, device: torch.devic
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep through two linear layers with a silu between them."""
+    """Sinusoids of the timestep through two linear layers with SiLU between them."""
+
+    reads_child_weights = True  # offloading moves them together, quantization leaves them alone
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -174,7 +269,11 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = Linear(out_dim, out_dim)
 
     def forward(self, timestep: Tensor | float) -> Tensor:
-        """(1, out_dim) for a single timestep, (batch, out_dim) for one per sample."""
+        """Return embeddings (1, out_dim) for a single timestep, (batch, out_dim) for one per batch item.
+
+        Args:
+            timestep: One timestep from 0 to 999, or a tensor (batch,).
+        """
         weight = self.linear_1.weight
-        waves = sinusoidal_embedding(timestep, self.in_dim, weight.device).to(weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
+        sinusoids = sinusoidal_embedding(timestep, self.in_dim, weight.device).to(weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))

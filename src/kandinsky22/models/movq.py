@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.config import Config
-from kandinsky22.errors import ConfigError
+from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.models import movq_tiling
@@ -22,20 +21,28 @@ from kandinsky22.models.base import Model
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
 from kandinsky22.outputs import Output
 
-Layer = Callable[..., Tensor]  # takes features and, by name, latents
-EPS = 1e-6  # of every norm of the published network
+EPS = 1e-6  # added to the variance in every norm of the published network
 
 
 @dataclass
 class VQEncoderOutput(Output):
-    """What `encode` returns: latents (batch, vq_embed_dim, H / f, W / f), not quantized."""
+    """Result of `VQModel.encode`.
+
+    Attributes:
+        latents: Tensor (batch, vq_embed_dim, H / f, W / f), not quantized.
+    """
 
     latents: Tensor
 
 
 @dataclass
 class DecoderOutput(Output):
-    """What `decode` returns: pictures (batch, out_channels, H, W), about [-1, 1], and the quantizer's loss."""
+    """Result of `VQModel.decode`.
+
+    Attributes:
+        sample: Images (batch, out_channels, H, W), about in [-1, 1].
+        commit_loss: Loss of the quantizer; zeros (batch,) if the latents were not quantized.
+    """
 
     sample: Tensor
     commit_loss: Tensor | None = None
@@ -43,7 +50,23 @@ class DecoderOutput(Output):
 
 @dataclass(frozen=True)
 class VQModelConfig(Config):
-    """Constructor arguments of VQModel; the defaults are those of the published Kandinsky 2.2 autoencoder."""
+    """Constructor arguments of `VQModel`; the defaults are those of the published Kandinsky 2.2 autoencoder.
+
+    Attributes:
+        in_channels: Channels of the images to encode.
+        out_channels: Channels of the decoded images.
+        down_block_types: Type of each stage of the encoder, with ("AttnDownEncoderBlock2D") or without attention.
+        up_block_types: Type of each stage of the decoder, with ("AttnUpDecoderBlock2D") or without attention.
+        block_out_channels: Channels per resolution level, from full size to latent size.
+        layers_per_block: Residual blocks per stage of the encoder; the decoder has one more.
+        latent_channels: Channels of the latents before quantization.
+        sample_size: Side of the images that the network was trained on.
+        num_vq_embeddings: Number of codes in the codebook.
+        norm_num_groups: Groups of channels in the encoder's norms.
+        vq_embed_dim: Width of a code; None for `latent_channels`.
+        scaling_factor: Stored for compatibility; Kandinsky 2.2 does not scale its latents.
+        norm_type: "spatial": the decoder's norms are modulated by the latents.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -59,7 +82,7 @@ class VQModelConfig(Config):
     scaling_factor: float = 0.18215
     norm_type: str = "spatial"
 
-    only: ClassVar[dict[str, tuple[Any, ...]]] = {
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "act_fn": ("silu",),
         "mid_block_add_attention": (True,),
         "lookup_from_codebook": (False,),
@@ -68,30 +91,33 @@ class VQModelConfig(Config):
 
     def __post_init__(self) -> None:
         if self.norm_type != "spatial":
-            raise ConfigError(
-                f"VQModel: norm_type={self.norm_type!r} is not part of Kandinsky 2.2; accepted: 'spatial'"
-            )
+            raise invalid("VQModel: norm_type", self.norm_type, "'spatial'", error=ConfigError)
         for name, kinds in (
             ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
             ("up_block_types", ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
         ):
             types = getattr(self, name)
-            if unknown := [kind for kind in types if kind not in kinds]:
-                raise ConfigError(f"VQModel: {name} has {unknown[0]!r}; accepted: {' or '.join(kinds)}")
+            for index, kind in enumerate(types):
+                if kind not in kinds:
+                    raise invalid(f"VQModel: {name}[{index}]", kind, " or ".join(map(repr, kinds)), error=ConfigError)
             if len(types) != len(self.block_out_channels):
-                raise ConfigError(
-                    f"VQModel: {name} has {len(types)} entries, block_out_channels has {len(self.block_out_channels)}; "
-                    "give one of each per level"
+                expected = f"{len(self.block_out_channels)}, one per entry of block_out_channels"
+                raise invalid(f"VQModel: len({name})", len(types), expected, error=ConfigError)
+        for index, width in enumerate(self.block_out_channels):
+            if width % 32 or width % self.norm_num_groups:
+                expected = (
+                    f"a multiple of 32 (the groups of the spatial norm) and of norm_num_groups={self.norm_num_groups}"
                 )
-        if bad := [width for width in self.block_out_channels if width % 32 or width % self.norm_num_groups]:
-            raise ConfigError(
-                f"VQModel: block_out_channels has {bad[0]}, which must be a multiple of 32 (the groups of the spatial "
-                f"norm) and of norm_num_groups={self.norm_num_groups}"
-            )
+                raise invalid(f"VQModel: block_out_channels[{index}]", width, expected, error=ConfigError)
 
 
 class VQModel(Model):
-    """Pictures (batch, 3, H, W) in [-1, 1] to latents (batch, 4, H / f, W / f) and back; f is `downscale_factor`."""
+    """Images (batch, 3, H, W) in [-1, 1] to latents (batch, 4, H / f, W / f) and back; f is `downscale_factor`.
+
+    Attributes:
+        use_tiling: Whether images are encoded and decoded one band of rows at a time (`enable_tiling`).
+        use_slicing: Whether the items of a batch are encoded and decoded one at a time (`enable_slicing`).
+    """
 
     config_class = VQModelConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
@@ -115,58 +141,91 @@ class VQModel(Model):
         return int(2 ** (len(self.config.block_out_channels) - 1))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
-        """Latents, before quantization, of pictures (batch, in_channels, H, W) in [-1, 1]."""
-        x = x.contiguous()  # rounding is not to depend on how pictures lie in memory
-        with host_memory.kept():
-            latents = torch.cat([self.quant_conv(self._encoded(part)) for part in self._parts(x)]).contiguous()
+        """Return the latents of images, before quantization.
+
+        Args:
+            x: Images (batch, in_channels, H, W) in [-1, 1]; both sides are multiples of `downscale_factor`.
+            return_dict: Whether to return a `VQEncoderOutput` instead of a tuple.
+
+        Returns:
+            Latents (batch, vq_embed_dim, H / f, W / f).
+        """
+        x = x.contiguous()  # rounding must not depend on the memory layout of the images
+        with host_memory.reuse_buffers():
+            latents = torch.cat([self.quant_conv(self._encode(part)) for part in self._slices(x)]).contiguous()
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
     def decode(
         self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Pictures from latents (batch, vq_embed_dim, h, w), snapped to the codebook unless `force_not_quantize`."""
+        """Return the images of latents.
+
+        Args:
+            h: Latents (batch, vq_embed_dim, h, w).
+            force_not_quantize: Whether to decode the latents as they are. False snaps them to the codebook first.
+            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
+
+        Returns:
+            Images (batch, out_channels, f h, f w), about in [-1, 1], and the quantizer's loss.
+        """
         if force_not_quantize:
             codes, loss = h, h.new_zeros(h.shape[0])
         else:
             codes, loss = self.quantize(h)
-        with host_memory.kept():
-            sample = torch.cat([self._decoded(self.post_quant_conv(part), part) for part in self._parts(codes)])
+        with host_memory.reuse_buffers():
+            sample = torch.cat([self._decode(self.post_quant_conv(part), part) for part in self._slices(codes)])
             sample = sample.contiguous()
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Encode and decode a band of rows at a time, for large pictures: in a fraction of the memory.
+        """Encode and decode one band of rows at a time: large images take a fraction of the memory.
 
-        Norms still see the whole picture, so the result is the same up to rounding (`movq_tiling.py`). Decoding takes about
-        a quarter longer, the price of what is computed again. Without effect where gradients are wanted.
+        Norms still use the entire image, therefore the result is the same up to rounding (`movq_tiling.py`). Decoding
+        takes about a quarter longer, because some features are computed twice. Without effect where gradients are
+        needed.
+
+        Args:
+            use_tiling: False disables tiling.
         """
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
-        """Encode and decode whole pictures again."""
+        """Encode and decode all rows at once again."""
         self.use_tiling = False
 
     def enable_slicing(self, use_slicing: bool = True) -> None:
-        """Encode and decode the pictures of a batch one after the other: in the memory of one."""
+        """Encode and decode the items of a batch one at a time, in the memory that one takes.
+
+        Args:
+            use_slicing: False disables slicing.
+        """
         self.use_slicing = use_slicing
 
     def disable_slicing(self) -> None:
-        """Encode and decode batches as one again."""
+        """Encode and decode batches at once again."""
         self.use_slicing = False
 
-    def _parts(self, batch: Tensor) -> Sequence[Tensor]:
+    def _slices(self, batch: Tensor) -> Sequence[Tensor]:
         return batch.split(1) if self.use_slicing else [batch]
 
-    def _encoded(self, sample: Tensor) -> Tensor:
-        tiled = self.use_tiling and not torch.is_grad_enabled()
-        return movq_tiling.encode(self.encoder, sample) if tiled else self.encoder(sample)
+    def _encode(self, sample: Tensor) -> Tensor:
+        is_tiled = self.use_tiling and not torch.is_grad_enabled()
+        return movq_tiling.encode(self.encoder, sample) if is_tiled else self.encoder(sample)
 
-    def _decoded(self, features: Tensor, latents: Tensor) -> Tensor:
-        tiled = self.use_tiling and not torch.is_grad_enabled()
-        return movq_tiling.decode(self.decoder, features, latents) if tiled else self.decoder(features, latents)
+    def _decode(self, features: Tensor, latents: Tensor) -> Tensor:
+        is_tiled = self.use_tiling and not torch.is_grad_enabled()
+        return movq_tiling.decode(self.decoder, features, latents) if is_tiled else self.decoder(features, latents)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Encode, quantize and decode pictures (batch, in_channels, H, W) in [-1, 1]."""
+        """Encode, quantize and decode images.
+
+        Args:
+            sample: Images (batch, in_channels, H, W) in [-1, 1].
+            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
+
+        Returns:
+            Images (batch, out_channels, H, W), about in [-1, 1], and the quantizer's loss.
+        """
         return self.decode(cast(VQEncoderOutput, self.encode(sample)).latents, return_dict=return_dict)
 
 
@@ -174,31 +233,41 @@ class VectorQuantizer(nn.Module):
     """The nearest entry of a codebook, with a straight-through gradient (https://arxiv.org/abs/1711.00937)."""
 
     commitment = 0.25
+    reads_child_weights = True  # offloading moves them together, quantization leaves them alone
 
     def __init__(self, entries: int, dim: int) -> None:
         super().__init__()
         weight = torch.empty(entries, dim)
-        # drawing start values on the meta device would import torch's compiler: seconds, for nothing
+        # initialising on the meta device would import torch's compiler, which takes seconds
         self.embedding = nn.Embedding(entries, dim, _weight=weight if weight.is_meta else None)
         if not self.embedding.weight.is_meta:
             nn.init.uniform_(self.embedding.weight, -1 / entries, 1 / entries)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantized latents (batch, dim, h, w) and the scalar loss that draws codes and latents together.
+        """Return quantized latents (batch, dim, h, w) and the scalar loss that draws codes and latents together.
 
-        The commitment factor stands at the codebook's term, as in the published training.
+        The loss is the last two terms of equation 3, except that the commitment factor is at the codebook's term, as in
+        the published training.
+
+        Args:
+            latents: Tensor (batch, dim, h, w).
         """
-        places = latents.movedim(1, -1)
-        nearest = torch.cdist(places.flatten(0, -2), self.embedding.weight).argmin(dim=1)
-        codes = self.embedding(nearest).view(places.shape).movedim(-1, 1)
+        vectors = latents.movedim(1, -1)
+        nearest = torch.cdist(vectors.flatten(0, -2), self.embedding.weight).argmin(dim=1)
+        codes = self.embedding(nearest).view(vectors.shape).movedim(-1, 1)
         loss = F.mse_loss(latents, codes.detach()) + self.commitment * F.mse_loss(codes, latents.detach())
         return latents + (codes - latents).detach(), loss
 
 
-class Level(nn.Module):
-    """Blocks at one size, the first of them followed by attention, then a change of size unless it is the last level.
+class MoVQStage(nn.Module):
+    """Residual blocks at one resolution level, the first of them followed by attention, then a change of size.
 
-    `channels` lists the width before and after each block; `attentions` counts the blocks with attention.
+    Args:
+        channels: Channels before the first block and after each block.
+        attentions: Number of blocks that are followed by attention.
+        groups: Groups of channels in the norms.
+        latent_channels: Channels of the latents that modulate the norms; None for plain group norms.
+        resample: "down" or "up" changes the size by two at the end; None keeps it.
     """
 
     def __init__(
@@ -221,82 +290,112 @@ class Level(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(width)])
         elif resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(width)])
-        self.resample = {None: None, "down": "downsamplers", "up": "upsamplers"}[resample]
+        self.resampler = {None: None, "down": "downsamplers", "up": "upsamplers"}[resample]
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Yield residual blocks, attention layers and the resampler in the order of their use."""
+        for index, block in enumerate(self.resnets):
+            yield block
+            if index < len(self.attentions):
+                yield self.attentions[index]
+        if self.resampler is not None:
+            yield getattr(self, self.resampler)[0]
 
     def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
-        """Features (batch, channels, H, W) at the next level's size."""
-        return through(self.layers(spent=False), features, latents)
+        """Return features (batch, channels, H', W') at the size of the next stage.
 
-    def layers(self, *, spent: bool) -> Iterator[Layer]:
-        """What features and latents go through, one layer after the other. The memory of features that a layer made is
-        used again, if nobody else gets to see them, and that of the first ones if they are `spent`."""
-        for index, block in enumerate(self.resnets):
-            yield functools.partial(block, spent=spent)
-            last: nn.Module = block
-            if index < len(self.attentions):
-                last = self.attentions[index]
-                yield last
-            spent = not last._forward_hooks
-        if self.resample is not None:
-            yield lambda features, latents: getattr(self, cast(str, self.resample))[0](features)
+        Args:
+            features: Tensor (batch, channels, H, W).
+            latents: Tensor (batch, latent_channels, h, w); None for stages without `latent_channels`.
+        """
+        return run_layers(self.layers(), features, latents, inplace=False)
 
 
-def through(layers: Iterable[Layer], features: Tensor, latents: Tensor | None) -> Tensor:
-    """What layers, one after the other, make of features."""
+def run_layers(layers: Iterable[nn.Module], features: Tensor, latents: Tensor | None, *, inplace: bool) -> Tensor:
+    """Run layers one after the other.
+
+    A residual block may overwrite its input if the layer before it returned a new tensor that no forward hook received.
+
+    Args:
+        layers: Blocks, attention layers, resamplers and stages.
+        features: Tensor (batch, channels, H, W).
+        latents: Tensor (batch, latent_channels, h, w) for the decoder's norms; None in the encoder.
+        inplace: Whether the first layer may overwrite `features`.
+
+    Returns:
+        Output of the last layer.
+    """
     for layer in layers:
-        features = layer(features, latents=latents)
+        options = {"inplace": inplace} if isinstance(layer, ResidualBlock) else {}
+        features = layer(features, latents=latents, **options)
+        inplace = not (isinstance(layer, MoVQStage) or layer._forward_hooks)
     return features
 
 
-def all_layers(first: nn.Module, levels: Iterable[nn.Module]) -> Iterator[Layer]:
-    """The layers of levels, after what comes first: a level that was called would keep what it is given in memory.
+def stage_layers(stages: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the layers of stages. A stage with hooks, a replaced forward or a compiled form is yielded itself.
 
-    One that is not quite ours, or that somebody watches, is called all the same.
+    Calling a stage would keep its input in memory until its last layer has run, because the call holds its arguments.
+
+    Args:
+        stages: Stages in the order of their use.
     """
-    spent = not first._forward_hooks
-    for level in levels:
-        own = type(level) is Level and "forward" not in level.__dict__ and level._compiled_call_impl is None
-        if own and not (level._forward_hooks or level._forward_pre_hooks):
-            yield from cast(Level, level).layers(spent=spent)
-            spent = True
+    for stage in stages:
+        is_unmodified = (
+            type(stage) is MoVQStage
+            and "forward" not in stage.__dict__
+            and stage._compiled_call_impl is None
+            and not (stage._forward_hooks or stage._forward_pre_hooks)
+        )
+        if is_unmodified:
+            yield from cast(MoVQStage, stage).layers()
         else:
-            yield level
-            spent = False
+            yield stage
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution that looks one pixel beyond the lower right edge only."""
+    """Half the size by a strided convolution that reads one pixel beyond the lower right edge only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, channels, H / 2, W / 2)."""
+    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Return features (batch, channels, H / 2, W / 2).
+
+        Args:
+            features: Tensor (batch, channels, H, W).
+            latents: Ignored; all layers of a stage are called alike.
+        """
         return self.conv(F.pad(features, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Twice the size by repetition, then a convolution."""
+    """Twice the size by nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(batch, channels, 2 H, 2 W)."""
-        return self.conv(features, doubled=True)
+    def forward(self, features: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Return features (batch, channels, 2 H, 2 W).
+
+        Args:
+            features: Tensor (batch, channels, H, W).
+            latents: Ignored; all layers of a stage are called alike.
+        """
+        return self.conv(features, upsample=True)
 
 
 class Encoder(nn.Module):
-    """Pictures to features of the latents' size."""
+    """Images to features at latent size."""
 
     def __init__(self, cfg: VQModelConfig) -> None:
         super().__init__()
         widths, groups = cfg.block_out_channels, cfg.norm_num_groups
         self.conv_in = Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(
+            MoVQStage(
                 [before] + [width] * cfg.layers_per_block,
                 attentions=cfg.layers_per_block if kind.startswith("Attn") else 0,
                 groups=groups,
@@ -306,33 +405,35 @@ class Encoder(nn.Module):
                 zip(cfg.down_block_types, (widths[0], *widths), widths, strict=False)
             )
         )
-        self.mid_block = Level([widths[-1]] * 3, attentions=1, groups=groups)
+        self.mid_block = MoVQStage([widths[-1]] * 3, attentions=1, groups=groups)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = Conv2d(widths[-1], cfg.latent_channels, 3, padding=1)
 
     def forward(self, sample: Tensor) -> Tensor:
-        """(batch, latent_channels, H / f, W / f) from (batch, in_channels, H, W)."""
-        layers = all_layers(self.conv_in, (*self.down_blocks, self.mid_block))
-        features = through(layers, self.conv_in(sample), None)
-        return self.conv_out(self.conv_norm_out(features, activated=True, spent=True))
+        """Return features (batch, latent_channels, H / f, W / f).
+
+        Args:
+            sample: Images (batch, in_channels, H, W) in [-1, 1].
+        """
+        layers = stage_layers((*self.down_blocks, self.mid_block))
+        features = run_layers(layers, self.conv_in(sample), None, inplace=not self.conv_in._forward_hooks)
+        return self.conv_out(self.conv_norm_out(features, silu=True, inplace=True))
 
 
 class Decoder(nn.Module):
-    """Features of the latents' size to pictures; every norm also sees the latents themselves."""
+    """Features at latent size to images; every norm is modulated by the latents."""
 
     def __init__(self, cfg: VQModelConfig, code_dim: int) -> None:
         super().__init__()
         widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
-        # the reference takes the width of its norm's input from latent_channels, so both must agree
+        # the reference takes the channels of its norms' input from latent_channels, so the two must agree
         if code_dim != cfg.latent_channels:
-            raise ConfigError(
-                f"VQModel: vq_embed_dim={code_dim} differs from latent_channels={cfg.latent_channels}; "
-                "the decoder's norms need them equal"
-            )
+            expected = f"latent_channels={cfg.latent_channels}, for which the decoder's norms are built, or None"
+            raise invalid("VQModel: vq_embed_dim", code_dim, expected, error=ConfigError)
         self.conv_in = Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = Level([widths[0]] * 3, attentions=1, groups=groups, latent_channels=code_dim)
+        self.mid_block = MoVQStage([widths[0]] * 3, attentions=1, groups=groups, latent_channels=code_dim)
         self.up_blocks = nn.ModuleList(
-            Level(
+            MoVQStage(
                 [before] + [width] * (cfg.layers_per_block + 1),
                 attentions=cfg.layers_per_block + 1 if kind.startswith("Attn") else 0,
                 groups=groups,
@@ -347,8 +448,14 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], cfg.out_channels, 3, padding=1)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
-        """(batch, out_channels, H, W) from (batch, latent_channels, H / f, W / f) and latents of that size."""
-        latents = latents.contiguous(memory_format=torch.channels_last)  # the norms' tables of places come like that
-        layers = all_layers(self.conv_in, (self.mid_block, *self.up_blocks))
-        features = through(layers, self.conv_in(features), latents)
-        return self.conv_out(self.conv_norm_out(features, latents, activated=True, spent=True))
+        """Return images (batch, out_channels, H, W).
+
+        Args:
+            features: Tensor (batch, latent_channels, H / f, W / f).
+            latents: Tensor (batch, vq_embed_dim, H / f, W / f).
+        """
+        if latents.device.type == "cpu":
+            latents = latents.contiguous(memory_format=torch.channels_last)  # the layout of ScaleShift
+        layers = stage_layers((self.mid_block, *self.up_blocks))
+        features = run_layers(layers, self.conv_in(features), latents, inplace=not self.conv_in._forward_hooks)
+        return self.conv_out(self.conv_norm_out(features, latents, silu=True, inplace=True))

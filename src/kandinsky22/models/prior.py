@@ -1,9 +1,9 @@
 """The prior: a causal transformer that denoises a CLIP image embedding, given a text (https://arxiv.org/abs/2204.06125).
 
 The sequence is the text tokens, the text embedding, the timestep, the noisy image embedding and a learned query, whose
-output is the prediction. Attention is causal, so no token depends on those after it: keys and values of the text are
-computed once (`encode_condition`), those of the timesteps for many steps in one go, and a step (`denoise`) itself runs
-two tokens.
+output is the prediction. Attention is causal, therefore no token depends on those after it. Keys and values of the text
+are computed once (`encode_condition`), those of the timesteps for many steps at once, and a step (`denoise`) itself
+runs two tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.config import Config
-from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.errors import ConfigError, invalid
+from kandinsky22.kernels import settings
 from kandinsky22.kernels.linear import Linear
 from kandinsky22.models.attention import Attention, KeyValue
 from kandinsky22.models.base import Model
@@ -25,13 +26,22 @@ from kandinsky22.models.layers import TimeEmbedding
 from kandinsky22.outputs import Output
 
 STEP_TOKENS = 3  # timestep, noisy image embedding, query
-AHEAD = 32  # timesteps whose keys and values are computed together
+TIMESTEPS_PER_BATCH = 32  # timesteps whose keys and values are computed together
 MASKED = -10000.0  # added to the attention scores of padding, as in training; exactly 0 after the softmax
 
 
 @dataclass(frozen=True)
 class PriorTransformerConfig(Config):
-    """Constructor arguments of PriorTransformer; the defaults are those of the published Kandinsky 2.2 prior."""
+    """Constructor arguments of `PriorTransformer`; the defaults are those of the published Kandinsky 2.2 prior.
+
+    Attributes:
+        num_attention_heads: Heads of each attention layer.
+        attention_head_dim: Channels per head; the transformer is num_attention_heads x attention_head_dim wide.
+        num_layers: Number of transformer blocks.
+        embedding_dim: Width of CLIP's embeddings and text states.
+        num_embeddings: Text tokens.
+        additional_embeddings: Other tokens: text embedding, timestep, image embedding and query.
+    """
 
     num_attention_heads: int = 32
     attention_head_dim: int = 64
@@ -40,7 +50,7 @@ class PriorTransformerConfig(Config):
     num_embeddings: int = 77
     additional_embeddings: int = 4
 
-    only: ClassVar[dict[str, tuple[Any, ...]]] = {
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "dropout": (0.0,),
         "time_embed_act_fn": ("silu",),
         "norm_in_type": (None,),
@@ -55,35 +65,43 @@ class PriorTransformerConfig(Config):
     def __post_init__(self) -> None:
         for name in self:
             if not isinstance(self[name], int) or self[name] < 1:
-                raise ConfigError(f"PriorTransformer: {name}={self[name]!r}; accepted: a whole number from 1")
+                raise invalid(f"PriorTransformer: {name}", self[name], "an integer from 1", error=ConfigError)
         if self.additional_embeddings != STEP_TOKENS + 1:
-            raise ConfigError(
-                f"PriorTransformer: additional_embeddings={self.additional_embeddings}; accepted: {STEP_TOKENS + 1} "
-                "(text embedding, timestep, image embedding, query)"
-            )
+            expected = f"{STEP_TOKENS + 1} (text embedding, timestep, image embedding, query)"
+            name = "PriorTransformer: additional_embeddings"
+            raise invalid(name, self.additional_embeddings, expected, error=ConfigError)
         if self.num_attention_heads * self.attention_head_dim % 2:
-            raise ConfigError("PriorTransformer: num_attention_heads x attention_head_dim must be even")
+            name = "PriorTransformer: num_attention_heads * attention_head_dim"
+            width = self.num_attention_heads * self.attention_head_dim
+            raise invalid(name, width, "an even number", error=ConfigError)
 
 
 @dataclass
 class PriorTransformerOutput(Output):
-    """What `forward` returns: the predicted image embedding (batch, embedding_dim), normalised."""
+    """Result of `PriorTransformer.forward`.
+
+    Attributes:
+        predicted_image_embedding: Tensor (batch, embedding_dim), normalised.
+    """
 
     predicted_image_embedding: Tensor
 
 
 @dataclass(frozen=True)
 class PriorCondition:
-    """All that the prior needs to know of a text: keys and values per layer, and which of them count.
+    """Everything of a step that depends on the text alone.
 
-    `mask` (batch, 1, 1, text) is what is added to the scores of the text's tokens. `schedule` are the timesteps to
-    come, in order; `ahead` holds the keys and values, per layer, of the next few of them.
+    Attributes:
+        layers: Keys and values of the text's tokens, per layer.
+        mask: Tensor (batch, 1, 1, text), added to the attention scores of the text's tokens.
+        schedule: Timesteps that `denoise` will be called with, in order.
+        timestep_kv: Keys and values, per layer, of the next timesteps of the schedule; filled by `denoise`.
     """
 
     layers: tuple[KeyValue, ...]
     mask: Tensor
     schedule: Sequence[float] = ()
-    ahead: dict[float, list[KeyValue]] = field(default_factory=dict)
+    timestep_kv: dict[float, list[KeyValue]] = field(default_factory=dict)
 
 
 class FeedForward(nn.Module):
@@ -94,7 +112,11 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens, width)."""
+        """Return tokens (batch, tokens, width).
+
+        Args:
+            tokens: Tensor (batch, tokens, width).
+        """
         return self.net[2](self.net[0](tokens))
 
 
@@ -106,7 +128,11 @@ class GELU(nn.Module):
         self.proj = Linear(in_dim, out_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, tokens, out_dim)."""
+        """Return tokens (batch, tokens, out_dim).
+
+        Args:
+            tokens: Tensor (batch, tokens, in_dim).
+        """
         return F.gelu(self.proj(tokens))
 
 
@@ -121,15 +147,24 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, tokens: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """New tokens (batch, tokens, width), and the keys and values they had, for those that come after them."""
+        """Run the block.
+
+        Args:
+            tokens: Tensor (batch, tokens, width).
+            mask: Added to the attention scores, broadcastable to (batch, heads, tokens, past tokens + tokens).
+            past: Keys and values of earlier tokens; None for none.
+
+        Returns:
+            New tokens of the same shape, and the keys and values of this block's input, for later tokens.
+        """
         normed = self.norm1(tokens)
-        own = self.attn1.key_value(normed)
-        tokens = tokens + self.attn1.attend(normed, own if past is None else past.followed_by(own), mask)
-        return tokens + self.ff(self.norm3(tokens)), own
+        kv = self.attn1.key_value(normed)
+        tokens = tokens + self.attn1.attend(normed, kv if past is None else past.followed_by(kv), mask)
+        return tokens + self.ff(self.norm3(tokens)), kv
 
 
 class PriorTransformer(Model):
-    """Predicts the image embedding behind a noisy one, from a text; embeddings have `embedding_dim` numbers."""
+    """Network that predicts the clean image embedding (batch, embedding_dim) of a noisy one, from a text."""
 
     config_class = PriorTransformerConfig
     compiled_blocks = (TransformerBlock,)
@@ -151,7 +186,7 @@ class PriorTransformer(Model):
         )
         self.norm_out = nn.LayerNorm(width)
         self.proj_to_clip_embeddings = Linear(width, cfg.embedding_dim)
-        # zeros, as in the reference: a prior says what its embeddings look like only once it is trained
+        # zeros until training sets them, as in the reference
         self.clip_mean = nn.Parameter(torch.zeros(1, cfg.embedding_dim))
         self.clip_std = nn.Parameter(torch.zeros(1, cfg.embedding_dim))
 
@@ -162,12 +197,16 @@ class PriorTransformer(Model):
         attention_mask: Tensor,
         schedule: Sequence[float] = (),
     ) -> PriorCondition:
-        """Everything of a step that depends on the text alone.
+        """Return everything of a step that depends on the text alone.
 
-        Takes the text embedding (batch, embedding_dim), the text encoder's last hidden state (batch, num_embeddings,
-        embedding_dim) and which of its tokens are text (batch, num_embeddings; true or 1). Tokens after the last one
-        that is text in any sample are never looked at, so they are not computed. With `schedule`, the timesteps that
-        `denoise` will be called with, in order, those steps share more of their work; others remain possible.
+        Tokens after the last one that is text in any batch item are never attended to, so they are not computed.
+
+        Args:
+            proj_embedding: Text embedding (batch, embedding_dim).
+            encoder_hidden_states: Last hidden state of the text encoder (batch, num_embeddings, embedding_dim).
+            attention_mask: Which of its tokens are text (batch, num_embeddings), True or 1.
+            schedule: Timesteps that `denoise` will be called with, in order: those steps share more of their work.
+                Other timesteps remain possible.
         """
         mask = attention_mask.to(device=proj_embedding.device, dtype=torch.bool)
         used = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0
@@ -178,8 +217,8 @@ class PriorTransformer(Model):
             ],
             dim=1,
         )
-        places = self.positional_embedding
-        tokens = tokens + torch.cat([places[:, :used], places[:, -STEP_TOKENS - 1 : -STEP_TOKENS]], dim=1)
+        positions = self.positional_embedding
+        tokens = tokens + torch.cat([positions[:, :used], positions[:, -STEP_TOKENS - 1 : -STEP_TOKENS]], dim=1)
 
         padding = F.pad(MASKED * (~mask[:, :used]).to(self.dtype), (0, 1))[:, None, None, :]
         scores = padding + self._causal(used + 1)
@@ -190,51 +229,56 @@ class PriorTransformer(Model):
         return PriorCondition(tuple(layers), padding, schedule)
 
     def denoise(self, sample: Tensor, timestep: Tensor | float, condition: PriorCondition) -> Tensor:
-        """The predicted image embedding (batch, embedding_dim) behind `sample` of that shape, normalised.
+        """Return the predicted image embedding (batch, embedding_dim), normalised.
 
-        `timestep` is one number for the batch or one per sample, 0 (clean) to 999.
+        Args:
+            sample: Noisy image embedding (batch, embedding_dim).
+            timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
+            condition: Result of `encode_condition`.
         """
         tokens = torch.stack([self.proj_in(sample), self.prd_embedding[0].expand(len(sample), -1)], dim=1)
         tokens = tokens + self.positional_embedding[:, 1 - STEP_TOKENS :]
-        own = F.pad(self._causal(2), (1, 0))
-        mask = torch.cat([condition.mask.expand(-1, -1, 2, -1), own.expand(len(condition.mask), 1, -1, -1)], dim=3)
-        times = self._times(timestep, condition)
-        for block, text, time in zip(self.transformer_blocks, condition.layers, times, strict=True):
+        causal = F.pad(self._causal(2), (1, 0))
+        mask = torch.cat([condition.mask.expand(-1, -1, 2, -1), causal.expand(len(condition.mask), 1, -1, -1)], dim=3)
+        timestep_kv = self._timestep_kv(timestep, condition)
+        for block, text, time in zip(self.transformer_blocks, condition.layers, timestep_kv, strict=True):
             tokens, _ = block(tokens, mask, text.followed_by(time))
         return self.proj_to_clip_embeddings(self.norm_out(tokens[:, -1]))
 
     def _causal(self, length: int) -> Tensor:
-        """What is added to scores so that tokens do not see those after them, (length, length)."""
+        """Additive mask (length, length) that hides later tokens."""
         return torch.full((length, length), MASKED, dtype=self.dtype, device=self.device).triu(1)
 
-    def _times(self, timestep: Tensor | float, condition: PriorCondition) -> list[KeyValue]:
-        """Keys and values of the timestep's token, from what was computed ahead if it is there."""
+    def _timestep_kv(self, timestep: Tensor | float, condition: PriorCondition) -> list[KeyValue]:
+        """Keys and values of the timestep's token per layer, computed for the next steps of the schedule at once."""
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
-            return self._encode_times(timestep[:, None], condition)[0]
-        step = float(timestep)
-        if step not in condition.ahead:
-            place = list(condition.schedule).index(step) if step in condition.schedule else None
-            block = [step] if place is None else [float(t) for t in condition.schedule[place : place + AHEAD]]
-            encoded = self._encode_times(torch.tensor([block], device=self.device), condition)
-            condition.ahead.clear()
-            condition.ahead.update(zip(block, encoded, strict=True))
-        return condition.ahead[step]
+            return self._encode_timesteps(timestep[:, None], condition)[0]
+        step, schedule = float(timestep), condition.schedule
+        if step not in condition.timestep_kv:
+            steps = [step]
+            if step in schedule and (torch.compiler.is_compiling() or settings.current().batched_timesteps):
+                index = list(schedule).index(step)
+                steps = [float(t) for t in schedule[index : index + TIMESTEPS_PER_BATCH]]
+            encoded = self._encode_timesteps(torch.tensor([steps], device=self.device), condition)
+            condition.timestep_kv.clear()
+            condition.timestep_kv.update(zip(steps, encoded, strict=True))
+        return condition.timestep_kv[step]
 
-    def _encode_times(self, timesteps: Tensor, condition: PriorCondition) -> list[list[KeyValue]]:
+    def _encode_timesteps(self, timesteps: Tensor, condition: PriorCondition) -> list[list[KeyValue]]:
         """Keys and values of timestep tokens, per column of `timesteps` (batch or 1, steps) and layer.
 
-        They stand side by side in one sequence, in which each sees the text and itself.
+        The tokens are side by side in one sequence, in which each attends to the text and to itself.
         """
         batch, steps = len(condition.mask), timesteps.shape[1]
         tokens = self.time_embedding(timesteps.flatten()).view(len(timesteps), steps, -1).expand(batch, -1, -1)
         tokens = tokens + self.positional_embedding[:, -STEP_TOKENS, None]
-        apart = MASKED * (1 - torch.eye(steps, dtype=self.dtype, device=self.device))
+        others = MASKED * (1 - torch.eye(steps, dtype=self.dtype, device=self.device))
         text = condition.mask.expand(-1, -1, steps, -1)
-        mask = torch.cat([text, apart.expand(batch, 1, -1, -1)], dim=3)
+        mask = torch.cat([text, others.expand(batch, 1, -1, -1)], dim=3)
         layers: list[KeyValue] = []
         for block, past in zip(self.transformer_blocks, condition.layers, strict=True):
-            tokens, own = block(tokens, mask, past)
-            layers.append(own)
+            tokens, kv = block(tokens, mask, past)
+            layers.append(kv)
         return [[KeyValue(kv.key[:, :, i : i + 1], kv.value[:, :, i : i + 1]) for kv in layers] for i in range(steps)]
 
     def forward(
@@ -246,19 +290,34 @@ class PriorTransformer(Model):
         attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> PriorTransformerOutput | tuple[Tensor]:
-        """`encode_condition` and `denoise` in a row; shapes as there, `hidden_states` being the noisy embedding.
+        """Run `encode_condition` and `denoise`.
 
-        Raises InputError without `encoder_hidden_states` or `attention_mask`: this prior is causal and reads a text.
+        Args:
+            hidden_states: Noisy image embedding (batch, embedding_dim).
+            timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
+            proj_embedding: Text embedding (batch, embedding_dim).
+            encoder_hidden_states: Last hidden state of the text encoder (batch, num_embeddings, embedding_dim).
+            attention_mask: Which of its tokens are text (batch, num_embeddings), True or 1.
+            return_dict: Whether to return a `PriorTransformerOutput` instead of a tuple.
+
+        Returns:
+            The predicted image embedding (batch, embedding_dim), normalised.
+
+        Raises:
+            InputError: `encoder_hidden_states` or `attention_mask` is None: this prior needs a text.
         """
-        for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
-            if value is None:
-                raise InputError(f"{name} is missing; accepted: a tensor, one row per sample")
-        assert encoder_hidden_states is not None
-        assert attention_mask is not None
+        if encoder_hidden_states is None:
+            raise invalid("encoder_hidden_states", None, "a tensor (batch, num_embeddings, embedding_dim)")
+        if attention_mask is None:
+            raise invalid("attention_mask", None, "a tensor (batch, num_embeddings)")
         condition = self.encode_condition(proj_embedding, encoder_hidden_states, attention_mask)
         predicted = self.denoise(hidden_states, timestep, condition)
         return PriorTransformerOutput(predicted) if return_dict else (predicted,)
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
-        """The embedding in CLIP's own range: the prior works on embeddings of mean 0 and deviation 1 (per number)."""
+        """Return embeddings in CLIP's range; the prior works on embeddings of mean 0 and deviation 1 per element.
+
+        Args:
+            prior_latents: Tensor (batch, embedding_dim), normalised.
+        """
         return prior_latents * self.clip_std.to(prior_latents.device) + self.clip_mean.to(prior_latents.device)

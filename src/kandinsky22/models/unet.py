@@ -1,7 +1,8 @@
-"""The decoder's UNet: denoises latents, given a CLIP image embedding and, in its variants, a hint or a masked picture.
+"""The decoder's UNet: denoises latents, given a CLIP image embedding and, in its variants, a hint or a masked image.
 
-All that depends on neither the noisy latents nor the timestep is computed once (`encode_condition`): the tokens of the
-image embedding, each attention layer's keys and values for them, their part of the time embedding, the hint's features.
+Everything that depends on neither the noisy latents nor the timestep is computed once (`encode_condition`): the tokens
+of the image embedding, each attention layer's keys and values for them, the term that the embedding adds to the time
+embedding, and the features of the hint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.config import Config
-from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.kernels.linear import Linear
 from kandinsky22.models.attention import ImageAttention, KeyValue
@@ -24,7 +25,7 @@ from kandinsky22.models.feature_cache import FeatureCache, check_levels
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
 from kandinsky22.outputs import Output
 
-IMAGE_TOKENS = 32  # an image embedding becomes this many tokens (published network)
+IMAGE_TOKENS = 32  # tokens that an image embedding becomes in the published network
 
 CROSS_ATTENTION = {"SimpleCrossAttnDownBlock2D": True, "ResnetDownsampleBlock2D": False}
 CROSS_ATTENTION |= {"SimpleCrossAttnUpBlock2D": True, "ResnetUpsampleBlock2D": False}
@@ -32,10 +33,25 @@ CROSS_ATTENTION |= {"SimpleCrossAttnUpBlock2D": True, "ResnetUpsampleBlock2D": F
 
 @dataclass(frozen=True)
 class UNet2DConditionConfig(Config):
-    """Constructor arguments of UNet2DConditionModel; the defaults are those of the published Kandinsky 2.2 decoder.
+    """Constructor arguments of `UNet2DConditionModel`; the defaults are those of the published Kandinsky 2.2 decoder.
 
-    The inpainting variant has 9 `in_channels` (latents, masked picture, mask), the hint variant has 8 and
+    The inpainting variant has 9 `in_channels` (latents, masked image, mask); the hint variant has 8 and
     `addition_embed_type="image_hint"`.
+
+    Attributes:
+        sample_size: Side of the latents that the network was trained on; None for unknown.
+        in_channels: Channels of the input: latents and what is concatenated to them.
+        out_channels: Channels of the output: the noise and the learned variance.
+        down_block_types: Type of each stage on the way down, with ("SimpleCrossAttnDownBlock2D") or without attention.
+        up_block_types: Type of each stage on the way up, with ("SimpleCrossAttnUpBlock2D") or without attention.
+        block_out_channels: Channels per resolution level, from latent size down.
+        layers_per_block: Residual blocks per stage on the way down; on the way up there is one more.
+        norm_num_groups: Groups of channels in the norms.
+        norm_eps: Added to the variance in the norms.
+        cross_attention_dim: Width of the image embedding's tokens.
+        encoder_hid_dim: Width of the image embedding.
+        attention_head_dim: Channels per attention head.
+        addition_embed_type: "image", or "image_hint" for the hint variant.
     """
 
     sample_size: int | None = 64
@@ -52,7 +68,7 @@ class UNet2DConditionConfig(Config):
     attention_head_dim: int = 64
     addition_embed_type: str = "image"
 
-    only: ClassVar[dict[str, tuple[Any, ...]]] = {
+    supported_values: ClassVar[dict[str, tuple[Any, ...]]] = {
         "center_input_sample": (False,),
         "flip_sin_to_cos": (True,),
         "freq_shift": (0,),
@@ -77,44 +93,47 @@ class UNet2DConditionConfig(Config):
 
     def __post_init__(self) -> None:
         widths, groups, head = self.block_out_channels, self.norm_num_groups, self.attention_head_dim
+        owner = "UNet2DConditionModel"
         if self.addition_embed_type not in ("image", "image_hint"):
-            raise ConfigError(
-                f"UNet2DConditionModel: addition_embed_type={self.addition_embed_type!r} is not part of Kandinsky 2.2; "
-                "accepted: 'image' or 'image_hint'"
-            )
-        for name, word in (("down_block_types", "Down"), ("up_block_types", "Up")):
+            expected = "'image' or 'image_hint'"
+            raise invalid(f"{owner}: addition_embed_type", self.addition_embed_type, expected, error=ConfigError)
+        for name, direction in (("down_block_types", "Down"), ("up_block_types", "Up")):
             types = getattr(self, name)
-            known = [kind for kind in CROSS_ATTENTION if word in kind]
-            if unknown := [kind for kind in types if kind not in known]:
-                raise ConfigError(f"UNet2DConditionModel: {name} has {unknown[0]!r}; accepted: {' or '.join(known)}")
+            known = [kind for kind in CROSS_ATTENTION if direction in kind]
+            for index, kind in enumerate(types):
+                if kind not in known:
+                    raise invalid(f"{owner}: {name}[{index}]", kind, " or ".join(map(repr, known)), error=ConfigError)
             if len(types) != len(widths):
-                raise ConfigError(
-                    f"UNet2DConditionModel: {name} has {len(types)} entries, block_out_channels has {len(widths)}; "
-                    "give one of each per level"
-                )
+                expected = f"{len(widths)}, one per entry of block_out_channels"
+                raise invalid(f"{owner}: len({name})", len(types), expected, error=ConfigError)
         for name in ("layers_per_block", "attention_head_dim", "cross_attention_dim", "encoder_hid_dim"):
             if not isinstance(self[name], int) or self[name] < 1:
-                raise ConfigError(f"UNet2DConditionModel: {name}={self[name]!r}; accepted: a whole number from 1")
-        if bad := [width for width in widths if width % groups or width % head or width % 2]:
-            raise ConfigError(
-                f"UNet2DConditionModel: block_out_channels has {bad[0]}, which must be even and a multiple "
-                f"of norm_num_groups={groups} and of attention_head_dim={head}"
-            )
+                raise invalid(f"{owner}: {name}", self[name], "an integer from 1", error=ConfigError)
+        for index, width in enumerate(widths):
+            if width % groups or width % head or width % 2:
+                expected = f"an even multiple of norm_num_groups={groups} and of attention_head_dim={head}"
+                raise invalid(f"{owner}: block_out_channels[{index}]", width, expected, error=ConfigError)
 
 
 @dataclass
 class UNet2DConditionOutput(Output):
-    """What `forward` returns: (batch, out_channels, h, w), the predicted noise and the learned variance."""
+    """Result of `UNet2DConditionModel.forward`.
+
+    Attributes:
+        sample: Tensor (batch, out_channels, h, w): the predicted noise, then the learned variance.
+    """
 
     sample: Tensor
 
 
 @dataclass(frozen=True)
 class UNetCondition:
-    """All that the UNet needs to know of a condition.
+    """Everything of a step that depends on neither the latents nor the timestep.
 
-    `time` (batch, time_dim) is added to the time embedding; `layers` holds the keys and values of each attention layer
-    in the order of their use; `channels` (batch, n, h, w), if any, stands beside the noisy latents at the input.
+    Attributes:
+        time: Tensor (batch, time_dim), added to the time embedding.
+        layers: Keys and values of the image embedding's tokens per attention layer, in the order of their use.
+        channels: Tensor (batch, n, h, w), concatenated to the noisy latents at the input; None for nothing.
     """
 
     time: Tensor
@@ -123,7 +142,7 @@ class UNetCondition:
 
 
 class UNet2DConditionModel(Model):
-    """Predicts the noise in latents (batch, 4, h, w), whose sides are multiples of 2^(levels - 1)."""
+    """Network that predicts the noise in latents (batch, 4, h, w), whose sides are multiples of 2^(levels - 1)."""
 
     config_class = UNet2DConditionConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
@@ -136,55 +155,61 @@ class UNet2DConditionModel(Model):
         time_dim = 4 * widths[0]
         self.conv_in = Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_dim)
-        self.encoder_hid_proj = ImageTokens(cfg.encoder_hid_dim, cfg.cross_attention_dim)
+        self.encoder_hid_proj = ImageProjection(cfg.encoder_hid_dim, cfg.cross_attention_dim)
         hint = cfg.addition_embed_type == "image_hint"
         self.add_embedding = ImageTimeEmbedding(cfg.encoder_hid_dim, time_dim, hint=hint)
 
-        def level(before: list[int], width: int, kind: str, resample: str | None) -> Level:
-            attentions = len(before) if CROSS_ATTENTION[kind] else 0
-            return Level(cfg, time_dim, before, width, attentions=attentions, resample=resample)
+        def stage(inputs: list[int], width: int, kind: str, resample: str | None) -> UNetStage:
+            attentions = len(inputs) if CROSS_ATTENTION[kind] else 0
+            return UNetStage(cfg, time_dim, inputs, width, attentions=attentions, resample=resample)
 
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(
-            level([before] + [width] * (depth - 1), width, kind, "down" if index < last else None)
+            stage([before] + [width] * (depth - 1), width, kind, "down" if index < last else None)
             for index, (before, width, kind) in enumerate(
                 zip((widths[0], *widths), widths, cfg.down_block_types, strict=False)
             )
         )
-        self.mid_block = Level(cfg, time_dim, [widths[-1]] * 2, widths[-1], attentions=1)
-        # each block on the way up also takes what a block on the way down left: its width adds to the input's
-        skips = [widths[0]]
+        self.mid_block = UNetStage(cfg, time_dim, [widths[-1]] * 2, widths[-1], attentions=1)
+        # a block on the way up has a skip connection from one on the way down, whose channels add to its input
+        skip_widths = [widths[0]]
         for index, width in enumerate(widths):
-            skips += [width] * (depth + (index < last))
+            skip_widths += [width] * (depth + (index < last))
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
         for index, (width, kind) in enumerate(zip(widths[::-1], cfg.up_block_types, strict=True)):
-            inputs = [(before if i == 0 else width) + skips.pop() for i in range(depth + 1)]
-            self.up_blocks.append(level(inputs, width, kind, "up" if index < last else None))
+            inputs = [(before if i == 0 else width) + skip_widths.pop() for i in range(depth + 1)]
+            self.up_blocks.append(stage(inputs, width, kind, "up" if index < last else None))
             before = width
         self.conv_norm_out = GroupNorm(cfg.norm_num_groups, widths[0], eps=cfg.norm_eps)
         self.conv_out = Conv2d(widths[0], cfg.out_channels, 3, padding=1)
 
-    def _levels(self) -> Iterator[Level]:
-        for level in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield cast(Level, level)
+    def _stages(self) -> Iterator[UNetStage]:
+        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield cast(UNetStage, stage)
 
     def encode_condition(
         self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
     ) -> UNetCondition:
-        """Everything of a step that depends on neither the latents nor the timestep.
+        """Return everything of a step that depends on neither the latents nor the timestep.
 
-        Takes image embeddings (batch, encoder_hid_dim); for the hint variant the `hint` (batch, 3, 8 h, 8 w) in
-        [-1, 1]; `channels` (batch, n, h, w) to stand beside the latents, such as a masked picture and its mask.
-        Raises InputError when a hint is missing or not wanted.
+        Args:
+            image_embeds: Image embeddings (batch, encoder_hid_dim).
+            hint: For the hint variant: image (batch, 3, 8 h, 8 w) in [-1, 1]. None for the other variants.
+            channels: Tensor (batch, n, h, w) to concatenate to the latents, such as a masked image and its mask; None
+                for nothing.
+
+        Raises:
+            InputError: A hint is missing, or this UNet has no use for it.
         """
         if (hint is None) == (self.config.addition_embed_type == "image_hint"):
-            state, wanted = ("missing", "a tensor (batch, 3, height, width)") if hint is None else ("given", "None")
-            raise InputError(f"hint is {state}; this UNet ({self.config.addition_embed_type!r}) accepts: {wanted}")
+            expected = "None" if hint is not None else "a tensor (batch, 3, height, width)"
+            advice = f"this UNet has addition_embed_type={self.config.addition_embed_type!r}"
+            raise invalid("hint", hint, expected, advice)
         embeds = image_embeds.to(self.dtype)
         tokens = self.encoder_hid_proj(embeds)
         layers = tuple(
-            cast(ImageAttention, layer).encode_context(tokens) for level in self._levels() for layer in level.attentions
+            cast(ImageAttention, layer).encode_context(tokens) for stage in self._stages() for layer in stage.attentions
         )
         if hint is not None:
             features = self.add_embedding.input_hint_block(hint.to(self.dtype))
@@ -194,50 +219,58 @@ class UNet2DConditionModel(Model):
     def denoise(
         self, sample: Tensor, timestep: Tensor | float, condition: UNetCondition, cache: FeatureCache | None = None
     ) -> Tensor:
-        """(batch, out_channels, h, w): the noise in latents `sample` (batch, n, h, w), then the learned variance.
+        """Return the noise in latents, then the learned variance, (batch, out_channels, h, w).
 
-        `timestep` is one number for the batch or one per sample, 0 (clean) to 999. A `cache` belongs to one condition
-        and one series of steps; where it recalls features, only its outer levels run. Raises InputError for sides that
-        the network cannot halve often enough, or a cache of other rows or too many levels.
+        Args:
+            sample: Noisy latents (batch, n, h, w).
+            timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
+            condition: Result of `encode_condition`.
+            cache: Features of the inner stages, of one condition and one series of steps. Where it holds features for
+                this step, only its outer stages run. None runs all stages.
+
+        Raises:
+            InputError: A side of the latents is not a multiple of 2^(levels - 1), or the cache is for another batch
+                size or for too many levels.
         """
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if any(side % factor for side in sample.shape[-2:]):
-            raise InputError(f"sample is {tuple(sample.shape)}; accepted: sides that are multiples of {factor}")
-        outer, kept = len(self.down_blocks), None
+            expected = f"height and width that are multiples of {factor}"
+            raise invalid("sample.shape", tuple(sample.shape), expected)
+        outer, cached = len(self.down_blocks), None
         if cache is not None:
             check_levels(cache.levels, len(self.down_blocks))
-            outer, kept = cache.levels, cache.recall(len(sample))
+            outer, cached = cache.levels, cache.get(len(sample))
         time = F.silu(self.time_embedding(timestep) + condition.time)
         if condition.channels is not None:
             sample = torch.cat([sample, condition.channels.to(sample.dtype)], dim=1)
         features = self.conv_in(sample)
         skips = [features]
-        down, up = self.down_blocks[:outer], self.up_blocks[-outer:]
+        down_stages, up_stages = self.down_blocks[:outer], self.up_blocks[-outer:]
         layers = iter(condition.layers)
-        for index, level in enumerate(down, start=1):
-            # nothing needs to be halved for levels that do not run
-            features = level(features, time, layers, left=skips, resampled=kept is None or index < outer)
-        if kept is None:
-            features = self._inner_levels(outer, features, time, layers, skips)
+        for index, stage in enumerate(down_stages, start=1):
+            # the last one need not be downsampled for stages that do not run
+            features = stage(features, time, layers, push_skips=skips, resample=cached is None or index < outer)
+        if cached is None:
+            features = self._inner_stages(outer, features, time, layers, skips)
             if cache is not None:
-                cache.keep(features)
+                cache.put(features)
         else:
-            features = kept
-            unused = len(condition.layers) - sum(len(cast(Level, level).attentions) for level in up)
-            layers = iter(condition.layers[unused:])
-        for level in up:
-            features = level(features, time, layers, taken=skips)
-        return self.conv_out(self.conv_norm_out(features, activated=True, spent=True)).contiguous()
+            features = cached
+            skipped = len(condition.layers) - sum(len(cast(UNetStage, stage).attentions) for stage in up_stages)
+            layers = iter(condition.layers[skipped:])
+        for stage in up_stages:
+            features = stage(features, time, layers, pop_skips=skips)
+        return self.conv_out(self.conv_norm_out(features, silu=True, inplace=True)).contiguous()
 
-    def _inner_levels(
+    def _inner_stages(
         self, outer: int, features: Tensor, time: Tensor, layers: Iterator[KeyValue], skips: list[Tensor]
     ) -> Tensor:
-        """What enters the last `outer` levels on the way up, from what the first `outer` ones made."""
-        for level in self.down_blocks[outer:]:
-            features = level(features, time, layers, left=skips)
+        """Input of the last `outer` stages on the way up, from the output of the first `outer` ones."""
+        for stage in self.down_blocks[outer:]:
+            features = stage(features, time, layers, push_skips=skips)
         features = self.mid_block(features, time, layers)
-        for level in self.up_blocks[:-outer]:
-            features = level(features, time, layers, taken=skips)
+        for stage in self.up_blocks[:-outer]:
+            features = stage(features, time, layers, pop_skips=skips)
         return features
 
     def forward(
@@ -249,25 +282,45 @@ class UNet2DConditionModel(Model):
         added_cond_kwargs: Mapping[str, Tensor],
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """`encode_condition` and `denoise` in a row, `added_cond_kwargs` holding "image_embeds" and, if used, "hint".
+        """Run `encode_condition` and `denoise`.
 
-        `encoder_hidden_states` is there for the reference's callers: Kandinsky's UNet reads no text.
+        Args:
+            sample: Noisy latents (batch, in_channels, h, w); in the hint variant (batch, 4, h, w).
+            timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
+            encoder_hidden_states: Must be None: Kandinsky's UNet reads no text. The reference has this argument.
+            added_cond_kwargs: "image_embeds" (batch, encoder_hid_dim) and, in the hint variant, "hint"
+                (batch, 3, 8 h, 8 w) in [-1, 1].
+            return_dict: Whether to return a `UNet2DConditionOutput` instead of a tuple.
+
+        Returns:
+            The predicted noise, then the learned variance, (batch, out_channels, h, w).
+
+        Raises:
+            InputError: "image_embeds" is missing, or `encoder_hidden_states` is not None.
         """
         if "image_embeds" not in added_cond_kwargs:
-            given = ", ".join(added_cond_kwargs) or "nothing"
-            raise InputError(f"added_cond_kwargs holds {given}; it needs image_embeds (batch, encoder_hid_dim)")
+            expected = "a mapping with image_embeds, a tensor (batch, encoder_hid_dim)"
+            raise invalid("added_cond_kwargs", sorted(added_cond_kwargs), expected)
         if encoder_hidden_states is not None:
-            raise InputError("encoder_hidden_states is given; accepted: None, this UNet reads added_cond_kwargs")
+            raise invalid("encoder_hidden_states", encoder_hidden_states, "None", "this UNet reads added_cond_kwargs")
         condition = self.encode_condition(added_cond_kwargs["image_embeds"], added_cond_kwargs.get("hint"))
         out = self.denoise(sample, timestep, condition)
         return UNet2DConditionOutput(out) if return_dict else (out,)
 
 
-class Level(nn.Module):
-    """Residual blocks at one size, the first of them followed by attention, then half or twice the size if asked.
+class UNetStage(nn.Module):
+    """Residual blocks at one resolution level, the first of them followed by attention, then a change of size.
 
-    Down, middle and up are this one class: on the way down a level leaves its results in a list, on the way up it
-    takes them from there.
+    Down, middle and up are this one class: on the way down a stage appends its outputs to a list of skip connections,
+    on the way up it takes them from there.
+
+    Args:
+        cfg: Config of the network.
+        time_dim: Width of the time embedding.
+        inputs: Input channels of each block.
+        width: Output channels of each block.
+        attentions: Number of blocks that are followed by attention.
+        resample: "down" or "up" changes the size by two at the end; None keeps it.
     """
 
     def __init__(
@@ -293,10 +346,9 @@ class Level(nn.Module):
             )
             for _ in range(attentions)
         )
-        self.resample = {None: None, "down": "downsamplers", "up": "upsamplers"}[resample]
-        if self.resample is not None:
-            resampler = ResidualBlock(width, width, resample=resample, **block)
-            self.add_module(self.resample, nn.ModuleList([resampler]))
+        self.resampler = {None: None, "down": "downsamplers", "up": "upsamplers"}[resample]
+        if self.resampler is not None:
+            self.add_module(self.resampler, nn.ModuleList([ResidualBlock(width, width, resample=resample, **block)]))
 
     def forward(
         self,
@@ -304,29 +356,36 @@ class Level(nn.Module):
         time: Tensor,
         layers: Iterator[KeyValue],
         *,
-        left: list[Tensor] | None = None,
-        taken: list[Tensor] | None = None,
-        resampled: bool = True,
+        push_skips: list[Tensor] | None = None,
+        pop_skips: list[Tensor] | None = None,
+        resample: bool = True,
     ) -> Tensor:
-        """Features (batch, width, H', W'); `time` is the activated time embedding, `layers` the condition's next
-        keys and values; results are appended to `left`, inputs completed from the end of `taken`. Without `resampled`
-        the size stays as it is."""
+        """Return features (batch, width, H', W').
+
+        Args:
+            features: Tensor (batch, channels, H, W).
+            time: Activated time embedding (batch or 1, time_dim).
+            layers: The condition's keys and values for the next attention layers.
+            push_skips: List that the outputs of blocks and resampler are appended to, on the way down.
+            pop_skips: List whose last entries are concatenated to the inputs of blocks, on the way up.
+            resample: Whether to change the size at the end.
+        """
         for index, block in enumerate(self.resnets):
-            given = features if taken is None else torch.cat([features, taken.pop()], dim=1)
-            features = block(given, time, spent=taken is not None)
+            block_input = features if pop_skips is None else torch.cat([features, pop_skips.pop()], dim=1)
+            features = block(block_input, time, inplace=pop_skips is not None)
             if index < len(self.attentions):
                 features = self.attentions[index](features, next(layers))
-            if left is not None:
-                left.append(features)
-        if self.resample is not None and resampled:
-            features = getattr(self, self.resample)[0](features, time)
-            if left is not None:
-                left.append(features)
+            if push_skips is not None:
+                push_skips.append(features)
+        if self.resampler is not None and resample:
+            features = getattr(self, self.resampler)[0](features, time)
+            if push_skips is not None:
+                push_skips.append(features)
         return features
 
 
-class ImageTokens(nn.Module):
-    """An image embedding as tokens to attend to."""
+class ImageProjection(nn.Module):
+    """Projection of an image embedding to tokens, to which the attention layers attend."""
 
     def __init__(self, embed_dim: int, token_dim: int) -> None:
         super().__init__()
@@ -334,19 +393,29 @@ class ImageTokens(nn.Module):
         self.norm = nn.LayerNorm(token_dim)
 
     def forward(self, embeds: Tensor) -> Tensor:
-        """(batch, 32, token_dim) from (batch, embed_dim)."""
+        """Return tokens (batch, 32, token_dim).
+
+        Args:
+            embeds: Image embeddings (batch, embed_dim).
+        """
         return self.norm(self.image_embeds(embeds).view(len(embeds), IMAGE_TOKENS, -1))
 
 
 class ImageTimeEmbedding(nn.Module):
-    """An image embedding as an addition to the time embedding, and with `hint` a picture as four latent channels."""
+    """Projection of an image embedding that is added to the time embedding; with `hint`, also the hint's convolutions.
+
+    Args:
+        embed_dim: Width of the image embedding.
+        time_dim: Width of the time embedding.
+        hint: Whether there are convolutions that turn a hint (batch, 3, 8 h, 8 w) into four channels at latent size.
+    """
 
     def __init__(self, embed_dim: int, time_dim: int, *, hint: bool) -> None:
         super().__init__()
         self.image_proj = Linear(embed_dim, time_dim)
         self.image_norm = nn.LayerNorm(time_dim)
         if hint:
-            # (in, out, stride) of the published network: three halvings, to the latents' size
+            # (in, out, stride) of the published network: three strides of two lead to latent size
             widths = ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2), (96, 96, 1), (96, 256, 2))
             layers: list[nn.Module] = []
             for before, after, stride in widths:
@@ -354,5 +423,9 @@ class ImageTimeEmbedding(nn.Module):
             self.input_hint_block = nn.Sequential(*layers, Conv2d(256, 4, 3, padding=1))
 
     def forward(self, embeds: Tensor) -> Tensor:
-        """(batch, time_dim) from (batch, embed_dim)."""
+        """Return the embedding's addition to the time embedding (batch, time_dim).
+
+        Args:
+            embeds: Image embeddings (batch, embed_dim).
+        """
         return self.image_norm(self.image_proj(embeds))

@@ -1,1 +1,1 @@
-"""The only place that joins networks, schedulers and inputs."""
+"""The ten pipelines: the only place that joins networks, schedulers, inputs and checkpoints."""

@@ -1,4 +1,4 @@
-"""Pipelines by task: the class follows from what is to be done and from what the checkpoint says it is."""
+"""Pipelines by task: the class follows from the task and from the class that the checkpoint names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any, ClassVar
 
 from kandinsky22.checkpoints.atomic_files import read_json
-from kandinsky22.checkpoints.hub import Source
+from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.errors import InputError
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.combined import (
@@ -17,14 +17,20 @@ from kandinsky22.pipelines.combined import (
 
 
 class AutoPipeline:
-    """Base of the three tasks. `serves` says which class does the task with the weights of which class."""
+    """Base class of the three tasks.
+
+    Attributes:
+        task: Name of the task, for messages.
+        embedded_subfolder: Folder of the embedded model for this task.
+        pipeline_classes: The class that performs the task, by the class that a checkpoint names.
+    """
 
     task: ClassVar[str]
-    embedded_part: ClassVar[str] = "decoder"
-    serves: ClassVar[dict[str, type[DiffusionPipeline]]]
+    embedded_subfolder: ClassVar[str] = "decoder"
+    pipeline_classes: ClassVar[dict[str, type[DiffusionPipeline]]]
 
     def __init__(self) -> None:
-        raise InputError(f"{type(self).__name__} is made by from_pretrained or from_pipe")
+        raise InputError(f"{type(self).__name__} cannot be constructed: call from_pretrained or from_pipe")
 
     @classmethod
     def from_pretrained(
@@ -37,15 +43,26 @@ class AutoPipeline:
         token: str | bool | None = None,
         **options: Any,
     ) -> DiffusionPipeline:
-        """The pipeline that does this task with a checkpoint: a folder, a Hub id, or "embedded".
+        """Return the pipeline that performs this task with a checkpoint.
 
-        All options are those of `DiffusionPipeline.from_pretrained`. Raises InputError if the checkpoint is for
-        something else.
+        Args:
+            pretrained_model_name_or_path: A folder, a Hub id, or "embedded".
+            revision: Branch, tag or commit on the Hub; None for the default branch.
+            cache_dir: Folder of the Hub cache; None for the default.
+            local_files_only: Make no network request and use only cached files.
+            token: Access token of the Hub; None for the stored one.
+            **options: Other arguments of `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            InputError: If the checkpoint is for another task.
+            CheckpointError: If files are missing or damaged.
         """
-        source = Source(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only, cls.embedded_part)
+        source = CheckpointSource(
+            pretrained_model_name_or_path, revision, cache_dir, token, local_files_only, cls.embedded_subfolder
+        )
         folder = source.fetch(lambda files: {DiffusionPipeline.config_name} & set(files))
-        kind = cls._class_for(str(read_json(folder / DiffusionPipeline.config_name).get("_class_name")))
-        return kind.from_pretrained(
+        name = str(read_json(folder / DiffusionPipeline.config_name).get("_class_name"))
+        return cls._pipeline_class(name).from_pretrained(
             pretrained_model_name_or_path,
             revision=revision,
             cache_dir=cache_dir,
@@ -56,42 +73,50 @@ class AutoPipeline:
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-        """The pipeline that does this task with the components of another one, shared and not copied."""
-        return cls._class_for(type(pipeline).__name__).from_pipe(pipeline, **components)
+        """Return the pipeline that performs this task with the components of another one, shared and not copied.
+
+        Args:
+            pipeline: The other pipeline.
+            **components: Components that replace or complement those of `pipeline`.
+
+        Raises:
+            InputError: If the weights of `pipeline` are for another task.
+        """
+        return cls._pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **components)
 
     @classmethod
-    def _class_for(cls, name: str) -> type[DiffusionPipeline]:
-        if name not in cls.serves:
-            raise InputError(f"{name} cannot do {cls.task}; accepted are weights of {', '.join(cls.serves)}")
-        return cls.serves[name]
+    def _pipeline_class(cls, name: str) -> type[DiffusionPipeline]:
+        if name not in cls.pipeline_classes:
+            raise InputError(f"{name} cannot do {cls.task}: expected weights of {', '.join(cls.pipeline_classes)}")
+        return cls.pipeline_classes[name]
 
 
-TEXT_UNET = (
+TEXT_UNET_CLASSES = (
     "KandinskyV22Pipeline",
     "KandinskyV22CombinedPipeline",
     "KandinskyV22Img2ImgPipeline",
     "KandinskyV22Img2ImgCombinedPipeline",
 )
-MASK_UNET = ("KandinskyV22InpaintPipeline", "KandinskyV22InpaintCombinedPipeline")
+INPAINT_UNET_CLASSES = ("KandinskyV22InpaintPipeline", "KandinskyV22InpaintCombinedPipeline")
 
 
 class AutoPipelineForText2Image(AutoPipeline):
-    """Pictures from prompts."""
+    """Generate images from prompts."""
 
     task = "text to image"
-    serves: ClassVar = dict.fromkeys(TEXT_UNET, KandinskyV22CombinedPipeline)
+    pipeline_classes: ClassVar = dict.fromkeys(TEXT_UNET_CLASSES, KandinskyV22CombinedPipeline)
 
 
 class AutoPipelineForImage2Image(AutoPipeline):
-    """Pictures from prompts and a picture to start from."""
+    """Generate images from prompts and an initial image."""
 
     task = "image to image"
-    serves: ClassVar = dict.fromkeys(TEXT_UNET, KandinskyV22Img2ImgCombinedPipeline)
+    pipeline_classes: ClassVar = dict.fromkeys(TEXT_UNET_CLASSES, KandinskyV22Img2ImgCombinedPipeline)
 
 
 class AutoPipelineForInpainting(AutoPipeline):
-    """Pictures repainted where a mask says so, from prompts."""
+    """Repaint the masked part of an image, from prompts."""
 
     task = "inpainting"
-    embedded_part = "inpaint"
-    serves: ClassVar = dict.fromkeys(MASK_UNET, KandinskyV22InpaintCombinedPipeline)
+    embedded_subfolder = "inpaint"
+    pipeline_classes: ClassVar = dict.fromkeys(INPAINT_UNET_CLASSES, KandinskyV22InpaintCombinedPipeline)

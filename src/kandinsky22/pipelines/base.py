@@ -1,44 +1,378 @@
-"""What every pipeline is: components (`Composite`), places and precision (`Placed`), a progress bar."""
+"""Base class of all pipelines: named components that it loads, saves and shares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import importlib
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from kandinsky22.errors import InputError
-from kandinsky22.models.feature_cache import CachesFeatures
-from kandinsky22.pipelines.composite import Composite
-from kandinsky22.runtime.compile import Compiles
-from kandinsky22.runtime.placement import Placed
-from kandinsky22.runtime.quantize import Quantizes
+import torch
+
+from kandinsky22._exports import MODULE_OF
+from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.hub import CheckpointSource
+from kandinsky22.errors import CheckpointError, InputError, invalid
+from kandinsky22.models.base import LAYOUT_VERSION, checked_dtype
+from kandinsky22.pipelines.component_io import (
+    PRIOR_PREFIX,
+    LoadOptions,
+    check_component,
+    check_variant,
+    index_entry,
+    load_component,
+    needed_files,
+    save_component,
+)
+from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
+from kandinsky22.runtime.compile import CompileMixin
+from kandinsky22.runtime.lazy_component import LazyComponent
+from kandinsky22.runtime.placement import OffloadMixin
+from kandinsky22.runtime.quantize import QuantizeMixin
+
+P = TypeVar("P", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(Composite, Placed, CachesFeatures, Compiles, Quantizes):
-    """Base of all pipelines; `DiffusionPipeline.from_pretrained` gives the one that a checkpoint names."""
+class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, QuantizeMixin):
+    """Base class of all pipelines.
+
+    A subclass takes its components as constructor arguments and passes them to `register_modules`. Components are
+    attributes and may be replaced by assignment; one of the wrong kind raises InputError.
+    `DiffusionPipeline.from_pretrained` gives the class that a checkpoint names.
+
+    Attributes:
+        origin: Name of the checkpoint that the pipeline was loaded from; None for one made of objects.
+    """
+
+    config_name: ClassVar[str] = "model_index.json"
+    defaults_name: ClassVar[str] = "generation_defaults.json"
+    embedded_subfolder: ClassVar[str] = "decoder"  # folder of the embedded model that this class is loaded from
 
     def __init__(self) -> None:
-        super().__init__()
+        self.origin: str | None = None
+        self._components: dict[str, Any] = {}
+        self._generation_defaults: dict[str, Any] = {}
         self._progress_bar_config: dict[str, Any] = {}
 
-    def _settings_of(self, other: Composite, prefix: str) -> None:
-        super()._settings_of(other, prefix)
-        if isinstance(other, DiffusionPipeline):
-            self._progress_bar_config = dict(other._progress_bar_config)
-            self._feature_caching = other._feature_caching
+    # Components
+
+    @classmethod
+    def component_names(cls) -> tuple[str, ...]:
+        """Return the names of the components of this class; empty for the base class."""
+        return tuple(inspect.signature(cls).parameters)
+
+    def register_modules(self, **components: Any) -> None:
+        """Make these objects the components of the pipeline.
+
+        Args:
+            **components: Objects by component name; None leaves one out.
+
+        Raises:
+            InputError: If an object is of the wrong kind.
+        """
+        self._components |= dict.fromkeys(components)
+        for name, component in components.items():
+            setattr(self, name, component)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        components = self.__dict__.get("_components", {})
+        if name not in components:
+            super().__setattr__(name, value)
+            return
+        check_component(type(self).__name__, name, value)
+        components[name] = value
+        self._offload_like_others(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for names that are not ordinary attributes.
+        components = self.__dict__.get("_components", {})
+        if name not in components:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        component = components[name]
+        return component.load() if isinstance(component, LazyComponent) else component
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._components})
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name: the arguments that make another pipeline of them.
+
+        A component that is loaded on first use may be a `LazyComponent` here.
+        """
+        return dict(self._components)
+
+    @classmethod
+    def from_pipe(cls: type[P], pipeline: DiffusionPipeline, **components: Any) -> P:
+        """Return a pipeline of this class with the components of another one, shared and not copied.
+
+        Args:
+            pipeline: The other pipeline.
+            **components: Components that replace or complement those of `pipeline`.
+
+        Raises:
+            InputError: If a component is missing, or is not one of this class.
+        """
+        names = cls.component_names()
+        if not names:
+            raise InputError(f"{cls.__name__} is a base class: call from_pipe on the pipeline class you want")
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise invalid("pipeline", pipeline, "a pipeline of kandinsky22")
+        cls._check_component_names(components)
+        # A pipeline of prior and decoder holds the prior's components under a prefix.
+        prefix = PRIOR_PREFIX if "prior" in names and "prior_prior" in pipeline._components else ""
+        shared = {name: pipeline._components.get(prefix + name) for name in names if name not in components}
+        absent = [name for name in shared if prefix + name not in pipeline._components and cls._is_required(name)]
+        if absent:
+            raise InputError(
+                f"{type(pipeline).__name__} has no {', '.join(absent)}, which {cls.__name__} requires: pass it by name"
+            )
+        pipe = cls(**shared, **components)
+        pipe._copy_settings(pipeline, prefix)
+        return pipe
+
+    def _copy_settings(self, other: DiffusionPipeline, prefix: str) -> None:
+        """Copy origin, defaults, progress bar and feature caching of a pipeline whose components have this prefix."""
+        self.origin = other.origin
+        self._progress_bar_config = dict(other._progress_bar_config)
+        self._feature_caching = other._feature_caching
+        defaults = other._generation_defaults
+        self._set_defaults(
+            {name.removeprefix(prefix): value for name, value in defaults.items() if name.startswith(prefix)}
+        )
+
+    def _require(self, *components: str) -> None:
+        """Raise InputError if one of these components was left out when the pipeline was made."""
+        if missing := [name for name in components if self._components[name] is None]:
+            raise InputError(f"{type(self).__name__} was made without {', '.join(missing)}, which this call requires")
+
+    def _require_add_noise(self) -> None:
+        """Raise InputError if the scheduler cannot add noise to an encoded image."""
+        scheduler = self._components["scheduler"]
+        if not hasattr(scheduler, "add_noise"):
+            raise InputError(
+                f"scheduler: {type(scheduler).__name__} has no add_noise, which starting from an image requires"
+            )
+
+    @classmethod
+    def _check_component_names(cls, components: Iterable[str]) -> None:
+        names = cls.component_names()
+        if unknown := sorted(set(components) - set(names)):
+            raise InputError(f"{cls.__name__} has no component {', '.join(unknown)}: expected {', '.join(names)}")
+
+    @classmethod
+    def _is_required(cls, name: str) -> bool:
+        return inspect.signature(cls).parameters[name].default is inspect.Parameter.empty
+
+    # Loading
+
+    @classmethod
+    def from_pretrained(
+        cls: type[P],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | Literal["auto"] | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        use_safetensors: bool | None = None,
+        **components: Any,
+    ) -> P:
+        """Return the pipeline of a checkpoint, its networks on the CPU and in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: A folder, a Hub id, or "embedded".
+            torch_dtype: Floating-point type of the networks; None for float32, "auto" for what is stored.
+            variant: Variant of the weight files, such as "fp16", for the components that have it; None for the plain
+                files.
+            revision: Branch, tag or commit on the Hub; None for the default branch.
+            cache_dir: Folder of the Hub cache; None for the default.
+            local_files_only: Make no network request and use only cached files.
+            token: Access token of the Hub; None for the stored one.
+            use_safetensors: Format of the weights: True for safetensors, False for .bin; None prefers safetensors.
+            **components: Components that are used as they are instead of being loaded; None leaves one out. Classes
+                that hold prior and decoder also take `prior`: a folder, a Hub id, or a prior pipeline. Without it the
+                prior is found in the model card or in a neighbouring folder.
+
+        Returns:
+            A pipeline of this class; called on `DiffusionPipeline`, one of the class that the checkpoint names.
+
+        Raises:
+            CheckpointError: If files are missing or damaged.
+            InputError: If an argument or a component is invalid.
+        """
+        checked_dtype(torch_dtype)
+        source = CheckpointSource(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
+        return cls._load(source, LoadOptions(torch_dtype, variant, use_safetensors), components)
+
+    @classmethod
+    def _load(cls: type[P], source: CheckpointSource, options: LoadOptions, passed: Mapping[str, Any]) -> P:
+        """Load everything that is not passed."""
+        source = replace(source, embedded_subfolder=cls.embedded_subfolder)
+        folder = source.fetch(lambda files: {cls.config_name, cls.defaults_name, "README.md"} & set(files))
+        index = read_json(folder / cls.config_name)
+        names = cls.component_names()
+        if not names:
+            return cast(P, cls._class_in_index(index, folder)._load(source, options, passed))
+        components = dict(passed)
+        holds_prior = "prior_prior" in names
+        prior = components.pop("prior", None) if holds_prior else None
+        cls._check_component_names(components)
+
+        stored = [
+            name
+            for name in names
+            if name not in components and name in index and (prior is None or not name.startswith(PRIOR_PREFIX))
+        ]
+        folder = source.fetch(lambda files: needed_files(files, stored, options))
+        check_variant(folder, stored, options)
+        components |= {name: load_component(name, index[name], folder, options) for name in stored}
+        defaults = _read_defaults(folder / cls.defaults_name)
+
+        from_prior = [name for name in names if name.startswith(PRIOR_PREFIX) and name not in components]
+        if from_prior:
+            prior_pipe = cls._prior_pipeline(source, options, prior, from_prior)
+            parts = prior_pipe._components
+            components |= {name: parts.get(name.removeprefix(PRIOR_PREFIX)) for name in from_prior}
+            defaults = {
+                PRIOR_PREFIX + name: value for name, value in prior_pipe._generation_defaults.items()
+            } | defaults
+
+        if missing := [name for name in names if name not in components and cls._is_required(name)]:
+            raise CheckpointError(
+                f"{source.name} is a {index.get('_class_name')} without {', '.join(missing)}, which {cls.__name__} "
+                "requires: pass it by name, or load another checkpoint"
+            )
+        pipe = cls(**components)
+        pipe.origin = os.fspath(source.name)
+        pipe._set_defaults(defaults)
+        return pipe
+
+    @classmethod
+    def _class_in_index(cls, index: Mapping[str, Any], folder: Path) -> type[DiffusionPipeline]:
+        """Return the pipeline class that `model_index.json` names."""
+        name = index.get("_class_name")
+        if isinstance(name, str) and MODULE_OF.get(name, "").startswith("pipelines."):
+            pipeline_class = getattr(importlib.import_module(f"kandinsky22.{MODULE_OF[name]}"), name)
+            if issubclass(pipeline_class, DiffusionPipeline) and pipeline_class.component_names():
+                return cast(type[DiffusionPipeline], pipeline_class)
+        raise CheckpointError(f"{folder / cls.config_name}: _class_name {name!r} is not a pipeline of kandinsky22")
+
+    @classmethod
+    def _prior_pipeline(
+        cls, source: CheckpointSource, options: LoadOptions, prior: Any, required: list[str]
+    ) -> DiffusionPipeline:
+        """Return the prior pipeline that supplies these components (with prefix); its others are not loaded."""
+        if not isinstance(prior, DiffusionPipeline):
+            prior_source = source.matching_prior(prior)
+            folder = prior_source.fetch(lambda files: {cls.config_name} & set(files))
+            prior_class = cls._class_in_index(read_json(folder / cls.config_name), folder)
+            unused = {name: None for name in prior_class.component_names() if PRIOR_PREFIX + name not in required}
+            prior = prior_class._load(prior_source, options, unused)
+        if "prior" not in prior._components:
+            raise invalid("prior", prior, "a prior pipeline, or the folder or Hub id of one")
+        return cast(DiffusionPipeline, prior)
+
+    # Saving
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "10GB",
+        variant: str | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write all components in the published layout, weights as safetensors, then the index that names them.
+
+        Args:
+            save_directory: Folder to write to.
+            max_shard_size: Largest weight file, in bytes or as text such as "5GB".
+            variant: Variant in the names of the weight files; None for none.
+            safe_serialization: Must be True: the other format can contain programs that run when it is read.
+
+        Raises:
+            CheckpointError: If the folder cannot be written.
+            InputError: If an argument is invalid.
+        """
+        if safe_serialization is not True:
+            raise invalid("safe_serialization", safe_serialization, "True, since pipelines are saved as safetensors")
+        folder = Path(save_directory)
+        for name, component in self._components.items():
+            if component is not None:
+                save_component(component, folder / name, variant=variant, max_shard_size=max_shard_size)
+        entries = {name: index_entry(name, component) for name, component in self._components.items()}
+        bookkeeping = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
+        if self._generation_defaults:
+            write_json(folder / self.defaults_name, self._generation_defaults)
+        write_json(folder / self.config_name, {**entries, **bookkeeping})
+
+    # Settings of calls
+
+    @property
+    def generation_defaults(self) -> dict[str, Any]:
+        """Call arguments that suit this checkpoint best, to be passed to the pipeline; empty if it has none.
+
+        Raises:
+            InputError: If it is set to arguments that the pipeline does not accept.
+        """
+        return dict(self._generation_defaults)
+
+    @generation_defaults.setter
+    def generation_defaults(self, arguments: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(arguments) - self._call_arguments()):
+            raise InputError(f"generation_defaults: {type(self).__name__} does not accept {', '.join(unknown)}")
+        self._generation_defaults = dict(arguments)
+
+    def _set_defaults(self, arguments: Mapping[str, Any]) -> None:
+        """Set the defaults that this class accepts: one checkpoint serves several classes."""
+        accepted = self._call_arguments()
+        self._generation_defaults = {name: value for name, value in arguments.items() if name in accepted}
+
+    def _call_arguments(self) -> set[str]:
+        # not getattr: a class without __call__ would give that of its metaclass
+        call = next((vars(base)["__call__"] for base in type(self).__mro__ if "__call__" in vars(base)), None)
+        return set() if call is None else set(inspect.signature(call).parameters) - {"self"}
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options of tqdm for all progress bars; without `disable`, bars show when standard error is a terminal."""
+        """Set options of tqdm for all progress bars.
+
+        Args:
+            **options: Arguments of tqdm. Without `disable`, bars show if standard error is a terminal.
+        """
         self._progress_bar_config = options
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """A tqdm bar around `iterable`, or one of `total` steps that is advanced by hand."""
+        """Return a tqdm progress bar.
+
+        Args:
+            iterable: What the bar iterates over; None for a bar that is updated by hand.
+            total: Number of steps of a bar without iterable; None with one.
+
+        Raises:
+            InputError: Unless exactly one of the arguments is given.
+        """
         from tqdm.auto import tqdm
 
         if (iterable is None) == (total is None):
-            raise InputError("progress_bar: pass either an iterable or total=")
+            raise InputError("progress_bar: expected either an iterable or total=")
         return tqdm(iterable, total=total, **{"disable": None, **self._progress_bar_config})
 
     def __repr__(self) -> str:
-        parts = [f"  {name}: {type(component).__name__}" for name, component in self.components.items()]
+        lines = [f"  {name}: {_class_name(component)}" for name, component in self._components.items()]
         origin = f" from {self.origin}" if self.origin else ""
-        return "\n".join([f"{type(self).__name__}{origin}", *parts])
+        return "\n".join([f"{type(self).__name__}{origin}", *lines])
+
+
+def _class_name(component: Any) -> str:
+    component_class = component.component_class if isinstance(component, LazyComponent) else type(component)
+    return str(component_class.__name__)
+
+
+def _read_defaults(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

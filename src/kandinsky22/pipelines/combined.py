@@ -1,44 +1,100 @@
-"""Prior and decoder as one pipeline: from prompts to pictures."""
+"""Prior and decoder as one pipeline: prompts to images."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
-from kandinsky22.inputs import images, prompts, validation
-from kandinsky22.inputs.images import Pictures
+from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.noise import Generators
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.component_io import PRIOR_PREFIX
 from kandinsky22.pipelines.decoder import (
     DecoderPipeline,
+    EmbeddingOptions,
+    ImageOptions,
+    Images,
     KandinskyV22Img2ImgPipeline,
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
-    Names,
+    OutputOptions,
+    TensorNames,
 )
-from kandinsky22.pipelines.denoising import LATENTS
+from kandinsky22.pipelines.denoising import LATENTS, Callbacks, LegacyCallback, SamplingOptions, StepEndCallback
+from kandinsky22.pipelines.outputs import pipeline_call
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.sampling.guidance import Guidance, Interval
-from kandinsky22.sampling.scheduler_adapter import Levels, Steps, Times
+from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Timesteps
 
 Texts: TypeAlias = str | list[str]
-
-OF_PRIOR = ("guidance_scale", "guidance_rescale", "guidance_interval", "guidance_threshold", "num_inference_steps",
-            "timesteps", "sigmas")  # fmt: skip
 
 D = TypeVar("D", bound=DecoderPipeline)
 P = TypeVar("P", bound=DiffusionPipeline)
 
 
+@dataclasses.dataclass(frozen=True)
+class PriorOptions:
+    """The arguments of a combined call that begin with `prior_`. They are validated by `sampling`.
+
+    Attributes:
+        num_inference_steps: Number of denoising steps.
+        timesteps: Descending timesteps instead of a number; None leaves them to the scheduler.
+        sigmas: Descending noise levels instead of a number; None leaves them to the scheduler.
+        guidance_scale: See `Guidance.scale`.
+        guidance_rescale: See `Guidance.rescale`.
+        guidance_interval: See `Guidance.interval`.
+        guidance_threshold: See `Guidance.threshold`.
+        callback_on_step_end: See `Callbacks.on_step_end`.
+        callback_on_step_end_tensor_inputs: See `Callbacks.tensor_inputs`.
+    """
+
+    num_inference_steps: int
+    timesteps: Timesteps
+    sigmas: Sigmas
+    guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: Interval
+    guidance_threshold: float | None
+    callback_on_step_end: StepEndCallback | None
+    callback_on_step_end_tensor_inputs: TensorNames
+
+    def sampling(self, generator: Generators, latents: Tensor | None) -> SamplingOptions:
+        """Return the options as the prior takes them.
+
+        Args:
+            generator: Generators of the call.
+            latents: Initial noise of the prior; None draws it.
+        """
+        return SamplingOptions(
+            TimestepOptions(self.num_inference_steps, self.timesteps, self.sigmas),
+            Guidance(self.guidance_scale, self.guidance_rescale, self.guidance_interval, self.guidance_threshold),
+            Callbacks(self.callback_on_step_end, self.callback_on_step_end_tensor_inputs),
+            generator,
+            latents,
+        )
+
+
 class CombinedPipeline(DiffusionPipeline, Generic[D]):
     """A decoder and its prior, whose components carry the prefix `prior_`.
 
-    `prior_pipe` and `decoder_pipe` are pipelines of their own, made of the same components.
+    `prior_pipe` and `decoder_pipe` are pipelines of their own around the same components.
+
+    Args:
+        unet: The UNet of the decoder.
+        scheduler: Scheduler of the decoder: any object with the scheduler protocol.
+        movq: MoVQ of the decoder.
+        prior_prior: The prior transformer.
+        prior_image_encoder: CLIP vision tower with projection.
+        prior_text_encoder: CLIP text tower with projection.
+        prior_tokenizer: CLIP tokenizer.
+        prior_scheduler: Scheduler of the prior: any object with the scheduler protocol.
+        prior_image_processor: CLIP image processor.
     """
 
     decoder_class: type[D]
@@ -73,164 +129,398 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
 
     @property
     def prior_pipe(self) -> KandinskyV22PriorPipeline:
-        """The prior alone."""
-        return self._current(self._prior_pipe, PRIOR_PREFIX)
+        """The prior as a pipeline of its own."""
+        return self._synchronised(self._prior_pipe, PRIOR_PREFIX)
 
     @property
     def decoder_pipe(self) -> D:
-        """The decoder alone."""
-        return self._current(self._decoder_pipe)
+        """The decoder as a pipeline of its own."""
+        return self._synchronised(self._decoder_pipe)
 
-    def _current(self, pipe: P, prefix: str = "") -> P:
-        """`pipe` with the components and settings that this pipeline has now: both may have been assigned to."""
+    def _synchronised(self, pipe: P, prefix: str = "") -> P:
+        """Return `pipe` with the current components and settings of this pipeline, both of which may be assigned to."""
         for name, component in pipe.components.items():
-            if component is not getattr(self, prefix + name):
-                setattr(pipe, name, getattr(self, prefix + name))
+            if component is not self._components[prefix + name]:
+                setattr(pipe, name, self._components[prefix + name])
         pipe._progress_bar_config = self._progress_bar_config
         pipe._feature_caching = self._feature_caching
         return pipe
 
     def interrupt(self) -> None:
-        """End the running call as soon as its current step is done; it returns what the decoder then has."""
+        """Stop the running call after its current step. It returns what the decoder has by then."""
         self._prior_pipe.interrupt()
         self._decoder_pipe.interrupt()
 
     def _call(
-        self, texts: tuple[Any, Any, Any], size: tuple[Any, Any], steps: tuple[Any, Any, Any, Any],
-        told: tuple[Any, Any, Any, Any], prior: tuple[Any, ...], early: tuple[Any, Any],
-        output: tuple[Any, Any], **given: Any,
-    ) -> Any:  # fmt: skip
-        """A whole call. `texts` are prompts, negatives and the number for each; `steps`, `told` and `given` are as in
-        the decoder's `_call`; `prior` are the arguments `OF_PRIOR`, `early` the prior's callbacks."""
-        positive, _ = prompts.pairs(*texts[:2])
-        copies = validation.whole("num_images_per_prompt", texts[2])
-        validation.output(*output, images.OUTPUT_TYPES[: 3 if given.get("keep_pixels") else 4])
-        decoder, first = self.decoder_pipe, self.prior_pipe
-        *options, latents = steps
-        of_prior = isinstance(latents, Tensor) and latents.ndim == 2
-        options += [None if of_prior else latents, decoder._check_callbacks(*told)]
-        plan = decoder._plan(len(positive) * copies, size, *options, copies=copies, **given)
-        first._need("prior")
-        made, read = first.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
-        if made != read:
-            raise InputError(f"the prior makes embeddings of {made} numbers, the unet reads {read}: they do not fit")
-        try:
-            positives, negatives = first(
-                *texts,
-                generator=steps[2],
-                latents=latents if of_prior else None,
-                **dict(zip(OF_PRIOR, prior, strict=True)),
-                callback_on_step_end=early[0],
-                callback_on_step_end_tensor_inputs=early[1],
-                return_dict=False,
-            )
-        except InputError as error:  # arguments of both stages have the same names, but for a prefix
-            raise InputError(f"of the prior (prior_...): {error}") from error
-        tensors = decoder._embeddings(positives, negatives, 1, plan.guidance.on)
-        return decoder._generate(plan, tensors, *output)
+        self,
+        prompt: Texts,
+        negative_prompt: Texts | None,
+        prior_options: PriorOptions,
+        sampling: SamplingOptions,
+        output: OutputOptions,
+        inputs: ImageOptions,
+    ) -> Images:
+        """Run both stages: everything is planned first, then the prior runs, then the decoder."""
+        prior, decoder, latents = self.prior_pipe, self.decoder_pipe, sampling.latents
+        prior._interrupted = False
+        # latents with two dimensions are initial noise of the prior, with four of the decoder
+        for_prior = isinstance(latents, Tensor) and latents.ndim == 2
+        with _prior_errors():
+            prior_sampling = prior_options.sampling(sampling.generator, latents if for_prior else None)
+            copies = output.num_images_per_prompt
+            prior_plan = prior._plan(prompt, negative_prompt, copies, prior_sampling)
+        embeddings = prior_plan.sampling.shape[0] // prior_plan.copies // (2 if prior_plan.has_negatives else 1)
+        sampling = dataclasses.replace(sampling, latents=None if for_prior else latents)
+        plan = decoder._plan(embeddings, sampling, output, inputs)
+        width, expected = prior.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
+        if width != expected:
+            raise InputError(f"the prior makes embeddings of {width} values, but the unet expects {expected}")
+        embeds = prior._sample_embeddings(prior_plan)
+        prior.maybe_free_model_hooks()
+        tensors = decoder._condition_tensors(
+            EmbeddingOptions(embeds.positive, embeds.negative), 1, guided=sampling.guidance.enabled
+        )
+        return decoder._generate(plan, tensors)
+
+
+@contextlib.contextmanager
+def _prior_errors() -> Iterator[None]:
+    """Mark errors about arguments of the prior, whose names differ from the decoder's only by a prefix."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"of the prior (prior_...): {error}") from error
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
-    """Pictures from prompts."""
+    """Generate images from prompts."""
 
     decoder_class = KandinskyV22Pipeline
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, prompt: Texts, negative_prompt: Texts | None = None, num_inference_steps: int = 100,
-        guidance_scale: float = 4.0, num_images_per_prompt: int = 1, height: int | None = None,
-        width: int | None = None, prior_guidance_scale: float = 4.0, prior_num_inference_steps: int = 25,
-        generator: Generators = None, latents: Tensor | None = None, output_type: str = "pil", callback: Any = None,
-        callback_steps: int | None = 1, return_dict: bool = True, prior_callback_on_step_end: Any = None,
-        prior_callback_on_step_end_tensor_inputs: Names = LATENTS, callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Names = LATENTS,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
-        prior_guidance_threshold: float | None = None, timesteps: Times = None, sigmas: Levels = None,
-        prior_timesteps: Times = None, prior_sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Pictures, num_images_per_prompt for each prompt; arguments as of the two pipelines, in which they act.
+        self,
+        prompt: Texts,
+        negative_prompt: Texts | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = 1,
+        return_dict: bool = True,
+        prior_callback_on_step_end: StepEndCallback | None = None,
+        prior_callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        prior_guidance_rescale: float = 0.0,
+        prior_guidance_interval: Interval = None,
+        prior_guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+        prior_timesteps: Timesteps = None,
+        prior_sigmas: Sigmas = None,
+    ) -> Images:
+        """Generate images from prompts.
 
-        `latents` with four dimensions are start noise of the decoder, with two of the prior. The generators serve the
-        prior first, then the decoder. Raises InputError before any network runs.
+        Args:
+            prompt: One prompt or a list.
+            negative_prompt: One negative prompt, or one per prompt; None for none.
+            num_inference_steps: Number of denoising steps of the decoder.
+            guidance_scale: Scale of classifier-free guidance of the decoder; 1 and below disables it.
+            num_images_per_prompt: Images per prompt.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            prior_guidance_scale: Scale of classifier-free guidance of the prior.
+            prior_num_inference_steps: Number of denoising steps of the prior.
+            generator: One generator, a list with one per image, or None for torch's global generator. It serves the
+                prior first, then the decoder.
+            latents: Initial noise of the decoder, (images, 4, height / 8, width / 8), or of the prior,
+                (rows, embedding_dim); None draws both.
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W), or "latent".
+            callback: Legacy callback `(step, timestep, latents)` of the decoder, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            return_dict: Whether the output class is returned instead of a tuple.
+            prior_callback_on_step_end: The same as `callback_on_step_end` for the prior, which it receives.
+            prior_callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step of the
+                decoder, which it receives; it may return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            prior_guidance_rescale: The same for the prior.
+            prior_guidance_interval: The same for the prior.
+            prior_guidance_threshold: The same for the prior.
+            timesteps: Descending timesteps of the decoder instead of a number of steps.
+            sigmas: Descending noise levels of the decoder instead of a number of steps.
+            prior_timesteps: Descending timesteps of the prior.
+            prior_sigmas: Descending noise levels of the prior.
+
+        Returns:
+            The images, prompts x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
-        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
-        pace = (prior_num_inference_steps, prior_timesteps, prior_sigmas)
-        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, (*prior, *pace), early, output)
+        return self._call(
+            prompt,
+            negative_prompt,
+            PriorOptions(
+                prior_num_inference_steps,
+                prior_timesteps,
+                prior_sigmas,
+                prior_guidance_scale,
+                prior_guidance_rescale,
+                prior_guidance_interval,
+                prior_guidance_threshold,
+                prior_callback_on_step_end,
+                prior_callback_on_step_end_tensor_inputs,
+            ),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+                latents,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(),
+        )
 
 
 class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPipeline]):
-    """Pictures from prompts and a picture to start from."""
+    """Generate images from prompts and an initial image."""
 
     decoder_class = KandinskyV22Img2ImgPipeline
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, prompt: Texts, image: Pictures, negative_prompt: Texts | None = None, num_inference_steps: int = 100,
-        guidance_scale: float = 4.0, strength: float = 0.3, num_images_per_prompt: int = 1,
-        height: int | None = None, width: int | None = None, prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25, generator: Generators = None, latents: Tensor | None = None,
-        output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1, return_dict: bool = True,
-        prior_callback_on_step_end: Any = None, prior_callback_on_step_end_tensor_inputs: Names = LATENTS,
-        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
-        prior_guidance_threshold: float | None = None, timesteps: Times = None, sigmas: Levels = None,
-        prior_timesteps: Times = None, prior_sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Pictures that lead away from `image`, num_images_per_prompt for each prompt.
+        self,
+        prompt: Texts,
+        image: ImageInputs,
+        negative_prompt: Texts | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = 1,
+        return_dict: bool = True,
+        prior_callback_on_step_end: StepEndCallback | None = None,
+        prior_callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        prior_guidance_rescale: float = 0.0,
+        prior_guidance_interval: Interval = None,
+        prior_guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+        prior_timesteps: Timesteps = None,
+        prior_sigmas: Sigmas = None,
+    ) -> Images:
+        """Generate images from prompts, starting from `image`.
 
-        Image and strength are as in KandinskyV22Img2ImgPipeline, one image for all prompts or one for each. `latents`
-        with four dimensions are the noise put on the image; the rest is as in KandinskyV22CombinedPipeline.
+        Args:
+            prompt: One prompt or a list.
+            image: One image for all prompts or one per prompt: anything that `inputs.images.images_to_tensor` reads,
+                resized to height x width, or latents (batch, 4, height / 8, width / 8).
+            negative_prompt: One negative prompt, or one per prompt; None for none.
+            num_inference_steps: Number of denoising steps of the decoder.
+            guidance_scale: Scale of classifier-free guidance of the decoder; 1 and below disables it.
+            strength: Fraction of the decoder's steps that run, 0 to 1. At 1 almost nothing of the image remains; with
+                strength 0 the image is only encoded and decoded by MoVQ.
+            num_images_per_prompt: Images per prompt.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            prior_guidance_scale: Scale of classifier-free guidance of the prior.
+            prior_num_inference_steps: Number of denoising steps of the prior.
+            generator: One generator, a list with one per image, or None for torch's global generator. It serves the
+                prior first, then the decoder.
+            latents: Initial noise of the decoder, (images, 4, height / 8, width / 8), or of the prior,
+                (rows, embedding_dim); None draws both.
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W), or "latent".
+            callback: Legacy callback `(step, timestep, latents)` of the decoder, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            return_dict: Whether the output class is returned instead of a tuple.
+            prior_callback_on_step_end: The same as `callback_on_step_end` for the prior, which it receives.
+            prior_callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step of the
+                decoder, which it receives; it may return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            prior_guidance_rescale: The same for the prior.
+            prior_guidance_interval: The same for the prior.
+            prior_guidance_threshold: The same for the prior.
+            timesteps: Descending timesteps of the decoder instead of a number of steps.
+            sigmas: Descending noise levels of the decoder instead of a number of steps.
+            prior_timesteps: Descending timesteps of the prior.
+            prior_sigmas: Descending noise levels of the prior.
+
+        Returns:
+            The images, prompts x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
-        given = {"image": image, "strength": strength}
-        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
-        pace = (prior_num_inference_steps, prior_timesteps, prior_sigmas)
-        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, (*prior, *pace), early, output, **given)
+        return self._call(
+            prompt,
+            negative_prompt,
+            PriorOptions(
+                prior_num_inference_steps,
+                prior_timesteps,
+                prior_sigmas,
+                prior_guidance_scale,
+                prior_guidance_rescale,
+                prior_guidance_interval,
+                prior_guidance_threshold,
+                prior_callback_on_step_end,
+                prior_callback_on_step_end_tensor_inputs,
+            ),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+                latents,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(image=image, strength=strength),
+        )
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPipeline]):
-    """Pictures repainted where a mask says so, from prompts."""
+    """Repaint the masked part of an image, from prompts."""
 
     decoder_class = KandinskyV22InpaintPipeline
-    embedded_part = "inpaint"
+    embedded_subfolder = "inpaint"
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, prompt: Texts, image: Pictures, mask_image: Pictures, negative_prompt: Texts | None = None,
-        num_inference_steps: int = 100, guidance_scale: float = 4.0, num_images_per_prompt: int = 1,
-        height: int | None = None, width: int | None = None, prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25, generator: Generators = None, latents: Tensor | None = None,
-        output_type: str = "pil", return_dict: bool = True, prior_callback_on_step_end: Any = None,
-        prior_callback_on_step_end_tensor_inputs: Names = LATENTS, callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
+        self,
+        prompt: Texts,
+        image: ImageInputs,
+        mask_image: ImageInputs,
+        negative_prompt: Texts | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        prior_callback_on_step_end: StepEndCallback | None = None,
+        prior_callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
         keep_pixels: bool = False,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        prior_guidance_rescale: float = 0.0, prior_guidance_interval: Interval = None,
-        prior_guidance_threshold: float | None = None, timesteps: Times = None, sigmas: Levels = None,
-        prior_timesteps: Times = None, prior_sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """`image` repainted where `mask_image` is white, num_images_per_prompt for each prompt.
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        prior_guidance_rescale: float = 0.0,
+        prior_guidance_interval: Interval = None,
+        prior_guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+        prior_timesteps: Timesteps = None,
+        prior_sigmas: Sigmas = None,
+    ) -> Images:
+        """Repaint `image` where `mask_image` is white, from prompts.
 
-        Image, mask and keep_pixels are as in KandinskyV22InpaintPipeline, one for all prompts or one for each; the
-        rest is as in KandinskyV22CombinedPipeline.
+        Args:
+            prompt: One prompt or a list.
+            image: One image for all prompts or one per prompt: anything that `inputs.images.images_to_tensor` reads
+                (float tensors in [-1, 1]), resized to height x width, or latents (batch, 4, height / 8, width / 8).
+            mask_image: One mask for all prompts or one per prompt, white where the image is repainted: anything that
+                `inputs.masks.masks_to_tensor` reads.
+            negative_prompt: One negative prompt, or one per prompt; None for none.
+            num_inference_steps: Number of denoising steps of the decoder.
+            guidance_scale: Scale of classifier-free guidance of the decoder; 1 and below disables it.
+            num_images_per_prompt: Images per prompt.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            prior_guidance_scale: Scale of classifier-free guidance of the prior.
+            prior_num_inference_steps: Number of denoising steps of the prior.
+            generator: One generator, a list with one per image, or None for torch's global generator. It serves the
+                prior first, then the decoder.
+            latents: Initial noise of the decoder, (images, 4, height / 8, width / 8), or of the prior,
+                (rows, embedding_dim); None draws both.
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W), or "latent".
+            return_dict: Whether the output class is returned instead of a tuple.
+            prior_callback_on_step_end: The same as `callback_on_step_end` for the prior, which it receives.
+            prior_callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step of the
+                decoder, which it receives; it may return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback: Legacy callback `(step, timestep, latents)` of the decoder, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            keep_pixels: Whether the known pixels are those of the resized image, exactly. Otherwise they are decoded
+                from the image's latents.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            prior_guidance_rescale: The same for the prior.
+            prior_guidance_interval: The same for the prior.
+            prior_guidance_threshold: The same for the prior.
+            timesteps: Descending timesteps of the decoder instead of a number of steps.
+            sigmas: Descending noise levels of the decoder instead of a number of steps.
+            prior_timesteps: Descending timesteps of the prior.
+            prior_sigmas: Descending noise levels of the prior.
+
+        Returns:
+            The images, prompts x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        texts, output = (prompt, negative_prompt, num_images_per_prompt), (output_type, return_dict)
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
-        given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
-        told = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        prior = (prior_guidance_scale, prior_guidance_rescale, prior_guidance_interval, prior_guidance_threshold)
-        pace = (prior_num_inference_steps, prior_timesteps, prior_sigmas)
-        early = (prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs)
-        return self._call(texts, (height, width), steps, told, (*prior, *pace), early, output, **given)
+        return self._call(
+            prompt,
+            negative_prompt,
+            PriorOptions(
+                prior_num_inference_steps,
+                prior_timesteps,
+                prior_sigmas,
+                prior_guidance_scale,
+                prior_guidance_rescale,
+                prior_guidance_interval,
+                prior_guidance_threshold,
+                prior_callback_on_step_end,
+                prior_callback_on_step_end_tensor_inputs,
+            ),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+                latents,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(image=image, mask_image=mask_image, keep_pixels=keep_pixels),
+        )

@@ -1,45 +1,144 @@
-"""From image embeddings to pictures: latent diffusion, then MoVQ."""
+"""Decoders: image embeddings to images, by latent diffusion and MoVQ."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images, masks, validation
-from kandinsky22.inputs.images import Pictures
+from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.kernels import winograd
 from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.noise import Generators
-from kandinsky22.pipelines.denoising import LATENTS, Denoise, Plan, Run, SamplingPipeline
-from kandinsky22.pipelines.outputs import ImagePipelineOutput
+from kandinsky22.pipelines.denoising import (
+    LATENTS,
+    Callbacks,
+    DenoisingPipeline,
+    LegacyCallback,
+    SamplingOptions,
+    SamplingPlan,
+    StepEndCallback,
+)
+from kandinsky22.pipelines.outputs import ImagePipelineOutput, pipeline_call
 from kandinsky22.sampling.guidance import Guidance, Interval
-from kandinsky22.sampling.scheduler_adapter import Levels, Steps, Times, uses_learned_variance
+from kandinsky22.sampling.loop import Denoise, LoopState
+from kandinsky22.sampling.scheduler_adapter import (
+    Sigmas,
+    TimestepOptions,
+    Timesteps,
+    TimestepSchedule,
+    uses_learned_variance,
+)
 
-Embeds: TypeAlias = Tensor | list[Tensor]
-Names: TypeAlias = list[str] | None
+Embeddings: TypeAlias = Tensor | list[Tensor]
+Images: TypeAlias = ImagePipelineOutput | tuple[Any, ...]
+TensorNames: TypeAlias = list[str] | None
 
-HINT_FACTOR = 8  # pixels of a hint a latent, along each side: the UNet halves hints three times
+HINT_FACTOR = 8  # pixels of a hint per latent along each side: the UNet halves hints three times
 
 
-class DecoderPipeline(SamplingPipeline):
-    """What all decoders share: components, sizes, pictures, embeddings, and the way back to pixels.
+@dataclasses.dataclass(frozen=True)
+class EmbeddingOptions:
+    """The image embeddings of a call.
 
-    A call plans (`_plan`: arguments are checked and pictures read, no network runs) and generates (`_generate`: start
-    latents and condition, the loop, pixels). A mode is what it adds to these.
+    Attributes:
+        positive: Image embeddings, (batch, embedding_dim).
+        negative: Negative embeddings of the same shape, or one row for all; None without guidance.
+    """
+
+    positive: Embeddings
+    negative: Embeddings | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """Size and form of the results.
+
+    Attributes:
+        height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+        width: Width in pixels, likewise.
+        num_images_per_prompt: Images per embedding, or per prompt.
+        output_type: "pil", "np", "pt" or "latent".
+        return_dict: Whether the output class is returned instead of a tuple.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_images_per_prompt: int = 1
+    output_type: str = "pil"
+    return_dict: bool = True
+
+    def images_per_prompt(self) -> int:
+        """Return the checked `num_images_per_prompt`.
+
+        Raises:
+            InputError: If it is not a positive integer.
+        """
+        return validation.positive_int("num_images_per_prompt", self.num_images_per_prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """The images that a call starts from or is conditioned on. A mode reads those in `_image_inputs`.
+
+    Attributes:
+        image: Image to start from or to inpaint, or latents.
+        mask_image: Inpainting mask, 1 where the image is repainted.
+        hint: Hint of a ControlNet decoder.
+        strength: Fraction of the steps that run, 0 to 1.
+        keep_pixels: Whether inpainting copies the known pixels of the image into the result.
+    """
+
+    image: ImageInputs | None = None
+    mask_image: ImageInputs | None = None
+    hint: ImageInputs | None = None
+    strength: float = 1.0
+    keep_pixels: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderPlan:
+    """A validated call of a decoder. No network has run yet.
+
+    Attributes:
+        sampling: Plan of the denoising loop.
+        images: Input images as tensors, by argument name: one row, or one per embedding.
+        output: Form of the results.
+        keep_pixels: Whether inpainting copies the known pixels into the result.
+    """
+
+    sampling: SamplingPlan
+    images: Mapping[str, Tensor]
+    output: OutputOptions
+    keep_pixels: bool = False
+
+
+class DecoderPipeline(DenoisingPipeline):
+    """Base of all decoders: sizes, input images, embeddings, denoising, and decoding to pixels.
+
+    A call plans (`_plan`: all arguments are validated and images are read, no network runs), then generates
+    (`_generate`: initial latents and condition, the loop, pixels). A mode overrides the parts in which it differs.
+
+    Args:
+        unet: The UNet.
+        scheduler: Any object with the scheduler protocol.
+        movq: MoVQ, the autoencoder between pixels and latents.
     """
 
     unet: UNet2DConditionModel
     movq: VQModel
     model_cpu_offload_seq: ClassVar[str] = "unet->movq"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "image_embeds", "negative_image_embeds"]
-    _unet_needs: ClassVar[tuple[int, str]] = (0, "image")  # input channels beside the latents, addition_embed_type
-    _signed: ClassVar[bool] = False  # whether tensors of pixels are always in [-1, 1]
-    _unit: ClassVar[bool] = False  # whether output_type "pt" is in [0, 1]
+    _image_inputs: ClassVar[tuple[str, ...]] = ()  # arguments that hold images: fields of ImageOptions
+    _extra_unet_channels: ClassVar[int] = 0  # input channels of the UNet besides the latents
+    _addition_embed_type: ClassVar[str] = "image"
+    _image_tensors_are_signed: ClassVar[bool] = False  # whether image tensors are always in [-1, 1]
+    _pt_output_in_unit_range: ClassVar[bool] = False  # whether output_type "pt" is in [0, 1] instead of about [-1, 1]
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: Any, movq: VQModel) -> None:
         super().__init__()
@@ -47,336 +146,622 @@ class DecoderPipeline(SamplingPipeline):
 
     @property
     def movq_scale_factor(self) -> int:
-        """Pixels a latent, along each side."""
+        """Pixels per latent along one side."""
         return int(2 ** (len(self.movq.config.block_out_channels) - 1))
 
     @property
     def default_size(self) -> int:
-        """Side in pixels of the pictures the UNet was trained on. Raises InputError if its config does not say."""
+        """Side in pixels of the images that the UNet was trained for.
+
+        Raises:
+            InputError: If the UNet's config has no `sample_size`.
+        """
         if self.unet.config.sample_size is None:
-            raise InputError("height and width are needed: the unet's config names no sample_size")
+            raise InputError("height and width are required: the config of the unet has no sample_size")
         return int(self.unet.config.sample_size * self.movq_scale_factor)
 
+    # Planning
+
+    def _call(
+        self, embeddings: EmbeddingOptions, sampling: SamplingOptions, output: OutputOptions, inputs: ImageOptions
+    ) -> Images:
+        """Run a whole call from image embeddings."""
+        self._require("unet", "scheduler", "movq")
+        copies = output.images_per_prompt()
+        tensors = self._condition_tensors(embeddings, copies, guided=sampling.guidance.enabled)
+        batch = len(tensors["image_embeds"]) // (2 if sampling.guidance.enabled else 1)
+        return self._generate(self._plan(batch // copies, sampling, output, inputs), tensors)
+
     def _plan(
-        self, batch: int, size: tuple[Any, Any], *options: Any, copies: int = 1, strength: Any = 1.0,
-        keep_pixels: Any = False, **pictures: Any,
-    ) -> Plan:  # fmt: skip
-        """Check the arguments of a call for `batch` pictures of `size` (height, width), `copies` of each embedding.
+        self, embeddings: int, sampling: SamplingOptions, output: OutputOptions, inputs: ImageOptions
+    ) -> DecoderPlan:
+        """Validate a call for this number of embeddings, and read its images."""
+        self._interrupted = False
+        keep_pixels = validation.strict_bool("keep_pixels", inputs.keep_pixels)
+        # latents hold no pixels that could be copied into
+        output_types = images.OUTPUT_TYPES[:3] if keep_pixels else images.OUTPUT_TYPES
+        validation.output_format(output.output_type, output.return_dict, output_types)
+        self._require("unet", "scheduler", "movq")
+        self._check_unet()
+        if "image" in self._image_inputs:
+            self._require_add_noise()
+        batch = embeddings * output.images_per_prompt()
+        shape = self._latent_shape(batch, output)
+        tensors = {name: self._read(name, getattr(inputs, name), shape, embeddings) for name in self._image_inputs}
+        if keep_pixels and tensors["image"].shape[1] != 3:
+            raise invalid("keep_pixels", True, "False if image holds latents, which have no pixels to keep")
+        plan = self._plan_sampling(sampling, shape=shape, images=batch)
+        return DecoderPlan(plan.with_strength(inputs.strength), tensors, output, keep_pixels)
 
-        `options` are the rest of `_schedule`'s; `pictures` are image, mask_image and hint as far as the mode has them.
-        Raises InputError.
-        """
-        self._need("unet", "scheduler", "movq")
-        self._check_unet(*self._unet_needs)
-        if "image" in pictures:
-            self._need_add_noise()
-        shape = self._latent_shape(batch, *size)
-        read = {name: self._read(name, value, shape, batch // copies) for name, value in pictures.items()}
-        if validation.flag("keep_pixels", keep_pixels) and read["image"].shape[1] != 3:
-            raise InputError("keep_pixels: the image is given as latents, so there are no pixels to keep")
-        plan = self._tail(self._schedule(shape, batch, *options), strength)
-        return replace(plan, pictures=read, keep_pixels=keep_pixels)
-
-    def _read(self, name: str, value: Any, shape: tuple[int, ...], rows: int) -> Tensor:
-        """The picture argument `name` as a tensor for latents of `shape`, with one row or `rows`."""
-        factor, (height, width) = HINT_FACTOR if name == "hint" else self.movq_scale_factor, shape[2:]
-        size = height * factor, width * factor
+    def _read(self, name: str, value: ImageInputs, shape: tuple[int, ...], embeddings: int) -> Tensor:
+        """Return the image argument `name` as a tensor with one row, or one per embedding."""
+        factor = HINT_FACTOR if name == "hint" else self.movq_scale_factor
+        size = shape[2] * factor, shape[3] * factor
         if name == "hint":
-            made = images.hints(name, value, size)
+            tensor = images.hints_to_tensor(name, value, size)
         elif name == "mask_image":
-            made = masks.masks(name, value, size)
+            tensor = masks.masks_to_tensor(name, value, size)
         else:
-            made = images.pixels(name, value, size, signed=self._signed, latents=shape[1:])
-        if len(made) not in (1, rows):
-            raise InputError(
-                f"{name}: {len(made)} pictures were given for {rows} embeddings; one, or one each is needed"
-            )
-        return made
+            signed = self._image_tensors_are_signed
+            tensor = images.images_to_tensor(name, value, size, signed=signed, latent_shape=shape[1:])
+        if len(tensor) not in (1, embeddings):
+            raise invalid(f"len({name})", len(tensor), f"1 or {embeddings}, one per image embedding")
+        return tensor
 
-    def _latent_shape(self, batch: int, height: Any, width: Any) -> tuple[int, int, int, int]:
-        """Shape of the latents; sides given in pixels are rounded up to a multiple of the factor squared (64)."""
+    def _latent_shape(self, batch: int, output: OutputOptions) -> tuple[int, int, int, int]:
+        """Return the shape of the latents; sides in pixels are rounded up to a multiple of the squared factor (64)."""
         factor = self.movq_scale_factor
         sides = []
-        for name, side in (("height", height), ("width", width)):
-            pixels = self.default_size if side is None else validation.whole(name, side)
+        for name, side in (("height", output.height), ("width", output.width)):
+            pixels = self.default_size if side is None else validation.positive_int(name, side)
             sides.append(-(-pixels // factor**2) * factor)
         return batch, self.movq.config.latent_channels, sides[0], sides[1]
 
-    def _check_unet(self, extra_channels: int, condition: str) -> None:
-        """Raise InputError unless the UNet belongs to this mode, and predicts a variance if the scheduler wants it."""
-        config, latent = self.unet.config, self.movq.config.latent_channels
-        if config.in_channels != latent + extra_channels or config.addition_embed_type != condition:
+    def _check_unet(self) -> None:
+        """Raise InputError unless the UNet fits this mode, and predicts a variance if the scheduler uses it."""
+        config, latent_channels = self.unet.config, self.movq.config.latent_channels
+        in_channels = latent_channels + self._extra_unet_channels
+        if config.in_channels != in_channels or config.addition_embed_type != self._addition_embed_type:
             raise InputError(
-                f"unet: {type(self).__name__} needs one with in_channels={latent + extra_channels} and "
-                f"addition_embed_type={condition!r}; this checkpoint's has in_channels={config.in_channels} and "
-                f"addition_embed_type={config.addition_embed_type!r}, so it belongs to another Kandinsky pipeline"
+                f"unet with in_channels={config.in_channels} and addition_embed_type={config.addition_embed_type!r} "
+                f"belongs to another Kandinsky pipeline: {type(self).__name__} expects in_channels={in_channels} and "
+                f"addition_embed_type={self._addition_embed_type!r}"
             )
-        if uses_learned_variance(self.scheduler) and config.out_channels != 2 * latent:
-            raise InputError(f"scheduler: a learned variance_type needs a unet with out_channels={2 * latent}")
+        if uses_learned_variance(self.scheduler) and config.out_channels != 2 * latent_channels:
+            raise InputError(
+                f"unet with out_channels={config.out_channels} predicts no variance: the scheduler's variance_type "
+                f"expects out_channels={2 * latent_channels}"
+            )
 
-    def _embeddings(self, positive: Any, negative: Any, copies: int, guided: bool) -> dict[str, Tensor]:
-        """The embeddings as callbacks see them: with guidance, `image_embeds` holds both halves, negative first."""
+    def _condition_tensors(self, embeddings: EmbeddingOptions, copies: int, *, guided: bool) -> dict[str, Tensor]:
+        """Return the embeddings as callbacks see them, repeated; `image_embeds` holds both halves, negative first."""
         width = self.unet.config.encoder_hid_dim
         target: dict[str, Any] = {"device": self._execution_device, "dtype": self.unet.dtype}
-        embeds = validation.embeddings("image_embeds", positive, width)
-        tensors = {"image_embeds": embeds.to(**target).repeat_interleave(copies, dim=0)}
-        if negative is not None:
-            opposite = validation.embeddings("negative_image_embeds", negative, width)
-            opposite = validation.same_batch("negative_image_embeds", opposite, len(embeds), "image_embeds")
-            tensors["negative_image_embeds"] = opposite.to(**target).repeat_interleave(copies, dim=0)
+        positive = validation.image_embeddings("image_embeds", embeddings.positive, width)
+        tensors = {"image_embeds": positive.to(**target).repeat_interleave(copies, dim=0)}
+        if embeddings.negative is not None:
+            negative = validation.image_embeddings("negative_image_embeds", embeddings.negative, width)
+            negative = validation.batch_of_size("negative_image_embeds", negative, len(positive), "image_embeds")
+            tensors["negative_image_embeds"] = negative.to(**target).repeat_interleave(copies, dim=0)
         elif guided:
-            raise InputError("negative_image_embeds=None: guidance_scale > 1 needs them; the prior returns them")
+            raise invalid(
+                "negative_image_embeds", None, "embeddings, since guidance_scale > 1", "the prior returns them"
+            )
         if guided:
             tensors["image_embeds"] = torch.cat([tensors["negative_image_embeds"], tensors["image_embeds"]])
         return tensors
 
-    def _rows(self, plan: Plan, picture: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A picture's tensor with one row for each picture to make, where the networks run, in the UNet's type."""
-        picture = picture.to(device=self._execution_device, dtype=self.unet.dtype if dtype is None else dtype)
-        return picture.repeat_interleave(plan.shape[0] // len(picture), dim=0)
+    # Generating
 
-    def _encode(self, plan: Plan) -> Tensor:
-        """Latents (batch, 4, h, w) of the image; each is encoded once, and not at all if it came as latents."""
-        image = plan.pictures["image"]
+    def _generate(self, plan: DecoderPlan, tensors: dict[str, Tensor]) -> Images:
+        """Denoise and decode a planned call."""
+        if "hint" in plan.images:
+            tensors = self._with_conditioning(plan, tensors, hint=self._expand_to_batch(plan, plan.images["hint"]))
+        latents = self._denoise(plan.sampling, self._initial_latents(plan), tensors)
+        return self._decode(plan, latents)
+
+    def _initial_latents(self, plan: DecoderPlan) -> Tensor:
+        """Return noise, or the encoded image with the noise that the first step expects."""
+        image = self._encode_image(plan) if "image" in plan.images else None
+        noise = self._standard_noise(plan.sampling, self.unet.dtype)
+        if image is None:
+            return noise * plan.sampling.schedule.scheduler.init_noise_sigma
+        return self._add_noise(plan, image, noise, step=0)
+
+    @staticmethod
+    def _add_noise(plan: DecoderPlan, latents: Tensor, noise: Tensor, *, step: int) -> Tensor:
+        """Add the noise of the timestep before a step; after the last step, return the latents as they are."""
+        timestep = plan.sampling.schedule.timesteps[step : step + 1]
+        if not len(timestep):
+            return latents
+        noisy: Tensor = plan.sampling.schedule.scheduler.add_noise(latents, noise, timestep)
+        return noisy
+
+    @staticmethod
+    def _with_conditioning(plan: DecoderPlan, tensors: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
+        """Add tensors that are the same in both halves of a guided batch."""
+        halves = 2 if plan.sampling.guidance.enabled else 1
+        return tensors | {name: torch.cat([tensor] * halves) for name, tensor in more.items()}
+
+    def _expand_to_batch(self, plan: DecoderPlan, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an input image with one row per result, on the execution device, in the UNet's type by default."""
+        image = image.to(device=self._execution_device, dtype=self.unet.dtype if dtype is None else dtype)
+        return image.repeat_interleave(plan.sampling.shape[0] // len(image), dim=0)
+
+    def _encode_image(self, plan: DecoderPlan) -> Tensor:
+        """Return latents (batch, 4, h, w) of the image. Each is encoded once, or not at all if it holds latents."""
+        image = plan.images["image"]
         if image.shape[1] == 3:
-            with winograd.turn(self.movq, after=self.unet):
+            with winograd.weights_in_use_by(self.movq, after=self.unet):
                 image = self.movq.encode(image.to(device=self._execution_device, dtype=self.movq.dtype))[0]
-        return self._rows(plan, image)
+        return self._expand_to_batch(plan, image)
 
-    def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:
+    def _bind_condition(self, tensors: Mapping[str, Tensor], schedule: TimestepSchedule) -> Denoise:
         masked = [tensors[name] for name in ("masked_image", "mask_image") if name in tensors]
         condition = self.unet.encode_condition(
             image_embeds=tensors["image_embeds"],
             hint=tensors.get("hint"),
             channels=torch.cat(masked, dim=1) if masked else None,
         )
-        cache = self._feature_cache()
-        return lambda noisy, timestep: self.unet.denoise(noisy, timestep, condition, cache)
+        cache = self._new_feature_cache()
+        return lambda sample, timestep: self.unet.denoise(sample, timestep, condition, cache)
 
-    def _apply(self, run: Run, changes: Mapping[str, Tensor]) -> None:
-        # the network sees negatives only as the first half of the guided batch, so a new one has to go there
-        before = run.tensors.get("negative_image_embeds")
-        super()._apply(run, changes)
-        after, both = run.tensors.get("negative_image_embeds"), run.tensors["image_embeds"]
-        if after is not None and after is not before and len(both) == 2 * len(after):
-            run.tensors["image_embeds"] = torch.cat([after, both[len(after) :]])
+    def _replace_tensors(self, state: LoopState, changes: Mapping[str, Tensor]) -> None:
+        # The network reads negatives only as the first half of the guided batch: a new one must be put there.
+        previous = state.tensors.get("negative_image_embeds")
+        super()._replace_tensors(state, changes)
+        negative, both = state.tensors.get("negative_image_embeds"), state.tensors["image_embeds"]
+        if negative is not None and negative is not previous and len(both) == 2 * len(negative):
+            state.tensors["image_embeds"] = torch.cat([negative, both[len(negative) :]])
 
-    def _call(
-        self, embeds: tuple[Any, Any], size: tuple[Any, Any], steps: tuple[Steps, Guidance, Any, Any],
-        callbacks: tuple[Any, Any, Any, Any], output: tuple[Any, Any, Any], **given: Any,
-    ) -> Any:  # fmt: skip
-        """A whole call; `steps` are Steps, Guidance, generator and latents, `output` is number for each embedding,
-        type and return_dict, `given` the keywords of `_plan`."""
-        self._need("unet", "scheduler", "movq")
-        copies = validation.whole("num_images_per_prompt", output[0])
-        guided = steps[1].on
-        latent = 0 if given.get("keep_pixels") else 1  # latents hold no pixels that could be kept
-        validation.output(*output[1:], images.OUTPUT_TYPES[: 3 + latent])
-        tensors = self._embeddings(*embeds, copies, guided)
-        batch = len(tensors["image_embeds"]) // (2 if guided else 1)
-        plan = self._plan(batch, size, *steps, self._check_callbacks(*callbacks), copies=copies, **given)
-        return self._generate(plan, tensors, *output[1:])
-
-    def _generate(self, plan: Plan, tensors: dict[str, Tensor], output_type: str, return_dict: bool) -> Any:
-        """The result of a planned call, from the embeddings."""
-        if "hint" in plan.pictures:
-            tensors = self._beside(plan, tensors, hint=self._rows(plan, plan.pictures["hint"]))
-        latents = self._denoise(plan, self._first(plan), tensors)
-        return self._decode(latents, output_type, return_dict)
-
-    def _first(self, plan: Plan) -> Tensor:
-        """The latents that denoising starts from: noise, or the image with as much noise as the first step expects."""
-        if "image" not in plan.pictures:
-            return self._noise(plan, self.unet.dtype)
-        return self._noised(plan, self._encode(plan), self._draw(plan, self.unet.dtype), 0)
-
-    def _noised(self, plan: Plan, clean: Tensor, noise: Tensor, step: int) -> Tensor:
-        """Clean latents at the level of noise before `step`; as they are where no such step is left."""
-        timestep = plan.timesteps[step : step + 1]
-        return self.scheduler.add_noise(clean, noise, timestep) if len(timestep) else clean
-
-    @staticmethod
-    def _beside(plan: Plan, tensors: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
-        """The embeddings with more for the network to see, the same in both halves of a guided batch."""
-        halves = 2 if plan.guidance.on else 1
-        return tensors | {name: torch.cat([tensor] * halves) for name, tensor in more.items()}
-
-    def _decode(self, latents: Tensor, output_type: str, return_dict: bool, plan: Plan | None = None) -> Any:
-        """The result of a call from the latents after the last step; `plan` is given if pixels are to be kept."""
+    def _decode(self, plan: DecoderPlan, latents: Tensor) -> Images:
+        """Return the result of a call from its final latents."""
         result: Any = latents
-        if output_type != "latent":
-            with self._freed_on_error(), winograd.turn(self.movq, after=self.unet):
-                pictures = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
-            if plan is not None:  # in float32, for others cannot tell all 256 levels of brightness apart
-                rows = {name: self._rows(plan, picture, torch.float32) for name, picture in plan.pictures.items()}
-                pictures = torch.where(rows["mask_image"] > 0.5, pictures.float(), rows["image"])
-            result = images.from_decoder(pictures, output_type, unit=self._unit)
+        if plan.output.output_type != "latent":
+            with self._freed_on_error(), winograd.weights_in_use_by(self.movq, after=self.unet):
+                pixels = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
+            if plan.keep_pixels:
+                pixels = self._copy_known_pixels(plan, pixels)
+            unit = self._pt_output_in_unit_range
+            result = images.to_output_type(pixels, plan.output.output_type, unit_range=unit)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(result) if return_dict else (result,)
+        return ImagePipelineOutput(result) if plan.output.return_dict else (result,)
+
+    def _copy_known_pixels(self, plan: DecoderPlan, pixels: Tensor) -> Tensor:
+        """Return the pixels with those of the image where the mask keeps it.
+
+        In float32: half precision cannot represent all 256 levels of brightness.
+        """
+        image, mask = (
+            self._expand_to_batch(plan, plan.images[name], torch.float32) for name in ("image", "mask_image")
+        )
+        return torch.where(mask > 0.5, pixels.float(), image)
 
 
 class KandinskyV22Pipeline(DecoderPipeline):
-    """Pictures from image embeddings."""
+    """Generate images from image embeddings."""
 
-    # Signatures are packed, so that what the five have in common does not fill the page five times.
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, image_embeds: Embeds, negative_image_embeds: Embeds | None, height: int | None = None,
-        width: int | None = None, num_inference_steps: int = 100, guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1, generator: Generators = None, latents: Tensor | None = None,
-        output_type: str = "pil", return_dict: bool = True, callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Pictures, num_images_per_prompt for each of the embeddings (batch, dim).
+        self,
+        image_embeds: Embeddings,
+        negative_image_embeds: Embeddings | None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> Images:
+        """Generate images from image embeddings.
 
-        One negative embedding serves all. `height` and `width` are pixels, rounded up to multiples of 64; the
-        model's own size unless given. `latents` is start noise (pictures, 4, height / 8, width / 8). Guidance is off
-        at 1 and below; only then may `negative_image_embeds` be None. Its options are those of `Guidance`; descending
-        `timesteps` or `sigmas` take the place of a number of steps where the scheduler's `set_timesteps` has them.
-        `output_type` is "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as the decoder leaves it,
-        nominally in [-1, 1], or "latent". Raises InputError before any network runs.
+        Args:
+            image_embeds: Image embeddings of the prior, (batch, embedding_dim).
+            negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
+                guidance.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            num_images_per_prompt: Images per embedding.
+            generator: One generator, a list with one per image, or None for torch's global generator.
+            latents: Initial noise, (images, 4, height / 8, width / 8); None draws it.
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as decoded, about [-1, 1], or
+                "latent".
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The images, batch x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
-        callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
-        return self._call(embeds, (height, width), steps, callbacks, output)
+        return self._call(
+            EmbeddingOptions(image_embeds, negative_image_embeds),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+                latents,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(),
+        )
 
 
 class KandinskyV22Img2ImgPipeline(DecoderPipeline):
-    """Pictures from image embeddings and a picture to start from."""
+    """Generate images from image embeddings and an initial image."""
 
-    _unit = True
+    _image_inputs = ("image",)
+    _pt_output_in_unit_range = True
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, image_embeds: Embeds, image: Pictures, negative_image_embeds: Embeds | None, height: int | None = None,
-        width: int | None = None, num_inference_steps: int = 100, guidance_scale: float = 4.0, strength: float = 0.3,
-        num_images_per_prompt: int = 1, generator: Generators = None, output_type: str = "pil",
-        return_dict: bool = True, callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None, callback_steps: int | None = None,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Pictures that lead away from `image`, num_images_per_prompt for each of the embeddings (batch, dim).
+        self,
+        image_embeds: Embeddings,
+        image: ImageInputs,
+        negative_image_embeds: Embeddings | None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> Images:
+        """Generate images from image embeddings, starting from `image`.
 
-        One image serves all embeddings, or each has its own: any kind that `inputs.images.pixels` reads, resized to
-        height x width, or latents (batch, 4, height / 8, width / 8). `strength` from 0 to 1 is the part of the steps
-        that run: 1 keeps next to nothing of the image, and where no step is left it comes back as MoVQ draws it.
-        "pt" gives [0, 1]; the rest is as in KandinskyV22Pipeline.
+        Args:
+            image_embeds: Image embeddings of the prior, (batch, embedding_dim).
+            image: One image for all embeddings or one per embedding: anything that `inputs.images.images_to_tensor`
+                reads, resized to height x width, or latents (batch, 4, height / 8, width / 8).
+            negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
+                guidance.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of denoising steps at strength 1.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            strength: Fraction of the steps that run, 0 to 1. At 1 almost nothing of the image remains; with strength 0
+                the image is only encoded and decoded by MoVQ.
+            num_images_per_prompt: Images per embedding.
+            generator: One generator, a list with one per image, or None for torch's global generator.
+            output_type: "pil", "np" (batch, H, W, 3) or "pt" (batch, 3, H, W), both in [0, 1], or "latent".
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The images, batch x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None)
-        callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
-        return self._call(embeds, (height, width), steps, callbacks, output, image=image, strength=strength)
+        return self._call(
+            EmbeddingOptions(image_embeds, negative_image_embeds),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(image=image, strength=strength),
+        )
 
 
 class KandinskyV22InpaintPipeline(DecoderPipeline):
-    """Pictures repainted where a mask says so, from image embeddings."""
+    """Repaint the masked part of an image, from image embeddings."""
 
     _callback_tensor_inputs: ClassVar = [*DecoderPipeline._callback_tensor_inputs, "masked_image", "mask_image"]
-    embedded_part = "inpaint"
-    _unet_needs = (5, "image")
-    _signed = True
+    _image_inputs = ("image", "mask_image")
+    embedded_subfolder = "inpaint"
+    _extra_unet_channels = 5
+    _image_tensors_are_signed = True
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, image_embeds: Embeds, image: Pictures, mask_image: Pictures, negative_image_embeds: Embeds | None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 100,
-        guidance_scale: float = 4.0, num_images_per_prompt: int = 1, generator: Generators = None,
-        latents: Tensor | None = None, output_type: str = "pil", return_dict: bool = True,
-        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS, callback: Any = None,
-        callback_steps: int | None = None, keep_pixels: bool = False,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """`image` repainted where `mask_image` is white, num_images_per_prompt for each of the embeddings (batch, dim).
+        self,
+        image_embeds: Embeddings,
+        image: ImageInputs,
+        mask_image: ImageInputs,
+        negative_image_embeds: Embeddings | None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
+        keep_pixels: bool = False,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> Images:
+        """Repaint `image` where `mask_image` is white, from image embeddings.
 
-        One image and one mask serve all embeddings, or each has its own: any kind that `inputs.images.pixels` (float
-        tensors in [-1, 1]) and `inputs.masks.masks` read. Kept latents are the image's, so kept pixels are as MoVQ
-        draws them; `keep_pixels` puts the resized image's own in their place. The rest is as in KandinskyV22Pipeline.
+        Args:
+            image_embeds: Image embeddings of the prior, (batch, embedding_dim).
+            image: One image for all embeddings or one per embedding: anything that `inputs.images.images_to_tensor`
+                reads (float tensors in [-1, 1]), resized to height x width, or latents (batch, 4, height / 8, width /
+                8).
+            mask_image: One mask for all embeddings or one per embedding, white where the image is repainted: anything
+                that `inputs.masks.masks_to_tensor` reads.
+            negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
+                guidance.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            num_images_per_prompt: Images per embedding.
+            generator: One generator, a list with one per image, or None for torch's global generator.
+            latents: Initial noise, (images, 4, height / 8, width / 8); None draws it.
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as decoded, about [-1, 1], or
+                "latent".
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            keep_pixels: Whether the known pixels are those of the resized image, exactly. Otherwise they are decoded
+                from the image's latents.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The images, batch x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
-        callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
-        given = {"image": image, "mask_image": mask_image, "keep_pixels": keep_pixels}
-        return self._call(embeds, (height, width), steps, callbacks, output, **given)
+        return self._call(
+            EmbeddingOptions(image_embeds, negative_image_embeds),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+                latents,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(image=image, mask_image=mask_image, keep_pixels=keep_pixels),
+        )
 
-    def _generate(self, plan: Plan, tensors: dict[str, Tensor], output_type: str, return_dict: bool) -> Any:
-        original, noise = self._encode(plan), self._draw(plan, self.unet.dtype)
-        height, width = plan.shape[2:]
-        kept = self._rows(plan, masks.kept(plan.pictures["mask_image"], (height, width)))
-        tensors = self._beside(plan, tensors, masked_image=original * kept, mask_image=kept)
+    def _generate(self, plan: DecoderPlan, tensors: dict[str, Tensor]) -> Images:
+        image, noise = self._encode_image(plan), self._standard_noise(plan.sampling, self.unet.dtype)
+        height, width = plan.sampling.shape[2:]
+        known = self._expand_to_batch(plan, masks.unmasked_latents(plan.images["mask_image"], (height, width)))
+        tensors = self._with_conditioning(plan, tensors, masked_image=image * known, mask_image=known)
 
-        def restore(latents: Tensor, known: Tensor) -> Tensor:
-            mask = tensors["mask_image"][-len(latents) :]  # a callback may have put another there
-            return mask * known + (1 - mask) * latents
+        def restore_known(latents: Tensor, known_latents: Tensor) -> Tensor:
+            mask = tensors["mask_image"][-len(latents) :]  # a callback may have replaced it
+            return mask * known_latents + (1 - mask) * latents
 
-        def edit(latents: Tensor, run: Run) -> Tensor:
-            return restore(latents, self._noised(plan, original, noise, run.index + 1))
+        def post_step(latents: Tensor, state: LoopState) -> Tensor:
+            return restore_known(latents, self._add_noise(plan, image, noise, step=state.index + 1))
 
-        latents = self._denoise(plan, noise * self.scheduler.init_noise_sigma, tensors, edit)
-        return self._decode(restore(latents, original), output_type, return_dict, plan if plan.keep_pixels else None)
+        initial = noise * plan.sampling.schedule.scheduler.init_noise_sigma
+        latents = self._denoise(plan.sampling, initial, tensors, post_step)
+        return self._decode(plan, restore_known(latents, image))
 
 
 class KandinskyV22ControlnetPipeline(DecoderPipeline):
-    """Pictures from image embeddings and a hint at their composition, such as a depth map."""
+    """Generate images from image embeddings and a hint, such as a depth map."""
 
     _callback_tensor_inputs: ClassVar = [*DecoderPipeline._callback_tensor_inputs, "hint"]
-    embedded_part = "control"
-    _unet_needs = (4, "image_hint")
+    _image_inputs = ("hint",)
+    embedded_subfolder = "control"
+    _extra_unet_channels = 4
+    _addition_embed_type = "image_hint"
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, image_embeds: Embeds, negative_image_embeds: Embeds | None, hint: Pictures, height: int | None = None,
-        width: int | None = None, num_inference_steps: int = 100, guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1, generator: Generators = None, latents: Tensor | None = None,
-        output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1, return_dict: bool = True,
-        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: Names = LATENTS,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Pictures, num_images_per_prompt for each of the embeddings (batch, dim), composed as `hint` shows.
+        self,
+        image_embeds: Embeddings,
+        negative_image_embeds: Embeddings | None,
+        hint: ImageInputs,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = 1,
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> Images:
+        """Generate images from image embeddings, composed as `hint` shows.
 
-        One hint serves all embeddings, or each has its own: any kind that `inputs.images.hints` reads, resized to
-        height x width. The rest is as in KandinskyV22Pipeline.
+        Args:
+            image_embeds: Image embeddings of the prior, (batch, embedding_dim).
+            negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
+                guidance.
+            hint: One hint for all embeddings or one per embedding: anything that `inputs.images.hints_to_tensor` reads,
+                resized to height x width.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            num_images_per_prompt: Images per embedding.
+            generator: One generator, a list with one per image, or None for torch's global generator.
+            latents: Initial noise, (images, 4, height / 8, width / 8); None draws it.
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as decoded, about [-1, 1], or
+                "latent".
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The images, batch x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents)
-        callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
-        return self._call(embeds, (height, width), steps, callbacks, output, hint=hint)
+        return self._call(
+            EmbeddingOptions(image_embeds, negative_image_embeds),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+                latents,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(hint=hint),
+        )
 
 
 class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
-    """Pictures from image embeddings, a picture to start from and a hint at the composition."""
+    """Generate images from image embeddings, an initial image and a hint."""
 
     _callback_tensor_inputs: ClassVar = KandinskyV22ControlnetPipeline._callback_tensor_inputs
-    embedded_part = "control"
-    _unet_needs = (4, "image_hint")
-    _unit = True
+    _image_inputs = ("image", "hint")
+    embedded_subfolder = "control"
+    _extra_unet_channels = 4
+    _addition_embed_type = "image_hint"
+    _pt_output_in_unit_range = True
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, image_embeds: Embeds, image: Pictures, negative_image_embeds: Embeds | None, hint: Pictures,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 100,
-        guidance_scale: float = 4.0, strength: float = 0.3, num_images_per_prompt: int = 1,
-        generator: Generators = None, output_type: str = "pil", callback: Any = None, callback_steps: int | None = 1,
-        return_dict: bool = True, callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Names = LATENTS,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Pictures that lead away from `image` as `hint` shows, num_images_per_prompt for each of the embeddings.
+        self,
+        image_embeds: Embeddings,
+        image: ImageInputs,
+        negative_image_embeds: Embeddings | None,
+        hint: ImageInputs,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        output_type: str = "pil",
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = 1,
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: TensorNames = LATENTS,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> Images:
+        """Generate images from image embeddings, starting from `image` and composed as `hint` shows.
 
-        Image, strength and "pt" are as in KandinskyV22Img2ImgPipeline, the hint as in KandinskyV22ControlnetPipeline.
+        Args:
+            image_embeds: Image embeddings of the prior, (batch, embedding_dim).
+            image: One image for all embeddings or one per embedding: anything that `inputs.images.images_to_tensor`
+                reads, resized to height x width, or latents (batch, 4, height / 8, width / 8).
+            negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
+                guidance.
+            hint: One hint for all embeddings or one per embedding: anything that `inputs.images.hints_to_tensor` reads,
+                resized to height x width.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            width: Width in pixels, likewise.
+            num_inference_steps: Number of denoising steps at strength 1.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            strength: Fraction of the steps that run, 0 to 1. At 1 almost nothing of the image remains; with strength 0
+                the image is only encoded and decoded by MoVQ.
+            num_images_per_prompt: Images per embedding.
+            generator: One generator, a list with one per image, or None for torch's global generator.
+            output_type: "pil", "np" (batch, H, W, 3) or "pt" (batch, 3, H, W), both in [0, 1], or "latent".
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The images, batch x num_images_per_prompt.
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        steps = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None)
-        callbacks = (callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps)
-        embeds, output = (image_embeds, negative_image_embeds), (num_images_per_prompt, output_type, return_dict)
-        return self._call(embeds, (height, width), steps, callbacks, output, image=image, hint=hint, strength=strength)
+        return self._call(
+            EmbeddingOptions(image_embeds, negative_image_embeds),
+            SamplingOptions(
+                TimestepOptions(num_inference_steps, timesteps, sigmas),
+                Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+                Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+                generator,
+            ),
+            OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
+            ImageOptions(image=image, hint=hint, strength=strength),
+        )

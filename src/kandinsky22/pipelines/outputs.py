@@ -1,23 +1,74 @@
-"""What the pipelines return."""
+"""Results of pipelines, and the decorator of their calls."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from kandinsky22.outputs import Output
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
 @dataclasses.dataclass
 class ImagePipelineOutput(Output):
-    """Pictures: a list of PIL images, an array (batch, height, width, 3) in [0, 1], or a tensor, as was asked for."""
+    """Generated images.
 
-    images: Any
+    Attributes:
+        images: By `output_type`: a list of PIL images ("pil"), an array (batch, height, width, 3) in [0, 1] ("np"), a
+            tensor (batch, 3, height, width) ("pt"), or latents (batch, 4, height / 8, width / 8) ("latent").
+    """
+
+    images: list[Image] | np.ndarray[Any, Any] | Tensor
 
 
 @dataclasses.dataclass
 class KandinskyPriorPipelineOutput(Output):
-    """Image embeddings and their negatives, each (batch, embedding_dim), as tensors or arrays."""
+    """Image embeddings of the prior.
 
-    image_embeds: Any
-    negative_image_embeds: Any
+    Attributes:
+        image_embeds: Image embeddings, (batch, embedding_dim), a tensor ("pt") or an array ("np").
+        negative_image_embeds: Their negatives for classifier-free guidance of the decoder, same shape.
+    """
+
+    image_embeds: Tensor | np.ndarray[Any, Any]
+    negative_image_embeds: Tensor | np.ndarray[Any, Any]
+
+
+class _BoundCall(Protocol[P, Result_co]):
+    @overload
+    def __call__(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Any, ...]: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result_co: ...
+
+
+class _PipelineCall(Protocol[P, Result_co]):
+    def __get__(self, instance: object, owner: Any = None) -> _BoundCall[P, Result_co]: ...
+    @overload
+    def __call__(self, *args: Any, return_dict: Literal[False], **kwargs: Any) -> tuple[Any, ...]: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result_co: ...
+
+
+def pipeline_call(
+    method: Callable[Concatenate[Any, P], Result | tuple[Any, ...]],
+) -> _PipelineCall[P, Result]:
+    """Run a pipeline's `__call__` without gradients, typed by `return_dict`.
+
+    Type checkers see the output class, or a tuple where `return_dict=False` is passed.
+
+    Args:
+        method: The method. It returns its output class, or a tuple if `return_dict` is False.
+
+    Returns:
+        The method under `torch.no_grad`.
+    """
+    return cast("_PipelineCall[P, Result]", torch.no_grad()(method))

@@ -1,77 +1,138 @@
-"""From prompts to image embeddings: the prior, and mixtures of texts and images."""
+"""The prior: prompts to image embeddings, and interpolation between texts and images."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import interpolation, prompts, validation
+from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.linear import onednn_linear_layers
 from kandinsky22.models import PriorTransformer
 from kandinsky22.noise import Generators
-from kandinsky22.pipelines.denoising import LATENTS, Denoise, Plan, Run, SamplingPipeline, sample
-from kandinsky22.pipelines.embedding_cache import Recent, zero_embed
-from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput
+from kandinsky22.pipelines.denoising import (
+    LATENTS,
+    Callbacks,
+    DenoisingPipeline,
+    LegacyCallback,
+    SamplingOptions,
+    SamplingPlan,
+    StepEndCallback,
+)
+from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
+from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, pipeline_call
 from kandinsky22.runtime.device import usable_device
 from kandinsky22.sampling.guidance import Guidance, Interval
-from kandinsky22.sampling.scheduler_adapter import Levels, Steps, Times
+from kandinsky22.sampling.loop import Denoise, LoopState, sample
+from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Timesteps, TimestepSchedule
+
+Texts: TypeAlias = str | list[str]
+PriorResult: TypeAlias = KandinskyPriorPipelineOutput | tuple[Any, ...]
 
 PRIOR_OUTPUT_TYPES = ("pt", "np")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoding:
-    """What the prior is told about texts: pooled embeddings (batch, dim), all hidden states (batch, tokens, dim) and
-    which tokens are text (batch, tokens)."""
+    """The text condition of the prior.
+
+    Attributes:
+        prompt_embeds: Projected pooled embeddings, (batch, embedding_dim).
+        text_encoder_hidden_states: Last hidden states, (batch, tokens, width).
+        text_mask: True at tokens that are text, (batch, tokens).
+    """
 
     prompt_embeds: Tensor
     text_encoder_hidden_states: Tensor
     text_mask: Tensor
 
-    def rows(self, index: Sequence[int]) -> dict[str, Tensor]:
-        """The given rows of each tensor, by name."""
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return rows of each tensor, by field name.
+
+        Args:
+            indices: Indices of batch items.
+        """
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: tensor[list(index)] for name, tensor in tensors.items()}
+        return {name: tensor[list(indices)] for name, tensor in tensors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageEmbeddings:
+    """Image embeddings and negative image embeddings, each (batch, embedding_dim).
+
+    Attributes:
+        positive: Image embeddings.
+        negative: Negative image embeddings.
+    """
+
+    positive: Tensor
+    negative: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorPlan:
-    """A checked call of the prior: `texts` holds the prompts, then their negatives if there are any. `given` are the
-    pictures and embeddings to start from, instead of noise alone: one, or one for each prompt."""
+    """A validated call of the prior. No network has run yet.
+
+    Attributes:
+        texts: Prompts, followed by negative prompts if there are any: an embedding is sampled for each.
+        unconditional_texts: As many texts for the unconditional half of guided steps.
+        copies: Embeddings per text.
+        has_negatives: Whether the second half of `texts` are negative prompts.
+        sampling: Plan of the denoising loop.
+        images: Images and embeddings to start from: one, or one per prompt; empty starts from noise.
+    """
 
     texts: list[str]
-    against: list[str]
+    unconditional_texts: list[str]
     copies: int
     has_negatives: bool
-    sampling: Plan
-    given: list[Tensor]
+    sampling: SamplingPlan
+    images: list[Tensor]
 
 
-class PriorPipeline(SamplingPipeline):
-    """Components and encodings that all priors share."""
+class PriorPipeline(DenoisingPipeline):
+    """Base of both prior pipelines.
+
+    Args:
+        prior: The prior transformer.
+        image_encoder: CLIP vision tower with projection.
+        text_encoder: CLIP text tower with projection.
+        tokenizer: CLIP tokenizer.
+        scheduler: Any object with the scheduler protocol.
+        image_processor: CLIP image processor.
+    """
 
     prior: PriorTransformer
     image_encoder: Any
     text_encoder: Any
     tokenizer: Any
     image_processor: Any
-    embedded_part: ClassVar[str] = "prior"
+    embedded_subfolder: ClassVar[str] = "prior"
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->image_encoder->prior"
     _callback_tensor_inputs: ClassVar[list[str]] = [
-        "latents", "prompt_embeds", "text_encoder_hidden_states", "text_mask"
-    ]  # fmt: skip
+        "latents",
+        "prompt_embeds",
+        "text_encoder_hidden_states",
+        "text_mask",
+    ]
 
     def __init__(
-        self, prior: PriorTransformer, image_encoder: Any, text_encoder: Any, tokenizer: Any, scheduler: Any,
+        self,
+        prior: PriorTransformer,
+        image_encoder: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
         image_processor: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
-        self._texts: Recent[TextEncoding] = Recent()
+        self._text_encodings: LastResults[TextEncoding] = LastResults()
         self.register_modules(
             prior=prior,
             image_encoder=image_encoder,
@@ -81,243 +142,417 @@ class PriorPipeline(SamplingPipeline):
             image_processor=image_processor,
         )
 
-    @torch.no_grad()  # a graph of the encoder would be kept with its results
+    # Encoding
+
+    @torch.no_grad()  # the cache would hold the encoder's graph
     def encode_text(self, texts: Sequence[str]) -> TextEncoding:
-        """Encode texts with the CLIP text tower; what does not fit into its context is cut off with a warning."""
+        """Encode texts with the CLIP text tower.
+
+        Args:
+            texts: The texts. Tokens beyond the context length are cut off, with a warning.
+
+        Returns:
+            One row per text.
+        """
         device, dtype = self._execution_device, self.prior.dtype
 
         def encode() -> TextEncoding:
-            ids, mask = prompts.tokens(self.tokenizer, texts)
-            made = self.text_encoder(ids.to(device))
-            host_memory.forget_large(self.text_encoder.parameters())  # the prior works without them
-            return TextEncoding(made.text_embeds.to(dtype), made.last_hidden_state.to(dtype), mask.to(device))
+            tokens = prompts.tokenize(self.tokenizer, texts)
+            with onednn_linear_layers():
+                encoded = self.text_encoder(tokens.ids.to(device))
+            host_memory.drop_large_mapped_pages(self.text_encoder.parameters())  # the prior runs without them
+            return TextEncoding(
+                encoded.text_embeds.to(dtype), encoded.last_hidden_state.to(dtype), tokens.mask.to(device)
+            )
 
-        return self._texts.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)
+        return self._text_encodings.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)
 
     def encode_prompts(
         self, prompt: Sequence[str], negative: Sequence[str], copies: int, *, guided: bool
     ) -> dict[str, Tensor]:
-        """The prior's tensors for equally many prompts and negatives, `copies` rows each, by name.
+        """Encode the condition of the loop. Each distinct text is encoded once.
 
-        With guidance the negatives' rows come first. Each distinct text is encoded once.
+        Args:
+            prompt: Texts of the conditional half.
+            negative: As many texts of the unconditional half.
+            copies: Rows per text.
+            guided: Whether both halves are returned, the unconditional one first.
+
+        Returns:
+            The fields of `TextEncoding` by name.
         """
-        wanted = [*negative, *prompt] if guided else list(prompt)
-        distinct = list(dict.fromkeys(wanted))
-        rows = [distinct.index(text) for text in wanted for _ in range(copies)]
+        texts = [*negative, *prompt] if guided else list(prompt)
+        distinct = list(dict.fromkeys(texts))
+        rows = [distinct.index(text) for text in texts for _ in range(copies)]
         return self.encode_text(distinct).rows(rows)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Image embeddings (batch, dim) of preprocessed pictures (batch, 3, size, size)."""
-        embeds: Tensor = self.image_encoder(
-            pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
-        ).image_embeds
+        """Encode preprocessed images with the CLIP vision tower.
+
+        Args:
+            pixels: (batch, 3, size, size), as the image processor makes them.
+
+        Returns:
+            Image embeddings, (batch, embedding_dim).
+        """
+        pixels = pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
+        with onednn_linear_layers():
+            embeds: Tensor = self.image_encoder(pixels).image_embeds
         return embeds.to(self.prior.dtype)
 
-    def get_zero_embed(self, batch_size: int = 1, device: torch.device | str | None = None) -> Tensor:
-        """The embedding of an all-zero picture, which stands for no condition: (batch_size, dim)."""
-        size = self.image_encoder.config.image_size
-        pixels = torch.zeros(1, 3, size, size)
-        embed = zero_embed(self.image_encoder, self.prior.dtype, lambda: self.encode_pixels(pixels))
-        return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
-
     def encode_picture(self, picture: Tensor) -> Tensor:
-        """Image embeddings (batch, dim) of preprocessed pictures; what already are embeddings stay as they are."""
+        """Return image embeddings, (batch, embedding_dim).
+
+        Args:
+            picture: Preprocessed images (batch, 3, size, size), or embeddings, which are returned as they are.
+        """
         if picture.ndim == 4:
             return self.encode_pixels(picture)
         return picture.to(device=self._execution_device, dtype=self.prior.dtype)
 
-    def _reading(self) -> dict[str, Any]:
-        """How pictures are read and embeddings told from them: the options of `mixtures`."""
-        self._need("prior", "image_encoder", "image_processor")
-        size = self.image_encoder.config.image_size
-        return {"dim": self.prior.config.embedding_dim, "size": size, "image_processor": self.image_processor}
+    def get_zero_embed(self, batch_size: int = 1, device: torch.device | str | None = None) -> Tensor:
+        """Return the embedding of an all-zero image, which stands for "no condition", (batch_size, embedding_dim).
 
-    def _bind(self, tensors: Mapping[str, Tensor]) -> Denoise:
+        Args:
+            batch_size: Number of rows.
+            device: Device of the result; None for the execution device.
+        """
+        encoder = self._components["image_encoder"]
+        size = encoder.config.image_size
+        embed = cached_zero_embed(encoder, self.prior.dtype, lambda: self.encode_pixels(torch.zeros(1, 3, size, size)))
+        return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
+
+    # Planning
+
+    def _plan(
+        self, prompt: Any, negative_prompt: Any, copies: Any, sampling: SamplingOptions, *, image: Any = None
+    ) -> PriorPlan:
+        """Validate a call, and read its images; `image` None starts from noise."""
+        images = [] if image is None else interpolation.image_items("image", image, **self._image_reading())
+        pairs = prompts.prompt_pairs(prompt, negative_prompt)
+        positive, negative = pairs.prompts, pairs.negative_prompts
+        copies = validation.positive_int("num_images_per_prompt", copies)
+        self._require("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
+        if images:
+            self._require_add_noise()
+        count = sum(len(part) for part in images) or 1
+        if len(positive) == 1:
+            positive, negative = positive * count, negative and negative * count
+        elif count not in (1, len(positive)):
+            raise invalid("len(image)", count, f"1 or {len(positive)}, the number of prompts")
+        texts = positive + (negative or [])
+        unconditional = negative * 2 if negative else [""] * len(texts)
+        shape = (len(texts) * copies, self.prior.config.embedding_dim)
+        plan = self._plan_sampling(sampling, shape=shape, images=len(positive) * copies)
+        return PriorPlan(texts, unconditional, copies, negative is not None, plan, images)
+
+    def _image_reading(self) -> dict[str, Any]:
+        """Return the options with which `inputs.interpolation` reads images and recognises embeddings."""
+        self._require("prior", "image_encoder", "image_processor")
+        return {
+            "embedding_dim": self.prior.config.embedding_dim,
+            "image_size": self._components["image_encoder"].config.image_size,
+            "image_processor": self.image_processor,
+        }
+
+    # Sampling
+
+    def _bind_condition(self, tensors: Mapping[str, Tensor], schedule: TimestepSchedule) -> Denoise:
         condition = self.prior.encode_condition(
             proj_embedding=tensors["prompt_embeds"],
             encoder_hidden_states=tensors["text_encoder_hidden_states"],
             attention_mask=tensors["text_mask"],
-            schedule=self.scheduler.timesteps[-self._num_timesteps :].tolist(),
+            schedule=schedule.timesteps.tolist(),
         )
-        return lambda noisy, timestep: self.prior.denoise(noisy, timestep, condition)
+        return lambda latents, timestep: self.prior.denoise(latents, timestep, condition)
 
-    def _plan(
-        self, prompt: Any, negative_prompt: Any, copies: Any, *options: Any, given: list[Tensor] | None = None
-    ) -> PriorPlan:
-        positive, negative = prompts.pairs(prompt, negative_prompt)
-        copies = validation.whole("num_images_per_prompt", copies)
-        self._need("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
-        given = given or []
-        if given:
-            self._need_add_noise()
-        count = sum(len(part) for part in given) or 1
-        if len(positive) == 1:
-            positive, negative = positive * count, negative and negative * count
-        elif count not in (1, len(positive)):
-            raise InputError(f"image: {count} were given for {len(positive)} prompts; equal numbers, or 1, are needed")
-        texts = positive + (negative or [])
-        shape = (len(texts) * copies, self.prior.config.embedding_dim)
-        against = negative * 2 if negative else [""] * len(texts)
-        sampling = self._schedule(shape, len(positive) * copies, *options)
-        return PriorPlan(texts, against, copies, negative is not None, sampling, given)
-
-    def _embed(self, plan: PriorPlan) -> tuple[Tensor, Tensor]:
-        """Embeddings and negatives for a plan that was the last to be made."""
+    def _sample_embeddings(self, plan: PriorPlan) -> ImageEmbeddings:
+        """Run a plan."""
         sampling, dtype = plan.sampling, self.prior.dtype
-        tensors = self.encode_prompts(plan.texts, plan.against, plan.copies, guided=sampling.guidance.on)
-        if not plan.given:
-            embeds = self.prior.post_process_latents(self._denoise(sampling, self._noise(sampling, dtype), tensors))
-        else:
-            embeds = torch.cat([self.encode_picture(part) for part in plan.given])
+        tensors = self.encode_prompts(
+            plan.texts, plan.unconditional_texts, plan.copies, guided=sampling.guidance.enabled
+        )
+        if plan.images:
+            embeds = torch.cat([self.encode_picture(part) for part in plan.images])
             embeds = embeds.repeat_interleave(plan.copies, dim=0)
             embeds = embeds.repeat(sampling.shape[0] // len(embeds), 1)
-            if len(sampling.timesteps):
-                noise, first = self._draw(sampling, dtype), sampling.timesteps[:1].repeat(len(embeds))
-                latents = self.scheduler.add_noise(embeds, noise, first)
-                embeds = self.prior.post_process_latents(self._denoise(sampling, latents, tensors))
+        if not plan.images or len(sampling.schedule.timesteps):
+            noise, scheduler = self._standard_noise(sampling, dtype), sampling.schedule.scheduler
+            if plan.images:
+                latents = scheduler.add_noise(embeds, noise, sampling.schedule.timesteps[:1].repeat(len(embeds)))
+            else:
+                latents = noise * scheduler.init_noise_sigma
+            embeds = self.prior.post_process_latents(self._denoise(sampling, latents, tensors))
         if plan.has_negatives:
-            embeds, negatives = embeds.chunk(2)
-            return embeds, negatives
-        return embeds, self.get_zero_embed(len(embeds))
+            positive, negative = embeds.chunk(2)
+            return ImageEmbeddings(positive, negative)
+        return ImageEmbeddings(embeds, self.get_zero_embed(len(embeds)))
 
-    def _return(self, embeds: Tensor, negatives: Tensor, output_type: str, return_dict: bool) -> Any:
-        """The result of a call in the form that was asked for."""
+    def _result(self, embeddings: ImageEmbeddings, output_type: str, return_dict: bool) -> PriorResult:
+        """Return the result of a call in the requested form."""
         self.maybe_free_model_hooks()
-        made: tuple[Any, Any] = embeds, negatives
-        if output_type == "np":  # which has no bfloat16
-            made = embeds.float().cpu().numpy(), negatives.float().cpu().numpy()
-        return KandinskyPriorPipelineOutput(*made) if return_dict else made
+        positive: Any = embeddings.positive
+        negative: Any = embeddings.negative
+        if output_type == "np":  # numpy has no bfloat16
+            positive, negative = (value.float().cpu().numpy() for value in (positive, negative))
+        return KandinskyPriorPipelineOutput(positive, negative) if return_dict else (positive, negative)
+
+    # Interpolation
 
     @torch.no_grad()
     def interpolate(
-        self, images_and_prompts: list[Any], weights: list[float], num_images_per_prompt: int = 1,
-        num_inference_steps: int = 25, generator: Generators = None,
-        latents: Tensor | None = None, negative_prior_prompt: str | None = None,
-        negative_prompt: str | list[str] = "", guidance_scale: float = 4.0, device: torch.device | str | None = None,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> KandinskyPriorPipelineOutput:  # fmt: skip
-        """The weighted sum of the embeddings of texts and pictures, (num_images_per_prompt, embedding_dim).
+        self,
+        images_and_prompts: list[Any],
+        weights: list[float],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        negative_prior_prompt: str | None = None,
+        negative_prompt: str | list[str] = "",
+        guidance_scale: float = 4.0,
+        device: torch.device | str | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> KandinskyPriorPipelineOutput:
+        """Return the weighted sum of the embeddings of texts and images.
 
-        Each item is a prompt, a picture (a PIL image, a path that is no string, an array), a tensor of prepared pixels
-        (3, size, size) or (1, 3, size, size), or an embedding (embedding_dim,) or (rows, embedding_dim); their ranges
-        are those of `image` in `KandinskyV22PriorEmb2EmbPipeline`. The negatives are the embedding of an all-zero
-        picture, that of `negative_prior_prompt` if that is given, or that of `negative_prompt` if that is not "": one
-        string, or one for each picture. Results are moved to `device` if that is given. After `interrupt()` the items
-        that it has not come to are left out, negative prompts too. Raises InputError before any network runs.
+        After `interrupt`, the remaining items and the negative prompts are skipped.
+
+        Args:
+            images_and_prompts: Items: a prompt (a string), an image (a PIL image, a path that is not a string, an
+                array), preprocessed pixels (3, size, size) or (1, 3, size, size), or an embedding (embedding_dim,) or
+                (num_images_per_prompt, embedding_dim). Value ranges are those of `image` in
+                `KandinskyV22PriorEmb2EmbPipeline`.
+            weights: One number per item, also negative.
+            num_images_per_prompt: Embeddings to return.
+            num_inference_steps: Number of denoising steps per text.
+            generator: One generator, a list with one per embedding, or None for torch's global generator.
+            latents: Initial noise, (rows, embedding_dim); None draws it.
+            negative_prior_prompt: Text whose embedding becomes the negative embedding; None for the all-zero image.
+            negative_prompt: Text, or one per embedding, whose embedding becomes the negative embedding; "" for none.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            device: Device of the results; None for the execution device.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The interpolated embeddings and their negatives, each (num_images_per_prompt, embedding_dim).
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        copies = validation.whole("num_images_per_prompt", num_images_per_prompt)
-        items = interpolation.parts(images_and_prompts, weights, rows=copies, **self._reading())
-        place = None if device is None else usable_device(device)
+        copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
+        items = interpolation.interpolation_items(
+            images_and_prompts, weights, batch_size=copies, **self._image_reading()
+        )
+        target = None if device is None else usable_device(device)
         if not isinstance(negative_prior_prompt, str | None):
-            raise InputError(f"negative_prior_prompt={negative_prior_prompt!r}: one string, or None, is needed")
-        against = prompts.texts("negative_prompt", negative_prompt)
-        if len(against) not in (1, copies):
-            raise InputError(f"negative_prompt: {len(against)} strings were given for {copies} pictures")
-        silent = self._check_callbacks(None, None)
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-
-        def plan(texts: str | list[str], copies: int) -> PriorPlan:
-            options = (Steps(num_inference_steps, timesteps, sigmas), guidance, generator, latents, silent)
-            return self._plan(texts, negative_prior_prompt, copies, *options)
-
-        plan(against, copies // len(against))  # checks all arguments
+            raise invalid("negative_prior_prompt", negative_prior_prompt, "a string or None")
+        negatives = prompts.text_list("negative_prompt", negative_prompt)
+        if len(negatives) not in (1, copies):
+            raise invalid("len(negative_prompt)", len(negatives), f"1 or {copies}, the number of embeddings")
+        sampling = SamplingOptions(
+            TimestepOptions(num_inference_steps, timesteps, sigmas),
+            Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+            Callbacks(tensor_inputs=None),
+            generator,
+            latents,
+        )
+        self._interrupted = False
+        negative_plan = self._plan(negatives, negative_prior_prompt, copies // len(negatives), sampling)
+        plans = [
+            self._plan(item, negative_prior_prompt, copies, sampling) if isinstance(item, str) else None
+            for item in items
+        ]
         dim = self.prior.config.embedding_dim
-        mixed = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
-        for item, weight in zip(items, weights, strict=True):
+        total = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
+        for item, weight, plan in zip(items, weights, plans, strict=True):
             if self._interrupted:
                 break
-            if isinstance(item, str):
-                embeds, _ = self._embed(plan(item, copies))
+            if plan is None:
+                assert isinstance(item, Tensor)
+                total = total + self.encode_picture(item) * weight
             else:
-                embeds = self.encode_picture(item)
-            mixed = mixed + embeds * weight
-        last = plan(against, copies // len(against))
+                total = total + self._sample_embeddings(plan).positive * weight
         if self._interrupted or (negative_prompt == "" and negative_prior_prompt is None):
-            self._discard_draws(last.sampling)
-            negatives = self.get_zero_embed(copies)
+            self._consume_noise(negative_plan.sampling)
+            negative = self.get_zero_embed(copies)
         else:
-            embeds, negatives = self._embed(last)
-            negatives = negatives if negative_prompt == "" else embeds
+            embeddings = self._sample_embeddings(negative_plan)
+            negative = embeddings.negative if negative_prompt == "" else embeddings.positive
         self.maybe_free_model_hooks()
-        return KandinskyPriorPipelineOutput(mixed.to(place or mixed.device), negatives.to(place or mixed.device))
+        target = target or total.device
+        return KandinskyPriorPipelineOutput(total.to(target), negative.to(target))
 
-    def _discard_draws(self, plan: Plan) -> None:
-        """Draw what a run would draw, without its network: the reference runs the prior here and does not use the
-        result, and whoever draws next from the same generator is to get the same picture."""
-        run = Run(self._noise(plan, self.prior.dtype), {}, Guidance(1.0))
-        for _ in sample(run, self.scheduler, plan.timesteps, lambda _: lambda noisy, _: noisy, plan.generators):
+    def _consume_noise(self, plan: SamplingPlan) -> None:
+        """Draw the noise of a run without its network.
+
+        The reference runs the prior here and discards the result. Drawing the same noise leaves the generator in the
+        same state, so that the next image from it is the same.
+        """
+        latents = self._standard_noise(plan, self.prior.dtype) * plan.schedule.scheduler.init_noise_sigma
+        state = LoopState(latents, {}, Guidance(1.0))
+        for _ in sample(state, plan.schedule, lambda _: lambda latents, _: latents, plan.generators):
             pass
 
 
 class KandinskyV22PriorPipeline(PriorPipeline):
-    """Image embeddings for prompts, by the unCLIP prior (Ramesh et al. 2022, arXiv 2204.06125)."""
+    """Generate image embeddings from prompts, by the unCLIP prior (Ramesh et al. 2022, https://arxiv.org/abs/2204.06125)."""
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, prompt: str | list[str], negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1, num_inference_steps: int = 25,
-        generator: Generators = None, latents: Tensor | None = None,
-        guidance_scale: float = 4.0, output_type: str = "pt", return_dict: bool = True,
-        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
-        callback: Any = None, callback_steps: int | None = None,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Image embeddings and negative image embeddings, each (prompts x num_images_per_prompt, embedding_dim).
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        guidance_scale: float = 4.0,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> PriorResult:
+        """Generate image embeddings and negative image embeddings from prompts.
 
-        One negative prompt serves all prompts and the other way round. With negative prompts their own embeddings are
-        sampled in the same batch, after the prompts', and returned as the negatives; otherwise the embedding of an
-        all-zero picture is. `latents` is start noise (rows, embedding_dim), with negative prompts for both halves. A
-        list of generators has one for each picture, which also draws for its negative. Guidance is off at 1 and
-        below, its options are those of `Guidance`; `timesteps` or `sigmas` as in KandinskyV22Pipeline. `output_type` is
-        "pt" or "np". Raises InputError before any network runs.
+        With negative prompts, their own embeddings are sampled in the same batch, after those of the prompts, and
+        returned as the negatives. Otherwise the embedding of an all-zero image is the negative.
+
+        Args:
+            prompt: One prompt or a list.
+            negative_prompt: One negative prompt, or one per prompt; None for none. A single prompt serves several
+                negative prompts too.
+            num_images_per_prompt: Embeddings per prompt.
+            num_inference_steps: Number of denoising steps.
+            generator: One generator, a list with one per embedding, which also draws for its negative, or None for
+                torch's global generator.
+            latents: Initial noise (rows, embedding_dim), with negative prompts for both halves; None draws it.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            output_type: "pt" for tensors or "np" for arrays.
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The embeddings, each (prompts x num_images_per_prompt, embedding_dim).
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        validation.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
-        told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        options = (
-            Steps(num_inference_steps, timesteps, sigmas),
-            guidance,
+        validation.output_format(output_type, return_dict, PRIOR_OUTPUT_TYPES)
+        sampling = SamplingOptions(
+            TimestepOptions(num_inference_steps, timesteps, sigmas),
+            Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+            Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
             generator,
             latents,
-            self._check_callbacks(*told),
         )
-        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options)
-        return self._return(*self._embed(plan), output_type, return_dict)
+        self._interrupted = False
+        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, sampling)
+        return self._result(self._sample_embeddings(plan), output_type, return_dict)
 
 
 class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
-    """Image embeddings for prompts, starting from those of given pictures."""
+    """Generate image embeddings from prompts, starting from those of images."""
 
-    @torch.no_grad()
+    @pipeline_call
     def __call__(
-        self, prompt: str | list[str], image: Any, strength: float = 0.3,
-        negative_prompt: str | list[str] | None = None, num_images_per_prompt: int = 1, num_inference_steps: int = 25,
-        generator: Generators = None, guidance_scale: float = 4.0,
-        output_type: str = "pt", return_dict: bool = True,
-        callback_on_step_end: Any = None, callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
-        callback: Any = None, callback_steps: int | None = None,
-        guidance_rescale: float = 0.0, guidance_interval: Interval = None, guidance_threshold: float | None = None,
-        timesteps: Times = None, sigmas: Levels = None,
-    ) -> Any:  # fmt: skip
-        """Image embeddings and negative image embeddings, as those of `KandinskyV22PriorPipeline`.
+        self,
+        prompt: str | list[str],
+        image: ImageInputs | list[Tensor],
+        strength: float = 0.3,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        generator: Generators = None,
+        guidance_scale: float = 4.0,
+        output_type: str = "pt",
+        return_dict: bool = True,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = LATENTS,
+        callback: LegacyCallback | None = None,
+        callback_steps: int | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Interval = None,
+        guidance_threshold: float | None = None,
+        timesteps: Timesteps = None,
+        sigmas: Sigmas = None,
+    ) -> PriorResult:
+        """Generate image embeddings from prompts, starting from those of `image`.
 
-        `image`, one for all prompts or one for each (or several for one prompt), is a path, an http(s) address, a PIL
-        image of any mode, an array (H, W, C) of uint8 or of floats in [0, 1], prepared pixels (n, 3, size, size), an
-        embedding (n, embedding_dim), or a list of those. The last int(num_inference_steps x strength) steps run, from
-        its embedding under as much noise as belongs there: at 0 the embedding comes back as it is, at 1 little of it
-        is left. Negative prompts start from the picture too; where no step is left to lead away from it, their
-        embeddings are sampled from noise alone, in all steps. Raises InputError before any network runs.
+        The last int(num_inference_steps x strength) steps run, from the image's embedding with the noise of the first
+        of them. Negative prompts start from the image too. If no step remains to move away from it, the negative
+        prompts' embeddings are sampled from noise alone, in all steps.
+
+        Args:
+            prompt: One prompt or a list.
+            image: One image for all prompts or one per prompt, or several for one prompt: a path, an http(s) address, a
+                PIL image of any mode, an array (H, W, C) of uint8 or of floats in [0, 1], preprocessed pixels (n, 3,
+                size, size), an embedding (n, embedding_dim), or a list of those.
+            strength: Fraction of the steps that run, 0 to 1. At 0 the embedding is returned as it is, at 1 almost
+                nothing of it remains.
+            negative_prompt: One negative prompt, or one per prompt; None for none.
+            num_images_per_prompt: Embeddings per prompt.
+            num_inference_steps: Number of denoising steps at strength 1.
+            generator: One generator, a list with one per embedding, which also draws for its negative, or None for
+                torch's global generator.
+            guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
+            output_type: "pt" for tensors or "np" for arrays.
+            return_dict: Whether the output class is returned instead of a tuple.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
+                return tensors that replace those of the loop.
+            callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
+            callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
+            callback_steps: `callback` runs every so many steps; None means 1.
+            guidance_rescale: See `Guidance.rescale`.
+            guidance_interval: See `Guidance.interval`.
+            guidance_threshold: See `Guidance.threshold`.
+            timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
+            sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+
+        Returns:
+            The embeddings, each (prompts x num_images_per_prompt, embedding_dim).
+
+        Raises:
+            InputError: If an argument is invalid; raised before any network runs.
         """
-        validation.output(output_type, return_dict, PRIOR_OUTPUT_TYPES)
-        told = callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps
-        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold)
-        options = Steps(num_inference_steps, timesteps, sigmas), guidance, generator, None, self._check_callbacks(*told)
-        given = interpolation.pictures("image", image, **self._reading())
-        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, *options, given=given)
-        tail = self._tail(plan.sampling, strength)
-        embeds, negatives = self._embed(dataclasses.replace(plan, sampling=tail))
-        if plan.has_negatives and not len(tail.timesteps):
-            negatives = self._embed(dataclasses.replace(plan, given=[]))[1]
-        return self._return(embeds, negatives, output_type, return_dict)
+        validation.output_format(output_type, return_dict, PRIOR_OUTPUT_TYPES)
+        if image is None:
+            raise InputError("image=None is invalid: expected at least one image or embedding")
+        sampling = SamplingOptions(
+            TimestepOptions(num_inference_steps, timesteps, sigmas),
+            Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
+            Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
+            generator,
+        )
+        self._interrupted = False
+        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, sampling, image=image)
+        shortened = dataclasses.replace(plan, sampling=plan.sampling.with_strength(strength))
+        embeddings = self._sample_embeddings(shortened)
+        if plan.has_negatives and not len(shortened.sampling.schedule.timesteps):
+            from_noise = self._sample_embeddings(dataclasses.replace(plan, images=[]))
+            embeddings = ImageEmbeddings(embeddings.positive, from_noise.negative)
+        return self._result(embeddings, output_type, return_dict)

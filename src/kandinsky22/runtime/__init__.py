@@ -1,1 +1,1 @@
-"""Where and in which precision networks run."""
+"""How networks run: device and dtype, offloading, lazy loading, quantization, compilation."""

@@ -1,10 +1,10 @@
 """Compilation by torch.compile, block by block: one small graph serves all blocks that are alike.
 
-Blocks get tensors only (conditions, times and schedules are dealt with outside), so a step, a prompt or a generation
-compiles nothing anew; another size of pictures or another number of rows does once, or never if sizes are dynamic.
+Blocks receive tensors only, because conditions, timesteps and schedules are computed outside. Therefore another step,
+prompt or call compiles nothing again. Another image size or batch size is compiled once, or never if sizes are dynamic.
 
-On x86 CPUs layers with packed weights (`packed.py`, `convolution.py`) stay as they are, outside of graphs: within them
-they would take twice as long.
+On x86 CPUs layers with packed weights (`kernels/linear.py`, `kernels/conv.py`) stay outside of graphs: inside they
+would take twice as long.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from kandinsky22.errors import InputError, MissingDependencyError
-from kandinsky22.kernels.linear import DTYPES, Packs
-from kandinsky22.runtime.device_offload import place_of, plain
+from kandinsky22.errors import InputError, MissingDependencyError, invalid
+from kandinsky22.kernels.linear import ONEDNN_DTYPES, PackedWeightMixin
+from kandinsky22.runtime.device_offload import offload_of
+from kandinsky22.runtime.lazy_component import networks_in_memory
+from kandinsky22.runtime.network_state import state_of, unwrap_compiled
 
-GRAPHS = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
-MODES = ("default", *GRAPHS, "max-autotune-no-cudagraphs")
-LIMIT = 128  # of different graphs for one class of blocks, beyond which torch would give up; a UNet has about 20 a size
-_HOOKS = "_compile_hooks"  # attribute of a compiled network, in no state dict
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
+MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
+RECOMPILE_LIMIT = 128  # graphs per class of blocks after which torch stops compiling; a UNet has about 20 per size
 
 
-class Compiles:
-    """What pipelines can be told about compilation. A network that can be compiled names its `compiled_blocks`."""
+class CompileMixin:
+    """Mixin for classes with `components`: compiles the networks that name their `compiled_blocks`."""
 
     @property
     def components(self) -> dict[str, Any]:
@@ -47,89 +48,132 @@ class Compiles:
         backend: str = "inductor",
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Have the blocks of networks compiled when they first run. Names of tensors, and what is saved, stay.
+        """Have the blocks of networks compiled when they first run. Tensor names and saved files stay the same.
 
-        Networks are those of the pipeline that have blocks, or the `components` named. `mode` and `backend` are those
-        of torch.compile; "reduce-overhead" and "max-autotune" record CUDA graphs of the UNet and MoVQ, on CUDA only.
-        With `dynamic`, code serves all sizes and is somewhat slower; without, each new size compiles once. (The prior's
-        code always serves all lengths of prompts.) Code is kept between processes in `cache_dir`, in torch's own place
-        (TORCHINDUCTOR_CACHE_DIR) unless given.
-        Raises InputError for other names, and networks that are offloaded layer by layer, before anything changes;
-        MissingDependencyError without what the backend needs: a C++ compiler on CPUs, triton on CUDA.
+        Args:
+            mode: Mode of torch.compile. "reduce-overhead" and "max-autotune" record CUDA graphs of the UNet and MoVQ,
+                on CUDA only.
+            dynamic: Whether the code serves all image sizes, which is somewhat slower. If False, each new size is
+                compiled once. The prior's code always serves all lengths of prompts.
+            components: Names of the networks; None for all that can be compiled.
+            backend: Backend of torch.compile.
+            cache_dir: Folder in which code is stored between processes. It is set as the environment variable
+                TORCHINDUCTOR_CACHE_DIR of this process, for everything that torch compiles from now on. None leaves
+                torch's setting.
+
+        Raises:
+            InputError: If an argument is invalid, or a network is offloaded layer by layer. Nothing has changed then.
+            MissingDependencyError: If the backend needs something that is not installed: a C++ compiler on CPUs, triton
+                on CUDA.
         """
         if mode not in MODES:
-            raise InputError(f"mode={mode!r}; accepted: {', '.join(MODES)}")
+            raise invalid("mode", mode, f"one of {', '.join(MODES)}")
         if not isinstance(dynamic, bool):
-            raise InputError(f"dynamic={dynamic!r}; accepted: True or False")
-        known = torch.compiler.list_backends(exclude_tags=())
-        if backend not in known:
-            raise InputError(f"backend={backend!r}; accepted: {', '.join(known)}")
-        networks = self._compilable(components, mode)
+            raise invalid("dynamic", dynamic, "True or False")
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if backend not in backends:
+            raise invalid("backend", backend, f"one of {', '.join(backends)}")
+        networks = self._networks_to_compile(components, mode)
         if backend == "inductor":
-            for kind in {_device(network).type for network in networks.values()}:
-                check_tools(kind)
+            for device_type in {_device(network).type for network in networks.values()}:
+                check_tools(device_type)
         if cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.fspath(cache_dir)
         for name, network in networks.items():
-            # prompts differ in length, so the prior's sizes always do
+            # Prompts differ in length, and with them the prior's sizes.
             varied = dynamic or name.endswith("prior")
-            compile_blocks(network, mode=_mode(mode, name), dynamic=varied, backend=backend)
+            compile_blocks(network, mode=_supported_mode(mode, name), dynamic=varied, backend=backend)
 
     def uncompile(self) -> None:
-        """Run all networks as they are written again."""
-        for network in self.components.values():
-            if isinstance(network, nn.Module):
-                release_blocks(plain(network))
+        """Undo `compile`."""
+        for network in networks_in_memory(self.components).values():
+            release_blocks(unwrap_compiled(network))
 
-    def _compilable(self, components: Iterable[str] | None, mode: str) -> dict[str, nn.Module]:
-        parts = {name: plain(part) for name, part in self.components.items() if isinstance(part, nn.Module)}
-        own = {name: part for name, part in parts.items() if getattr(part, "compiled_blocks", ())}
-        for name in (names := list(own) if components is None else list(components)):
-            if name not in own:
-                raise InputError(f"components: {name!r} cannot be compiled; accepted: {', '.join(own) or 'none here'}")
-            place = place_of(own[name])
-            if place is not None and place.method == "enable_sequential_cpu_offload":
-                raise InputError(f"components: {name} is offloaded layer by layer, which cannot be compiled")
-            device = _device(own[name])
-            if mode in GRAPHS and device.type != "cuda":
-                raise InputError(f"mode={mode!r} records CUDA graphs, but {name} is on {device.type}: move it first")
-        return {name: own[name] for name in names}
+    def _networks_to_compile(self, components: Iterable[str] | None, mode: str) -> dict[str, nn.Module]:
+        networks = {name: unwrap_compiled(part) for name, part in networks_in_memory(self.components).items()}
+        networks = {name: network for name, network in networks.items() if getattr(network, "compiled_blocks", ())}
+        names = list(networks) if components is None else list(components)
+        if unknown := [name for name in names if name not in networks]:
+            accepted = f"names of networks that can be compiled ({', '.join(networks) or 'this pipeline has none'})"
+            raise invalid("components", unknown, accepted)
+        for name in names:
+            offload = offload_of(networks[name])
+            if offload is not None and offload.method == "enable_sequential_cpu_offload":
+                raise InputError(
+                    f"{name} is offloaded layer by layer by {offload.method}(), and cannot be compiled; call "
+                    "remove_all_hooks() first"
+                )
+            device = _device(networks[name])
+            if mode in CUDA_GRAPH_MODES and device.type != "cuda":
+                others = " or ".join(other for other in MODES if other not in CUDA_GRAPH_MODES)
+                advice = "this mode records CUDA graphs: move the pipeline to CUDA first"
+                raise invalid("mode", mode, f"{others}, because {name} is on {device.type}", advice)
+        return {name: networks[name] for name in names}
 
 
 def _device(network: nn.Module) -> torch.device:
-    """Where a network works."""
-    place = place_of(network)
-    return next(network.parameters()).device if place is None else place.device
+    """Device that a network runs on."""
+    offload = offload_of(network)
+    return next(network.parameters()).device if offload is None else offload.device
 
 
 def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> None:
-    """Have each block of a network compiled when it first runs."""
+    """Have each block of a network compiled when it first runs.
+
+    Args:
+        network: A network with `compiled_blocks`.
+        mode: Mode of torch.compile.
+        dynamic: Whether the code serves all sizes.
+        backend: Backend of torch.compile.
+    """
     release_blocks(network)
-    if dynamic:  # or code would be made for sides that are equal, if they are the first time
-        shapes: Any = importlib.import_module("torch.fx.experimental._config")
-        shapes.use_duck_shape = False
     options: dict[str, Any] = {"dynamic": dynamic, "backend": backend}
     options |= {} if mode == "default" or backend != "inductor" else {"mode": mode}
+    overrides: list[tuple[Any, str, Any]] = []  # torch's settings during calls of the blocks: module, name, value
+    if dynamic:  # otherwise, sides that are equal at the first call would have to be equal at all calls
+        overrides.append((importlib.import_module("torch.fx.experimental._config"), "use_duck_shape", False))
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options["recompile_limit"] = LIMIT
-    else:  # earlier releases have one number for everything
-        settings: Any = torch._dynamo.config
-        settings.cache_size_limit = max(settings.cache_size_limit, LIMIT)
+        options["recompile_limit"] = RECOMPILE_LIMIT
+    else:
+        config: Any = importlib.import_module("torch._dynamo.config")
+        overrides.append((config, "cache_size_limit", max(RECOMPILE_LIMIT, config.cache_size_limit)))
     device = _device(network)
     for module in network.modules():
         if isinstance(module, network.compiled_blocks):
             module.compile(**options)
-        elif isinstance(module, Packs) and DTYPES and device.type == "cpu":
-            # partial, for copies are to be of their own
-            module.__dict__["forward"] = functools.partial(_as_written(), module)
-    if mode in GRAPHS:
-        # the memory of graphs' results is used again after this; it is called by what runs first in each step
+            if overrides:
+                module._compiled_call_impl = functools.partial(_call_with, overrides, module._compiled_call_impl)
+        elif isinstance(module, PackedWeightMixin) and ONEDNN_DTYPES and device.type == "cpu":
+            # A partial, so that a copy of the module runs with its own weights.
+            module.__dict__["forward"] = functools.partial(_uncompiled_forward(), module)
+    if mode in CUDA_GRAPH_MODES:
+        # Each step begins with this layer. The memory of earlier results of the graphs is reused from there on.
         first = [module for name, module in network.named_modules() if name.split(".")[-1] == "conv_in"]
-        network.__dict__[_HOOKS] = [module.register_forward_pre_hook(_begin_step) for module in first]
+        state_of(network).compile_hooks = [module.register_forward_pre_hook(_begin_step) for module in first]
+
+
+def _call_with(overrides: list[tuple[Any, str, Any]], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled function with other settings of torch, which matter if this call compiles.
+
+    `config.patch` would take longer than the function's own checks. A setting that has the value already is not
+    restored either, so that calls in two threads cannot leave it changed.
+    """
+    if torch.compiler.is_compiling():  # inside of a graph that the user compiles
+        return function(*args, **kwargs)
+    previous = []
+    try:
+        for config, name, value in overrides:
+            if (before := getattr(config, name)) != value:
+                previous.append((config, name, before))
+                setattr(config, name, value)
+        return function(*args, **kwargs)
+    finally:
+        for config, name, before in previous:
+            setattr(config, name, before)
 
 
 @functools.cache
-def _as_written() -> Any:
+def _uncompiled_forward() -> Any:
     """A layer's forward, which torch.compile leaves alone."""
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -139,17 +183,30 @@ def _as_written() -> Any:
 
 
 def release_blocks(network: nn.Module) -> None:
-    """Run a network's blocks as they are written again."""
+    """Undo `compile_blocks`.
+
+    Args:
+        network: Any module.
+    """
     for module in network.modules():
         module._compiled_call_impl = None
-        if isinstance(module, Packs):
+        if isinstance(module, PackedWeightMixin):
             module.__dict__.pop("forward", None)
-    for hook in network.__dict__.pop(_HOOKS, ()):
+    state = state_of(network)
+    for hook in state.compile_hooks:
         hook.remove()
+    state.compile_hooks = []
 
 
 def check_tools(device: str) -> None:
-    """Raise MissingDependencyError if torch's own compiler lacks what it needs for this type of device."""
+    """Check that torch's compiler "inductor" has the tools that it needs.
+
+    Args:
+        device: Type of the device, such as "cuda".
+
+    Raises:
+        MissingDependencyError: If a C++ compiler (on CPUs) or triton (on CUDA) is missing.
+    """
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         raise MissingDependencyError("compiling for CUDA needs triton, which is not installed: pip install triton")
     if device != "cpu":
@@ -160,19 +217,19 @@ def check_tools(device: str) -> None:
         return
     try:
         get_cpp_compiler()
-    except Exception as error:  # releases raise different ones
+    except Exception as error:  # the type depends on the release of torch
         reason = str(error).strip().split("\n")[0]
         raise MissingDependencyError(
             f"compiling for a CPU needs a C++ compiler ({reason}): install g++ or clang, or name one in CXX"
         ) from error
 
 
-def _mode(mode: str, name: str) -> str:
-    # results of the prior's blocks outlive the step, and with it the memory of graphs
-    if mode in GRAPHS and name.endswith("prior"):
+def _supported_mode(mode: str, name: str) -> str:
+    # The prior uses results of its blocks in later steps, when CUDA graphs would have overwritten their memory.
+    if mode in CUDA_GRAPH_MODES and name.endswith("prior"):
         return "default" if mode == "reduce-overhead" else "max-autotune-no-cudagraphs"
     return mode
 
 
-def _begin_step(*_: Any) -> None:
+def _begin_step(*_args: Any) -> None:
     torch.compiler.cudagraph_mark_step_begin()

@@ -1,4 +1,4 @@
-"""Device and dtype policy: names a user can type, resolved to what torch has here."""
+"""Devices and dtypes: names that a user can type, resolved to what torch offers on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 
 _DTYPES = {
     "float32": torch.float32,
@@ -21,61 +21,83 @@ DTYPE_NAMES = ("auto", *_DTYPES)
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device called `name`: "auto" (CUDA, then MPS, then the CPU), "cpu", "cuda", "cuda:1", "mps".
+    """Return the device of a name.
 
-    Raises InputError when the name means nothing or the device is not there.
+    Args:
+        name: "auto" (CUDA if available, else MPS, else the CPU), "cpu", "cuda", "cuda:1" or "mps", for example.
+
+    Raises:
+        InputError: If the name is unknown or the device is not available.
     """
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _count(kind)))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}; accepted: auto, cpu, cuda, cuda:N, mps") from None
+        raise invalid("device", name, "auto, cpu, cuda, cuda:N or mps") from None
     present = _count(device.type)
     if (device.index or 0) >= present:
-        what = f"{present} of them" if present else "none"
-        raise InputError(f"device {name!r} is not available: torch {torch.__version__} sees {what} here; try cpu")
+        found = f"torch {torch.__version__} finds {present or 'no'} {device.type} devices; cpu is always available"
+        raise invalid("device", name, "a device that is available here", found)
     return device
 
 
 def usable_device(device: torch.device | str | int) -> torch.device:
-    """`device` as torch knows it; raises InputError if nothing can be put there."""
+    """Return a device after placing an empty tensor on it.
+
+    Args:
+        device: Any device of torch, or its name or index.
+
+    Raises:
+        InputError: If tensors cannot be placed there.
+    """
     try:
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"device={device!r} is not usable here: {reason}") from error
+        raise invalid("device", device, "a device that torch can use here", f"torch reports: {reason}") from error
 
 
-def chosen_accelerator(method: str, gpu_id: Any, device: torch.device | str | int | None) -> torch.device:
-    """The device that networks are to be offloaded from by `method`: the one given, or the first accelerator here.
+def select_accelerator(method: str, gpu_id: Any, device: torch.device | str | int | None) -> torch.device:
+    """Return the device that offloaded networks run on.
 
-    `gpu_id` is its number (0 unless given). Raises InputError if there is none, or for two different numbers.
+    Args:
+        method: Name of the pipeline's method that offloads, for messages.
+        gpu_id: Index of the accelerator; None for the index in `device`, or 0.
+        device: Any device of torch; None for CUDA or MPS, whichever is available.
+
+    Raises:
+        InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or they name different indices.
     """
     if gpu_id is not None and (isinstance(gpu_id, bool) or not isinstance(gpu_id, int) or gpu_id < 0):
-        raise InputError(f"gpu_id={gpu_id!r}; accepted: the number of an accelerator, from 0, or None")
-    found = resolve_device() if device is None else usable_device(device)
-    if device is None and found.type == "cpu":
+        raise invalid("gpu_id", gpu_id, "the index of an accelerator, from 0, or None")
+    selected = resolve_device() if device is None else usable_device(device)
+    if device is None and selected.type == "cpu":
         raise InputError(
-            f"{method}: torch {torch.__version__} sees no accelerator here (CUDA or MPS). On a CPU-only machine call "
-            "enable_low_memory(), which keeps only what works in memory; or pass device="
+            f"{method}() needs an accelerator, but torch {torch.__version__} finds none here (CUDA or MPS); on a CPU "
+            "call enable_low_memory() instead, or pass device="
         )
-    if gpu_id is not None and found.index not in (None, gpu_id):
-        raise InputError(f"gpu_id={gpu_id} and device={device!r} name two accelerators; give the number once")
-    if gpu_id and found.type in ("cpu", "mps"):
-        raise InputError(f"gpu_id={gpu_id}: there is only one {found.type!r}; accepted: 0 or None")
-    if found.type == "cuda" or gpu_id:
-        return usable_device(f"{found.type}:{gpu_id or found.index or 0}")
-    return found
+    if gpu_id is not None and selected.index not in (None, gpu_id):
+        raise invalid("gpu_id", gpu_id, f"None or {selected.index}, the index in device={device!r}")
+    if gpu_id and selected.type in ("cpu", "mps"):
+        raise invalid("gpu_id", gpu_id, f"0 or None, because there is only one {selected.type} device")
+    if selected.type == "cuda" or gpu_id:
+        return usable_device(f"{selected.type}:{gpu_id or selected.index or 0}")
+    return selected
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The floating-point type called `name`.
+    """Return the floating-point type of a name.
 
-    None is what is usual: float16 on CUDA, else float32. "auto" is the fastest type that the device computes in by
-    itself: float16 on CUDA and MPS, bfloat16 on CPUs with instructions for it (`computes_bfloat16`), else float32.
-    Raises InputError for other names.
+    Args:
+        name: Name of a type; "auto" for the fastest type that the device computes in natively (float16 on CUDA and MPS,
+            bfloat16 on CPUs with instructions for it, else float32); None for the usual type (float16 on CUDA, else
+            float32).
+        device: Device that the networks run on.
+
+    Raises:
+        InputError: If the name is unknown.
     """
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
@@ -84,19 +106,19 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if computes_bfloat16() else torch.float32
         return torch.float16
     if name not in _DTYPES:
-        raise InputError(f"unknown dtype {name!r}; accepted: {', '.join(DTYPE_NAMES)}")
+        raise invalid("dtype", name, f"one of {', '.join(DTYPE_NAMES)}")
     return _DTYPES[name]
 
 
 def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers by itself: x86 with AMX or AVX512-BF16, Arm with its BF16.
+    """Return whether this CPU multiplies bfloat16 natively: x86 with AMX or AVX512-BF16, Arm with its BF16 extension.
 
-    Others only convert them, which saves memory and takes more time.
+    Other CPUs convert to float32 and back, which saves memory and takes more time.
     """
     if platform.machine().lower() in ("x86_64", "amd64"):
-        # not part of torch's public interface; early releases do not tell
-        asks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-        return any(ask is not None and ask() for ask in asks)
+        # These functions are not part of torch's public interface, and early releases lack them.
+        checks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+        return any(check is not None and check() for check in checks)
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
@@ -104,7 +126,11 @@ def computes_bfloat16() -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The long name of `dtype`, as `resolve_dtype` reads it: "float32"."""
+    """Return the long name of a dtype, such as "float32", which `resolve_dtype` accepts.
+
+    Args:
+        dtype: Any dtype of torch.
+    """
     return str(dtype).removeprefix("torch.")
 
 

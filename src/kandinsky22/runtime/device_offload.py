@@ -1,88 +1,116 @@
-"""Networks that take memory where they work only while they work.
+"""Offloading: networks whose weights are on their device only while they are used.
 
-The networks of a pipeline work one after the other. In `Stages` they take turns: whoever is called is fetched from its
-shelf (the CPU's memory, or its file), and whoever worked before goes back to its own. With `Streamed` every layer comes
-and goes by itself. Both watch `ENTRY_POINTS` too, for pipelines call networks by more than `forward`.
+With `ModelOffload` one network at a time is on the device: the method that runs it moves its weights there from their
+storage (the CPU's memory, or files), and the weights of the network that ran before back to theirs. With
+`SequentialOffload` the layers of a network are moved one by one. Both hook `ENTRY_POINTS` besides `forward`, because
+pipelines run networks by more methods than that.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import MissingDependencyError
-from kandinsky22.kernels.linear import Packs
+from kandinsky22.kernels.linear import PackedWeightMixin, drop_packed
+from kandinsky22.runtime.network_state import state_of, unwrap_compiled
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
 """Methods besides `forward` that run a network's layers or read its weights."""
 
-# classes that look at their layers' weights themselves
-READ_BY_PARENT = ["TimeEmbedding", "VectorQuantizer", "SpatialNorm"]
-
-_PLACE = "_offloaded"  # attribute of an offloaded network, in no state dict
+LAYER_ENTRY_POINTS = ("scale_shift",)
+"""Methods besides `forward` of layers inside a network that read their weights."""
 
 
-class Place(Protocol):
-    """How a network is offloaded: by which method of the pipeline, and to work on which device."""
+class Offloaded(Protocol):
+    """How one network is offloaded."""
 
     @property
     def method(self) -> str:
-        """Name of the pipeline's method that made it so."""
+        """Name of the pipeline's method that offloaded the network."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network works."""
+        """Device that the network runs on."""
 
-    def join(self, network: nn.Module) -> None:
-        """Offload another network in the same way."""
+    def offload_alike(self, network: nn.Module) -> None:
+        """Offload another network in the same way.
+
+        Args:
+            network: A network that is not offloaded.
+        """
 
     def free(self) -> None:
-        """Take away from the device what waits there for its next turn."""
+        """Move everything that is still on the device back to its storage."""
 
-    def leave(self, network: nn.Module) -> None:
-        """Make it an ordinary network on the CPU again."""
+    def remove(self, network: nn.Module) -> None:
+        """Turn the network into an ordinary one on the CPU again.
+
+        Args:
+            network: The network that is offloaded.
+        """
 
 
-class Shelf(Protocol):
-    """Where a network is while it does not work."""
+class WeightStorage(Protocol):
+    """Where the weights of one network are while it is not used."""
 
-    def put(self, network: nn.Module) -> None:
-        """Take the network's weights away from where it works."""
+    def offload(self, network: nn.Module) -> None:
+        """Move the weights from the device to the storage.
 
-    def fetch(self, network: nn.Module) -> None:
-        """Bring them there."""
+        Args:
+            network: The network that owns the weights.
+        """
+
+    def onload(self, network: nn.Module) -> None:
+        """Move the weights from the storage to the device.
+
+        Args:
+            network: The network that owns the weights.
+        """
 
     def close(self, network: nn.Module) -> None:
-        """Leave them on the CPU: the shelf is not used any more."""
+        """Leave the weights in the CPU's memory; the storage is not used afterwards.
+
+        Args:
+            network: The network that owns the weights.
+        """
 
 
-def plain(network: nn.Module) -> nn.Module:
-    """The network itself, if this is its compiled form."""
-    inner: nn.Module = getattr(network, "_orig_mod", network)
-    return inner
+def offload_of(network: nn.Module) -> Offloaded | None:
+    """Return how a network is offloaded, None if it is not.
+
+    Args:
+        network: Any module, compiled or not.
+    """
+    return state_of(network).offload
 
 
-def place_of(network: nn.Module) -> Place | None:
-    """How the network is offloaded, None if it is not."""
-    place: Place | None = plain(network).__dict__.get(_PLACE)
-    return place
+def remove_offload(network: nn.Module) -> None:
+    """Turn a network into an ordinary one on the CPU again if it is offloaded.
 
-
-def release(network: nn.Module) -> None:
-    """Make it an ordinary network on the CPU again if it is offloaded."""
-    place = place_of(network)
-    if place is not None:
-        place.leave(plain(network))
-        del plain(network).__dict__[_PLACE]
+    Args:
+        network: Any module, compiled or not.
+    """
+    state = state_of(network)
+    if state.offload is not None:
+        state.offload.remove(unwrap_compiled(network))
+        state.offload = None
 
 
 def accelerate_hooks() -> Any:
-    """The module of accelerate's hooks; raises MissingDependencyError without it."""
+    """Import the module of accelerate's hooks.
+
+    Returns:
+        The module `accelerate.hooks`.
+
+    Raises:
+        MissingDependencyError: If accelerate is not installed.
+    """
     if importlib.util.find_spec("accelerate") is None:
         raise MissingDependencyError(
             "offloading to the CPU needs accelerate, which is not installed: pip install 'kandinsky22[offload]'; "
@@ -96,158 +124,250 @@ def accelerate_hooks() -> Any:
 # One network at a time
 
 
-class Stages:
-    """Networks that take turns on a device. `method` is the pipeline's that asked for it, each network gets a `shelf`.
+class ModelOffload:
+    """Several networks of which one at a time is on the device.
 
-    `accelerated` networks are watched by accelerate's hooks, the others by ours alone.
+    Attributes:
+        method: Name of the pipeline's method that offloaded the networks.
+        device: Device that the networks run on.
     """
 
-    def __init__(self, method: str, device: torch.device, shelf: Callable[[], Shelf], *, accelerated: bool) -> None:
+    def __init__(
+        self, method: str, device: torch.device, make_storage: Callable[[], WeightStorage], *, use_accelerate: bool
+    ) -> None:
+        """Create the offload without networks.
+
+        Args:
+            method: Name of the pipeline's method that offloads the networks.
+            device: Device that the networks run on.
+            make_storage: Returns a new storage, for one network.
+            use_accelerate: Whether accelerate's hooks call ours, so that other users of accelerate recognise the
+                networks as offloaded.
+        """
         self.method, self.device = method, device
-        self._shelf, self._accelerated = shelf, accelerated
-        self._working: list[tuple[Turn, nn.Module]] = []
+        self._make_storage, self._use_accelerate = make_storage, use_accelerate
+        self._onloaded: list[tuple[OffloadHook, nn.Module]] = []
 
     @property
-    def working(self) -> list[nn.Module]:
-        """The networks that are off their shelves now."""
-        return [network for _, network in self._working]
+    def onloaded(self) -> list[nn.Module]:
+        """The networks whose weights are on the device now."""
+        return [network for _, network in self._onloaded]
 
-    def add(self, network: nn.Module, *, lasting: bool = False) -> None:
-        """Put a network on its shelf until it is called. One that is `lasting` then stays until `free`, and sends
-        nobody away."""
-        release(network)
-        network = plain(network)
-        turn = Turn(self, self._shelf(), lasting)
-        turn.shelf.put(network)
-        network.__dict__[_PLACE] = turn
-        if self._accelerated:
-            accelerate_hooks().add_hook_to_module(network, turn)
-            _watch(network, turn, ENTRY_POINTS)
-        else:  # on such shelves weights cannot be seen, so saving them is work too
-            _watch(network, turn, ("forward", "state_dict", *ENTRY_POINTS))
+    def add(self, network: nn.Module, *, stays_until_freed: bool = False) -> None:
+        """Offload a network until it is called.
 
-    def enter(self, turn: Turn, network: nn.Module) -> None:
-        """It is this network's turn."""
-        if any(network is other for other in self.working):
+        Args:
+            network: Any module, compiled or not.
+            stays_until_freed: Whether the network, once it was called, stays on the device until `free`. It does not
+                evict other networks then.
+        """
+        remove_offload(network)
+        network = unwrap_compiled(network)
+        hook = OffloadHook(self, self._make_storage(), stays_until_freed)
+        hook.storage.offload(network)
+        state_of(network).offload = hook
+        if self._use_accelerate:
+            accelerate_hooks().add_hook_to_module(network, hook)
+            _hook_methods(network, hook, ENTRY_POINTS)
+        else:  # weights in such a storage are invisible: `state_dict` has to load them too
+            _hook_methods(network, hook, ("forward", "state_dict", *ENTRY_POINTS))
+
+    def onload(self, hook: OffloadHook, network: nn.Module) -> None:
+        """Move a network to the device and the previous one back to its storage.
+
+        Args:
+            hook: The hook of `network`.
+            network: A network that was added.
+        """
+        if any(network is other for other in self.onloaded):
             return
-        if not turn.lasting:
-            self._shelve(entry for entry in self._working if not entry[0].lasting)
+        if not hook.stays_until_freed:
+            self._offload(entry for entry in self._onloaded if not entry[0].stays_until_freed)
         try:
-            turn.shelf.fetch(network)
-        except BaseException:  # such as too little memory: what has arrived would stay there
-            turn.shelf.put(network)
+            hook.storage.onload(network)
+        except BaseException:  # too little memory, for example: the part that was moved must not stay
+            hook.storage.offload(network)
             raise
-        self._working.append((turn, network))
+        self._onloaded.append((hook, network))
 
     def free(self) -> None:
-        """All go back to their shelves."""
-        self._shelve(self._working)
+        """Move all networks back to their storage."""
+        self._offload(self._onloaded)
 
-    def forget(self, network: nn.Module) -> None:
-        """The network takes part no more."""
-        self._working = [entry for entry in self._working if entry[1] is not network]
+    def discard(self, network: nn.Module) -> None:
+        """Remove a network from those on the device, without moving it.
 
-    def _shelve(self, entries: Iterable[tuple[Turn, nn.Module]]) -> None:
+        Args:
+            network: A network that was added.
+        """
+        self._onloaded = [entry for entry in self._onloaded if entry[1] is not network]
+
+    def _offload(self, entries: Iterable[tuple[OffloadHook, nn.Module]]) -> None:
         for entry in list(entries):
-            self._working.remove(entry)
-            entry[0].shelf.put(entry[1])
+            self._onloaded.remove(entry)
+            entry[0].storage.offload(entry[1])
 
 
-class Turn:
-    """A network's part in `Stages`; also has all that accelerate asks of a hook."""
+class OffloadHook:
+    """Hook of one network in a `ModelOffload`; it has the interface that accelerate expects of its hooks.
+
+    Attributes:
+        group: The networks that share the device with this one.
+        storage: Storage of this network's weights.
+        stays_until_freed: See `ModelOffload.add`.
+        no_grad: False, so that accelerate leaves torch's gradient mode alone.
+    """
 
     no_grad = False
 
-    def __init__(self, stages: Stages, shelf: Shelf, lasting: bool) -> None:
-        self.stages, self.shelf, self.lasting = stages, shelf, lasting
+    def __init__(self, group: ModelOffload, storage: WeightStorage, stays_until_freed: bool) -> None:
+        self.group, self.storage, self.stays_until_freed = group, storage, stays_until_freed
 
     @property
     def method(self) -> str:
-        """Name of the pipeline's method that made it so."""
-        return self.stages.method
+        """Name of the pipeline's method that offloaded the network."""
+        return self.group.method
 
     @property
     def device(self) -> torch.device:
-        """Where the network works."""
-        return self.stages.device
+        """Device that the network runs on."""
+        return self.group.device
 
     @property
     def execution_device(self) -> torch.device:
-        """The same, under the name by which accelerate's users look for it."""
-        return self.stages.device
+        """The same device, by the name that users of accelerate read."""
+        return self.group.device
 
-    def join(self, network: nn.Module) -> None:
-        """Let another network take turns with these."""
-        self.stages.add(network)
+    def offload_alike(self, network: nn.Module) -> None:
+        """Let another network share the device with this group.
+
+        Args:
+            network: A network that is not offloaded.
+        """
+        self.group.add(network)
 
     def free(self) -> None:
-        """Let all networks go back to their shelves."""
-        self.stages.free()
+        """Move all networks of the group back to their storage."""
+        self.group.free()
 
-    def leave(self, network: nn.Module) -> None:
-        """Make it an ordinary network on the CPU again."""
-        _unwatch(network)
-        self.shelf.close(network)
-        self.stages.forget(network)
+    def remove(self, network: nn.Module) -> None:
+        """Turn the network into an ordinary one on the CPU again.
+
+        Args:
+            network: The network of this hook.
+        """
+        _unhook(network)
+        self.storage.close(network)
+        self.group.discard(network)
 
     def init_hook(self, network: nn.Module) -> nn.Module:
-        """Nothing is left to do when accelerate takes the hook."""
+        """Return the network unchanged; accelerate calls this when it attaches the hook.
+
+        Args:
+            network: The network of this hook.
+        """
         return network
 
     def detach_hook(self, network: nn.Module) -> nn.Module:
-        """Nor when it gives it up."""
+        """Return the network unchanged; accelerate calls this when it detaches the hook.
+
+        Args:
+            network: The network of this hook.
+        """
         return network
 
     def pre_forward(self, network: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before each call: the network is fetched, and tensors follow it."""
-        self.stages.enter(self, network)
+        """Move the network and its arguments to the device, before each call.
+
+        Args:
+            network: The network of this hook.
+            *args: Positional arguments of the call.
+            **kwargs: Keyword arguments of the call.
+
+        Returns:
+            The arguments, tensors among them on the device.
+        """
+        self.group.onload(self, network)
         return tuple(map(self._moved, args)), {name: self._moved(value) for name, value in kwargs.items()}
 
     def post_forward(self, network: nn.Module, output: Any) -> Any:
-        """After each call: the network stays, for pipelines call the same one many times."""
+        """Return the output unchanged, after each call. The network stays: pipelines call it many times in a row.
+
+        Args:
+            network: The network of this hook.
+            output: Result of the call.
+        """
         return output
 
     def _moved(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, Tensor) else value
 
 
-class InMemory:
-    """A shelf in the CPU's memory, for networks that work on `device`."""
+class CpuStorage:
+    """Storage in the CPU's memory."""
 
     def __init__(self, device: torch.device) -> None:
+        """Create the storage of one network.
+
+        Args:
+            device: Device that the network runs on.
+        """
         self._device = device
 
-    def put(self, network: nn.Module) -> None:
-        """Take the network's weights away from where it works."""
+    def offload(self, network: nn.Module) -> None:
+        """Move the weights to the CPU.
+
+        Args:
+            network: The network that owns the weights.
+        """
         network.to("cpu")
-        drop_packs(network)
+        drop_packed(network)
         empty_cache(self._device)
 
-    def fetch(self, network: nn.Module) -> None:
-        """Bring them there."""
+    def onload(self, network: nn.Module) -> None:
+        """Move the weights to the device.
+
+        Args:
+            network: The network that owns the weights.
+        """
         network.to(self._device)
 
     def close(self, network: nn.Module) -> None:
-        """Leave them on the CPU: the shelf is not used any more."""
-        self.put(network)
+        """Leave the weights on the CPU.
+
+        Args:
+            network: The network that owns the weights.
+        """
+        self.offload(network)
 
 
 # One layer at a time
 
 
-class Streamed:
-    """A network whose weights stay with the CPU, and of which one layer at a time is on the device that it works on."""
+class SequentialOffload:
+    """A network whose weights are in the CPU's memory and whose layers are on the device one at a time.
+
+    Attributes:
+        method: Name of the pipeline's method that offloads networks like this.
+        device: Device that the network runs on.
+    """
 
     method = "enable_sequential_cpu_offload"
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
-        release(network)
-        network = plain(network).to("cpu")
-        drop_packs(network)
+        """Offload a network.
+
+        Args:
+            network: Any module, compiled or not.
+            device: Device that the network runs on.
+        """
+        remove_offload(network)
+        network = unwrap_compiled(network).to("cpu")
+        drop_packed(network)
         self.device = device
         weights = dict(network.state_dict())
         hooks = accelerate_hooks()
-        # this is how accelerate.cpu_offload begins, which holds on to a second copy of what is said here
+        # The first steps of accelerate.cpu_offload, which would also store a second copy of the weights map.
         hooks.add_hook_to_module(network, hooks.AlignDevicesHook(io_same_device=True))
         hooks.attach_align_device_hook(
             network,
@@ -255,73 +375,100 @@ class Streamed:
             offload=True,
             offload_buffers=bool(network._parameters),
             weights_map=weights,
-            preload_module_classes=READ_BY_PARENT,
+            preload_module_classes=_classes_that_read_child_weights(network),
         )
-        for layer in _packing(network):
-            layer.packing = False  # a layer that is gone after the call would be packed for one product
-        _watch(network, network._hf_hook, ENTRY_POINTS)
-        network.__dict__["state_dict"] = functools.partial(_kept, weights)
-        network.__dict__[_PLACE] = self
+        for layer in _packing_layers(network):
+            layer.pack_weights = False  # a layer that leaves the device after each call would use its copy once
+        _hook_methods(network, network._hf_hook, ENTRY_POINTS)
+        for module in network.modules():
+            if hasattr(module, "_hf_hook"):
+                _hook_methods(module, module._hf_hook, LAYER_ENTRY_POINTS)
+        network.__dict__["state_dict"] = functools.partial(_copy_of, weights)
+        state_of(network).offload = self
 
-    def join(self, network: nn.Module) -> None:
-        """Stream another network to the same device."""
-        Streamed(network, self.device)
+    def offload_alike(self, network: nn.Module) -> None:
+        """Offload another network to the same device.
+
+        Args:
+            network: A network that is not offloaded.
+        """
+        SequentialOffload(network, self.device)
 
     def free(self) -> None:
-        """Nothing waits on the device."""
+        """Do nothing: no layer stays on the device after its call."""
 
-    def leave(self, network: nn.Module) -> None:
-        """Make it an ordinary network on the CPU again."""
-        _unwatch(network)
-        network.to("cpu")  # buffers that are in no checkpoint stayed on the device
-        for layer in _packing(network):
-            del layer.packing
+    def remove(self, network: nn.Module) -> None:
+        """Turn the network into an ordinary one on the CPU again.
+
+        Args:
+            network: The network that is offloaded.
+        """
+        _unhook(network)
+        network.to("cpu")  # buffers that no checkpoint contains were on the device all the time
+        for layer in _packing_layers(network):
+            del layer.pack_weights
         empty_cache(self.device)
 
 
-# Common ground
+# Shared helpers
 
 
-def _watch(network: nn.Module, hook: Any, names: Iterable[str]) -> None:
-    """Let a hook know before and after each call of the network's methods of these names."""
+def reads_child_weights(module: nn.Module) -> bool:
+    """Return whether a module reads the weights of its children itself instead of only calling them.
+
+    Such classes say so by a class attribute `reads_child_weights = True`. Their weights are moved together, and their
+    children are not quantized.
+
+    Args:
+        module: Any module.
+    """
+    return getattr(type(module), "reads_child_weights", False) is True
+
+
+def empty_cache(device: torch.device) -> None:
+    """Return the memory that torch's allocator caches to the device.
+
+    Args:
+        device: Any device; one whose allocator has no cache is left alone.
+    """
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "empty_cache"):
+        backend.empty_cache()
+
+
+def _hook_methods(network: nn.Module, hook: Any, names: Iterable[str]) -> None:
+    """Have a hook's `pre_forward` and `post_forward` run around those of these methods that the network has."""
     for name in names:
         if hasattr(type(network), name):
-            watched = functools.partial(_through, hook, network, name)
-            network.__dict__[name] = functools.update_wrapper(watched, getattr(type(network), name))
+            hooked = functools.partial(_call_with_hook, hook, network, name)
+            network.__dict__[name] = functools.update_wrapper(hooked, getattr(type(network), name))
 
 
-def _through(hook: Any, network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+def _call_with_hook(hook: Any, network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = hook.pre_forward(network, *args, **kwargs)
     return hook.post_forward(network, getattr(type(network), name)(network, *args, **kwargs))
 
 
-def _kept(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """In place of a network's `state_dict`, for whoever saves it."""
-    return dict(weights)
-
-
-def _unwatch(network: nn.Module) -> None:
-    """Undo `_watch`, and what accelerate did."""
+def _unhook(network: nn.Module) -> None:
+    """Undo `_hook_methods` and the changes that accelerate made."""
     if hasattr(network, "_hf_hook"):
         accelerate_hooks().remove_hook_from_module(network, recurse=True)
-        for module in network.modules():  # where it puts each method back as an attribute of the object
-            module.__dict__.pop("forward", None)
+        for module in network.modules():  # accelerate restores methods as attributes of the object
+            for name in ("forward", *LAYER_ENTRY_POINTS):
+                module.__dict__.pop(name, None)
     for name in ("forward", "state_dict", *ENTRY_POINTS):
         network.__dict__.pop(name, None)
 
 
-def _packing(network: nn.Module) -> Iterable[Packs]:
-    return (module for module in network.modules() if isinstance(module, Packs))
+def _copy_of(weights: dict[str, Tensor], *_args: Any, **_kwargs: Any) -> dict[str, Tensor]:
+    """Replacement of `state_dict` for a network whose parameters are on the meta device."""
+    return dict(weights)
 
 
-def drop_packs(network: nn.Module) -> None:
-    """Forget the packed copies of weights that layers made for CPUs."""
-    for layer in _packing(network):
-        layer.__dict__.pop("_pack", None)
+def _packing_layers(network: nn.Module) -> Iterator[PackedWeightMixin]:
+    return (module for module in network.modules() if isinstance(module, PackedWeightMixin))
 
 
-def empty_cache(device: torch.device) -> None:
-    """Give memory that torch keeps for later back to the device."""
-    backend: Any = getattr(torch, device.type, None)
-    if hasattr(backend, "empty_cache"):
-        backend.empty_cache()
+def _classes_that_read_child_weights(network: nn.Module) -> list[str]:
+    """Class names, which is how accelerate identifies modules that are moved together with their children."""
+    return sorted({type(module).__name__ for module in network.modules() if reads_child_weights(module)})

@@ -1,109 +1,150 @@
-"""A network that is read from its files when it is first needed.
+"""Lazy loading: a component whose files are read when it is first used.
 
-The image encoder of the published checkpoints is larger than all that text to image needs of the prior, and such calls
-never run it. So what a checkpoint's loading gives in its place has the class and the config, and no weights: looking at
-anything else, calling, moving, saving or copying it reads the files, and from then on it is an ordinary network.
+The image encoder of the published checkpoints is larger than everything else that text to image needs from the prior
+pipeline, and such calls never run it. A pipeline therefore holds a `LazyComponent` with its class and config, and loads
+the network on first use.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-T = TypeVar("T")
 
-enabled = True
-"""False switches this off: everything is read when it is loaded."""
+class LazyComponent:
+    """A network of a checkpoint that is not loaded yet.
 
-_SLEEP = "_sleep"
-_UNASKED = {"_orig_mod", "_hf_hook"}  # what is looked for on any network, and absent from all that are new
+    Calling it, or reading an attribute that is not one of these, loads the network and forwards to it.
 
+    Attributes:
+        component_class: Class of the network.
+        config: Its configuration.
+        files: The weight files it will be read from.
+        dtype: Type of its weights once it is loaded; None if unknown.
+    """
 
-class _Sleep:
-    """How to wake a network, and what is to be done to it then."""
+    def __init__(
+        self,
+        component_class: type[nn.Module],
+        config: Any,
+        load: Callable[[], nn.Module],
+        *,
+        files: tuple[Path, ...] = (),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.component_class, self.config, self.files, self.dtype = component_class, config, files, dtype
+        self._load = load
+        self._network: nn.Module | None = None
+        self._conversions: list[dict[str, Any]] = []
+        self._offload: Callable[[nn.Module], Any] | None = None
+        self._lock = threading.RLock()
 
-    def __init__(self, kind: type[nn.Module], read: Callable[[], nn.Module]) -> None:
-        self.kind, self.read = kind, read
-        self.dtype: torch.dtype | None = None
-        self.moves: list[Callable[[Any], Any]] = []
-        self.place: Callable[[Any], Any] | None = None
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the files were read."""
+        return self._network is not None
 
+    def load(self) -> nn.Module:
+        """Return the network, reading its files on the first call.
 
-class _Asleep:
-    """Comes before the network's own class until it wakes."""
+        Moves, conversions and offloading that were requested before are applied then.
+
+        Returns:
+            The same network on every call.
+
+        Raises:
+            CheckpointError: If the files cannot be read.
+        """
+        with self._lock:
+            if self._network is None:
+                with torch.random.fork_rng(devices=()):  # the user's random numbers must not depend on when this runs
+                    network = self._load()
+                for conversion in self._conversions:
+                    network.to(**conversion)
+                if self._offload is not None:
+                    self._offload(network)
+                self._network = network
+            return self._network
+
+    def defer_to(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Apply `network.to(device, dtype)` now, or right after loading.
+
+        Args:
+            device: Where to move it; None leaves it where it is.
+            dtype: Floating-point type to convert to; None leaves the type.
+        """
+        if self._network is not None:
+            self._network.to(device=device, dtype=dtype)
+        else:
+            self._conversions.append({"device": device, "dtype": dtype})
+        self.dtype = dtype or self.dtype
+
+    def defer_offload(self, offload: Callable[[nn.Module], Any] | None) -> None:
+        """Offload the network now, or right after loading.
+
+        Args:
+            offload: Called with the network; None cancels what was requested before loading.
+        """
+        if self._network is None:
+            self._offload = offload
+        elif offload is not None:
+            offload(self._network)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _UNASKED or name.startswith("__") or not is_asleep(self):
+        # Protocol lookups (copying, pickling, compiled wrappers, accelerate's hooks) must not read gigabytes.
+        if name.startswith("__") or name in ("_orig_mod", "_hf_hook"):
             raise AttributeError(name)
-        return getattr(wake(self), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(wake(self), name, value)
+        return getattr(self.load(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        network: Any = wake(self)
-        return network(*args, **kwargs)
+        """Load the network and return the result of calling it.
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return wake(self).__reduce_ex__(protocol)
+        Args:
+            *args: Positional arguments of the network.
+            **kwargs: Keyword arguments of the network.
+        """
+        return self.load()(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self.load(), memo)
 
-@functools.cache
-def _class_of(kind: Any) -> type[Any]:
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (_Asleep, kind), names)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _identity, (self.load(),)
 
-
-def asleep(kind: Any, config: Any, read: Callable[[], nn.Module]) -> Any:
-    """A network of this class and config whose weights, and all else, `read` gives when they are needed."""
-    made = object.__new__(_class_of(kind))
-    made.__dict__.update(config=config, **{_SLEEP: _Sleep(kind, read)})
-    return made
+    def __repr__(self) -> str:
+        return f"LazyComponent({self.component_class.__name__}, {'loaded' if self.is_loaded else 'not loaded'})"
 
 
-def is_asleep(network: Any) -> bool:
-    """Whether nothing but the config of this network is there."""
-    return _SLEEP in getattr(network, "__dict__", ())
+AnyNetwork: TypeAlias = "nn.Module | LazyComponent"
 
 
-def wake(network: T) -> T:
-    """Read the network now, if it is asleep; the same object."""
-    if not is_asleep(network):
-        return network
-    sleep: _Sleep = network.__dict__[_SLEEP]
-    with torch.random.fork_rng(devices=()):  # so that nobody's random numbers depend on what was read when
-        read = sleep.read()
-    network.__dict__.clear()
-    object.__setattr__(network, "__class__", sleep.kind)
-    network.__dict__.update(read.__dict__)
-    for action in (*sleep.moves, *filter(None, [sleep.place])):
-        action(network)
+def loaded(component: Any) -> Any:
+    """Return the component itself, or the network that a `LazyComponent` loads.
+
+    Args:
+        component: Any component of a pipeline.
+    """
+    return component.load() if isinstance(component, LazyComponent) else component
+
+
+def networks_in_memory(components: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return the networks among components by name, without those that are not loaded yet.
+
+    Args:
+        components: Components of a pipeline by name.
+    """
+    return {
+        name: loaded(component)
+        for name, component in components.items()
+        if isinstance(component, nn.Module) or (isinstance(component, LazyComponent) and component.is_loaded)
+    }
+
+
+def _identity(network: nn.Module) -> nn.Module:
     return network
-
-
-def move(network: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """`network.to(...)`, at once or when it wakes."""
-    if is_asleep(network):
-        sleep: _Sleep = network.__dict__[_SLEEP]
-        sleep.moves.append(lambda woken: woken.to(device=device, dtype=dtype))
-        sleep.dtype = dtype or sleep.dtype
-    else:
-        network.to(device=device, dtype=dtype)
-
-
-def settle(network: nn.Module, place: Callable[[Any], Any] | None) -> None:
-    """Call `place` with the network, at once or when it wakes; None takes back what was settled before."""
-    if is_asleep(network):
-        network.__dict__[_SLEEP].place = place
-    elif place is not None:
-        place(network)
-
-
-def coming_dtype(network: nn.Module) -> torch.dtype | None:
-    """The type that a sleeping network was converted to."""
-    dtype: torch.dtype | None = network.__dict__[_SLEEP].dtype
-    return dtype

@@ -1,27 +1,30 @@
-"""Where a pipeline's networks are and in what precision: moved together, or each only while it works."""
+"""Mixin: the device and dtype of a pipeline's networks, and how they are offloaded."""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from kandinsky22.errors import InputError
-from kandinsky22.runtime import device_offload, lazy_component
-from kandinsky22.runtime.device import chosen_accelerator, usable_device
-from kandinsky22.runtime.disk_offload import InFiles
+from kandinsky22.errors import InputError, invalid
+from kandinsky22.runtime import device_offload
+from kandinsky22.runtime.device import select_accelerator, usable_device
+from kandinsky22.runtime.disk_offload import DiskStorage
+from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
 
-P = TypeVar("P", bound="Placed")
+P = TypeVar("P", bound="OffloadMixin")
 
 
-class Placed:
-    """What has `components`, of which some are networks.
+class OffloadMixin:
+    """Mixin for classes with `components`, some of which are networks.
 
-    `model_cpu_offload_seq` names the networks that take turns, in the order of their work, joined by "->". The others
-    stay once they were called until the call ends, or all the time if `_exclude_from_cpu_offload` names them.
+    `model_cpu_offload_seq` names the networks that `enable_model_cpu_offload` moves one at a time, in the order of
+    their use, joined by "->". Other networks stay on the device from their first use until the end of the call, or all
+    the time if `_exclude_from_cpu_offload` names them.
     """
 
     model_cpu_offload_seq: ClassVar[str] = ""
@@ -32,29 +35,34 @@ class Placed:
         """All components by name."""
         raise NotImplementedError
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        names = vars(self).get("_component_names", ())
-        if name in names and isinstance(value, nn.Module) and device_offload.place_of(value) is None:
-            # what takes the place of an offloaded network, or stands beside one, is treated alike
-            others = [vars(self).get(other) for other in names]
-            places = [device_offload.place_of(other) for other in others if isinstance(other, nn.Module)]
-            if (place := next(filter(None, places), None)) is not None and name not in self._exclude_from_cpu_offload:
-                lazy_component.settle(value, place.join)
-
     def _networks(self) -> dict[str, nn.Module]:
-        """The networks that are there: all but those that are asleep."""
-        return {name: part for name, part in self._all_networks().items() if not lazy_component.is_asleep(part)}
+        """Networks by name, without those that are not loaded yet."""
+        return networks_in_memory(self.components)
 
-    def _all_networks(self) -> dict[str, nn.Module]:
-        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+    def _all_networks(self) -> dict[str, AnyNetwork]:
+        """Networks by name, including those that are not loaded yet."""
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module | LazyComponent)}
 
-    def _places(self) -> list[device_offload.Place]:
-        """How networks are offloaded, of those that are."""
-        places = [device_offload.place_of(network) for network in self._networks().values()]
-        return [place for place in places if place is not None]
+    def _offloads(self) -> list[device_offload.Offloaded]:
+        """How networks are offloaded, without those that are not."""
+        offloads = [device_offload.offload_of(network) for network in self._networks().values()]
+        return [offload for offload in offloads if offload is not None]
 
-    # All together
+    def _offload_like_others(self, name: str, component: Any) -> None:
+        """Offload a newly assigned component in the same way as the others; nothing happens if those are not offloaded.
+
+        Args:
+            name: Name of the component.
+            component: The object that was assigned; anything except a network is left alone.
+        """
+        if not isinstance(component, nn.Module | LazyComponent) or name in self._exclude_from_cpu_offload:
+            return
+        if any(device_offload.offload_of(network) for network in networks_in_memory({name: component}).values()):
+            return
+        if (offload := next(iter(self._offloads()), None)) is not None:
+            _offload(component, offload.offload_alike)
+
+    # All networks together
 
     def to(
         self: P,
@@ -62,11 +70,22 @@ class Placed:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> P:
-        """Move all networks to a device, convert them to a floating-point dtype, or both; returns the pipeline.
+        """Move all networks to a device, convert them to a floating-point type, or both.
 
-        Raises InputError before anything moves if the device is not usable here, the dtype is not floating, or
-        networks are offloaded: those come and go by themselves, until `remove_all_hooks`. With model offloading they
-        can still be sent to the CPU, and converted.
+        Offloaded networks move by themselves, so this is an error until `remove_all_hooks`. With
+        `enable_model_cpu_offload` they can still be moved to the CPU and converted.
+
+        Args:
+            *targets: A device, a dtype, or both, in any order.
+            device: Device to move to; None leaves the networks where they are.
+            dtype: Floating-point type to convert to; None leaves the type.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            InputError: If the device cannot be used here, the dtype is not a floating-point type, or the networks are
+                offloaded. Nothing has moved then.
         """
         for target in targets:
             if isinstance(target, torch.dtype):
@@ -74,26 +93,27 @@ class Placed:
             else:
                 device = target
         if dtype is not None and not getattr(dtype, "is_floating_point", False):
-            raise InputError(f"dtype={dtype!r}; accepted: a floating-point torch.dtype")
-        goal = None if device is None else usable_device(device)
-        for place in self._places():
-            if place.method != "enable_model_cpu_offload" or (goal is not None and goal.type != "cpu"):
+            raise invalid("dtype", dtype, "a floating-point torch.dtype")
+        target_device = None if device is None else usable_device(device)
+        moves_off_cpu = target_device is not None and target_device.type != "cpu"
+        for offload in self._offloads():
+            if offload.method != "enable_model_cpu_offload" or moves_off_cpu:
                 raise InputError(
-                    f"device={device!r}, dtype={dtype!r}: networks come and go by themselves since "
-                    f"{place.method}(); call remove_all_hooks() first"
+                    f"device={device!r} and dtype={dtype!r} cannot be applied: the networks are offloaded by "
+                    f"{offload.method}(); call remove_all_hooks() first"
                 )
-        for place in self._places():
-            place.free()
+        for offload in self._offloads():
+            offload.free()
         for network in self._all_networks().values():
-            lazy_component.move(network, goal, dtype)
+            _move(network, target_device, dtype)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are; while they are offloaded some may be elsewhere."""
+        """Device of the first parameter; parts of offloaded networks may be on another device."""
         parameters = (p for network in self._networks().values() for p in network.parameters())
-        nowhere = bool(self._places())  # then weights on the meta device are those that are in files
-        return next((p.device for p in parameters if not (nowhere and p.is_meta)), torch.device("cpu"))
+        offloaded = bool(self._offloads())  # parameters on the meta device then belong to weights in files
+        return next((p.device for p in parameters if not (offloaded and p.is_meta)), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,92 +121,130 @@ class Placed:
         parameters = (p for network in self._networks().values() for p in network.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
-    # Each while it works
+    # Offloading
 
     @property
     def _execution_device(self) -> torch.device:
-        """Where the networks work, wherever they are now."""
-        return next((place.device for place in self._places()), self.device)
+        """Device that the networks run on, wherever their weights are now."""
+        return next((offload.device for offload in self._offloads()), self.device)
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | int | None = None
     ) -> None:
-        """Keep networks in the CPU's memory, and each on the accelerator only while it works, one at a time.
+        """Offload networks to the CPU's memory; each one is on the accelerator only while it runs, one at a time.
 
-        `device` is any device of torch (CUDA or MPS unless given), `gpu_id` its number. Takes the accelerator's memory
-        of the largest network; the next call of another network or the end of the pipeline's call takes one away.
-        Raises InputError if there is no accelerator, MissingDependencyError without accelerate.
+        The accelerator's memory has to hold the largest network. A network returns to the CPU when the next one runs or
+        the call of the pipeline ends.
+
+        Args:
+            gpu_id: Index of the accelerator; None for the index in `device`, or 0.
+            device: Any device of torch; None for CUDA or MPS, whichever is available.
+
+        Raises:
+            InputError: If there is no accelerator, or `gpu_id` or `device` is invalid.
+            MissingDependencyError: If accelerate is not installed.
         """
         method = "enable_model_cpu_offload"
-        place = chosen_accelerator(method, gpu_id, device)
+        accelerator = select_accelerator(method, gpu_id, device)
         device_offload.accelerate_hooks()
         self.remove_all_hooks()
-        stages = device_offload.Stages(method, place, lambda: device_offload.InMemory(place), accelerated=True)
-        turns = self.model_cpu_offload_seq.split("->")
+        make_storage = functools.partial(device_offload.CpuStorage, accelerator)
+        group = device_offload.ModelOffload(method, accelerator, make_storage, use_accelerate=True)
+        sequence = self.model_cpu_offload_seq.split("->")
         for name, network in self._all_networks().items():
-            if name in turns or name not in self._exclude_from_cpu_offload:
-                lazy_component.settle(network, functools.partial(stages.add, lasting=name not in turns))
+            if name in sequence or name not in self._exclude_from_cpu_offload:
+                _offload(network, functools.partial(group.add, stays_until_freed=name not in sequence))
             else:
-                lazy_component.move(network, place, None)
+                _move(network, accelerator, None)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | int | None = None
     ) -> None:
-        """Keep networks in the CPU's memory, and each of their layers on the accelerator only while it works.
+        """Offload networks to the CPU's memory; each of their layers is on the accelerator only while it runs.
 
-        Takes the accelerator's memory of one layer and its results, and much longer, for every step moves all weights.
-        Arguments and errors are those of `enable_model_cpu_offload`.
+        The accelerator's memory has to hold one layer and its results. This is much slower than
+        `enable_model_cpu_offload`, because every step moves all weights.
+
+        Args:
+            gpu_id: Index of the accelerator; None for the index in `device`, or 0.
+            device: Any device of torch; None for CUDA or MPS, whichever is available.
+
+        Raises:
+            InputError: If there is no accelerator, or `gpu_id` or `device` is invalid.
+            MissingDependencyError: If accelerate is not installed.
         """
-        place = chosen_accelerator("enable_sequential_cpu_offload", gpu_id, device)
+        accelerator = select_accelerator("enable_sequential_cpu_offload", gpu_id, device)
         device_offload.accelerate_hooks()
         self.remove_all_hooks()
         for name, network in self._all_networks().items():
             if name in self._exclude_from_cpu_offload:
-                lazy_component.move(network, place, None)
+                _move(network, accelerator, None)
             else:
-                lazy_component.settle(network, functools.partial(device_offload.Streamed, device=place))
+                _offload(network, functools.partial(device_offload.SequentialOffload, device=accelerator))
 
     def enable_low_memory(self, folder: str | os.PathLike[str] | None = None, *, by_layer: bool = True) -> None:
-        """Without an accelerator: keep a network in memory only while it works, large layers one at a time.
+        """Offload networks to files, on a CPU without accelerator; each one is in memory only while it runs.
 
-        Large weights come from their file, or the system's cache of it, at each use (on Linux), and are not rearranged:
-        that takes longer and moves rounding. With `by_layer=False` a whole network stays for as long as it works, and
-        is read anew for the next time; results are the same bit for bit.
+        Networks are read from the checkpoint that they were loaded from. A network that was changed since, loaded in
+        torch's inference mode, or created in memory is first written to a temporary file; results may then differ by
+        rounding. Weights that are converted while reading, because their file has another dtype, stay in memory while
+        their network runs. Later changes to weights are lost. So are earlier changes of single elements through
+        `weight.data` or a numpy view, which are not noticed. accelerate is not needed.
 
-        Networks are read from the checkpoint that they were loaded from. One that was changed since, loaded in torch's
-        inference mode, or made in memory is first written to a temporary file in `folder` (the system's folder for
-        such files unless given), and rounding may move. Weights that are converted when they are read, as their file
-        has another type, stay while their network works, but are not rearranged either. Lost are later changes to
-        weights, and those that nobody sees: of single numbers, through `weight.data` or a numpy view. Works without
-        accelerate. Raises InputError if networks are on an accelerator or arguments are of the wrong kind,
-        CheckpointError if the file cannot be written.
+        Args:
+            folder: Where temporary files are written; None for the system's temporary folder.
+            by_layer: Whether large layers are loaded one at a time (on Linux). They are then read from their file, or
+                the system's cache of it, at each use and not packed, which takes longer and changes rounding. If False,
+                an entire network stays in memory while it runs and is read again for its next use; results are the same
+                bit for bit.
+
+        Raises:
+            InputError: If the networks are on an accelerator, `folder` does not exist, or `by_layer` is not a bool.
+            CheckpointError: If the temporary file cannot be written.
         """
         if not isinstance(by_layer, bool):
-            raise InputError(f"by_layer={by_layer!r}; accepted: True or False")
+            raise invalid("by_layer", by_layer, "True or False")
         if folder is not None and not os.path.isdir(folder):
-            raise InputError(f"folder={folder!r} is not there; accepted: a folder to write to, or None")
+            raise invalid("folder", folder, "an existing folder to write to, or None")
         self.remove_all_hooks()
         if self.device.type != "cpu":
             raise InputError(
-                f"the networks are on {self.device}, the low-memory mode is for CPUs: call enable_model_cpu_offload() "
-                "or enable_sequential_cpu_offload(), or first to('cpu')"
+                f"enable_low_memory() is for CPUs, but the networks are on {self.device}: call to('cpu') first, or "
+                "enable_model_cpu_offload() or enable_sequential_cpu_offload() instead"
             )
-        shelf = functools.partial(InFiles, folder, by_layer=by_layer)
-        stages = device_offload.Stages("enable_low_memory", torch.device("cpu"), shelf, accelerated=False)
+        make_storage = functools.partial(DiskStorage, folder, by_layer=by_layer)
+        cpu = torch.device("cpu")
+        group = device_offload.ModelOffload("enable_low_memory", cpu, make_storage, use_accelerate=False)
         for network in self._all_networks().values():
-            lazy_component.settle(network, stages.add)
+            _offload(network, group.add)
 
     def maybe_free_model_hooks(self) -> None:
-        """Take networks that wait for their next turn off the device; each call of a pipeline ends with this."""
-        for place in self._places():
-            place.free()
+        """Move offloaded networks that are still on the device back to their storage; every call ends with this."""
+        for offload in self._offloads():
+            offload.free()
 
     def remove_all_hooks(self) -> None:
-        """End all offloading: networks are ordinary ones on the CPU again."""
+        """End all offloading: networks become ordinary ones on the CPU again."""
         for network in self._all_networks().values():
-            lazy_component.settle(network, None)
-        if not self._places():
+            _offload(network, None)
+        if not self._offloads():
             return
         for network in self._networks().values():
-            device_offload.release(network)
+            device_offload.remove_offload(network)
             network.to("cpu")
+
+
+def _offload(network: AnyNetwork, offload: Callable[[nn.Module], Any] | None) -> None:
+    """Call `offload(network)` now, or when the network is loaded; None cancels what was deferred."""
+    if isinstance(network, LazyComponent):
+        network.defer_offload(offload)
+    elif offload is not None:
+        offload(network)
+
+
+def _move(network: AnyNetwork, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Move and convert a network now, or when it is loaded; None leaves device or dtype as it is."""
+    if isinstance(network, LazyComponent):
+        network.defer_to(device, dtype)
+    else:
+        network.to(device=device, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Quantization: networks whose weights take 8 or 4 bits, made in place or loaded from a checkpoint that has them.
+"""Quantization: networks with weights of 8 or 4 bits, converted in place or loaded from a quantized checkpoint.
 
-Linear layers are torchao's, convolutions our own (`quantized.py`). Embeddings, norms, the few layers at either end of a
-network and those that their owners look into keep their numbers.
+Linear layers use torchao's tensors, convolutions our own (`quantized_layers.py`). Embeddings, norms, the few layers at
+either end of a network, and layers whose weights their parent module reads (`reads_child_weights`) stay as they are.
 """
 
 from __future__ import annotations
@@ -13,102 +13,144 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.errors import ConfigError, InputError, MissingDependencyError
-from kandinsky22.runtime.device_offload import READ_BY_PARENT, place_of, plain
+from kandinsky22.errors import ConfigError, InputError, MissingDependencyError, invalid
+from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
+from kandinsky22.runtime.lazy_component import loaded
+from kandinsky22.runtime.network_state import state_of, unwrap_compiled
 
 KINDS: Mapping[str, str] = {
-    "int8": "weights of 8 bits; products as before",
-    "int8-dynamic": "weights of 8 bits, activations rounded to 8 bits at each call; products of whole numbers",
-    "int4": "linear layers' weights of 4 bits, convolutions' of 8; bfloat16 on CPUs only",
+    "int8": "weights of 8 bits, activations and products in the network's dtype",
+    "int8-dynamic": "weights of 8 bits, activations rounded to 8 bits at each call; integer products",
+    "int4": "weights of 4 bits in linear layers, of 8 bits in convolutions; bfloat16 on CPUs only",
 }
-NETWORKS = ("prior", "prior_prior", "unet")  # what pipelines quantize unless told otherwise: by far the largest parts
-ENTRY = "quantization_config"  # of config.json
-_KIND = "_quantization"  # attribute of a quantized network, in no state dict
-NARROW = 16  # channels: convolutions with fewer on either side stay as they are
+NETWORKS = ("prior", "prior_prior", "unet")  # components that pipelines quantize by default: by far the largest ones
+ENTRY = "quantization_config"  # key in config.json
+MIN_CHANNELS = 16  # convolutions with fewer input or output channels are not quantized
 
 
 def quantize(network: nn.Module, kind: str) -> None:
-    """Quantize a network's layers in place. Their old weights are let go one by one.
+    """Quantize the layers of a network in place. Their original weights are released one by one.
 
-    Raises InputError for other kinds than those of `KINDS`, a network that is quantized already or, with "int4", not
-    of bfloat16 on a CPU; MissingDependencyError without torchao.
+    Args:
+        network: A network with `nn.Linear` and `nn.Conv2d` layers.
+        kind: One of `KINDS`.
+
+    Raises:
+        InputError: If the kind is unknown, the network is quantized already, or the kind is "int4" and the network is
+            not in bfloat16 on a CPU.
+        MissingDependencyError: If torchao is not installed.
     """
     check_quantizable(network, kind)
-    _replace_layers(plain(network), kind)
-    plain(network).__dict__[_KIND] = kind
+    _replace_layers(unwrap_compiled(network), kind)
+    state_of(network).quantization = kind
 
 
 def check_quantizable(network: nn.Module, kind: str) -> None:
-    """Raise what `quantize` raises."""
-    _check(kind)
-    network = plain(network)
+    """Check that `quantize` accepts these arguments.
+
+    Args:
+        network: A network with `nn.Linear` and `nn.Conv2d` layers.
+        kind: One of `KINDS`.
+
+    Raises:
+        InputError: If the kind is unknown, the network is quantized already, or the kind is "int4" and the network is
+            not in bfloat16 on a CPU.
+        MissingDependencyError: If torchao is not installed.
+    """
+    _check_kind(kind)
+    network = unwrap_compiled(network)
+    name = type(network).__name__
     if kind_of(network) is not None:
-        raise InputError(f"{type(network).__name__} is quantized already ({kind_of(network)}); load it anew")
-    types = {p.dtype for p in network.parameters()}
+        raise InputError(f"{name} is quantized already ({kind_of(network)}); load it again to quantize it differently")
+    dtypes = {str(p.dtype) for p in network.parameters()}
     devices = {p.device.type for p in network.parameters()}
-    if kind == "int4" and (types != {torch.bfloat16} or devices != {"cpu"}):
-        raise InputError(
-            f"int4 weights compute in bfloat16 on CPUs; this {type(network).__name__} has "
-            f"{', '.join(sorted(map(str, types)))} on {', '.join(sorted(devices))}: call to(torch.bfloat16) first"
+    if kind == "int4" and (dtypes != {"torch.bfloat16"} or devices != {"cpu"}):
+        raise invalid(
+            "kind",
+            kind,
+            f"int8 or int8-dynamic for a {name} of {', '.join(sorted(dtypes))} on {', '.join(sorted(devices))}",
+            "int4 weights compute in bfloat16 on CPUs: call to(torch.bfloat16) first",
         )
 
 
 def kind_of(network: nn.Module) -> str | None:
-    """How a network is quantized, None if it is not."""
-    kind: str | None = plain(network).__dict__.get(_KIND)
-    return kind
+    """Return how a network is quantized (one of `KINDS`), None if it is not.
+
+    Args:
+        network: Any module, compiled or not.
+    """
+    return state_of(network).quantization
 
 
 # Checkpoints
 
 
 def stored_as(network: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says of a network's quantization, and its tensors, in a form that any machine can read."""
+    """Return the form in which a network's quantization and tensors are saved, which any machine can read.
+
+    Args:
+        network: A network, quantized or not.
+
+    Returns:
+        Entries for config.json, and the state dict.
+    """
     tensors, kind = network.state_dict(), kind_of(network)
     if kind is None:
         return {}, tensors
     if kind == "int4":
-        for name, layer in _small_linears(network):
-            tensors[f"{name}.weight_qdata"] = layer.portable()
+        for name, layer in _int4_linears(network):
+            tensors[f"{name}.weight_qdata"] = layer.portable_weight()
     return {ENTRY: {"quant_method": "kandinsky22", "kind": kind}}, tensors
 
 
 def prepare(network: nn.Module, entry: Any, dtype: torch.dtype | None) -> None:
-    """Give a network that has no weights yet the layers for those of a quantized checkpoint.
+    """Replace the layers of a network that has no weights yet by those that a quantized checkpoint fills.
 
-    `entry` is what `stored_as` said, None for other checkpoints. Raises ConfigError for another library's entry,
-    InputError if "int4" weights are wanted in another dtype than bfloat16, MissingDependencyError without torchao.
+    Args:
+        network: A network on the meta device.
+        entry: Value of `ENTRY` in config.json; None for a checkpoint that is not quantized.
+        dtype: Floating-point type that was requested; None for the stored one.
+
+    Raises:
+        ConfigError: If the entry is another library's.
+        InputError: If the weights are int4 and the dtype is not bfloat16.
+        MissingDependencyError: If torchao is not installed.
     """
     if entry is None:
         return
     kind = entry.get("kind") if isinstance(entry, Mapping) else None
     if not isinstance(kind, str) or kind not in KINDS or entry.get("quant_method") != "kandinsky22":
-        raise ConfigError(f"{ENTRY} is {entry!r}; accepted: what kandinsky22 writes, of kind {', '.join(KINDS)}")
+        expected = f"quant_method 'kandinsky22' and a kind among {', '.join(KINDS)}"
+        raise invalid(ENTRY, entry, expected, error=ConfigError)
     if kind == "int4" and dtype not in (None, torch.bfloat16):
-        raise InputError(f"torch_dtype={dtype}: the weights are int4, which compute in bfloat16; pass torch.bfloat16")
-    _check(kind)
+        raise invalid("torch_dtype", dtype, "torch.bfloat16 or 'auto'", "the weights are int4 and compute in bfloat16")
+    _check_kind(kind)
     _replace_layers(network, kind)
-    network.__dict__[_KIND] = kind
+    state_of(network).quantization = kind
 
 
 def arrange(network: nn.Module) -> None:
-    """Put weights that came from a checkpoint into the order that suits this CPU."""
+    """Convert weights that were read from a checkpoint to the order that suits this CPU.
+
+    Args:
+        network: A network with its weights, quantized or not.
+    """
     if kind_of(network) == "int4":
-        for _, layer in _small_linears(network):
-            layer.arrange()
+        for _, layer in _int4_linears(network):
+            layer.arrange_weight()
 
 
-def _check(kind: Any) -> None:
+def _check_kind(kind: Any) -> None:
     if kind not in KINDS:
-        raise InputError(f"kind={kind!r}; accepted: {', '.join(KINDS)}")
+        raise invalid("kind", kind, f"one of {', '.join(KINDS)}")
     if importlib.util.find_spec("torchao") is None:
         raise MissingDependencyError(
             f"{kind} weights need torchao, which is not installed: pip install 'kandinsky22[quantize]'"
         )
 
 
-def _small_linears(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers with 4-bit weights, by their paths."""
+def _int4_linears(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the layers with 4-bit weights and their paths."""
     for name, layer in network.named_modules():
         if getattr(layer, "kind", None) == "int4":
             yield name, layer
@@ -116,34 +158,34 @@ def _small_linears(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _replace_layers(network: nn.Module, kind: str) -> None:
     for parent in list(network.modules()):
-        if type(parent).__name__ in READ_BY_PARENT:
+        if reads_child_weights(parent):
             continue
         for name, layer in list(parent.named_children()):
-            made = _quantized(layer, kind)
-            if made is not None:
-                setattr(parent, name, made)
+            replacement = _quantized(layer, kind)
+            if replacement is not None:
+                setattr(parent, name, replacement)
 
 
 def _quantized(layer: nn.Module, kind: str) -> nn.Module | None:
-    """The layer in 8 or 4 bits, None if it is to stay."""
-    from kandinsky22.runtime.quantized_layers import GROUP, QuantizedConv2d, QuantizedLinear
+    """Return a quantized form of a layer, or None if the layer stays as it is."""
+    from kandinsky22.runtime.quantized_layers import GROUP, ROWS_INT4, QuantizedConv2d, QuantizedLinear
 
-    if isinstance(layer, nn.Conv2d) and min(layer.in_channels, layer.out_channels) >= NARROW:
+    if isinstance(layer, nn.Conv2d) and min(layer.in_channels, layer.out_channels) >= MIN_CHANNELS:
         return QuantizedConv2d(layer, dynamic=kind == "int8-dynamic")
     if isinstance(layer, nn.Linear):
-        fits = layer.in_features % GROUP == 0 and layer.out_features % NARROW == 0
-        form = "int8" if kind == "int4" and not fits else kind
+        supports_int4 = layer.in_features % GROUP == 0 and layer.out_features % ROWS_INT4 == 0
+        layer_kind = "int8" if kind == "int4" and not supports_int4 else kind
         if layer.weight.is_meta:
-            return QuantizedLinear(form, layer.in_features, layer.out_features, layer.bias)
-        return QuantizedLinear.of(layer, form)
+            return QuantizedLinear(layer_kind, layer.in_features, layer.out_features, layer.bias)
+        return QuantizedLinear.from_linear(layer, layer_kind)
     return None
 
 
 # Pipelines
 
 
-class Quantizes:
-    """What pipelines can be told about quantization."""
+class QuantizeMixin:
+    """Mixin for classes with `components`: quantizes the networks among them."""
 
     @property
     def components(self) -> dict[str, Any]:
@@ -151,21 +193,30 @@ class Quantizes:
         raise NotImplementedError
 
     def quantize(self, kind: str = "int8", components: Iterable[str] | None = None) -> None:
-        """Let networks have weights of 8 or 4 bits, in place: `kind` is "int8", "int8-dynamic" or "int4".
+        """Convert networks in place to weights of 8 or 4 bits.
 
-        Networks are the prior and the UNet, as far as the pipeline has them, or the `components` named. Pictures
-        change; docs/speed-and-memory.md says how much, and what is gained. `save_pretrained` writes the small form, and
-        `from_pretrained` reads it. Raises InputError for other names, networks that are quantized already or that are
-        offloaded, and as `quantize` does, before anything changes; MissingDependencyError without torchao.
+        Images change; the documentation has figures for how much, and for what is gained. `save_pretrained` writes the
+        quantized weights, and `from_pretrained` reads them.
+
+        Args:
+            kind: "int8", "int8-dynamic" or "int4".
+            components: Names of the networks; None for the prior and the UNet, as far as the pipeline has them.
+
+        Raises:
+            InputError: If the kind is unknown or unsupported here, or a component cannot be quantized, is quantized
+                already or is offloaded. Nothing has changed then.
+            MissingDependencyError: If torchao is not installed.
         """
-        _check(kind)
-        own = {name: part for name, part in self.components.items() if name in NETWORKS and part is not None}
-        names = list(own) if components is None else list(components)
+        _check_kind(kind)
+        networks = {name: loaded(self.components.get(name)) for name in NETWORKS}
+        networks = {name: network for name, network in networks.items() if network is not None}
+        names = list(networks) if components is None else list(components)
+        if unknown := [name for name in names if name not in networks]:
+            accepted = f"names of networks that can be quantized ({', '.join(networks) or 'this pipeline has none'})"
+            raise invalid("components", unknown, accepted)
         for name in names:
-            if name not in own:
-                raise InputError(f"components: {name!r} cannot be quantized; accepted: {', '.join(own) or 'none here'}")
-            if (place := place_of(own[name])) is not None:
-                raise InputError(f"components: {name} is offloaded by {place.method}(); call remove_all_hooks() first")
-            check_quantizable(own[name], kind)
+            if (offload := offload_of(networks[name])) is not None:
+                raise InputError(f"{name} is offloaded by {offload.method}(); call remove_all_hooks() first")
+            check_quantizable(networks[name], kind)
         for name in dict.fromkeys(names):
-            quantize(own[name], kind)
+            quantize(networks[name], kind)

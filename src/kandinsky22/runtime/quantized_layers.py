@@ -1,15 +1,17 @@
-"""Layers with weights of 8 or 4 bits. Their parts are plain parameters, so they move, offload and save like any others.
+"""Layers with weights of 8 or 4 bits. Their weights are plain parameters, which move, offload and save like any others.
 
-Products of linear layers are torchao's: what it makes of a weight is taken apart here and put together for each call.
-It has no convolution that is faster than the one it replaces, so those are done with oneDNN's (on x86 CPUs) or, where
-only the weights are to be small, with weights that are converted for each call.
+Linear layers use torchao's products: the parts of torchao's tensor are stored as parameters, and the tensor is put
+together again for each call. torchao has no convolution that is faster than the original one, so convolutions use
+oneDNN's integer convolution (on x86 CPUs) or convert their weight for each call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,28 +19,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.errors import InputError
-from kandinsky22.kernels.linear import Packs
+from kandinsky22.kernels.linear import PackedWeightMixin
 
-GROUP = 32  # numbers that share a scale and a zero, of 4-bit weights
-MIDDLE = 128  # of the 256 levels of an activation, in zero points of symmetric ranges
-LEVELS = 127.0  # of an 8-bit weight, on either side of zero
+GROUP = 32  # elements of a 4-bit weight that share a scale and a zero point; input features must be a multiple of it
+ROWS_INT4 = 16  # output features of a 4-bit weight must be a multiple of it
+ZERO_POINT = 128  # zero point of a symmetric range of unsigned 8-bit values
+MAX_INT8 = 127.0  # largest absolute value of an 8-bit weight
 
 
 @functools.cache
 def torchao() -> Any:
-    """`torchao.quantization`, without the complaints about each of its CUDA libraries that a CPU cannot load."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
+    """Import torchao, without its warnings about each CUDA library that a CPU cannot load.
+
+    Returns:
+        The module `torchao.quantization`.
+    """
+    # The second logger is torch's: it warns about a deprecated call that torchao makes while it is imported.
+    with _errors_only("torchao"), _errors_only("torch.utils._pytree"):
         import torchao.quantization
 
-        return torchao.quantization
+    return torchao.quantization
+
+
+@contextlib.contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    """Suppress the warnings of one logger and those below it."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        logging.disable(before)
+        logger.setLevel(level)
 
 
 def configuration(kind: str) -> Any:
-    """How torchao is told to quantize the weight of a linear layer."""
+    """Return torchao's configuration for the weight of a linear layer.
+
+    Args:
+        kind: One of `quantize.KINDS`.
+    """
     if kind == "int8":
         return torchao().Int8WeightOnlyConfig()
     if kind == "int8-dynamic":
@@ -49,153 +69,207 @@ def configuration(kind: str) -> Any:
 
 
 def quantized_weight(weight: Tensor, kind: str) -> Tensor:
-    """torchao's form of a matrix (out, in)."""
+    """Return torchao's quantized tensor of a matrix.
+
+    Args:
+        weight: Matrix of shape (out, in).
+        kind: One of `quantize.KINDS`.
+    """
     holder = nn.Sequential(nn.Linear(1, 1, bias=False))
     holder[0].weight = nn.Parameter(weight.detach(), requires_grad=False)
     torchao().quantize_(holder, configuration(kind), filter_fn=lambda module, _: isinstance(module, nn.Linear))
-    made: Tensor = holder[0].weight
-    return made
+    quantized: Tensor = holder[0].weight
+    return quantized
 
 
 @functools.lru_cache(maxsize=64)
-def _form(kind: str, rows: int, columns: int) -> tuple[type, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Of a matrix of this shape in torchao's form: its class, what it knows beside numbers, its parts' shapes."""
-    made = quantized_weight(torch.zeros(rows, columns, dtype=torch.bfloat16), kind)
-    names, context = made.__tensor_flatten__()  # type: ignore[attr-defined]
-    return type(made), dict(context), {name: tuple(getattr(made, name).shape) for name in names}
+def _tensor_layout(
+    kind: str, out_features: int, in_features: int
+) -> tuple[type, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Class, attributes and shapes of the parts of torchao's tensor for a matrix of this shape."""
+    example = quantized_weight(torch.zeros(out_features, in_features, dtype=torch.bfloat16), kind)
+    names, attributes = example.__tensor_flatten__()  # type: ignore[attr-defined]
+    return type(example), dict(attributes), {name: tuple(getattr(example, name).shape) for name in names}
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` whose weight is in torchao's form; `kind` is one of `quantize.KINDS`."""
+    """`nn.Linear` whose weight is stored as the parts of torchao's quantized tensor."""
 
     bias: Tensor | None
     weight_qdata: Tensor
 
     def __init__(self, kind: str, in_features: int, out_features: int, bias: Tensor | None) -> None:
+        """Create a layer without weight, on the meta device.
+
+        Args:
+            kind: One of `quantize.KINDS`.
+            in_features: Number of input features.
+            out_features: Number of output features.
+            bias: Vector of shape (out_features,), or None for a layer without bias.
+        """
         super().__init__()
         self.kind, self.in_features, self.out_features = kind, in_features, out_features
-        _, _, shapes = _form(kind, out_features, in_features)
+        _, _, shapes = _tensor_layout(kind, out_features, in_features)
         for name, shape in shapes.items():
             empty = torch.empty(shape, device="meta", dtype=torch.uint8)
             self.register_parameter(f"weight_{name}", nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
-    def of(cls, layer: nn.Linear, kind: str) -> QuantizedLinear:
-        """The same layer, its weight quantized."""
-        made, weight = (
-            cls(kind, layer.in_features, layer.out_features, layer.bias),
-            quantized_weight(layer.weight, kind),
-        )
-        for name in made._part_names():
+    def from_linear(cls, layer: nn.Linear, kind: str) -> QuantizedLinear:
+        """Return a quantized form of a layer.
+
+        Args:
+            layer: The layer; it is not changed.
+            kind: One of `quantize.KINDS`.
+        """
+        quantized = cls(kind, layer.in_features, layer.out_features, layer.bias)
+        weight = quantized_weight(layer.weight, kind)
+        for name in quantized._part_names():
             part = getattr(weight, name).detach().clone()
-            setattr(made, f"weight_{name}", nn.Parameter(part, requires_grad=False))
-        return made
+            setattr(quantized, f"weight_{name}", nn.Parameter(part, requires_grad=False))
+        return quantized
 
     def _part_names(self) -> list[str]:
-        return list(_form(self.kind, self.out_features, self.in_features)[2])
+        return list(_tensor_layout(self.kind, self.out_features, self.in_features)[2])
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """Apply the layer.
+
+        Args:
+            features: Tensor of shape (..., in_features).
+
+        Returns:
+            Tensor of shape (..., out_features).
+
+        Raises:
+            InputError: If the weight is int4 and the features are not bfloat16 on a CPU.
+        """
         if self.kind == "int4" and (features.dtype != torch.bfloat16 or features.device.type != "cpu"):
             raise InputError(f"int4 weights compute in bfloat16 on CPUs, not {features.dtype} on {features.device}")
-        form, context, _ = _form(self.kind, self.out_features, self.in_features)
-        if "dtype" in context:
-            context = {**context, "dtype": features.dtype}
+        tensor_class, attributes, _ = _tensor_layout(self.kind, self.out_features, self.in_features)
+        if "dtype" in attributes:
+            attributes = {**attributes, "dtype": features.dtype}
         parts = {name: getattr(self, f"weight_{name}").detach() for name in self._part_names()}
-        shape = torch.Size((self.out_features, self.in_features))
-        weight = form.__tensor_unflatten__(parts, context, shape, (self.in_features, 1))  # type: ignore[attr-defined]
-        made: Tensor = F.linear(features, weight, self.bias)
-        return made
+        shape, stride = torch.Size((self.out_features, self.in_features)), (self.in_features, 1)
+        weight = tensor_class.__tensor_unflatten__(parts, attributes, shape, stride)  # type: ignore[attr-defined]
+        return F.linear(features, weight, self.bias)
 
-    def portable(self) -> Tensor:
-        """4-bit numbers row by row, two a byte, from the order that suits this kind of CPU."""
+    def portable_weight(self) -> Tensor:
+        """Return the 4-bit values row by row, two per byte, from the order that suits this kind of CPU."""
         packed = self.weight_qdata.detach()
-        numbers = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()
-        rows = torch.empty_like(numbers)
-        rows[_places(self.out_features, self.in_features)] = numbers
+        values = torch.stack([packed & 15, packed >> 4], dim=-1).flatten()
+        rows = torch.empty_like(values)
+        rows[_packed_order(self.out_features, self.in_features)] = values
         low, high = rows.view(self.out_features, -1, 2).unbind(-1)
         return low | high << 4
 
-    def arrange(self) -> None:
-        """Put the numbers that `portable` gave into the order that suits this CPU."""
+    def arrange_weight(self) -> None:
+        """Convert the 4-bit values from the order of `portable_weight` to the one that suits this CPU."""
         stored = self.weight_qdata.detach()
-        numbers = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1).to(torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        values = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
         self.weight_qdata = nn.Parameter(packed, requires_grad=False)
 
 
-def _places(rows: int, columns: int) -> Tensor:
-    """For each place in torch's own order of 4-bit numbers, the place (row by row) of the number that it holds.
+def _packed_order(rows: int, columns: int) -> Tensor:
+    """Indices (row by row) of the 4-bit values, in the order in which torch packs them.
 
-    torch does not say, and it depends on the CPU: so places themselves are put in that order, four bits at a time.
+    torch does not document the order, and it depends on the CPU. Therefore the indices themselves are packed, four bits
+    at a time.
     """
-    places = torch.arange(rows * columns).view(rows, columns)
-    found = torch.zeros(rows * columns, dtype=torch.int64)
+    indices = torch.arange(rows * columns).view(rows, columns)
+    order = torch.zeros(rows * columns, dtype=torch.int64)
     for shift in range(0, (rows * columns - 1).bit_length(), 4):
-        bits = (places >> shift & 15).to(torch.int32)
+        bits = (indices >> shift & 15).to(torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(bits, 1)
-        found |= torch.stack([packed & 15, packed >> 4], dim=-1).flatten().long() << shift
-    return found
+        order |= torch.stack([packed & 15, packed >> 4], dim=-1).flatten().long() << shift
+    return order
 
 
-class QuantizedConv2d(Packs, nn.Module):
-    """`nn.Conv2d` with 8-bit weights, one scale for each output channel.
-
-    `dynamic` rounds activations to 256 levels too, between the least and the largest of each sample, and multiplies
-    whole numbers, wherever oneDNN can; elsewhere, and without it, weights are converted for each call.
-    """
+class QuantizedConv2d(PackedWeightMixin, nn.Module):
+    """`nn.Conv2d` with 8-bit weights and one scale per output channel."""
 
     bias: Tensor | None
 
     def __init__(self, layer: nn.Conv2d, *, dynamic: bool) -> None:
+        """Quantize a layer, which is not changed.
+
+        Args:
+            layer: The layer, with one group and no dilation.
+            dynamic: Whether activations are rounded to 256 values too, between the smallest and the largest of each
+                batch item, and multiplied as integers, wherever oneDNN supports it. Elsewhere, and if False, the weight
+                is converted for each call.
+        """
         super().__init__()
         self.dynamic = dynamic
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
         weight = layer.weight.detach()
-        scale = (weight.abs().amax(dim=(1, 2, 3)).float() / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-        whole = (weight / scale[:, None, None, None]).round().to(torch.int8)
-        self.weight = nn.Parameter(whole, requires_grad=False)
+        scale = (weight.abs().amax(dim=(1, 2, 3)).float() / MAX_INT8).clamp_min(torch.finfo(torch.float32).tiny)
+        rounded = (weight / scale[:, None, None, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
         self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
 
-    def forward(self, features: Tensor, doubled: bool = False) -> Tensor:
-        """(batch, out, H', W') from (batch, in, H, W), of which each pixel counts as a 2x2 square if `doubled`."""
-        if doubled:
+    def forward(self, features: Tensor, upsample: bool = False) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            features: Tensor of shape (batch, in, H, W).
+            upsample: Whether the features are first upsampled by two, by nearest neighbour.
+
+        Returns:
+            Tensor of shape (batch, out, H', W').
+        """
+        if upsample:
             features = F.interpolate(features, scale_factor=2.0, mode="nearest")
-        if self.dynamic and WHOLE_PRODUCTS and features.device.type == "cpu":
-            # one by one, so that a picture does not depend on those that are made with it
-            return torch.cat([self._whole_product(sample) for sample in features.split(1)])
+        if self.dynamic and HAS_INTEGER_CONVOLUTION and features.device.type == "cpu":
+            # Item by item, so that an image does not depend on the others of its batch.
+            return torch.cat([self._integer_convolution(item) for item in features.split(1)])
         out = F.conv2d(features, self.weight.to(features.dtype), None, self.stride, self.padding)
         out = out * self.scale[:, None, None]
         return out if self.bias is None else out + self.bias[:, None, None]
 
-    def _whole_product(self, sample: Tensor) -> Tensor:
-        sample = sample.contiguous(memory_format=torch.channels_last)
-        # with zero among the levels, for it stands around the picture
-        low, high = min(0.0, sample.amin().item()), max(0.0, sample.amax().item())
+    def _integer_convolution(self, item: Tensor) -> Tensor:
+        item = item.contiguous(memory_format=torch.channels_last)
+        # The range includes zero, which is the value of the padding.
+        low, high = min(0.0, item.amin().item()), max(0.0, item.amax().item())
         step = max((high - low) / 255, torch.finfo(torch.float32).tiny)
-        zero = round(-low / step)
-        levels = (sample.float() * (1 / step) + zero).round_().clamp_(0, 255).to(torch.uint8)
-        settings = self.stride, self.padding, [1, 1], 1
+        zero_point = round(-low / step)
+        rounded = (item.float() * (1 / step) + zero_point).round_().clamp_(0, 255).to(torch.uint8)
+        geometry = self.stride, self.padding, [1, 1], 1  # stride, padding, dilation, groups
         scale = self.scale.float()
-        # a packed weight is the same for all scales and zeros of activations
-        packed = self._packed("levels", lambda w: _prepacked(w, scale, settings))
-        bias, none = None if self.bias is None else self.bias.float(), torch.zeros(len(scale), dtype=torch.int32)
-        made: Tensor = torch.ops.onednn.qconv2d_pointwise(
-            levels, step, zero, packed, scale, none, bias, *settings, 1.0, 0, sample.dtype, "none", [], ""
+        # A packed weight is the same for all scales and zero points of activations.
+        packed = self._packed("levels", lambda w: _packed_integer_weight(w, scale, geometry))
+        bias = None if self.bias is None else self.bias.float()
+        weight_zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        out: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            rounded,
+            step,
+            zero_point,
+            packed,
+            scale,
+            weight_zero_points,
+            bias,
+            *geometry,
+            1.0,  # scale of the output, which is not quantized
+            0,  # zero point of the output
+            item.dtype,
+            "none",  # no operation after the convolution, without arguments
+            [],
+            "",
         )
-        return made
+        return out
 
 
-def _prepacked(weight: Tensor, scale: Tensor, settings: Any) -> Tensor:
-    made: Tensor = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, MIDDLE, *settings, None)
-    return made
+def _packed_integer_weight(weight: Tensor, scale: Tensor, geometry: Any) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, ZERO_POINT, *geometry, None)
+    return packed
 
 
-def _whole_products() -> bool:
-    """Whether oneDNN convolves whole numbers here: x86 CPUs, and releases of torch that have it."""
+def _has_integer_convolution() -> bool:
+    """Return whether oneDNN convolves integers here: on x86 CPUs, in releases of torch that expose it."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
     try:  # not part of torch's public interface
@@ -205,4 +279,4 @@ def _whole_products() -> bool:
     return len(operators) == 2
 
 
-WHOLE_PRODUCTS = _whole_products()
+HAS_INTEGER_CONVOLUTION = _has_integer_convolution()

@@ -1,1 +1,1 @@
-"""TODO."""
+"""One generation: timesteps, the denoising loop, guidance and presets. Nothing here knows a pipeline."""

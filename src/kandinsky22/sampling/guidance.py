@@ -1,8 +1,8 @@
-"""Guidance: how the predictions with and without a condition become one, and when.
+"""Classifier-free guidance: how the conditional and the unconditional prediction are combined, and at which steps.
 
-Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598) extrapolate from the unconditional prediction through the
-conditional one. Much of it makes samples follow their condition, and exaggerates contrast and colours; the options of
-`Guidance` are ways to have the one without the other, or at half the cost.
+Ho & Salimans 2022 (https://arxiv.org/abs/2207.12598): ``uncond + guidance_scale * (cond - uncond)``. Strong guidance
+makes samples follow their condition, and exaggerates contrast and colour. The options of `Guidance` limit that side
+effect, or the cost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.schedulers.base import dynamic_threshold
 
@@ -24,21 +24,22 @@ Interval: TypeAlias = tuple[float, float] | None
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """The guidance of a call, checked; errors name a field as pipelines do, with `guidance_` before it.
+    """The guidance of a call, validated on construction. Errors name pipeline arguments (``guidance_...``).
 
-    `scale` is how far to extrapolate; at 1 and below guidance is off and the other fields have nothing to act on.
+    Attributes:
+        scale: Guidance scale. At 1 and below guidance is disabled, and the other fields have no effect.
+        rescale: 0 to 1: moves the standard deviation of the guided prediction towards that of the conditional one; 1
+            makes them equal (Lin et al. 2023, section 3.4, https://arxiv.org/abs/2305.08891).
+        interval: Fractions (start, end) of the denoising process, 0 = pure noise, 1 = finished sample. A step that
+            begins in [start, end) is guided and runs a batch of twice the size; every other step runs the conditional
+            half alone (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). None guides every step.
+        threshold: Quantile in (0, 1] at which magnitudes of the guided x0 are limited (Saharia et al. 2022, section
+            2.3, https://arxiv.org/abs/2205.11487). Values beyond it are clipped, the rest is scaled to the range of the
+            conditional x0: latents and embeddings do not have the fixed range [-1, 1] of the paper's pixels. Applied
+            after `rescale`. None disables it.
 
-    `rescale`, 0 to 1, draws the deviation of the guided prediction towards that of the conditional one, 1 making them
-    equal (Lin et al. 2023, section 3.4, https://arxiv.org/abs/2305.08891).
-
-    `interval` is the part of the way from noise (0) to the finished sample (1) that is guided: a step that begins
-    within it, its end excluded, costs both halves of a batch, every other step the conditional half alone
-    (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). None guides everywhere.
-
-    `threshold`, above 0 and up to 1, is the quantile of magnitudes at which the guided clean sample is limited (Saharia
-    et al. 2022, section 2.3, https://arxiv.org/abs/2205.11487): what is beyond it is cut off, and the rest scaled down
-    to where the conditional clean sample has that quantile. The paper scales to [-1, 1], the range of pixels, where
-    latents and embeddings have no such range. None leaves samples as they are; it acts after `rescale`.
+    Raises:
+        InputError: If a field is out of range.
     """
 
     scale: float
@@ -47,90 +48,146 @@ class Guidance:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "scale", validation.number("guidance_scale", self.scale))
-        put(self, "rescale", validation.number("guidance_rescale", self.rescale))
-        if not 0 <= self.rescale <= 1:
-            raise InputError(f"guidance_rescale={self.rescale!r}: a number from 0 (off) to 1 is needed")
+        checked: dict[str, Any] = {"scale": validation.finite_float("guidance_scale", self.scale)}
+        checked["rescale"] = validation.finite_float("guidance_rescale", self.rescale)
+        if not 0 <= checked["rescale"] <= 1:
+            raise invalid("guidance_rescale", self.rescale, "a number from 0 (off) to 1")
         if self.interval is not None:
-            put(self, "interval", _interval(self.interval))
+            checked["interval"] = _checked_interval(self.interval)
         if self.threshold is not None:
-            put(self, "threshold", validation.number("guidance_threshold", self.threshold))
-            if not 0 < self.threshold <= 1:
-                raise InputError(f"guidance_threshold={self.threshold!r}: a number above 0, at most 1, is needed")
+            checked["threshold"] = validation.finite_float("guidance_threshold", self.threshold)
+            if not 0 < checked["threshold"] <= 1:
+                raise invalid("guidance_threshold", self.threshold, "a number above 0 and at most 1")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
-    def on(self) -> bool:
-        """Whether any step may be guided, so that negatives are needed."""
+    def enabled(self) -> bool:
+        """Whether any step may be guided; negative conditions are required then."""
         return self.scale > 1
 
-    def acts(self, progress: float) -> bool:
-        """Whether a step is guided that begins at this part of the way, 0 to 1."""
-        return self.on and (self.interval is None or self.interval[0] <= progress < self.interval[1])
+    def is_active(self, progress: float) -> bool:
+        """Return whether a step is guided.
 
-    def check(self, scheduler: Any) -> None:
-        """Raise InputError unless this scheduler, its timesteps set, tells what the options need to know."""
-        if self.threshold is not None:
-            clean_weights(scheduler, scheduler.timesteps[0])
-
-    def combine(self, output: Tensor, seen: Tensor, scheduler: Any, timestep: Any) -> Tensor:
-        """The guided prediction (batch, ...) from the network's `output` for the unconditional rows, then the
-        conditional ones; `seen` (batch, channels, ...) is what it was shown.
-
-        Only as many channels as were seen are guided: a variance behind them is taken from the conditional rows.
+        Args:
+            progress: Fraction of the denoising process at which the step begins, 0 (pure noise) to 1.
         """
-        channels = seen.shape[1]
-        unconditional, conditional = output.chunk(2)
-        base, wanted = unconditional[:, :channels], conditional[:, :channels]
-        guided = base + self.scale * (wanted - base)
-        if self.rescale > 0:
-            guided = guided * (self.rescale * _deviation(wanted) / _deviation(guided) + (1 - self.rescale))
+        return self.enabled and (self.interval is None or self.interval[0] <= progress < self.interval[1])
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Check that the scheduler provides what the options need.
+
+        Args:
+            scheduler: A scheduler whose timesteps are set.
+
+        Raises:
+            InputError: If `threshold` is set and x0 does not follow from a prediction of this scheduler.
+        """
         if self.threshold is not None:
-            guided = limited(guided, wanted, seen, clean_weights(scheduler, timestep), self.threshold)
-        return torch.cat([guided, conditional[:, channels:]], dim=1) if output.shape[1] > channels else guided
+            x0_coefficients(scheduler, scheduler.timesteps[0])
+
+    def combine(self, output: Tensor, model_input: Tensor, scheduler: Any, timestep: Any) -> Tensor:
+        """Combine both halves of a guided batch into the guided prediction.
+
+        Channels beyond those of `model_input` (a learned variance) are not guided; they come from the conditional half.
+
+        Args:
+            output: Network output (2 * batch, channels, ...), unconditional half first.
+            model_input: What the network was given for one half, (batch, latent channels, ...).
+            scheduler: The scheduler of this call.
+            timestep: Timestep of `output`.
+
+        Returns:
+            The guided prediction, (batch, channels, ...).
+        """
+        channels = model_input.shape[1]
+        unconditional_output, conditional_output = output.chunk(2)
+        unconditional, conditional = unconditional_output[:, :channels], conditional_output[:, :channels]
+        guided = unconditional + self.scale * (conditional - unconditional)
+        if self.rescale > 0:
+            ratio = _standard_deviation(conditional) / _standard_deviation(guided)
+            guided = guided * (self.rescale * ratio + (1 - self.rescale))
+        if self.threshold is not None:
+            coefficients = x0_coefficients(scheduler, timestep)
+            guided = threshold_guided(guided, conditional, model_input, coefficients, self.threshold)
+        if output.shape[1] == channels:
+            return guided
+        return torch.cat([guided, conditional_output[:, channels:]], dim=1)
 
 
-def limited(guided: Tensor, wanted: Tensor, seen: Tensor, weights: tuple[float, float], ratio: float) -> Tensor:
-    """The guided prediction whose clean sample is thresholded in the range of that of the prediction `wanted`.
+@dataclasses.dataclass(frozen=True)
+class X0Coefficients:
+    """Coefficients of ``x0 = model_input * input_factor + prediction * prediction_factor``.
 
-    All are (batch, ...); `weights` are those of `clean_weights`, `ratio` is the quantile that counts as the range.
+    Attributes:
+        input_factor: Factor of the network's input.
+        prediction_factor: Factor of its prediction.
     """
-    carried, factor = weights[0] * seen.float(), weights[1]
-    scale = torch.quantile((carried + factor * wanted).abs().flatten(1), ratio, dim=1)
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny).reshape(-1, *[1] * (seen.ndim - 1))
-    clean = dynamic_threshold((carried + factor * guided) / scale, ratio, math.inf) * scale
-    return ((clean - carried) / factor).to(guided.dtype)
+
+    input_factor: float
+    prediction_factor: float
 
 
-def clean_weights(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """What the sample that the network is shown, and its prediction, are multiplied with to give the clean sample.
+def threshold_guided(
+    guided: Tensor, conditional: Tensor, model_input: Tensor, coefficients: X0Coefficients, quantile: float
+) -> Tensor:
+    """Return the guided prediction whose x0 is dynamically thresholded to the range of the conditional x0.
 
-    Networks are shown samples at the variance they were trained with, so that this follows from `timestep` alone,
-    whole or not, whichever way the scheduler goes. Raises InputError for one that knows no such products of alphas.
+    Args:
+        guided: Guided prediction, (batch, channels, ...).
+        conditional: Conditional prediction of the same shape.
+        model_input: Input of the network, same shape.
+        coefficients: Relation between prediction and x0.
+        quantile: Quantile of magnitudes that counts as the range, in (0, 1].
     """
-    kind, table = scheduler.config.prediction_type, getattr(scheduler, "alphas_cumprod", None)
-    if kind == "sample":
-        return 0.0, 1.0
-    if table is None or kind not in ("epsilon", "v_prediction"):
+    from_input = coefficients.input_factor * model_input.float()
+    factor = coefficients.prediction_factor
+    scale = torch.quantile((from_input + factor * conditional).abs().flatten(1), quantile, dim=1)
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny).reshape(-1, *[1] * (model_input.ndim - 1))
+    x0 = dynamic_threshold((from_input + factor * guided) / scale, quantile, math.inf) * scale
+    return ((x0 - from_input) / factor).to(guided.dtype)
+
+
+def x0_coefficients(scheduler: Any, timestep: Any) -> X0Coefficients:
+    """Return the coefficients that give x0 from the network's input and prediction.
+
+    Networks are given samples at the variance they were trained with. The coefficients therefore follow from the
+    timestep alone, fractional or not, for schedulers in either parametrisation.
+
+    Args:
+        scheduler: A scheduler with `alphas_cumprod`, or one whose `prediction_type` is "sample".
+        timestep: Current timestep, 0 to `num_train_timesteps` - 1.
+
+    Raises:
+        InputError: If the scheduler has no `alphas_cumprod`, or its prediction type does not determine x0.
+    """
+    prediction_type, alphas_cumprod = scheduler.config.prediction_type, getattr(scheduler, "alphas_cumprod", None)
+    if prediction_type == "sample":
+        return X0Coefficients(input_factor=0.0, prediction_factor=1.0)
+    if alphas_cumprod is None or prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(
-            f"guidance_threshold: {type(scheduler).__name__} with prediction_type={kind!r} does not tell what clean "
-            "sample a prediction implies; schedulers with alphas_cumprod, and predictions of epsilon, sample or "
-            "v_prediction do"
+            f"guidance_threshold is not supported by {type(scheduler).__name__} with "
+            f"prediction_type={prediction_type!r}: expected a scheduler with alphas_cumprod that predicts epsilon, "
+            "sample or v_prediction"
         )
-    kept = float(np.interp(float(timestep), np.arange(len(table)), table.cpu().double().numpy()))
-    signal, noise = max(kept, 1e-12) ** 0.5, (1 - kept) ** 0.5  # pure noise would imply an infinite clean sample
-    return (signal, -noise) if kind == "v_prediction" else (1 / signal, -noise / signal)
+    table = alphas_cumprod.cpu().double().numpy()
+    alpha_cumprod = float(np.interp(float(timestep), np.arange(len(table)), table))
+    # the lower bound avoids an infinite x0 at pure noise
+    signal, noise = max(alpha_cumprod, 1e-12) ** 0.5, (1 - alpha_cumprod) ** 0.5
+    if prediction_type == "v_prediction":
+        return X0Coefficients(input_factor=signal, prediction_factor=-noise)
+    return X0Coefficients(input_factor=1 / signal, prediction_factor=-noise / signal)
 
 
-def _deviation(prediction: Tensor) -> Tensor:
-    """Standard deviation of each sample's numbers, (batch, 1, ...), above 0."""
+def _standard_deviation(prediction: Tensor) -> Tensor:
+    """Return the standard deviation of each batch item, (batch, 1, ...), above 0."""
     deviation = prediction.std(dim=tuple(range(1, prediction.ndim)), keepdim=True)
     return deviation.clamp(min=torch.finfo(prediction.dtype).tiny)
 
 
-def _interval(given: Any) -> tuple[float, float]:
-    if isinstance(given, tuple | list) and len(given) == 2:
-        start, end = (validation.number("guidance_interval", each) for each in given)
+def _checked_interval(interval: Any) -> tuple[float, float]:
+    if isinstance(interval, tuple | list) and len(interval) == 2:
+        start, end = (validation.finite_float("guidance_interval", each) for each in interval)
         if 0 <= start < end <= 1:
             return start, end
-    raise InputError(f"guidance_interval={given!r}: two numbers from 0 to 1, the first below the second, are needed")
+    raise invalid("guidance_interval", interval, "two numbers from 0 to 1, the first below the second")

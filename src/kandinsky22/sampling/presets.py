@@ -1,7 +1,7 @@
-"""Presets: how both stages are sampled, for the choice between time and quality.
+"""Presets: samplers and numbers of steps for both stages, from fast to accurate.
 
-The numbers were chosen from measured curves, see docs/samplers-tradeoff.md. Python's own defaults stay those of the
-specification; a preset is applied by name.
+The values were chosen from measured curves (docs/samplers-tradeoff.md). The default arguments of calls stay those of
+the specification; a preset is applied by name.
 """
 
 from __future__ import annotations
@@ -10,29 +10,44 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 
 PRIOR_PREFIX = "prior_"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A scheduler by its class name, its number of steps, and settings that replace those of the checkpoint."""
+    """A scheduler with its number of steps.
+
+    Attributes:
+        scheduler: Class name of the scheduler.
+        steps: Number of steps.
+        settings: Settings that replace those of the checkpoint's scheduler.
+    """
 
     scheduler: str
     steps: int
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def from_config(self, config: Any) -> Any:
-        """The scheduler itself, on the noise schedule of `config`."""
+        """Return the scheduler.
+
+        Args:
+            config: Config of the checkpoint's scheduler, which supplies the noise schedule.
+        """
         return make_scheduler(self.scheduler, config, self.settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How the decoder and the prior are sampled; everything else stays the model's own. `guidance_interval` and
-    `prior_guidance_interval` are the arguments of these names: where in the steps guidance acts; None leaves that to
-    the model."""
+    """Samplers of both stages; all other arguments stay the model's own.
+
+    Attributes:
+        decoder: Sampler of the decoder.
+        prior: Sampler of the prior.
+        guidance_interval: Argument of that name for the decoder; None leaves it to the model.
+        prior_guidance_interval: The same for the prior.
+    """
 
     decoder: Sampler
     prior: Sampler
@@ -40,68 +55,90 @@ class Preset:
     prior_guidance_interval: tuple[float, float] | None = None
 
 
-# Each states the same settings, so that one preset after another leaves nothing of the first behind.
+# Every preset states the same settings, so that applying one after another leaves nothing of the first.
 _TRAILING = {"timestep_spacing": "trailing"}
-_EARLY = (0.0, 0.7)  # the last steps, where all is decided but details, need no guidance
+_FIRST_STEPS = (0.0, 0.7)  # the last steps only add details and do not need guidance
 
-# With few steps of a prior without noise, shapes fall between those that a prompt leaves open; noise decides.
-_NOISY = {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}
+# With few deterministic steps, samples of the prior fall between the alternatives that a prompt leaves open; noise
+# selects one of them.
+_STOCHASTIC = {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}
 
 PRESETS: Mapping[str, Preset] = {
     "draft": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 4, _TRAILING),
-        prior=Sampler("DPMSolverMultistepScheduler", 4, _NOISY),
-        guidance_interval=_EARLY,
-        prior_guidance_interval=_EARLY,
+        prior=Sampler("DPMSolverMultistepScheduler", 4, _STOCHASTIC),
+        guidance_interval=_FIRST_STEPS,
+        prior_guidance_interval=_FIRST_STEPS,
     ),
     "balanced": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 8, _TRAILING),
-        prior=Sampler("DPMSolverMultistepScheduler", 5, _NOISY),
-        guidance_interval=_EARLY,
-        prior_guidance_interval=_EARLY,
+        prior=Sampler("DPMSolverMultistepScheduler", 5, _STOCHASTIC),
+        guidance_interval=_FIRST_STEPS,
+        prior_guidance_interval=_FIRST_STEPS,
     ),
     "best": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 25, _TRAILING),
-        prior=Sampler("DPMSolverMultistepScheduler", 20, _NOISY),
-        guidance_interval=_EARLY,
+        prior=Sampler("DPMSolverMultistepScheduler", 20, _STOCHASTIC),
+        guidance_interval=_FIRST_STEPS,
     ),
 }
 
 
-def preset(quality: Any) -> Preset:
-    """The preset of that name; InputError names those there are."""
+def find_preset(quality: Any) -> Preset:
+    """Return the preset of that name.
+
+    Args:
+        quality: A key of `PRESETS`.
+
+    Raises:
+        InputError: For any other name.
+    """
     if not isinstance(quality, str) or quality not in PRESETS:
-        raise InputError(f"quality={quality!r}; accepted: {', '.join(PRESETS)}")
+        raise invalid("quality", quality, " or ".join(map(repr, PRESETS)))
     return PRESETS[quality]
 
 
 def make_scheduler(name: str, config: Any, settings: Mapping[str, Any]) -> Any:
-    """The scheduler of class `name` on the noise schedule of `config`, with `settings` in place of the stored ones."""
-    import kandinsky22
+    """Return a scheduler on the noise schedule of another one's config.
 
-    return getattr(kandinsky22, name).from_config(config, **settings)
+    Args:
+        name: Class name of the scheduler.
+        config: Config of the scheduler that supplies the noise schedule.
+        settings: Settings that replace those of `config`.
+    """
+    from kandinsky22 import schedulers  # loads torch, which reading the table of presets must not
+
+    return getattr(schedulers, name).from_config(config, **settings)
 
 
 def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
     """Give a pipeline the schedulers of a preset, and return the arguments to call it with.
 
-    `quality` is "draft", "balanced" or "best"; `pipe` any pipeline of prior, decoder or both. The arguments are
-    `pipe.generation_defaults` with the preset's numbers of steps and intervals of guidance in their place:
-    `pipe(prompt, **apply_quality(pipe, "balanced"))`. Raises InputError for other names.
+    `pipe(prompt, **apply_quality(pipe, "balanced"))` generates with the preset.
+
+    Args:
+        pipe: A pipeline of the prior, the decoder, or both. Its schedulers are replaced.
+        quality: "draft", "balanced" or "best".
+
+    Returns:
+        `pipe.generation_defaults`, with the preset's numbers of steps and guidance intervals.
+
+    Raises:
+        InputError: For any other `quality`.
     """
-    chosen = preset(quality)
-    arguments = pipe.generation_defaults
+    preset = find_preset(quality)
+    arguments = dict(pipe.generation_defaults)
     for name in ("scheduler", f"{PRIOR_PREFIX}scheduler"):
-        current = pipe.components.get(name)
-        if current is None:
+        scheduler = pipe.components.get(name)
+        if scheduler is None:
             continue
         prefix = name.removesuffix("scheduler")
         if prefix or "prior" in pipe.components:
-            sampler, interval = chosen.prior, chosen.prior_guidance_interval
+            sampler, interval = preset.prior, preset.prior_guidance_interval
         else:
-            sampler, interval = chosen.decoder, chosen.guidance_interval
-        setattr(pipe, name, sampler.from_config(current.config))
+            sampler, interval = preset.decoder, preset.guidance_interval
+        setattr(pipe, name, sampler.from_config(scheduler.config))
         arguments[f"{prefix}num_inference_steps"] = sampler.steps
         if interval is not None:
             arguments[f"{prefix}guidance_interval"] = interval
-    return dict(arguments)
+    return arguments

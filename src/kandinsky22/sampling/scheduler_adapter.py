@@ -1,28 +1,31 @@
-"""What the sampling loop asks of a scheduler, ours or anyone's with the public protocol: timesteps, then steps."""
+"""Adapter between the denoising loop and a scheduler: timesteps first, then one step at a time.
+
+Any object with the public scheduler protocol works: ours, or one of another library.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError, KandinskyError
+from kandinsky22.errors import InputError, KandinskyError, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.noise import Generators
 from kandinsky22.schedulers.base import Scheduler
 
-Times: TypeAlias = Sequence[int] | Tensor | None
-Levels: TypeAlias = Sequence[float] | Tensor | None
+Timesteps: TypeAlias = Sequence[int] | Tensor | None
+Sigmas: TypeAlias = Sequence[float] | Tensor | None
 
-LEARNED = ("learned", "learned_range")
-# Of the reference, these know learned variances only as channels 4 to 6, behind a picture's three, and drop them.
-OF_THREE_CHANNELS = {
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+# These classes of the reference expect a learned variance in channels 4 to 6, behind the three of an RGB image.
+DROPS_VARIANCE_FOR_RGB_ONLY = {
     "DPMSolverMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverSinglestepScheduler",
@@ -31,92 +34,180 @@ OF_THREE_CHANNELS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
-    """Which steps a call makes: a number of them, or else the `timesteps` or the `sigmas` themselves, in the form that
-    the scheduler's `set_timesteps` takes."""
+class TimestepOptions:
+    """The steps that a call requests, in the forms that `set_timesteps` of schedulers accepts.
 
-    number: Any
-    timesteps: Any = None
-    sigmas: Any = None
+    Attributes:
+        num_inference_steps: Number of steps.
+        timesteps: Descending timesteps, instead of a number; None leaves them to the scheduler.
+        sigmas: Descending noise levels, instead of a number; None leaves them to the scheduler.
+    """
 
-    def choose(self, scheduler: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Set the scheduler's timesteps, and return them. Raises InputError for steps it does not have, and for a
-        scheduler that cannot step samples of `shape`, before any network has to run for that."""
-        chosen: dict[str, Any] = {"num_inference_steps": validation.whole("num_inference_steps", self.number)}
-        given = {"timesteps": self.timesteps, "sigmas": self.sigmas}
-        if custom := {name: value for name, value in given.items() if value is not None}:
-            if len(custom) > 1:
-                raise InputError("timesteps and sigmas are given: one of them is needed, or none")
-            chosen = custom
-        name = next(iter(chosen))
-        if name not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise InputError(f"{name}: {type(scheduler).__name__} takes none; a number of steps is needed")
-        with _named(scheduler, f"{name}={chosen[name]!r}"):
-            scheduler.set_timesteps(**chosen, device=device)
-        if not isinstance(scheduler, Scheduler):
-            with _named(scheduler, "a step"), torch.random.fork_rng(devices=[]):
-                _try(copy.deepcopy(scheduler), shape)
-        timesteps: Tensor = scheduler.timesteps
-        return timesteps
+    num_inference_steps: int
+    timesteps: Timesteps = None
+    sigmas: Sigmas = None
 
 
-class Stepper:
-    """The steps of one run: what the scheduler's `step` accepts is handed to it, and what it cannot use is not."""
+@dataclasses.dataclass(frozen=True)
+class TimestepSchedule:
+    """The timesteps of one call, and the scheduler that steps along them.
 
-    def __init__(self, scheduler: Any, timesteps: Tensor, generator: Generators) -> None:
-        self._scheduler, self._timesteps = scheduler, timesteps
-        self._accepted = inspect.signature(scheduler.step).parameters
+    Attributes:
+        scheduler: The call's own copy of the pipeline's scheduler. Its timesteps are set.
+        timesteps: The last timesteps of the scheduler, all of them or those that `after_strength` leaves: one per
+            network evaluation.
+    """
+
+    scheduler: Any
+    timesteps: Tensor
+
+    @property
+    def order(self) -> int:
+        """Network evaluations per step of the method."""
+        return int(getattr(self.scheduler, "order", 1))
+
+    def progress(self, index: int) -> float:
+        """Return the fraction of the whole denoising process at which the step of an evaluation begins, 0 to 1.
+
+        Args:
+            index: Index into `timesteps`.
+        """
+        evaluations = len(self.scheduler.timesteps)
+        step = (evaluations - len(self.timesteps) + index) // self.order
+        return step / -(-evaluations // self.order)
+
+    def after_strength(self, strength: float) -> TimestepSchedule:
+        """Return the schedule with only the last steps, starting on a step boundary.
+
+        Args:
+            strength: Fraction of the steps that run, 0 (none) to 1 (all), rounded down to whole steps.
+
+        Raises:
+            InputError: If strength is not a number from 0 to 1.
+        """
+        if not 0 <= validation.finite_float("strength", strength) <= 1:
+            raise invalid("strength", strength, "a number from 0 (keep the image) to 1 (run all steps)")
+        steps = -(-len(self.timesteps) // self.order)
+        first = (steps - int(steps * strength)) * self.order
+        return dataclasses.replace(self, timesteps=self.timesteps[first:])
+
+
+def set_timesteps(
+    scheduler: Any, options: TimestepOptions, *, shape: tuple[int, ...], device: torch.device
+) -> TimestepSchedule:
+    """Set timesteps on a copy of the scheduler. The only place where a call sets timesteps.
+
+    The copy belongs to the call: calls in other threads and later calls do not see its state.
+
+    Args:
+        scheduler: Any object with the scheduler protocol. It is not changed.
+        options: The requested steps.
+        shape: Shape of the latents.
+        device: Device of the timesteps.
+
+    Returns:
+        The schedule of the call.
+
+    Raises:
+        InputError: If the scheduler cannot make these timesteps, or cannot step a sample of this shape. This is found
+            before any network runs.
+    """
+    requested: dict[str, Any] = {
+        "num_inference_steps": validation.positive_int("num_inference_steps", options.num_inference_steps)
+    }
+    custom = {name: getattr(options, name) for name in ("timesteps", "sigmas") if getattr(options, name) is not None}
+    if len(custom) > 1:
+        raise InputError("timesteps and sigmas are both given: expected at most one of them")
+    requested = custom or requested
+    (name, value), *_ = requested.items()
+    if name not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise invalid(name, value, f"None, since {type(scheduler).__name__}.set_timesteps does not accept it")
+    scheduler = copy.deepcopy(scheduler)
+    with _scheduler_errors(scheduler, f"{name}={value!r}"):
+        scheduler.set_timesteps(**requested, device=device)
+    if not isinstance(scheduler, Scheduler):
+        with _scheduler_errors(scheduler, "a step"), torch.random.fork_rng(devices=[]):
+            _dry_run(copy.deepcopy(scheduler), shape)
+    return TimestepSchedule(scheduler, scheduler.timesteps)
+
+
+class SchedulerAdapter:
+    """Calls a scheduler's `step` with the arguments that it accepts.
+
+    Args:
+        schedule: The timesteps of the call.
+        generator: Generators for the noise that a step adds; None uses torch's global generator.
+    """
+
+    def __init__(self, schedule: TimestepSchedule, generator: Generators) -> None:
+        self._schedule = schedule
+        accepted = inspect.signature(schedule.scheduler.step).parameters
+        self._takes_prev_timestep = "prev_timestep" in accepted
         self._options: dict[str, Any] = {"return_dict": False}
-        if "generator" in self._accepted:
+        if "generator" in accepted:
             self._options["generator"] = generator
-        self._learned = uses_learned_variance(scheduler)
-        self._flat = _expects_pixels(scheduler)
+        self._learned_variance = uses_learned_variance(schedule.scheduler)
+        self._rgb_only = _drops_variance_for_rgb_only(schedule.scheduler)
 
-    def __call__(self, index: int, output: Tensor, latents: Tensor) -> Tensor:
-        """The latents after step `index` of the timesteps, from those before it and the network's output."""
-        if not self._learned:
-            output = output[:, : latents.shape[1]]  # the rest, if any, is a learned variance nobody asked for
-        if "prev_timestep" in self._accepted:
-            to_come = self._timesteps[index + 1 :]
-            self._options["prev_timestep"] = to_come[0] if len(to_come) else None
-        before = latents
-        if self._flat:  # of a single channel nothing is taken for a variance; the arithmetic is the same in any shape
-            output, before = (each.flatten(1)[:, None] for each in (output, latents))
-        after = self._scheduler.step(output, self._timesteps[index], before, **self._options)[0]
-        made: Tensor = after.reshape(latents.shape).to(latents.dtype)
-        return made
+    def step(self, index: int, output: Tensor, latents: Tensor) -> Tensor:
+        """Return the latents after one step.
+
+        Args:
+            index: Index into the timesteps of the call.
+            output: Network output (batch, channels, ...), with or without learned-variance channels.
+            latents: Latents before the step, (batch, latent channels, ...).
+        """
+        timesteps = self._schedule.timesteps
+        if not self._learned_variance:
+            output = output[:, : latents.shape[1]]  # drop the learned-variance channels
+        if self._takes_prev_timestep:
+            self._options["prev_timestep"] = timesteps[index + 1] if index + 1 < len(timesteps) else None
+        sample = latents
+        if self._rgb_only:
+            # With a single channel nothing is mistaken for a variance; the arithmetic is elementwise.
+            output, sample = output.flatten(1)[:, None], latents.flatten(1)[:, None]
+        stepped = self._schedule.scheduler.step(output, timesteps[index], sample, **self._options)[0]
+        result: Tensor = stepped.reshape(latents.shape).to(latents.dtype)
+        return result
 
 
 def uses_learned_variance(scheduler: Any) -> bool:
-    """Whether `step` takes a learned variance. A config may have inherited that setting from another scheduler's, so
-    it counts only where the class itself has it."""
-    own = getattr(scheduler, "config_class", None)
-    settings = inspect.signature(type(scheduler)).parameters if own is None else own.names()
-    learned = "variance_type" in settings and getattr(scheduler.config, "variance_type", None) in LEARNED
-    return learned and not _expects_pixels(scheduler)
+    """Return whether `step` uses a learned variance.
+
+    A config may have inherited `variance_type` from another scheduler's file. It counts only if the class has that
+    setting.
+
+    Args:
+        scheduler: Any object with the scheduler protocol.
+    """
+    config_class = getattr(scheduler, "config_class", None)
+    settings = inspect.signature(type(scheduler)).parameters if config_class is None else config_class.names()
+    learned = getattr(scheduler.config, "variance_type", None) in LEARNED_VARIANCE_TYPES
+    return "variance_type" in settings and learned and not _drops_variance_for_rgb_only(scheduler)
 
 
-def _expects_pixels(scheduler: Any) -> bool:
-    names = {kind.__name__ for kind in type(scheduler).__mro__}
-    return not isinstance(scheduler, Scheduler) and bool(names & OF_THREE_CHANNELS)
+def _drops_variance_for_rgb_only(scheduler: Any) -> bool:
+    names = {base.__name__ for base in type(scheduler).__mro__}
+    return not isinstance(scheduler, Scheduler) and bool(names & DROPS_VARIANCE_FOR_RGB_ONLY)
 
 
-@contextmanager
-def _named(scheduler: Any, what: str) -> Iterator[None]:
-    """Whatever goes wrong in somebody else's scheduler is an InputError that names it."""
+@contextlib.contextmanager
+def _scheduler_errors(scheduler: Any, task: str) -> Iterator[None]:
+    """Turn errors of another library's scheduler into an InputError that names it."""
     try:
         yield
     except KandinskyError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"scheduler: {type(scheduler).__name__} cannot make {what} ({reason})") from error
+        raise InputError(f"scheduler: {type(scheduler).__name__} cannot make {task} ({reason})") from error
 
 
-def _try(scheduler: Any, shape: tuple[int, ...]) -> None:
+def _dry_run(scheduler: Any, shape: tuple[int, ...]) -> None:
     """Make the first step of a tiny sample."""
     timestep = scheduler.timesteps[0]
     sample = torch.zeros(1, shape[1], *[2] * (len(shape) - 2), device=timestep.device) * scheduler.init_noise_sigma
-    seen = scheduler.scale_model_input(sample, timestep)
-    output = torch.cat([seen, seen], dim=1)
-    Stepper(scheduler, scheduler.timesteps, torch.Generator().manual_seed(0))(0, output, sample)
+    model_input = scheduler.scale_model_input(sample, timestep)
+    output = torch.cat([model_input, model_input], dim=1)
+    adapter = SchedulerAdapter(TimestepSchedule(scheduler, scheduler.timesteps), torch.Generator().manual_seed(0))
+    adapter.step(0, output, sample)

@@ -1,4 +1,18 @@
-"""The mathematics of sampling: how noise is added in training and taken away step by step. No networks in here."""
+"""Schedulers: the mathematics of sampling, that is how noise is added in training and removed step by step.
+
+`base.SchedulerProtocol` lists what a scheduler must offer to be used in a pipeline. Modules:
+
+- `base`: the protocol, the base class `Scheduler`, `SchedulerOutput`;
+- `config`: settings that schedulers share; each method adds its own next to its class;
+- `noise_schedules`: betas and the spacing of timesteps;
+- `ddpm`, `unclip`, `ddim`, `lcm`: methods that step from timestep to timestep;
+- `pndm`: the same with a history of predictions;
+- `sigmas`: base classes of the methods that step from sigma to sigma, and schedules of sigmas;
+- `euler`, `heun`, `lms`: methods on variance-exploding samples;
+- `exponential_integrator`, `dpm_solver`, `deis`, `unipc`: exponential integrators.
+
+Schedulers know neither networks nor prompts.
+"""
 
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
 from kandinsky22.schedulers.ddim import DDIMScheduler

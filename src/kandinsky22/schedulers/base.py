@@ -1,165 +1,197 @@
-"""What all schedulers share: noise schedules, timesteps, predictions, files.
+"""Interface and base class of schedulers: timesteps, predictions, noising, files.
 
-A sample at timestep t is x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, where a_t (`alphas_cumprod[t]`) is the product of
-1 - beta up to t (Ho et al. 2020, https://arxiv.org/abs/2006.11239). Coefficients are zero-dimensional float32 tensors
-on the CPU: they take part in arithmetic with samples of any type on any device without changing either.
+Notation, as in DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): a sample at timestep t is
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon, where alpha_bar_t = `alphas_cumprod[t]` is the product of
+1 - beta up to t, x_0 is the clean sample and epsilon is standard normal noise.
+
+Coefficients are zero-dimensional float32 tensors on the CPU. Torch combines those with samples of any dtype and device
+without a change of either.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kandinsky22.checkpoints.atomic_files import read_json, write_json
-from kandinsky22.checkpoints.hub import Source, model_folder
-from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
+from kandinsky22.errors import ConfigError, InputError, invalid
 from kandinsky22.outputs import Output
-from kandinsky22.schedulers.config import (
-    ClipConfig,
-    SchedulerConfig,
-    SpacingConfig,
-    TableConfig,
-    TerminalConfig,
-    ThresholdConfig,
-    whole,
-)
+from kandinsky22.schedulers.config import ClipConfig, SchedulerConfig, ThresholdConfig, as_int
+from kandinsky22.schedulers.noise_schedules import spaced_timesteps, training_betas
 
 S = TypeVar("S", bound="Scheduler")
-Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 @dataclasses.dataclass
 class SchedulerOutput(Output):
-    """One step: the sample at the previous (less noisy) timestep, and the clean sample predicted on the way."""
+    """Result of one step.
+
+    Attributes:
+        prev_sample: Sample at the previous, less noisy timestep, (B, C, ...).
+        pred_original_sample: Predicted clean sample x_0, (B, C, ...); None if the scheduler does not compute it.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
 
-def betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int) -> Tensor:
-    """Betas whose products follow `alpha_bar`, a function of time in [0, 1]; capped at 0.999 (Nichol & Dhariwal 2021,
-    https://arxiv.org/abs/2102.09672)."""
-    curve = [alpha_bar(i / steps) for i in range(steps + 1)]
-    return torch.tensor([min(1 - later / earlier, 0.999) for earlier, later in itertools.pairwise(curve)])
+@runtime_checkable
+class SchedulerProtocol(Protocol):
+    """What a scheduler must offer to be used in a pipeline, whether it is ours or from another library.
+
+    One generation uses it as follows::
+
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        sample = noise * scheduler.init_noise_sigma  # text-to-image; image-to-image starts from add_noise
+        for timestep in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(sample, timestep)
+            model_output = network(model_input, timestep)
+            sample = scheduler.step(model_output, timestep, sample, return_dict=False)[0]
+
+    Pipelines read the signatures of `set_timesteps` and `step` and pass these optional arguments where they exist:
+    `timesteps` and `sigmas` to `set_timesteps`; `generator` and `prev_timestep` to `step`. A missing `order` counts as
+    1. `add_noise` is needed for image-to-image and inpainting only. `guidance_threshold` also needs `alphas_cumprod`,
+    (num_train_timesteps,).
+    """
+
+    @property
+    def config(self) -> Any:
+        """Settings, readable as attributes and as a mapping; `prediction_type` and `variance_type` are used."""
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Timesteps in the order of network evaluations, descending, (evaluations,)."""
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor:
+        """Standard deviation of the initial noise: the factor of standard normal noise."""
+
+    @property
+    def order(self) -> int:
+        """Number of network evaluations per step: consecutive elements of `timesteps` that form one step."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
+        """Set `timesteps` for a new generation.
+
+        Args:
+            num_inference_steps: Number of steps, 1 or more.
+            device: Device of `timesteps`; None leaves them on the CPU.
+        """
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor) -> Tensor:
+        """Return the network's input for a sample.
+
+        Args:
+            sample: Current sample, (B, C, ...).
+            timestep: Current timestep, an element of `timesteps`.
+        """
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> Any:
+        """Return the sample at the next of `timesteps`.
+
+        Args:
+            model_output: Network output, (B, C, ...), or (B, 2C, ...) with a learned variance in the second half.
+            timestep: Timestep of the network evaluation, an element of `timesteps`.
+            sample: Current sample, not scaled, (B, C, ...).
+
+        Returns:
+            With `return_dict=False`, which implementations accept, a tuple whose first element is the sample.
+        """
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return clean samples with the noise of a timestep.
+
+        Args:
+            original_samples: Clean samples, (B, C, ...).
+            noise: Standard normal noise of that shape.
+            timesteps: Elements of `timesteps`, one per batch item, or one for all.
+        """
 
 
-def _cosine(time: float) -> float:
-    return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+class NetworkOutput(NamedTuple):
+    """Output of a network, divided along the channels.
 
+    Attributes:
+        prediction: Predicted noise, clean sample or velocity, (B, C, ...).
+        variance: Learned variance, (B, C, ...); None if the network predicts none.
+    """
 
-def _laplace(time: float) -> float:
-    """The logarithm of the signal-to-noise ratio is Laplace distributed over time (https://arxiv.org/abs/2407.03297)."""
-    distance = 0.5 - time
-    snr = math.exp(-0.5 * math.copysign(1, distance) * math.log(1 - 2 * math.fabs(distance) + 1e-6))
-    return math.sqrt(snr / (1 + snr))
-
-
-def _exponential(time: float) -> float:
-    return math.exp(-12 * time)
-
-
-_CURVES = {"squaredcos_cap_v2": _cosine, "laplace": _laplace, "exp": _exponential}
-
-
-def noise_schedule(config: SchedulerConfig) -> Tensor:
-    """The betas of a config, one a training step, float32."""
-    steps = config.num_train_timesteps
-    if not isinstance(config, TableConfig):
-        return betas_from_alpha_bar(_CURVES[config.beta_schedule], steps)
-    first, last = config.beta_start, config.beta_end
-    if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
-    elif config.beta_schedule == "linear":
-        betas = torch.linspace(first, last, steps, dtype=torch.float32)
-    elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float32) ** 2
-    elif config.beta_schedule == "sigmoid":
-        betas = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32)) * (last - first) + first
-    else:
-        betas = betas_from_alpha_bar(_CURVES[config.beta_schedule], steps)
-    return zero_terminal_snr(betas) if rescaled(config) else betas
-
-
-def rescaled(config: SchedulerConfig) -> bool:
-    """Whether the last timestep is pure noise."""
-    return isinstance(config, TerminalConfig) and config.rescale_betas_zero_snr
-
-
-def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(a_t) so that the last timestep is pure noise and the first stays as it was (Lin et al. 2023,
-    algorithm 1, https://arxiv.org/abs/2305.08891)."""
-    signal = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = signal[0], signal[-1]
-    products = ((signal - last) * (first / (first - last))) ** 2
-    return 1 - torch.cat([products[:1], products[1:] / products[:-1]])
-
-
-def spaced_timesteps(config: SchedulerConfig, steps: int, end: int | None = None, spare: int = 0) -> Floats:
-    """`steps` of the training timesteps below `end`, descending, not rounded yet (Lin et al. 2023, table 2). `spare`
-    more are spaced and left out: the least noisy ones."""
-    total = config.num_train_timesteps
-    end = total if end is None else end
-    spacing, offset = "linspace", 0
-    if isinstance(config, SpacingConfig):
-        spacing, offset = config.timestep_spacing, config.steps_offset
-    points = steps + spare
-    if spacing == "linspace":
-        return np.linspace(0, end - 1, points)[::-1][:steps]
-    if spacing == "trailing":
-        # Rounding in arange can add an element below the last step; it is not one of the steps asked for.
-        return np.arange(end, 0, -total / steps)[:steps].round() - 1.0
-    return np.arange(points)[::-1][:steps] * float(end // points) + offset
+    prediction: Tensor
+    variance: Tensor | None
 
 
 def dynamic_threshold(sample: Tensor, ratio: float, maximum: float) -> Tensor:
-    """Scale each sample of a batch down by the `ratio` quantile of its magnitudes, kept within [1, maximum], and clip
-    it to [-1, 1] (Saharia et al. 2022, section 2.3, https://arxiv.org/abs/2205.11487)."""
+    """Clip each batch item to a quantile of its magnitudes, and scale the result to [-1, 1].
+
+    The method is dynamic thresholding (Saharia et al. 2022, section 2.3, https://arxiv.org/abs/2205.11487).
+
+    Args:
+        sample: Predicted clean samples, (B, ...).
+        ratio: Quantile of the magnitudes that serves as the threshold, above 0, at most 1.
+        maximum: Upper bound of the threshold, 1 or more. Thresholds below 1 are raised to 1.
+
+    Returns:
+        Thresholded samples, shape and dtype of `sample`.
+    """
     values = sample.flatten(1)
     if values.dtype not in (torch.float32, torch.float64):
-        values = values.float()  # quantiles are not defined for half precision
+        values = values.float()  # torch.quantile does not support half precision
     limit = torch.quantile(values.abs(), ratio, dim=1, keepdim=True).clamp(min=1, max=maximum)
     return (torch.clamp(values, -limit, limit) / limit).reshape(sample.shape).to(sample.dtype)
 
 
-def _descending(timesteps: Sequence[int] | Tensor) -> list[int]:
-    given = list(timesteps) if isinstance(timesteps, Sequence) or getattr(timesteps, "ndim", 0) == 1 else []
-    chosen = [step for step in map(whole, given) if step is not None and step >= 0]
-    if not chosen or len(chosen) < len(given) or any(a <= b for a, b in itertools.pairwise(chosen)):
-        raise InputError(f"timesteps={timesteps}; accepted: one integer or more, 0 or more, descending")
-    return chosen
+def _validated_timesteps(timesteps: Sequence[int] | Tensor) -> list[int]:
+    values = list(timesteps) if isinstance(timesteps, Sequence) or getattr(timesteps, "ndim", 0) == 1 else []
+    integers = [step for step in map(as_int, values) if step is not None and step >= 0]
+    if not integers or len(integers) < len(values) or any(a <= b for a, b in itertools.pairwise(integers)):
+        raise invalid("timesteps", timesteps, "one or more integers, 0 or more, in descending order")
+    return integers
 
 
 class Scheduler:
-    """A way from noise to a sample in a number of steps. Networks, prompts and progress are the caller's business.
+    """Base class of our schedulers. It implements `SchedulerProtocol`, which describes the use, except `step`.
 
-    `set_timesteps`, then for each of `timesteps`: `scale_model_input`, the network, `step`. Settings are keyword
-    arguments and live in `config`; impossible ones raise ConfigError.
+    Args:
+        **settings: Settings by name, the fields of `config_class`. Those left out get their defaults.
+
+    Attributes:
+        config: The settings.
+        betas: Variances of the noise that each training timestep adds, (num_train_timesteps,).
+        alphas: 1 - `betas`.
+        alphas_cumprod: alpha_bar, the cumulative products of `alphas`.
+        final_alpha_cumprod: alpha_bar after the last step; 1 means a clean sample.
+        init_noise_sigma: Standard deviation of the initial noise.
+        num_inference_steps: Number of steps; None before `set_timesteps`.
+        custom_timesteps: Whether timesteps or sigmas were passed to `set_timesteps` instead of a number of steps.
+
+    Raises:
+        ConfigError: If a setting is unknown or invalid.
     """
 
     config_class: ClassVar[type[SchedulerConfig]] = SchedulerConfig
     config_name: ClassVar[str] = "scheduler_config.json"
-    order: ClassVar[int] = 1  # network calls a step
+    order: ClassVar[int] = 1  # network evaluations per step
     config: SchedulerConfig
 
     def __init__(self, **settings: Any) -> None:
         self._build(self.config_class.from_settings(settings))
 
     def _build(self, config: SchedulerConfig) -> None:
+        """Initialise from a config: the constructor's work, which `from_config` shares."""
         self.config = config
-        self.betas = noise_schedule(config)
+        self.betas = training_betas(config)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.final_alpha_cumprod = torch.tensor(1.0)  # what precedes timestep 0: no noise at all
-        self.init_noise_sigma = 1.0  # standard deviation of the noise that sampling starts from
+        self.final_alpha_cumprod = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self.timesteps = torch.arange(config.num_train_timesteps).flip(0)
@@ -174,20 +206,29 @@ class Scheduler:
 
     @classmethod
     def from_config(cls: type[S], config: Mapping[str, Any], **overrides: Any) -> S:
-        """A scheduler of this class from the config of any other, ours or not.
+        """Return a scheduler of this class with the config of another scheduler of any class, ours or not.
 
-        Settings this class does not have are kept in its config without effect; those the other scheduler left at its
-        defaults get the defaults of this class, but for what the network was trained with, which carries over. Raises
-        ConfigError for impossible values and unknown `overrides`.
+        Settings that this class does not have are stored without effect. Settings that the other scheduler left at its
+        defaults get the defaults of this class, except those that describe the training of the network, which carry
+        over.
+
+        Args:
+            config: Config of a scheduler.
+            **overrides: Settings of this class that replace those of `config`.
+
+        Raises:
+            InputError: If `config` is not a mapping.
+            ConfigError: If an override is unknown or a setting is invalid.
         """
         if not hasattr(config, "items"):
-            raise InputError(f"config: {config!r} given; accepted: a mapping. Files are read by from_pretrained")
+            raise invalid("config", config, "a mapping", "read files with from_pretrained")
         names = cls.config_class.names()
-        unknown = overrides.keys() - names
+        unknown = sorted(overrides.keys() - names)
         if unknown:
-            raise ConfigError(f"{cls.__name__}: no setting {', '.join(sorted(unknown))}; accepted: {', '.join(names)}")
-        stored = cls.config_class.inherited(config)
-        foreign = {k: stored.pop(k) for k in stored.keys() - names}
+            expected = f"known settings ({', '.join(names)})"
+            raise invalid(f"{cls.__name__}: overrides", unknown, expected, error=ConfigError)
+        stored = cls.config_class.inherited_settings(config)
+        foreign = {name: stored.pop(name) for name in stored.keys() - names}
         scheduler = cls.__new__(cls)
         scheduler._build(cls.config_class.from_settings({**stored, **overrides}, foreign))
         return scheduler
@@ -204,31 +245,52 @@ class Scheduler:
         token: str | bool | None = None,
         **overrides: Any,
     ) -> S:
-        """The scheduler whose `scheduler_config.json` lies in a folder, or in a checkpoint on the Hub.
+        """Load a scheduler from the `scheduler_config.json` of a folder or of a checkpoint on the Hub.
 
-        `overrides` replace stored settings. Raises CheckpointError if the file is missing or damaged.
+        Args:
+            pretrained_model_name_or_path: Folder, Hub id, or "embedded".
+            subfolder: Subfolder of the checkpoint with the file; None is its top folder.
+            cache_dir: Folder for downloads; None is the default cache of the Hub's client.
+            revision: Branch, tag or commit on the Hub; None is the default branch.
+            local_files_only: Whether to use cached files only, without network requests.
+            token: Access token for the Hub; None uses the stored one, if there is one; False sends none.
+            **overrides: Settings that replace those of the file.
+
+        Returns:
+            The scheduler, of this class whichever class the file names.
+
+        Raises:
+            CheckpointError: If the file is missing or damaged.
+            ConfigError: If an override is unknown or a setting is invalid.
         """
-        source = Source(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
+        source = CheckpointSource(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
         folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
         return cls.from_config(read_json(folder / cls.config_name), **overrides)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `scheduler_config.json` into a folder, made if missing; CheckpointError if that is impossible."""
+        """Write the config to `scheduler_config.json`.
+
+        Args:
+            save_directory: Folder, which is created if it does not exist.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+        """
         write_json(Path(save_directory) / self.config_name, self.config.to_json())
 
     # Timesteps
 
     @property
     def timesteps(self) -> Tensor:
-        """Timesteps in the order they are visited, (steps,) int64. Assigning replaces them."""
+        """Timesteps in the order of network evaluations, (evaluations,) int64; assigning replaces them."""
         return self._timesteps
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
         self._timesteps = timesteps
-        self._order: list[float] = timesteps.tolist()
-        order = [int(step) for step in timesteps.tolist()]
-        self._previous = dict(zip(order, [*order[1:], -1], strict=True))
+        self._timestep_list: list[float] = timesteps.tolist()
+        integers = [int(step) for step in timesteps.tolist()]
+        self._previous_timesteps = dict(zip(integers, [*integers[1:], -1], strict=True))
 
     def set_timesteps(
         self,
@@ -236,125 +298,186 @@ class Scheduler:
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
-        """Choose the timesteps: a number of steps, spaced as configured, or the descending `timesteps` themselves.
+        """Set `timesteps` for a new generation: a number of steps, spaced as configured, or the timesteps themselves.
 
-        Raises InputError unless exactly one is given and it fits into the training steps.
+        Args:
+            num_inference_steps: Number of steps, 1 to `num_train_timesteps`; None if `timesteps` is passed.
+            device: Device of `timesteps`; None leaves them on the CPU.
+            timesteps: Descending training timesteps, 0 to `num_train_timesteps` - 1; None spaces them as configured.
+
+        Raises:
+            InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, or its value is invalid.
         """
-        chosen = self._choose(num_inference_steps, timesteps)
-        self.num_inference_steps = len(chosen)
+        values = self._requested_timesteps(num_inference_steps, timesteps)
+        self.num_inference_steps = len(values)
         self.custom_timesteps = timesteps is not None
-        self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
+        self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
 
-    def _choose(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> list[Any]:
-        """The checked timesteps that one or the other asks for."""
+    def _requested_timesteps(
+        self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None
+    ) -> Sequence[float]:
+        """Return the validated timesteps that one of the two arguments requests."""
         if (num_inference_steps is None) == (timesteps is None):
-            raise InputError(
-                f"num_inference_steps={num_inference_steps}, timesteps={timesteps}; accepted: exactly one of them"
+            raise invalid(
+                "(num_inference_steps, timesteps)",
+                (num_inference_steps, timesteps),
+                "exactly one of them to differ from None",
             )
         total = self.config.num_train_timesteps
         if timesteps is None:
-            steps = whole(num_inference_steps)
+            steps = as_int(num_inference_steps)
             if steps is None or not 0 < steps <= total:
-                raise InputError(f"num_inference_steps={num_inference_steps!r}; accepted: an integer from 1 to {total}")
-            chosen: list[Any] = self._spaced(steps)
+                raise invalid("num_inference_steps", num_inference_steps, f"an integer from 1 to {total}")
+            values = self._spaced_timesteps(steps)
         else:
-            chosen = _descending(timesteps)
-        if chosen[0] >= total:
-            raise InputError(
-                f"timesteps start at {chosen[0]}, outside num_train_timesteps={total}; "
-                "accepted: lower timesteps, or a smaller steps_offset"
+            values = _validated_timesteps(timesteps)
+        if values[0] >= total:
+            raise invalid(
+                "timesteps[0]",
+                values[0],
+                f"a timestep below num_train_timesteps={total}",
+                "choose lower timesteps or a smaller steps_offset",
             )
-        return chosen
+        return values
 
-    def _spaced(self, steps: int) -> list[Any]:
-        """`steps` timesteps, descending."""
+    def _spaced_timesteps(self, steps: int) -> Sequence[float]:
+        """Return `steps` timesteps in descending order, spaced as configured."""
         return [int(step) for step in spaced_timesteps(self.config, steps).round()]
 
     def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The timestep after `timestep` in the order of visits (less noisy); -1 after the last."""
-        t = self._checked(timestep)
-        if t not in self._previous:
-            raise InputError(f"timestep={t}; accepted: one of the scheduler's timesteps, {list(self._previous)}")
-        return self._previous[t]
+        """Return the timestep to which a step leads: the next less noisy one of `timesteps`, or -1 after the last.
 
-    def _checked(self, timestep: int | Tensor) -> int:
-        t, total = whole(timestep), self.config.num_train_timesteps
+        Args:
+            timestep: Current timestep, an element of `timesteps`.
+
+        Raises:
+            InputError: If `timestep` is not an element of `timesteps`.
+        """
+        t = self._validated_timestep(timestep)
+        if t not in self._previous_timesteps:
+            raise invalid("timestep", t, f"one of the scheduler's timesteps, {list(self._previous_timesteps)}")
+        return self._previous_timesteps[t]
+
+    def _validated_timestep(self, timestep: int | Tensor) -> int:
+        t, total = as_int(timestep), self.config.num_train_timesteps
         if t is None or not 0 <= t < total:
-            raise InputError(f"timestep={timestep!r}; accepted: an integer from 0 to {total - 1}")
+            raise invalid("timestep", timestep, f"an integer from 0 to {total - 1}")
         return t
 
     # Mathematics of a step
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """What the network is given for `sample`: the sample itself, for methods that keep its variance at 1."""
+        """Return the network's input for a sample: the sample itself, because its variance is the one of training.
+
+        Args:
+            sample: Current sample, (B, C, ...).
+            timestep: Current timestep, which has no effect here.
+        """
         return sample
 
-    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> Any:
-        """One step from `timestep` to the previous one; `model_output` is the network's answer for `sample`."""
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Return the sample at the previous timestep, and the predicted clean sample.
+
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, an element of `timesteps`.
+            sample: Current sample, (B, C, ...).
+        """
         raise NotImplementedError
 
+    @staticmethod
+    def _output(prev_sample: Tensor, x0: Tensor, return_dict: bool) -> SchedulerOutput | tuple[Tensor, ...]:
+        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+
     def _alpha_bar(self, timestep: int) -> Tensor:
+        """Return alpha_bar of a timestep; negative timesteps stand for the end of sampling."""
         return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
 
     @staticmethod
-    def _split(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Prediction and learned variance, if the network gave both along dimension 1."""
+    def _split_output(model_output: Tensor, sample: Tensor) -> NetworkOutput:
+        """Divide a network's output along dimension 1 into prediction and learned variance, if it has both."""
         if model_output.shape == sample.shape:
-            return model_output, None
+            return NetworkOutput(model_output, None)
         if sample.ndim > 1 and model_output.shape == (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:]):
             prediction, variance = model_output.chunk(2, dim=1)
-            return prediction, variance
-        raise InputError(
-            f"model_output has shape {tuple(model_output.shape)}, sample {tuple(sample.shape)}; "
-            "accepted: the same shape, or twice the channels with a learned variance"
+            return NetworkOutput(prediction, variance)
+        raise invalid(
+            "model_output.shape",
+            tuple(model_output.shape),
+            f"the shape of sample, {tuple(sample.shape)}, or twice its channels with a learned variance",
         )
 
-    def _original(self, prediction: Tensor, sample: Tensor, alpha_bar: Tensor | float) -> Tensor:
-        """The clean sample that a prediction implies, not limited yet."""
+    def _predicted_x0(self, prediction: Tensor, sample: Tensor, alpha_bar: Tensor | float) -> Tensor:
+        """Return the clean sample x_0 that a prediction implies, before clipping and thresholding."""
         if self.config.prediction_type == "sample":
             return prediction
-        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        signal_scale, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.config.prediction_type == "v_prediction":
-            return signal * sample - noise * prediction
-        return (sample - noise * prediction) / signal
+            return signal_scale * sample - noise_scale * prediction
+        return (sample - noise_scale * prediction) / signal_scale
 
-    def _noise(self, prediction: Tensor, sample: Tensor, original: Tensor, alpha_bar: Tensor | float) -> Tensor:
-        """The noise in `sample` that a prediction implies."""
+    def _predicted_epsilon(self, prediction: Tensor, sample: Tensor, x0: Tensor, alpha_bar: Tensor | float) -> Tensor:
+        """Return the noise in `sample` that a prediction, or the clean sample `x0` derived from it, implies."""
         if self.config.prediction_type == "epsilon":
             return prediction
         if self.config.prediction_type == "v_prediction":
             return alpha_bar**0.5 * prediction + (1 - alpha_bar) ** 0.5 * sample
-        return (sample - alpha_bar**0.5 * original) / (1 - alpha_bar) ** 0.5
+        return (sample - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
 
-    def _limit(self, original: Tensor) -> Tensor:
-        """Dynamic thresholding, or else clipping, as configured."""
+    def _threshold(self, x0: Tensor) -> Tensor:
+        """Apply dynamic thresholding, or else clipping, as configured."""
         config = self.config
         if isinstance(config, ThresholdConfig) and config.thresholding:
-            return dynamic_threshold(original, config.dynamic_thresholding_ratio, config.sample_max_value)
+            return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
         if isinstance(config, ClipConfig) and config.clip_sample:
-            return original.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return original
+            return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return x0
+
+    def _require_timesteps(self) -> int:
+        """Return the number of steps; raise InputError before `set_timesteps`."""
+        if self.num_inference_steps is None:
+            raise InputError("step was called before set_timesteps, which determines the size of the steps")
+        return self.num_inference_steps
 
     # Training and starting points
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """x_t of clean samples (B, ...) and noise of that shape, at `timesteps`: one for all, or (B,)."""
-        signal, rest = self._weights(timesteps, original_samples)
-        return signal * original_samples + rest * noise
+        """Return x_t of clean samples (Ho et al. 2020, equation 4, https://arxiv.org/abs/2006.11239).
+
+        Args:
+            original_samples: Clean samples x_0, (B, ...).
+            noise: Standard normal noise, (B, ...).
+            timesteps: Training timesteps, (B,), or one for all batch items.
+
+        Raises:
+            InputError: If `timesteps` are not integers of the training range, or their number is not 1 or B.
+        """
+        signal_scale, noise_scale = self._noising_scales(timesteps, original_samples)
+        return signal_scale * original_samples + noise_scale * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """What a network with v_prediction learns: sqrt(a_t) noise - sqrt(1 - a_t) sample (Salimans & Ho 2022,
-        https://arxiv.org/abs/2202.00512). Shapes as in `add_noise`."""
-        signal, rest = self._weights(timesteps, sample)
-        return signal * noise - rest * sample
+        """Return v = sqrt(alpha_bar_t) epsilon - sqrt(1 - alpha_bar_t) x_0, the target of v_prediction (Salimans & Ho
+        2022, section 4, https://arxiv.org/abs/2202.00512).
 
-    def _weights(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), shaped to multiply `like` and rounded to its type only at the end."""
+        Args:
+            sample: Clean samples x_0, (B, ...).
+            noise: Standard normal noise, (B, ...).
+            timesteps: Training timesteps, (B,), or one for all batch items.
+
+        Raises:
+            InputError: If `timesteps` are not integers of the training range, or their number is not 1 or B.
+        """
+        signal_scale, noise_scale = self._noising_scales(timesteps, sample)
+        return signal_scale * noise - noise_scale * sample
+
+    def _noising_scales(self, timesteps: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar), broadcast to `like`, rounded to its dtype at the end only."""
         steps, total = torch.as_tensor(timesteps).cpu().flatten(), self.config.num_train_timesteps
         if steps.is_floating_point() or steps.numel() not in (1, len(like)) or steps.min() < 0 or steps.max() >= total:
-            raise InputError(
-                f"timesteps={timesteps}; accepted: one integer, or one for each of {len(like)} samples, "
-                f"from 0 to {total - 1}"
+            raise invalid(
+                "timesteps", timesteps, f"one integer, or one per batch item ({len(like)}), from 0 to {total - 1}"
             )
         alpha_bar = self.alphas_cumprod[steps].reshape(-1, *[1] * (like.ndim - 1))
         if like.dtype == torch.float64:

@@ -1,5 +1,5 @@
-"""Denoising diffusion implicit models: the deterministic way, and everything up to ancestral sampling (Song et al.
-2021, https://arxiv.org/abs/2010.02502)."""
+"""DDIM: denoising diffusion implicit models, from deterministic to ancestral sampling (Song et al. 2021,
+https://arxiv.org/abs/2010.02502)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, DiscreteConfig, SchedulerConfig
+from kandinsky22.schedulers.config import ClipConfig, DiscreteTimeConfig, SchedulerConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DDIMConfig(ClipConfig, DiscreteConfig):
-    """Settings of `DDIMScheduler`. With `set_alpha_to_one` the last step removes all noise, otherwise it ends at the
-    noise level of timestep 0."""
+class DDIMConfig(ClipConfig, DiscreteTimeConfig):
+    """Settings of `DDIMScheduler`.
+
+    Attributes:
+        set_alpha_to_one: Whether the last step removes all noise. Otherwise it ends at the noise level of timestep 0.
+    """
 
     owner: ClassVar[str] = "DDIMScheduler"
 
@@ -25,7 +28,13 @@ class DDIMConfig(ClipConfig, DiscreteConfig):
 
 
 class DDIMScheduler(Scheduler):
-    """Implicit sampling; settings are the fields of `DDIMConfig`. A variance that the network learned is dropped."""
+    """DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502): one network evaluation per step, first order.
+
+    A learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `DDIMConfig`.
+    """
 
     config_class = DDIMConfig
     config: DDIMConfig
@@ -36,11 +45,23 @@ class DDIMScheduler(Scheduler):
             self.final_alpha_cumprod = self.alphas_cumprod[0]
 
     def previous_timestep(self, timestep: int | Tensor) -> int:
-        """Where a step from `timestep` leads: one even stride down, whatever the spacing; the next one of timesteps
-        given by hand. Negative at the end."""
+        """Return the timestep to which a step leads.
+
+        It is one stride of num_train_timesteps // num_inference_steps below `timestep`, whatever the spacing. With
+        custom timesteps it is the next of them.
+
+        Args:
+            timestep: Current timestep, 0 to `num_train_timesteps` - 1.
+
+        Returns:
+            The previous timestep; a negative number stands for the end of sampling.
+
+        Raises:
+            InputError: If `timestep` is invalid.
+        """
         if self.num_inference_steps is None or self.custom_timesteps:
             return super().previous_timestep(timestep)
-        return self._checked(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        return self._validated_timestep(timestep) - self.config.num_train_timesteps // self.num_inference_steps
 
     def step(
         self,
@@ -53,32 +74,44 @@ class DDIMScheduler(Scheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample at the previous timestep, and the predicted clean sample; both shaped as `sample` (B, C, ...).
+        """Return the sample at the previous timestep (equations 12 and 16).
 
-        `eta` from 0 (deterministic, no noise is drawn) to 1 (ancestral) scales the fresh noise: `variance_noise`, or
-        drawn from `generator` (one, or one a sample). `use_clipped_model_output` derives the noise prediction anew from
-        the clean sample after clipping. Raises InputError before `set_timesteps`, and for arguments that do not fit.
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, 0 to `num_train_timesteps` - 1.
+            sample: Current sample x_t, (B, C, ...).
+            eta: Amount of fresh noise, 0 (deterministic, no noise is drawn) to 1 (ancestral sampling).
+            use_clipped_model_output: Whether the predicted noise is derived again from the clipped clean sample.
+            generator: Generator of the fresh noise, or one per batch item; None uses torch's global generator.
+            variance_noise: The fresh noise itself, (B, C, ...); None draws it.
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The previous sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or an argument is invalid.
         """
-        if self.num_inference_steps is None:
-            raise InputError("step before set_timesteps: how far a step leads depends on the number of steps")
+        self._require_timesteps()
         if not 0 <= eta <= 1:
-            raise InputError(f"eta={eta}; accepted: a number from 0 to 1")
+            raise invalid("eta", eta, "a number from 0 to 1")
         if generator is not None and variance_noise is not None:
-            raise InputError("generator and variance_noise given; accepted: one of them, as both decide the noise")
-        t = self._checked(timestep)
-        before, after = self._alpha_bar(t), self._alpha_bar(self.previous_timestep(t))
-        prediction, _ = self._split(model_output, sample)
-        original = self._original(prediction, sample, before)
-        noise = self._noise(prediction, sample, original, before)
-        original = self._limit(original)
+            raise invalid("variance_noise", variance_noise, "None if a generator is passed; both determine the noise")
+        t = self._validated_timestep(timestep)
+        alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(self.previous_timestep(t))
+        prediction = self._split_output(model_output, sample).prediction
+        x0 = self._predicted_x0(prediction, sample, alpha_bar)
+        epsilon = self._predicted_epsilon(prediction, sample, x0, alpha_bar)
+        x0 = self._threshold(x0)
         if use_clipped_model_output:
-            noise = (sample - before**0.5 * original) / (1 - before) ** 0.5
-        # Equations 12 and 16: of the noise that stays, a part is fresh and the rest is the predicted one.
-        deviation = eta * ((1 - after) / (1 - before) * (1 - before / after)) ** 0.5
-        # Rounding can take the rest below 0 where eta is 1 and nearly everything is noise.
-        previous = after**0.5 * original + (1 - after - deviation**2).clamp(min=0) ** 0.5 * noise
+            epsilon = (sample - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+        # Equation 16: standard deviation of the fresh noise.
+        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
+        # Equation 12. Rounding can make the radicand negative if eta is 1 and the sample is nearly pure noise.
+        epsilon_scale = (1 - alpha_bar_prev - sigma**2).clamp(min=0) ** 0.5
+        prev_sample = alpha_bar_prev**0.5 * x0 + epsilon_scale * epsilon
         if eta > 0:
             if variance_noise is None:
                 variance_noise = randn_tensor(prediction.shape, generator, prediction.device, prediction.dtype)
-            previous = previous + deviation * variance_noise
-        return SchedulerOutput(previous, original) if return_dict else (previous, original)
+            prev_sample = prev_sample + sigma * variance_noise
+        return self._output(prev_sample, x0, return_dict)

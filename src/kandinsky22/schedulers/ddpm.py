@@ -1,97 +1,120 @@
-"""Ancestral sampling: the posterior of the previous sample given the predicted clean one, with fresh noise each step
-(Ho et al. 2020, https://arxiv.org/abs/2006.11239; learned variances: Nichol & Dhariwal 2021,
+"""DDPM: ancestral sampling, which draws the previous sample from the posterior given the predicted clean sample (Ho et
+al. 2020, https://arxiv.org/abs/2006.11239; learned variances: Nichol & Dhariwal 2021,
 https://arxiv.org/abs/2102.09672)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, DiscreteConfig
+from kandinsky22.schedulers.config import ClipConfig, DiscreteTimeConfig
 
-VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 @dataclasses.dataclass(frozen=True)
 class AncestralConfig(ClipConfig):
-    """`variance_type` says which variance the fresh noise has.
+    """Settings of ancestral methods.
 
-    Between the smallest (`fixed_small`: the posterior's, if the data were one point) and the largest (`fixed_large`:
-    beta, if they were white noise), or the network's own: `learned` the variance itself, `learned_range` a place from
-    -1 to 1 between the two, on a logarithmic scale. The `_log` forms differ in rounding only.
+    Attributes:
+        variance_type: Variance of the fresh noise. "fixed_small" is the posterior variance, the lower bound.
+            "fixed_large" is beta, the upper bound (Ho et al. 2020, section 3.2). "learned" is the network's output.
+            "learned_range" interpolates between the logarithms of both bounds, with the network's output from -1
+            (lower) to 1 (upper bound; Nichol & Dhariwal 2021, equation 15). The `_log` forms differ in rounding only.
     """
 
     variance_type: str = "fixed_small"
 
 
+class Transition(NamedTuple):
+    """Coefficients of the diffusion from one timestep to a noisier one.
+
+    Attributes:
+        alpha: Share of the variance that is kept, the ratio of both alpha_bar.
+        beta: Variance of the noise that is added, 1 - alpha.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+
 class AncestralScheduler(Scheduler):
-    """Common ground of the ancestral methods: they differ in where a step leads, and how beta is found for it."""
+    """Base class of ancestral methods. They differ in the timestep to which a step leads, and in rounding.
+
+    Args:
+        **settings: Settings, see `AncestralConfig`.
+    """
 
     config: AncestralConfig
 
-    def _transition(self, timestep: int, previous: int) -> tuple[Tensor, Tensor]:
-        """alpha and beta of the jump from `previous` to `timestep`."""
-        alpha = self._alpha_bar(timestep) / self._alpha_bar(previous)
-        return alpha, 1 - alpha
+    def _transition(self, timestep: int, prev_timestep: int) -> Transition:
+        """Return the coefficients of the diffusion from `prev_timestep` to `timestep`."""
+        alpha = self._alpha_bar(timestep) / self._alpha_bar(prev_timestep)
+        return Transition(alpha, 1 - alpha)
 
-    def _denoise(
-        self, model_output: Tensor, timestep: int, previous: int, sample: Tensor, generator: Generators
+    def _sample_posterior(
+        self, model_output: Tensor, timestep: int, prev_timestep: int, sample: Tensor, generator: Generators
     ) -> SchedulerOutput:
-        prediction, values = self._split(model_output, sample)
-        if values is None and self.config.variance_type.startswith("learned"):
-            raise InputError(
-                f"model_output has shape {tuple(model_output.shape)}, variance_type={self.config.variance_type!r}; "
-                "accepted: twice the channels of the sample, the second half being the variance"
+        """Draw the previous sample from q(x_prev | x_t, x_0) (Ho et al. 2020, equations 6 and 7)."""
+        prediction, variance = self._split_output(model_output, sample)
+        if variance is None and self.config.variance_type.startswith("learned"):
+            raise invalid(
+                "model_output.shape",
+                tuple(model_output.shape),
+                "twice the channels of sample, the second half being the variance, "
+                f"because variance_type={self.config.variance_type!r}",
             )
-        noise_left = 1 - self._alpha_bar(timestep)
-        noise_after = 1 - self._alpha_bar(previous)
-        alpha, beta = self._transition(timestep, previous)
-        original = self._limit(self._original(prediction, sample, self._alpha_bar(timestep)))
-        # Equation 7 of Ho et al.: the posterior mean weighs the clean and the noisy sample.
-        mean = (self._alpha_bar(previous) ** 0.5 * beta / noise_left) * original
-        mean = mean + (alpha**0.5 * noise_after / noise_left) * sample
+        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
+        alpha, beta = self._transition(timestep, prev_timestep)
+        x0 = self._threshold(self._predicted_x0(prediction, sample, alpha_bar))
+        # Equation 7: the posterior mean is a weighted sum of the clean and the noisy sample.
+        prev_sample = (alpha_bar_prev**0.5 * beta / (1 - alpha_bar)) * x0
+        prev_sample = prev_sample + (alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)) * sample
         if timestep > 0:
             noise = randn_tensor(prediction.shape, generator, prediction.device, prediction.dtype)
-            # The posterior variance is 0 where no noise is left; its logarithm must stay finite.
-            smallest = (noise_after / noise_left * beta).clamp(min=1e-20)
-            mean = mean + self._deviation(smallest, beta, values) * noise
-        return SchedulerOutput(mean, original)
+            # The posterior variance is 0 after the last step. The bound keeps its logarithm finite.
+            posterior_variance = ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20)
+            prev_sample = prev_sample + self._noise_scale(posterior_variance, beta, variance) * noise
+        return SchedulerOutput(prev_sample, x0)
 
-    def _deviation(self, smallest: Tensor, beta: Tensor, values: Tensor | None) -> Tensor:
-        """Standard deviation of the fresh noise; `values` is what the network learned about it."""
-        kind = self.config.variance_type
-        if values is not None and kind == "learned":
-            return values**0.5
-        if values is not None and kind == "learned_range":
-            place = (values + 1) / 2
-            return torch.exp(0.5 * (place * torch.log(beta) + (1 - place) * torch.log(smallest)))
-        variance = beta if kind.startswith("fixed_large") else smallest
-        return torch.exp(0.5 * torch.log(variance)) if kind.endswith("log") else variance**0.5
+    def _noise_scale(self, posterior_variance: Tensor, beta: Tensor, learned: Tensor | None) -> Tensor:
+        """Return the standard deviation of the fresh noise."""
+        variance_type = self.config.variance_type
+        if learned is not None and variance_type == "learned":
+            return learned**0.5
+        if learned is not None and variance_type == "learned_range":
+            fraction = (learned + 1) / 2
+            return torch.exp(0.5 * (fraction * torch.log(beta) + (1 - fraction) * torch.log(posterior_variance)))
+        variance = beta if variance_type.startswith("fixed_large") else posterior_variance
+        return torch.exp(0.5 * torch.log(variance)) if variance_type.endswith("log") else variance**0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class DDPMConfig(AncestralConfig, DiscreteConfig):
+class DDPMConfig(AncestralConfig, DiscreteTimeConfig):
     """Settings of `DDPMScheduler`."""
 
     owner: ClassVar[str] = "DDPMScheduler"
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
-        **DiscreteConfig.choices,
-        "variance_type": VARIANCES,
+        **DiscreteTimeConfig.choices,
+        "variance_type": VARIANCE_TYPES,
     }
 
 
 class DDPMScheduler(AncestralScheduler):
-    """Ancestral sampling over any of the training timesteps; settings are the fields of `DDPMConfig`.
+    """DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): ancestral sampling over any of the training timesteps.
 
-    Without `set_timesteps` every training timestep is visited. A network that predicts no variance takes a fixed
-    `variance_type`; if it predicts one that is not wanted, that half of its output is dropped.
+    Without `set_timesteps` all training timesteps are used. A network that predicts no variance needs a fixed
+    `variance_type`. With a fixed `variance_type` a learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `DDPMConfig`.
     """
 
     config_class = DDPMConfig
@@ -105,11 +128,22 @@ class DDPMScheduler(AncestralScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample at the previous timestep, and the predicted clean sample; both shaped as `sample` (B, C, ...).
+        """Return the sample at the previous timestep (equations 6 and 7).
 
-        `timestep` is one of `timesteps`. Noise is drawn from `generator` (one, or one a sample) at every timestep but
-        0, in the type of `model_output`. Raises InputError for other timesteps and shapes that do not fit.
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, an element of `timesteps`.
+            sample: Current sample x_t, (B, C, ...).
+            generator: Generator of the noise, or one per batch item; None uses torch's global generator. Noise is drawn
+                at every timestep except 0, in the dtype of `model_output`.
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The previous sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If `timestep` or the shape of `model_output` is invalid.
         """
-        t = self._checked(timestep)
-        out = self._denoise(model_output, t, self.previous_timestep(t), sample, generator)
-        return out if return_dict else out.to_tuple()
+        t = self._validated_timestep(timestep)
+        output = self._sample_posterior(model_output, t, self.previous_timestep(t), sample, generator)
+        return output if return_dict else output.to_tuple()

@@ -1,4 +1,4 @@
-"""DEIS: an exponential integrator on the noise prediction, exact for polynomials in the logarithm of the level (Zhang &
+"""DEIS: a multistep exponential integrator with predictions of the noise, exact for polynomials in log sigma (Zhang &
 Chen 2022, https://arxiv.org/abs/2204.13902)."""
 
 from __future__ import annotations
@@ -9,18 +9,24 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kandinsky22.schedulers.base import Floats, SchedulerOutput
-from kandinsky22.schedulers.config import SpacingConfig, TableConfig
-from kandinsky22.schedulers.exponential_integrator import ExponentialScheduler, SolverConfig, combine, exact_weights
+from kandinsky22.schedulers.base import SchedulerOutput
+from kandinsky22.schedulers.config import BetaScheduleConfig, TimestepSpacingConfig
+from kandinsky22.schedulers.exponential_integrator import ExponentialScheduler, SolverConfig, Term, exponential_weights
+from kandinsky22.schedulers.noise_schedules import FloatArray
 
 
 @dataclasses.dataclass(frozen=True)
-class DEISConfig(SolverConfig, SpacingConfig):
-    """Settings of `DEISMultistepScheduler`; of the paper's forms there is the one in log rho."""
+class DEISConfig(SolverConfig, TimestepSpacingConfig):
+    """Settings of `DEISMultistepScheduler`.
+
+    Attributes:
+        algorithm_type: Only "deis".
+        solver_type: Only "logrho": of the paper's forms, polynomials in log rho = log sigma.
+    """
 
     owner: ClassVar[str] = "DEISMultistepScheduler"
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
-        **TableConfig.choices,
+        **BetaScheduleConfig.choices,
         "algorithm_type": ("deis",),
         "solver_type": ("logrho",),
     }
@@ -35,29 +41,49 @@ class DEISConfig(SolverConfig, SpacingConfig):
 
 
 class DEISMultistepScheduler(ExponentialScheduler):
-    """Multistep integration that ends at the lowest level of training; settings are the fields of `DEISConfig`. A
-    variance that the network learned is dropped."""
+    """DEIS (Zhang & Chen 2022, https://arxiv.org/abs/2204.13902): multistep, order 1 to 3, deterministic.
+
+    The last step ends at the lowest noise level of training. A learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `DEISConfig`.
+    """
 
     config_class = DEISConfig
     config: DEISConfig
 
     @property
-    def _of_noise(self) -> bool:
+    def _predicts_noise(self) -> bool:
         return True
 
-    def _final(self, levels: Floats) -> float:
-        return float(levels[-1] if self._spread() else self._table[0])
+    def _final_sigma(self, sigmas: FloatArray) -> float:
+        return float(sigmas[-1] if self._sigma_schedule() else self._training_sigmas[0])
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample at the next level, and the predicted clean sample; both shaped as `sample` (B, C, ...). Raises
-        InputError for timesteps that are not visited, and shapes that do not fit."""
-        now = self._begin(model_output, timestep, sample)
-        self._remember(now.level, now.prediction)
-        stride, past = self._stride(now.level, now.end), self._past[::-1][: self._order_at(now.place)]
+        """Return the sample at the next sigma: the integral of the polynomial through the last predictions.
+
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, an element of `timesteps`.
+            sample: Current sample, (B, C, ...).
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The next sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or `timestep` or the shape of `model_output` is invalid.
+        """
+        current = self._step_input(model_output, timestep, sample)
+        self._store_prediction(current.sigma, current.prediction)
+        step = self._solver_step(current.sigma, current.sigma_next)
+        history = self._history[::-1][: self._order_at(current.index)]
         weights = [1.0]
-        if now.end != now.level and len(past) > 1:
-            weights = exact_weights(stride, [stride.node(level) for level, _ in past])
-        terms = [(weight, value) for weight, (_, value) in zip(weights, past, strict=False)]
-        return self._result(combine(stride, now.sample, terms, None), now.original, model_output, return_dict)
+        if current.sigma_next != current.sigma and len(history) > 1:
+            weights = exponential_weights(step, [step.node(past.sigma) for past in history])
+        terms = [Term(weight, past.value) for weight, past in zip(weights, history, strict=False)]
+        prev_sample = step.apply(current.sample, terms)
+        self._step_index = current.index + 1
+        return self._output(prev_sample.to(model_output.dtype), current.x0, return_dict)

@@ -1,9 +1,10 @@
 """Exponential integrators: the mathematics that DPM-Solver, UniPC and DEIS share.
 
-In lambda = log(sqrt(a_t) / sqrt(1 - a_t)) = -log sigma the probability flow is linear but for the network's prediction,
-so it is solved exactly for predictions that are polynomials in lambda (Lu et al. 2022,
-https://arxiv.org/abs/2206.00927 for noise, https://arxiv.org/abs/2211.01095 for clean samples; Zhang & Chen 2022,
-https://arxiv.org/abs/2204.13902).
+In lambda = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)) = -log sigma the probability flow ODE is linear, except for
+the network's prediction. It is solved exactly for predictions that are polynomials in lambda: predictions of the noise
+(DPM-Solver: Lu et al. 2022, https://arxiv.org/abs/2206.00927; DEIS: Zhang & Chen 2022,
+https://arxiv.org/abs/2204.13902) or of the clean sample (DPM-Solver++: Lu et al. 2022,
+https://arxiv.org/abs/2211.01095).
 """
 
 from __future__ import annotations
@@ -11,53 +12,113 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from kandinsky22.schedulers.base import Floats, SchedulerOutput
-from kandinsky22.schedulers.config import GridConfig, TableConfig, ThresholdConfig, whole
-from kandinsky22.schedulers.sigmas import SigmaScheduler, signal, widened
+from kandinsky22.schedulers.config import BetaScheduleConfig, SigmaScheduleConfig, ThresholdConfig, as_int
+from kandinsky22.schedulers.noise_schedules import FloatArray
+from kandinsky22.schedulers.sigmas import SigmaScheduler, signal_scale, to_float32
+
+
+class Term(NamedTuple):
+    """Weighted prediction of a step.
+
+    Attributes:
+        weight: Weight, as a fraction of the weight of a constant prediction.
+        value: Prediction, or a difference of predictions, (B, C, ...).
+    """
+
+    weight: float
+    value: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Stride:
-    """A step from one level to a lower one: x -> carry x + drift (D0 + ratios D1, D2, ...) + fresh noise.
+class SolverStep:
+    """Coefficients of a step from one sigma to a smaller one.
 
-    `drift` weighs a constant prediction; `z` is the exponent of the integral over the step, in which the ratios of the
-    higher terms are functions; `noise` is the standard deviation of what a stochastic step adds.
+    The step is x_end = sample_scale x_start + prediction_scale (sum of weight * value over the terms) + noise_scale
+    noise, where a constant prediction has weight 1.
+
+    Attributes:
+        sigma_start: Noise level at the start.
+        sigma_end: Noise level at the end, 0 or more.
+        sample_scale: Factor of the sample.
+        prediction_scale: Factor of a constant prediction.
+        z: Argument of the phi functions, which give the weights of derivatives. If the length in lambda is h, it is h
+            with predictions of the noise, -h with predictions of the clean sample, and -2h with the latter in
+            stochastic steps.
+        noise_scale: Standard deviation of the noise that a stochastic step adds.
     """
 
-    start: float
-    end: float
-    carry: float
-    drift: float
+    sigma_start: float
+    sigma_end: float
+    sample_scale: float
+    prediction_scale: float
     z: float
-    noise: float = 0.0
+    noise_scale: float = 0.0
 
     @classmethod
-    def between(cls, start: float, end: float, *, of_noise: bool, stochastic: bool = False) -> Stride:
-        """The step with predictions of the noise or of the clean sample, along the flow or the stochastic equation."""
-        length = math.log(start / end) if end > 0 else math.inf
-        before, after, part = signal(start), signal(end), end / start
-        if of_noise:
-            twice = 2 if stochastic else 1
-            spread = after * math.sqrt(max(start**2 - end**2, 0)) if stochastic else 0.0
-            return cls(start, end, after / before, -twice * after * (start - end), length, spread)
-        power = 2 if stochastic else 1
-        drift = -after * math.expm1(-power * length)
-        spread = after * end * math.sqrt(max(1 - part**2, 0)) if stochastic else 0.0
-        return cls(start, end, after / before * part**power, drift, -power * length, spread)
+    def between(
+        cls, sigma_start: float, sigma_end: float, *, predicts_noise: bool, stochastic: bool = False
+    ) -> SolverStep:
+        """Return the step between two sigmas (DPM-Solver, proposition 3.1; DPM-Solver++, proposition 4.1).
 
-    def node(self, level: float) -> float:
-        """Where a level lies on the step's axis of lambda: 0 at the start, 1 at the end."""
-        return math.log(self.start / level) / math.log(self.start / self.end)
+        Args:
+            sigma_start: Noise level at the start, above 0.
+            sigma_end: Noise level at the end, 0 or more.
+            predicts_noise: Whether the step uses predictions of the noise (DPM-Solver), or of the clean sample
+                (DPM-Solver++).
+            stochastic: Whether the step solves the reverse diffusion SDE, or the probability flow ODE.
+        """
+        length = math.log(sigma_start / sigma_end) if sigma_end > 0 else math.inf  # in lambda
+        scale_start, scale_end, ratio = signal_scale(sigma_start), signal_scale(sigma_end), sigma_end / sigma_start
+        if predicts_noise:
+            factor = 2 if stochastic else 1
+            noise_scale = scale_end * math.sqrt(max(sigma_start**2 - sigma_end**2, 0)) if stochastic else 0.0
+            prediction_scale = -factor * scale_end * (sigma_start - sigma_end)
+            return cls(sigma_start, sigma_end, scale_end / scale_start, prediction_scale, length, noise_scale)
+        power = 2 if stochastic else 1
+        prediction_scale = -scale_end * math.expm1(-power * length)
+        noise_scale = scale_end * sigma_end * math.sqrt(max(1 - ratio**2, 0)) if stochastic else 0.0
+        sample_scale = scale_end / scale_start * ratio**power
+        return cls(sigma_start, sigma_end, sample_scale, prediction_scale, -power * length, noise_scale)
+
+    def node(self, sigma: float) -> float:
+        """Return the position of a sigma in the step: 0 at the start, 1 at the end, linear in lambda.
+
+        Args:
+            sigma: Noise level, above 0.
+        """
+        return math.log(self.sigma_start / sigma) / math.log(self.sigma_start / self.sigma_end)
+
+    def apply(self, sample: Tensor, terms: Sequence[Term], noise: Tensor | None = None) -> Tensor:
+        """Return the sample at the end of the step.
+
+        Args:
+            sample: Sample at the start, (B, C, ...). A step of length 0 returns it.
+            terms: Weighted predictions.
+            noise: Standard normal noise of a stochastic step, (B, C, ...); None adds none.
+        """
+        if self.sigma_end == self.sigma_start:
+            return sample
+        result = self.sample_scale * sample
+        for term in terms:
+            result = result + (self.prediction_scale * term.weight) * term.value
+        return result if noise is None else result + self.noise_scale * noise
 
 
 def phi_ratios(z: float, count: int) -> list[float]:
-    """phi_k(z) / phi_1(z) for k = 1 to `count`, where phi_1(z) = (e^z - 1) / z and phi_(k+1)(z) = (phi_k(z) - 1/k!) / z
-    (Hochbruck & Ostermann 2010, https://doi.org/10.1017/S0962492910000048)."""
+    """Return phi_k(z) / phi_1(z) for k = 1 to `count`.
+
+    phi_1(z) = (e^z - 1) / z and phi_(k+1)(z) = (phi_k(z) - 1/k!) / z (Hochbruck & Ostermann 2010,
+    https://doi.org/10.1017/S0962492910000048).
+
+    Args:
+        z: Argument, not 0.
+        count: Number of ratios.
+    """
     if abs(z) < 1:  # the recurrence loses digits here, the series does not
         values = [sum(z**j / math.factorial(j + k) for j in range(20)) for k in range(1, count + 1)]
     else:
@@ -67,25 +128,42 @@ def phi_ratios(z: float, count: int) -> list[float]:
     return [value / values[0] for value in values]
 
 
-def weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
-    """What to multiply values at `nodes` by, so that the sum is right for each power whose integral is in `moments`."""
+def quadrature_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """Return the weights of values at `nodes` with which a weighted sum integrates polynomials exactly.
+
+    Args:
+        nodes: Positions of the values, distinct.
+        moments: Integrals of the powers 0, 1, ..., as many as there are nodes.
+    """
     powers = np.vander(np.asarray(nodes, np.float64), len(moments), increasing=True).T
     return [float(weight) for weight in np.linalg.solve(powers, np.asarray(moments, np.float64))]
 
 
-def exact_weights(stride: Stride, nodes: Sequence[float]) -> list[float]:
-    """Weights, as parts of the drift, of predictions at `nodes`: exact for polynomials through all of them."""
-    ratios = phi_ratios(stride.z, len(nodes))
-    return weights(nodes, [math.factorial(power) * ratio for power, ratio in enumerate(ratios)])
+def exponential_weights(step: SolverStep, nodes: Sequence[float]) -> list[float]:
+    """Return the weights of predictions with which a step is exact for the polynomial in lambda through all of them.
+
+    Args:
+        step: The step.
+        nodes: Positions of the predictions, see `SolverStep.node`.
+
+    Returns:
+        Weights as fractions of `step.prediction_scale`.
+    """
+    ratios = phi_ratios(step.z, len(nodes))
+    return quadrature_weights(nodes, [math.factorial(power) * ratio for power, ratio in enumerate(ratios)])
 
 
 @dataclasses.dataclass(frozen=True)
-class SolverConfig(ThresholdConfig, GridConfig, TableConfig):
-    """For exponential integrators: `solver_order` is the number of predictions a step is made of at most, and
-    `lower_order_final` has the last steps made of fewer."""
+class SolverConfig(ThresholdConfig, SigmaScheduleConfig, BetaScheduleConfig):
+    """Settings of exponential integrators.
 
-    # Of flow matching, which the reference's classes do as well.
-    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    Attributes:
+        solver_order: Largest number of predictions that a step uses, 1 to `max_solver_order`.
+        lower_order_final: Whether the last steps of short runs use fewer predictions, which is more stable.
+    """
+
+    # Settings of flow matching, which the reference's classes implement as well.
+    supported_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "use_flow_sigmas": (False, None),
         "flow_shift": (1.0,),
         "use_dynamic_shifting": (False, None),
@@ -93,108 +171,115 @@ class SolverConfig(ThresholdConfig, GridConfig, TableConfig):
         "shift_terminal": (None,),
         "solver_p": (None,),
     }
-    largest: ClassVar[int] = 3
+    max_solver_order: ClassVar[int] = 3
 
     solver_order: int = 2
     lower_order_final: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        order = whole(self.solver_order)
-        self._require(
-            order is not None and 1 <= order <= self.largest, "solver_order", f"an integer from 1 to {self.largest}"
-        )
+        order, maximum = as_int(self.solver_order), self.max_solver_order
+        self._require(order is not None and 1 <= order <= maximum, "solver_order", f"an integer from 1 to {maximum}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Begun:
-    """A step so far: its place and levels, the sample it starts from, the prediction to step with and the clean
-    sample."""
+class Prediction:
+    """Prediction of an earlier network evaluation.
 
-    place: int
-    level: float
-    end: float
+    Attributes:
+        sigma: Noise level of the evaluation.
+        value: Predicted noise or clean sample, (B, C, ...).
+    """
+
+    sigma: float
+    value: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInput:
+    """Inputs of a step, converted to what the solver uses.
+
+    Attributes:
+        index: Index of the network evaluation in `timesteps`.
+        sigma: Noise level at the start of the step.
+        sigma_next: Noise level at its end.
+        sample: Sample at the start, at least in single precision, (B, C, ...).
+        prediction: Predicted noise or clean sample, whichever the solver uses, (B, C, ...).
+        x0: Predicted clean sample, (B, C, ...).
+    """
+
+    index: int
+    sigma: float
+    sigma_next: float
     sample: Tensor
     prediction: Tensor
-    original: Tensor
+    x0: Tensor
 
 
 class ExponentialScheduler(SigmaScheduler):
-    """Common ground of the multistep and singlestep exponential integrators: samples of variance 1, whole timesteps,
-    predictions of the steps before."""
+    """Base class of multistep and singlestep exponential integrators.
 
-    spare: ClassVar[int] = 1
+    Samples are variance preserving, timesteps are integers, and steps use the predictions of earlier steps.
+
+    Args:
+        **settings: Settings, see `SolverConfig`.
+    """
+
+    extra_timesteps: ClassVar[int] = 1
     config: SolverConfig
 
-    def _restart(self) -> None:
-        super()._restart()
-        self._past: list[tuple[float, Tensor]] = []  # levels and predictions of the steps made, oldest first
+    def _reset(self) -> None:
+        super()._reset()
+        self._history: list[Prediction] = []  # the last `solver_order` predictions, oldest first
 
     @property
-    def _of_noise(self) -> bool:
-        """Whether the method steps with predictions of the noise, not of the clean sample."""
+    def _predicts_noise(self) -> bool:
+        """Whether the solver uses predictions of the noise, not of the clean sample."""
         return False
 
-    def _spaced(self, steps: int) -> list[Any]:
+    def _spaced_timesteps(self, steps: int) -> Sequence[float]:
         if steps == self.config.num_train_timesteps:
-            return list(range(steps))[::-1]  # there is none to spare
-        return [float(step) for step in np.asarray(super()._spaced(steps)).round()]
+            return list(range(steps))[::-1]  # all timesteps: no extra one exists
+        return [float(step) for step in np.asarray(super()._spaced_timesteps(steps)).round()]
 
-    def _bounds(self, levels: Floats) -> tuple[float, float]:
-        return super()._bounds(self._table[::-1])
+    def _sigma_bounds(self, sigmas: FloatArray) -> tuple[float, float]:
+        return super()._sigma_bounds(self._training_sigmas[::-1])
 
-    def _timesteps_of(self, levels: Floats, spread: str) -> Floats:
-        found = super()._timesteps_of(levels, spread)
-        return found.round() if self._rounds(spread) else np.trunc(found)
+    def _sigmas_to_timesteps(self, sigmas: FloatArray, source: str) -> FloatArray:
+        timesteps = super()._sigmas_to_timesteps(sigmas, source)
+        return timesteps.round() if self._rounds_to_nearest(source) else np.trunc(timesteps)
 
-    def _rounds(self, spread: str) -> bool:
-        """Whether timesteps of levels are rounded to the nearest, or down."""
-        return spread not in ("use_exponential_sigmas", "use_beta_sigmas")
+    def _rounds_to_nearest(self, source: str) -> bool:
+        """Return whether timesteps of sigmas are rounded to the nearest integer, or down."""
+        return source not in ("use_exponential_sigmas", "use_beta_sigmas")
 
-    def _stride(self, start: float, end: float) -> Stride:
-        return Stride.between(start, end, of_noise=self._of_noise)
+    def _solver_step(self, sigma_start: float, sigma_end: float) -> SolverStep:
+        return SolverStep.between(sigma_start, sigma_end, predicts_noise=self._predicts_noise)
 
-    def _convert(self, model_output: Tensor, sample: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """The prediction that the method steps with, and the clean sample."""
-        prediction, share = self._split(model_output, sample)[0], signal(level) ** 2
-        original = self._limit(self._original(prediction, sample, share))
-        if not self._of_noise:
-            return original, original
-        if self.config.thresholding:
-            return (sample - share**0.5 * original) / (1 - share) ** 0.5, original
-        return self._noise(prediction, sample, original, share), original
+    def _step_input(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> StepInput:
+        """Locate a step, and convert the network's output to the prediction that the solver uses."""
+        index = self._index_for_timestep(timestep)
+        sigma, sigma_next = self._sigma_list[index : index + 2]
+        sample, alpha_bar = to_float32(sample), signal_scale(sigma) ** 2
+        output = self._split_output(model_output, sample).prediction
+        x0 = self._threshold(self._predicted_x0(output, sample, alpha_bar))
+        if not self._predicts_noise:
+            prediction = x0
+        elif self.config.thresholding:
+            prediction = (sample - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+        else:
+            prediction = self._predicted_epsilon(output, sample, x0, alpha_bar)
+        return StepInput(index, sigma, sigma_next, sample, prediction, x0)
 
-    def _begin(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> Begun:
-        place = self._locate(timestep)
-        level, end = self._levels[place : place + 2]
-        sample = widened(sample)
-        return Begun(place, level, end, sample, *self._convert(model_output, sample, level))
+    def _store_prediction(self, sigma: float, value: Tensor) -> None:
+        """Append a prediction to the history. It replaces one at the same sigma, which rounding of timesteps allows."""
+        others = [past for past in self._history if past.sigma != sigma]
+        self._history = [*others, Prediction(sigma, value)][-self.config.solver_order :]
 
-    def _remember(self, level: float, prediction: Tensor) -> None:
-        """Keep a prediction; a level seen twice, where rounding made two timesteps one, counts once."""
-        others = [entry for entry in self._past if entry[0] != level]
-        self._past = [*others, (level, prediction)][-self.config.solver_order :]
-
-    def _order_at(self, place: int) -> int:
-        """Of how many predictions the step at this place is made."""
-        left, order = len(self._order) - place, min(self.config.solver_order, len(self._past))
-        if self._levels[place + 1] == 0:
+    def _order_at(self, index: int) -> int:
+        """Return the number of predictions that the step at this index uses."""
+        remaining, order = len(self._timestep_list) - index, min(self.config.solver_order, len(self._history))
+        if self._sigma_list[index + 1] == 0:
             return 1  # lambda is infinite there
-        # With few steps the last ones are long, and extrapolating over them is unstable.
-        return min(order, left) if self.config.lower_order_final and len(self._order) < 15 else order
-
-    def _result(self, previous: Tensor, original: Tensor, like: Tensor, return_dict: bool) -> Any:
-        assert self._place is not None
-        self._place += 1
-        previous = previous.to(like.dtype)
-        return SchedulerOutput(previous, original) if return_dict else (previous, original)
-
-
-def combine(stride: Stride, sample: Tensor, terms: Sequence[tuple[float, Tensor]], noise: Tensor | None) -> Tensor:
-    """The sample at the end of a step; `terms` are predictions with their weights as parts of the drift."""
-    if stride.end == stride.start:
-        return sample
-    result = stride.carry * sample
-    for weight, prediction in terms:
-        result = result + (stride.drift * weight) * prediction
-    return result if noise is None else result + stride.noise * noise
+        # With few steps the last ones are long, and extrapolation over them is unstable.
+        return min(order, remaining) if self.config.lower_order_final and len(self._timestep_list) < 15 else order

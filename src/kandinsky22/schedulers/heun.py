@@ -1,72 +1,119 @@
-"""Methods of second order with two network calls a step: Heun's (Karras et al. 2022, algorithm 1,
-https://arxiv.org/abs/2206.00364) and the midpoint method in log sigma (DPM-Solver-2: Lu et al. 2022,
+"""Second-order methods with two network evaluations per step: Heun's method (Karras et al. 2022, algorithm 1,
+https://arxiv.org/abs/2206.00364) and the midpoint method in log sigma (DPM-Solver-2: Lu et al. 2022, algorithm 1,
 https://arxiv.org/abs/2206.00927)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.schedulers.base import Floats, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, GridConfig, SpacingConfig, TableConfig
-from kandinsky22.schedulers.sigmas import ExplodingScheduler, timesteps_of, widened
+from kandinsky22.schedulers.base import SchedulerOutput
+from kandinsky22.schedulers.config import BetaScheduleConfig, ClipConfig, SigmaScheduleConfig, TimestepSpacingConfig
+from kandinsky22.schedulers.noise_schedules import FloatArray
+from kandinsky22.schedulers.sigmas import VarianceExplodingScheduler, sigmas_to_timesteps, to_float32
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoStageConfig(GridConfig, SpacingConfig, TableConfig):
-    """What both methods can be set to."""
+class TwoStageConfig(SigmaScheduleConfig, TimestepSpacingConfig, BetaScheduleConfig):
+    """Settings that both methods share."""
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timestep_spacing: str = "linspace"
 
 
-class TwoStageScheduler(ExplodingScheduler):
-    """Common ground: `timesteps` holds two visits a step, but one for the last step, which goes to no noise."""
+class SecondStages(NamedTuple):
+    """Second network evaluations of all steps.
+
+    Attributes:
+        sigmas: Their noise levels, (steps - 1,).
+        timesteps: Their timesteps, (steps - 1,).
+    """
+
+    sigmas: FloatArray
+    timesteps: FloatArray
+
+
+class FirstStage(NamedTuple):
+    """First network evaluation of the current step.
+
+    Attributes:
+        sample: Sample at the start of the step, (B, C, ...).
+        derivative: dx/dsigma there, (B, C, ...).
+    """
+
+    sample: Tensor
+    derivative: Tensor
+
+
+class TwoStageScheduler(VarianceExplodingScheduler):
+    """Base class of methods with two network evaluations per step on the ODE dx/dsigma = (x - D(x; sigma)) / sigma.
+
+    `timesteps` has two elements per step, except for the last step, which has one because it ends at sigma 0.
+
+    Args:
+        **settings: Settings, see `TwoStageConfig`.
+    """
 
     order = 2
 
-    def _restart(self) -> None:
-        super()._restart()
-        self._stage: tuple[Tensor, Tensor] | None = None  # where the step began, and its first derivative
+    def _reset(self) -> None:
+        super()._reset()
+        self._first_stage: FirstStage | None = None
 
-    def _finish(self, first: Tensor, second: Tensor) -> Tensor:
-        """The derivative of a whole step."""
+    def _combined_derivative(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the derivative of a step from those of its two stages."""
         raise NotImplementedError
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample for the next visit, and the predicted clean sample; both shaped as `sample` (B, C, ...). Raises
-        InputError for timesteps that are not visited, and shapes that do not fit."""
-        place = self._locate(timestep)
-        level, end = self._levels[place : place + 2]
-        sample = widened(sample)
-        prediction, _ = self._split(model_output, sample)
-        original = self._clean(prediction, sample, level)
-        slope = (sample - original) / level
-        if place % 2 == 0 or self._stage is None:
-            self._stage = sample, slope
+        """Return the sample for the next network evaluation.
+
+        Args:
+            model_output: Network output for the scaled sample, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Timestep of the network evaluation, an element of `timesteps`.
+            sample: Current sample x_0 + sigma epsilon, (B, C, ...).
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The next sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or `timestep` or the shape of `model_output` is invalid.
+        """
+        index = self._index_for_timestep(timestep)
+        sigma, sigma_next = self._sigma_list[index : index + 2]
+        sample = to_float32(sample)
+        denoised = self._denoised(self._split_output(model_output, sample).prediction, sample, sigma)
+        derivative = (sample - denoised) / sigma
+        if index % 2 == 0 or self._first_stage is None:
+            self._first_stage = FirstStage(sample, derivative)
         else:
-            level, (sample, first) = self._levels[place - 1], self._stage
-            slope, self._stage = self._finish(first, slope), None
-        self._place = place + 1
-        return self._result(sample + slope * (end - level), original, model_output, return_dict)
+            # The second stage takes the step again from its start, with both derivatives.
+            sigma, sample = self._sigma_list[index - 1], self._first_stage.sample
+            derivative = self._combined_derivative(self._first_stage.derivative, derivative)
+            self._first_stage = None
+        self._step_index = index + 1
+        prev_sample = sample + derivative * (sigma_next - sigma)
+        return self._output(prev_sample.to(model_output.dtype), denoised, return_dict)
 
-    def _visit(self, levels: Floats, final: list[float], timesteps: Floats, device: torch.device | str | None) -> None:
-        between, times = self._between(levels[:-1], levels[1:], timesteps[1:])
-        visits = np.concatenate([levels[:1], np.stack([between, levels[1:]], 1).ravel()])
-        times = np.concatenate([timesteps[:1], np.stack([times, timesteps[1:]], 1).ravel()])
-        super()._visit(visits, final, times, device)
-        self.num_inference_steps = len(levels)
+    def _set_sigmas(
+        self, sigmas: FloatArray, final: list[float], timesteps: FloatArray, device: torch.device | str | None
+    ) -> None:
+        second = self._second_stages(sigmas[:-1], sigmas[1:], timesteps[1:])
+        all_sigmas = np.concatenate([sigmas[:1], np.stack([second.sigmas, sigmas[1:]], 1).ravel()])
+        all_timesteps = np.concatenate([timesteps[:1], np.stack([second.timesteps, timesteps[1:]], 1).ravel()])
+        super()._set_sigmas(all_sigmas, final, all_timesteps, device)
+        self.num_inference_steps = len(sigmas)
 
-    def _between(self, starts: Floats, ends: Floats, timesteps: Floats) -> tuple[Floats, Floats]:
-        """Levels and timesteps of the second visits of steps; `timesteps` are those of the ends."""
+    def _second_stages(self, starts: FloatArray, ends: FloatArray, end_timesteps: FloatArray) -> SecondStages:
+        """Return the second evaluations of steps between these sigmas; `end_timesteps` are the timesteps of `ends`."""
         raise NotImplementedError
 
 
@@ -76,24 +123,30 @@ class HeunConfig(ClipConfig, TwoStageConfig):
 
     owner: ClassVar[str] = "HeunDiscreteScheduler"
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
-        **TableConfig.choices,
-        "beta_schedule": (*TableConfig.choices["beta_schedule"], "exp"),
+        **BetaScheduleConfig.choices,
+        "beta_schedule": (*BetaScheduleConfig.choices["beta_schedule"], "exp"),
     }
 
     clip_sample: bool = False
 
 
 class HeunDiscreteScheduler(TwoStageScheduler):
-    """Each step with the mean of the derivatives at its two ends; settings are the fields of `HeunConfig`. A variance
-    that the network learned is dropped."""
+    """Heun's method (Karras et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00364): steps use the mean of the
+    derivatives at both ends.
+
+    A learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `HeunConfig`.
+    """
 
     config_class = HeunConfig
     config: HeunConfig
 
-    def _between(self, starts: Floats, ends: Floats, timesteps: Floats) -> tuple[Floats, Floats]:
-        return ends, timesteps
+    def _second_stages(self, starts: FloatArray, ends: FloatArray, end_timesteps: FloatArray) -> SecondStages:
+        return SecondStages(ends, end_timesteps)
 
-    def _finish(self, first: Tensor, second: Tensor) -> Tensor:
+    def _combined_derivative(self, first: Tensor, second: Tensor) -> Tensor:
         return (first + second) / 2
 
 
@@ -105,19 +158,25 @@ class KDPM2Config(TwoStageConfig):
 
 
 class KDPM2DiscreteScheduler(TwoStageScheduler):
-    """Each step with the derivative at its geometric middle; settings are the fields of `KDPM2Config`. A variance that
-    the network learned is dropped."""
+    """Midpoint method in log sigma (DPM-Solver-2: Lu et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00927, on the
+    ODE of Karras et al. 2022): steps use the derivative at the geometric mean of both sigmas.
+
+    A learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `KDPM2Config`.
+    """
 
     config_class = KDPM2Config
     config: KDPM2Config
 
-    def _timesteps_of(self, levels: Floats, spread: str) -> Floats:
-        found = super()._timesteps_of(levels, spread)
-        return found.round() if spread == "use_karras_sigmas" else found
+    def _sigmas_to_timesteps(self, sigmas: FloatArray, source: str) -> FloatArray:
+        timesteps = super()._sigmas_to_timesteps(sigmas, source)
+        return timesteps.round() if source == "use_karras_sigmas" else timesteps
 
-    def _between(self, starts: Floats, ends: Floats, timesteps: Floats) -> tuple[Floats, Floats]:
-        middle = np.sqrt(starts.astype(np.float64) * ends)
-        return middle, timesteps_of(middle, self._table)
+    def _second_stages(self, starts: FloatArray, ends: FloatArray, end_timesteps: FloatArray) -> SecondStages:
+        middles = np.sqrt(starts.astype(np.float64) * ends)
+        return SecondStages(middles, sigmas_to_timesteps(middles, self._training_sigmas))
 
-    def _finish(self, first: Tensor, second: Tensor) -> Tensor:
+    def _combined_derivative(self, first: Tensor, second: Tensor) -> Tensor:
         return second

@@ -1,5 +1,5 @@
-"""Sampling of latent consistency models: each call predicts the clean sample, which is noised anew for the next (Luo et
-al. 2023, https://arxiv.org/abs/2310.04378)."""
+"""Multistep sampling of latent consistency models: each network evaluation predicts the clean sample, to which noise is
+added for the next (Luo et al. 2023, https://arxiv.org/abs/2310.04378)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, DiscreteConfig, SchedulerConfig, whole
+from kandinsky22.schedulers.config import ClipConfig, DiscreteTimeConfig, SchedulerConfig, as_int
 
 SIGMA_DATA = 0.5  # standard deviation of the data that the boundary conditions assume (section 4.1)
 
 
 @dataclasses.dataclass(frozen=True)
-class LCMConfig(ClipConfig, DiscreteConfig):
+class LCMConfig(ClipConfig, DiscreteTimeConfig):
     """Settings of `LCMScheduler`.
 
-    `original_inference_steps` is the number of steps of the solver that was distilled: timesteps are among its.
-    `timestep_scaling` sharpens the boundary conditions. With `set_alpha_to_one` what precedes timestep 0 is clean.
+    Attributes:
+        original_inference_steps: Number of steps of the solver that was distilled, 1 or more. The timesteps are a
+            subset of its timesteps.
+        set_alpha_to_one: Whether the last step removes all noise. Otherwise it ends at the noise level of timestep 0.
+        timestep_scaling: Factor of timesteps in the boundary conditions, above 0.
     """
 
     owner: ClassVar[str] = "LCMScheduler"
@@ -39,8 +42,14 @@ class LCMConfig(ClipConfig, DiscreteConfig):
 
 
 class LCMScheduler(Scheduler):
-    """Multistep consistency sampling; settings are the fields of `LCMConfig`. It needs a network distilled for it. A
-    variance that the network learned is dropped."""
+    """Multistep consistency sampling in latent space (Luo et al. 2023, https://arxiv.org/abs/2310.04378; Song et al.
+    2023, algorithm 1, https://arxiv.org/abs/2303.01469).
+
+    It needs a network that was distilled for it. A learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `LCMConfig`.
+    """
 
     config_class = LCMConfig
     config: LCMConfig
@@ -50,8 +59,8 @@ class LCMScheduler(Scheduler):
         if not self.config.set_alpha_to_one:
             self.final_alpha_cumprod = self.alphas_cumprod[0]
 
-    def _spaced(self, steps: int) -> list[int]:
-        return list(range(steps))[::-1]  # only their number counts
+    def _spaced_timesteps(self, steps: int) -> list[int]:
+        return list(range(steps))[::-1]  # set_timesteps uses only the length and replaces the values
 
     def set_timesteps(  # type: ignore[override]  # the reference has its arguments in this order
         self,
@@ -61,55 +70,88 @@ class LCMScheduler(Scheduler):
         timesteps: Sequence[int] | Tensor | None = None,
         strength: float = 1.0,
     ) -> None:
-        """Choose the timesteps: a number of those of `original_inference_steps`, or the descending `timesteps`
-        themselves; the less noisy part `strength` of them, above 0, at most 1. Raises InputError for numbers that do
-        not fit."""
+        """Set `timesteps` for a new generation: a subset of those of the distilled solver, or the timesteps themselves.
+
+        Args:
+            num_inference_steps: Number of steps, 1 to `original_inference_steps` * `strength`; None if `timesteps` is
+                passed.
+            device: Device of `timesteps`; None leaves them on the CPU.
+            original_inference_steps: Number of steps of the distilled solver, 1 to `num_train_timesteps`; None uses the
+                setting of the config.
+            timesteps: Descending training timesteps; None takes them from the distilled solver.
+            strength: Fraction of the timesteps that is used, the less noisy ones, above 0, at most 1.
+
+        Raises:
+            InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, or a value is invalid.
+        """
         total = self.config.num_train_timesteps
-        given = self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
-        original = whole(given)
-        if original is None or not 0 < original <= total:
-            raise InputError(f"original_inference_steps={given!r}; accepted: an integer from 1 to {total}")
+        requested = (
+            self.config.original_inference_steps if original_inference_steps is None else original_inference_steps
+        )
+        solver_steps = as_int(requested)
+        if solver_steps is None or not 0 < solver_steps <= total:
+            raise invalid("original_inference_steps", requested, f"an integer from 1 to {total}")
         if not 0 < strength <= 1:
-            raise InputError(f"strength={strength!r}; accepted: a number above 0, at most 1")
-        chosen = [int(step) for step in self._choose(num_inference_steps, timesteps)]
+            raise invalid("strength", strength, "a number above 0, at most 1")
+        values = [int(step) for step in self._requested_timesteps(num_inference_steps, timesteps)]
+        count = len(values)
         if timesteps is None:
-            solver = [step * (total // original) - 1 for step in range(int(original * strength), 0, -1)]
-            if len(chosen) > len(solver):
-                raise InputError(
-                    f"num_inference_steps={num_inference_steps}; accepted: an integer from 1 to {len(solver)}, "
-                    f"the part strength={strength} of original_inference_steps={original}"
+            stride = total // solver_steps
+            solver_timesteps = [step * stride - 1 for step in range(int(solver_steps * strength), 0, -1)]
+            if count > len(solver_timesteps):
+                raise invalid(
+                    "num_inference_steps",
+                    num_inference_steps,
+                    f"an integer from 1 to {len(solver_timesteps)}, the fraction strength={strength} "
+                    f"of original_inference_steps={solver_steps}",
                 )
-            count = len(chosen)
-            chosen = [solver[math.floor(place * (len(solver) / count))] for place in range(count)]
+            values = [solver_timesteps[math.floor(i * (len(solver_timesteps) / count))] for i in range(count)]
         else:
-            count = len(chosen)
-            chosen = chosen[count - int(count * strength) :]
-            if not chosen:
-                raise InputError(f"strength={strength} leaves none of {count} timesteps; accepted: a higher one")
+            values = values[count - int(count * strength) :]
+            if not values:
+                raise invalid(
+                    "strength", strength, f"a fraction that selects at least one of {count} timesteps", "raise it"
+                )
         self.num_inference_steps, self.custom_timesteps = count, timesteps is not None
-        self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device)
+        self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators = None,
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:  # fmt: skip
-        """The sample at the next timestep, and the clean sample; both shaped as `sample` (B, C, ...).
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Return the sample at the next of `timesteps`: the predicted clean sample with fresh noise.
 
-        Noise is drawn from `generator` (one, or one a sample) at every timestep but the last. Raises InputError before
-        `set_timesteps`, for other timesteps, and for shapes that do not fit.
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, an element of `timesteps`.
+            sample: Current sample x_t, (B, C, ...).
+            generator: Generator of the noise, or one per batch item; None uses torch's global generator. Noise is drawn
+                at every timestep except the last.
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The previous sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or `timestep` or the shape of `model_output` is invalid.
         """
-        if self.num_inference_steps is None:
-            raise InputError("step before set_timesteps: how far a step leads depends on the number of steps")
-        t = self._checked(timestep)
-        following = self.previous_timestep(t)
-        prediction, _ = self._split(model_output, sample)
-        original = self._limit(self._original(prediction, sample, self._alpha_bar(t)))
-        time = t * self.config.timestep_scaling
-        spread = time**2 + SIGMA_DATA**2
-        clean = (time / spread**0.5) * original + (SIGMA_DATA**2 / spread) * sample
-        previous = clean
-        if following >= 0:
-            noise = randn_tensor(prediction.shape, generator, prediction.device, clean.dtype)
-            after = self._alpha_bar(following)
-            previous = after**0.5 * clean + (1 - after) ** 0.5 * noise
-        return SchedulerOutput(previous, clean) if return_dict else (previous, clean)
+        self._require_timesteps()
+        t = self._validated_timestep(timestep)
+        prev_t = self.previous_timestep(t)
+        prediction = self._split_output(model_output, sample).prediction
+        x0 = self._threshold(self._predicted_x0(prediction, sample, self._alpha_bar(t)))
+        # Section 4.1: the consistency function c_skip(t) x_t + c_out(t) x_0 is the identity at t = 0.
+        scaled_t = t * self.config.timestep_scaling
+        c_skip = SIGMA_DATA**2 / (scaled_t**2 + SIGMA_DATA**2)
+        c_out = scaled_t / (scaled_t**2 + SIGMA_DATA**2) ** 0.5
+        denoised = c_out * x0 + c_skip * sample
+        prev_sample = denoised
+        if prev_t >= 0:
+            noise = randn_tensor(prediction.shape, generator, prediction.device, denoised.dtype)
+            alpha_bar_prev = self._alpha_bar(prev_t)
+            prev_sample = alpha_bar_prev**0.5 * denoised + (1 - alpha_bar_prev) ** 0.5 * noise
+        return self._output(prev_sample, denoised, return_dict)

@@ -1,5 +1,5 @@
-"""Linear multistep: Adams-Bashforth along the noise level, with coefficients for its uneven steps (Hairer et al. 1993,
-"Solving Ordinary Differential Equations I", chapter III.5)."""
+"""LMS: linear multistep, that is the Adams-Bashforth method in sigma with coefficients for uneven steps (Hairer et al.
+1993, "Solving Ordinary Differential Equations I", chapter III.5)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import GridConfig, SpacingConfig, TableConfig, whole
-from kandinsky22.schedulers.exponential_integrator import weights
-from kandinsky22.schedulers.sigmas import ExplodingScheduler, widened
+from kandinsky22.schedulers.config import BetaScheduleConfig, SigmaScheduleConfig, TimestepSpacingConfig, as_int
+from kandinsky22.schedulers.exponential_integrator import quadrature_weights
+from kandinsky22.schedulers.sigmas import VarianceExplodingScheduler, to_float32
 
 
 @dataclasses.dataclass(frozen=True)
-class LMSConfig(GridConfig, SpacingConfig, TableConfig):
+class LMSConfig(SigmaScheduleConfig, TimestepSpacingConfig, BetaScheduleConfig):
     """Settings of `LMSDiscreteScheduler`."""
 
     owner: ClassVar[str] = "LMSDiscreteScheduler"
@@ -24,16 +24,22 @@ class LMSConfig(GridConfig, SpacingConfig, TableConfig):
     timestep_spacing: str = "linspace"
 
 
-class LMSDiscreteScheduler(ExplodingScheduler):
-    """Steps from the derivatives of the steps before; settings are the fields of `LMSConfig`. A variance that the
-    network learned is dropped."""
+class LMSDiscreteScheduler(VarianceExplodingScheduler):
+    """Linear multistep on the ODE dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, equations 1 and 3,
+    https://arxiv.org/abs/2206.00364), one network evaluation per step.
+
+    A learned variance is dropped.
+
+    Args:
+        **settings: Settings, see `LMSConfig`.
+    """
 
     config_class = LMSConfig
     config: LMSConfig
 
-    def _restart(self) -> None:
-        super()._restart()
-        self._slopes: list[Tensor] = []  # newest first
+    def _reset(self) -> None:
+        super()._reset()
+        self._derivatives: list[Tensor] = []  # of the last steps, newest first
 
     def step(
         self,
@@ -43,24 +49,34 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         order: int = 4,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample at the next level, and the predicted clean sample; both shaped as `sample` (B, C, ...).
+        """Return the sample at the next sigma: the integral of the polynomial through the last derivatives.
 
-        `order` is the number of derivatives used at most. Raises InputError for timesteps that are not visited, and
-        shapes that do not fit.
+        Args:
+            model_output: Network output for the scaled sample, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, an element of `timesteps`.
+            sample: Current sample x_0 + sigma epsilon, (B, C, ...).
+            order: Largest number of derivatives used, 1 or more.
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The next sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or an argument is invalid.
         """
-        most = whole(order)
-        if most is None or most < 1:
-            raise InputError(f"order={order!r}; accepted: an integer above 0")
-        place = self._locate(timestep)
-        level, end = self._levels[place : place + 2]
-        sample = widened(sample)
-        original = self._clean(self._split(model_output, sample)[0], sample, level)
-        self._slopes = [(sample - original) / level, *self._slopes][:most]
-        length = end - level
-        nodes = [(self._levels[place - back] - level) / length for back in range(len(self._slopes))]
-        previous = sample
-        # The integral of u^k over the step is 1 / (k + 1).
-        for weight, slope in zip(weights(nodes, [1 / (k + 1) for k in range(len(nodes))]), self._slopes, strict=True):
-            previous = previous + (length * weight) * slope
-        self._place = place + 1
-        return self._result(previous, original, model_output, return_dict)
+        max_order = as_int(order)
+        if max_order is None or max_order < 1:
+            raise invalid("order", order, "an integer above 0")
+        index = self._index_for_timestep(timestep)
+        sigma, sigma_next = self._sigma_list[index : index + 2]
+        sample = to_float32(sample)
+        denoised = self._denoised(self._split_output(model_output, sample).prediction, sample, sigma)
+        self._derivatives = [(sample - denoised) / sigma, *self._derivatives][:max_order]
+        length = sigma_next - sigma
+        nodes = [(self._sigma_list[index - back] - sigma) / length for back in range(len(self._derivatives))]
+        weights = quadrature_weights(nodes, [1 / (k + 1) for k in range(len(nodes))])  # integrals of u^k over the step
+        prev_sample = sample
+        for weight, derivative in zip(weights, self._derivatives, strict=True):
+            prev_sample = prev_sample + (length * weight) * derivative
+        self._step_index = index + 1
+        return self._output(prev_sample.to(model_output.dtype), denoised, return_dict)

@@ -1,5 +1,5 @@
-"""Pseudo numerical methods: Runge-Kutta and linear multistep on the noise prediction, each step taken by DDIM's formula
-(Liu et al. 2022, https://arxiv.org/abs/2202.09778)."""
+"""PNDM: pseudo numerical methods, that is Runge-Kutta and linear multistep on the predicted noise, where DDIM's formula
+takes each step (Liu et al. 2022, https://arxiv.org/abs/2202.09778)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import SchedulerConfig, SpacingConfig, TableConfig
-from kandinsky22.schedulers.sigmas import SequentialScheduler
+from kandinsky22.schedulers.config import BetaScheduleConfig, SchedulerConfig, TimestepSpacingConfig
+from kandinsky22.schedulers.sigmas import StatefulScheduler
 
-# Adams-Bashforth of order 1 to 4, newest first; equations 9 and 12.
-_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+# Adams-Bashforth coefficients of order 1 to 4, newest derivative first (equations 9 and 12).
+_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 _RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 @dataclasses.dataclass(frozen=True)
-class PNDMConfig(SpacingConfig, TableConfig):
+class PNDMConfig(TimestepSpacingConfig, BetaScheduleConfig):
     """Settings of `PNDMScheduler`.
 
-    `skip_prk_steps` leaves out the Runge-Kutta steps at the start, whose four network calls each give the multistep
-    method its first derivatives, and has one step of two calls instead. With `set_alpha_to_one` the last step removes
-    all noise, otherwise it ends at the noise level of timestep 0.
+    Attributes:
+        skip_prk_steps: Whether to replace the Runge-Kutta steps at the start, of four network evaluations each, by one
+            step of two evaluations. The Runge-Kutta steps provide the first predictions of the multistep method.
+        set_alpha_to_one: Whether the last step removes all noise. Otherwise it ends at the noise level of timestep 0.
     """
 
     owner: ClassVar[str] = "PNDMScheduler"
@@ -36,19 +37,31 @@ class PNDMConfig(SpacingConfig, TableConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Visit:
-    """One network call: where its step begins and ends, what part it plays in a Runge-Kutta step (0 to 3), and whether
-    it repeats a multistep step from its start (`again`)."""
+class Evaluation:
+    """One network evaluation, and the transfer that follows it.
 
-    begin: int
+    Attributes:
+        start: Timestep at which the transfer starts.
+        end: Timestep at which the transfer ends; a negative number stands for the end of sampling.
+        runge_kutta_stage: Stage of a Runge-Kutta step, 0 to 3; None in a multistep step.
+        repeats_step: Whether the step before is taken again, with the mean of the predictions at both of its ends.
+    """
+
+    start: int
     end: int
-    part: int | None = None
-    again: bool = False
+    runge_kutta_stage: int | None = None
+    repeats_step: bool = False
 
 
-class PNDMScheduler(SequentialScheduler):
-    """Multistep integration of order 4; settings are the fields of `PNDMConfig`. `timesteps` holds every network call,
-    which are more than steps. A variance that the network learned is dropped."""
+class PNDMScheduler(StatefulScheduler):
+    """PNDM (Liu et al. 2022, https://arxiv.org/abs/2202.09778): linear multistep of order 4.
+
+    `timesteps` has one element per network evaluation, and thus more elements than there are steps. A learned variance
+    is dropped.
+
+    Args:
+        **settings: Settings, see `PNDMConfig`.
+    """
 
     config_class = PNDMConfig
     config: PNDMConfig
@@ -58,87 +71,115 @@ class PNDMScheduler(SequentialScheduler):
         if not self.config.set_alpha_to_one:
             self.final_alpha_cumprod = self.alphas_cumprod[0]
 
-    def _restart(self) -> None:
-        super()._restart()
-        self._noises: list[Tensor] = []  # predictions at the starts of steps, newest first
-        self._start: Tensor | None = None  # the sample there, while a step takes more calls
-        self._sum: Tensor | float = 0.0
+    def _reset(self) -> None:
+        super()._reset()
+        self._epsilons: list[Tensor] = []  # predicted noise at the starts of the last 4 steps, newest first
+        self._step_start: Tensor | None = None  # sample at the start of the step while it needs more evaluations
+        self._epsilon_sum: Tensor | float = 0.0  # weighted sum over the stages of a Runge-Kutta step
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: torch.device | str | None = None,
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
         timesteps: Sequence[int] | Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Choose the timesteps at which steps begin: a number of steps, spaced as configured, or the descending
-        `timesteps` themselves. Raises InputError unless exactly one is given and it fits into the training steps."""
-        steps = [int(step) for step in self._choose(num_inference_steps, timesteps)]
+    ) -> None:
+        """Set `timesteps` for a new generation: a number of steps, spaced as configured, or the starts of the steps.
+
+        Args:
+            num_inference_steps: Number of steps, 1 to `num_train_timesteps`; None if `timesteps` is passed.
+            device: Device of `timesteps`; None leaves them on the CPU.
+            timesteps: Descending training timesteps at which steps start; None spaces them as configured.
+
+        Raises:
+            InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, or its value is invalid.
+        """
+        starts = [int(step) for step in self._requested_timesteps(num_inference_steps, timesteps)]
         self.custom_timesteps = timesteps is not None
-        stride = self.config.num_train_timesteps // len(steps)
-        self._visits: list[Visit] = []
-        order: list[int] = []
-        ends = [*steps[1:], -1] if self.custom_timesteps else [step - stride for step in steps]
-        runge_kutta = 0 if self.config.skip_prk_steps else min(3, len(steps) - 1)
-        for index, (step, end) in enumerate(zip(steps, ends, strict=True)):
-            if index < runge_kutta:
-                # A Runge-Kutta step leads to the next one's start, through the middle.
-                half = (step - end if self.custom_timesteps else stride) // 2
-                end = steps[index + 1]
-                middle = step - half if self.custom_timesteps else end + half
-                order += [step, middle, middle, end]
-                self._visits += [Visit(step, to, part) for part, to in enumerate((step - half, middle, end, end))]
+        stride = self.config.num_train_timesteps // len(starts)
+        ends = [*starts[1:], -1] if self.custom_timesteps else [start - stride for start in starts]
+        runge_kutta_steps = 0 if self.config.skip_prk_steps else min(3, len(starts) - 1)
+        self._evaluations: list[Evaluation] = []
+        evaluated_at: list[int] = []
+        for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if index < runge_kutta_steps:
+                # A Runge-Kutta step goes through its middle to the start of the next step.
+                half = (start - end if self.custom_timesteps else stride) // 2
+                end = starts[index + 1]
+                middle = start - half if self.custom_timesteps else end + half
+                evaluated_at += [start, middle, middle, end]
+                stage_ends = (start - half, middle, end, end)
+                self._evaluations += [Evaluation(start, stage_end, i) for i, stage_end in enumerate(stage_ends)]
             else:
-                order.append(step)
-                self._visits.append(Visit(step, end))
-                if index == 0 and self.config.skip_prk_steps and len(steps) > 1:
-                    order.append(steps[1])
-                    self._visits.append(Visit(steps[1] + (step - end), steps[1], again=True))
-        self.num_inference_steps = len(steps)
-        self.timesteps = torch.from_numpy(np.asarray(order, np.int64)).to(device)
-        self._restart()
+                evaluated_at.append(start)
+                self._evaluations.append(Evaluation(start, end))
+                if index == 0 and self.config.skip_prk_steps and len(starts) > 1:
+                    evaluated_at.append(starts[1])
+                    self._evaluations.append(Evaluation(starts[1] + (start - end), starts[1], repeats_step=True))
+        self.num_inference_steps = len(starts)
+        self.timesteps = torch.from_numpy(np.asarray(evaluated_at, np.int64)).to(device)
+        self._reset()
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample for the next call, and the predicted clean sample; both shaped as `sample` (B, C, ...). Raises
-        InputError for timesteps that are not visited, and shapes that do not fit."""
-        place = self._locate(timestep)
-        visit = self._visits[place]
-        prediction, _ = self._split(model_output, sample)
-        at = int(self._order[place])
-        here = float(self._alpha_bar(at))
-        original = self._original(prediction, sample, here)
-        noise = self._noise(prediction, sample, original, here)
-        if (visit.part or visit.again) and self._start is None:
-            start, visit = sample, Visit(at, visit.end)  # a run that begins in the midst of a step
-        elif visit.part is None:
-            start, noise = self._multistep(visit, noise, sample)
+        """Return the sample for the next network evaluation.
+
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Timestep of the network evaluation, an element of `timesteps`.
+            sample: Current sample, (B, C, ...).
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The next sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or `timestep` or the shape of `model_output` is invalid.
+        """
+        index = self._index_for_timestep(timestep)
+        evaluation = self._evaluations[index]
+        t = int(self._timestep_list[index])
+        alpha_bar = float(self._alpha_bar(t))
+        prediction = self._split_output(model_output, sample).prediction
+        x0 = self._predicted_x0(prediction, sample, alpha_bar)
+        epsilon = self._predicted_epsilon(prediction, sample, x0, alpha_bar)
+        if (evaluation.runge_kutta_stage or evaluation.repeats_step) and self._step_start is None:
+            # The run starts inside a step: take a DDIM step from here.
+            start, evaluation = sample, Evaluation(t, evaluation.end)
+        elif evaluation.runge_kutta_stage is None:
+            start, epsilon = self._multistep(evaluation, epsilon, sample)
         else:
-            start, noise = self._runge_kutta(visit.part, noise, sample)
-        self._place = place + 1
-        previous = self._transfer(start, noise, visit.begin, visit.end)
-        return SchedulerOutput(previous, original) if return_dict else (previous, original)
+            start, epsilon = self._runge_kutta(evaluation.runge_kutta_stage, epsilon, sample)
+        self._step_index = index + 1
+        prev_sample = self._transfer(start, epsilon, evaluation.start, evaluation.end)
+        return self._output(prev_sample, x0, return_dict)
 
-    def _runge_kutta(self, part: int, noise: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        if part == 0 or self._start is None:
-            self._noises = [noise, *self._noises][:4]
-            self._start, self._sum = sample, 0.0
-        start, self._sum = self._start, self._sum + _RUNGE_KUTTA[part] * noise
-        if part < 3:
-            return start, noise
-        self._start = None
-        return start, self._sum
+    def _runge_kutta(self, stage: int, epsilon: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sample to start from and the noise to step with, at one stage of a Runge-Kutta step."""
+        if stage == 0 or self._step_start is None:
+            self._epsilons = [epsilon, *self._epsilons][:4]
+            self._step_start, self._epsilon_sum = sample, 0.0
+        start, self._epsilon_sum = self._step_start, self._epsilon_sum + _RUNGE_KUTTA[stage] * epsilon
+        if stage < 3:
+            return start, epsilon
+        self._step_start = None
+        return start, self._epsilon_sum
 
-    def _multistep(self, visit: Visit, noise: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        if visit.again and self._start is not None:
-            start, self._start = self._start, None
-            return start, (noise + self._noises[0]) / 2
-        self._noises, self._start = [noise, *self._noises][:4], sample
-        coefficients = _BASHFORTH[len(self._noises) - 1]
-        mean = sum(
-            (c * value for c, value in zip(coefficients[1:], self._noises[1:], strict=True)), coefficients[0] * noise
-        )
-        return sample, mean
+    def _multistep(self, evaluation: Evaluation, epsilon: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sample to start from and the noise to step with, in a multistep step."""
+        if evaluation.repeats_step and self._step_start is not None:
+            start, self._step_start = self._step_start, None
+            return start, (epsilon + self._epsilons[0]) / 2
+        self._epsilons, self._step_start = [epsilon, *self._epsilons][:4], sample
+        coefficients = _ADAMS_BASHFORTH[len(self._epsilons) - 1]
+        combined = coefficients[0] * epsilon
+        for coefficient, past_epsilon in zip(coefficients[1:], self._epsilons[1:], strict=True):
+            combined = combined + coefficient * past_epsilon
+        return sample, combined
 
-    def _transfer(self, sample: Tensor, noise: Tensor, begin: int, end: int) -> Tensor:
-        """DDIM's step with this prediction of the noise (equation 11)."""
-        before, after = float(self._alpha_bar(begin)), float(self._alpha_bar(end))
-        return (after / before) ** 0.5 * sample + ((1 - after) ** 0.5 - ((1 - before) * after / before) ** 0.5) * noise
+    def _transfer(self, sample: Tensor, epsilon: Tensor, start: int, end: int) -> Tensor:
+        """Return the sample at timestep `end`: DDIM's formula for this prediction of the noise (equation 11)."""
+        alpha_bar, alpha_bar_end = float(self._alpha_bar(start)), float(self._alpha_bar(end))
+        sample_scale = (alpha_bar_end / alpha_bar) ** 0.5
+        epsilon_scale = (1 - alpha_bar_end) ** 0.5 - ((1 - alpha_bar) * alpha_bar_end / alpha_bar) ** 0.5
+        return sample_scale * sample + epsilon_scale * epsilon

@@ -1,8 +1,14 @@
-"""Noise levels: what the fast solvers step along, and how the levels may be spread.
+"""Noise levels sigma: base classes of the methods that step along them, and schedules of sigmas.
 
-The level of x_t is sigma = sqrt((1 - a_t) / a_t), the standard deviation of the noise if the sample is scaled so that
-the signal keeps its size (Karras et al. 2022, https://arxiv.org/abs/2206.00364). Coefficients are Python floats,
-computed in double precision from levels in single precision: they change neither the type of a sample nor its device.
+The noise level of x_t is sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t): the standard deviation of the noise after
+division of the sample by sqrt(alpha_bar_t), which gives x_0 + sigma_t epsilon (Karras et al. 2022,
+https://arxiv.org/abs/2206.00364). Methods differ in the scale of the sample that they step:
+
+- variance preserving, as in training: x = (x_0 + sigma epsilon) / sqrt(sigma^2 + 1);
+- variance exploding: x = x_0 + sigma epsilon.
+
+Coefficients are Python floats, computed in double precision from sigmas in single precision. They change neither the
+dtype nor the device of a sample.
 """
 
 from __future__ import annotations
@@ -10,32 +16,62 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError
-from kandinsky22.schedulers.base import Floats, Scheduler, SchedulerOutput, rescaled, spaced_timesteps
-from kandinsky22.schedulers.config import GridConfig, SchedulerConfig
+from kandinsky22.errors import invalid
+from kandinsky22.schedulers.base import Scheduler
+from kandinsky22.schedulers.config import SchedulerConfig, SigmaScheduleConfig
+from kandinsky22.schedulers.noise_schedules import FloatArray, has_zero_terminal_snr, spaced_timesteps
 
-SMALLEST_SIGNAL = 2.0**-24  # a_t of pure noise, so that its level is finite; the smallest of half precision
-
-
-def karras(highest: float, lowest: float, steps: int, rho: float = 7.0) -> Floats:
-    """Levels evenly spaced in sigma^(1/rho) (Karras et al. 2022, equation 5)."""
-    first, last = highest ** (1 / rho), lowest ** (1 / rho)
-    return (first + np.linspace(0, 1, steps) * (last - first)) ** rho
+SMALLEST_ALPHA_BAR = 2.0**-24  # alpha_bar of pure noise, which makes its sigma finite; half precision's smallest number
 
 
-def exponential(highest: float, lowest: float, steps: int) -> Floats:
-    """Levels evenly spaced in log sigma, that is in half the logarithm of the signal-to-noise ratio."""
-    return np.exp(np.linspace(math.log(highest), math.log(lowest), steps))
+def karras_sigmas(sigma_max: float, sigma_min: float, count: int, rho: float = 7.0) -> FloatArray:
+    """Return sigmas that are evenly spaced in sigma^(1/rho) (Karras et al. 2022, equation 5,
+    https://arxiv.org/abs/2206.00364).
+
+    Args:
+        sigma_max: First sigma, above `sigma_min`.
+        sigma_min: Last sigma, above 0.
+        count: Number of sigmas.
+        rho: Exponent; larger values give shorter steps near `sigma_min`.
+
+    Returns:
+        Descending sigmas, (count,) float64.
+    """
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (first + np.linspace(0, 1, count) * (last - first)) ** rho
 
 
-def beta_quantiles(probabilities: Floats, shape: float = 0.6) -> Floats:
-    """Quantiles of the Beta distribution with both parameters `shape`, by bisection."""
+def exponential_sigmas(sigma_max: float, sigma_min: float, count: int) -> FloatArray:
+    """Return sigmas that are evenly spaced in log sigma, and thus in lambda = -log sigma, half the log signal-to-noise
+    ratio (Lu et al. 2022, https://arxiv.org/abs/2206.00927).
+
+    Args:
+        sigma_max: First sigma, above `sigma_min`.
+        sigma_min: Last sigma, above 0.
+        count: Number of sigmas.
+
+    Returns:
+        Descending sigmas, (count,) float64.
+    """
+    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), count))
+
+
+def beta_quantiles(probabilities: FloatArray, shape: float = 0.6) -> FloatArray:
+    """Return quantiles of the symmetric Beta distribution, by bisection.
+
+    Args:
+        probabilities: Probabilities, 0 to 1, (n,).
+        shape: Both parameters of the distribution, above 0.
+
+    Returns:
+        Quantiles, 0 to 1, (n,).
+    """
     nodes, weights = np.polynomial.legendre.leggauss(48)
     nodes, weights = (nodes + 1) / 2, weights / 2
     total = math.gamma(shape) ** 2 / math.gamma(2 * shape)
@@ -43,81 +79,150 @@ def beta_quantiles(probabilities: Floats, shape: float = 0.6) -> Floats:
     low, high = np.zeros_like(tails), np.full_like(tails, 0.5)
     for _ in range(60):
         middle = (low + high) / 2
-        # The integral of the density up to `middle`, with x = middle u^5 to take the edge off its pole at 0.
+        # Integral of the density up to `middle`. The substitution x = middle u^5 removes the pole of the density at 0.
         x = middle[:, None] * nodes**5
         below = 5 * middle**shape * ((nodes ** (5 * shape - 1) * (1 - x) ** (shape - 1)) @ weights) / total
         low, high = np.where(below < tails, middle, low), np.where(below < tails, high, middle)
     return np.where(probabilities < 0.5, low, 1 - low)
 
 
-def beta(highest: float, lowest: float, steps: int) -> Floats:
-    """Levels at even quantiles of a Beta distribution, dense at both ends (Lee et al. 2024,
-    https://arxiv.org/abs/2407.12173)."""
-    return lowest + beta_quantiles(1 - np.linspace(0, 1, steps)) * (highest - lowest)
+def beta_sigmas(sigma_max: float, sigma_min: float, count: int) -> FloatArray:
+    """Return sigmas at even quantiles of a Beta distribution, dense at both ends (Lee et al. 2024,
+    https://arxiv.org/abs/2407.12173).
+
+    Args:
+        sigma_max: First sigma, above `sigma_min`.
+        sigma_min: Last sigma.
+        count: Number of sigmas.
+
+    Returns:
+        Descending sigmas, (count,) float64.
+    """
+    return sigma_min + beta_quantiles(1 - np.linspace(0, 1, count)) * (sigma_max - sigma_min)
 
 
-SPREADS = {
-    "use_karras_sigmas": karras,
-    "use_lu_lambdas": exponential,  # even in lambda (Lu et al. 2022, https://arxiv.org/abs/2206.00927)
-    "use_exponential_sigmas": exponential,
-    "use_beta_sigmas": beta,
+SIGMA_SCHEDULES = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_lu_lambdas": exponential_sigmas,
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
 }
 
 
-def timesteps_of(levels: Floats, table: Floats) -> Floats:
-    """The timesteps, whole or between two, at which training had these levels; log sigma is interpolated."""
-    wanted, logs = np.log(np.maximum(levels, 1e-10)), np.log(table)
-    if len(logs) == 1:
-        return np.zeros_like(wanted)
-    below = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
-    part = np.clip((logs[below] - wanted) / (logs[below] - logs[below + 1]), 0, 1)
-    return (1 - part) * below + part * (below + 1)
+def sigmas_to_timesteps(sigmas: FloatArray, training_sigmas: FloatArray) -> FloatArray:
+    """Return the timesteps at which training had these noise levels, by linear interpolation in log sigma.
+
+    Args:
+        sigmas: Noise levels, (n,), 0 or more.
+        training_sigmas: Noise levels of the training timesteps, (num_train_timesteps,), ascending.
+
+    Returns:
+        Timesteps, not rounded, (n,), 0 to num_train_timesteps - 1.
+    """
+    log_sigmas, log_training_sigmas = np.log(np.maximum(sigmas, 1e-10)), np.log(training_sigmas)
+    if len(log_training_sigmas) == 1:
+        return np.zeros_like(log_sigmas)
+    below = np.searchsorted(log_training_sigmas, log_sigmas, side="right") - 1
+    below = np.clip(below, 0, len(log_training_sigmas) - 2)
+    spacing = log_training_sigmas[below] - log_training_sigmas[below + 1]
+    fraction = np.clip((log_training_sigmas[below] - log_sigmas) / spacing, 0, 1)
+    return (1 - fraction) * below + fraction * (below + 1)
 
 
-class SequentialScheduler(Scheduler):
-    """Common ground of the methods whose steps build on those before: each knows its place in the order of visits."""
+def signal_scale(sigma: float) -> float:
+    """Return sqrt(alpha_bar) = 1 / sqrt(sigma^2 + 1).
 
-    _place: int | None = None
+    Args:
+        sigma: Noise level.
+    """
+    return 1 / math.hypot(sigma, 1)
 
-    def _restart(self) -> None:
-        """Forget the steps made so far: a new generation begins."""
-        self._place = None
 
-    def _locate(self, timestep: float | Tensor) -> int:
-        """The place of `timestep` in the order of visits: where the last step led, or else the start of a new run."""
-        if self.num_inference_steps is None:
-            raise InputError("step before set_timesteps: how far a step leads depends on the number of steps")
+def to_float32(sample: Tensor) -> Tensor:
+    """Return half-precision tensors as float32, other tensors unchanged: steps are computed in float32 or float64.
+
+    Args:
+        sample: Any floating-point tensor.
+    """
+    return sample.float() if sample.dtype in (torch.float16, torch.bfloat16) else sample
+
+
+def _validated_sigmas(sigmas: Sequence[float] | Tensor) -> FloatArray:
+    try:
+        values = np.asarray(sigmas, dtype=np.float32).astype(np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    descending = values.ndim == 1 and all(a > b for a, b in itertools.pairwise(values.tolist()))
+    if len(values.shape) != 1 or len(values) < 2 or not descending or not 0 <= values[-1] < values[0] < math.inf:
+        raise invalid("sigmas", sigmas, "two or more finite numbers in descending order, the last 0 or more")
+    return values
+
+
+class StatefulScheduler(Scheduler):
+    """Base class of methods whose steps use the predictions of earlier steps.
+
+    The scheduler holds the state of one generation at a time: the index of the next network evaluation in `timesteps`,
+    and the predictions so far. A step at another timestep than the next one starts a new generation there.
+
+    Args:
+        **settings: Settings, see `config_class`.
+    """
+
+    _step_index: int | None = None  # index of the next network evaluation; None at the start of a generation
+
+    def _reset(self) -> None:
+        """Drop the state of a generation."""
+        self._step_index = None
+
+    def _index_for_timestep(self, timestep: float | Tensor) -> int:
+        """Return the index of a timestep in `timesteps`, and start a new generation if it is not the next one."""
+        self._require_timesteps()
         try:
-            wanted = float(timestep)
+            value = float(timestep)
         except (TypeError, ValueError, RuntimeError):
-            wanted = math.nan
-        if self._place is None or self._place >= len(self._order) or self._order[self._place] != wanted:
-            places = [place for place, step in enumerate(self._order) if step == wanted]
-            if not places:
-                shown = self._order if len(self._order) < 20 else f"{self._order[:3]} to {self._order[-1]}"
-                raise InputError(f"timestep={timestep!r}; accepted: one of the scheduler's timesteps, {shown}")
-            self._restart()
-            # Of two visits to a timestep the second one begins a step, unless the whole run begins with the first.
-            self._place = places[0 if places[0] == 0 else min(1, len(places) - 1)]
-        return self._place
+            value = math.nan
+        is_next = (
+            self._step_index is not None
+            and self._step_index < len(self._timestep_list)
+            and self._timestep_list[self._step_index] == value
+        )
+        if self._step_index is None or not is_next:
+            indices = [index for index, each in enumerate(self._timestep_list) if each == value]
+            if not indices:
+                steps = self._timestep_list
+                shown = steps if len(steps) < 20 else f"{steps[:3]} to {steps[-1]}"
+                raise invalid("timestep", timestep, f"one of the scheduler's timesteps, {shown}")
+            self._reset()
+            # If a timestep is evaluated twice, the second evaluation starts a step, except at the start of `timesteps`.
+            self._step_index = indices[0 if indices[0] == 0 else min(1, len(indices) - 1)]
+        return self._step_index
 
 
-class SigmaScheduler(SequentialScheduler):
-    """Common ground of the methods that step from level to level: `sigmas`, one a visit and the last one's end."""
+class SigmaScheduler(StatefulScheduler):
+    """Base class of methods that step from sigma to sigma.
 
-    spare: ClassVar[int] = 0  # timesteps spaced and left out, see spaced_timesteps
-    continuous: ClassVar[bool] = False  # timesteps need not be whole
+    Args:
+        **settings: Settings, see `config_class`.
+
+    Attributes:
+        sigmas: Sigmas of the network evaluations, descending, and the sigma at which the last step ends,
+            (evaluations + 1,) float32.
+    """
+
+    extra_timesteps: ClassVar[int] = 0  # see `extra` of spaced_timesteps
+    fractional_timesteps: ClassVar[bool] = False  # whether timesteps need not be integers
 
     def _build(self, config: SchedulerConfig) -> None:
         super()._build(config)
-        if rescaled(config):
-            self.alphas_cumprod[-1] = SMALLEST_SIGNAL
-        self.alphas_cumprod[self.alphas_cumprod == 0] = SMALLEST_SIGNAL  # after a beta of 1
-        self._table: Floats = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
-        self._visit(self._table[::-1].copy(), [self._final(self._table)], self.timesteps.numpy(), None)
+        if has_zero_terminal_snr(config):
+            self.alphas_cumprod[-1] = SMALLEST_ALPHA_BAR
+        self.alphas_cumprod[self.alphas_cumprod == 0] = SMALLEST_ALPHA_BAR  # after a beta of 1
+        self._training_sigmas: FloatArray = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
+        final = [self._final_sigma(self._training_sigmas)]
+        self._set_sigmas(self._training_sigmas[::-1].copy(), final, self.timesteps.numpy(), None)
         self.num_inference_steps = None
 
-    # Levels
+    # Timesteps and sigmas
 
     def set_timesteps(
         self,
@@ -126,145 +231,168 @@ class SigmaScheduler(SequentialScheduler):
         timesteps: Sequence[int] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
     ) -> None:
-        """Choose the levels: a number of steps, spaced as configured; descending `timesteps`; or the descending
-        `sigmas` themselves, the last being where the last step ends.
+        """Set `timesteps` and `sigmas` for a new generation: a number of steps, timesteps, or sigmas.
 
-        Raises InputError unless exactly one is given and it fits into the training steps, and for timesteps or sigmas
-        given against a config that spreads the levels itself.
+        Args:
+            num_inference_steps: Number of steps, 1 to `num_train_timesteps`; None if timesteps or sigmas are passed.
+            device: Device of `timesteps`; None leaves them on the CPU.
+            timesteps: Descending training timesteps, 0 to `num_train_timesteps` - 1; None spaces them as configured.
+            sigmas: Two or more descending noise levels. The last step ends at the last, which may be 0. None follows
+                the configured schedule.
+
+        Raises:
+            InputError: If not exactly one of `num_inference_steps`, `timesteps` and `sigmas` is passed, if its value is
+                invalid, or if timesteps or sigmas are passed and the config has a schedule of sigmas.
         """
-        spread = self._spread()
-        given = "sigmas" if sigmas is not None else "timesteps"
-        if spread is not None and (timesteps is not None or sigmas is not None):
-            raise InputError(f"{given} given, but the config has {spread}=True; accepted: num_inference_steps")
+        schedule = self._sigma_schedule()
+        if schedule is not None and (timesteps is not None or sigmas is not None):
+            name, value = ("sigmas", sigmas) if sigmas is not None else ("timesteps", timesteps)
+            raise invalid(
+                name, value, f"None, because the config has {schedule}=True", "pass num_inference_steps instead"
+            )
         self.custom_timesteps = timesteps is not None or sigmas is not None
         if sigmas is not None:
             if num_inference_steps is not None or timesteps is not None:
-                raise InputError("sigmas and num_inference_steps or timesteps given; accepted: exactly one of them")
-            levels = _levels(sigmas)
-            visited = self._timesteps_of(levels[:-1], given)
-            self._visit(levels[:-1], levels[-1:].tolist(), visited, device)
+                raise invalid(
+                    "(num_inference_steps, timesteps, sigmas)",
+                    (num_inference_steps, timesteps, sigmas),
+                    "exactly one of them to differ from None",
+                )
+            values = _validated_sigmas(sigmas)
+            steps = self._sigmas_to_timesteps(values[:-1], "sigmas")
+            self._set_sigmas(values[:-1], values[-1:].tolist(), steps, device)
             return
-        visited = np.asarray(self._choose(num_inference_steps, timesteps), np.float32)
-        levels = self._interpolated(visited)
-        if spread is not None:
-            highest, lowest = self._bounds(levels)
-            levels = SPREADS[spread](highest, lowest, len(visited))
-            visited = self._timesteps_of(levels, spread)
-        self._visit(levels, [self._final(levels)], visited, device)
+        steps = np.asarray(self._requested_timesteps(num_inference_steps, timesteps), np.float32)
+        values = self._interpolated_sigmas(steps)
+        if schedule is not None:
+            sigma_max, sigma_min = self._sigma_bounds(values)
+            values = SIGMA_SCHEDULES[schedule](sigma_max, sigma_min, len(steps))
+            steps = self._sigmas_to_timesteps(values, schedule)
+        self._set_sigmas(values, [self._final_sigma(values)], steps, device)
 
-    def _spaced(self, steps: int) -> list[Any]:
-        spaced = spaced_timesteps(self.config, steps, spare=self.spare)
+    def _spaced_timesteps(self, steps: int) -> Sequence[float]:
+        spaced = spaced_timesteps(self.config, steps, extra=self.extra_timesteps)
         return spaced.astype(np.float32).tolist()
 
-    def _interpolated(self, timesteps: Floats) -> Floats:
-        return np.interp(timesteps, np.arange(len(self._table)), self._table)
+    def _interpolated_sigmas(self, timesteps: FloatArray) -> FloatArray:
+        """Return the sigmas of timesteps, by linear interpolation between those of training."""
+        return np.interp(timesteps, np.arange(len(self._training_sigmas)), self._training_sigmas)
 
-    def _spread(self) -> str | None:
+    def _sigma_schedule(self) -> str | None:
+        """Return the name of the setting that selects a schedule of sigmas; None if none is selected."""
         config = self.config
-        return next((name for name in config.grids if config[name]), None) if isinstance(config, GridConfig) else None
+        if not isinstance(config, SigmaScheduleConfig):
+            return None
+        return next((name for name in config.sigma_schedules if config[name]), None)
 
-    def _bounds(self, levels: Floats) -> tuple[float, float]:
-        """Highest and lowest level of a spread, the chosen `levels`' own unless the config says otherwise."""
+    def _sigma_bounds(self, sigmas: FloatArray) -> tuple[float, float]:
+        """Return the largest and smallest sigma of a schedule: those of the config, or else those of `sigmas`."""
         names = self.config.names()
-        chosen = [self.config[name] if name in names else None for name in ("sigma_max", "sigma_min")]
-        own = float(levels[0]), float(levels[-1])
-        return (own[0] if chosen[0] is None else chosen[0], own[1] if chosen[1] is None else chosen[1])
+        sigma_max, sigma_min = (self.config[name] if name in names else None for name in ("sigma_max", "sigma_min"))
+        return (
+            float(sigmas[0]) if sigma_max is None else sigma_max,
+            float(sigmas[-1]) if sigma_min is None else sigma_min,
+        )
 
-    def _final(self, levels: Floats) -> float:
-        """Where the last step ends."""
-        ends_early = "final_sigmas_type" in self.config.names() and self.config["final_sigmas_type"] == "sigma_min"
-        return float(self._table[0]) if ends_early else 0.0
+    def _final_sigma(self, sigmas: FloatArray) -> float:
+        """Return the sigma at which the last step ends, after the `sigmas` of the network evaluations."""
+        config = self.config
+        ends_early = "final_sigmas_type" in config.names() and config["final_sigmas_type"] == "sigma_min"
+        return float(self._training_sigmas[0]) if ends_early else 0.0
 
-    def _timesteps_of(self, levels: Floats, spread: str) -> Floats:
-        """Timesteps of levels that were spread, or given by hand, in the way `spread` says."""
-        return timesteps_of(levels, self._table)
+    def _sigmas_to_timesteps(self, sigmas: FloatArray, source: str) -> FloatArray:
+        """Return the timesteps of sigmas; `source` is "sigmas" for those of a caller, or the setting of a schedule."""
+        return sigmas_to_timesteps(sigmas, self._training_sigmas)
 
-    def _visit(self, levels: Floats, final: list[float], timesteps: Floats, device: torch.device | str | None) -> None:
-        """Make these the levels and timesteps of a new run."""
-        self.sigmas = torch.from_numpy(np.concatenate([levels, final]).astype(np.float32))
-        self._levels: list[float] = self.sigmas.double().tolist()
-        kind = torch.float32 if self.continuous else torch.int64
-        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device=device, dtype=kind)
+    def _set_sigmas(
+        self, sigmas: FloatArray, final: list[float], timesteps: FloatArray, device: torch.device | str | None
+    ) -> None:
+        """Start a new generation with these sigmas, the `final` one if there is any, and timesteps."""
+        self.sigmas = torch.from_numpy(np.concatenate([sigmas, final]).astype(np.float32))
+        self._sigma_list: list[float] = self.sigmas.double().tolist()
+        dtype = torch.float32 if self.fractional_timesteps else torch.int64
+        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device=device, dtype=dtype)
         self.num_inference_steps = len(timesteps)
-        self._restart()
+        self._reset()
 
     # Noise
 
-    def _signal(self, sigma: float) -> float:
-        """What multiplies the clean sample at this level."""
-        return signal(sigma)
+    def _signal_scale(self, sigma: float) -> float:
+        """Return the factor of the clean sample at this sigma."""
+        return signal_scale(sigma)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
-        """Clean samples (B, ...) with noise of that shape at the levels of `timesteps`: one for all, or (B,)."""
+        """Return clean samples with the noise of a timestep, at the scale of this method's samples.
+
+        Args:
+            original_samples: Clean samples x_0, (B, ...).
+            noise: Standard normal noise, (B, ...).
+            timesteps: Elements of `timesteps`, or other timesteps from 0 to `num_train_timesteps` - 1, whose sigmas are
+                interpolated: (B,), or one for all batch items.
+
+        Raises:
+            InputError: If `timesteps` are out of range, or their number is not 1 or B.
+        """
         steps = torch.as_tensor(timesteps).flatten().tolist()
         if len(steps) not in (1, len(original_samples)) or not all(0 <= step < len(self) for step in steps):
-            raise InputError(
-                f"timesteps={timesteps}; accepted: one, or one for each of {len(original_samples)} samples, "
-                f"from 0 to {len(self) - 1}"
+            raise invalid(
+                "timesteps",
+                timesteps,
+                f"one number, or one per batch item ({len(original_samples)}), from 0 to {len(self) - 1}",
             )
-        levels = dict(zip(self._order, self._levels, strict=False))
-        chosen = [levels.get(step, float(np.interp(step, np.arange(len(self)), self._table))) for step in steps]
+        sigma_of = dict(zip(self._timestep_list, self._sigma_list, strict=False))
+        training_timesteps = np.arange(len(self))
+        sigmas = [
+            sigma_of.get(step, float(np.interp(step, training_timesteps, self._training_sigmas))) for step in steps
+        ]
         shape = (-1, *[1] * (original_samples.ndim - 1))
-        scale = torch.tensor([self._signal(level) for level in chosen], dtype=torch.float64).reshape(shape)
-        level = torch.tensor(chosen, dtype=torch.float64).reshape(shape)
-        return scale.to(original_samples) * original_samples + (scale * level).to(original_samples) * noise
+        scale = torch.tensor([self._signal_scale(sigma) for sigma in sigmas], dtype=torch.float64).reshape(shape)
+        sigma = torch.tensor(sigmas, dtype=torch.float64).reshape(shape)
+        return scale.to(original_samples) * original_samples + (scale * sigma).to(original_samples) * noise
 
 
-class ExplodingScheduler(SigmaScheduler):
-    """Common ground of the methods on samples whose signal keeps its size while the noise grows: x = x_0 + sigma noise.
+class VarianceExplodingScheduler(SigmaScheduler):
+    """Base class of methods on variance-exploding samples, x = x_0 + sigma epsilon.
 
-    The network is shown the sample at variance 1, as in training. Timesteps may lie between those of training.
+    The network's input is scaled to the variance of training. Timesteps may lie between those of training.
+
+    Args:
+        **settings: Settings, see `config_class`.
     """
 
-    continuous = True
+    fractional_timesteps = True
 
     def _build(self, config: SchedulerConfig) -> None:
         super()._build(config)
         self.custom_timesteps = False
 
-    def _visit(self, levels: Floats, final: list[float], timesteps: Floats, device: torch.device | str | None) -> None:
-        super()._visit(levels, final, timesteps, device)
-        highest = max(self._levels)
-        # At the noisiest timestep the signal's share is negligible; where leading spacing starts it is not.
+    def _set_sigmas(
+        self, sigmas: FloatArray, final: list[float], timesteps: FloatArray, device: torch.device | str | None
+    ) -> None:
+        super()._set_sigmas(sigmas, final, timesteps, device)
+        sigma_max = max(self._sigma_list)
+        # The signal is negligible at the noisiest training timestep, but not where leading spacing starts.
         leading = self.config.get("timestep_spacing") == "leading"
-        self.init_noise_sigma = math.hypot(highest, 1) if leading else highest
+        self.init_noise_sigma = math.hypot(sigma_max, 1) if leading else sigma_max
 
-    def _signal(self, sigma: float) -> float:
+    def _signal_scale(self, sigma: float) -> float:
         return 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample at variance 1, as the network knows it; `timestep` is needed to tell how noisy it is."""
+        """Return sample / sqrt(sigma^2 + 1), which has the variance of training.
+
+        Args:
+            sample: Current sample x_0 + sigma epsilon, (B, C, ...).
+            timestep: Current timestep, an element of `timesteps`. It is required here.
+
+        Raises:
+            InputError: If timesteps are not set, or `timestep` is not one of them.
+        """
         if timestep is None:
-            raise InputError("timestep=None; accepted: one of the scheduler's timesteps")
-        return sample * signal(self._levels[self._locate(timestep)])
+            raise invalid("timestep", timestep, "one of the scheduler's timesteps")
+        return sample * signal_scale(self._sigma_list[self._index_for_timestep(timestep)])
 
-    def _clean(self, prediction: Tensor, sample: Tensor, sigma: float) -> Tensor:
-        """The clean sample that a prediction for `sample` at this level implies."""
-        share = signal(sigma)
-        return self._limit(self._original(prediction, sample * share, share**2))
-
-    @staticmethod
-    def _result(previous: Tensor, original: Tensor, like: Tensor, return_dict: bool) -> Any:
-        previous = previous.to(like.dtype)
-        return SchedulerOutput(previous, original) if return_dict else (previous, original)
-
-
-def signal(sigma: float) -> float:
-    """sqrt(a_t) at a level."""
-    return 1 / math.hypot(sigma, 1)
-
-
-def widened(sample: Tensor) -> Tensor:
-    """At least in single precision, in which steps are computed."""
-    return sample.float() if sample.dtype in (torch.float16, torch.bfloat16) else sample
-
-
-def _levels(sigmas: Sequence[float] | Tensor) -> Floats:
-    try:
-        levels = np.asarray(sigmas, dtype=np.float32).astype(np.float64)
-    except (TypeError, ValueError):
-        levels = np.empty(0)
-    descending = levels.ndim == 1 and all(a > b for a, b in itertools.pairwise(levels.tolist()))
-    if len(levels.shape) != 1 or len(levels) < 2 or not descending or not 0 <= levels[-1] < levels[0] < math.inf:
-        raise InputError(f"sigmas={sigmas}; accepted: two numbers or more, finite, descending, the last 0 or more")
-    return levels
+    def _denoised(self, prediction: Tensor, sample: Tensor, sigma: float) -> Tensor:
+        """Return the clean sample that a prediction implies: D(x; sigma) of Karras et al., equation 7."""
+        scale = signal_scale(sigma)
+        return self._threshold(self._predicted_x0(prediction, sample * scale, scale**2))

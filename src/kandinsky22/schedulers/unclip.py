@@ -1,5 +1,5 @@
-"""The sampler of unCLIP priors: ancestral, on the cosine schedule, from the last timestep to 0 in even strides (Ramesh
-et al. 2022, https://arxiv.org/abs/2204.06125)."""
+"""Sampler of unCLIP priors: ancestral sampling on the cosine schedule (Ramesh et al. 2022, section 2.2,
+https://arxiv.org/abs/2204.06125)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import whole
-from kandinsky22.schedulers.ddpm import AncestralConfig, AncestralScheduler
+from kandinsky22.schedulers.config import as_int
+from kandinsky22.schedulers.ddpm import AncestralConfig, AncestralScheduler, Transition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,26 +33,30 @@ class UnCLIPConfig(AncestralConfig):
 
 
 class UnCLIPScheduler(AncestralScheduler):
-    """Ancestral sampling as unCLIP does it; settings are the fields of `UnCLIPConfig`.
+    """DDPM as unCLIP uses it (Ramesh et al. 2022, https://arxiv.org/abs/2204.06125; Ho et al. 2020,
+    https://arxiv.org/abs/2006.11239).
 
-    The stride is (training steps - 1) / (steps - 1), so both the first and the last training timestep are visited; a
-    single step starts at the noisiest. `step` has to be told where it leads.
+    Timesteps have the stride (num_train_timesteps - 1) / (num_inference_steps - 1). They include the first and the last
+    training timestep. A single step starts at the last. The caller passes the previous timestep to `step`.
+
+    Args:
+        **settings: Settings, see `UnCLIPConfig`.
     """
 
     config_class = UnCLIPConfig
     config: UnCLIPConfig
 
-    def _spaced(self, steps: int) -> list[int]:
+    def _spaced_timesteps(self, steps: int) -> list[int]:
         last = self.config.num_train_timesteps - 1
         if steps == 1:
             return [last]
         return [int(step) for step in (np.arange(steps) * (last / (steps - 1))).round()[::-1]]
 
-    def _transition(self, timestep: int, previous: int) -> tuple[Tensor, Tensor]:
-        if previous == timestep - 1:
-            return self.alphas[timestep], self.betas[timestep]
-        beta = 1 - self._alpha_bar(timestep) / self._alpha_bar(previous)
-        return 1 - beta, beta
+    def _transition(self, timestep: int, prev_timestep: int) -> Transition:
+        if prev_timestep == timestep - 1:
+            return Transition(self.alphas[timestep], self.betas[timestep])
+        beta = 1 - self._alpha_bar(timestep) / self._alpha_bar(prev_timestep)
+        return Transition(1 - beta, beta)
 
     def step(
         self,
@@ -63,18 +67,30 @@ class UnCLIPScheduler(AncestralScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """The sample at `prev_timestep`, and the predicted clean sample; both shaped as `sample` (B, C, ...).
+        """Return the sample at the previous timestep (equations 6 and 7 of DDPM).
 
-        Not given, `prev_timestep` is the training timestep before `timestep`, or the end (-1) if `timestep` is the last
-        of `timesteps`. Noise is drawn from `generator` (one, or one a sample) at every timestep but 0. Raises
-        InputError for timesteps out of order and shapes that do not fit.
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Current timestep, 0 to `num_train_timesteps` - 1.
+            sample: Current sample x_t, (B, C, ...).
+            prev_timestep: Timestep to which the step leads, -1 (a clean sample) to `timestep` - 1. None means -1 if
+                `timestep` is the last of `timesteps`, otherwise `timestep` - 1.
+            generator: Generator of the noise, or one per batch item; None uses torch's global generator. Noise is drawn
+                at every timestep except 0.
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The previous sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If a timestep or the shape of `model_output` is invalid.
         """
-        t = self._checked(timestep)
+        t = self._validated_timestep(timestep)
         if prev_timestep is None:
-            previous: int | None = -1 if self._previous.get(t) == -1 else t - 1
+            prev_t: int | None = -1 if self._previous_timesteps.get(t) == -1 else t - 1
         else:
-            previous = whole(prev_timestep)
-        if previous is None or not -1 <= previous < t:
-            raise InputError(f"prev_timestep={prev_timestep!r}; accepted: an integer from -1 to {t - 1}, or None")
-        out = self._denoise(model_output, t, previous, sample, generator)
-        return out if return_dict else out.to_tuple()
+            prev_t = as_int(prev_timestep)
+        if prev_t is None or not -1 <= prev_t < t:
+            raise invalid("prev_timestep", prev_timestep, f"an integer from -1 to {t - 1}, or None")
+        output = self._sample_posterior(model_output, t, prev_t, sample, generator)
+        return output if return_dict else output.to_tuple()

@@ -1,1 +1,1 @@
-"""How the networks are trained: the recipes of the embedded model, on pictures the project draws itself."""
+"""Training of the networks: the training loop, and the recipes of the embedded model, whose images are rendered."""

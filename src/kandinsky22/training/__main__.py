@@ -1,7 +1,7 @@
-"""`python -m kandinsky22.training`: train the embedded model from nothing, stage by stage, resuming where it stopped.
+"""`python -m kandinsky22.training`: train the embedded model from scratch, stage by stage, resuming unfinished stages.
 
-Every stage uses one thread, so two stages that do not need each other may run side by side in two processes: the
-prior and the decoder, once CLIP and the autoencoder are there.
+Each stage uses one thread. Stages that do not depend on each other can run at the same time in several processes: the
+prior and the decoder, once CLIP and the autoencoder are finished.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from kandinsky22.training.assemble import assemble
 from kandinsky22.training.clip import Towers, train_clip
 from kandinsky22.training.decoder import train_decoder
-from kandinsky22.training.loop import finished
+from kandinsky22.training.loop import is_finished
 from kandinsky22.training.movq import load_autoencoder, train_autoencoder, train_movq
 from kandinsky22.training.prior import train_prior
 from kandinsky22.training.shared_unet import train_shared
@@ -30,14 +30,14 @@ def _decoder(out: Path) -> None:
 
 
 def _shared(out: Path) -> None:
-    if not finished(out / "decoder"):
+    if not is_finished(out / "decoder"):
         _decoder(out)
-    # read rather than finished anew, which writes files: the last stage of MoVQ may run at the same time
+    # Loading writes no files, unlike training again: the second stage of MoVQ may be running at the same time.
     movq, towers = load_autoencoder(out / "movq"), Towers.load(out / "clip" / "model")
     train_shared(out / "shared", out / "decoder", movq, towers)
 
 
-# In the order of their needs: a stage finds the results of those above it, or makes them first.
+# In order of dependency. A stage uses the results of the previous ones, and trains them first if they are missing.
 STAGES: dict[str, Callable[[Path], object]] = {
     "clip": lambda out: train_clip(out / "clip"),
     "autoencoder": lambda out: train_autoencoder(out / "movq"),
@@ -50,11 +50,15 @@ STAGES: dict[str, Callable[[Path], object]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the stages asked for, all of them by default."""
+    """Run training stages.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m kandinsky22.training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("training"), help="folder of checkpoints, logs and results")
     parser.add_argument(
-        "--stage", action="append", choices=list(STAGES), help="stage to run; may be repeated; all by default"
+        "--stage", action="append", choices=list(STAGES), help="stage to run; may be repeated (default: all stages)"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""The last stage: the trained networks become the checkpoint folders that the package ships.
+"""Last stage of the training: saving the trained networks as the checkpoint folders that the package ships.
 
-The UNets' weights are in two files: what all three have in common, the same file to the byte in each, and their own.
-Inside the package the variants leave what they share to the decoder.
+The weights of each UNet are in two files. The first holds the weights that all three UNets share, identical to the byte.
+Inside the package, the folders of the variants do not contain files that are identical to the decoder's.
 """
 
 from __future__ import annotations
@@ -30,51 +30,60 @@ from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky22.training import decoder, prior, shared_unet
 from kandinsky22.training.clip import Towers, build_tokenizer, image_processor
-from kandinsky22.training.loop import SUMMARY, finished
+from kandinsky22.training.loop import SUMMARY, is_finished
 from kandinsky22.training.movq import load_movq
 
-# Chosen on other prompts than the benchmark's, a hundred or so a setting, where differences are hardly above chance.
+# These settings were chosen on other prompts than those of the benchmark. With about a hundred prompts per setting,
+# differences hardly exceed chance.
 PRIOR_DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 2.0}
-# Guidance ends where little noise is left: image to image at low strength then keeps to its picture.
+# Guidance ends where little noise remains: image to image at low strength then preserves its input.
 DECODER_DEFAULTS: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 2.0, "guidance_interval": [0.0, 0.7]}
 CARD = """\
 ---
 license: apache-2.0
 prior: ../prior
 ---
-Decoder of the embedded model of kandinsky22; the [card](../README.md) beside this folder describes the whole.
+A decoder of the embedded model of kandinsky22. The [model card](../README.md) describes the embedded model.
 """
-STAGES = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "shared")
+STAGE_FOLDERS = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "shared")
 
 
 def embedded_weights() -> Path:
-    """Where the package keeps the embedded model."""
+    """Return the folder of the embedded model inside the package."""
     return Path(str(importlib.resources.files("kandinsky22"))) / "embedded" / "weights"
 
 
 def assemble(out: Path, folder: Path | None = None) -> None:
-    """Write prior and decoders, in half precision, from the stages under `out`; into the package unless told where.
+    """Save prior and decoders in half precision.
 
-    Without the stage that all of them share, which must be finished or not be there, there is a decoder but none of its
-    variants: their folders are removed, since they would share weights of a decoder that is gone.
+    If the stage of the shared UNet is not finished, only the decoder of text to image is saved. The folders of its
+    variants are then removed, since they depend on weights of a decoder that no longer exists.
+
+    Args:
+        out: Folder of all stages.
+        folder: Folder to save into; None takes that of the embedded model inside the package.
     """
     folder = embedded_weights() if folder is None else folder
     out = Path(out)
     towers = Towers.load(out / "clip" / "model")
     _save_prior(out, towers, folder / "prior")
     movq = load_movq(out / "movq").half()
-    if finished(out / "shared"):
+    inpaint: UNet2DConditionModel | None = None
+    hint: UNet2DConditionModel | None = None
+    if is_finished(out / "shared"):
         shared = shared_unet.load_shared(out / "shared")
-        plain, inpaint, hint = (shared.part(changes) for changes in ({}, shared_unet.INPAINT, shared_unet.HINT))
+        text_to_image = shared.variant({})
+        inpaint, hint = shared.variant(shared_unet.INPAINT_CONFIG), shared.variant(shared_unet.HINT_CONFIG)
     else:
-        plain, inpaint, hint = decoder.load_decoder(out / "decoder"), None, None
-    _save_decoder(KandinskyV22Pipeline, plain, movq, folder / "decoder")
+        text_to_image = decoder.load_decoder(out / "decoder")
+    _save_decoder(KandinskyV22Pipeline, text_to_image, movq, folder / "decoder")
     _save_decoder(KandinskyV22InpaintPipeline, inpaint, movq, folder / "inpaint")
     _save_decoder(KandinskyV22ControlnetPipeline, hint, movq, folder / "control")
     if folder == embedded_weights():
         for name in ("inpaint", "control"):
-            leave_to(folder / "decoder", folder / name)
-    (folder / "training.json").write_text(json.dumps(history(out), indent=2) + "\n", encoding="utf-8")
+            remove_shared_files(folder / "decoder", folder / name)
+    history = json.dumps(training_history(out), indent=2) + "\n"
+    (folder / "training.json").write_text(history, encoding="utf-8")
 
 
 def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None, movq: VQModel, folder: Path) -> None:
@@ -84,26 +93,33 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     pipe = kind(unet.half(), DDPMScheduler(**decoder.SCHEDULER), movq)
     pipe.generation_defaults = DECODER_DEFAULTS
     pipe.save_pretrained(folder)
-    _leave_spacing_open(folder / "scheduler" / "scheduler_config.json")
-    own: dict[str, Tensor] = {}
-    common: dict[str, Tensor] = {}
+    _remove_timestep_spacing(folder / "scheduler" / "scheduler_config.json")
+    unshared: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
-        (own if name.startswith(shared_unet.OWN) else common)[name] = tensor
-    size = sum(tensor.nbytes for tensor in common.values())
-    write_tensors(folder / "unet", common | own, variant=None, max_shard_size=size, safe=True)
+        (unshared if name.startswith(shared_unet.UNSHARED_PREFIXES) else shared)[name] = tensor
+    size = sum(tensor.nbytes for tensor in shared.values())
+    write_tensors(folder / "unet", shared | unshared, variant=None, max_shard_size=size, safe=True)
     (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
-def _leave_spacing_open(path: Path) -> None:
-    """Let each class of schedulers space its timesteps as it does by itself: DDPM's spacing, of which training knows
-    nothing, starts few steps far below pure noise."""
+def _remove_timestep_spacing(path: Path) -> None:
+    """Let each scheduler class use its default spacing of timesteps.
+
+    Training does not depend on a spacing, and that of DDPM starts far below pure noise if there are few steps.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
     del settings["timestep_spacing"]
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def leave_to(shared: Path, folder: Path) -> None:
-    """Take out of a variant's components all that is the decoder's to the byte, which loading finds there."""
+def remove_shared_files(shared: Path, folder: Path) -> None:
+    """Remove the files of a variant's components that are identical to the decoder's, where loading falls back to them.
+
+    Args:
+        shared: Folder of the decoder.
+        folder: Folder of the variant.
+    """
     for file in sorted(folder.glob("*/*")):
         if (twin := shared / file.relative_to(folder)).is_file() and twin.read_bytes() == file.read_bytes():
             file.unlink()
@@ -125,12 +141,16 @@ def _save_prior(out: Path, towers: Towers, folder: Path) -> None:
     pipe.save_pretrained(folder)
 
 
-def history(out: Path) -> dict[str, Any]:
-    """How each stage was trained: steps, seconds, parameters, settings."""
+def training_history(out: Path) -> dict[str, Any]:
+    """Return how the finished stages were trained: their summaries, the total time in seconds, the version of torch.
+
+    Args:
+        out: Folder of all stages.
+    """
     stages = {
         stage: json.loads((out / stage / SUMMARY).read_text(encoding="utf-8"))
-        for stage in STAGES
-        if finished(out / stage)
+        for stage in STAGE_FOLDERS
+        if is_finished(out / stage)
     }
     seconds = round(sum(stage["seconds"] for stage in stages.values()))
     return {"torch": str(torch.__version__), "seconds": seconds, "stages": stages}

@@ -1,6 +1,6 @@
-"""What people say about a scene: captions in many wordings, each with a record of what it states.
+"""Captions of scenes in many wordings, each with a record of the attributes that it states.
 
-The vocabulary is closed (`VOCABULARY`), so that whoever writes a prompt can be told which words the model never saw.
+The vocabulary is closed (`VOCABULARY`), thus words of a prompt that the model has never been trained on can be listed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from kandinsky22.training.scenes import COLORS, OPPOSITE, SHAPES, Scene, Shape
 
+# A wording that is listed several times is sampled as many times as often.
 KIND_WORDS = {
     "circle": ("circle", "circle", "circle", "disc"),
     "square": ("square", "square", "square", "box"),
@@ -20,7 +21,7 @@ KIND_WORDS = {
     "star": ("star",),
 }
 SIZE_WORDS = {"small": ("small", "small", "small", "little", "tiny"), "large": ("large", "large", "big", "big", "huge")}
-PLACE_PHRASES = {
+POSITION_PHRASES = {
     "center": ("in the center", "in the center", "in the middle", "at the center", "in the centre"),
     "left": ("on the left", "on the left", "on the left side", "at the left"),
     "right": ("on the right", "on the right", "on the right side", "at the right"),
@@ -33,14 +34,14 @@ RELATION_PHRASES = {
     "above": ("above", "above", "on top of"),
     "below": ("below", "below", "under", "beneath"),
 }
-# The side on which the first shape stands, and the side on which the other one does.
-RELATION_SIDES = {
+# Positions of the first and of the second shape.
+RELATION_POSITIONS = {
     "left of": ("left", "right"),
     "right of": ("right", "left"),
     "above": ("top", "bottom"),
     "below": ("bottom", "top"),
 }
-GROUND_PHRASES = (
+BACKGROUND_PHRASES = (
     *("on a {} background",) * 2,
     "on {}",
     "against a {} background",
@@ -49,16 +50,28 @@ GROUND_PHRASES = (
 ARTICLES = ("a", "a", "a", "the", "one", "")
 OPENINGS = (
     *("",) * 8,
-    "a picture of", "a picture with", "a drawing of", "an image of", "an image with", "an illustration of", "there is",
-)  # fmt: skip
-WHOLES = (*("",) * 5, "of the picture", "of the image")
+    "a picture of",
+    "a picture with",
+    "a drawing of",
+    "an image of",
+    "an image with",
+    "an illustration of",
+    "there is",
+)
+IMAGE_PHRASES = (*("",) * 5, "of the picture", "of the image")
 
 _WORD = re.compile(r"[a-z]+|[^a-z\s]+")
 
 
 @dataclass(frozen=True)
-class NamedShape:
-    """What a caption states of one shape; None is left open."""
+class ShapeDescription:
+    """Attributes that a caption states of one shape.
+
+    Attributes:
+        kind: Kind of shape, one of SHAPES.
+        color: Name of the colour, one of COLORS, or None if the caption does not state it.
+        size: Size, one of SIZES, or None if the caption does not state it.
+    """
 
     kind: str
     color: str | None
@@ -66,38 +79,58 @@ class NamedShape:
 
 
 @dataclass(frozen=True)
-class Named:
-    """What a caption states: the shapes in the order of the text, `relation` as the first stands to the second."""
+class SceneDescription:
+    """Attributes that a caption states of a scene.
 
-    shapes: tuple[NamedShape, ...] = ()
+    Attributes:
+        shapes: The shapes in the order of the text.
+        background: Name of the background's colour, one of COLORS, or None if the caption does not state it.
+        position: Position of a single shape, one of POSITIONS, or None if the caption does not state it.
+        relation: Relation of the first shape to the second, one of RELATIONS, or None if the caption does not state it.
+    """
+
+    shapes: tuple[ShapeDescription, ...] = ()
     background: str | None = None
-    place: str | None = None
+    position: str | None = None
     relation: str | None = None
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and what it states."""
+    """A caption.
+
+    Attributes:
+        text: Its text.
+        description: The attributes that it states.
+    """
 
     text: str
-    named: Named
+    description: SceneDescription
 
 
-EMPTY = Caption("", Named())
+EMPTY_CAPTION = Caption("", SceneDescription())
 
 
 @dataclass(frozen=True)
 class Detail:
-    """How often a caption states what it may leave open, as probabilities."""
+    """Probabilities that a caption states the attributes that it may leave open.
+
+    Attributes:
+        size: Probability for the size of each shape.
+        color: Probability for the colour of each shape.
+        background: Probability for the background's colour.
+        position: Probability for the position of a single shape.
+        relation: Probability for the relation of two shapes.
+    """
 
     size: float = 0.6
     color: float = 0.97
     background: float = 0.75
-    place: float = 0.75
+    position: float = 0.75
     relation: float = 0.95
 
 
-# Everything is stated, as in the prompts that are hardest to follow.
+# Captions that state every attribute are the hardest to follow.
 FULL = Detail(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
@@ -105,108 +138,130 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _noun(named: NamedShape, rng: np.random.Generator) -> str:
-    words = [_choose(rng, SIZE_WORDS[named.size])] if named.size else []
-    words += [named.color] if named.color else []
-    words += [_choose(rng, KIND_WORDS[named.kind])]
+def _noun_phrase(shape: ShapeDescription, rng: np.random.Generator) -> str:
+    words = [_choose(rng, SIZE_WORDS[shape.size])] if shape.size else []
+    words += [shape.color] if shape.color else []
+    words += [_choose(rng, KIND_WORDS[shape.kind])]
     article = _choose(rng, ARTICLES)
     if article == "a" and words[0] == "orange":
         article = "an"
     return " ".join([article, *words] if article else words)
 
 
-def _ground(color: str, rng: np.random.Generator) -> str:
-    phrase = _choose(rng, GROUND_PHRASES).format(color)
+def _background_phrase(color: str, rng: np.random.Generator) -> str:
+    phrase = _choose(rng, BACKGROUND_PHRASES).format(color)
     return phrase.replace(" a orange", " an orange")
 
 
-def _place(place: str, rng: np.random.Generator) -> str:
-    return f"{_choose(rng, PLACE_PHRASES[place])} {_choose(rng, WHOLES)}".strip()
+def _position_phrase(position: str, rng: np.random.Generator) -> str:
+    return f"{_choose(rng, POSITION_PHRASES[position])} {_choose(rng, IMAGE_PHRASES)}".strip()
 
 
-def _pair(first: str, second: str, relation: str | None, rng: np.random.Generator) -> str:
+def _pair_phrase(first: str, second: str, relation: str | None, rng: np.random.Generator) -> str:
     if relation is None:
         return f"{first} and {second}"
     if rng.random() < 0.8:
         return f"{first} {_choose(rng, RELATION_PHRASES[relation])} {second}"
-    here, there = RELATION_SIDES[relation]
-    return f"{first} {_choose(rng, PLACE_PHRASES[here][:2])} and {second} {_choose(rng, PLACE_PHRASES[there][:2])}"
+    here, there = (POSITION_PHRASES[position][:2] for position in RELATION_POSITIONS[relation])
+    return f"{first} {_choose(rng, here)} and {second} {_choose(rng, there)}"
 
 
-def _assemble(subject: str, place: str, ground: str | None, rng: np.random.Generator) -> str:
-    """Join the parts of a sentence in one of the orders in which people put them."""
-    if ground is not None and rng.random() < 0.15:
-        article = "an" if ground == "orange" else "a"
-        sentence = f"{article} {ground} background with {subject} {place}"
+def _sentence(subject: str, position: str, background: str | None, rng: np.random.Generator) -> str:
+    """Join the parts of a sentence in one of several common orders."""
+    if background is not None and rng.random() < 0.15:
+        article = "an" if background == "orange" else "a"
+        sentence = f"{article} {background} background with {subject} {position}"
     else:
-        background = _ground(ground, rng) if ground is not None else ""
-        style = rng.random()
-        if place and style < 0.12:
-            sentence = f"{place}, {subject} {background}"
-        elif style < 0.3:
-            sentence = f"{subject} {background} {place}"
-        elif background and style < 0.45:
-            sentence = f"{subject} {place}, {background}"
+        ground = _background_phrase(background, rng) if background is not None else ""
+        order = rng.random()
+        if position and order < 0.12:
+            sentence = f"{position}, {subject} {ground}"
+        elif order < 0.3:
+            sentence = f"{subject} {ground} {position}"
+        elif ground and order < 0.45:
+            sentence = f"{subject} {position}, {ground}"
         else:
-            sentence = f"{subject} {place} {background}"
+            sentence = f"{subject} {position} {ground}"
         sentence = f"{_choose(rng, OPENINGS)} {sentence}"
     sentence = " ".join(sentence.split()).replace(" ,", ",")
     return sentence + "." if rng.random() < 0.1 else sentence
 
 
 def caption(scene: Scene, rng: np.random.Generator, detail: Detail | None = None) -> Caption:
-    """Describe `scene` in a random wording that states the attributes `detail` asks for."""
-    chance = detail or Detail()
+    """Return a caption of a scene in a random wording.
 
-    def name(shape: Shape) -> NamedShape:
-        color = shape.color if rng.random() < chance.color else None
-        return NamedShape(shape.kind, color, shape.size if rng.random() < chance.size else None)
+    Args:
+        scene: The scene.
+        rng: Random generator.
+        detail: Probabilities that attributes are stated; None takes the defaults.
+    """
+    probability = detail or Detail()
 
-    background = scene.background if rng.random() < chance.background else None
-    shapes, relation, place = scene.shapes, None, None
+    def describe(shape: Shape) -> ShapeDescription:
+        color = shape.color if rng.random() < probability.color else None
+        return ShapeDescription(shape.kind, color, shape.size if rng.random() < probability.size else None)
+
+    background = scene.background if rng.random() < probability.background else None
+    shapes, relation, position = scene.shapes, None, None
     if len(shapes) == 1:
-        place = scene.place if rng.random() < chance.place else None
+        position = scene.position if rng.random() < probability.position else None
     else:
         relation = scene.relation
         if rng.random() < 0.5:
             shapes, relation = shapes[::-1], OPPOSITE[relation or "left of"]
-        relation = relation if rng.random() < chance.relation else None
-    named = Named(tuple(name(shape) for shape in shapes), background, place, relation)
-    nouns = [_noun(shape, rng) for shape in named.shapes]
-    subject = nouns[0] if len(nouns) == 1 else _pair(nouns[0], nouns[1], relation, rng)
-    return Caption(_assemble(subject, _place(place, rng) if place else "", background, rng), named)
+        relation = relation if rng.random() < probability.relation else None
+    description = SceneDescription(tuple(describe(shape) for shape in shapes), background, position, relation)
+    nouns = [_noun_phrase(shape, rng) for shape in description.shapes]
+    subject = nouns[0] if len(nouns) == 1 else _pair_phrase(nouns[0], nouns[1], relation, rng)
+    return Caption(
+        _sentence(subject, _position_phrase(position, rng) if position else "", background, rng), description
+    )
 
 
-def distracted(text: str, rng: np.random.Generator) -> str:
-    """`text` with one meaningless word somewhere, so that words the model never saw do not confuse it."""
-    parts = text.split()
-    word = "".join(_choose(rng, "abcdefghijklmnopqrstuvwxyz") for _ in range(int(rng.integers(2, 9))))
-    parts.insert(int(rng.integers(len(parts) + 1)), word)
-    return " ".join(parts)
+def add_nonsense_word(text: str, rng: np.random.Generator) -> str:
+    """Return a text with one meaningless word inserted, which trains the model to ignore unknown words.
+
+    Args:
+        text: The text.
+        rng: Random generator.
+    """
+    words = text.split()
+    nonsense = "".join(_choose(rng, "abcdefghijklmnopqrstuvwxyz") for _ in range(int(rng.integers(2, 9))))
+    words.insert(int(rng.integers(len(words) + 1)), nonsense)
+    return " ".join(words)
 
 
-def agrees(named: Named, scene: Scene) -> bool:
-    """Whether `scene` is one that a caption stating `named` describes."""
-    if not named.shapes:
+def matches(description: SceneDescription, scene: Scene) -> bool:
+    """Return whether a caption with this description is true of a scene.
+
+    Args:
+        description: Attributes that a caption states.
+        scene: The scene.
+    """
+    if not description.shapes:
         return True
-    if len(named.shapes) != len(scene.shapes) or named.background not in (None, scene.background):
+    if len(description.shapes) != len(scene.shapes) or description.background not in (None, scene.background):
         return False
-    if named.place not in (None, scene.place):
+    if description.position not in (None, scene.position):
         return False
-    orders = [scene.shapes] if named.relation in (None, scene.relation) else []
-    if len(scene.shapes) == 2 and (named.relation is None or OPPOSITE[named.relation] == scene.relation):
+    orders = [scene.shapes] if description.relation in (None, scene.relation) else []
+    if len(scene.shapes) == 2 and (description.relation is None or OPPOSITE[description.relation] == scene.relation):
         orders.append(scene.shapes[::-1])
     return any(
         all(
-            told.kind == shape.kind and told.color in (None, shape.color) and told.size in (None, shape.size)
-            for told, shape in zip(named.shapes, order, strict=True)
+            stated.kind == shape.kind and stated.color in (None, shape.color) and stated.size in (None, shape.size)
+            for stated, shape in zip(description.shapes, order, strict=True)
         )
         for order in orders
     )
 
 
 def words(text: str) -> list[str]:
-    """Split a text into lower-case words and runs of other characters, as the tokenizer does."""
+    """Return the lower-case words and the runs of other characters of a text, as the tokenizer splits it.
+
+    Args:
+        text: The text.
+    """
     return _WORD.findall(text.lower())
 
 
@@ -216,16 +271,26 @@ def _vocabulary(phrases: Iterable[str]) -> tuple[str, ...]:
 
 VOCABULARY = _vocabulary(
     [
-        *(word for row in (*KIND_WORDS.values(), *SIZE_WORDS.values()) for word in row),
-        *(phrase for row in (*PLACE_PHRASES.values(), *RELATION_PHRASES.values()) for phrase in row),
-        *(phrase.replace("{}", "") for phrase in GROUND_PHRASES),
-        *COLORS, *SHAPES, *ARTICLES, *OPENINGS, *WHOLES,
-        "an", "and", "with",
+        *(word for synonyms in (*KIND_WORDS.values(), *SIZE_WORDS.values()) for word in synonyms),
+        *(phrase for phrases in (*POSITION_PHRASES.values(), *RELATION_PHRASES.values()) for phrase in phrases),
+        *(phrase.replace("{}", "") for phrase in BACKGROUND_PHRASES),
+        *COLORS,
+        *SHAPES,
+        *ARTICLES,
+        *OPENINGS,
+        *IMAGE_PHRASES,
+        "an",
+        "and",
+        "with",
     ]
-)  # fmt: skip
+)
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of `text` that no caption of the training uses, each once, in order."""
+    """Return the words of a text that no caption of the training contains, each once, in order.
+
+    Args:
+        text: A prompt.
+    """
     known = set(VOCABULARY)
     return list(dict.fromkeys(word for word in words(text) if word[0].isalpha() and word not in known))

@@ -1,8 +1,8 @@
 """The CLIP of the embedded model: tokenizer, text tower and vision tower, trained together from scratch.
 
-Contrast alone learns little at this scale, so both towers also answer questions about the scene (`Probe`) from their
-embeddings, while training only. The questions are put to both with the same linear heads, which makes a text embedding
-say "the left shape is small" in the same direction as an image embedding does.
+The contrastive loss alone teaches little at this scale. During training, linear heads (`Probe`) therefore also read the
+attributes of the scene from both embeddings. The same heads serve both towers, thus "the left shape is small" is the
+same direction in text and in image embeddings.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from kandinsky22.training.captions import FULL, VOCABULARY, Caption, caption, distracted
-from kandinsky22.training.loop import Draw, Settings, train
-from kandinsky22.training.probe import QUESTIONS, UNKNOWN, Probe, Seen, answers, told
+from kandinsky22.training.captions import FULL, VOCABULARY, Caption, add_nonsense_word, caption
+from kandinsky22.training.loop import Settings, StepRandomness, train
+from kandinsky22.training.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers, scene_answers
 from kandinsky22.training.scenes import (
     Scene,
     Shape,
     is_held_out,
+    random_palette,
     render,
-    repaint,
     sample_scene,
 )
 
@@ -47,21 +47,27 @@ EMBEDDING = 128
 CONTEXT = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 BATCH = 128
-GROUP = 4  # scenes that differ in one attribute each, side by side in a batch
+GROUP = 4  # scenes per group of a batch; those of a group differ in one attribute each
 
 SETTINGS = Settings(steps=3000, learning_rate=1e-3, warmup=300, weight_decay=0.01, average=0.998, bf16=True)
 
 
 def build_tokenizer(folder: str | Path) -> CLIPTokenizer:
-    """Write a CLIP tokenizer whose merges make one token of every word of VOCABULARY, and load it from `folder`.
+    """Write a CLIP tokenizer whose merges make one token of each word of VOCABULARY, and load it.
 
-    Other words fall apart into letters, and letters of other scripts into bytes, so that any text can be tokenised.
+    Other words are split into letters, and letters of other scripts into bytes, thus any text can be tokenised.
+
+    Args:
+        folder: Folder to write into.
+
+    Returns:
+        The tokenizer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # The printable stand-ins of the 256 bytes, as in GPT-2's byte-level encoding.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    # Printable characters that represent the 256 bytes, as in GPT-2's byte-level encoding.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [letter + "</w>" for letter in letters]
     merges: list[str] = []
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in VOCABULARY]
@@ -97,7 +103,13 @@ def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TextEmbedding:
-    """What the prior knows of a batch of prompts: `embeds` (N, D), `hidden` (N, L, width), `mask` (N, L) bool."""
+    """Text embeddings of N prompts, as the prior takes them.
+
+    Attributes:
+        embeds: Projected embeddings (N, D).
+        hidden: Last hidden states (N, L, width).
+        mask: Attention mask (N, L), True for tokens of the prompt.
+    """
 
     embeds: Tensor
     hidden: Tensor
@@ -105,7 +117,13 @@ class TextEmbedding:
 
 
 class Towers(nn.Module):
-    """Both CLIP towers with their tokenizer, and the probe that belongs to them."""
+    """Both CLIP towers with their tokenizer and probe.
+
+    Args:
+        tokenizer: Tokenizer.
+        text: Text tower.
+        vision: Vision tower.
+    """
 
     def __init__(
         self, tokenizer: CLIPTokenizer, text: CLIPTextModelWithProjection, vision: CLIPVisionModelWithProjection
@@ -117,26 +135,47 @@ class Towers(nn.Module):
 
     @classmethod
     def create(cls, tokenizer: CLIPTokenizer) -> Towers:
-        """Untrained towers at the embedded model's size."""
+        """Return untrained towers of the embedded model's size.
+
+        Args:
+            tokenizer: Tokenizer.
+        """
         text = CLIPTextModelWithProjection(
             CLIPTextConfig(
-                vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=EMBEDDING,
-                num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=CONTEXT, hidden_act="gelu",
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=4 * WIDTH,
+                projection_dim=EMBEDDING,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=CONTEXT,
+                hidden_act="gelu",
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        )  # fmt: skip
+        )
         vision = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
-                hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=EMBEDDING, num_hidden_layers=4,
-                num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_act="gelu",
+                hidden_size=WIDTH,
+                intermediate_size=4 * WIDTH,
+                projection_dim=EMBEDDING,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                image_size=IMAGE_SIZE,
+                patch_size=PATCH_SIZE,
+                hidden_act="gelu",
             )
-        )  # fmt: skip
+        )
         return cls(tokenizer, text, vision)
 
     @classmethod
     def load(cls, folder: str | Path) -> Towers:
-        """Trained towers from the folder that `save` wrote, frozen."""
+        """Return trained towers, frozen.
+
+        Args:
+            folder: Folder that `save` has written.
+        """
         folder = Path(folder)
         towers = cls(
             CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
@@ -147,7 +186,11 @@ class Towers(nn.Module):
         return towers.eval().requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer, towers and image processor in the published layout, and the probe beside them."""
+        """Write tokenizer, towers and image processor in the published layout, and the probe next to them.
+
+        Args:
+            folder: Folder to write into.
+        """
         folder = Path(folder)
         build_tokenizer(folder / "tokenizer")
         self.text.save_pretrained(str(folder / "text_encoder"))
@@ -156,14 +199,23 @@ class Towers(nn.Module):
         torch.save(self.probe.state_dict(), folder / "probe.pt")
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Image embeddings (N, D) of pictures (N, 3, H, W) in [0, 1]."""
+        """Return image embeddings (N, D).
+
+        Args:
+            images: RGB images (N, 3, H, W) in [0, 1].
+        """
         if images.shape[-1] != IMAGE_SIZE or images.shape[-2] != IMAGE_SIZE:
             images = functional.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)
         embeds: Tensor = self.vision(pixel_values=(images - 0.5) / 0.5).image_embeds
         return embeds
 
     def embed_texts(self, texts: Sequence[str], *, trim: bool = True) -> TextEmbedding:
-        """Text embeddings of prompts; with `trim` only as long as the longest of them, which changes no value kept."""
+        """Return the text embeddings of prompts.
+
+        Args:
+            texts: Prompts.
+            trim: Whether sequences are only as long as the longest prompt, which changes no value of its tokens.
+        """
         padding = "longest" if trim else "max_length"
         tokens = self.tokenizer(list(texts), padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt")
         output = self.text(input_ids=tokens.input_ids)
@@ -171,19 +223,26 @@ class Towers(nn.Module):
 
 
 def image_processor() -> CLIPImageProcessor:
-    """The preprocessing of pictures that belongs to the vision tower."""
+    """Return the image processor of the vision tower."""
     return CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    )  # fmt: skip
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
 
 
 @torch.no_grad()
 def initialise(towers: Towers, seed: int) -> None:
-    """Start the vision tower from the data: patch filters are its principal components, half whitened.
+    """Initialise the vision tower's patch filters with the half-whitened principal components of rendered patches.
 
-    From the usual small random filters, contrast at this scale stalls before it sees shapes. Dividing by the fourth
-    root of the eigenvalue is between plain components (which drown edges in flat colour) and full whitening (noise).
+    With the usual small random filters, the contrastive loss stalls at this scale before shapes are recognised. Division
+    by the fourth root of the eigenvalue is a compromise between unscaled components, where flat colour outweighs edges,
+    and full whitening, which amplifies noise.
+
+    Args:
+        towers: Towers, changed in place.
+        seed: Seed of the rendered scenes and of the position embeddings.
     """
     rng = np.random.default_rng([seed, 1])
     images = render([sample_scene(rng) for _ in range(512)], IMAGE_SIZE) * 2 - 1
@@ -199,28 +258,34 @@ def initialise(towers: Towers, seed: int) -> None:
 
 
 def neighbours(scene: Scene, count: int, rng: np.random.Generator) -> list[Scene]:
-    """`scene` and variants of it that differ in one attribute: what contrast must learn to tell apart."""
+    """Return a scene and variants that differ in one attribute, which the contrastive loss must learn to tell apart.
+
+    Args:
+        scene: The scene, which comes first.
+        count: Number of scenes to return.
+        rng: Random generator.
+    """
     group = [scene]
     while len(group) < count:
         other = sample_scene(rng, shapes=len(scene.shapes))
         slot = int(rng.integers(len(scene.shapes)))
-        ours, theirs = scene.shapes[slot], other.shapes[slot]
+        shape, replacement = scene.shapes[slot], other.shapes[slot]
         change = int(rng.integers(5))
         if change == 0:
             variant = dataclasses.replace(scene, background=other.background)
-        elif change == 1 and len(scene.shapes) == 2:  # the two shapes trade looks
+        elif change == 1 and len(scene.shapes) == 2:  # the two shapes exchange their centres
             a, b = scene.shapes
             variant = dataclasses.replace(scene, shapes=(_moved(b, a), _moved(a, b)))
         else:
             fields: list[dict[str, Any]] = [
-                {"kind": theirs.kind},
-                {"color": theirs.color},
-                {"size": theirs.size, "radius": theirs.radius},
+                {"kind": replacement.kind},
+                {"color": replacement.color},
+                {"size": replacement.size, "radius": replacement.radius},
             ]
             if change == 1:
-                fields.append({"x": theirs.x, "y": theirs.y})
+                fields.append({"x": replacement.x, "y": replacement.y})
             shapes = list(scene.shapes)
-            shapes[slot] = dataclasses.replace(ours, **fields[change - 2])
+            shapes[slot] = dataclasses.replace(shape, **fields[change - 2])
             variant = dataclasses.replace(scene, shapes=tuple(shapes))
         looks = {(shape.kind, shape.color) for shape in variant.shapes}
         visible = all(shape.color != variant.background for shape in variant.shapes)
@@ -229,73 +294,105 @@ def neighbours(scene: Scene, count: int, rng: np.random.Generator) -> list[Scene
     return group
 
 
-def _moved(shape: Shape, place: Shape) -> Shape:
-    return dataclasses.replace(shape, x=place.x, y=place.y)
+def _moved(shape: Shape, target: Shape) -> Shape:
+    """Return `shape` at the centre of `target`."""
+    return dataclasses.replace(shape, x=target.x, y=target.y)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Pictures with what is to be seen in them, and captions of the first of them with what they tell.
+    """Images with their labels, and captions of the first M of them.
 
-    The pictures after these have arbitrary colours: without them, what the vision tower learns of a shape or a place
-    holds for eight colours, and for no combination of them that training left out.
+    The images without captions have arbitrary colours. Without them, everything that the vision tower learns of a shape
+    or a position is limited to eight colours, and to the combinations that are not left out of training.
+
+    Attributes:
+        images: RGB images (N, 3, H, W), about [0, 1].
+        texts: Captions of the first M images.
+        labels: Labels of the N images.
+        text_answers: Answers to QUESTIONS that the captions give, (M, questions), or UNKNOWN.
     """
 
     images: Tensor
     texts: list[str]
-    seen: Seen
-    told: Tensor
+    labels: SceneLabels
+    text_answers: Tensor
 
 
 def sample_batch(rng: np.random.Generator, generator: torch.Generator, count: int = BATCH) -> Batch:
-    """Groups of neighbouring scenes, their pictures slightly noisy, as generated pictures are."""
+    """Return a random batch: groups of similar scenes, their images with a little noise as in generated images.
+
+    Args:
+        rng: Random generator of the scenes and captions.
+        generator: Random generator of the noise.
+        count: Number of images with captions.
+    """
     scenes: list[Scene] = []
     while len(scenes) < count:
         scenes += neighbours(sample_scene(rng, shapes=1 if rng.random() < 0.35 else 2), GROUP, rng)
     captions: list[Caption] = [caption(scene, rng, FULL if rng.random() < 0.5 else None) for scene in scenes]
-    texts = [distracted(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
-    strange = [sample_scene(rng, shapes=1 if rng.random() < 0.35 else 2) for _ in range(count * 3 // 8)]
-    palettes = [repaint(scene, rng) for scene in strange]
-    images = torch.cat([render(scenes, IMAGE_SIZE), render(strange, IMAGE_SIZE, palettes)])
+    texts = [add_nonsense_word(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
+    recoloured = [sample_scene(rng, shapes=1 if rng.random() < 0.35 else 2) for _ in range(count * 3 // 8)]
+    palettes = [random_palette(scene, rng) for scene in recoloured]
+    images = torch.cat([render(scenes, IMAGE_SIZE), render(recoloured, IMAGE_SIZE, palettes)])
     noise = 0.03 * torch.rand(len(images), 1, 1, 1, generator=generator)
     return Batch(
         images + noise * torch.randn(images.shape, generator=generator),
         texts,
-        Seen.of(scenes).followed_by(Seen.of(strange, palettes)),
-        torch.tensor([told(c.named) for c in captions]),
+        SceneLabels.of(scenes).followed_by(SceneLabels.of(recoloured, palettes)),
+        torch.tensor([caption_answers(c.description) for c in captions]),
     )
 
 
-def _contrast(towers: Towers, images: Tensor, texts: Tensor, batch: Batch) -> Tensor:
-    """Symmetric contrastive loss in which a caption that also fits another picture is not held against it."""
+def _contrastive_loss(towers: Towers, images: Tensor, texts: Tensor, batch: Batch) -> Tensor:
+    """Return the symmetric contrastive loss; captions that are true of several images are not negatives for them."""
     scale = towers.logit_scale.clamp(max=4.6).exp()
     logits = scale * functional.normalize(images.float()) @ functional.normalize(texts.float()).T
-    truth = batch.seen.answers[: len(images)]
-    same = (batch.told[None, :, :] == truth[:, None, :]) | (batch.told[None, :, :] == UNKNOWN)
-    fits = same.all(2) & ~torch.eye(len(logits), dtype=torch.bool)
-    logits = logits.masked_fill(fits, -1e4)
+    truth = batch.labels.answers[: len(images)]
+    stated = batch.text_answers[None, :, :]
+    agrees = ((stated == truth[:, None, :]) | (stated == UNKNOWN)).all(2)
+    logits = logits.masked_fill(agrees & ~torch.eye(len(logits), dtype=torch.bool), -1e4)
     target = torch.arange(len(logits))
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def objective(towers: Towers, draw: Draw, count: int = BATCH) -> dict[str, Tensor]:
-    """Losses of one training step."""
-    batch = sample_batch(draw.numpy, draw.torch, count)
-    # Fused attention is several times slower backwards in bfloat16 than its parts are, at these short lengths.
+def clip_losses(towers: Towers, randomness: StepRandomness, count: int = BATCH) -> dict[str, Tensor]:
+    """Return the losses of one training step.
+
+    Args:
+        towers: Towers to be trained.
+        randomness: Random generators of the step.
+        count: Number of images with captions in the batch.
+
+    Returns:
+        Scalars: "contrastive", "text_answers", those of `Probe.image_losses`, and their weighted sum "loss".
+    """
+    batch = sample_batch(randomness.numpy, randomness.torch, count)
+    # For such short sequences in bfloat16, the backward pass of fused attention is several times slower.
     with sdpa_kernel(SDPBackend.MATH):
         images = towers.embed_images(batch.images)
         texts = towers.embed_texts(batch.texts).embeds
     losses = {
-        "contrast": _contrast(towers, images[: len(texts)], texts, batch),
-        "read": towers.probe.loss(texts, batch.told),
-        **towers.probe.picture_losses(images, batch.seen),
+        "contrastive": _contrastive_loss(towers, images[: len(texts)], texts, batch),
+        "text_answers": towers.probe.answer_loss(texts, batch.text_answers),
+        **towers.probe.image_losses(images, batch.labels),
     }
-    return {"loss": sum(losses.values(), -0.5 * losses["contrast"]), **losses}
+    return {"loss": sum(losses.values(), -0.5 * losses["contrastive"]), **losses}
 
 
 @torch.no_grad()
 def evaluate(towers: Towers, *, count: int = 1000, seed: int = 12345) -> dict[str, float]:
-    """How often embeddings answer rightly, per question and all at once, on known and held-out scenes."""
+    """Return how often attributes are read correctly from embeddings, on scenes that are held out and others.
+
+    Args:
+        towers: Trained towers.
+        count: Number of scenes per group.
+        seed: Seed of the scenes.
+
+    Returns:
+        Shares per question and for all questions together, and losses of image embeddings, by names such as
+        "one_held_out/image/kind0".
+    """
     report: dict[str, float] = {}
     for shapes, held_out in itertools.product((1, 2), (False, True)):
         name = ("one", "two")[shapes - 1] + ("_held_out" if held_out else "")
@@ -304,24 +401,35 @@ def evaluate(towers: Towers, *, count: int = 1000, seed: int = 12345) -> dict[st
         captions = [caption(scene, rng) for scene in scenes]
         images = towers.embed_images(render(scenes, IMAGE_SIZE))
         texts = towers.embed_texts([c.text for c in captions]).embeds
-        seen = towers.probe.right(images, torch.tensor([answers(scene) for scene in scenes]))
-        read = towers.probe.right(texts, torch.tensor([told(c.named) for c in captions]))
-        report |= {f"{name}/image/{q}": v for q, v in zip(QUESTIONS, seen.float().mean(0).tolist(), strict=True)}
-        report |= {f"{name}/text/{q}": v for q, v in zip(QUESTIONS, read.float().mean(0).tolist(), strict=True)}
-        report[f"{name}/image"] = float(seen.all(1).float().mean())
-        report[f"{name}/text"] = float(read.all(1).float().mean())
-        losses = towers.probe.picture_losses(images, Seen.of(scenes))
+        correct = {
+            "image": towers.probe.correct(images, torch.tensor([scene_answers(scene) for scene in scenes])),
+            "text": towers.probe.correct(texts, torch.tensor([caption_answers(c.description) for c in captions])),
+        }
+        for source, values in correct.items():
+            shares = values.float().mean(0).tolist()
+            report |= {f"{name}/{source}/{question}": v for question, v in zip(QUESTIONS, shares, strict=True)}
+            report[f"{name}/{source}"] = float(values.all(1).float().mean())
+        losses = towers.probe.image_losses(images, SceneLabels.of(scenes))
         report |= {f"{name}/image/{loss}": float(value) for loss, value in losses.items()}
     return {key: round(value, 4) for key, value in report.items()}
 
 
 def train_clip(folder: str | Path, settings: Settings = SETTINGS, *, count: int = BATCH) -> Towers:
-    """Train both towers, or go on where `folder` stands, and save them in `folder`/model; returns them frozen."""
+    """Train both towers, or resume their training, and save them in the subfolder "model".
+
+    Args:
+        folder: Folder of the stage.
+        settings: Hyperparameters.
+        count: Number of images with captions per batch.
+
+    Returns:
+        The towers, frozen.
+    """
     folder = Path(folder)
     torch.manual_seed(settings.seed)
     towers = Towers.create(build_tokenizer(folder / "model" / "tokenizer"))
     initialise(towers, settings.seed)
-    train(towers, lambda draw: objective(towers, draw, count), settings, folder)
+    train(towers, lambda randomness: clip_losses(towers, randomness, count), settings, folder)
     towers.save(folder / "model")
     report = evaluate(towers.requires_grad_(False))
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

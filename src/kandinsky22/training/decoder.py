@@ -1,4 +1,4 @@
-"""The recipe of the embedded decoder UNet: from noise to the latents of a picture, given its CLIP image embedding."""
+"""Recipe of the embedded decoder UNet: from noise to the latents of an image, conditioned on its CLIP embedding."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.models.attention import KeyValue
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel, UNetCondition
 from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
-from kandinsky22.training.loop import Draw, Settings, load_average, train, write_atomically
+from kandinsky22.training.loop import Objective, Settings, StepRandomness, load_average, train
 from kandinsky22.training.movq import SIZE
 from kandinsky22.training.scenes import Palette, Scene, mixed_palettes, render, sample_scene
 
@@ -33,8 +34,9 @@ CONFIG: Mapping[str, Any] = {
     "encoder_hid_dim": EMBEDDING,
     "attention_head_dim": 64,
 }
-# The published noise schedule. It ends with a trace of the picture left (signal-to-noise 0.0016), from which a network
-# that predicts noise must read nothing: flat colours come out wrong. Predicting velocity has no such weak end.
+# The published noise schedule. At its last timestep a trace of the image remains (signal-to-noise ratio 0.0016). A
+# network that predicts noise would have to ignore it, and flat colours come out wrong. Velocity prediction does not have
+# this weakness.
 SCHEDULER: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -45,10 +47,11 @@ SCHEDULER: Mapping[str, Any] = {
     "clip_sample": False,
 }
 BATCH = 32
-BANK_START, BANK_GROWTH, BANK_SIZE = 6144, 2, 32768  # pictures before the first step, new ones with each, and at most
-EMPTY = 0.08  # how often the embedding is that of the empty picture, for guidance
-EMBEDDING_NOISE = 0.2  # most noise on embeddings, in their standard deviations: the prior's are not exact either
-REPAINTED = 0.25  # share of pictures in arbitrary colours, for which no combination of shape and colour is unusual
+# Number of images in the bank before the first step, new images per step, and largest number of images.
+BANK_START, BANK_GROWTH, BANK_SIZE = 6144, 2, 32768
+EMPTY_SHARE = 0.08  # probability of the embedding of the zero image, which guidance needs
+EMBEDDING_NOISE = 0.2  # largest noise on embeddings, in their standard deviations: those of the prior are inexact too
+RECOLORED_SHARE = 0.25  # share of images in arbitrary colours, which make any combination of shape and colour familiar
 SNR_CAP = 5.0
 SETTINGS = Settings(steps=14000, learning_rate=1e-3, warmup=300, decay=6000, bf16=True, seed=2)
 
@@ -56,17 +59,32 @@ SETTINGS = Settings(steps=14000, learning_rate=1e-3, warmup=300, decay=6000, bf1
 def train_decoder(
     folder: str | Path, movq: VQModel, towers: Towers, settings: Settings = SETTINGS, *, bank_size: int = BANK_SIZE
 ) -> UNet2DConditionModel:
-    """Train, or go on where `folder` stands, on the frozen encoder of `movq` and the frozen vision tower."""
+    """Train the UNet, or resume its training.
+
+    Args:
+        folder: Folder of the stage.
+        movq: Trained MoVQ, whose encoder gives the latents.
+        towers: Trained CLIP towers.
+        settings: Hyperparameters.
+        bank_size: Largest number of images in the bank.
+
+    Returns:
+        The trained network.
+    """
     torch.manual_seed(settings.seed)
     unet = UNet2DConditionModel(**CONFIG)
     nn.init.zeros_(unet.conv_out.weight)
     bank = Bank(Path(folder) / "bank", movq, towers, seed=settings.seed, size=bank_size)
-    train(unet, denoising(unet, [bank], zero_embedding(towers)), settings, folder)
+    train(unet, denoising_objective(unet, [bank], zero_embedding(towers)), settings, folder)
     return unet
 
 
 def load_decoder(folder: str | Path) -> UNet2DConditionModel:
-    """The network as far as `folder` has it."""
+    """Return the network in its current state of training, frozen.
+
+    Args:
+        folder: Folder of the stage.
+    """
     unet = UNet2DConditionModel(**CONFIG)
     load_average(unet, folder)
     return unet.eval().requires_grad_(False)
@@ -74,13 +92,25 @@ def load_decoder(folder: str | Path) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def zero_embedding(towers: Towers) -> Tensor:
-    """Embedding (1, D) of the picture whose processed values are all 0: what guidance leads away from."""
+    """Return the image embedding (1, D) of the image whose processed values are 0, the negative one of guidance.
+
+    Args:
+        towers: Trained CLIP towers.
+    """
     return towers.embed_images(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Latents (n, 4, h, w) to denoise, embeddings (n, D), what else the UNet knows, and how much each place counts."""
+    """Training examples of a UNet.
+
+    Attributes:
+        latents: Clean latents (n, 4, h, w).
+        embeds: Image embeddings (n, D).
+        hint: Hints (n, 3, H, W), or None.
+        channels: Further input channels (n, c, h, w), or None.
+        weight: Weight of the velocity's error at each spatial position, a number or (n, 1, h, w).
+    """
 
     latents: Tensor
     embeds: Tensor
@@ -90,73 +120,127 @@ class Examples:
 
 
 class Bank:
-    """Latents and embeddings of pictures, on disk, computed before they are needed; a resumed run finds them there.
+    """Latents and embeddings of rendered images, stored on disk, where a resumed run reads them again.
 
-    The bank grows while training goes on, so that training starts at once. Picture number n is always the same, and
-    so is the size of the bank at a step.
+    The bank grows during training, thus training starts at once. Each image depends on the seed and on its index alone,
+    and the size of the bank depends on the step alone.
+
+    Args:
+        folder: Folder of the files.
+        movq: Trained MoVQ.
+        towers: Trained CLIP towers.
+        seed: Seed of the images.
+        size: Largest number of images.
+
+    Attributes:
+        name: Name of the examples in the log.
+        batch: Number of batch items per step.
+        chunk: Number of images that are encoded together.
+        embeds_shape: Shape of the stored embeddings of an image, whose first one is that of the image itself.
+        timesteps_per_example: Number of timesteps at which each example is denoised, above 1 for examples whose
+            conditions are more expensive to encode than to denoise.
     """
 
-    name = "plain"
-    batch = BATCH  # rows of a step
+    name = "decoder"
+    batch = BATCH
     chunk = 64
-    embeds_shape: tuple[int, ...] = (EMBEDDING,)  # of what is kept of each picture; the first is its own
-    levels = 1  # timesteps at which each example is denoised, for what costs more to encode than to denoise
+    embeds_shape: tuple[int, ...] = (EMBEDDING,)
+    timesteps_per_example = 1
 
     def __init__(self, folder: Path, movq: VQModel, towers: Towers, *, seed: int, size: int) -> None:
         self.movq, self.towers, self.seed, self.size = movq, towers, seed, size
         folder.mkdir(parents=True, exist_ok=True)
-        self.latents = _array(folder / "latents.npy", (size, 4, SIZE // 8, SIZE // 8))
-        self.embeds = _array(folder / "embeds.npy", (size, *self.embeds_shape))
+        self.latents = _open_array(folder / "latents.npy", (size, 4, SIZE // 8, SIZE // 8))
+        self.embeds = _open_array(folder / "embeds.npy", (size, *self.embeds_shape))
         self.count_file = folder / "count"
         self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
 
-    def limit(self, step: int) -> int:
-        """How many pictures the bank holds at a step."""
+    def size_at(self, step: int) -> int:
+        """Return the number of images that the bank holds at a step.
+
+        Args:
+            step: Number of the step, counted from 0.
+        """
         return min(BANK_START + BANK_GROWTH * step, self.size) // self.chunk * self.chunk
 
-    def choose(self, draw: Draw, count: int) -> npt.NDArray[np.int64]:
-        """Numbers of pictures for the step of `draw`; the bank holds them from then on."""
-        size = self.limit(draw.step)
+    def sample_indices(self, randomness: StepRandomness, count: int) -> npt.NDArray[np.int64]:
+        """Return random indices of images, and add the missing images to the bank.
+
+        Args:
+            randomness: Random generators of the step.
+            count: Number of indices.
+        """
+        size = self.size_at(randomness.step)
         if self.count < size:
             for first in range(self.count, size, self.chunk):
                 self._fill(first)
             self.latents.flush()
             self.embeds.flush()
             self.count = size
-            write_atomically(self.count_file, lambda path: _write_count(path, size))
-        return draw.numpy.integers(0, size, count)
+            with atomic_write(self.count_file) as temporary:
+                temporary.write_text(str(size), encoding="utf-8")
+        return randomness.numpy.integers(0, size, count)
 
-    def take(self, chosen: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Latents (count, 4, h, w) and embeddings (count, *embeds_shape) of pictures that `choose` chose."""
-        return torch.from_numpy(self.latents[chosen]).float(), torch.from_numpy(self.embeds[chosen]).float()
+    def read(self, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return latents (count, 4, h, w) and embeddings (count, *embeds_shape) of images.
 
-    def examples(self, draw: Draw) -> Examples:
-        """What the UNet is shown at the step of `draw`."""
-        return Examples(*self.take(self.choose(draw, self.batch)))
+        Args:
+            indices: Indices that `sample_indices` has returned.
+        """
+        return torch.from_numpy(self.latents[indices]).float(), torch.from_numpy(self.embeds[indices]).float()
 
-    def scenes(self, number: int) -> tuple[list[Scene], np.random.Generator]:
-        """The scenes of the chunk that holds picture `number`, and what goes on to draw all else about them."""
-        rng = np.random.default_rng([self.seed, 2**31, number // self.chunk * self.chunk])
-        return [self.scene(rng) for _ in range(self.chunk)], rng
+    def examples(self, randomness: StepRandomness) -> Examples:
+        """Return the examples of a step.
 
-    def scene(self, rng: np.random.Generator) -> Scene:
-        """The scene of one picture."""
+        Args:
+            randomness: Random generators of the step.
+        """
+        return Examples(*self.read(self.sample_indices(randomness, self.batch)))
+
+    def chunk_scenes(self, index: int) -> tuple[list[Scene], np.random.Generator]:
+        """Return the scenes of the chunk that contains an image.
+
+        Args:
+            index: Index of the image.
+
+        Returns:
+            The scenes, and the random generator of everything else about them.
+        """
+        rng = np.random.default_rng([self.seed, 2**31, index // self.chunk * self.chunk])
+        return [self.sample_scene(rng) for _ in range(self.chunk)], rng
+
+    def sample_scene(self, rng: np.random.Generator) -> Scene:
+        """Return a random scene for an image.
+
+        Args:
+            rng: Random generator.
+        """
         return sample_scene(rng, shapes=1 if rng.random() < 0.4 else 2)
 
     def embed(self, scenes: Sequence[Scene], palettes: Sequence[Palette], rng: np.random.Generator) -> Tensor:
-        """What to keep (len(scenes), *embeds_shape) as the embeddings of pictures."""
+        """Return the embeddings to be stored for images, (len(scenes), *embeds_shape).
+
+        Args:
+            scenes: Scenes of the images.
+            palettes: Palette of each scene.
+            rng: Random generator.
+        """
         return self.towers.embed_images(render(scenes, IMAGE_SIZE, palettes))
 
-    def chunk_at(self, first: int) -> tuple[Sequence[Scene], Sequence[Palette], Tensor]:
-        """Scenes and palettes of the pictures from number `first` on, and what to keep as their embeddings."""
-        scenes, rng = self.scenes(first)
-        palettes = mixed_palettes(scenes, rng, REPAINTED)
+    def encode_chunk(self, first: int) -> tuple[Sequence[Scene], Sequence[Palette], Tensor]:
+        """Return scenes, palettes and embeddings of a chunk of images.
+
+        Args:
+            first: Index of the first image.
+        """
+        scenes, rng = self.chunk_scenes(first)
+        palettes = mixed_palettes(scenes, rng, RECOLORED_SHARE)
         return scenes, palettes, self.embed(scenes, palettes, rng)
 
     @torch.no_grad()
     def _fill(self, first: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            scenes, palettes, embeds = self.chunk_at(first)
+            scenes, palettes, embeds = self.encode_chunk(first)
             images = (render(scenes, SIZE, palettes) * 2 - 1).split(16)
             latents = torch.cat([self.movq.quant_conv(self.movq.encoder(part)) for part in images])
         self.latents[first : first + self.chunk] = latents.half().numpy()
@@ -164,98 +248,133 @@ class Bank:
 
 
 class Denoiser(Protocol):
-    """What can be trained to denoise: a UNet, or several in one."""
+    """Network that can be trained to denoise latents: a UNet, or several UNets in one."""
 
     def encode_condition(
         self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
     ) -> UNetCondition:
-        """All that does not depend on the noisy latents."""
+        """Return everything that does not depend on the noisy latents.
+
+        Args:
+            image_embeds: Image embeddings (batch, D).
+            hint: Hints (batch, 3, H, W), or None.
+            channels: Further input channels (batch, c, h, w), or None.
+        """
         ...
 
     def denoise(self, sample: Tensor, timestep: Tensor, condition: UNetCondition) -> Tensor:
-        """Velocity and learned variance."""
+        """Return velocity and learned variance (batch, 8, h, w).
+
+        Args:
+            sample: Noisy latents (batch, 4, h, w).
+            timestep: Timesteps (batch,).
+            condition: Result of `encode_condition`.
+        """
         ...
 
 
-def _array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
+def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
     if path.is_file():
         return np.lib.format.open_memmap(path, mode="r+")
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
 
 
-def _write_count(path: Path, count: int) -> None:
-    path.write_text(str(count), encoding="utf-8")
+def timestep_distribution(alphas_cumprod: Tensor) -> Tensor:
+    """Return cumulative probabilities of the timesteps: nearly clean samples, which teach little, are rare.
 
+    Velocity errors weigh clean-sample errors by SNR + 1. The density limits this weight to SNR_CAP + 1: this is min-SNR
+    weighting (https://arxiv.org/abs/2303.09556) for velocity prediction.
 
-def timestep_table(alphas_cumprod: Tensor) -> Tensor:
-    """Cumulative probabilities of the timesteps: nearly clean samples, where little is left to learn, are drawn rarely.
-
-    Velocity errors weigh clean-sample errors by snr + 1; the density caps that (min-SNR,
-    https://arxiv.org/abs/2303.09556, for velocity).
+    Args:
+        alphas_cumprod: Cumulative products of alphas, one per timestep.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     density = (snr + 1).clamp(max=SNR_CAP + 1) / (snr + 1)
     return (density / density.sum()).cumsum(0)
 
 
-def denoising(network: Denoiser, banks: Sequence[Bank], empty: Tensor) -> Any:
-    """Objective: velocity, more weight on large areas at high noise, and the learned variance.
+def denoising_objective(network: Denoiser, banks: Sequence[Bank], negative: Tensor) -> Objective:
+    """Return the denoising objective: error of the velocity, of its averages over areas, and the learned variance.
 
-    Each step shows examples of all `banks`; where there are several, the velocity's error of each is logged.
+    Each step contains examples of all banks. If there are several, the velocity's error is also logged per bank.
+
+    Args:
+        network: Network to be trained.
+        banks: Sources of examples.
+        negative: Negative image embedding (1, D), which replaces some of the embeddings.
     """
     scheduler = DDPMScheduler(**SCHEDULER)
-    table = timestep_table(scheduler.alphas_cumprod)
-    spread = banks[0].take(banks[0].choose(Draw.of(0, 0), 512))[1].view(512, -1, EMBEDDING)[:, 0].std(0)
+    distribution = timestep_distribution(scheduler.alphas_cumprod)
+    _, sample = banks[0].read(banks[0].sample_indices(StepRandomness.of(0, 0), 512))
+    std = sample.view(512, -1, EMBEDDING)[:, 0].std(0)
 
-    def objective(draw: Draw) -> dict[str, Tensor]:
-        rows, conditions = [], []
+    def objective(randomness: StepRandomness) -> dict[str, Tensor]:
+        inputs, conditions = [], []
         for bank in banks:
-            shown = bank.examples(draw)
-            embeds = blurred(shown.embeds, spread, empty, draw)
-            latents = shown.latents.repeat(bank.levels, 1, 1, 1)
-            timesteps = stratified(table, len(latents), draw)
-            weight = torch.as_tensor(shown.weight).expand(len(shown.latents), 1, *latents.shape[2:])
-            noise = torch.randn(latents.shape, generator=draw.torch)
-            rows.append((latents, noise, timesteps, weight.repeat(bank.levels, 1, 1, 1)))
-            conditions += [network.encode_condition(embeds, shown.hint, shown.channels)] * bank.levels
-        latents, noise, timesteps, weight = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            examples = bank.examples(randomness)
+            repeats = bank.timesteps_per_example
+            embeds = perturb_embeddings(examples.embeds, std, negative, randomness)
+            latents = examples.latents.repeat(repeats, 1, 1, 1)
+            timesteps = stratified_timesteps(distribution, len(latents), randomness)
+            weight = torch.as_tensor(examples.weight).expand(len(examples.latents), 1, *latents.shape[2:])
+            noise = torch.randn(latents.shape, generator=randomness.torch)
+            inputs.append((latents, noise, timesteps, weight.repeat(repeats, 1, 1, 1)))
+            conditions += [network.encode_condition(embeds, examples.hint, examples.channels)] * repeats
+        latents, noise, timesteps, weight = (torch.cat(parts) for parts in zip(*inputs, strict=True))
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward pass is slower for so few tokens
-            output = network.denoise(noisy, timesteps, joined(conditions)).float()
+        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of fused attention is slower for so few tokens
+            output = network.denoise(noisy, timesteps, concatenate_conditions(conditions)).float()
         losses = denoising_losses(output, latents, noise, timesteps, scheduler, weight)
         if len(banks) > 1:
             errors = (output.detach()[:, :4] - scheduler.get_velocity(latents, noise, timesteps)).square()
-            each = errors.mean((1, 2, 3)).split([len(row[0]) for row in rows])
-            losses |= {bank.name: error.mean() for bank, error in zip(banks, each, strict=True)}
+            per_bank = errors.mean((1, 2, 3)).split([len(parts[0]) for parts in inputs])
+            losses |= {bank.name: error.mean() for bank, error in zip(banks, per_bank, strict=True)}
         return losses
 
     return objective
 
 
-def blurred(embeds: Tensor, spread: Tensor, empty: Tensor, draw: Draw) -> Tensor:
-    """Embeddings (batch, D) as inexact as a prior's, and now and then the empty picture's."""
-    amount = EMBEDDING_NOISE * torch.rand(len(embeds), 1, generator=draw.torch)
-    embeds = embeds + amount * spread * torch.randn(embeds.shape, generator=draw.torch)
-    return torch.where(torch.rand(len(embeds), 1, generator=draw.torch) < EMPTY, empty, embeds)
+def perturb_embeddings(embeds: Tensor, std: Tensor, negative: Tensor, randomness: StepRandomness) -> Tensor:
+    """Return embeddings with noise, like those of a prior, some of them replaced by the negative embedding.
+
+    Args:
+        embeds: Image embeddings (batch, D).
+        std: Standard deviation (D,) of image embeddings.
+        negative: Negative image embedding (1, D).
+        randomness: Random generators of the step.
+    """
+    amount = EMBEDDING_NOISE * torch.rand(len(embeds), 1, generator=randomness.torch)
+    embeds = embeds + amount * std * torch.randn(embeds.shape, generator=randomness.torch)
+    return torch.where(torch.rand(len(embeds), 1, generator=randomness.torch) < EMPTY_SHARE, negative, embeds)
 
 
-def joined(conditions: Sequence[UNetCondition]) -> UNetCondition:
-    """The conditions of some rows, then those of others."""
+def concatenate_conditions(conditions: Sequence[UNetCondition]) -> UNetCondition:
+    """Return the condition of a batch that consists of several batches.
+
+    Args:
+        conditions: Conditions of the batches.
+    """
     if len(conditions) == 1:
         return conditions[0]
     layers = (
         KeyValue(*(torch.cat(tensors) for tensors in zip(*layer, strict=True)))
         for layer in zip(*(condition.layers for condition in conditions), strict=True)
     )
-    beside = [condition.channels for condition in conditions if condition.channels is not None]
+    channels = [condition.channels for condition in conditions if condition.channels is not None]
     time = torch.cat([condition.time for condition in conditions])
-    return UNetCondition(time, tuple(layers), torch.cat(beside) if beside else None)
+    return UNetCondition(time, tuple(layers), torch.cat(channels) if channels else None)
 
 
-def stratified(table: Tensor, count: int, draw: Draw) -> Tensor:
-    """One timestep from each of `count` equally probable intervals, in order: batches differ less."""
-    places = (torch.arange(count) + torch.rand(count, generator=draw.torch)) / count
-    return torch.searchsorted(table, places).clamp(max=len(table) - 1)
+def stratified_timesteps(distribution: Tensor, count: int, randomness: StepRandomness) -> Tensor:
+    """Return one timestep from each of equally probable intervals, in order, thus batches differ less.
+
+    Args:
+        distribution: Cumulative probabilities of the timesteps.
+        count: Number of intervals.
+        randomness: Random generators of the step.
+    """
+    quantiles = (torch.arange(count) + torch.rand(count, generator=randomness.torch)) / count
+    return torch.searchsorted(distribution, quantiles).clamp(max=len(distribution) - 1)
 
 
 def denoising_losses(
@@ -266,29 +385,50 @@ def denoising_losses(
     scheduler: DDPMScheduler,
     weight: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
-    """Losses of a UNet's `output` (batch, 8, h, w); errors of the velocity are multiplied by `weight`."""
-    velocity, place = output.chunk(2, dim=1)
-    error = velocity - scheduler.get_velocity(latents, noise, timesteps)
-    variance = variance_loss(place, error.detach(), timesteps, scheduler)
-    error = error * weight
-    clean = (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None]  # makes it an error of the clean sample
-    area = (clean * F.avg_pool2d(error, 4).square()).mean() + (clean * error.mean((2, 3), True).square()).mean()
-    plain = error.square().mean()
-    return {"loss": plain + 2 * area + 0.1 * variance, "plain": plain, "area": area, "variance": variance}
+    """Return the losses of a UNet's output.
 
+    Args:
+        output: Velocity and learned variance (batch, 8, h, w).
+        latents: Clean latents (batch, 4, h, w).
+        noise: Noise of the same shape.
+        timesteps: Timesteps (batch,).
+        scheduler: Noise schedule.
+        weight: Weight of the velocity's error, a number or (batch, 1, h, w).
 
-def variance_loss(place: Tensor, error: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
-    """Divergence between the true and the predicted step of one timestep, as far as the variance can change it
-    (https://arxiv.org/abs/2102.09672, equations 15 and 16).
-
-    `place` (batch, channels, h, w), -1 to 1, lies between the smallest and the largest logarithm of the variance;
-    `error` is that of the velocity.
+    Returns:
+        Scalars: "velocity", "area" (averages over areas, weighted towards high noise), "variance", and their weighted
+        sum "loss".
     """
-    left = scheduler.alphas_cumprod
-    before = torch.cat([torch.ones(1), left[:-1]])
-    smallest = scheduler.betas * (1 - before) / (1 - left)
-    smallest = torch.cat([smallest[1:2], smallest[1:]])  # at timestep 0 it is zero
-    factor = before.sqrt() * scheduler.betas / (1 - left).sqrt()  # from velocity to the mean of the step
-    low, high, factor = (v[timesteps][:, None, None, None] for v in (smallest.log(), scheduler.betas.log(), factor))
-    guess = low + (place + 1) / 2 * (high - low)
-    return 0.5 * (guess - low - 1 + (low - guess).exp() + (factor * error).square() * (-guess).exp()).mean()
+    velocity, coordinate = output.chunk(2, dim=1)
+    error = velocity - scheduler.get_velocity(latents, noise, timesteps)
+    variance = variance_loss(coordinate, error.detach(), timesteps, scheduler)
+    error = error * weight
+    # The factor 1 - alphas_cumprod turns squared errors of the velocity into those of the clean sample.
+    clean = (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None]
+    area = (clean * F.avg_pool2d(error, 4).square()).mean() + (clean * error.mean((2, 3), True).square()).mean()
+    squared = error.square().mean()
+    return {"loss": squared + 2 * area + 0.1 * variance, "velocity": squared, "area": area, "variance": variance}
+
+
+def variance_loss(coordinate: Tensor, error: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
+    """Return the Kullback-Leibler divergence between the true and the predicted step of one timestep.
+
+    It is the training loss of the learned variance (Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672,
+    equations 15 and 16).
+
+    Args:
+        coordinate: Learned-variance coordinate (batch, channels, h, w): -1 is the smallest and 1 the largest logarithm
+            of the variance.
+        error: Error of the velocity, of the same shape, without gradient.
+        timesteps: Timesteps (batch,).
+        scheduler: Noise schedule.
+    """
+    alphas_cumprod = scheduler.alphas_cumprod
+    previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
+    smallest = scheduler.betas * (1 - previous) / (1 - alphas_cumprod)
+    smallest = torch.cat([smallest[1:2], smallest[1:]])  # it is zero at timestep 0
+    to_mean = previous.sqrt() * scheduler.betas / (1 - alphas_cumprod).sqrt()  # from velocity to the mean of the step
+    low, high, factor = (v[timesteps][:, None, None, None] for v in (smallest.log(), scheduler.betas.log(), to_mean))
+    log_variance = low + (coordinate + 1) / 2 * (high - low)
+    divergence = log_variance - low - 1 + (low - log_variance).exp()
+    return 0.5 * (divergence + (factor * error).square() * (-log_variance).exp()).mean()

@@ -1,21 +1,21 @@
-"""The one training loop: every stage of the embedded model is a network, an objective and a `Settings`."""
+"""The training loop of every stage of the embedded model: a network, an objective and `Settings`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.checkpoints.atomic_files import atomic_write
+from kandinsky22.errors import CheckpointError, invalid
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -24,11 +24,28 @@ SUMMARY = "summary.json"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How one stage is trained; the defaults are those of the small networks of the embedded model.
+    """Hyperparameters of one stage; the defaults suit the small networks of the embedded model.
 
-    The learning rate rises linearly over `warmup` steps, holds, and falls along half a cosine to zero over the last
-    `decay` steps (`None`: from the end of the warm-up on). A stage may be lengthened until its decay begins without
-    changing a step already made, because nothing before that depends on `steps`.
+    The learning rate rises linearly during the warm-up, stays constant, and falls along half a cosine to zero during
+    the decay. Nothing before the decay depends on `steps`: until the decay begins, a stage can be made longer without
+    changing the steps that have been taken.
+
+    Attributes:
+        steps: Number of optimizer steps, at least 1.
+        learning_rate: Largest learning rate.
+        warmup: Number of steps of the warm-up.
+        decay: Number of steps of the decay; None lets it begin at the end of the warm-up.
+        weight_decay: Weight decay of AdamW for weight matrices; biases and gains have none.
+        betas: Decay rates of AdamW's two moments.
+        clip: Largest norm of the gradient of all parameters together.
+        average: Decay rate of the running average of the parameters, from 0 to below 1.
+        seed: Seed of all random numbers of the stage.
+        bf16: Whether the objective runs under bfloat16 autocast.
+        log_every: Number of steps per line of the log.
+        save_seconds: Time between two checkpoints, in seconds.
+
+    Raises:
+        InputError: `steps` or `average` is out of range.
     """
 
     steps: int
@@ -46,12 +63,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
+            raise invalid("steps", self.steps, "an integer from 1")
         if not 0.0 <= self.average < 1.0:
-            raise InputError(f"average must be at least 0 and below 1, got {self.average}")
+            raise invalid("average", self.average, "a number from 0 to below 1")
 
-    def rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0."""
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step.
+
+        Args:
+            step: Number of the step, counted from 0.
+        """
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         decay = self.steps - self.warmup if self.decay is None else self.decay
@@ -60,38 +81,80 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
-    """The randomness of one step. It depends on the seed and the step alone, so a resumed run needs no saved state."""
+class StepRandomness:
+    """Random generators of one step. They depend on seed and step alone, thus a resumed run needs no stored state.
+
+    Attributes:
+        step: Number of the step, counted from 0.
+        numpy: Generator for numpy.
+        torch: Generator for torch, on the CPU.
+    """
 
     step: int
     numpy: np.random.Generator
     torch: torch.Generator
 
     @classmethod
-    def of(cls, seed: int, step: int) -> Draw:
+    def of(cls, seed: int, step: int) -> StepRandomness:
+        """Return the generators of a step.
+
+        Args:
+            seed: Seed of the stage.
+            step: Number of the step, counted from 0.
+        """
         numpy = np.random.default_rng([seed, step])
         return cls(step, numpy, torch.Generator().manual_seed(int(numpy.integers(2**62))))
 
 
-Objective = Callable[[Draw], Mapping[str, Tensor]]
+Objective: TypeAlias = Callable[[StepRandomness], Mapping[str, Tensor]]
+
+
+class Summary(TypedDict):
+    """State of a stage as its folder stores it in SUMMARY.
+
+    Attributes:
+        step: Number of steps that have been taken.
+        finished: Whether all steps have been taken.
+        seconds: Wall time in seconds, added up over resumptions.
+        parameters: Number of trained parameters.
+        settings: Fields of `Settings`.
+    """
+
+    step: int
+    finished: bool
+    seconds: float
+    parameters: int
+    settings: dict[str, Any]
 
 
 def train(
     network: nn.Module, objective: Objective, settings: Settings, folder: str | Path, *, stop_at: int | None = None
-) -> dict[str, Any]:
-    """Train the parameters of `network` that require gradients, and leave their running average in it.
+) -> Summary:
+    """Train the parameters of a network that require gradients, and leave their running average in it.
 
-    `objective` computes a mapping of scalars from a `Draw`; the entry "loss" is minimised, all of them are logged.
-    `folder` holds the checkpoint (found there, training goes on from it), the log and a summary with the wall time,
-    which adds up over resumptions. With `stop_at` training pauses before that step, and a later call takes it up.
-    Returns the summary. Raises CheckpointError when the checkpoint is of another network.
+    Training resumes from the checkpoint in `folder`, if there is one.
+
+    Args:
+        network: Network, left in evaluation mode.
+        objective: Function from the randomness of a step to scalar losses by name. The one named "loss" is minimised,
+            all are logged.
+        settings: Hyperparameters.
+        folder: Folder of the checkpoint, the log and the summary.
+        stop_at: Step before which training pauses, to be continued by a later call; None trains to the end.
+
+    Returns:
+        The summary.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or belongs to another network.
+        InputError: The network has no parameter that requires gradients.
     """
-    run = _Run(network, settings, Path(folder))
+    run = _TrainingRun(network, settings, Path(folder))
     end = settings.steps if stop_at is None else min(stop_at, settings.steps)
     network.train()
     while run.step < end:
         run.advance(objective)
-        if time.monotonic() - run.saved > settings.save_seconds:
+        if time.monotonic() - run.last_save > settings.save_seconds:
             run.save()
     run.save()
     network.load_state_dict(run.average, strict=False)
@@ -100,39 +163,40 @@ def train(
 
 
 def load_average(network: nn.Module, folder: str | Path) -> int:
-    """Put the running average of the checkpoint in `folder` into `network`; returns the number of steps it has had."""
+    """Load the running average of a checkpoint into a network.
+
+    Args:
+        network: Network that was trained.
+        folder: Folder of the stage.
+
+    Returns:
+        Number of steps that the checkpoint has been trained for.
+    """
     checkpoint = _read(Path(folder) / CHECKPOINT)
     network.load_state_dict(checkpoint["average"], strict=False)
     return int(checkpoint["step"])
 
 
-def finished(folder: str | Path) -> bool:
-    """Whether the stage trained in `folder` has made all its steps."""
+def is_finished(folder: str | Path) -> bool:
+    """Return whether all steps of a stage have been taken.
+
+    Args:
+        folder: Folder of the stage.
+    """
     path = Path(folder) / SUMMARY
     return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name and rename it, so that an interruption leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class _Run:
-    """State of one training: network, running average, optimizer, step and time."""
+class _TrainingRun:
+    """State of a training run: network, running average, optimizer, step and time."""
 
     def __init__(self, network: nn.Module, settings: Settings, folder: Path) -> None:
         self.network, self.settings, self.folder = network, settings, folder
         self.parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
         if not self.parameters:
-            raise InputError("the network has no parameter that requires gradients")
+            raise invalid("network", type(network), "a module with at least one parameter that requires gradients")
         self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters.values(), settings.weight_decay),
+            _parameter_groups(self.parameters.values(), settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
             fused=True,
@@ -142,80 +206,86 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CHECKPOINT).is_file():
             self._restore(_read(folder / CHECKPOINT))
-        self.started = self.saved = time.monotonic()
+        self.started = self.last_save = time.monotonic()
         self.sums: dict[str, float] = {}
-        self.summed = 0
+        self.summed_steps = 0
 
     def advance(self, objective: Objective) -> None:
+        """Take one step."""
         settings = self.settings
-        draw = Draw.of(settings.seed, self.step)
-        torch.manual_seed(int(draw.numpy.integers(2**62)))  # dropout and the like draw from the global generator
+        randomness = StepRandomness.of(settings.seed, self.step)
+        torch.manual_seed(int(randomness.numpy.integers(2**62)))  # dropout uses the global generator
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(self.step)
+            group["lr"] = settings.learning_rate_at(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
-            values = objective(draw)
+            values = objective(randomness)
         self.optimizer.zero_grad(set_to_none=True)
         values["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip, error_if_nonfinite=True)
         self.optimizer.step()
         self.step += 1
-        # A young average would be dominated by the random start, so its memory grows with the step.
-        keep = min(settings.average, self.step / (self.step + 10.0))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1.0 - keep)
+        # An early average would be dominated by the random initial values, thus its decay rate grows with the step.
+        decay_rate = min(settings.average, self.step / (self.step + 10.0))
+        parameters = [parameter.detach() for parameter in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1.0 - decay_rate)
         self._log({**{name: float(value.detach()) for name, value in values.items()}, "norm": float(norm)})
 
     def save(self) -> None:
+        """Write the checkpoint and the summary."""
         state = {
             "step": self.step,
-            "seconds": self._seconds(),
+            "seconds": self._elapsed_seconds(),
             "average": self.average,
             "parameters": {name: value.detach() for name, value in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
         }
-        write_atomically(self.folder / CHECKPOINT, lambda path: torch.save(state, path))
-        text = json.dumps(self.summary(), indent=2) + "\n"
-        write_atomically(self.folder / SUMMARY, lambda path: _write_text(path, text))
-        self.saved = time.monotonic()
+        with atomic_write(self.folder / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
+        with atomic_write(self.folder / SUMMARY) as temporary:
+            temporary.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+        self.last_save = time.monotonic()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
+        """Return the state of the stage."""
         return {
             "step": self.step,
             "finished": self.step >= self.settings.steps,
-            "seconds": round(self._seconds(), 1),
+            "seconds": round(self._elapsed_seconds(), 1),
             "parameters": sum(value.numel() for value in self.parameters.values()),
             "settings": dataclasses.asdict(self.settings),
         }
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         stored = checkpoint["parameters"]
-        wrong = sorted(set(stored) ^ set(self.parameters)) or sorted(
+        mismatched = sorted(set(stored) ^ set(self.parameters)) or sorted(
             name for name, value in self.parameters.items() if stored[name].shape != value.shape
         )
-        if wrong:
-            raise CheckpointError(f"{self.folder / CHECKPOINT} is of another network: {', '.join(wrong[:5])}")
+        if mismatched:
+            names = ", ".join(mismatched[:5])
+            raise CheckpointError(f"{self.folder / CHECKPOINT} belongs to another network; parameters differ: {names}")
         self.network.load_state_dict(stored, strict=False)
         self.average = dict(checkpoint["average"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
 
-    def _seconds(self) -> float:
+    def _elapsed_seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started
 
     def _log(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.summed += 1
+        self.summed_steps += 1
         if self.step % self.settings.log_every and self.step != self.settings.steps:
             return
-        means = {name: float(f"{value / self.summed:.5g}") for name, value in self.sums.items()}
-        line = {"step": self.step, "seconds": round(self._seconds(), 1), **means}
+        means = {name: float(f"{value / self.summed_steps:.5g}") for name, value in self.sums.items()}
+        line = {"step": self.step, "seconds": round(self._elapsed_seconds(), 1), **means}
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.sums, self.summed = {}, 0
+        self.sums, self.summed_steps = {}, 0
 
 
-def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay is for matrices; gains and biases have a scale of their own."""
+def _parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay is for matrices; gains and biases are left out, since they have a scale of their own."""
     parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -227,11 +297,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot read the training checkpoint {path}: {error}") from error
+        raise CheckpointError(f"the training checkpoint {path} cannot be read: {error}") from error
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} is not a training checkpoint")
+        raise CheckpointError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

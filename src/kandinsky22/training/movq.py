@@ -1,6 +1,6 @@
-"""The recipe of the embedded MoVQ: first the whole autoencoder, then, on frozen latents, its decoder alone.
+"""Recipe of the embedded MoVQ: the autoencoder first, then its decoder alone on frozen latents.
 
-Splitting the training means that the diffusion model can learn on final latents while the decoder still improves.
+The latents are final after the first stage, thus the diffusion model can be trained while the decoder still improves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kandinsky22.models.layers import SpatialNorm
 from kandinsky22.models.movq import VQModel
-from kandinsky22.training.loop import Draw, Settings, load_average, train
+from kandinsky22.training.loop import CHECKPOINT, Objective, Settings, StepRandomness, load_average, train
 from kandinsky22.training.scenes import Scene, mixed_palettes, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
@@ -25,67 +25,101 @@ CONFIG: Mapping[str, Any] = {
     "num_vq_embeddings": 1024,
     "sample_size": 16,
 }
-SIZE, CROP = 128, 64
-REPAINTED = 0.5  # share of pictures in arbitrary colours, so that any picture of a user's can be encoded
-# Pictures are mostly flat, and the flat parts are learned within minutes: outlines are what limits the result.
+SIZE, CROP = 128, 64  # sides of images and of crops, in pixels
+RECOLORED_SHARE = 0.5  # share of images in arbitrary colours, which lets any image of a user be encoded
+# Images are mostly flat, and flat areas are learned within minutes: outlines limit the result.
 EDGE_WEIGHT = 10.0
 AUTOENCODER = Settings(steps=2400, learning_rate=2e-3, warmup=100, decay=800, average=0.995, bf16=True)
 DECODER = Settings(steps=2400, learning_rate=1e-3, warmup=100, decay=1600, average=0.998, bf16=True, seed=1)
 
 
 def train_movq(folder: str | Path) -> VQModel:
-    """Both stages, resumed where `folder` says they stopped. Returns the finished network."""
+    """Train both stages, or resume their training.
+
+    Args:
+        folder: Folder of both stages.
+
+    Returns:
+        The trained network.
+    """
     movq = train_autoencoder(folder)
-    train(movq.requires_grad_(False), refinement(movq), DECODER, Path(folder) / "decoder")
+    train(movq.requires_grad_(False), decoder_objective(movq), DECODER, Path(folder) / "decoder")
     return movq
 
 
 def train_autoencoder(folder: str | Path, settings: Settings = AUTOENCODER) -> VQModel:
-    """The first stage. Its latents are final: of zero mean and unit variance, with a codebook that covers them."""
+    """Train the first stage, or resume its training.
+
+    Its latents are final: they have zero mean and unit variance, and the codebook covers them.
+
+    Args:
+        folder: Folder of both stages.
+        settings: Hyperparameters.
+
+    Returns:
+        The network after the first stage.
+    """
     torch.manual_seed(settings.seed)
     movq = VQModel(**CONFIG)
     movq.quantize.requires_grad_(False)
-    train(movq, autoencoding(movq), settings, Path(folder) / "autoencoder")
-    freeze_latents(movq, settings.seed)
+    train(movq, autoencoder_objective(movq), settings, Path(folder) / "autoencoder")
+    normalise_latents(movq, settings.seed)
     return movq
 
 
 def load_autoencoder(folder: str | Path) -> VQModel:
-    """The network after the first stage, which must be finished; nothing is written."""
+    """Return the network after the first stage, which must be finished, without writing any file.
+
+    Args:
+        folder: Folder of both stages.
+    """
     movq = VQModel(**CONFIG)
     load_average(movq, Path(folder) / "autoencoder")
-    freeze_latents(movq, AUTOENCODER.seed)
+    normalise_latents(movq, AUTOENCODER.seed)
     return movq.eval().requires_grad_(False)
 
 
 def load_movq(folder: str | Path) -> VQModel:
-    """The network as far as `folder` has it: the first stage must be finished, the second may be under way."""
+    """Return the network in its current state; the first stage is finished first, the second may be incomplete.
+
+    Args:
+        folder: Folder of both stages.
+    """
     movq = train_autoencoder(folder)
     movq.requires_grad_(False)
-    if (Path(folder) / "decoder" / "checkpoint.pt").is_file():
+    if (Path(folder) / "decoder" / CHECKPOINT).is_file():
         load_average(movq, Path(folder) / "decoder")
     return movq
 
 
-def pictures(draw: Draw, *, whole: bool, batch: int = 16) -> Tensor:
-    """Training pictures in [-1, 1]: `batch` crops of 64 pixels around shapes, or a quarter as many whole pictures."""
-    scenes = [sample_scene(draw.numpy) for _ in range(batch // 4 if whole else batch)]
-    images = render(scenes, SIZE, mixed_palettes(scenes, draw.numpy, REPAINTED)) * 2 - 1
-    if not whole:
-        images = torch.stack([_crop(image, scene, draw) for image, scene in zip(images, scenes, strict=True)])
-    return _turn(images, int(draw.numpy.integers(8)))
+def training_images(randomness: StepRandomness, *, full_size: bool, batch: int = 16) -> Tensor:
+    """Return training images.
+
+    Args:
+        randomness: Random generators of the step.
+        full_size: Whether to return full images instead of crops around shapes.
+        batch: Number of crops; there are a quarter as many full images.
+
+    Returns:
+        RGB images in [-1, 1]: crops (batch, 3, 64, 64) or full images (batch // 4, 3, 128, 128).
+    """
+    scenes = [sample_scene(randomness.numpy) for _ in range(batch // 4 if full_size else batch)]
+    images = render(scenes, SIZE, mixed_palettes(scenes, randomness.numpy, RECOLORED_SHARE)) * 2 - 1
+    if not full_size:
+        images = torch.stack([_crop(image, scene, randomness) for image, scene in zip(images, scenes, strict=True)])
+    return _apply_symmetry(images, int(randomness.numpy.integers(8)))
 
 
-def _crop(image: Tensor, scene: Scene, draw: Draw) -> Tensor:
-    shape = scene.shapes[draw.numpy.integers(len(scene.shapes))]
+def _crop(image: Tensor, scene: Scene, randomness: StepRandomness) -> Tensor:
+    shape = scene.shapes[randomness.numpy.integers(len(scene.shapes))]
     center = SIZE * np.array([shape.y, shape.x])
-    corner = center - CROP / 2 + draw.numpy.uniform(-CROP / 3, CROP / 3, 2)
+    corner = center - CROP / 2 + randomness.numpy.uniform(-CROP / 3, CROP / 3, 2)
     top, left = np.clip(np.round(corner), 0, SIZE - CROP).astype(int)
     return image[:, top : top + CROP, left : left + CROP]
 
 
-def _turn(images: Tensor, symmetry: int) -> Tensor:
-    """One of the eight symmetries of the square."""
+def _apply_symmetry(images: Tensor, symmetry: int) -> Tensor:
+    """Apply one of the eight symmetries of the square, 0 to 7."""
     if symmetry & 1:
         images = images.flip(-1)
     if symmetry & 2:
@@ -93,10 +127,15 @@ def _turn(images: Tensor, symmetry: int) -> Tensor:
     return (images.mT if symmetry & 4 else images).contiguous()
 
 
-def picture_loss(output: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Absolute error of colours, weighted towards outlines, and of the differences between neighbouring pixels.
+def image_loss(output: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return the reconstruction loss: error of colours, weighted towards outlines, and of differences between pixels.
 
-    Both arguments are (batch, 3, H, W) in [-1, 1]. "flat" and "edge" are the unweighted errors, for the log.
+    Args:
+        output: Reconstructed images (batch, 3, H, W) in [-1, 1].
+        target: True images of the same shape.
+
+    Returns:
+        Scalars: "loss", and for the log the unweighted errors "edge" and "flat" near outlines and elsewhere.
     """
     output = output.float()
     across, down = target.diff(dim=-1).abs().amax(1, keepdim=True), target.diff(dim=-2).abs().amax(1, keepdim=True)
@@ -113,55 +152,72 @@ def picture_loss(output: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 def latent_penalty(latents: Tensor) -> Tensor:
-    """How far the latents (batch, channels, h, w) are from zero mean, unit variance and no correlation of channels."""
-    places = latents.float().movedim(1, -1).flatten(0, -2)
-    mean = places.mean(0)
-    centered = places - mean
-    covariance = centered.mT @ centered / len(places)
+    """Return the squared deviation of latents from zero mean, unit variance and uncorrelated channels.
+
+    Args:
+        latents: Latents (batch, channels, h, w).
+    """
+    vectors = latents.float().movedim(1, -1).flatten(0, -2)
+    mean = vectors.mean(0)
+    centered = vectors - mean
+    covariance = centered.mT @ centered / len(vectors)
     return mean.square().sum() + (covariance - torch.eye(len(mean))).square().sum()
 
 
-def autoencoding(movq: VQModel) -> Any:
-    """Objective of the first stage. A little noise on the latents keeps their neighbourhoods meaningful."""
+def autoencoder_objective(movq: VQModel) -> Objective:
+    """Return the objective of the first stage. Noise on the latents makes nearby latents decode to similar images.
 
-    def objective(draw: Draw) -> dict[str, Tensor]:
-        target = pictures(draw, whole=draw.step % 4 == 3)
+    Args:
+        movq: Network to be trained.
+    """
+
+    def objective(randomness: StepRandomness) -> dict[str, Tensor]:
+        target = training_images(randomness, full_size=randomness.step % 4 == 3)
         latents = movq.quant_conv(movq.encoder(target)).float()
-        noisy = latents + 0.05 * torch.randn(latents.shape, generator=draw.torch)
-        losses = picture_loss(movq.decoder(movq.post_quant_conv(noisy), noisy), target)
+        noisy = latents + 0.05 * torch.randn(latents.shape, generator=randomness.torch)
+        losses = image_loss(movq.decoder(movq.post_quant_conv(noisy), noisy), target)
         penalty = latent_penalty(latents)
         return {**losses, "loss": losses["loss"] + 0.02 * penalty, "latents": penalty}
 
     return objective
 
 
-def refinement(movq: VQModel) -> Any:
-    """Objective of the second stage, for the decoder alone, on exact, noisy and now and then quantized latents."""
+def decoder_objective(movq: VQModel) -> Objective:
+    """Return the objective of the second stage: the decoder alone, on exact, noisy and sometimes quantized latents.
+
+    Args:
+        movq: Network of the first stage, whose decoder is made trainable.
+    """
     movq.decoder.requires_grad_(True)
     movq.post_quant_conv.requires_grad_(True)
 
-    def objective(draw: Draw) -> dict[str, Tensor]:
-        target = pictures(draw, whole=draw.step % 3 == 2)
+    def objective(randomness: StepRandomness) -> dict[str, Tensor]:
+        target = training_images(randomness, full_size=randomness.step % 3 == 2)
         with torch.no_grad():
             latents = movq.quant_conv(movq.encoder(target)).float()
-            if draw.step % 8 == 7:
+            if randomness.step % 8 == 7:
                 latents = movq.quantize(latents)[0]
-            noise = torch.randn(latents.shape, generator=draw.torch)
-            latents = latents + 0.1 * torch.rand(len(latents), 1, 1, 1, generator=draw.torch) * noise
-        return picture_loss(movq.decoder(movq.post_quant_conv(latents), latents), target)
+            noise = torch.randn(latents.shape, generator=randomness.torch)
+            latents = latents + 0.1 * torch.rand(len(latents), 1, 1, 1, generator=randomness.torch) * noise
+        return image_loss(movq.decoder(movq.post_quant_conv(latents), latents), target)
 
     return objective
 
 
 @torch.no_grad()
-def freeze_latents(movq: VQModel, seed: int, count: int = 512) -> None:
-    """Fold an affine map into the network that gives its latents zero mean and unit variance, and fit the codebook.
+def normalise_latents(movq: VQModel, seed: int, count: int = 512) -> None:
+    """Fold an affine map into the network that gives latents zero mean and unit variance, and fit the codebook.
 
-    Only 1 x 1 convolutions touch the latents, before and after, so the pictures stay exactly the same.
+    Only 1 x 1 convolutions touch the latents, before and after, thus decoded images stay the same.
+
+    Args:
+        movq: Network, changed in place.
+        seed: Seed of the scenes whose latents are measured.
+        count: Number of these scenes.
     """
     rng = np.random.default_rng([seed, 2**31])
     scenes = [sample_scene(rng) for _ in range(count)]
-    images = render(scenes, SIZE, mixed_palettes(scenes, rng, REPAINTED)) * 2 - 1
+    images = render(scenes, SIZE, mixed_palettes(scenes, rng, RECOLORED_SHARE)) * 2 - 1
     latents = torch.cat([movq.quant_conv(movq.encoder(part)) for part in images.split(16)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     movq.quant_conv.weight.div_(std[:, None, None, None])
@@ -172,27 +228,34 @@ def freeze_latents(movq: VQModel, seed: int, count: int = 512) -> None:
         assert conv.bias is not None
         conv.bias.add_(conv.weight[:, :, 0, 0] @ mean)
         conv.weight.mul_(std[:, None, None])
-    places = ((latents - mean[:, None, None]) / std[:, None, None]).movedim(1, -1).flatten(0, -2)
-    movq.quantize.embedding.weight.copy_(_codebook(places, movq.config.num_vq_embeddings, rng))
+    vectors = ((latents - mean[:, None, None]) / std[:, None, None]).movedim(1, -1).flatten(0, -2)
+    movq.quantize.embedding.weight.copy_(_codebook(vectors, movq.config.num_vq_embeddings, rng))
 
 
 def _codebook(points: Tensor, entries: int, rng: np.random.Generator, rounds: int = 20) -> Tensor:
-    """k-means centres of `points` (n, dim). Half of the start is spread evenly over the points' range of values, since
-    almost all points are the few colours of flat areas and a fair draw would hold little else."""
-    unique = points[rng.permutation(len(points))[: 40 * entries]]
-    spread = torch.cdist(unique, unique[:1])[:, 0].argsort()
-    centers = torch.cat([unique[: entries // 2], unique[spread[:: max(1, 2 * len(unique) // entries)]]])
-    centers = torch.cat([centers, unique[-entries:]])[:entries].clone()
+    """Return k-means centres of `points` (n, dim).
+
+    Almost all points are the few colours of flat areas, which would fill a random initial codebook. Half of the initial
+    centres are therefore spread evenly over the range of the points.
+    """
+    sample = points[rng.permutation(len(points))[: 40 * entries]]
+    by_distance = torch.cdist(sample, sample[:1])[:, 0].argsort()
+    centers = torch.cat([sample[: entries // 2], sample[by_distance[:: max(1, 2 * len(sample) // entries)]]])
+    centers = torch.cat([centers, sample[-entries:]])[:entries].clone()
     for _ in range(rounds):
-        nearest = torch.cdist(unique, centers).argmin(1)
-        counts = torch.zeros(entries).index_add_(0, nearest, torch.ones(len(unique)))
-        sums = torch.zeros_like(centers).index_add_(0, nearest, unique)
+        nearest = torch.cdist(sample, centers).argmin(1)
+        counts = torch.zeros(entries).index_add_(0, nearest, torch.ones(len(sample)))
+        sums = torch.zeros_like(centers).index_add_(0, nearest, sample)
         centers = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centers)
     return centers
 
 
 def main(folder: str | Path) -> None:
-    """Train in `folder`, with a single thread: several stages run side by side, one a core."""
+    """Train both stages in a single thread: several stages of the training may run at once, one per core.
+
+    Args:
+        folder: Folder of both stages.
+    """
     torch.set_num_threads(1)
     train_movq(folder)
 

@@ -1,7 +1,7 @@
-"""The recipe of the embedded prior: from captions to image embeddings, on frozen CLIP towers.
+"""Recipe of the embedded prior: from captions to image embeddings, on frozen CLIP towers.
 
-Reading a caption costs far more than denoising (some 25 tokens against 3), so every caption is read once and denoised
-at several timesteps.
+Encoding a caption costs far more than denoising (about 25 tokens against 3). Each caption is therefore encoded once,
+and its embedding is denoised at several timesteps.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky22.models.prior import MASKED, STEP_TOKENS, PriorCondition, PriorTransformer
 from kandinsky22.schedulers import UnCLIPScheduler
-from kandinsky22.training.captions import EMPTY, FULL, Caption, Detail, agrees, caption, distracted
+from kandinsky22.training.captions import EMPTY_CAPTION, FULL, Caption, Detail, add_nonsense_word, caption, matches
 from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, Towers
-from kandinsky22.training.loop import Draw, Settings, train
+from kandinsky22.training.loop import Settings, StepRandomness, train
 from kandinsky22.training.scenes import COLORS, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
@@ -33,26 +33,32 @@ CONFIG: Mapping[str, Any] = {
     "num_embeddings": CONTEXT,
     "additional_embeddings": 4,
 }
-# Embeddings are normalised to unit variance, so that clipping at 10 deviations never touches a good one.
+# Embeddings are normalised to unit variance, thus clipping at 10 standard deviations never changes a good one.
 SCHEDULER: Mapping[str, Any] = {"prediction_type": "sample", "clip_sample": True, "clip_sample_range": 10.0}
 BATCH = 96
-LEVELS = 4  # timesteps at which each caption is denoised, one from each equal part of the schedule
-TWO_SHAPES = 0.75  # they are harder
-EMPTY_PROMPTS = 0.1
-# Share of captions like "a red circle on a red background". No picture shows that, and a prior that sees visible shapes
-# only learns rules about colours and backgrounds which overrule the text wherever training left a combination out. As
-# embeddings are sums of parts, that of such a picture is a visible one's with another background's part.
-INVISIBLE = 0.04
-# What a caption leaves open the prior has to decide, and all at once: which of two shapes is left, and so what is left
-# in that colour. That is learned far more slowly than to follow a caption that states everything.
-OPEN = Detail(size=0.5, color=0.8, background=0.4, place=0.5, relation=0.5)
-DETAILS, DETAIL_SHARES = (FULL, Detail(), OPEN), (0.3, 0.3, 0.4)
+TIMESTEPS_PER_CAPTION = 4  # one from each quarter of the schedule
+TWO_SHAPES_SHARE = 0.75  # scenes of two shapes are harder
+EMPTY_SHARE = 0.1
+# Share of captions such as "a red circle on a red background", which no image shows. A prior that is trained on visible
+# shapes only learns rules about colours and backgrounds that overrule the text for combinations left out of training.
+# Since embeddings are sums of parts, the embedding of such a scene is that of a visible one with the part of another
+# background.
+INVISIBLE_SHARE = 0.04
+# The prior has to decide jointly everything that a caption leaves open: which of two shapes is on the left, and therefore
+# which colour is there. This is learned far more slowly than following a caption that states everything.
+SPARSE = Detail(size=0.5, color=0.8, background=0.4, position=0.5, relation=0.5)
+DETAILS, DETAIL_SHARES = (FULL, Detail(), SPARSE), (0.3, 0.3, 0.4)
 
 SETTINGS = Settings(steps=4000, learning_rate=1e-3, warmup=200, weight_decay=0.1, average=0.999, bf16=True)
 
 
-def create(towers: Towers, seed: int) -> PriorTransformer:
-    """An untrained prior that knows the mean and deviation of the towers' image embeddings."""
+def create_prior(towers: Towers, seed: int) -> PriorTransformer:
+    """Return an untrained prior with the mean and standard deviation of the towers' image embeddings.
+
+    Args:
+        towers: Trained CLIP towers.
+        seed: Seed of the initial weights and of the scenes whose embeddings are measured.
+    """
     torch.manual_seed(seed)
     prior = PriorTransformer(**CONFIG)
     torch.nn.init.normal_(prior.positional_embedding, std=0.1)
@@ -69,64 +75,92 @@ def create(towers: Towers, seed: int) -> PriorTransformer:
     return prior
 
 
-def denoise_levels(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, condition: PriorCondition) -> Tensor:
-    """`prior.denoise` of several noisy embeddings (B, levels, D) at timesteps (B, levels) for each text of a batch.
+def denoise_timesteps(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, condition: PriorCondition) -> Tensor:
+    """Denoise several noisy embeddings for each text of a batch, like as many calls of `prior.denoise`.
 
-    All levels stand in one sequence and do not see each other, so that keys and values of the text are shared.
+    The tokens of all timesteps are in one sequence and do not attend to those of other timesteps, thus they share keys
+    and values of the text.
+
+    Args:
+        prior: The network.
+        noisy: Noisy embeddings (batch, count, D).
+        timesteps: Timesteps (batch, count).
+        condition: Condition of the texts.
+
+    Returns:
+        Predicted clean embeddings (batch, count, D).
     """
-    batch, levels, _ = noisy.shape
+    batch, count, _ = noisy.shape
     time = prior.time_embedding(timesteps.flatten())
     query = prior.prd_embedding[0].expand(len(time), -1)
     tokens = torch.stack([time, prior.proj_in(noisy.flatten(0, 1)), query], dim=1)
-    tokens = (tokens + prior.positional_embedding[:, -STEP_TOKENS:]).view(batch, levels * STEP_TOKENS, -1)
+    tokens = (tokens + prior.positional_embedding[:, -STEP_TOKENS:]).view(batch, count * STEP_TOKENS, -1)
     causal = torch.full((STEP_TOKENS, STEP_TOKENS), MASKED).triu(1)
-    own = torch.block_diag(*[causal - MASKED] * levels) + MASKED
-    text = condition.mask.expand(-1, -1, levels * STEP_TOKENS, -1)
-    mask = torch.cat([text, own.expand(batch, 1, -1, -1)], dim=3)
+    within_timestep = torch.block_diag(*[causal - MASKED] * count) + MASKED
+    text = condition.mask.expand(-1, -1, count * STEP_TOKENS, -1)
+    mask = torch.cat([text, within_timestep.expand(batch, 1, -1, -1)], dim=3)
     for block, past in zip(prior.transformer_blocks, condition.layers, strict=True):
         tokens, _ = block(tokens, mask, past)
-    last = tokens.view(batch, levels, STEP_TOKENS, -1)[:, :, -1]
+    last = tokens.view(batch, count, STEP_TOKENS, -1)[:, :, -1]
     return cast(Tensor, prior.proj_to_clip_embeddings(prior.norm_out(last)))
 
 
-def _pairs(towers: Towers, directions: Tensor, rng: np.random.Generator) -> tuple[list[Caption], Tensor]:
-    """Captions and the image embeddings (B, D) that they describe."""
-    scenes = [sample_scene(rng, shapes=2 if rng.random() < TWO_SHAPES else 1) for _ in range(BATCH)]
+def _sample_pairs(towers: Towers, background_parts: Tensor, rng: np.random.Generator) -> tuple[list[Caption], Tensor]:
+    """Return captions and the image embeddings (BATCH, D) that they describe."""
+    scenes = [sample_scene(rng, shapes=2 if rng.random() < TWO_SHAPES_SHARE else 1) for _ in range(BATCH)]
     embeds = towers.embed_images(render(scenes, IMAGE_SIZE)).float()
     captions: list[Caption] = []
-    for row, scene in enumerate(scenes):
-        chance = rng.random()
-        if chance < EMPTY_PROMPTS:
-            captions.append(EMPTY)
-        elif chance < EMPTY_PROMPTS + INVISIBLE:
+    for index, scene in enumerate(scenes):
+        uniform = rng.random()
+        if uniform < EMPTY_SHARE:
+            captions.append(EMPTY_CAPTION)
+        elif uniform < EMPTY_SHARE + INVISIBLE_SHARE:
             before, after = scene.background, scene.shapes[int(rng.integers(len(scene.shapes)))].color
             captions.append(caption(dataclasses.replace(scene, background=after), rng, FULL))
-            embeds[row] += directions[list(COLORS).index(after)] - directions[list(COLORS).index(before)]
+            colors = list(COLORS)
+            embeds[index] += background_parts[colors.index(after)] - background_parts[colors.index(before)]
         else:
             detail = DETAILS[int(rng.choice(len(DETAILS), p=DETAIL_SHARES))]
             captions.append(caption(scene, rng, detail))
     return captions, embeds
 
 
-def objective(
-    prior: PriorTransformer, towers: Towers, directions: Tensor, scheduler: UnCLIPScheduler, draw: Draw
+def prior_losses(
+    prior: PriorTransformer,
+    towers: Towers,
+    background_parts: Tensor,
+    scheduler: UnCLIPScheduler,
+    randomness: StepRandomness,
 ) -> dict[str, Tensor]:
-    """Losses of one training step."""
-    rng = draw.numpy
+    """Return the losses of one training step.
+
+    Args:
+        prior: Network to be trained.
+        towers: Trained CLIP towers.
+        background_parts: Contributions (colours, D) of background colours to an embedding.
+        scheduler: Noise schedule.
+        randomness: Random generators of the step.
+
+    Returns:
+        Scalars: the mean error "loss", and the errors "error_first" and "error_last" of the first and the last quarter
+        of the timesteps.
+    """
+    rng = randomness.numpy
     with torch.no_grad():
-        captions, embeds = _pairs(towers, directions, rng)
+        captions, embeds = _sample_pairs(towers, background_parts, rng)
         clean = (embeds - prior.clip_mean) / prior.clip_std
-        texts = [distracted(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
+        texts = [add_nonsense_word(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
         text = towers.embed_texts(texts)
-    timesteps = torch.arange(LEVELS) + torch.rand(BATCH, LEVELS, generator=draw.torch)
-    timesteps = (timesteps / LEVELS * len(scheduler)).long()
-    clean = clean[:, None].expand(-1, LEVELS, -1)
-    noise = torch.randn(clean.shape, generator=draw.torch)
+    count = TIMESTEPS_PER_CAPTION
+    timesteps = torch.arange(count) + torch.rand(BATCH, count, generator=randomness.torch)
+    timesteps = (timesteps / count * len(scheduler)).long()
+    clean = clean[:, None].expand(-1, count, -1)
+    noise = torch.randn(clean.shape, generator=randomness.torch)
     noisy = scheduler.add_noise(clean.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()).view(clean.shape)
-    # The fused attention is several times slower backwards in bfloat16 than its parts, at these short lengths.
+    # For such short sequences in bfloat16, the backward pass of fused attention is several times slower.
     with sdpa_kernel(SDPBackend.MATH):
         condition = prior.encode_condition(text.embeds, text.hidden, text.mask)
-        predicted = denoise_levels(prior, noisy, timesteps, condition).float()
+        predicted = denoise_timesteps(prior, noisy, timesteps, condition).float()
     error = (predicted - clean).square().mean((0, 2))
     return {"loss": error.mean(), "error_first": error[0], "error_last": error[-1]}
 
@@ -135,7 +169,16 @@ def objective(
 def sample_embeddings(
     prior: PriorTransformer, towers: Towers, texts: Sequence[str], *, steps: int, guidance: float, seed: int
 ) -> Tensor:
-    """Image embeddings (N, D) that the prior imagines for prompts, as its pipeline does."""
+    """Return image embeddings (N, D) that the prior generates for prompts, as its pipeline does.
+
+    Args:
+        prior: The network.
+        towers: CLIP towers.
+        texts: N prompts.
+        steps: Number of denoising steps.
+        guidance: Guidance scale; guidance is off up to 1.
+        seed: Seed of the noise.
+    """
     generator = torch.Generator().manual_seed(seed)
     scheduler = UnCLIPScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps)
@@ -146,8 +189,8 @@ def sample_embeddings(
     for t, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
         predicted = prior.denoise(torch.cat([latents] * 2) if guided else latents, t, condition)
         if guided:
-            empty, predicted = predicted.chunk(2)
-            predicted = empty + guidance * (predicted - empty)
+            unconditional, predicted = predicted.chunk(2)
+            predicted = unconditional + guidance * (predicted - unconditional)
         latents = scheduler.step(predicted, t, latents, following, generator, return_dict=False)[0]
     return prior.post_process_latents(latents)
 
@@ -156,8 +199,20 @@ def sample_embeddings(
 def evaluate(
     prior: PriorTransformer, towers: Towers, *, count: int = 200, steps: int = 25, guidance: float = 1.0, seed: int = 7
 ) -> dict[str, float]:
-    """How often the scene that can be read from an imagined embedding is one that the caption describes, and visible:
-    of captions that state all, that leave open what is usual, and that leave one thing open."""
+    """Return how often the scene read from a generated embedding matches the caption and has visible shapes.
+
+    Args:
+        prior: Trained network.
+        towers: CLIP towers with their probe.
+        count: Number of captions per group.
+        steps: Number of denoising steps.
+        guidance: Guidance scale.
+        seed: Seed of captions and noise.
+
+    Returns:
+        Shares by group: captions that state everything ("full"), that leave attributes open with the default
+        probabilities ("usual"), and that never state one attribute.
+    """
     report: dict[str, float] = {}
     details = {"full": FULL, "usual": Detail()}
     details |= {f"no {name}": dataclasses.replace(FULL, **{name: 0.0}) for name in ("background", "relation", "color")}
@@ -165,21 +220,34 @@ def evaluate(
         rng = np.random.default_rng([seed, shapes, held_out])
         captions = [caption(sample_scene(rng, shapes=shapes, held_out=held_out), rng, detail) for _ in range(count)]
         embeds = sample_embeddings(prior, towers, [c.text for c in captions], steps=steps, guidance=guidance, seed=seed)
-        right = [
-            agrees(told.named, scene) and all(shape.color != scene.background for shape in scene.shapes)
-            for told, scene in zip(captions, towers.probe.scenes(embeds), strict=True)
+        correct = [
+            matches(c.description, scene) and all(shape.color != scene.background for shape in scene.shapes)
+            for c, scene in zip(captions, towers.probe.read_scenes(embeds), strict=True)
         ]
-        report[f"{kind}, {shapes}{', held out' if held_out else ''}"] = round(sum(right) / count, 4)
+        report[f"{kind}, {shapes}{', held out' if held_out else ''}"] = round(sum(correct) / count, 4)
     return report
 
 
 def train_prior(folder: str | Path, towers: Towers, settings: Settings = SETTINGS) -> PriorTransformer:
-    """Train the prior, or go on where `folder` stands, and save it in `folder`/model; returns it frozen."""
+    """Train the prior, or resume its training, and save it in the subfolder "model".
+
+    Args:
+        folder: Folder of the stage.
+        towers: Trained CLIP towers.
+        settings: Hyperparameters.
+
+    Returns:
+        The network, frozen.
+    """
     folder = Path(folder)
-    prior = create(towers, settings.seed)
+    prior = create_prior(towers, settings.seed)
     scheduler = UnCLIPScheduler(**SCHEDULER)
-    directions = towers.probe.background_parts().detach()
-    train(prior, lambda draw: objective(prior, towers, directions, scheduler, draw), settings, folder)
+    background_parts = towers.probe.background_parts().detach()
+
+    def objective(randomness: StepRandomness) -> dict[str, Tensor]:
+        return prior_losses(prior, towers, background_parts, scheduler, randomness)
+
+    train(prior, objective, settings, folder)
     prior.requires_grad_(False)
     prior.save_pretrained(folder / "model" / "prior")
     scheduler.save_pretrained(folder / "model" / "scheduler")

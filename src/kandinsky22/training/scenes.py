@@ -1,21 +1,26 @@
-"""The world the embedded model knows: flat geometric compositions, sampled and drawn without a single photograph.
+"""Scenes of the embedded model's training: flat geometric compositions, sampled at random and rendered.
 
-A scene is one or two shapes on a coloured background. Coordinates are fractions of the picture's side, x to the right
-and y downwards, so a scene can be drawn at any size.
+A scene consists of one or two shapes on a coloured background. Coordinates are fractions of the image's side, x to the
+right and y downwards, thus a scene can be rendered at any size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-# Chosen so that any two differ by at least a third of the unit cube's side: a pixel judge never has to guess.
-Palette = dict[str, tuple[float, ...]]
+from kandinsky22.errors import invalid
+
+Palette: TypeAlias = dict[str, tuple[float, ...]]
+
+# RGB in [0, 1]. Any two colours differ by at least a third of the unit cube's side, thus pixel analysis can always tell
+# them apart.
 COLORS: Palette = {
     "red": (0.84, 0.15, 0.17),
     "green": (0.18, 0.62, 0.30),
@@ -28,11 +33,11 @@ COLORS: Palette = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
-PLACES = ("center", "left", "right", "top", "bottom")
+POSITIONS = ("center", "left", "right", "top", "bottom")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-PLACE_CENTERS = {
+POSITION_CENTERS = {
     "center": (0.5, 0.5),
     "left": (0.26, 0.5),
     "right": (0.74, 0.5),
@@ -40,27 +45,36 @@ PLACE_CENTERS = {
     "bottom": (0.5, 0.74),
 }
 RADII = {"small": (0.105, 0.115), "large": (0.173, 0.183)}
-JITTER = 0.015  # how far a centre strays from its place
-OUTLINE = 2.5 / 128  # width of the lines in hints
-CONTRAST = 0.4  # least distance of arbitrary colours that touch, in the unit cube
-SPREAD = 0.25  # distance of each of two centres from the middle of the picture
+JITTER = 0.015  # largest offset of a shape's centre from its position, in x and in y
+OUTLINE_WIDTH = 2.5 / 128  # line width in hints that show edges
+MIN_CONTRAST = 0.4  # smallest distance of a background and a shape in arbitrary colours, in the unit cube
+PAIR_OFFSET = 0.25  # distance of each of two shapes' centres from the middle of the image
 
 # Half the side of a square and the outer radius of a triangle or star, in units of the shape's `radius`. They make the
-# four kinds look equally large and keep any two large shapes apart at SPREAD.
+# four kinds look equally large and keep any two large shapes apart at PAIR_OFFSET.
 SQUARE_HALF_SIDE = 0.90
 TRIANGLE_RADIUS = 1.28
 STAR_RADIUS = 1.28
-STAR_INNER = 0.48  # inner radius of a star over its outer radius
+STAR_INNER = 0.48  # ratio of a star's inner to its outer radius
 
-# Left out of training on purpose, to measure whether the model composes attributes or recalls pictures.
+# Combinations that are left out of training, to measure whether the model composes attributes or recalls images.
 HELD_OUT_SHAPES = frozenset({("star", "purple"), ("triangle", "orange"), ("square", "green"), ("circle", "white")})
-HELD_OUT_GROUNDS = frozenset({("blue", "white"), ("yellow", "purple"), ("black", "orange"), ("red", "green")})
-HELD_OUT_PAIR_MODULUS = 16  # one unordered pair of coloured shapes in this many
+HELD_OUT_BACKGROUNDS = frozenset({("blue", "white"), ("yellow", "purple"), ("black", "orange"), ("red", "green")})
+HELD_OUT_PAIR_MODULUS = 16  # one in 16 unordered pairs of coloured shapes is held out
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One coloured shape: its centre is (x, y), its nominal radius `radius`, all as fractions of the picture's side."""
+    """A coloured shape. Lengths and coordinates are fractions of the image's side.
+
+    Attributes:
+        kind: Kind of shape, one of SHAPES.
+        color: Name of its colour, one of COLORS.
+        size: Its size, one of SIZES.
+        x: Horizontal coordinate of its centre, to the right.
+        y: Vertical coordinate of its centre, downwards.
+        radius: Its nominal radius.
+    """
 
     kind: str
     color: str
@@ -72,22 +86,32 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour and one or two shapes; of two, the left or upper one comes first."""
+    """A background with one or two shapes.
+
+    Attributes:
+        background: Name of the background's colour, one of COLORS.
+        shapes: The shapes; the left or upper one of two comes first.
+    """
 
     background: str
     shapes: tuple[Shape, ...]
 
     @property
-    def place(self) -> str | None:
-        """Where a single shape lies, one of PLACES; None for two shapes."""
+    def position(self) -> str | None:
+        """Position of a single shape, one of POSITIONS; None for two shapes."""
         if len(self.shapes) != 1:
             return None
         shape = self.shapes[0]
-        return min(PLACES, key=lambda p: math.hypot(shape.x - PLACE_CENTERS[p][0], shape.y - PLACE_CENTERS[p][1]))
+
+        def distance(position: str) -> float:
+            x, y = POSITION_CENTERS[position]
+            return math.hypot(shape.x - x, shape.y - y)
+
+        return min(POSITIONS, key=distance)
 
     @property
     def relation(self) -> str | None:
-        """How the first shape stands to the second, "left of" or "above"; None for a single shape."""
+        """Relation of the first shape to the second, "left of" or "above"; None for a single shape."""
         if len(self.shapes) != 2:
             return None
         first, second = self.shapes
@@ -100,10 +124,14 @@ def _pair_is_held_out(first: Shape, second: Shape) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the scene contains a combination of attributes that training never shows."""
+    """Return whether a scene contains a combination of attributes that is left out of training.
+
+    Args:
+        scene: The scene.
+    """
     if any((s.kind, s.color) in HELD_OUT_SHAPES for s in scene.shapes):
         return True
-    if any((s.color, scene.background) in HELD_OUT_GROUNDS for s in scene.shapes):
+    if any((s.color, scene.background) in HELD_OUT_BACKGROUNDS for s in scene.shapes):
         return True
     return len(scene.shapes) == 2 and _pair_is_held_out(*scene.shapes)
 
@@ -121,38 +149,47 @@ def _sample_shape(rng: np.random.Generator, colors: Sequence[str], center: tuple
     )
 
 
-def _sample_any(rng: np.random.Generator, count: int) -> Scene:
+def _sample_scene(rng: np.random.Generator, count: int) -> Scene:
+    """Sample a scene that may be held out."""
     names = list(COLORS)
     background = names[rng.integers(len(names))]
     colors = [name for name in names if name != background]
     if count == 1:
-        return Scene(background, (_sample_shape(rng, colors, PLACE_CENTERS[PLACES[rng.integers(len(PLACES))]]),))
-    near, far = 0.5 - SPREAD, 0.5 + SPREAD
+        center = POSITION_CENTERS[POSITIONS[rng.integers(len(POSITIONS))]]
+        return Scene(background, (_sample_shape(rng, colors, center),))
+    near, far = 0.5 - PAIR_OFFSET, 0.5 + PAIR_OFFSET
     centers = ((near, 0.5), (far, 0.5)) if rng.random() < 0.5 else ((0.5, near), (0.5, far))
     while True:
         first, second = (_sample_shape(rng, colors, center) for center in centers)
-        # Two shapes that differ in nothing a caption would say first make sentences nobody writes.
+        # Captions of two shapes of the same kind and colour would be unnatural.
         if (first.kind, first.color) != (second.kind, second.color):
             return Scene(background, (first, second))
 
 
 def sample_scene(rng: np.random.Generator, *, shapes: int | None = None, held_out: bool = False) -> Scene:
-    """Draw a random scene.
+    """Return a random scene.
 
-    `shapes` is 1, 2 or None for either with equal chance; `held_out` chooses between the scenes training never shows
-    and those it does. Two shapes stand side by side or one above the other, never overlap and never look the same.
+    Two shapes are side by side or one above the other. They never overlap, and differ in kind or colour.
+
+    Args:
+        rng: Random generator.
+        shapes: Number of shapes, 1 or 2; None takes either with equal probability.
+        held_out: Whether the scene is one that is left out of training, or one that is not.
+
+    Raises:
+        InputError: `shapes` is invalid.
     """
     if shapes not in (None, 1, 2):
-        raise ValueError(f"a scene has 1 or 2 shapes, not {shapes}")
+        raise invalid("shapes", shapes, "1, 2 or None")
     count = int(rng.integers(1, 3)) if shapes is None else shapes
     while True:
-        scene = _sample_any(rng, count)
+        scene = _sample_scene(rng, count)
         if is_held_out(scene) == held_out:
             return scene
 
 
-# The signed distances below take offsets (dx, dy) from the centre and the radius, and are negative inside. Outside of a
-# corner they are distances to the nearest extended edge, not to the corner, which keeps the corners sharp.
+# The signed distances below take offsets (dx, dy) from the centre and the radius, and are negative inside. Outside a
+# corner they are distances to the nearest extended edge instead of the corner, which keeps corners sharp.
 
 
 def _circle(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -164,17 +201,17 @@ def _square(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.T
 
 
 def _triangle(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    # The bounding box's middle, not the centroid, stands at (x, y): a triangle then looks centred.
+    # The middle of the bounding box is at (x, y) instead of the centroid: a triangle then looks centred.
     dy = dy - TRIANGLE_RADIUS * radius / 4
     slanted = dx.abs() * math.cos(math.pi / 6) - dy / 2
     return torch.maximum(slanted, dy) - TRIANGLE_RADIUS * radius / 2
 
 
 def _star(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    # Mirror the plane into the 36 degree wedge between the upper tip's axis and the notch next to it, where one edge is
-    # left: two folds over the line through the notch, each followed by one over the axis, reach every point.
+    # The plane is mirrored into the 36 degree wedge between the upper tip's axis and the adjacent notch, which contains
+    # a single edge. Two reflections at the line through the notch, each followed by one at the axis, suffice.
     tip = STAR_RADIUS * radius
-    # As for the triangle, the bounding box is centred: it ends at the tip above and at cos(36 degrees) of it below.
+    # As for the triangle, the bounding box is centred. It ends at the tip above and at tip * cos(36 degrees) below.
     x, y = dx.abs(), tip * (1 - math.cos(math.pi / 5)) / 2 - dy
     normal_x, normal_y = math.cos(math.pi / 5), -math.sin(math.pi / 5)
     for _ in range(2):
@@ -194,81 +231,120 @@ _DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
 
 
 def _coverage(shapes: Sequence[Shape], size: int, inset: float = 0.0) -> torch.Tensor:
-    """Fraction of every pixel that each shape covers, (len(shapes), size, size) in [0, 1].
+    """Return the fraction of each pixel that each shape covers, (len(shapes), size, size) in [0, 1].
 
-    `inset` takes off a rim of that width, as a fraction of the side.
+    Shapes are reduced by a rim of width `inset`, a fraction of the side.
     """
     grid = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     coverage = torch.empty(len(shapes), size, size)
     for kind, distance in _DISTANCES.items():
-        index = [i for i, shape in enumerate(shapes) if shape.kind == kind]
-        if not index:
+        indices = [i for i, shape in enumerate(shapes) if shape.kind == kind]
+        if not indices:
             continue
-        x, y, radius = torch.tensor([[shapes[i].x, shapes[i].y, shapes[i].radius] for i in index]).T[:, :, None, None]
+        x, y, radius = torch.tensor([[shapes[i].x, shapes[i].y, shapes[i].radius] for i in indices]).T[:, :, None, None]
         dx, dy = torch.broadcast_tensors(grid[None, None, :] - x, grid[None, :, None] - y)
-        coverage[index] = (0.5 - size * (distance(dx, dy, radius) + inset)).clamp_(0.0, 1.0)
+        coverage[indices] = (0.5 - size * (distance(dx, dy, radius) + inset)).clamp_(0.0, 1.0)
     return coverage
 
 
-def repaint(scene: Scene, rng: np.random.Generator) -> Palette:
-    """Colours of any kind in the place of the scene's own, easy to tell apart where they touch.
+def random_palette(scene: Scene, rng: np.random.Generator) -> Palette:
+    """Return arbitrary colours for a scene that are easy to tell apart where they touch.
 
-    Those whose nearest names would make a combination left out of training are left out as well.
+    Colours whose nearest names make a held-out combination are excluded.
+
+    Args:
+        scene: The scene.
+        rng: Random generator.
+
+    Returns:
+        RGB in [0, 1] by the name of the scene's colour that it replaces.
     """
     names = [scene.background, *(shape.color for shape in scene.shapes)]
     while True:
         palette: Palette = {name: tuple(rng.random(3).tolist()) for name in sorted(set(names))}
-        ground = np.array(palette[scene.background])
-        if min(np.linalg.norm(ground - palette[name]) for name in names[1:]) < CONTRAST:
+        background = np.array(palette[scene.background])
+        if min(np.linalg.norm(background - palette[name]) for name in names[1:]) < MIN_CONTRAST:
             continue
-        if not is_held_out(renamed(scene, palette)):
+        if not is_held_out(rename_colors(scene, palette)):
             return palette
 
 
-def renamed(scene: Scene, palette: Palette) -> Scene:
-    """The scene with the names nearest to the colours that it has under a palette."""
-    known = {name: nearest_color(color) for name, color in palette.items()}
-    shapes = tuple(dataclasses.replace(shape, color=known[shape.color]) for shape in scene.shapes)
-    return Scene(known[scene.background], shapes)
+def rename_colors(scene: Scene, palette: Palette) -> Scene:
+    """Return a scene with the names that are nearest to its colours in a palette.
+
+    Args:
+        scene: The scene.
+        palette: RGB in [0, 1] by name of each of the scene's colours.
+    """
+    nearest = {name: nearest_color(color) for name, color in palette.items()}
+    shapes = tuple(dataclasses.replace(shape, color=nearest[shape.color]) for shape in scene.shapes)
+    return Scene(nearest[scene.background], shapes)
 
 
 def mixed_palettes(scenes: Sequence[Scene], rng: np.random.Generator, share: float) -> list[Palette]:
-    """The named colours for most scenes, and any colours for a `share` of them."""
-    return [repaint(scene, rng) if rng.random() < share else COLORS for scene in scenes]
+    """Return a palette for each scene: arbitrary colours for some of them, COLORS for the others.
+
+    Args:
+        scenes: The scenes.
+        rng: Random generator.
+        share: Probability of arbitrary colours, from 0 to 1.
+    """
+    return [random_palette(scene, rng) if rng.random() < share else COLORS for scene in scenes]
 
 
 def nearest_color(color: Sequence[float]) -> str:
-    """The name of the colour nearest to an RGB value."""
+    """Return the name of the colour in COLORS that is nearest to a colour.
+
+    Args:
+        color: RGB in [0, 1].
+    """
     return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], color))))
 
 
 def render(scenes: Sequence[Scene], size: int = 128, palettes: Sequence[Palette] | None = None) -> torch.Tensor:
-    """Draw scenes with analytic anti-aliasing: (len(scenes), 3, size, size) float32 RGB in [0, 1].
+    """Render scenes with analytic anti-aliasing.
 
-    A palette for each scene says which colours stand for the names of its own.
+    Args:
+        scenes: The scenes.
+        size: Side of the images in pixels.
+        palettes: Palette of each scene; None takes COLORS for all of them.
+
+    Returns:
+        RGB images (len(scenes), 3, size, size), float32 in [0, 1].
     """
     palettes = [COLORS] * len(scenes) if palettes is None else palettes
     ground = torch.tensor([palette[scene.background] for scene, palette in zip(scenes, palettes, strict=True)])
     images = ground[:, :, None, None].repeat(1, 1, size, size)
-    for layer in range(max((len(scene.shapes) for scene in scenes), default=0)):
-        rows = [i for i, scene in enumerate(scenes) if len(scene.shapes) > layer]
-        shapes = [scenes[i].shapes[layer] for i in rows]
-        paint = torch.tensor([palettes[i][scenes[i].shapes[layer].color] for i in rows])[:, :, None, None]
-        images[rows] = torch.lerp(images[rows], paint, _coverage(shapes, size)[:, None])
+    for indices, shapes in _layers(scenes):
+        paint = torch.tensor([palettes[i][shape.color] for i, shape in zip(indices, shapes, strict=True)])
+        images[indices] = torch.lerp(images[indices], paint[:, :, None, None], _coverage(shapes, size)[:, None])
     return images
 
 
-def draw_hints(scenes: Sequence[Scene], size: int = 128, *, outlines: Sequence[bool] | bool = False) -> torch.Tensor:
-    """What guides the hint UNet, without any colour: (len(scenes), 3, size, size) float32 grey in [0, 1].
+def render_hints(scenes: Sequence[Scene], size: int = 128, *, outlines: Sequence[bool] | bool = False) -> torch.Tensor:
+    """Render hints for the ControlNet UNet, without any colour.
 
-    A layer map, like a depth map: the background is far (0), shapes are near (1). Or, where `outlines` says so, their
-    edges: lines of OUTLINE's width, white on black.
+    A hint is a layer map, similar to a depth map: the background is far (0), shapes are near (1). Or it shows the edges
+    of the shapes as lines of OUTLINE_WIDTH, white on black.
+
+    Args:
+        scenes: The scenes.
+        size: Side of the hints in pixels.
+        outlines: Whether hints show edges, for all scenes or for each.
+
+    Returns:
+        Grey images (len(scenes), 3, size, size), float32 in [0, 1].
     """
     lines = torch.as_tensor(outlines).expand(len(scenes))
     near = torch.zeros(len(scenes), size, size)
-    for layer in range(max((len(scene.shapes) for scene in scenes), default=0)):
-        rows = [i for i, scene in enumerate(scenes) if len(scene.shapes) > layer]
-        shapes = [scenes[i].shapes[layer] for i in rows]
-        inner = _coverage(shapes, size, OUTLINE) * lines[rows, None, None]
-        near[rows] = torch.maximum(near[rows], _coverage(shapes, size) - inner)
+    for indices, shapes in _layers(scenes):
+        inner = _coverage(shapes, size, OUTLINE_WIDTH) * lines[indices, None, None]
+        near[indices] = torch.maximum(near[indices], _coverage(shapes, size) - inner)
     return near[:, None].repeat(1, 3, 1, 1)
+
+
+def _layers(scenes: Sequence[Scene]) -> Iterator[tuple[list[int], list[Shape]]]:
+    """Yield the first shapes of all scenes, then the second ones, with the indices of the scenes that have them."""
+    for layer in range(max((len(scene.shapes) for scene in scenes), default=0)):
+        indices = [i for i, scene in enumerate(scenes) if len(scene.shapes) > layer]
+        yield indices, [scenes[i].shapes[layer] for i in indices]

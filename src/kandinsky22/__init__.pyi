@@ -1,0 +1,47 @@
+"""Public names for type checkers; the table of `_exports.py` serves at run time."""
+
+from kandinsky22.errors import CheckpointError as CheckpointError
+from kandinsky22.errors import ConfigError as ConfigError
+from kandinsky22.errors import InputError as InputError
+from kandinsky22.errors import KandinskyError as KandinskyError
+from kandinsky22.errors import MissingDependencyError as MissingDependencyError
+from kandinsky22.inputs.images import load_image as load_image
+from kandinsky22.inputs.images import make_image_grid as make_image_grid
+from kandinsky22.kernels.settings import optimisations as optimisations
+from kandinsky22.models.movq import VQModel as VQModel
+from kandinsky22.models.prior import PriorTransformer as PriorTransformer
+from kandinsky22.models.unet import UNet2DConditionModel as UNet2DConditionModel
+from kandinsky22.pipelines.auto import AutoPipelineForImage2Image as AutoPipelineForImage2Image
+from kandinsky22.pipelines.auto import AutoPipelineForInpainting as AutoPipelineForInpainting
+from kandinsky22.pipelines.auto import AutoPipelineForText2Image as AutoPipelineForText2Image
+from kandinsky22.pipelines.base import DiffusionPipeline as DiffusionPipeline
+from kandinsky22.pipelines.combined import KandinskyV22CombinedPipeline as KandinskyV22CombinedPipeline
+from kandinsky22.pipelines.combined import KandinskyV22Img2ImgCombinedPipeline as KandinskyV22Img2ImgCombinedPipeline
+from kandinsky22.pipelines.combined import KandinskyV22InpaintCombinedPipeline as KandinskyV22InpaintCombinedPipeline
+from kandinsky22.pipelines.decoder import KandinskyV22ControlnetImg2ImgPipeline as KandinskyV22ControlnetImg2ImgPipeline
+from kandinsky22.pipelines.decoder import KandinskyV22ControlnetPipeline as KandinskyV22ControlnetPipeline
+from kandinsky22.pipelines.decoder import KandinskyV22Img2ImgPipeline as KandinskyV22Img2ImgPipeline
+from kandinsky22.pipelines.decoder import KandinskyV22InpaintPipeline as KandinskyV22InpaintPipeline
+from kandinsky22.pipelines.decoder import KandinskyV22Pipeline as KandinskyV22Pipeline
+from kandinsky22.pipelines.outputs import ImagePipelineOutput as ImagePipelineOutput
+from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput as KandinskyPriorPipelineOutput
+from kandinsky22.pipelines.prior import KandinskyV22PriorEmb2EmbPipeline as KandinskyV22PriorEmb2EmbPipeline
+from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline as KandinskyV22PriorPipeline
+from kandinsky22.sampling.presets import apply_quality as apply_quality
+from kandinsky22.schedulers import DDIMScheduler as DDIMScheduler
+from kandinsky22.schedulers import DDPMScheduler as DDPMScheduler
+from kandinsky22.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
+from kandinsky22.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+from kandinsky22.schedulers import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
+from kandinsky22.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+from kandinsky22.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
+from kandinsky22.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
+from kandinsky22.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
+from kandinsky22.schedulers import LCMScheduler as LCMScheduler
+from kandinsky22.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
+from kandinsky22.schedulers import PNDMScheduler as PNDMScheduler
+from kandinsky22.schedulers import UnCLIPScheduler as UnCLIPScheduler
+from kandinsky22.schedulers import UniPCMultistepScheduler as UniPCMultistepScheduler
+
+__version__: str
+__all__: list[str]

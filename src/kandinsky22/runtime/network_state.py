@@ -1,0 +1,114 @@
+"""One record per network for everything that the runtime knows about it besides its weights.
+
+The record is an attribute of the network that no state dict contains: `state_of` returns it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kandinsky22.checkpoints.fingerprint import WeightFingerprint
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from kandinsky22.runtime.device_offload import Offloaded
+
+_ATTRIBUTE = "_kandinsky22_state"
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSource:
+    """The checkpoint that a network was read from.
+
+    Attributes:
+        load: Reads the network again.
+        fingerprint: State of the weights right after they were read.
+        files: Weight files; empty if they do not matter.
+        files_digest: Digest of `files` when they were read (`checkpoints.fingerprint.files_digest`); None if they have
+            none.
+        dtype: Type of the weights after loading; None if unknown.
+    """
+
+    load: Callable[[], nn.Module]
+    fingerprint: WeightFingerprint
+    files: tuple[Path, ...] = ()
+    files_digest: str | None = None
+    dtype: torch.dtype | None = None
+
+    def is_current(self, network: nn.Module) -> bool:
+        """Return whether the network still has the weights that were read, as far as its fingerprint shows.
+
+        Args:
+            network: The network that was read from this source.
+        """
+        return self.fingerprint.matches(network)
+
+
+@dataclasses.dataclass
+class NetworkState:
+    """What the runtime knows about one network.
+
+    Attributes:
+        source: The checkpoint it was read from; None for a network that was created in memory.
+        offload: How it is offloaded; None for a network that is not.
+        quantization: One of `runtime.quantize.KINDS`; None for a network with its original weights.
+        compile_hooks: Hooks that mark the beginning of a step for CUDA graphs.
+    """
+
+    source: NetworkSource | None = None
+    offload: Offloaded | None = None
+    quantization: str | None = None
+    compile_hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The weights of a copy or a pickle were not read from a file. Its hooks are copied with it and stay described.
+        return {**vars(self), "source": None}
+
+
+def unwrap_compiled(network: nn.Module) -> nn.Module:
+    """Return the network inside a wrapper made by `torch.compile`, or the network itself.
+
+    Args:
+        network: Any module.
+    """
+    inner: nn.Module = getattr(network, "_orig_mod", network)
+    return inner
+
+
+def state_of(network: nn.Module) -> NetworkState:
+    """Return the record of a network, creating an empty one on first use. It is part of no state dict.
+
+    Args:
+        network: Any module; the wrapper of a compiled network shares the record of the network inside.
+    """
+    state: NetworkState = unwrap_compiled(network).__dict__.setdefault(_ATTRIBUTE, NetworkState())
+    return state
+
+
+def record_source(
+    network: nn.Module,
+    load: Callable[[], nn.Module],
+    *,
+    files: Iterable[Path] = (),
+    files_digest: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Record the checkpoint that the current weights of a network were read from.
+
+    Args:
+        network: A network that was just read.
+        load: Reads the same network again.
+        files: Weight files; empty if they do not matter.
+        files_digest: Digest of `files` when they were read (`checkpoints.fingerprint.files_digest`); None if they have
+            none.
+        dtype: Type of the weights after loading; None if unknown.
+    """
+    network = unwrap_compiled(network)
+    state_of(network).source = NetworkSource(load, WeightFingerprint(network), tuple(files), files_digest, dtype)
