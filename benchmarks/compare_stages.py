@@ -1,8 +1,8 @@
-"""What is compared: stages of text to image, each the same work done by ours and by the reference.
+"""Stages of text to image, each with the same work in kandinsky22 and in the reference.
 
-A stage loads what it needs in its constructor and does its work in `call(number)`. The number changes the prompt or
-the timestep, so that nothing kept from an earlier call is of use; call 0 gives the result that is compared. Inputs are
-drawn in float32 and converted, so they are the same for both libraries and all types.
+The constructor of a stage loads what it needs, and `call(number)` does its work. The number changes the prompt or the
+timestep, thus nothing that is cached from an earlier call helps; call 0 gives the result that is compared. Inputs are
+generated in float32 and converted, thus they are the same for both libraries and all dtypes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,24 @@ Counts = dict[str, int]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a worker is told, once.
+    """Settings of a worker.
 
-    `low_memory`, `quality` (a preset), `caching` (every so many steps) and `quantize` are modes of ours. `compiled`
-    compiles the networks of either library.
+    Attributes:
+        library: OURS or THEIRS.
+        stage: Name of the stage, a key of STAGES.
+        folder: Folder of the weights.
+        dtype: Name of a dtype of torch.
+        device: "cpu" or "cuda".
+        threads: Number of threads of torch.
+        size: Side of the image in pixels.
+        prior_steps: Number of steps of the prior.
+        steps: Number of steps of the decoder in whole images.
+        full_towers: Whether the CLIP towers have all their layers.
+        low_memory: Whether to call `enable_low_memory`; ours only.
+        quality: Name of a preset, or None; ours only.
+        caching: Interval of feature caching in steps, or None; ours only.
+        quantize: Kind of quantized weights, or None; ours only.
+        compiled: Whether the networks are compiled.
     """
 
     library: str
@@ -48,21 +62,32 @@ class Setting:
 
     @property
     def ours(self) -> bool:
-        """Whether this worker is ours."""
+        """Whether the library is kandinsky22."""
         return self.library == OURS
 
 
 @dataclass
 class Stage:
-    """A stage at work. `pause` collects seconds of a call that do not count, `peaks` memory before each of them."""
+    """Base class of stages.
+
+    Attributes:
+        setting: Settings of the worker.
+        pause: Seconds of the current call that do not count.
+        peaks: Peak memory in GiB before each pause.
+        alone: Whether each call takes a fresh process, without another one at the same time.
+        libraries: Libraries that have the stage.
+        rounds: Default number of calls.
+        noisy: Whether random numbers are generated in the working dtype, thus results of different dtypes cannot be
+            compared.
+    """
 
     setting: Setting
     pause: float = 0.0
     peaks: list[float] = field(default_factory=list)
-    alone: ClassVar[bool] = False  # a fresh process for each call, one at a time: for memory, or because loading counts
+    alone: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = (THEIRS, OURS)
-    rounds: ClassVar[int] = 3  # by default
-    noisy: ClassVar[bool] = False  # draws random numbers in the working type, so types cannot be compared
+    rounds: ClassVar[int] = 3
+    noisy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         import torch
@@ -73,20 +98,37 @@ class Stage:
         self.load()
 
     def load(self) -> None:
-        """Make ready."""
+        """Load everything that the calls need."""
 
     def call(self, number: int) -> Any:
-        """Do the work; a tensor, or some of them."""
+        """Do the work of the stage.
+
+        Args:
+            number: Number of the call, below 0 for calls that do not count.
+
+        Returns:
+            A tensor or a list of tensors.
+        """
         raise NotImplementedError
 
     def operations(self, count: Callable[[Callable[[], object]], Counts]) -> Counts | None:
-        """What a call computes, told by `count`; None where that is the sum of other stages."""
+        """Return the number of operations of a call, or None if other stages count them.
+
+        Args:
+            count: Function that counts the operations of a function.
+        """
         return count(lambda: self.call(-1))
 
-    # What stages are made of
+    # Parts of stages
 
     def pipeline(self, name: str, part: str, **options: Any) -> Any:
-        """A pipeline of the stage's library, from one of the folders."""
+        """Return a pipeline of the stage's library.
+
+        Args:
+            name: Name of the class.
+            part: Subfolder of the weights.
+            **options: Further arguments of `from_pretrained`.
+        """
         pipe = getattr(self.library, name).from_pretrained(
             Path(self.setting.folder) / part, torch_dtype=self.dtype, **options
         )
@@ -99,7 +141,11 @@ class Stage:
         return pipe if self.setting.device == "cpu" else pipe.to(self.setting.device)
 
     def adapt(self, network: Any) -> None:
-        """Quantize and compile, if that is asked for."""
+        """Quantize and compile a network if the setting says so.
+
+        Args:
+            network: The network, changed in place.
+        """
         if self.setting.quantize is not None and type(network).__name__ != "VQModel":
             from kandinsky22.runtime.quantize import quantize
 
@@ -111,15 +157,24 @@ class Stage:
 
             compile_blocks(network, mode="default", dynamic=False, backend="inductor")
         else:
-            getattr(network, "decoder", network).compile()  # MoVQ is not called, but decodes
+            getattr(network, "decoder", network).compile()  # the pipeline calls `decode` of MoVQ, not its forward
 
     def prior(self, **options: Any) -> Any:
-        """The prior, with the towers that the setting asks for."""
+        """Return the prior pipeline with the towers of the setting.
+
+        Args:
+            **options: Further arguments of `from_pretrained`.
+        """
         part = "prior-full" if self.setting.full_towers else "prior"
         return self.pipeline("KandinskyV22PriorPipeline", part, **options)
 
     def network(self, name: str, subfolder: str) -> Any:
-        """One network of the decoder's folder."""
+        """Return a network of the decoder's folder.
+
+        Args:
+            name: Name of the class.
+            subfolder: Folder of the component.
+        """
         folder = Path(self.setting.folder) / "decoder"
         kind = getattr(self.library, name)
         network = kind.from_pretrained(folder, subfolder=subfolder, torch_dtype=self.dtype).eval()
@@ -127,44 +182,58 @@ class Stage:
         return network.to(self.setting.device)
 
     def random(self, *shape: int, seed: int) -> Any:
-        """Normal numbers."""
-        drawn = self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
-        return drawn.to(device=self.setting.device, dtype=self.dtype)
+        """Return a tensor of normally distributed values.
+
+        Args:
+            *shape: Its shape.
+            seed: Seed of the values.
+        """
+        values = self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
+        return values.to(device=self.setting.device, dtype=self.dtype)
 
     def generator(self, seed: int) -> Any:
-        """A generator for a pipeline."""
+        """Return a seeded generator on the CPU.
+
+        Args:
+            seed: Its seed.
+        """
         return self.torch.Generator().manual_seed(seed)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count; the peak of memory so far is noted, and begins anew."""
+        """Exclude the time inside the block from the call, and record the peak memory before it."""
         if self.setting.device != "cpu":
             self.torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.peaks.append(machine.peak_memory())
         yield
-        self.pause += time.perf_counter() - begun
+        self.pause += time.perf_counter() - start
 
 
 def prompt(number: int) -> str:
-    """A prompt for each call, all of the same length; those below 0 are for calls that do not count."""
+    """Return the prompt of a call; all prompts have the same length.
+
+    Args:
+        number: Number of the call.
+    """
     return f"a red cat, 4k photo, number {500 + number}"
 
 
 class Load(Stage):
-    """Both pipelines from their folders, files being in the system's cache and packages imported.
-
-    What counts is the constructor.
-    """
+    """Both pipelines, from files in the system's cache and with packages imported; the constructor is timed."""
 
     alone, rounds = True, 2
 
     def load(self) -> None:
-        """Both pipelines, ready to be called."""
+        """Load both pipelines."""
         self.pipes = self.prior(), self.pipeline("KandinskyV22Pipeline", "decoder")
 
     def operations(self, count: Callable[[Callable[[], object]], Counts]) -> Counts | None:
-        """None."""
+        """Return None.
+
+        Args:
+            count: Function that counts the operations of a function.
+        """
         return None
 
 
@@ -172,11 +241,15 @@ class Text(Stage):
     """A prompt and the empty one through the CLIP text tower."""
 
     def load(self) -> None:
-        """All but the image encoder, which has no part in this."""
+        """Load all components except the image encoder, which is not used."""
         self.pipe = self.prior(image_encoder=None)
 
     def call(self, number: int) -> Any:
-        """The tensors that the prior is given."""
+        """Return the inputs of the prior.
+
+        Args:
+            number: Number of the call.
+        """
         with self.torch.no_grad():
             if self.setting.ours:
                 return list(self.pipe.encode_prompts([prompt(number)], [""], 1, guided=True).values())
@@ -184,32 +257,41 @@ class Text(Stage):
 
 
 class Prior(Stage):
-    """A call of the prior pipeline, guided; both towers have one layer here, so the prior itself counts."""
+    """A guided call of the prior pipeline. Both towers have one layer, thus the prior itself dominates."""
 
     rounds, noisy = 2, True
 
     def load(self) -> None:
-        """The prior with thin towers."""
+        """Load the prior with towers of one layer."""
         self.pipe = self.pipeline("KandinskyV22PriorPipeline", "prior")
 
     def call(self, number: int, steps: int | None = None) -> Any:
-        """An image embedding."""
+        """Return an image embedding.
+
+        Args:
+            number: Number of the call.
+            steps: Number of steps; None takes that of the setting.
+        """
         steps = self.setting.prior_steps if steps is None else steps
         options = {"num_inference_steps": steps, "generator": self.generator(number + 1)}
         return self.pipe(prompt(number), return_dict=False, **options)[0]
 
     def operations(self, count: Callable[[Callable[[], object]], Counts]) -> Counts | None:
-        """Counted for two and three steps; each further one adds the same. What is done once was done before."""
-        self.call(-1, 2)
-        few, more = (count(lambda n=n: self.call(-n, n)) for n in (2, 3))
-        return {kind: few[kind] + (self.setting.prior_steps - 2) * (more[kind] - few[kind]) for kind in few}
+        """Return the number of operations, extrapolated from two and three steps.
+
+        Args:
+            count: Function that counts the operations of a function.
+        """
+        self.call(-1, 2)  # work that is done once per process does not count
+        two, three = (count(lambda n=n: self.call(-n, n)) for n in (2, 3))
+        return {kind: two[kind] + (self.setting.prior_steps - 2) * (three[kind] - two[kind]) for kind in two}
 
 
 class Step(Stage):
-    """The UNet in one guided step, a batch of two. What ours computes once a generation is done before."""
+    """One guided step of the UNet, a batch of two. Ours encodes the condition before, once per generation."""
 
     def load(self) -> None:
-        """The UNet and its inputs."""
+        """Load the UNet and make its inputs."""
         self.unet = self.network("UNet2DConditionModel", "unet")
         side = self.setting.size // 8
         self.sample = self.random(1, 4, side, side, seed=0).repeat(2, 1, 1, 1)
@@ -219,7 +301,11 @@ class Step(Stage):
                 self.condition = self.unet.encode_condition(self.embeds)
 
     def call(self, number: int) -> Any:
-        """Predicted noise and variance."""
+        """Return predicted noise and variance.
+
+        Args:
+            number: Number of the call.
+        """
         timestep = 500 - number
         with self.torch.no_grad():
             if self.setting.ours:
@@ -231,38 +317,46 @@ class Step(Stage):
 
 
 class Decode(Stage):
-    """Latents to a picture by MoVQ."""
+    """Decoding of latents by MoVQ."""
 
     def load(self) -> None:
-        """MoVQ alone."""
+        """Load MoVQ."""
         self.movq = self.network("VQModel", "movq")
 
     def call(self, number: int) -> Any:
-        """A picture, about [-1, 1]."""
+        """Return an image, about [-1, 1].
+
+        Args:
+            number: Number of the call.
+        """
         side = self.setting.size // 8
         with self.torch.no_grad():
             return self.movq.decode(self.random(1, 4, side, side, seed=number + 1), force_not_quantize=True)[0]
 
 
 class Picture(Stage):
-    """Text to image: the first picture that a process makes, so all that is done once counts, but for loading.
+    """Text to image: the first image of a process, including all work that is done once, except loading.
 
-    The prior pipeline is let go before the decoder is loaded: in float32 both would not fit into the memory of many
-    machines. Both peaks are noted.
+    The prior pipeline is deleted before the decoder is loaded: in float32, both together exceed the memory of many
+    machines. The peak memory of both is recorded.
     """
 
     alone, rounds, noisy = True, 1, True
 
     def load(self) -> None:
-        """The prior."""
-        self.first = self.prior()
+        """Load the prior."""
+        self.prior_pipe = self.prior()
 
     def call(self, number: int) -> Any:
-        """A picture in [0, 1]."""
-        options = self._options(self.first, self.setting.prior_steps)
-        embeds, negatives = self.first(prompt(number), generator=self.generator(1), return_dict=False, **options)
+        """Return an image in [0, 1].
+
+        Args:
+            number: Number of the call.
+        """
+        options = self._options(self.prior_pipe, self.setting.prior_steps)
+        embeds, negatives = self.prior_pipe(prompt(number), generator=self.generator(1), return_dict=False, **options)
         with self.paused():
-            del self.first
+            del self.prior_pipe
             gc.collect()
             machine.forget_peak()
             decoder = self.pipeline("KandinskyV22Pipeline", "decoder")
@@ -270,8 +364,8 @@ class Picture(Stage):
             decoder.enable_feature_caching(self.setting.caching)
         size = {"height": self.setting.size, "width": self.setting.size}
         options = {**size, "output_type": "np", **self._options(decoder, self.setting.steps)}
-        made = decoder(embeds, negatives, generator=self.generator(2), return_dict=False, **options)
-        return self.torch.as_tensor(made[0])
+        images = decoder(embeds, negatives, generator=self.generator(2), return_dict=False, **options)[0]
+        return self.torch.as_tensor(images)
 
     def _options(self, pipe: Any, steps: int) -> dict[str, Any]:
         if self.setting.quality is None:
@@ -281,18 +375,22 @@ class Picture(Stage):
         return apply_quality(pipe, self.setting.quality)
 
     def operations(self, count: Callable[[Callable[[], object]], Counts]) -> Counts | None:
-        """None: those of the other stages."""
+        """Return None: other stages count these operations.
+
+        Args:
+            count: Function that counts the operations of a function.
+        """
         return None
 
 
 class LowMemory(Picture):
-    """The same in our mode for little memory; the setting says so."""
+    """Text to image of ours with `enable_low_memory`."""
 
     libraries = (OURS,)
 
 
 class Fast(Picture):
-    """The same with one of our presets for fewer steps, and feature caching; the setting says which."""
+    """Text to image of ours with a preset for fewer steps, and feature caching if the setting has an interval."""
 
     libraries = (OURS,)
 

@@ -1,8 +1,8 @@
-"""Random weights with the published configs of Kandinsky 2.2, saved by the reference, so that both libraries load the
-same files: a pipeline folder `prior` (with CLIP towers of one layer), `prior-full` (towers as published) and `decoder`.
+"""Random weights with the published configs of Kandinsky 2.2, saved by the reference; both libraries load these files.
+
+There are three pipeline folders: `prior` (CLIP towers of one layer), `prior-full` (towers as published) and `decoder`.
 
     python -m benchmarks.compare_weights FOLDER published prior
-
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-LEVELS = {
+UNET_BLOCKS = {
     "down_block_types": ("ResnetDownsampleBlock2D",) + ("SimpleCrossAttnDownBlock2D",) * 3,
     "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
@@ -37,7 +37,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "published": {
         "prior": {"embedding_dim": 1280},
         "unet": {
-            **LEVELS,
+            **UNET_BLOCKS,
             "sample_size": 64,
             "block_out_channels": (384, 768, 1152, 1536),
             "layers_per_block": 3,
@@ -51,7 +51,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "layers_per_block": 2,
             "num_vq_embeddings": 16384,
         },
-        # those of the CLIP ViT-bigG/14 that the prior was trained with
+        # CLIP ViT-bigG/14, which the prior was trained with
         "text": {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32},
         "vision": {
             "hidden_size": 1664,
@@ -62,17 +62,17 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "image_size": 224,
         },
     },
-    "tiny": {  # the same classes at a size for tests
+    "tiny": {  # the same classes at the size of tests
         "prior": {"embedding_dim": 32, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2},
         "unet": {
-            **LEVELS,
+            **UNET_BLOCKS,
             "sample_size": 8,
             "block_out_channels": (32, 32, 64, 64),
             "layers_per_block": 1,
             "encoder_hid_dim": 32,
             "cross_attention_dim": 16,
             "attention_head_dim": 8,
-            "norm_num_groups": 8,  # more would leave two numbers each at the lowest level
+            "norm_num_groups": 8,  # more groups would have two values each at the lowest resolution level
         },
         "movq": {**MOVQ, "block_out_channels": (32, 32, 32, 64), "layers_per_block": 1, "num_vq_embeddings": 12},
         "text": {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2},
@@ -87,49 +87,70 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PARTS = ("prior", "prior-full", "decoder")
-SIZES = {"published": 512, "tiny": 64}  # side of the picture that each config was made for
+SIZES = {"published": 512, "tiny": 64}  # default side of the image in pixels
 
 
 def ensure(folder: Path, config: str, parts: tuple[str, ...]) -> None:
-    """Write those of PARTS that are not in the folder yet, each in a process of its own, whose memory ends with it.
+    """Write the parts that the folder lacks, each in a separate process, which frees its memory.
 
-    Raises ValueError if the folder has networks of another config.
+    Args:
+        folder: Folder of the weights.
+        config: Name of a config.
+        parts: Names of parts, of PARTS.
+
+    Raises:
+        RuntimeError: A process has failed.
+        ValueError: The folder has networks of another config.
     """
     for part in parts:
         if not (folder / part / "model_index.json").exists():
             print(f"writing random weights: {part} ({config})", flush=True)
             command = [sys.executable, "-m", "benchmarks.compare_weights", str(folder), config, part]
-            made = subprocess.run(command, capture_output=True, text=True)
-            if made.returncode:
-                raise RuntimeError(f"writing {part} failed:\n{made.stderr}")
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"writing {part} failed:\n{result.stderr}")
         network = "unet" if part == "decoder" else "prior"
-        found = json.loads((folder / part / network / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads((folder / part / network / "config.json").read_text(encoding="utf-8"))
         for name, value in CONFIGS[config][network].items():
-            if found.get(name) != (list(value) if isinstance(value, tuple) else value):
-                raise ValueError(f"{folder / part} is not of the {config} config: {name} is {found.get(name)}")
+            expected = list(value) if isinstance(value, tuple) else value
+            if stored.get(name) != expected:
+                raise ValueError(
+                    f"{folder / part} does not have the {config} config: {name} is {stored.get(name)}, not {expected}"
+                )
 
 
 def make(folder: Path, config: str, part: str) -> None:
-    """Write one of PARTS, whole or not at all."""
+    """Write one part; an interruption leaves no incomplete folder.
+
+    Args:
+        folder: Folder of the weights.
+        config: Name of a config.
+        part: One of PARTS.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{part}-") as name:
-        made = Path(name) / part
+        temporary = Path(name) / part
         if part == "prior-full":
-            make_full_towers(folder / "prior", made, CONFIGS[config])
+            make_full_towers(folder / "prior", temporary, CONFIGS[config])
         else:
-            (make_prior if part == "prior" else make_decoder)(made, CONFIGS[config])
-        made.rename(folder / part)
+            (make_prior if part == "prior" else make_decoder)(temporary, CONFIGS[config])
+        temporary.rename(folder / part)
 
 
 def make_prior(folder: Path, config: dict[str, dict[str, Any]]) -> None:
-    """Write a prior pipeline whose CLIP towers have the full width but a single layer."""
+    """Write a prior pipeline whose CLIP towers have the full width and a single layer.
+
+    Args:
+        folder: Folder to write.
+        config: Configs of the networks, from CONFIGS.
+    """
     import diffusers
     import torch
     import transformers
 
     torch.manual_seed(0)
     prior = diffusers.PriorTransformer(**config["prior"])
-    with torch.no_grad():  # zeros until trained, and zeros would hide every difference
+    with torch.no_grad():  # these are zero before training, which would hide differences
         prior.clip_mean.normal_()
         prior.clip_std.fill_(1.0)
         prior.positional_embedding.normal_(std=0.02)
@@ -151,25 +172,36 @@ def make_prior(folder: Path, config: dict[str, dict[str, Any]]) -> None:
 
 
 def make_towers(config: dict[str, dict[str, Any]], layers: int | None = None) -> tuple[Any, Any]:
-    """CLIP's text tower and, in half precision as published if it has all its layers, its vision tower."""
+    """Return CLIP's text tower and vision tower with random weights.
+
+    The vision tower with all layers is in half precision, as published.
+
+    Args:
+        config: Configs of the networks, from CONFIGS.
+        layers: Number of layers; None takes that of the config.
+    """
     import torch
     import transformers
 
     shared: dict[str, Any] = {"projection_dim": config["prior"]["embedding_dim"], "hidden_act": "gelu"}
     if layers is not None:
         shared["num_hidden_layers"] = layers
-    text = transformers.CLIPTextConfig(**{**config["text"], **shared})
-    vision = transformers.CLIPVisionConfig(**{**config["vision"], **shared})
-    made = transformers.CLIPTextModelWithProjection(text)
+    text_config = transformers.CLIPTextConfig(**{**config["text"], **shared})
+    vision_config = transformers.CLIPVisionConfig(**{**config["vision"], **shared})
+    text = transformers.CLIPTextModelWithProjection(text_config)
     torch.set_default_dtype(torch.float32 if layers is not None else torch.float16)
     try:
-        return made, transformers.CLIPVisionModelWithProjection(vision)
+        return text, transformers.CLIPVisionModelWithProjection(vision_config)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def make_tokenizer(folder: Path) -> Any:
-    """A CLIP tokenizer that spells everything out in bytes: the published vocabulary cannot be shipped."""
+    """Return a CLIP tokenizer with one token per byte, since the published vocabulary cannot be shipped.
+
+    Args:
+        folder: Folder to write.
+    """
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,23 +213,34 @@ def make_tokenizer(folder: Path) -> Any:
 
 
 def make_full_towers(thin: Path, folder: Path, config: dict[str, dict[str, Any]]) -> None:
-    """Write the pipeline in `thin` once more, with towers of all their layers; the prior's file is shared."""
+    """Write a prior pipeline again, with towers that have all layers; the file of the prior is shared.
+
+    Args:
+        thin: Folder of the pipeline with towers of one layer.
+        folder: Folder to write.
+        config: Configs of the networks, from CONFIGS.
+    """
     import torch
 
-    def linked(source: str, target: str) -> None:
+    def link(source: str, target: str) -> None:
         try:
             os.link(source, target)
         except OSError:  # another file system
             shutil.copy2(source, target)
 
-    shutil.copytree(thin, folder, copy_function=linked, ignore=shutil.ignore_patterns("text_encoder", "image_encoder"))
+    shutil.copytree(thin, folder, copy_function=link, ignore=shutil.ignore_patterns("text_encoder", "image_encoder"))
     torch.manual_seed(2)
     for name, tower in zip(("text_encoder", "image_encoder"), make_towers(config), strict=True):
         tower.save_pretrained(folder / name)
 
 
 def make_decoder(folder: Path, config: dict[str, dict[str, Any]]) -> None:
-    """Write a decoder pipeline."""
+    """Write a decoder pipeline.
+
+    Args:
+        folder: Folder to write.
+        config: Configs of the networks, from CONFIGS.
+    """
     import diffusers
     import torch
 

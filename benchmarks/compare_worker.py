@@ -1,13 +1,13 @@
-"""One library at one stage in a process of its own, which does what it is told over pipes, a line of JSON at a time.
+"""Worker process: one library at one stage, which executes commands from a pipe, one line of JSON per command.
 
-    {"do": "count"}                 {"operations": ..., "seconds": ...}   one call, counted: warms up as well
+    {"do": "count"}                 {"operations": ..., "seconds": ...}   one call with counted operations, as a warm-up
     {"do": "call", "number": 1}     {"seconds": ..., "cpu": ...}          one call
-    {"do": "save", "path": ...}     {"seconds": ..., "cpu": ...}          call 0, its result written to a file
+    {"do": "save", "path": ...}     {"seconds": ..., "cpu": ...}          call 0, whose result is written to a file
     {"do": "switch", "off": name}   {}                                    see benchmarks/compare_switches.py
-    {"do": "peaks"}                 {"convolution": ..., "product": ...}  what the machine can do at most
-    {"do": "memory"}                {"peaks": [...]}                      GiB, of the parts of a call if it has any
+    {"do": "peaks"}                 {"convolution": ..., "product": ...}  peak arithmetic of the machine
+    {"do": "memory"}                {"peaks": [...]}                      GiB, per part of a call if it has parts
 
-The first line it writes itself, {"import": ..., "load": ..., "cpu": ...} in seconds. `Worker` is the other end.
+The worker begins with a line of its own, {"import": ..., "load": ..., "cpu": ...} in seconds. `Worker` is the client.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ from typing import Any
 from benchmarks import compare_switches, machine
 from benchmarks.compare_stages import STAGES, Setting, Stage
 
-LOOK = 0.05  # seconds between two looks at a worker's memory
+POLL_SECONDS = 0.05  # interval at which a worker's memory is sampled
 CLIP = ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", "CLIPTokenizer", "CLIPImageProcessor")
 
 
 class Served:
-    """What a worker does."""
+    """State of a worker process. Commands call the method `do_{name}`.
+
+    Args:
+        setting: Its settings.
+    """
 
     def __init__(self, setting: Setting) -> None:
         import torch
@@ -41,64 +45,85 @@ class Served:
         torch.set_num_threads(setting.threads)
         self.torch, self.setting = torch, setting
         self.stage: Stage | None = None
+        self.disabled: str | None = None
 
     def start(self) -> dict[str, float]:
-        """Import the library and load the stage."""
+        """Import the library, load the stage, and return the seconds that this took."""
         import importlib
 
         if self.setting.stage not in STAGES:
             return {}
-        begun = time.perf_counter()
+        start = time.perf_counter()
         library = importlib.import_module(self.setting.library)
-        for name in ("KandinskyV22PriorPipeline", "KandinskyV22Pipeline"):  # both libraries import these when asked
+        for name in ("KandinskyV22PriorPipeline", "KandinskyV22Pipeline"):  # both libraries import these lazily
             getattr(library, name)
         transformers = importlib.import_module("transformers")
-        for name in CLIP:  # ours imports them to load, the reference before
+        for name in CLIP:  # ours imports them when it loads, the reference earlier
             getattr(transformers, name)
         imported, cpu = time.perf_counter(), time.process_time()
         self.stage = STAGES[self.setting.stage](self.setting)
         self._wait()
-        seconds = {"import": imported - begun, "load": time.perf_counter() - imported}
+        seconds = {"import": imported - start, "load": time.perf_counter() - imported}
         return {**seconds, "cpu": time.process_time() - cpu}
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Do one thing."""
+        """Return the result of a command.
+
+        Args:
+            command: Its name as "do", and its arguments.
+        """
         do: Callable[..., dict[str, Any]] = getattr(self, f"do_{command.pop('do')}")
         return do(**command)
 
     def do_peaks(self, small: bool) -> dict[str, float]:
-        """What the machine can do at most."""
+        """Return the peak arithmetic of the machine.
+
+        Args:
+            small: Whether to measure small cases.
+        """
         return machine.peaks(self.setting.dtype, self.setting.device, small=small)
 
     def do_count(self) -> dict[str, Any]:
-        """What a call computes; compiled code cannot be looked into."""
+        """Return the number of operations of a call, which cannot be counted in compiled code."""
         assert self.stage is not None
-        begun = time.perf_counter()
+        start = time.perf_counter()
         operations = None
         if self.setting.compiled:
             self.stage.call(-1)
         else:
             operations = self.stage.operations(machine.count_operations)
-        return {"operations": operations, "seconds": time.perf_counter() - begun}
+        return {"operations": operations, "seconds": time.perf_counter() - start}
 
     def do_call(self, number: int) -> dict[str, float]:
-        """One call."""
+        """Return the seconds of a call.
+
+        Args:
+            number: Number of the call.
+        """
         return self._timed(number)[1]
 
     def do_save(self, path: str) -> dict[str, float]:
-        """Call 0, its result to a file."""
+        """Write the result of call 0 to a file, and return its seconds.
+
+        Args:
+            path: Path of the file.
+        """
         result, seconds = self._timed(0)
         tensors = result if isinstance(result, list) else [result]
         self.torch.save(self.torch.cat([tensor.detach().float().cpu().flatten() for tensor in tensors]), path)
         return seconds
 
     def do_switch(self, off: str | None) -> dict[str, Any]:
-        """Everything on but this."""
-        compare_switches.leave_off(off)
+        """Switch off one optimisation in the following calls.
+
+        Args:
+            off: Its name; None leaves all of them on.
+        """
+        self.disabled = off
         return {}
 
     def do_memory(self) -> dict[str, Any]:
-        """The most memory that was taken."""
+        """Return the peak memory in GiB."""
         if self.setting.device != "cpu":
             return {"peaks": [self.torch.cuda.max_memory_allocated() / machine.GIB]}
         earlier = self.stage.peaks if self.stage is not None else []
@@ -109,22 +134,23 @@ class Served:
             self.torch.cuda.synchronize()
 
     def _timed(self, number: int) -> tuple[Any, dict[str, float]]:
-        """A call, its seconds without pauses, and those of all cores together."""
+        """Return the result of a call, its seconds without pauses, and those of all cores together."""
         assert self.stage is not None
         self.stage.pause = 0.0
-        if self.setting.device != "cpu":
-            return self._timed_by_events(number)
-        begun, cpu = time.perf_counter(), time.process_time()
-        result = self.stage.call(number)
-        took = time.perf_counter() - begun
+        with compare_switches.without(self.disabled):
+            if self.setting.device != "cpu":
+                return self._timed_by_events(number)
+            start, cpu = time.perf_counter(), time.process_time()
+            result = self.stage.call(number)
+            elapsed = time.perf_counter() - start
         return result, {
-            "seconds": took - self.stage.pause,
+            "seconds": elapsed - self.stage.pause,
             "cpu": time.process_time() - cpu,
-            "wall": took,
+            "wall": elapsed,
         }
 
     def _timed_by_events(self, number: int) -> tuple[Any, dict[str, float]]:
-        """The same by the accelerator's own clock. Untested: there was no accelerator when this was written."""
+        """Return the same by the accelerator's clock. This method has not been tested on an accelerator."""
         assert self.stage is not None
         begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._wait()
@@ -136,9 +162,9 @@ class Served:
 
 
 def serve() -> None:
-    """Answer until the other end closes."""
+    """Execute commands until the pipe is closed."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    os.dup2(2, 1)  # libraries that print must not disturb the answers
     served = Served(Setting(**json.loads(sys.argv[1])))
 
     def reply(answer: dict[str, Any]) -> None:
@@ -151,14 +177,21 @@ def serve() -> None:
 
 
 class Worker:
-    """The other end: starts a worker, asks it, and watches how much memory it takes.
+    """Client of a worker process: starts it, sends commands, and samples its memory.
 
-    `own` is the most that no file on disk stands for, in GiB, looked at every LOOK seconds while it works. Raises
-    RuntimeError with what the worker wrote to standard error if it ends before it was told to.
+    Args:
+        setting: Settings of the worker.
+
+    Attributes:
+        started: Seconds of importing and loading.
+        own_memory: Largest memory in GiB that is not backed by files, sampled every POLL_SECONDS during commands.
+
+    Raises:
+        RuntimeError: The worker has ended unexpectedly; the message contains its standard error.
     """
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.own = setting, 0.0
+        self.setting, self.own_memory = setting, 0.0
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed at exit)
         environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "TOKENIZERS_PARALLELISM": "false"}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -174,28 +207,36 @@ class Worker:
         self.started = self._read()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Tell it to do something, and wait for the answer."""
+        """Send a command and return its result.
+
+        Args:
+            do: Name of the command.
+            **arguments: Its arguments.
+
+        Raises:
+            RuntimeError: The worker has ended unexpectedly.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # reading tells why
+            pass  # reading raises the worker's error
         return self._read()
 
     def _read(self) -> dict[str, Any]:
         pipe, status = self._process.stdout, Path(f"/proc/{self._process.pid}/status")
         assert pipe is not None
-        while not select.select([pipe], [], [], LOOK)[0]:
-            self.own = max(self.own, machine.status("RssAnon", status) or 0.0)
-        self.own = max(self.own, machine.status("RssAnon", status) or 0.0)
+        while not select.select([pipe], [], [], POLL_SECONDS)[0]:
+            self.own_memory = max(self.own_memory, machine.status("RssAnon", status) or 0.0)
+        self.own_memory = max(self.own_memory, machine.status("RssAnon", status) or 0.0)
         line = pipe.readline()
         if not line:
             self._process.wait()
             self._log.seek(0)
-            about = f"{self.setting.library}, {self.setting.stage}, {self.setting.dtype}"
-            code, said = self._process.returncode, self._log.read()[-4000:]
-            raise RuntimeError(f"the worker ({about}) ended with {code}:\n{said}")
+            name = f"{self.setting.library}, {self.setting.stage}, {self.setting.dtype}"
+            code, log = self._process.returncode, self._log.read()[-4000:]
+            raise RuntimeError(f"the worker ({name}) ended with exit code {code}:\n{log}")
         return dict(json.loads(line))
 
     def __enter__(self) -> Worker:
@@ -205,7 +246,7 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._process.kill()  # it may be in the middle of something long
+            self._process.kill()  # a command may still be running
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()

@@ -1,10 +1,10 @@
-"""What options that trade results for time or memory do to the embedded model: how often it is still right.
+"""Effect of options that trade accuracy for time or memory on the embedded model: how often images are still correct.
 
     python -m benchmarks.embedded_options --prompts 15
 
-draws the same prompts with the same seeds for each option, judges the pictures as `embedded_success` does, and compares
-them with those of float32. Times are those of this small model, which is a poor guide to large ones; the share of right
-pictures is what this is for. With n prompts of each of the four groups, 4 n pictures are drawn for each option.
+For each option, images of the same prompts and seeds are judged as in `embedded_success` and compared with those of
+float32. Times of this small model say little about large ones; the benchmark is about the share of correct images. With
+n prompts in each of four groups, each option takes 4 n images.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from benchmarks.pixel_judge import to_array
 Change = Callable[[Any], Any]
 
 
-def _bfloat16(then: Change) -> Change:
-    def change(pipe: Any) -> None:
+def _bfloat16(change: Change) -> Change:
+    def convert_and_change(pipe: Any) -> None:
         pipe.to(torch.bfloat16)
-        then(pipe)
+        change(pipe)
 
-    return change
+    return convert_and_change
 
 
 OPTIONS: dict[str, Change] = {
@@ -49,7 +49,12 @@ OPTIONS: dict[str, Change] = {
 
 
 def load(model: str, quality: str | None) -> tuple[Any, dict[str, Any]]:
-    """A pipeline of its own for each option, which takes it apart, and the arguments to call it with."""
+    """Return a new pipeline, which an option may change, and the arguments of its calls.
+
+    Args:
+        model: Pipeline folder, or "embedded".
+        quality: Name of a preset; None takes the default settings of the model.
+    """
     import kandinsky22
     from kandinsky22.sampling.presets import apply_quality
 
@@ -59,51 +64,56 @@ def load(model: str, quality: str | None) -> tuple[Any, dict[str, Any]]:
 
 
 def measure(change: Change, prompts: list[Prompt], options: argparse.Namespace) -> tuple[Share, np.ndarray, float]:
-    """How many pictures are right, the pictures, and the seconds of CPU time for each."""
+    """Return the share of correct images, the images, and the CPU time per image in seconds.
+
+    Args:
+        change: Function that applies an option to a pipeline.
+        prompts: The prompts.
+        options: Command line options.
+    """
     pipe, arguments = load(options.model, options.quality)
     change(pipe)
-    draw = from_prompts(pipe, arguments)
-    draw(prompts[:1])
+    generate = from_prompts(pipe, arguments)
+    generate(prompts[:1])  # warm up
     start = time.process_time()
-    cells = list(run(draw, prompts, options.batch))
+    cells = list(run(generate, prompts, options.batch))
     seconds = (time.process_time() - start) / len(prompts)
-    right = sum(verdict.all_right for _, verdict in cells)
-    return Share(right, len(prompts)), np.stack([to_array(image) for image, _ in cells]), seconds
+    correct = sum(verdict.all_correct for _, verdict in cells)
+    return Share(correct, len(prompts)), np.stack([to_array(image) for image, _ in cells]), seconds
 
 
 def main() -> None:
-    """Measure each option and print a table."""
+    """Judge each option and print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.embedded_options", description=str(__doc__).split("\n")[0]
     )
     parser.add_argument("--model", default="embedded", help="pipeline folder, or the embedded model (default)")
-    parser.add_argument("--prompts", type=int, default=15, help="prompts of each of four groups (15)")
-    parser.add_argument("--only", nargs="+", choices=tuple(OPTIONS), help="these options, besides float32")
-    parser.add_argument("--quality", help="draft, balanced or best; the model's own steps unless given")
-    parser.add_argument("--batch", type=int, default=4, help="pictures drawn at once (4)")
-    parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--prompts", type=int, default=15, help="prompts in each of four groups (15)")
+    parser.add_argument("--only", nargs="+", choices=tuple(OPTIONS), help="options besides float32 (all)")
+    parser.add_argument("--quality", help="draft, balanced or best (default settings of the model)")
+    parser.add_argument("--batch", type=int, default=4, help="images per batch (4)")
+    parser.add_argument("--threads", type=int, help="threads of torch")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     prompts = draw_prompts(options.prompts)
     names = [name for name in OPTIONS if options.only is None or name in (*options.only, "float32")]
-    print(
-        "| option | right | 95 % interval | mean difference, of 255 | CPU seconds a picture |\n|---|---:|---|---:|---:|"
-    )
-    exact, report = None, {}
+    head = "| option | correct | 95 % interval | mean difference, of 255 | CPU seconds per image |"
+    print(f"{head}\n|---|---:|---|---:|---:|")
+    baseline, report = None, {}
     for name in names:
-        share, pictures, seconds = measure(OPTIONS[name], prompts, options)
-        exact = pictures if exact is None else exact
-        moved = 255 * float(np.abs(pictures - exact).mean())
+        share, images, seconds = measure(OPTIONS[name], prompts, options)
+        baseline = images if baseline is None else baseline
+        difference = 255 * float(np.abs(images - baseline).mean())
         low, high = share.interval
         print(
-            f"| {name} | {share.right} of {share.of} | {100 * low:.0f} to {100 * high:.0f} % | {moved:.2f} | "
+            f"| {name} | {share.correct} of {share.total} | {100 * low:.0f} to {100 * high:.0f} % | {difference:.2f} | "
             f"{seconds:.2f} |",
             flush=True,
         )
-        report[name] = {"right": share.right, "of": share.of, "difference": moved, "seconds": seconds}
-        assert math.isfinite(moved), name
+        report[name] = {"correct": share.correct, "total": share.total, "difference": difference, "seconds": seconds}
+        assert math.isfinite(difference), name
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

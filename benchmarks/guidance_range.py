@@ -1,7 +1,7 @@
-"""What the options of guidance do to contrast and to colours that are out of range, on the embedded model.
+"""Effect of the guidance options on contrast and on colours out of range, on the embedded model.
 
-Run from the root of the repository: `python -m benchmarks.guidance_range`. It prints the table of docs/guidance.md. How
-often pictures show what their prompt says is another matter, which `benchmarks.samplers` measures.
+Run from the root of the repository: `python -m benchmarks.guidance_range`. It prints the table of the documentation of
+guidance. `benchmarks.samplers` measures how often images show what their prompt states.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ CELLS: list[dict[str, Any]] = [
     {"guidance_scale": STRONG, "guidance_threshold": 1.0},
     {"guidance_scale": STRONG, "guidance_threshold": 0.995},
 ]
-BEYOND = 1.02  # decoded pixels are meant to be in [-1, 1]; rounding alone does not take them this far
+OUT_OF_RANGE = 1.02  # decoded pixels should be in [-1, 1]; rounding alone does not exceed this
 
 
 @torch.no_grad()
 def main() -> None:
-    """Print a row for each cell."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=8, help="with one shape, and as many with two")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=8, help="prompts with one shape, and as many with two (8)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the decoder (20)")
     options = parser.parse_args()
     import kandinsky22
 
@@ -50,7 +50,7 @@ def main() -> None:
     print("|---|---:|---:|---:|")
     first: tuple[float, float] | None = None
     for cell in CELLS:
-        began = time.process_time()
+        start = time.process_time()
         latents = decoder(
             *embeds,
             num_inference_steps=options.steps,
@@ -58,13 +58,13 @@ def main() -> None:
             generator=torch.Generator().manual_seed(1),
             **cell,
         ).images
-        seconds = time.process_time() - began
+        seconds = time.process_time() - start
         contrast = float(latents.flatten(1).std(dim=1).mean())
-        pictures = decoder.movq.decode(latents, force_not_quantize=True).sample
-        beyond = float((pictures.abs() > BEYOND).float().mean())
+        images = decoder.movq.decode(latents, force_not_quantize=True).sample
+        out_of_range = float((images.abs() > OUT_OF_RANGE).float().mean())
         first = first or (contrast, seconds)
         name = ", ".join(f"{key.removeprefix('guidance_')} {value}" for key, value in cell.items())
-        print(f"| {name} | {contrast / first[0]:.2f} | {beyond:.1%} | {seconds / first[1]:.2f} |")
+        print(f"| {name} | {contrast / first[0]:.2f} | {out_of_range:.1%} | {seconds / first[1]:.2f} |")
 
 
 if __name__ == "__main__":

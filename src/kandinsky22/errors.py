@@ -60,7 +60,7 @@ def describe(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is not None and dtype is not None:
+    if shape is not None and dtype is not None and tuple(shape) != ():
         return f"<{type(value).__name__} {str(dtype).removeprefix('torch.')} {tuple(shape)}>"
     try:
         text = " ".join(repr(value).split())

@@ -1,4 +1,4 @@
-"""The command run in this process, on tiny random models that our own classes make and save."""
+"""The command, run in this process, and tiny random models for it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `combined/` and `inpaint/` (with defaults of their own), `control/decoder/` beside its prior, and
-    apart from each other `a/decoder/` and `b/prior/`."""
+    """A folder with the checkpoints `combined/`, `inpaint/`, `control/decoder/` next to `control/prior/`, `a/decoder/`
+    and `b/prior/`; the first three have generation defaults."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(2)
     pipe = _tiny_pipeline(folder)
@@ -69,7 +69,7 @@ def model(models: Path) -> Path:
 
 @pytest.fixture
 def embedded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the tiny random model be the embedded one."""
+    """Replace the embedded model by the tiny random one."""
     parts = {
         "prior": models / "b" / "prior",
         "decoder": models / "combined",
@@ -81,7 +81,7 @@ def embedded(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def broken_model(model: Path, tmp_path: Path) -> Path:
-    """A copy of the model whose UNet weights end too early."""
+    """A copy of the model with truncated UNet weights."""
     copy = tmp_path / "broken"
     shutil.copytree(model, copy)
     (weights,) = (copy / "unet").glob("*.safetensors")
@@ -102,7 +102,7 @@ def _tiny_pipeline(folder: Path) -> Any:
     )
     prior = PriorTransformer(num_attention_heads=2, attention_head_dim=12, num_layers=2, embedding_dim=DIM)
     with torch.no_grad():
-        # The mean and spread of embeddings are facts about data; untrained, they are zero, and so all embeddings.
+        # Untrained, the standard deviation of embeddings is zero, and all embeddings would be zero.
         prior.clip_std.fill_(1.0)
     return KandinskyV22CombinedPipeline(
         unet=unet,

@@ -1,4 +1,4 @@
-"""`kandinsky22 compare`: a labelled grid and a table, whose pictures are those of `generate`."""
+"""`kandinsky22 compare`: a labelled grid and a table of the pictures that `generate` would give."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def table(path: str) -> list[dict[str, str]]:
 def test_the_grid_holds_what_generate_draws(command: Command, model: Path) -> None:
     result = command("compare", "a cat", "--model", model, *GRID, "--pictures")
     assert result.code == 0, result.err
-    kept = [f"compare-{row}-{column}.png" for row in (1, 2, 3, 4) for column in (1, 2)]
-    assert result.out.splitlines() == [*kept, "compare.png", "compare.csv"]
+    files = [f"compare-{row}-{column}.png" for row in (1, 2, 3, 4) for column in (1, 2)]
+    assert result.out.splitlines() == [*files, "compare.png", "compare.csv"]
     rows = table("compare.csv")
     assert [(row["scheduler"], row["steps"], row["guidance"]) for row in rows] == [
         (scheduler, steps, scale)
@@ -36,7 +36,7 @@ def test_the_grid_holds_what_generate_draws(command: Command, model: Path) -> No
         for steps in "23"
     ]
     assert [row["evaluations"] for row in rows] == ["2", "3", "3", "5"] * 2
-    assert [row["file"] for row in rows] == kept
+    assert [row["file"] for row in rows] == files
     assert all(float(row["seconds"]) > 0 for row in rows)
     sheet = np.asarray(Image.open("compare.png").convert("RGB"))
     for row in rows[:1] + rows[-1:]:
@@ -60,10 +60,10 @@ def test_guidance_of_the_prior_ends_in_all_cells_as_it_does_in_generate(command:
 
 
 def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
-    """Whether a picture is somewhere on the sheet, pixel by pixel."""
+    """Return whether the sheet contains the picture, pixel by pixel."""
     high, wide = picture.shape[:2]
-    places = np.argwhere((sheet == picture[0, 0]).all(-1))
-    return any(np.array_equal(sheet[top : top + high, left : left + wide], picture) for top, left in places)
+    positions = np.argwhere((sheet == picture[0, 0]).all(-1))
+    return any(np.array_equal(sheet[top : top + high, left : left + wide], picture) for top, left in positions)
 
 
 def test_a_cell_that_ends_in_nan_is_marked_and_the_others_are_kept(
@@ -84,7 +84,7 @@ def test_a_cell_that_ends_in_nan_is_marked_and_the_others_are_kept(
     assert [row["file"] for row in table("compare.csv")] == ["", "compare-1-2.png"]
 
 
-def test_only_the_grid_is_kept_unless_told_otherwise(command: Command, model: Path) -> None:
+def test_only_the_grid_is_saved_by_default(command: Command, model: Path) -> None:
     arguments = ("--scheduler", "ddim", "--steps", "2", "--negative-prompt", "a dog", "-o", "one.png")
     result = command("compare", "кот, a cat", "--model", model, *arguments)
     assert (result.code, result.paths) == (0, [Path("one.png"), Path("one.csv")])
@@ -96,18 +96,16 @@ def test_only_the_grid_is_kept_unless_told_otherwise(command: Command, model: Pa
     assert_one_line(command("info", "one.png"), 1, "no recipe")
 
 
-def test_what_is_set_up_at_first_use_is_in_no_cells_seconds(
-    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step is made before the grid with guidance, and one without."""
+def test_times_exclude_the_warm_up(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One guided and one unguided step are run before the grid."""
     drawn: list[tuple[float | None, int | None]] = []
     draw = generate.run_decoder
 
-    def seen(decoder: Any, request: Request, *rest: Any) -> Any:
+    def record(decoder: Any, request: Request, *rest: Any) -> Any:
         drawn.append((request.guidance, request.steps))
         return draw(decoder, request, *rest)
 
-    monkeypatch.setattr(generate, "run_decoder", seen)
+    monkeypatch.setattr(generate, "run_decoder", record)
     arguments = ("--scheduler", "ddim", "--steps", "2", "--guidance", "1,3,4")
     assert command("compare", "a cat", "--model", model, *arguments).code == 0
     assert sorted(drawn[:2]) == [(1.0, 1), (3.0, 1)]
@@ -135,7 +133,7 @@ def test_the_grid_is_small_and_useful_without_options(command: Command) -> None:
         (("-o", "kept.png", "--pictures"), ("kept-1-1.png", "is a folder")),
     ],
 )
-def test_what_cannot_be_compared_is_told_before_anything_is_drawn(
+def test_invalid_grids_are_reported_before_anything_is_generated(
     command: Command,
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,8 +153,8 @@ def test_sheets_scale_large_pictures_down_and_keep_small_ones() -> None:
         sheet = render_sheet(
             Sheet("a title " * 40, "about", ["2 steps", "4 steps"], [RowLabel("ddim")], images, ["", ""])
         )
-        found = np.asarray(sheet)
+        values = np.asarray(sheet)
         for color in ((0, 0, 255), (255, 0, 0)):
-            high, wide = (np.ptp(places) + 1 for places in np.nonzero((found == color).all(-1)))
+            high, wide = (np.ptp(positions) + 1 for positions in np.nonzero((values == color).all(-1)))
             assert (wide, high) == (shown, shown // 2)
-        assert (found[:MARGIN] == 255).all() and (found[:, -GAP:] == 255).all()
+        assert (values[:MARGIN] == 255).all() and (values[:, -GAP:] == 255).all()

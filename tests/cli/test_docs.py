@@ -1,4 +1,4 @@
-"""The commands in the documentation run as they are written there."""
+"""The commands in the documentation run as written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "command-line.md"
 @pytest.mark.usefixtures("embedded")
 def test_the_commands_on_the_page_run_as_written(command: Command) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", "").splitlines()]
     drawing = {"generate", "img2img", "inpaint", "control", "mix", "variations"}
     assert {words[1] for words in lines} >= {*drawing, "compare", "info"}
     for program, *arguments in lines:

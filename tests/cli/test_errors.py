@@ -1,4 +1,4 @@
-"""What goes wrong is told in one line, with an exit code, and leaves no file behind."""
+"""Errors are reported in one line with an exit code, and leave no file behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,14 @@ from kandinsky22.cli.main import build_parser
         (("generate", "a cat", "--prior-steps", "2.5"), ("2.5",)),
         (("generate", "a cat", "--guidance", "nan"), ("nan",)),
         (("generate", "a cat", "--guidance", "high"), ("high",)),
-        (("generate", "a cat", "--prior-guidance=-1",), ("-1",)),
+        (
+            (
+                "generate",
+                "a cat",
+                "--prior-guidance=-1",
+            ),
+            ("-1",),
+        ),
         (("generate", "a cat", "--seed", "-3"), ("--seed",)),
         (("generate", "a cat", "--seed", str(2**63)), ("at most",)),
         (("generate", "a cat", "-n", "0"), ("-n",)),
@@ -81,8 +88,8 @@ from kandinsky22.cli.main import build_parser
         (("variations", "photo.png", "--prior-guidance-interval", "0", "1"), ("--prior-guidance-interval",)),
         (("variations", "photo.png", "--prior-scheduler", "dpm"), ("--prior-scheduler",)),
     ],
-)  # fmt: skip
-def test_a_command_line_that_makes_no_sense(
+)
+def test_invalid_command_lines_are_reported(
     command: Command, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     Image.new("RGB", (32, 32)).save("photo.png")
@@ -95,7 +102,7 @@ def test_a_command_line_that_makes_no_sense(
 @pytest.mark.parametrize(
     ("part", "words"), [("prior_prior", "Prior"), ("unet", "V22Pipeline"), ("movq", "V22Pipeline")]
 )
-def test_pictures_of_nan_are_told_and_not_saved(
+def test_nan_results_are_reported_and_not_saved(
     command: Command, model: Path, part: str, words: str, subcommand: str
 ) -> None:
     shutil.copytree(model, "nan")
@@ -131,7 +138,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ("picture", ("--output='picture' is invalid", ".png")),
     ],
 )
-def test_an_output_that_cannot_be_written_is_told_before_any_loading(
+def test_unwritable_outputs_are_reported_before_loading(
     command: Command, tmp_path: Path, output: str, words: tuple[str, ...]
 ) -> None:
     (tmp_path / "folder.png").mkdir()
@@ -142,7 +149,7 @@ def test_an_output_that_cannot_be_written_is_told_before_any_loading(
 
 
 @pytest.mark.usefixtures("no_loading")
-def test_a_folder_in_the_place_of_the_sheet_is_told_before_any_loading(command: Command) -> None:
+def test_a_folder_with_the_sheets_name_is_reported_before_loading(command: Command) -> None:
     Path("picture-sheet.png").mkdir()
     assert_one_line(command("generate", "a cat", "-n", 2), 1, "picture-sheet.png", "is a folder")
 
@@ -175,7 +182,7 @@ def test_a_folder_in_the_place_of_the_sheet_is_told_before_any_loading(command: 
         (("generate", "--from", "varied.png"), ("varied.png", "kandinsky22 variations --from varied.png")),
     ],
 )
-def test_bad_pictures_are_told_before_any_loading(
+def test_bad_pictures_are_reported_before_loading(
     command: Command, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     Image.new("RGB", (32, 32)).save("photo.png")
@@ -185,10 +192,23 @@ def test_bad_pictures_are_told_before_any_loading(
     Path("half.png").write_bytes(Path("half.png").read_bytes()[:900])
     Path("text.png").write_text("no picture")
     Path("folder").mkdir()
-    seen = {"command": "variations", "seeds": [5], "model": "m", "model_digest": "d", "scheduler": "DDPMScheduler"}
-    seen |= {"steps": 1, "prior_steps": 1, "guidance": 1, "prior_guidance": 1, "width": 32, "height": 32}
-    seen |= {"device": "cpu", "dtype": "float32", "hardware": "h", "versions": {}, "format": 1}
-    save_png(Image.new("RGB", (32, 32)), Path("varied.png"), {"kandinsky22": json.dumps(seen)})
+    recipe_of_variations = {
+        "command": "variations",
+        "seeds": [5],
+        "model": "m",
+        "model_digest": "d",
+        "scheduler": "DDPMScheduler",
+    }
+    recipe_of_variations |= {
+        "steps": 1,
+        "prior_steps": 1,
+        "guidance": 1,
+        "prior_guidance": 1,
+        "width": 32,
+        "height": 32,
+    }
+    recipe_of_variations |= {"device": "cpu", "dtype": "float32", "hardware": "h", "versions": {}, "format": 1}
+    save_png(Image.new("RGB", (32, 32)), Path("varied.png"), {"kandinsky22": json.dumps(recipe_of_variations)})
     before = sorted(Path().rglob("*"))
     assert_one_line(command(*arguments), 1, *words)
     assert sorted(Path().rglob("*")) == before
@@ -204,7 +224,7 @@ def test_bad_pictures_are_told_before_any_loading(
         (("variations", "photo.png"), "b/prior"),
     ],
 )
-def test_weights_for_something_else_are_told_before_they_are_read(
+def test_checkpoints_of_other_classes_are_reported_before_weights_are_read(
     command: Command, models: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], folder: str
 ) -> None:
     monkeypatch.setattr("kandinsky22.pipelines.base.load_component", failing(AssertionError("weights are read")))
@@ -214,7 +234,7 @@ def test_weights_for_something_else_are_told_before_they_are_read(
     assert_one_line(result, 1, beginning, ", not for Kandinsky")
 
 
-def test_a_prior_that_does_not_fit_is_told_before_any_network_runs(
+def test_a_prior_of_another_width_is_reported_before_networks_run(
     command: Command, models: Path, tmp_path: Path
 ) -> None:
     decoder = kandinsky22.KandinskyV22Pipeline.from_pretrained(models / "a/decoder")
@@ -226,7 +246,7 @@ def test_a_prior_that_does_not_fit_is_told_before_any_network_runs(
 
 
 @pytest.mark.parametrize(("name", "needs"), [("inpaint", "--mask"), ("control", "--hint")])
-def test_embedded_weights_that_are_not_there(
+def test_missing_embedded_weights_are_reported(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, needs: str
 ) -> None:
     monkeypatch.setattr("kandinsky22.checkpoints.hub.importlib.resources.files", lambda package: tmp_path)
@@ -245,23 +265,23 @@ def test_embedded_weights_that_are_not_there(
         (("--dtype", "float7"), ("float7", "bfloat16")),
     ],
 )
-def test_a_model_device_or_dtype_that_is_not_there(
+def test_missing_models_devices_and_dtypes_are_reported(
     command: Command, model: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_one_line(command("generate", "a cat", "--model", model, *arguments), 1, *words)
     assert not list(Path().iterdir())
 
 
-def test_a_decoder_without_its_prior(command: Command, models: Path) -> None:
+def test_a_decoder_without_a_prior_is_reported(command: Command, models: Path) -> None:
     assert_one_line(command("generate", "a cat", "--model", models / "a/decoder"), 1, "prior")
 
 
-def test_a_model_with_a_damaged_file(command: Command, broken_model: Path) -> None:
+def test_a_damaged_model_is_reported(command: Command, broken_model: Path) -> None:
     assert_one_line(command("generate", "a cat", "--model", broken_model), 1, "unet")
     assert not Path("picture.png").exists()
 
 
-def test_a_prompt_that_is_no_text(command: Command) -> None:
+def test_an_undecodable_prompt_is_reported(command: Command) -> None:
     assert_one_line(command("generate", "a \udcff cat"), 1, "encoding")
 
 
@@ -273,7 +293,7 @@ def failing(error: BaseException) -> Callable[..., None]:
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named like torch's."""
+    """An error with the name of torch's."""
 
 
 @pytest.mark.parametrize(
@@ -285,7 +305,7 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), 1, ("MemoryError",)),
     ],
 )
-def test_trouble_on_the_way_leaves_no_file(
+def test_errors_while_generating_leave_no_file(
     command: Command,
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -298,7 +318,7 @@ def test_trouble_on_the_way_leaves_no_file(
     assert not list(Path().iterdir())
 
 
-def test_trouble_while_writing_leaves_the_old_picture(
+def test_errors_while_writing_leave_the_old_picture(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("picture.png").write_bytes(b"old")
@@ -307,7 +327,7 @@ def test_trouble_while_writing_leaves_the_old_picture(
     assert [path.read_bytes() for path in Path().iterdir()] == [b"old"]
 
 
-def test_a_bug_is_not_hidden(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_raise_a_traceback(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kandinsky22.cli.run._generate_image", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         command("generate", "a cat", "--model", model)
@@ -342,14 +362,14 @@ def test_pictures_without_a_readable_recipe(
     assert_one_line(command(*arguments, "picture.png"), 1, *words)
 
 
-def test_a_truncated_picture(command: Command) -> None:
+def test_a_truncated_picture_is_reported(command: Command) -> None:
     Image.effect_noise((64, 64), 90).save("picture.png")
     Path("picture.png").write_bytes(Path("picture.png").read_bytes()[:900])
     assert_one_line(command("info", "picture.png"), 1, "picture.png", "damaged")
 
 
 @pytest.mark.parametrize("scheduler", ["OilScheduler", "KandinskyV22Pipeline"])
-def test_a_recipe_with_a_scheduler_we_do_not_have(command: Command, model: Path, scheduler: str) -> None:
+def test_a_recipe_with_an_unknown_scheduler_is_reported(command: Command, model: Path, scheduler: str) -> None:
     command("generate", "a cat", "--model", model)
     with Image.open("picture.png") as picture:
         recipe = {**json.loads(picture.info["kandinsky22"]), "scheduler": scheduler}
@@ -371,8 +391,8 @@ def test_help_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("name", ["generate", "img2img", "inpaint", "control", "mix", "variations", "info"])
 def test_help_ends_with_an_example_that_is_understood(command: Command, name: str) -> None:
-    told = command(name, "--help").out
-    program, *example = shlex.split(told[told.index("example:") :].removeprefix("example:"))
+    help_text = command(name, "--help").out
+    program, *example = shlex.split(help_text[help_text.index("example:") :].removeprefix("example:"))
     args = build_parser().parse_args(example)
     assert (program, example[0]) == ("kandinsky22", name)
     assert callable(args.run)

@@ -1,4 +1,4 @@
-"""`kandinsky22 generate`: pictures, what they carry, and that they can be made again bit for bit."""
+"""`kandinsky22 generate`: pictures, their metadata, and repeating them bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_command_draws_what_the_library_draws(command: Command, model: Path)
     assert np.array_equal(np.asarray(image), pixels(Path("picture.png")))
 
 
-def test_without_defaults_of_the_model_those_of_the_library_hold(command: Command, models: Path) -> None:
+def test_library_defaults_apply_when_a_model_has_none(command: Command, models: Path) -> None:
     arguments = ("--model", models / "a/decoder", "--prior", models / "b/prior", "--steps", 1, "--prior-steps", 2)
     assert command("generate", "a cat", *arguments).code == 0
     recipe = stored(Path("picture.png"))
@@ -82,10 +82,10 @@ def test_every_option_acts_and_is_recorded(
     assert Path("other-again.png").read_bytes() == Path("other.png").read_bytes()
 
 
-@pytest.mark.parametrize(("device", "found"), [("cpu", "cpu"), ("auto", None)])
-def test_devices(command: Command, model: Path, device: str, found: str | None) -> None:
+@pytest.mark.parametrize(("device", "recorded"), [("cpu", "cpu"), ("auto", None)])
+def test_devices(command: Command, model: Path, device: str, recorded: str | None) -> None:
     assert command("generate", "a cat", "--model", model, "--device", device).code == 0
-    assert found is None or stored(Path("picture.png"))["device"] == found
+    assert recorded is None or stored(Path("picture.png"))["device"] == recorded
 
 
 def test_several_pictures_are_those_of_single_seeds_and_a_sheet(command: Command, model: Path) -> None:
@@ -108,12 +108,12 @@ def test_a_sheet_repeats_all_its_pictures(command: Command, model: Path) -> None
     assert [path.read_bytes() for path in again.paths] == [path.read_bytes() for path in first.paths]
 
 
-def test_names_of_many_pictures_sort(command: Command, model: Path) -> None:
+def test_numbered_file_names_sort(command: Command, model: Path) -> None:
     result = command("generate", "a cat", "--model", model, "-n", 10, "--steps", 1, "--prior-steps", 2)
     assert [path.name for path in result.paths[:2]] == ["picture-01.png", "picture-02.png"]
 
 
-def test_options_win_over_the_recipe(command: Command, model: Path) -> None:
+def test_options_override_the_recipe(command: Command, model: Path) -> None:
     command("generate", "a cat", "--model", model, "--seed", 5, "--steps", 3)
     result = command("generate", "a dog", "--from", "picture.png", "--seed", 8, "-n", 2, "-o", "dog.png")
     assert result.code == 0
@@ -121,7 +121,7 @@ def test_options_win_over_the_recipe(command: Command, model: Path) -> None:
     assert (recipe["prompt"], recipe["seeds"], recipe["steps"]) == ("a dog", [9], 3)
 
 
-def test_a_seed_is_chosen_told_and_enough_to_repeat(command: Command, model: Path) -> None:
+def test_a_random_seed_is_printed_and_repeats_the_picture(command: Command, model: Path) -> None:
     result = command("generate", "a cat", "--model", model)
     (seed,) = stored(Path("picture.png"))["seeds"]
     assert f"seed {seed}" in result.err
@@ -151,21 +151,21 @@ def test_the_embedded_model_is_the_default_and_says_what_it_is(command: Command)
     assert "not trained on" not in known.err
 
 
-def test_quiet_means_paths_only(command: Command, model: Path) -> None:
+def test_quiet_prints_only_paths(command: Command, model: Path) -> None:
     result = command("generate", "a cat", "--model", model, "--quiet")
     assert (result.code, result.out, result.err) == (0, "picture.png\n", "")
 
 
 @pytest.mark.parametrize(
-    ("entry", "value", "told"),
+    ("entry", "value", "message"),
     [
         ("versions", {"torch": "1.0"}, "torch was 1.0, is "),
         ("hardware", "abacus", "hardware was abacus, is "),
         ("model_digest", "0" * 64, "combined have changed"),
     ],
 )
-def test_what_changed_since_a_picture_was_made_is_told(
-    command: Command, model: Path, entry: str, value: Any, told: str
+def test_changes_since_a_picture_was_generated_are_reported(
+    command: Command, model: Path, entry: str, value: Any, message: str
 ) -> None:
     command("generate", "a cat", "--model", model)
     recipe = stored(Path("picture.png"))
@@ -174,10 +174,10 @@ def test_what_changed_since_a_picture_was_made_is_told(
     result = command("generate", "--from", "old.png")
     assert result.code == 0
     assert "warning" in result.err
-    assert told in result.err
+    assert message in result.err
 
 
-def test_a_picture_that_was_there_is_replaced_whole(command: Command, model: Path) -> None:
+def test_an_existing_picture_is_replaced_atomically(command: Command, model: Path) -> None:
     Path("picture.png").write_bytes(b"old")
     assert command("generate", "a cat", "--model", model).code == 0
     assert pixels(Path("picture.png")).shape == (SIZE, SIZE, 3)

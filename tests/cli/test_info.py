@@ -1,4 +1,4 @@
-"""`kandinsky22 info`: the recipe in a picture, for people and for programs."""
+"""`kandinsky22 info`: the recipe of a picture as text and as JSON."""
 
 from __future__ import annotations
 

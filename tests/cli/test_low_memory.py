@@ -1,4 +1,4 @@
-"""`--low-memory`: the same picture, with one network at a time."""
+"""`--low-memory`: the same picture with one network in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY = {"generate": ("combined", ("a cat",)), **SUBCOMMANDS}
 
 
 @pytest.fixture
-def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def network_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of networks in memory, each time that one is onloaded."""
     seen: list[int] = []
     original = device_offload.ModelOffload.onload
@@ -38,17 +38,17 @@ def pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_same_picture(name: str, command: Command, models: Path, together: list[int], pictures: None) -> None:
+def test_the_same_picture(name: str, command: Command, models: Path, network_counts: list[int], pictures: None) -> None:
     folder, needed = EVERY[name]
     call = (name, *needed, "--model", models / folder, "--seed", 5)
     assert command(*call, "-o", "plain.png").code == 0
-    assert not together
+    assert not network_counts
     assert command(*call, "-o", "low.png", "--low-memory").code == 0
-    assert set(together) == {1}
+    assert set(network_counts) == {1}
     assert Path("low.png").read_bytes() == Path("plain.png").read_bytes()
-    together.clear()
-    assert command(name, "--from", "low.png").paths == [Path("low-again.png")]  # a way to draw, not part of a recipe
-    assert not together
+    network_counts.clear()
+    assert command(name, "--from", "low.png").paths == [Path("low-again.png")]  # the option is not part of the recipe
+    assert not network_counts
 
 
 @pytest.mark.parametrize("more", [("--quantize", "int8"), ("--cache-every", 2)], ids=str)

@@ -1,4 +1,4 @@
-"""`kandinsky22 img2img`, `inpaint`, `control`, `mix`, `variations`: they draw what the library draws, and repeat it."""
+"""`kandinsky22 img2img`, `inpaint`, `control`, `mix`, `variations`: pictures equal the library's and repeat."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import kandinsky22
 from kandinsky22.cli.image_files import save_png
 from kandinsky22.cli.inputs import fitting_size
 
-WHOLE = {"num_inference_steps": 2, "guidance_scale": 2.0}
+DECODER = {"num_inference_steps": 2, "guidance_scale": 2.0}
 PRIOR = {"num_inference_steps": 3, "guidance_scale": 1.5}
 
 
@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> None:
 
 @pytest.fixture
 def draw(command: Command, models: Path) -> Callable[..., Any]:
-    """Run a subcommand with the least it needs, and more arguments."""
+    """Run a subcommand with its required and more arguments."""
 
     def run(name: str, *more: object) -> Any:
         folder, needed = SUBCOMMANDS[name]
@@ -45,10 +45,10 @@ def draw(command: Command, models: Path) -> Callable[..., Any]:
 
 
 def from_library(name: str, models: Path, photo: Image.Image) -> Image.Image:
-    """What the library draws for the least that `name` needs, with seed 5."""
+    """Return the library's picture for the required arguments of a subcommand and seed 5."""
     generator = torch.Generator().manual_seed(5)
     folder = models / SUBCOMMANDS[name][0]
-    both = {**WHOLE, **{f"prior_{key}": value for key, value in PRIOR.items()}, "generator": generator}
+    both = {**DECODER, **{f"prior_{key}": value for key, value in PRIOR.items()}, "generator": generator}
     if name == "img2img":
         pipe: Any = kandinsky22.AutoPipelineForImage2Image.from_pretrained(folder)
         return pipe("a cat", image=photo, strength=0.6, **both).images[0]
@@ -59,11 +59,11 @@ def from_library(name: str, models: Path, photo: Image.Image) -> Image.Image:
     if name == "control":
         decoder: Any = kandinsky22.KandinskyV22ControlnetPipeline.from_pretrained(folder)
         embeds = prior("a cat", generator=generator, **PRIOR)
-        return decoder(*embeds.to_tuple(), hint=Image.open("hint.png"), generator=generator, **WHOLE).images[0]
+        return decoder(*embeds.to_tuple(), hint=Image.open("hint.png"), generator=generator, **DECODER).images[0]
     decoder = kandinsky22.KandinskyV22Pipeline.from_pretrained(models / "a" / "decoder")
     mixed: tuple[list[Any], list[float]] = (["a cat", photo], [0.6, 0.4]) if name == "mix" else ([photo], [1.0])
     embeds = prior.interpolate(*mixed, generator=generator, **PRIOR)
-    return decoder(*embeds.to_tuple(), generator=generator, **WHOLE).images[0]
+    return decoder(*embeds.to_tuple(), generator=generator, **DECODER).images[0]
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
@@ -93,7 +93,7 @@ def test_each_draws_what_the_library_draws(draw: Callable[..., Any], models: Pat
         ("variations", ("--prompt", "a dog", "--prior-steps", "8"), {"prompt": "a dog", "strength": 0.3}),
     ],
 )
-def test_what_is_asked_for_acts_is_recorded_and_repeated(
+def test_options_act_and_are_recorded_and_repeated(
     draw: Callable[..., Any], command: Command, name: str, arguments: tuple[str, ...], entries: dict[str, Any]
 ) -> None:
     draw(name, "--seed", 5, "-o", "plain.png")
@@ -111,21 +111,21 @@ def test_what_is_asked_for_acts_is_recorded_and_repeated(
 def test_files_are_recorded_by_name_and_digest(draw: Callable[..., Any], command: Command, name: str) -> None:
     draw(name)
     recipe = stored(Path("picture.png"))
-    found = [entry for entry in recipe.values() if isinstance(entry, dict) and "sha256" in entry]
-    found += [part["image"] for part in recipe.get("parts", ()) if part["image"] is not None]
+    recorded = [entry for entry in recipe.values() if isinstance(entry, dict) and "sha256" in entry]
+    recorded += [part["image"] for part in recipe.get("parts", ()) if part["image"] is not None]
     used = {"img2img": ["photo"], "inpaint": ["photo", "mask"], "control": ["hint"]}.get(name, ["photo"])
-    assert found == [
+    assert recorded == [
         {"name": f"{file}.png", "sha256": hashlib.sha256(Path(f"{file}.png").read_bytes()).hexdigest()} for file in used
     ]
-    told = command("info", "picture.png").out
-    assert all(entry["name"] in told and entry["sha256"] in told for entry in found)
+    printed = command("info", "picture.png").out
+    assert all(entry["name"] in printed and entry["sha256"] in printed for entry in recorded)
 
 
-def test_a_mixture_is_told_by_its_parts(draw: Callable[..., Any], command: Command) -> None:
+def test_a_mixture_is_described_by_its_parts(draw: Callable[..., Any], command: Command) -> None:
     draw("mix")
-    told = [line.split(maxsplit=2) for line in command("info", "picture.png").out.splitlines()]
-    assert ["mixed", "in", "0.6 of a cat"] in told
-    assert any(words[2].startswith("0.4 of photo.png, sha256") for words in told if words[:2] == ["mixed", "in"])
+    printed = [line.split(maxsplit=2) for line in command("info", "picture.png").out.splitlines()]
+    assert ["mixed", "in", "0.6 of a cat"] in printed
+    assert any(words[2].startswith("0.4 of photo.png, sha256") for words in printed if words[:2] == ["mixed", "in"])
     with Image.open("picture.png") as picture:
         assert picture.info["parameters"].startswith("a cat + photo.png\n")
 
@@ -138,7 +138,7 @@ def test_a_mixture_without_weights_has_equal_shares(command: Command, model: Pat
 
 
 @pytest.mark.parametrize(("weights", "warned"), [((0.6, 0.4), False), ((1, 1), True), ((1.5, -0.5), False)])
-def test_weights_that_do_not_sum_to_one_are_told(
+def test_unusual_weights_are_reported(
     command: Command, model: Path, weights: tuple[float, float], warned: bool
 ) -> None:
     result = command("mix", "--model", model, "--text", "a cat", weights[0], "--image", "photo.png", weights[1])
@@ -148,9 +148,9 @@ def test_weights_that_do_not_sum_to_one_are_told(
 def test_exact_compositing_keeps_every_pixel_and_the_other_way_is_close_by(draw: Callable[..., Any]) -> None:
     draw("inpaint", "--seed", 5, "--keep-pixels", "-o", "exact.png")
     draw("inpaint", "--seed", 5, "-o", "plain.png")
-    kept, half = pixels(Path("photo.png"))[:, SIZE // 2 :], SIZE // 2
-    assert np.array_equal(pixels(Path("exact.png"))[:, half:], kept)
-    assert not np.array_equal(pixels(Path("plain.png"))[:, half:], kept)
+    unmasked, half = pixels(Path("photo.png"))[:, SIZE // 2 :], SIZE // 2
+    assert np.array_equal(pixels(Path("exact.png"))[:, half:], unmasked)
+    assert not np.array_equal(pixels(Path("plain.png"))[:, half:], unmasked)
     assert np.array_equal(pixels(Path("exact.png"))[:, :half], pixels(Path("plain.png"))[:, :half])
 
 
@@ -190,7 +190,7 @@ def test_a_picture_of_another_shape_is_drawn_in_its_shape(draw: Callable[..., An
     ("name", "other"),
     [("inpaint", ("--mask", "hint.png")), ("control", ("--image", "photo.png")), ("variations", ("hint.png",))],
 )
-def test_another_picture_that_gives_no_shape_leaves_the_size(
+def test_another_picture_without_a_shape_leaves_the_size(
     draw: Callable[..., Any], command: Command, name: str, other: tuple[str, ...]
 ) -> None:
     draw(name, "--size", "40x36")
@@ -198,9 +198,7 @@ def test_another_picture_that_gives_no_shape_leaves_the_size(
     assert pixels(Path("again.png")).shape == (36, 40, 3)
 
 
-def test_inputs_are_found_beside_the_picture_they_made(
-    draw: Callable[..., Any], command: Command, tmp_path: Path
-) -> None:
+def test_inputs_are_found_next_to_the_picture(draw: Callable[..., Any], command: Command, tmp_path: Path) -> None:
     draw("img2img", "--seed", 5)
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -211,7 +209,7 @@ def test_inputs_are_found_beside_the_picture_they_made(
     assert (moved / "picture-again.png").read_bytes() == (moved / "picture.png").read_bytes()
 
 
-def test_a_changed_input_is_told(draw: Callable[..., Any], command: Command) -> None:
+def test_changed_inputs_are_reported(draw: Callable[..., Any], command: Command) -> None:
     draw("img2img", "--seed", 5)
     Path("photo.png").write_bytes(Path("hint.png").read_bytes())
     result = command("img2img", "--from", "picture.png")
@@ -244,7 +242,7 @@ def test_the_embedded_model_is_the_default(command: Command, name: str) -> None:
     assert f"--model kandinsky-community/kandinsky-2-2-{suited}\n" in result.err
 
 
-def test_recipes_from_before_there_were_other_commands_are_repeated(command: Command, model: Path) -> None:
+def test_recipes_without_a_command_are_repeated(command: Command, model: Path) -> None:
     command("generate", "a cat", "--model", model, "--seed", 5)
     recipe = stored(Path("picture.png"))
     del recipe["command"]

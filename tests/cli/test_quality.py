@@ -1,4 +1,4 @@
-"""`--quality`: a preset for both stages, which other options beat, and which recipes keep as what it was."""
+"""`--quality`: a preset for both stages; other options override it, and recipes record its settings."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ QUICK = Preset(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let balanced be quick."""
+    """Replace the preset `balanced` by a quick one."""
     monkeypatch.setattr(presets, "PRESETS", {**PRESETS, "balanced": QUICK})
 
 
-def asked(path: str) -> dict[str, Any]:
-    """What a picture's recipe says about its samplers."""
+def sampler_settings(path: str) -> dict[str, Any]:
+    """Return the sampler settings in a picture's recipe."""
     recipe = stored(Path(path))
     ours = ("scheduler", "scheduler_settings", "steps", "prior_scheduler", "prior_scheduler_settings", "prior_steps")
     return {name: recipe.get(name) for name in (*ours, "guidance_interval", "prior_guidance_interval", "guidance")}
@@ -50,10 +50,10 @@ PRESET = {
 }
 
 
-def test_a_preset_draws_what_it_draws_in_python_and_is_repeated(command: Command, model: Path) -> None:
+def test_a_preset_equals_apply_quality_and_is_repeated(command: Command, model: Path) -> None:
     arguments = ("--model", model, "--seed", 5)
     assert command("generate", "a cat", *arguments, "--quality", "balanced").code == 0
-    assert asked("picture.png") == PRESET
+    assert sampler_settings("picture.png") == PRESET
     pipe = kandinsky22.AutoPipelineForText2Image.from_pretrained(model)
     options = presets.apply_quality(pipe, "balanced")
     (image,) = pipe("a cat", generator=torch.Generator().manual_seed(5), **options).images
@@ -61,10 +61,10 @@ def test_a_preset_draws_what_it_draws_in_python_and_is_repeated(command: Command
     result = command("generate", "--from", "picture.png")
     assert "warning: the result may not be bit-identical" not in result.err
     assert Path("picture-again.png").read_bytes() == Path("picture.png").read_bytes()
-    told = command("info", "picture.png").out
-    assert f"{DPM}, timestep_spacing=trailing" in told
-    assert re.search("^guided from +0 to 0.5$", told, re.MULTILINE)
-    assert re.search("^prior guided from +0 to 0.4$", told, re.MULTILINE)
+    printed = command("info", "picture.png").out
+    assert f"{DPM}, timestep_spacing=trailing" in printed
+    assert re.search("^guided from +0 to 0.5$", printed, re.MULTILINE)
+    assert re.search("^prior guided from +0 to 0.4$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -79,23 +79,39 @@ def test_a_preset_draws_what_it_draws_in_python_and_is_repeated(command: Command
         (("--guidance", "3"), {"guidance": 3.0}),
     ],
 )
-def test_other_options_win(command: Command, model: Path, arguments: tuple[str, ...], changes: dict[str, Any]) -> None:
+def test_other_options_override_the_preset(
+    command: Command, model: Path, arguments: tuple[str, ...], changes: dict[str, Any]
+) -> None:
     assert command("generate", "a cat", "--model", model, "--quality", "balanced", *arguments).code == 0
-    assert asked("picture.png") == PRESET | changes
+    assert sampler_settings("picture.png") == PRESET | changes
 
 
-def test_a_preset_wins_over_a_recipe_and_named_schedulers_have_no_settings_of_it(command: Command, model: Path) -> None:
-    command("generate", "a cat", "--model", model, "--steps", 5, "--seed", 5, "--guidance-interval", "0.1", "1",
-            "--prior-guidance-interval", "0.3", "1")  # fmt: skip
+def test_a_preset_overrides_a_recipe_and_a_named_scheduler_overrides_both(command: Command, model: Path) -> None:
+    command(
+        "generate",
+        "a cat",
+        "--model",
+        model,
+        "--steps",
+        5,
+        "--seed",
+        5,
+        "--guidance-interval",
+        "0.1",
+        "1",
+        "--prior-guidance-interval",
+        "0.3",
+        "1",
+    )
     command("generate", "--from", "picture.png", "--quality", "balanced", "-o", "better.png")
-    assert asked("better.png") == PRESET
+    assert sampler_settings("better.png") == PRESET
     command("generate", "--from", "better.png", "--scheduler", "ddim", "-o", "ddim.png")
-    assert asked("ddim.png") == PRESET | {"scheduler": "DDIMScheduler", "scheduler_settings": None}
+    assert sampler_settings("ddim.png") == PRESET | {"scheduler": "DDIMScheduler", "scheduler_settings": None}
 
 
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("name", ["mix", "variations", "control"])
-def test_other_subcommands_have_presets_too(command: Command, name: str) -> None:
+def test_other_subcommands_accept_presets(command: Command, name: str) -> None:
     command("generate", "a circle", "-o", "photo.png")
     needed = {
         "mix": ("--text", "a circle", "--image", "photo.png"),
@@ -103,4 +119,4 @@ def test_other_subcommands_have_presets_too(command: Command, name: str) -> None
         "control": ("a circle", "--hint", "photo.png"),
     }
     assert command(name, *needed[name], "--quality", "balanced").code == 0
-    assert asked("picture.png") == PRESET
+    assert sampler_settings("picture.png") == PRESET

@@ -1,4 +1,4 @@
-"""`--quantize`, `--cache-every` and `--compile`: what they do, what recipes say of them, what they refuse."""
+"""`--quantize`, `--cache-every` and `--compile`: their effects, their entries in recipes, and refused values."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ def pixels(path: str) -> Any:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_the_kinds_are_the_librarys() -> None:
+def test_quantization_kinds_equal_the_librarys() -> None:
     assert set(options.QUANTIZATION_KINDS) == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
-def test_small_weights(kind: str, command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_acts_and_is_recorded(
+    kind: str, command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = ("generate", "a cat", "--model", model, "--seed", 5)
     assert command(*call, "-o", "plain.png").code == 0
     kinds: list[Any] = []
-    drawn = run._generate_image
+    original = run._generate_image
 
-    def recorded(networks: Any, *given: Any) -> Any:
+    def recorded(networks: Any, *option: Any) -> Any:
         kinds.append((kind_of(networks.prior.prior), kind_of(networks.decoder.unet), kind_of(networks.decoder.movq)))
-        return drawn(networks, *given)
+        return original(networks, *option)
 
     monkeypatch.setattr(run, "_generate_image", recorded)
     assert command(*call, "-o", "small.png", "--quantize", kind).code == 0
@@ -50,7 +52,7 @@ def test_small_weights(kind: str, command: Command, model: Path, monkeypatch: py
     assert read_recipe(Path("small.png")).model_digest == read_recipe(Path("plain.png")).model_digest
 
 
-def test_4_bits_need_bfloat16(command: Command, model: Path) -> None:
+def test_int4_needs_bfloat16(command: Command, model: Path) -> None:
     result = command("generate", "a cat", "--model", model, "--quantize", "int4")
     assert result.code == 1
     expected = "--quantize='int4' is invalid: expected bfloat16 on a CPU for 4-bit weights, not float32 on cpu"
@@ -58,7 +60,7 @@ def test_4_bits_need_bfloat16(command: Command, model: Path) -> None:
     assert not Path("picture.png").exists()
 
 
-def test_kept_features(command: Command, model: Path) -> None:
+def test_cache_every_acts_and_is_recorded(command: Command, model: Path) -> None:
     call = ("generate", "a cat", "--model", model, "--seed", 5, "--steps", 6)
     assert command(*call, "-o", "plain.png").code == 0
     assert command(*call, "-o", "every.png", "--cache-every", 1).code == 0
@@ -71,19 +73,21 @@ def test_kept_features(command: Command, model: Path) -> None:
     assert Path("again.png").read_bytes() == Path("cached.png").read_bytes()
 
 
-def test_a_grid_with_both(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(KandinskyV22CombinedPipeline, "quantize", lambda _, kind: asked.append(kind))
-    monkeypatch.setattr(KandinskyV22Pipeline, "enable_feature_caching", lambda _, every: asked.append(every))
+def test_quantize_and_cache_every_apply_to_grids(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(KandinskyV22CombinedPipeline, "quantize", lambda _, kind: calls.append(kind))
+    monkeypatch.setattr(KandinskyV22Pipeline, "enable_feature_caching", lambda _, every: calls.append(every))
     grid = ("compare", "a cat", "--model", model, "--scheduler", "ddim", "--steps", "2", "--quantize", "int8")
     assert command(*grid, "--cache-every", 2).code == 0
-    assert asked == ["int8", 2]
+    assert calls == ["int8", 2]
     described = Image.open("compare.png").info["Description"]
     assert "quantized: int8" in described
     assert "cached: all of the UNet every 2 steps" in described
 
 
-def test_compiling(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_is_not_part_of_the_recipe(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
     monkeypatch.setattr(KandinskyV22CombinedPipeline, "compile", lambda self: compiled.append(self))
     call = ("generate", "a cat", "--model", model, "--seed", 5)
@@ -91,12 +95,12 @@ def test_compiling(command: Command, model: Path, monkeypatch: pytest.MonkeyPatc
     assert not compiled
     assert command(*call, "--compile", "-o", "compiled.png").code == 0
     assert len(compiled) == 1
-    assert Path("compiled.png").read_bytes() == Path("picture.png").read_bytes(), "a way to draw, not part of a recipe"
+    assert Path("compiled.png").read_bytes() == Path("picture.png").read_bytes(), "the option is not part of the recipe"
 
 
-@pytest.mark.parametrize("given", [("--quantize", "int3"), ("--cache-every", "0"), ("--cache-every", "x")], ids=str)
-def test_other_values_are_refused(given: tuple[str, str], command: Command, model: Path) -> None:
-    result = command("generate", "a cat", "--model", model, *given)
+@pytest.mark.parametrize("option", [("--quantize", "int3"), ("--cache-every", "0"), ("--cache-every", "x")], ids=str)
+def test_other_values_are_refused(option: tuple[str, str], command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, *option)
     assert result.code == 2
-    assert given[0] in result.err
-    assert given[1] in result.err
+    assert option[0] in result.err
+    assert option[1] in result.err

@@ -1,4 +1,4 @@
-"""Our networks against the reference: same tensor names, same numbers, in both directions of a config."""
+"""Networks compared with the reference's: tensor names, values, and configs in both directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.models.movq import VQModel
-from kandinsky22.models.prior import AHEAD, PriorTransformer
+from kandinsky22.models.prior import TIMESTEPS_PER_BATCH, PriorTransformer
 from kandinsky22.models.unet import UNet2DConditionModel
 
 PRIOR = {"num_attention_heads": 2, "attention_head_dim": 12, "embedding_dim": 32, "num_layers": 3}
@@ -63,7 +63,7 @@ UNET_VARIANTS = {
 
 
 def twins(theirs_class: type[nn.Module], ours_class: type[Any], config: dict[str, Any]) -> tuple[Any, Any]:
-    """The reference's network with every tensor random, and ours, built from its config, with the same tensors."""
+    """Return the reference's network with random tensors, and ours, built from its config, with the same tensors."""
     torch.manual_seed(0)
     theirs = theirs_class(**config).eval()
     for parameter in theirs.parameters():
@@ -74,7 +74,7 @@ def twins(theirs_class: type[nn.Module], ours_class: type[Any], config: dict[str
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
+    """Return the largest difference relative to the largest value."""
     assert ours.shape == theirs.shape
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -85,7 +85,7 @@ def test_prior(lengths: tuple[int, ...], timestep: int | Tensor) -> None:
     theirs, ours = twins(diffusers.PriorTransformer, PriorTransformer, PRIOR)
     sample, text, states = torch.randn(3, 32), torch.randn(3, 32), torch.randn(3, 77, 32)
     mask = torch.arange(77) < torch.tensor(lengths)[:, None]
-    mask[1, lengths[1] // 2] = lengths[1] == 1  # a hole in the text, unless it is all there is
+    mask[1, lengths[1] // 2] = lengths[1] == 1  # a masked token inside the text, unless it is the only one
     with torch.no_grad():
         expected = theirs(sample, timestep, text, states, mask).predicted_image_embedding
         assert error(ours(sample, timestep, text, states, mask).predicted_image_embedding, expected) < 1e-5
@@ -109,12 +109,12 @@ def test_prior_computes_timesteps_ahead() -> None:
     theirs, ours = twins(diffusers.PriorTransformer, PriorTransformer, PRIOR)
     text, states, mask = torch.randn(2, 32), torch.randn(2, 77, 32), torch.arange(77) < torch.tensor([[6], [2]])
     schedule = [float(t) for t in range(990, 0, -20)]
-    assert len(schedule) > AHEAD, "more than one block"
+    assert len(schedule) > TIMESTEPS_PER_BATCH, "more than one block"
     calls = []
     ours.time_embedding.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         condition = ours.encode_condition(text, states, mask, schedule)
-        for timestep in [*schedule, schedule[0], 7]:  # in order, then once more from the start, then one of its own
+        for timestep in [*schedule, schedule[0], 7]:  # in order, then the first again, then another one
             sample = torch.randn(2, 32)
             expected = theirs(sample, timestep, text, states, mask).predicted_image_embedding
             assert error(ours.denoise(sample, timestep, condition), expected) < 1e-5
@@ -153,13 +153,13 @@ def test_unet_condition_carries_extra_channels() -> None:
 
 
 def test_unet_says_what_it_needs() -> None:
-    plain, hinted = UNet2DConditionModel(**UNET), UNet2DConditionModel(**UNET | UNET_VARIANTS["hint"])
+    unhinted, hinted = UNet2DConditionModel(**UNET), UNet2DConditionModel(**UNET | UNET_VARIANTS["hint"])
     embeds, picture = torch.randn(1, 32), torch.randn(1, 3, 128, 128)
     for call, name in (
-        (lambda: plain.encode_condition(embeds, hint=picture), "hint"),
+        (lambda: unhinted.encode_condition(embeds, hint=picture), "hint"),
         (lambda: hinted.encode_condition(embeds), "hint"),
-        (lambda: plain(torch.randn(1, 4, 16, 16), 0, added_cond_kwargs={}), "image_embeds"),
-        (lambda: plain(torch.randn(1, 4, 6, 16), 0, added_cond_kwargs={"image_embeds": embeds}), "sample"),
+        (lambda: unhinted(torch.randn(1, 4, 16, 16), 0, added_cond_kwargs={}), "image_embeds"),
+        (lambda: unhinted(torch.randn(1, 4, 6, 16), 0, added_cond_kwargs={"image_embeds": embeds}), "sample"),
     ):
         with pytest.raises(InputError, match=name):
             call()
@@ -174,10 +174,10 @@ def test_movq(size: tuple[int, int]) -> None:
         assert error(ours.encode(picture).latents, theirs.encode(picture).latents) < 1e-5
         for raw in (True, False):
             expected = theirs.decode(latents, force_not_quantize=raw)
-            found = ours.decode(latents, force_not_quantize=raw)
-            assert error(found.sample, expected.sample) < 1e-5
-            assert torch.allclose(found.commit_loss, expected.commit_loss, rtol=1e-5)
-            assert torch.equal(ours.decode(latents, force_not_quantize=raw, return_dict=False)[0], found.sample)
+            result = ours.decode(latents, force_not_quantize=raw)
+            assert error(result.sample, expected.sample) < 1e-5
+            assert torch.allclose(result.commit_loss, expected.commit_loss, rtol=1e-5)
+            assert torch.equal(ours.decode(latents, force_not_quantize=raw, return_dict=False)[0], result.sample)
         assert error(ours(picture).sample, theirs(picture).sample) < 1e-4
 
 
@@ -267,7 +267,7 @@ REFUSED = [
 @pytest.mark.parametrize(("network", "config", "change"), REFUSED, ids=lambda value: str(value)[:50])
 def test_other_configs_are_refused_by_name(network: Any, config: dict[str, Any], change: dict[str, Any]) -> None:
     name = next(iter(change))
-    name = "block_out_channels" if name == "attention_head_dim" else name  # the check that names both
+    name = "block_out_channels" if name == "attention_head_dim" else name  # the error names both
     with pytest.raises(ConfigError, match=name):
         network(**config | change)
 

@@ -1,4 +1,4 @@
-"""Our schedulers against the reference's, step by step over the whole config space, and against plain derivations where
+"""Schedulers compared with the reference's, step by step over the config space, and with closed-form derivations where
 the reference is wrong or cannot run."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def clipping() -> dict[str, st.SearchStrategy[Any]]:
 
 
 def discrete(draw: st.DrawFn, beta_schedules: list[str], **more: st.SearchStrategy[Any]) -> dict[str, Any]:
-    """Any subset of the settings of the methods on a table of betas; the rest stay at their defaults."""
+    """Draw any subset of the settings of the discrete schedulers."""
     beta = st.floats(1e-5, 0.5)
     config = draw(
         st.fixed_dictionaries(
@@ -85,7 +85,7 @@ def unclip_configs() -> st.SearchStrategy[dict[str, Any]]:
 def tensors(
     shape: tuple[int, ...], seed: int, learned: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """A sample and what a network may say about it."""
+    """Return a sample and a possible prediction for it."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randn(shape, generator=generator).to(dtype)
     output = torch.randn((shape[0], shape[1] * (1 + learned), *shape[2:]), generator=generator).to(dtype)
@@ -95,7 +95,7 @@ def tensors(
 
 
 def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> None:
-    """Equal within `tolerance` of max(1, |x|) wherever the reference gives numbers at all."""
+    """Assert equality within `tolerance` of max(1, |x|) wherever the reference is finite."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     real = torch.isfinite(theirs)
@@ -105,12 +105,12 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 1e-6) -> None:
 
 
 def some(timesteps: list[int]) -> list[int]:
-    """The first, the last and a few timesteps between."""
+    """Return the first, the last and some timesteps in between."""
     return sorted({timesteps[i * (len(timesteps) - 1) // 3] for i in range(4)}, reverse=True)
 
 
 def start(ours: Any, theirs: Any, steps: int) -> bool:
-    """Set timesteps on both and compare them; False if the reference would run off its own table."""
+    """Set timesteps on both and compare them; return False if the reference would leave its own table."""
     theirs.set_timesteps(steps)
     # The reference's trailing spacing has one step too many, -1, for some numbers of steps.
     expected = theirs.timesteps[:steps].tolist()
@@ -126,14 +126,14 @@ def start(ours: Any, theirs: Any, steps: int) -> bool:
 
 def step_both(ours: Any, theirs: Any, sample: Tensor, output: Tensor, t: Any, seed: int, **kwargs: Any) -> None:
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-    kept = sample.clone(), output.clone()
+    before = sample.clone(), output.clone()
     mine = ours.step(output, t, sample, generator=generators[0], **kwargs)
     reference = theirs.step(output, t, sample, generator=generators[1], **kwargs)
     assert_same(mine.pred_original_sample, reference.pred_original_sample)
     assert_same(mine.prev_sample, reference.prev_sample)
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
-    assert torch.equal(sample, kept[0])
-    assert torch.equal(output, kept[1])
+    assert torch.equal(sample, before[0])
+    assert torch.equal(output, before[1])
 
 
 @given(ddpm_configs(), st.data())
@@ -178,12 +178,12 @@ def test_unclip_equals_the_reference_step_by_step(config: dict[str, Any], data: 
     ours, theirs = UnCLIPScheduler(**config), diffusers.UnCLIPScheduler(**config)
     assert_same(ours.betas, theirs.betas)
     shape = data.draw(st.sampled_from(SHAPES))
-    told = data.draw(st.booleans())
+    passes_previous = data.draw(st.booleans())
     start(ours, theirs, data.draw(st.integers(2, config["num_train_timesteps"])))
     order = ours.timesteps.tolist()
     for t in some(order):
         sample, output = tensors(shape, t, ours.config.variance_type == "learned_range")
-        after = order[order.index(t) + 1] if told and t else None
+        after = order[order.index(t) + 1] if passes_previous and t else None
         step_both(ours, theirs, sample, output, t, t, prev_timestep=after)
 
 
@@ -267,11 +267,11 @@ def test_noise_of_several_generators_equals_the_reference(count: int) -> None:
     assert torch.equal(draws[0], draws[1])
 
 
-# Where the reference is wrong, or cannot run: plain derivations instead.
+# Closed-form derivations, where the reference is wrong or cannot run.
 
 
 def gaussian_posterior(before: float, after: float, clean: np.ndarray, noisy: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean and variance of x_s given x_0 and x_t, from x_t = sqrt(r) x_s + noise of variance 1 - r, r = a_t / a_s."""
+    """Return mean and variance of x_s given x_0 and x_t: x_t = sqrt(r) x_s + noise of variance 1 - r, r = a_t / a_s."""
     ratio = before / after
     precision = 1 / (1 - after) + ratio / (1 - ratio)
     mean = (np.sqrt(after) * clean / (1 - after) + np.sqrt(ratio) * noisy / (1 - ratio)) / precision
@@ -280,7 +280,7 @@ def gaussian_posterior(before: float, after: float, clean: np.ndarray, noisy: np
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, UnCLIPScheduler, DDIMScheduler])
 def test_a_step_draws_from_the_gaussian_posterior(kind: Any) -> None:
-    """If the clean sample is predicted right, each method (DDIM with eta 1) has to follow Bayes' rule."""
+    """With the true clean sample predicted, each method (DDIM with eta 1) must follow Bayes' rule."""
     settings = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "clip_sample": False}
     scheduler = kind(**settings)
     scheduler.set_timesteps(timesteps=[900, 600, 100])
@@ -294,7 +294,7 @@ def test_a_step_draws_from_the_gaussian_posterior(kind: Any) -> None:
 
 
 def test_fixed_large_log_is_fixed_large() -> None:
-    """The reference takes the square root of a logarithm: not a number."""
+    """The reference gives NaN, because it takes the square root of a logarithm."""
     sample, output = tensors((2, 3, 4, 4), 0, learned=False)
     ends = []
     for kind in ("fixed_large", "fixed_large_log"):
@@ -306,7 +306,7 @@ def test_fixed_large_log_is_fixed_large() -> None:
 
 @pytest.mark.parametrize(("total", "steps"), [(50, 29), (1000, 61), (1000, 397)])
 def test_trailing_spacing_has_the_steps_asked_for(total: int, steps: int) -> None:
-    """The reference adds a timestep -1 here, and then uses the noisiest one's coefficients for it."""
+    """The reference adds a timestep -1 here, with the coefficients of the noisiest timestep."""
     scheduler = DDIMScheduler(num_train_timesteps=total, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps) == steps
@@ -315,20 +315,20 @@ def test_trailing_spacing_has_the_steps_asked_for(total: int, steps: int) -> Non
 
 
 def test_dynamic_thresholding_of_embeddings() -> None:
-    """The reference thresholds images only; here every sample of a batch of vectors gets its own scale."""
+    """The reference thresholds images only; here every vector of a batch gets its own scale."""
     scheduler = DDPMScheduler(
         thresholding=True, dynamic_thresholding_ratio=0.5, sample_max_value=2, prediction_type="sample"
     )
     scheduler.set_timesteps(10)
     output = torch.tensor([[4.0, -1.5, 0.5], [0.2, -0.1, 3.0], [9.0, -8.0, 7.0]])
     original = scheduler.step(output, 100, torch.zeros(3, 3)).pred_original_sample
-    # Medians of magnitudes 1.5, 0.2 and 8, kept within [1, 2].
+    # Medians of magnitudes 1.5, 0.2 and 8, clamped to [1, 2].
     expected = torch.tensor([[1.0, -1.0, 0.5 / 1.5], [0.2, -0.1, 1.0], [1.0, -1.0, 1.0]])
     torch.testing.assert_close(original, expected)
 
 
 def test_one_step_of_unclip_ends_at_its_prediction() -> None:
-    """The reference divides by zero; one step has to go all the way from the noisiest timestep to a clean sample."""
+    """The reference divides by zero; one step must lead from the noisiest timestep to a clean sample."""
     scheduler = UnCLIPScheduler(prediction_type="sample")
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [999]
@@ -338,7 +338,7 @@ def test_one_step_of_unclip_ends_at_its_prediction() -> None:
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler, UnCLIPScheduler])
-def test_an_unwanted_learned_variance_is_dropped(kind: Any) -> None:
+def test_an_unused_learned_variance_is_dropped(kind: Any) -> None:
     """The reference adds six channels to three."""
     scheduler = kind()
     scheduler.set_timesteps(10)
@@ -349,7 +349,7 @@ def test_an_unwanted_learned_variance_is_dropped(kind: Any) -> None:
 
 
 def test_ddim_stays_a_number_when_rounding_leaves_less_than_no_noise() -> None:
-    """At zero signal and eta 1 all noise is fresh; the predicted part's weight may round below 0."""
+    """At zero signal and eta 1 all noise is fresh, and the weight of the predicted noise may round below 0."""
     for steps in range(2, 60):
         scheduler = DDIMScheduler(
             rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False
@@ -363,7 +363,7 @@ def test_ddim_stays_a_number_when_rounding_leaves_less_than_no_noise() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_noise_levels_are_rounded_last(dtype: torch.dtype) -> None:
-    """1 - a_t at small t vanishes in half precision if it is computed there, as the reference does."""
+    """1 - a_t at small t vanishes if it is computed in half precision, as in the reference."""
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012)
     sample, noise = tensors((2, 3, 4, 4), 0, learned=False, dtype=dtype)
     noisy = scheduler.add_noise(sample, noise, 0)

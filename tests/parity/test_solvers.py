@@ -1,8 +1,8 @@
-"""The fast solvers against the reference's, step by step over the whole config space.
+"""Fast solvers compared with the reference's, step by step over the whole config space.
 
-The reference computes its coefficients in single precision, in which small differences of noise levels cancel: with
-1000 steps of order 3 it is off by 1e-3 of the true weights. It is given its own levels in double precision here, so
-that what is compared is the method.
+The reference computes its coefficients in single precision, in which small differences of sigmas cancel: with 1000
+steps of order 3 its weights are off by 1e-3. Here its sigmas are converted to double precision, so that the methods are
+compared and not their rounding.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ WITHOUT_SAMPLE = ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "
 
 @st.composite
 def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
-    """Any subset of a class's settings that the reference can run; the rest stay at their defaults."""
+    """Draw any subset of a class's settings that the reference can run."""
     config = draw(st.fixed_dictionaries({}, optional=SPACES[name]))
     config["num_train_timesteps"] = draw(st.sampled_from([50, 100, 1000]) | st.integers(50, 400))
     if name not in WITHOUT_GRIDS:
@@ -126,13 +126,13 @@ def configs(draw: st.DrawFn, name: str) -> dict[str, Any]:
             config[grid] = True
     kind = config.get("algorithm_type", "")
     if kind in ("dpmsolver", "sde-dpmsolver"):
-        config["final_sigmas_type"] = "sigma_min"  # the reference refuses the other
+        config["final_sigmas_type"] = "sigma_min"  # the reference refuses the other value
     if kind.startswith("sde"):
-        config["solver_order"] = min(config.get("solver_order", 2), 2)  # see test_solvers in unit
+        config["solver_order"] = min(config.get("solver_order", 2), 2)  # see tests/unit/test_solvers.py
     if config.get("prediction_type") == "sample" and name in WITHOUT_SAMPLE:
         config["prediction_type"] = "epsilon"
     if config.get("prediction_type") == "v_prediction" and name == "PNDMScheduler":
-        config["prediction_type"] = "epsilon"  # the reference adds up velocities of different timesteps
+        config["prediction_type"] = "epsilon"  # the reference adds velocities of different timesteps
     if (kind == "dpmsolver" and name == "DPMSolverSinglestepScheduler") or config.get("predict_x0") is False:
         config.pop("thresholding", None)  # the reference crashes, or ignores it
     if name == "LCMScheduler":
@@ -147,7 +147,7 @@ def pair(name: str, config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def start(ours: Any, theirs: Any, steps: int) -> bool:
-    """Set timesteps on both and compare them; False where the reference has none that make sense."""
+    """Set timesteps on both and compare them; return False where the reference has no valid ones."""
     total = len(ours)
     try:
         theirs.set_timesteps(steps)
@@ -161,9 +161,9 @@ def start(ours: Any, theirs: Any, steps: int) -> bool:
         assert (steps - 1) * (total // steps) + ours.config.steps_offset >= total
         return False
     if steps == total and getattr(ours, "extra_timesteps", 0):
-        return False  # no timestep can be spared: the reference visits some twice
+        return False  # every timestep is used: the reference repeats some
     if ours.config.get("timestep_spacing") == "trailing" and len(expected) != len(ours.timesteps):
-        return False  # the reference has a timestep -1 more for some numbers of steps
+        return False  # the reference adds a timestep -1 for some step counts
     assert ours.timesteps.shape == expected.shape
     tolerance = 0 if ours.timesteps.dtype == torch.int64 else 1e-3
     assert (ours.timesteps.double() - expected).abs().max() <= tolerance
@@ -178,17 +178,17 @@ def answer(sample: Tensor, generator: torch.Generator) -> Tensor:
     return torch.tanh(0.7 * sample) + 0.1 * torch.randn(sample.shape, generator=generator, dtype=sample.dtype)
 
 
-def at_once(theirs: Any, *given: Any, **options: Any) -> Any:
-    """A step of the reference, or None where it cannot solve for its coefficients."""
+def step_of_reference(theirs: Any, *arguments: Any, **options: Any) -> Any:
+    """Return a step of the reference, or None where it cannot solve for its coefficients."""
     try:
-        return theirs.step(*given, **options)
+        return theirs.step(*arguments, **options)
     except torch.linalg.LinAlgError:
         return None
 
 
 def same(ours: Tensor, theirs: Tensor, sample: Tensor, before: Tensor | None = None) -> bool:
-    """Equal to 1e-5 of the largest numbers that a step handles, the sample `before` among them, from which methods of
-    two stages start again; False if the reference has no number."""
+    """Assert equality to 1e-5 of the largest value of a step, including the sample `before`, from which two-stage
+    methods start again; return False if the reference is not finite."""
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
     if not torch.isfinite(theirs).all():
@@ -200,41 +200,41 @@ def same(ours: Tensor, theirs: Tensor, sample: Tensor, before: Tensor | None = N
 
 
 def cancelled(ours: Any, visit: int) -> float:
-    """How many times as large as a sample are the numbers whose difference is the next one. Solvers in terms of noise
-    carry a sample from pure noise on that way, where single precision, the reference's, loses as many digits."""
+    """Return the factor by which the terms of a step exceed their difference, the next sample. It is large for solvers
+    in terms of noise near pure noise, where the reference's single precision loses as many digits."""
     if getattr(ours.config, "algorithm_type", None) not in ("dpmsolver", "sde-dpmsolver"):
         return 1.0
-    level, following = (1 + float(sigma) ** 2 for sigma in ours.sigmas[visit : visit + 2])
-    return max(1.0, float((level / following) ** 0.5))
+    sigma, following = (1 + float(sigma) ** 2 for sigma in ours.sigmas[visit : visit + 2])
+    return max(1.0, float((sigma / following) ** 0.5))
 
 
-def run(ours: Any, theirs: Any, visits: range, seed: int, **told: Any) -> None:
-    """Make these visits with both, each from what the reference reached; both steps are `told` the same.
+def run(ours: Any, theirs: Any, visits: range, seed: int, **options: Any) -> None:
+    """Compare the steps of both at these positions, each from the sample that the reference reached.
 
-    It is told where it begins: where rounding gives the first levels one timestep, it leaves the first out by itself,
-    and then runs off its table.
+    `options` go to both `step` methods. The reference's start index is set, because otherwise it skips the first sigma
+    where rounding gives the first two the same timestep, and then leaves its table.
     """
     if hasattr(theirs, "set_begin_index"):
         theirs.set_begin_index(visits.start)
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.Generator().manual_seed(seed + 1) for _ in range(2)]
     takes = "generator" in inspect.signature(theirs.step).parameters
-    options: list[dict[str, Any]] = [told | ({"generator": noise} if takes else {}) for noise in noises]
+    step_options: list[dict[str, Any]] = [options | ({"generator": noise} if takes else {}) for noise in noises]
     assert takes == ("generator" in inspect.signature(ours.step).parameters)
-    # In double precision, for differences of samples are divided by small levels; the reference narrows some.
+    # Double precision, because differences of samples are divided by small sigmas. The reference casts some down.
     sample = torch.randn((2, 3, 4, 5), generator=generator, dtype=torch.float64)
-    level = theirs.sigmas[visits.start] if hasattr(theirs, "sigmas") else torch.tensor(0.0)
+    sigma = theirs.sigmas[visits.start] if hasattr(theirs, "sigmas") else torch.tensor(0.0)
     if float(ours.init_noise_sigma) != 1.0:
-        sample = sample * (float(level) + 1)
+        sample = sample * (float(sigma) + 1)
     before = sample
     for visit in visits:
         mine, reference = ours.timesteps[visit], theirs.timesteps[visit]
-        seen = theirs.scale_model_input(sample, reference)
-        assert same(ours.scale_model_input(sample, mine), seen, sample)
-        output, kept = answer(seen.to(sample), generator), sample.clone()
-        result = ours.step(output, mine, sample, **options[0])
-        expected = at_once(theirs, output, reference, sample, **options[1])
-        assert torch.equal(sample, kept)
+        model_input = theirs.scale_model_input(sample, reference)
+        assert same(ours.scale_model_input(sample, mine), model_input, sample)
+        output, unchanged = answer(model_input.to(sample), generator), sample.clone()
+        result = ours.step(output, mine, sample, **step_options[0])
+        expected = step_of_reference(theirs, output, reference, sample, **step_options[1])
+        assert torch.equal(sample, unchanged)
         if expected is None or not same(
             result.prev_sample, expected.prev_sample, sample, before * cancelled(ours, visit)
         ):
@@ -245,18 +245,18 @@ def run(ours: Any, theirs: Any, visits: range, seed: int, **told: Any) -> None:
     assert torch.equal(noises[0].get_state(), noises[1].get_state())
 
 
-def compare(name: str, config: dict[str, Any], steps: int, seed: int, **told: Any) -> None:
+def compare(name: str, config: dict[str, Any], steps: int, seed: int, **options: Any) -> None:
     ours, theirs = pair(name, config)
     steps = min(steps, config["num_train_timesteps"])
     if not start(ours, theirs, steps):
         return
     visits = len(ours.timesteps)
-    run(ours, theirs, range(min(visits, 16)), seed, **told)
+    run(ours, theirs, range(min(visits, 16)), seed, **options)
     if visits > 16 and name not in ("PNDMScheduler", "LMSDiscreteScheduler", "LCMScheduler"):
-        # Runs that begin near the end, as those from pictures do, where the place is clear from the timestep.
+        # A run that starts near the end, like img2img, where the timestep identifies the position.
         first = visits - 5
-        places = [i for i, t in enumerate(ours.timesteps.tolist()) if t == float(ours.timesteps[first])]
-        if first == (places[1] if len(places) > 1 else places[0]) and start(ours, theirs, steps):
+        indices = [i for i, t in enumerate(ours.timesteps.tolist()) if t == float(ours.timesteps[first])]
+        if first == (indices[1] if len(indices) > 1 else indices[0]) and start(ours, theirs, steps):
             run(ours, theirs, range(first, visits), seed + 2)
 
 
@@ -284,18 +284,18 @@ def test_every_order_of_linear_multistep_is_that_of_the_reference(data: st.DataO
 @pytest.mark.parametrize("name", [name for name in SPACES if name not in ("PNDMScheduler", "LCMScheduler")])
 @pytest.mark.parametrize("steps", [1, 2, 8, 20])
 def test_coefficients_in_single_precision_are_near_enough(name: str, steps: int) -> None:
-    """The reference as it comes, where its rounding is small; methods without levels are compared so everywhere."""
+    """Single precision, where the reference's rounding is small; methods without sigmas are compared everywhere."""
     ours, theirs = pair(name, {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000})
     assert start(ours, theirs, steps)
-    for levels in ("sigmas", "sigmas_interpol"):
-        if hasattr(theirs, levels):
-            setattr(theirs, levels, getattr(theirs, levels).float())
+    for attribute in ("sigmas", "sigmas_interpol"):
+        if hasattr(theirs, attribute):
+            setattr(theirs, attribute, getattr(theirs, attribute).float())
     run(ours, theirs, range(len(ours.timesteps)), steps)
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_betas_given_as_a_table_are_those_of_the_reference(name: str) -> None:
-    betas = [0.0002 + 0.0003 * place for place in range(100)]
+def test_custom_betas_equal_the_reference(name: str) -> None:
+    betas = [0.0002 + 0.0003 * index for index in range(100)]
     ours, theirs = pair(name, {"num_train_timesteps": 100, "trained_betas": betas})
     assert start(ours, theirs, 9)
     run(ours, theirs, range(len(ours.timesteps)), 9)
@@ -312,17 +312,17 @@ def test_custom_timesteps_are_those_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "custom"),
     [
         ("EulerDiscreteScheduler", {"timesteps": [900, 610, 40]}),
         ("EulerDiscreteScheduler", {"sigmas": [14.0, 3.0, 0.5, 0.0]}),
         ("HeunDiscreteScheduler", {"timesteps": [900, 610, 40]}),
     ],
 )
-def test_custom_levels_are_those_of_the_reference(name: str, given: dict[str, Any]) -> None:
+def test_custom_levels_are_those_of_the_reference(name: str, custom: dict[str, Any]) -> None:
     ours, theirs = pair(name, {})
     for scheduler in (ours, theirs):
-        scheduler.set_timesteps(**given)
+        scheduler.set_timesteps(**custom)
     torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=0, atol=1e-3)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas)
     run(ours, theirs, range(len(ours.timesteps)), 0)
@@ -337,18 +337,18 @@ SOLVERS = [name for name in SPACES if name.startswith(("DPM", "UniPC", "DEIS"))]
 def test_steps_between_given_levels_are_those_of_the_reference(
     name: str, data: st.DataObject, logs: list[float]
 ) -> None:
-    """The reference takes no levels of others here, so they are put where its own are."""
+    """The reference accepts no custom sigmas here, so its own are replaced."""
     config = data.draw(configs(name))
     for key in (*GRIDS, "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr", "lambda_min_clipped"):
         config.pop(key, None)
     ours, theirs = pair(name, config)
-    levels = [math.exp(log) for log in sorted(logs, reverse=True)]
-    last = 0.0 if config.get("final_sigmas_type", "zero") == "zero" else levels[-1] / 2
-    ours.set_timesteps(sigmas=[*levels, last])
-    theirs.set_timesteps(len(levels))
-    theirs.sigmas, theirs.timesteps = torch.tensor([*levels, last], dtype=torch.float64), ours.timesteps.clone()
+    sigmas = [math.exp(log) for log in sorted(logs, reverse=True)]
+    last = 0.0 if config.get("final_sigmas_type", "zero") == "zero" else sigmas[-1] / 2
+    ours.set_timesteps(sigmas=[*sigmas, last])
+    theirs.set_timesteps(len(sigmas))
+    theirs.sigmas, theirs.timesteps = torch.tensor([*sigmas, last], dtype=torch.float64), ours.timesteps.clone()
     torch.testing.assert_close(ours.sigmas.double(), theirs.sigmas, rtol=1e-6, atol=0)
-    run(ours, theirs, range(len(levels)), len(levels))
+    run(ours, theirs, range(len(sigmas)), len(sigmas))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
@@ -359,9 +359,9 @@ def test_churned_noise_is_that_of_the_reference(prediction: str, churn: dict[str
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 3, 4, 5, generator=generator) * 100
     for mine, reference in zip(ours.timesteps, theirs.timesteps, strict=True):
-        seen = theirs.scale_model_input(sample, reference)
+        model_input = theirs.scale_model_input(sample, reference)
         ours.scale_model_input(sample, mine)
-        output = answer(seen.float(), generator)
+        output = answer(model_input.float(), generator)
         result, expected = (
             scheduler.step(output, t, sample, generator=torch.Generator().manual_seed(3), **churn).prev_sample
             for scheduler, t in ((ours, mine), (theirs, reference))
@@ -376,8 +376,8 @@ def test_noise_is_added_as_the_reference_does(name: str) -> None:
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(10)
     sample, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    for place in (0, 4):
-        mine, reference = (scheduler.timesteps[[place]] for scheduler in (ours, theirs))
+    for index in (0, 4):
+        mine, reference = (scheduler.timesteps[[index]] for scheduler in (ours, theirs))
         result = ours.add_noise(sample, noise, mine)
         torch.testing.assert_close(result, theirs.add_noise(sample, noise, reference), rtol=1e-5, atol=1e-4)
         assert torch.equal(ours.add_noise(sample, noise, mine.repeat(2)), result)
@@ -394,7 +394,7 @@ def test_consistency_timesteps_are_those_of_the_reference(options: dict[str, Any
 
 @pytest.mark.parametrize("name", SPACES)
 def test_settings_and_files_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
-    """But for those of flow matching, which are refused."""
+    """Flow matching is refused; all other settings of the reference work."""
     ours, theirs = pair(name, {})
     supported = getattr(ours.config, "supported_values", {})
     expected = {k: v for k, v in dict(theirs.config).items() if not k.startswith("_") and k not in supported}
@@ -412,13 +412,13 @@ def test_settings_and_files_are_those_of_the_reference(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("steps", [0, -3, 1001, 2.5, "ten", True, None])
-def test_numbers_of_steps_that_make_no_sense(name: str, steps: Any) -> None:
+def test_invalid_step_counts_are_refused(name: str, steps: Any) -> None:
     with pytest.raises(InputError, match=r"num_inference_steps.* is invalid: expected"):
         getattr(ours_all, name)().set_timesteps(steps)
 
 
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("timesteps", [[], [1, 2, 3], [5, 5], [500, 3, -1], [1000, 3], [3.5, 1], ["a"], [True]])
-def test_timesteps_that_make_no_sense(name: str, timesteps: Any) -> None:
+def test_invalid_timesteps_are_refused(name: str, timesteps: Any) -> None:
     with pytest.raises(InputError, match=r"timesteps.* is invalid: expected"):
         getattr(ours_all, name)().set_timesteps(timesteps=timesteps)

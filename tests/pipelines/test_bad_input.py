@@ -1,4 +1,4 @@
-"""Wrong arguments: one clear error of our family that names the argument, before any network runs."""
+"""Invalid arguments: one KandinskyError that names the argument, before any network runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOOD = {"image_embeds": torch.ones(2, DIM), "negative_image_embeds": torch.zeros
 pytestmark = pytest.mark.usefixtures("no_network_runs")
 
 
-# Start noise of the right shapes
+# Invalid noise of the right shape
 NOISE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "NaN": lambda noise: noise * float("nan"),
     "sparse": lambda noise: noise.to_sparse(),
@@ -56,7 +56,7 @@ def test_combined(combined: KandinskyV22CombinedPipeline, name: str, arguments: 
 
 
 @pytest.mark.parametrize("kind", NOISE)
-def test_start_noise_that_is_none(
+def test_invalid_latents_are_refused(
     prior: KandinskyV22PriorPipeline,
     decoder: KandinskyV22Pipeline,
     combined: KandinskyV22CombinedPipeline,
@@ -133,7 +133,7 @@ def test_unet_of_another_mode(decoder: KandinskyV22Pipeline) -> None:
 
 def test_prior_that_does_not_fit(combined: KandinskyV22CombinedPipeline) -> None:
     combined.prior_prior = type(combined.prior_prior).from_config({**combined.prior_prior.config, "embedding_dim": 48})
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="the prior makes embeddings of 48 values, but the unet expects 32"):
         combined("a cat")
 
 
@@ -147,10 +147,10 @@ def test_component_left_out(combined: KandinskyV22CombinedPipeline, missing: str
 @pytest.mark.parametrize(
     "answer", [3, {"noise": torch.zeros(1)}, {"latents": torch.zeros(1, 1)}, {"latents": None, "prompt": "a"}]
 )
-def test_callback_that_returns_nonsense(
+def test_invalid_callback_results_are_refused(
     decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
     monkeypatch.setattr(decoder.unet, "encode_condition", lambda **_: None)
     monkeypatch.setattr(decoder.unet, "denoise", lambda noisy, *_: torch.cat([noisy, noisy], dim=1))
-    with pytest.raises(KandinskyError, match="callback_on_step_end returned"):
+    with pytest.raises(KandinskyError, match=r"callback_on_step_end\(\.\.\.\).*=.* is invalid: expected "):
         decoder(**GOOD, callback_on_step_end=lambda *_: answer)

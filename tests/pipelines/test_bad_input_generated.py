@@ -148,7 +148,7 @@ SETTINGS: dict[str, Any] = {"derandomize": True, "deadline": None, "database": N
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_one_wrong_argument(name: str, ten_pipelines: dict[str, Any]) -> None:
+def test_one_invalid_argument_is_refused(name: str, ten_pipelines: dict[str, Any]) -> None:
     @hypothesis.settings(max_examples=1, **SETTINGS)
     @hypothesis.given(st.data())
     def check(data: st.DataObject) -> None:
@@ -172,7 +172,7 @@ def test_one_wrong_argument(name: str, ten_pipelines: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_right_calls_are_right(name: str, ten_pipelines: dict[str, Any]) -> None:
+def test_valid_calls_reach_a_network(name: str, ten_pipelines: dict[str, Any]) -> None:
     """The calls into which invalid arguments are put reach a network."""
 
     @hypothesis.settings(max_examples=3, **SETTINGS)

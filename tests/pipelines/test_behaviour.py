@@ -355,7 +355,7 @@ def test_without_guidance_embeddings_are_repeated_and_cast(decoder: KandinskyV22
     assert images.dtype == dtype
 
 
-def test_without_guidance_no_negative_is_needed(decoder: KandinskyV22Pipeline) -> None:
+def test_negative_embeddings_are_optional_without_guidance(decoder: KandinskyV22Pipeline) -> None:
     inputs = {"image_embeds": embeds(1, 1), "negative_image_embeds": None}
     assert decoder(**inputs, **SMALL, guidance_scale=1.0).images.shape == (1, 4, 16, 16)
     with pytest.raises(InputError, match="negative_image_embeds"):

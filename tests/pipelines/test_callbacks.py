@@ -31,7 +31,7 @@ def run(pipe: Any, name: str, change: Callable[[str, torch.Tensor], Any], **more
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the reference deprecates the legacy callbacks
 @pytest.mark.parametrize("name", CLASSES)
-def test_steps_are_those_that_the_reference_tells(
+def test_callbacks_get_the_references_steps(
     name: str, make_pipeline: Callable[..., Any], reference: Callable[[str], Any]
 ) -> None:
     """All kinds of callbacks that the reference has are compared."""
@@ -65,12 +65,16 @@ def test_steps_are_those_that_the_reference_tells(
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_other_types_are_converted(name: str, make_pipeline: Callable[..., Any]) -> None:
+def test_callback_results_are_cast(name: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(name)
     same = run(pipe, name, lambda _, tensor: tensor)
     assert difference(run(pipe, name, lambda _, tensor: tensor.double()), same) < 1e-4
-    assert difference(run(pipe, name, lambda _, tensor: tensor.clone().requires_grad_(tensor.dtype.is_floating_point)),
-                      same) < 1e-4  # fmt: skip
+    assert (
+        difference(
+            run(pipe, name, lambda _, tensor: tensor.clone().requires_grad_(tensor.dtype.is_floating_point)), same
+        )
+        < 1e-4
+    )
 
 
 WRONG: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -84,16 +88,17 @@ WRONG: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_does_not_fit_is_refused_by_name(name: str, make_pipeline: Callable[..., Any]) -> None:
+def test_invalid_callback_results_are_refused_by_name(name: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(name)
     for changed in names_of(pipe):
         for wrong in WRONG.values():
-            with pytest.raises(InputError, match=f"callback_on_step_end returned {changed}.*shape"):
+            message = rf"^callback_on_step_end\(...\)\['{changed}'\]=.* is invalid: expected a real tensor of shape"
+            with pytest.raises(InputError, match=message):
                 run(pipe, name, lambda each, tensor: wrong(tensor) if each == changed else tensor)  # noqa: B023
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_negative_rows_may_be_left_away_where_guidance_ends(name: str, make_pipeline: Callable[..., Any]) -> None:
+def test_callbacks_may_drop_negative_rows_when_guidance_ends(name: str, make_pipeline: Callable[..., Any]) -> None:
     """Callbacks written for the reference do so, because its network would otherwise get too many rows."""
     pipe, results = make_pipeline(name), []
     for halve in (False, True):
@@ -108,9 +113,9 @@ def test_negative_rows_may_be_left_away_where_guidance_ends(name: str, make_pipe
     assert torch.equal(*results)
 
 
-def test_nothing_takes_the_place_of_nothing(decoder: Any) -> None:
+def test_callbacks_cannot_add_missing_tensors(decoder: Any) -> None:
     call = {"image_embeds": torch.ones(1, DIM), "negative_image_embeds": None, "guidance_scale": 1.0}
-    with pytest.raises(InputError, match="returned negative_image_embeds: this call has none"):
+    with pytest.raises(InputError, match=r"\['negative_image_embeds'\]=.*this call has no such tensor"):
         decoder(
             **call,
             num_inference_steps=2,

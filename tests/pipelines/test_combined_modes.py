@@ -113,7 +113,7 @@ def test_batch_equals_single_calls(kind: str, make_pipeline: Callable[..., Any])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_stages_alone_give_the_same(kind: str, make_pipeline: Callable[..., Any]) -> None:
+def test_stages_alone_equal_the_combined_pipeline(kind: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(kind)
     call = {**small_call(kind), "guidance_scale": 3.0}
     generator = seeded(1)
@@ -195,7 +195,7 @@ def test_stopping_early(kind: str, make_pipeline: Callable[..., Any]) -> None:
     assert steps == [0, 0]
 
 
-def test_kept_pixels(make_pipeline: Callable[..., Any]) -> None:
+def test_keep_pixels(make_pipeline: Callable[..., Any]) -> None:
     repainted = make_pipeline("InpaintCombined")(**small_call("InpaintCombined"), keep_pixels=True).images[0]
     unmasked = box_mask() == 0
     assert np.abs(repainted - np.asarray(photo(1), dtype=np.float32) / 255)[unmasked].max() < 1e-6

@@ -1,6 +1,6 @@
-"""Compiled pipelines: the same pictures, nothing compiled twice, and refusals.
+"""Compiled pipelines: equal pictures, no needless recompilation, and refused settings.
 
-Most tests trace with backend "eager": what is compiled when is the same, and no machine code has to be made.
+Most tests trace with the backend "eager", which traces at the same times but generates no machine code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky22.errors import InputError, MissingDependencyError
-from kandinsky22.kernels.linear import DTYPES, Packs
+from kandinsky22.kernels.linear import ONEDNN_DTYPES, PackedWeightMixin
 from kandinsky22.runtime import compile as compilation
 
 TRACED = {"backend": "eager"}
@@ -36,45 +36,44 @@ def _nothing_compiled() -> Iterator[None]:
 
 @pytest.fixture
 def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where weights are not packed, such as on GPUs: blocks are whole graphs, and the layers around them leave
-    features in memory the same way for all sizes."""
-    monkeypatch.setattr(compilation, "DTYPES", ())
-    monkeypatch.setattr(Packs, "packing", False)
+    """Pack no weights, as on GPUs: blocks are single graphs, and memory layouts do not depend on sizes."""
+    monkeypatch.setattr(compilation, "ONEDNN_DTYPES", ())
+    monkeypatch.setattr(PackedWeightMixin, "pack_weights", False)
 
 
-def draw(pipe: Any, steps: int = 2, **given: Any) -> torch.Tensor:
+def generate(pipe: Any, steps: int = 2, **arguments: Any) -> torch.Tensor:
     options: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
-    return pipe(**{**pair(), **options, "generator": seeded(3), **given}).images.float()
+    return pipe(**{**pair(), **options, "generator": seeded(3), **arguments}).images.float()
 
 
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_steps_and_calls_compile_nothing_anew_and_sizes_do_once(decoder: KandinskyV22Pipeline) -> None:
-    plain = draw(decoder)
+def test_only_new_sizes_are_recompiled(decoder: KandinskyV22Pipeline) -> None:
+    baseline = generate(decoder)
     decoder.compile(**TRACED)
-    assert difference(draw(decoder, steps=1), draw(decoder, steps=1)) == 0
+    assert difference(generate(decoder, steps=1), generate(decoder, steps=1)) == 0
     first = graphs()
     assert first > 0
-    assert difference(draw(decoder), plain) < 1e-5
-    draw(decoder, steps=5, guidance_scale=2.0, **pair(seed=7))
+    assert difference(generate(decoder), baseline) < 1e-5
+    generate(decoder, steps=5, guidance_scale=2.0, **pair(seed=7))
     assert graphs() == first
-    draw(decoder, width=128)
+    generate(decoder, width=128)
     wide = graphs()
     assert wide > first
-    draw(decoder)
-    draw(decoder, width=128)
+    generate(decoder)
+    generate(decoder, width=128)
     assert graphs() == wide
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DTYPES, reason="this torch has no packed products on this machine")
-def test_packed_layers_stay_outside_of_graphs_whatever_comes_first(decoder: KandinskyV22Pipeline) -> None:
+@pytest.mark.skipif(not ONEDNN_DTYPES, reason="this torch has no packed products on this machine")
+def test_packed_layers_stay_outside_graphs_in_any_order(decoder: KandinskyV22Pipeline) -> None:
     for prepare in (lambda: None, decoder.enable_low_memory):
         prepare()
         decoder.compile(**TRACED)
-        layers = [module for module in decoder.unet.modules() if isinstance(module, Packs)]
+        layers = [module for module in decoder.unet.modules() if isinstance(module, PackedWeightMixin)]
         assert all("forward" in vars(layer) for layer in layers)
         decoder.uncompile()
         assert not any("forward" in vars(layer) for layer in layers)
@@ -82,27 +81,27 @@ def test_packed_layers_stay_outside_of_graphs_whatever_comes_first(decoder: Kand
 
 def test_dynamic_code_serves_all_sizes(decoder: KandinskyV22Pipeline, no_packing: None) -> None:
     decoder.compile(dynamic=True, components=["unet"], **TRACED)
-    draw(decoder, steps=1)
+    generate(decoder, steps=1)
     first = graphs()
-    plain = copy.deepcopy(decoder.unet)
+    baseline = copy.deepcopy(decoder.unet)
     for height, width in ((128, 64), (64, 192), (192, 192)):
-        made = draw(decoder, steps=1, height=height, width=width)
-        other = KandinskyV22Pipeline(**{**decoder.components, "unet": plain})
-        assert difference(made, draw(other, steps=1, height=height, width=width)) < 1e-4
+        compiled = generate(decoder, steps=1, height=height, width=width)
+        other = KandinskyV22Pipeline(**{**decoder.components, "unet": baseline})
+        assert difference(compiled, generate(other, steps=1, height=height, width=width)) < 1e-4
     assert graphs() == first
 
 
 @pytest.mark.slow
-def test_prompts_of_other_lengths_compile_nothing_anew(prior: KandinskyV22PriorPipeline, no_packing: None) -> None:
+def test_prompt_lengths_cause_no_recompilation(prior: KandinskyV22PriorPipeline, no_packing: None) -> None:
     def embed(prompt: str) -> torch.Tensor:
         return prior(prompt, num_inference_steps=3, generator=seeded(1)).image_embeds
 
     prompts = ["a red cat", "a cat", "a red cat on a red cat and a cat"]
-    plain = [embed(prompt) for prompt in prompts]
+    baseline = [embed(prompt) for prompt in prompts]
     prior.compile(**TRACED)
-    assert difference(embed(prompts[0]), plain[0]) < 1e-5
+    assert difference(embed(prompts[0]), baseline[0]) < 1e-5
     first = graphs()
-    for prompt, expected in zip(prompts, plain, strict=True):
+    for prompt, expected in zip(prompts, baseline, strict=True):
         assert difference(embed(prompt), expected) < 1e-5
     assert graphs() == first > 0
 
@@ -110,12 +109,12 @@ def test_prompts_of_other_lengths_compile_nothing_anew(prior: KandinskyV22PriorP
 def test_names_and_files_stay(decoder: KandinskyV22Pipeline, tmp_path: Path) -> None:
     names = list(decoder.unet.state_dict())
     decoder.compile(**TRACED)
-    made = draw(decoder)
+    compiled = generate(decoder)
     assert list(decoder.unet.state_dict()) == names
     decoder.save_pretrained(tmp_path)
     again = KandinskyV22Pipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert difference(draw(again), made) < 1e-5
+    assert difference(generate(again), compiled) < 1e-5
 
 
 def test_copies_compute_with_their_own_weights(decoder: KandinskyV22Pipeline) -> None:
@@ -129,21 +128,21 @@ def test_copies_compute_with_their_own_weights(decoder: KandinskyV22Pipeline) ->
 
 
 def test_uncompiled_networks_run_as_written(decoder: KandinskyV22Pipeline) -> None:
-    plain = draw(decoder)
+    baseline = generate(decoder)
     decoder.compile(**TRACED)
     decoder.uncompile()
-    assert torch.equal(draw(decoder), plain)
+    assert torch.equal(generate(decoder), baseline)
     assert graphs() == 0
 
 
 @pytest.mark.slow
-def test_with_feature_caching_all_levels_that_run_are_compiled_once(decoder: KandinskyV22Pipeline) -> None:
+def test_feature_caching_compiles_each_level_once(decoder: KandinskyV22Pipeline) -> None:
     decoder.enable_feature_caching(every=2)
-    plain = draw(decoder, steps=4)
+    baseline = generate(decoder, steps=4)
     decoder.compile(components=["unet"], **TRACED)
-    draw(decoder, steps=1)
+    generate(decoder, steps=1)
     first = graphs()
-    assert difference(draw(decoder, steps=4), plain) < 1e-4
+    assert difference(generate(decoder, steps=4), baseline) < 1e-4
     assert graphs() == first
 
 
@@ -159,7 +158,7 @@ def test_all_networks_of_a_combined_pipeline_are_compiled(combined: KandinskyV22
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("arguments", "words"),
     [
         ({"mode": "fast"}, "mode='fast' is invalid: expected one of default, reduce-overhead"),
         (
@@ -171,9 +170,9 @@ def test_all_networks_of_a_combined_pipeline_are_compiled(combined: KandinskyV22
         ({"components": ["scheduler"]}, r"components=\['scheduler'\] is invalid: .*can be compiled \(unet, movq\)"),
     ],
 )
-def test_what_cannot_be_is_refused(decoder: KandinskyV22Pipeline, given: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(decoder: KandinskyV22Pipeline, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        decoder.compile(**given)
+        decoder.compile(**arguments)
     assert all(module._compiled_call_impl is None for module in decoder.unet.modules())
 
 
@@ -183,10 +182,10 @@ def test_networks_offloaded_layer_by_layer_are_refused(decoder: KandinskyV22Pipe
         decoder.compile(**TRACED)
 
 
-def test_without_a_compiler_the_error_says_what_to_install(decoder: KandinskyV22Pipeline) -> None:
+def test_missing_compiler_error_says_what_to_install(decoder: KandinskyV22Pipeline) -> None:
     from torch._inductor import config
 
-    # monkeypatch would not put torch's own start value back
+    # monkeypatch cannot restore torch's initial value.
     with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(MissingDependencyError, match="install g"):
         decoder.compile()
 
@@ -195,12 +194,12 @@ def test_without_a_compiler_the_error_says_what_to_install(decoder: KandinskyV22
 def test_machine_code_gives_the_same_and_is_kept(
     prior: KandinskyV22PriorPipeline, no_packing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
-    plain = prior("a red cat", num_inference_steps=2, generator=seeded(1)).image_embeds
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # monkeypatch restores it
+    baseline = prior("a red cat", num_inference_steps=2, generator=seeded(1)).image_embeds
     prior.compile(cache_dir=tmp_path)
-    made = prior("a red cat", num_inference_steps=2, generator=seeded(1)).image_embeds
+    compiled = prior("a red cat", num_inference_steps=2, generator=seeded(1)).image_embeds
     assert 0 < graphs() <= 4
-    assert difference(made, plain) < 1e-5
+    assert difference(compiled, baseline) < 1e-5
     assert any(tmp_path.rglob("*.so"))
 
 
@@ -211,10 +210,10 @@ def test_machine_code_gives_the_same_and_is_kept(
 def test_on_a_gpu_compiled_pictures_are_the_same(decoder: KandinskyV22Pipeline, mode: str, every: int) -> None:
     decoder.to("cuda")
     decoder.enable_feature_caching(every=every)
-    plain = draw(decoder, steps=6)
+    baseline = generate(decoder, steps=6)
     decoder.compile(mode=mode)
-    draw(decoder, steps=3)
+    generate(decoder, steps=3)
     first = graphs()
     for _ in range(3):
-        assert difference(draw(decoder, steps=6).cpu(), plain.cpu()) < 1e-3
+        assert difference(generate(decoder, steps=6).cpu(), baseline.cpu()) < 1e-3
     assert graphs() == first

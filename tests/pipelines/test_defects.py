@@ -57,7 +57,7 @@ def test_1_emb2emb_interpolates_texts(emb2emb: Any, their_emb2emb: Any, oracles:
         assert difference(ours.negative_image_embeds, right.negative_image_embeds) < 1e-5
 
 
-def test_1_emb2emb_negatives_are_no_noise(emb2emb: Any, their_emb2emb: Any) -> None:
+def test_1_emb2emb_negatives_are_not_noise(emb2emb: Any, their_emb2emb: Any) -> None:
     call = {"images_and_prompts": [photo(1)], "weights": [1.0], "num_inference_steps": 3}
 
     def negative(pipe: Any, **more: Any) -> torch.Tensor:
@@ -113,7 +113,7 @@ def masks_and_images() -> dict[str, Any]:
     return {"image": torch.stack([photo_tensor(1, signed=True), photo_tensor(2, signed=True)]), "mask_image": masks}
 
 
-def test_3_every_picture_has_its_own_image_and_mask(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_3_each_batch_item_uses_its_own_image_and_mask(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     ours, theirs, inputs = make_pipeline("Inpaint"), mode_oracles["Inpaint"], masks_and_images()
     call = mode_call("Inpaint", **pair(2), **inputs)
 
@@ -128,7 +128,7 @@ def test_3_every_picture_has_its_own_image_and_mask(make_pipeline: Ours, mode_or
         assert difference(together[i], alone(i)) < SAME
 
 
-def test_3_one_image_serves_many_embeddings(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_3_one_image_is_used_for_all_embeddings(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     call = mode_call("Inpaint", **pair(2))
     with pytest.raises((RuntimeError, ValueError)):
         mode_oracles["Inpaint"](**call)
@@ -139,7 +139,7 @@ def test_3_one_image_serves_many_embeddings(make_pipeline: Ours, mode_oracles: d
         assert difference(together[i], alone[0]) < SAME
 
 
-def test_3_masks_stay_as_they_are(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_3_masks_are_not_modified(make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     changed = []
     for pipe in (make_pipeline("Inpaint"), mode_oracles["Inpaint"]):
         mask = torch.from_numpy(np.random.default_rng(0).random((1, 1, 32, 32)).astype(np.float32))
@@ -176,7 +176,7 @@ def test_4_latents_are_cast(decoder: KandinskyV22Pipeline, oracles: dict[str, An
 
 
 @pytest.mark.parametrize("mode", ["", "Img2Img", "Inpaint"])
-def test_5_callbacks_need_no_number_of_steps(
+def test_5_callback_steps_is_optional(
     mode: str, make_pipeline: Ours, decoder: KandinskyV22Pipeline, oracles: dict[str, Any], mode_oracles: dict[str, Any]
 ) -> None:
     steps: list[int] = []
@@ -206,7 +206,7 @@ def test_6_wide_pictures_stay_wide(make_pipeline: Ours, mode_oracles: dict[str, 
 
 
 @pytest.mark.parametrize("mode", ["Img2Img", "ControlnetImg2Img"])
-def test_6_arrays_are_pictures(mode: str, make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
+def test_6_arrays_are_accepted_as_pictures(mode: str, make_pipeline: Ours, mode_oracles: dict[str, Any]) -> None:
     call = mode_call(mode, image=np.asarray(photo(1)), output_type="np")
     with pytest.raises((ValueError, AttributeError)):
         mode_oracles[mode](**call)
@@ -217,7 +217,9 @@ def test_6_arrays_are_pictures(mode: str, make_pipeline: Ours, mode_oracles: dic
 # 7
 
 
-def test_7_one_negative_serves_many_prompts(prior: KandinskyV22PriorPipeline, oracles: dict[str, Any]) -> None:
+def test_7_one_negative_prompt_is_used_for_all_prompts(
+    prior: KandinskyV22PriorPipeline, oracles: dict[str, Any]
+) -> None:
     texts = ["a cat", "red"]
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         oracles["prior"](texts, "blue", num_inference_steps=2)
@@ -241,7 +243,7 @@ def test_8_latents_reach_the_decoder(combined: KandinskyV22CombinedPipeline, ora
     assert difference(combined(**call, generator=seeded(0)).images, right) < SAME
 
 
-def test_8_a_progress_bar_is_no_offloading(
+def test_8_progress_bars_do_not_enable_offloading(
     combined: KandinskyV22CombinedPipeline, oracles: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     switched: list[str] = []
@@ -289,7 +291,7 @@ def recording_device_reads(pipe: Any, reads: list[str]) -> Any:
     return recording
 
 
-def test_10_interpolate_goes_where_networks_work(emb2emb: Any, their_emb2emb: Any) -> None:
+def test_10_interpolate_uses_the_execution_device(emb2emb: Any, their_emb2emb: Any) -> None:
     reads: list[str] = []
     for pipe in (their_emb2emb, emb2emb):
         recording_device_reads(pipe, reads).interpolate([photo(1)], [1.0], num_inference_steps=2)
@@ -326,7 +328,7 @@ def test_10_output_types_are_checked_first(
 # 12
 
 
-def test_12_each_prompt_keeps_its_picture(
+def test_12_each_prompt_uses_its_own_picture(
     checkpoints: Path, mode_folder: Path, prior: Any, oracles: dict[str, Any], mode_oracles: dict[str, Any]
 ) -> None:
     parts = {f"prior_{name}": part for name, part in oracles["prior"].components.items()}
@@ -340,8 +342,10 @@ def test_12_each_prompt_keeps_its_picture(
     def generators() -> list[torch.Generator]:
         return [seeded(i) for i in range(4)]
 
-    results = {name: pipe(**call, **options, generator=generators()).images for name, pipe in
-            (("ours", ours), ("theirs", theirs))}  # fmt: skip
+    results = {
+        name: pipe(**call, **options, generator=generators()).images
+        for name, pipe in (("ours", ours), ("theirs", theirs))
+    }
     for i in range(4):
         alone = theirs("a cat", photo(1 + i // 2), **options, generator=seeded(i)).images
         assert difference(results["ours"][i], alone[0]) < SAME
@@ -351,7 +355,7 @@ def test_12_each_prompt_keeps_its_picture(
 # 13
 
 
-def test_13_one_generator_a_picture_is_enough_with_negatives(
+def test_13_one_generator_per_picture_is_enough_with_negatives(
     prior: KandinskyV22PriorPipeline, oracles: dict[str, Any]
 ) -> None:
     texts, negatives = ["a cat", "red"], ["blue", "ugly"]
@@ -389,7 +393,7 @@ def test_14_strength_may_leave_no_step_of_the_prior(emb2emb: Any, their_emb2emb:
 # 15
 
 
-def test_15_many_pictures_for_one_prompt(emb2emb: Any, their_emb2emb: Any) -> None:
+def test_15_one_prompt_is_used_for_all_pictures(emb2emb: Any, their_emb2emb: Any) -> None:
     options = {"strength": 0.5, "num_inference_steps": 4}
     with pytest.raises((RuntimeError, ValueError)):
         their_emb2emb("a cat", image=[photo(1), photo(2)], **options)

@@ -203,7 +203,7 @@ def test_inputs_are_not_modified(emb2emb: Any) -> None:
 # Batches, outputs, callbacks
 
 
-def test_many_pictures_for_one_prompt(emb2emb: Any) -> None:
+def test_one_prompt_is_used_for_all_pictures(emb2emb: Any) -> None:
     mixed: list[Any] = [noise_picture(1), embeds(1, 2), prepared(1, 3)]
     options = {"negative_prompt": "blue", "num_inference_steps": 4, "strength": 0.5}
     together = emb2emb("a cat", image=mixed, **options, generator=[seeded(i) for i in range(3)])
@@ -223,7 +223,7 @@ def test_batch_equals_single_calls(emb2emb: Any) -> None:
         assert difference(together[2 * i : 2 * i + 2], alone) < EMBEDDING_TOLERANCE
 
 
-def test_one_negative_serves_all(emb2emb: Any) -> None:
+def test_one_negative_prompt_is_used_for_all_prompts(emb2emb: Any) -> None:
     options = {"image": noise_picture(1), "num_inference_steps": 4, "strength": 0.5}
     one, each = (
         emb2emb(["a cat", "dog"], negative_prompt=negative, **options, generator=seeded(0))
@@ -233,13 +233,13 @@ def test_one_negative_serves_all(emb2emb: Any) -> None:
     assert torch.equal(one.negative_image_embeds, each.negative_image_embeds)
 
 
-def test_strength_of_nothing(emb2emb: Any) -> None:
+def test_strength_0_returns_the_embedding(emb2emb: Any) -> None:
     arguments = embeds(2, 1)
     out = emb2emb(["a cat", "dog"], image=arguments, strength=0.0, num_images_per_prompt=2, num_inference_steps=4)
     assert torch.equal(out.image_embeds, arguments.repeat_interleave(2, dim=0))
 
 
-def test_negative_prompts_are_heard_where_no_step_is_left(emb2emb: Any, prior: KandinskyV22PriorPipeline) -> None:
+def test_negative_prompts_act_when_no_step_is_left(emb2emb: Any, prior: KandinskyV22PriorPipeline) -> None:
     """The negative embedding must differ from the picture's, or the decoder's guidance has no effect."""
     arguments = embeds(2, 1)
     call: dict[str, Any] = {"prompt": ["a cat", "dog"], "negative_prompt": ["blue", "bad"], "num_inference_steps": 4}
@@ -252,7 +252,7 @@ def test_negative_prompts_are_heard_where_no_step_is_left(emb2emb: Any, prior: K
     assert difference(some.negative_image_embeds, out.negative_image_embeds) > 1e-3
 
 
-def test_strength_leads_away(emb2emb: Any) -> None:
+def test_more_strength_moves_further_from_the_picture(emb2emb: Any) -> None:
     """With more strength less of the picture remains: two pictures end nearer to each other."""
     ends = [
         torch.cat(
@@ -321,7 +321,7 @@ def test_half_precision(emb2emb: Any) -> None:
     assert difference(rough, exact) < 0.1
 
 
-def test_another_thread_ends_all_of_interpolate(emb2emb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupting_from_another_thread_ends_interpolate(emb2emb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     denoise = PriorTransformer.denoise
 

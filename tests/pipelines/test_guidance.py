@@ -101,7 +101,7 @@ def test_the_interval_counts_the_steps_that_strength_leaves_out(
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_both_visits_of_a_step_are_guided_or_none(
+def test_both_evaluations_of_a_step_are_guided_or_neither(
     make_pipeline: Callable[[str], Any], name: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = make_pipeline("Img2Img")
@@ -157,7 +157,9 @@ def test_a_callback_may_change_the_scale_within_an_interval(decoder: Any, monkey
     assert rows == [1, 2, 2, 1]
 
 
-def test_networks_are_bound_anew_where_guidance_begins_and_ends(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_are_bound_again_where_guidance_begins_and_ends(
+    decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     encode = decoder.unet.encode_condition
     monkeypatch.setattr(
@@ -201,7 +203,7 @@ def test_each_stage_has_options_of_its_own(
 
 
 @pytest.mark.parametrize("mode", [*ALONE, *COMBINED])
-def test_the_specifications_arguments_keep_their_places(mode: str) -> None:
+def test_our_arguments_follow_those_of_the_specification(mode: str) -> None:
     """Our own arguments follow those of the specification."""
     kind = getattr(kandinsky22, f"KandinskyV22{mode}Pipeline")
     names = list(inspect.signature(kind.__call__).parameters)
@@ -238,9 +240,9 @@ def test_values_are_refused_before_any_network_runs(make_pipeline: Callable[...,
 
 
 @pytest.mark.usefixtures("no_network_runs")
-def test_thresholds_need_a_scheduler_that_tells_clean_samples(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_need_a_scheduler_with_alphas_cumprod(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(decoder.scheduler, "alphas_cumprod")
-    with pytest.raises(InputError, match="guidance_threshold: DDPMScheduler"):
+    with pytest.raises(InputError, match="guidance_threshold is not supported by DDPMScheduler"):
         run(decoder, call_of(""), guidance_threshold=0.9)
 
 

@@ -39,8 +39,8 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The towers that ran, in order."""
-    seen: list[str] = []
+    """Lists the towers that ran, in order."""
+    towers: list[str] = []
     for name, kind in (
         ("text", transformers.CLIPTextModelWithProjection),
         ("image", transformers.CLIPVisionModelWithProjection),
@@ -48,11 +48,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         original = kind.forward
 
         def forward(self: Any, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
-            seen.append(name)
+            towers.append(name)
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "forward", forward)
-    return seen
+    return towers
 
 
 def load(folder: Path, kind: Any = KandinskyV22PriorPipeline, **options: Any) -> Any:
@@ -79,17 +79,17 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 def test_text_to_image_never_reads_the_image_encoder_again(checkpoints: Path, cache: Path, runs: list[str]) -> None:
     first = load(checkpoints / "prior")
     assert not is_loaded(first)
-    made = draw(first)
+    first_result = draw(first)
     assert is_loaded(first)
     assert runs == ["text", "image"]
     assert len(list(cache.iterdir())) == 1
     second = load(checkpoints / "prior")
-    assert same(draw(second), made)
+    assert same(draw(second), first_result)
     assert not is_loaded(second)
     assert runs == ["text", "image", "text"]
-    whole = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
-    whole("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
-    assert is_loaded(whole, "prior_image_encoder"), "other files, which have no entry in the cache yet"
+    combined = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
+    combined("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
+    assert is_loaded(combined, "prior_image_encoder"), "other files, which have no entry in the cache yet"
     again = load(checkpoints / "combined", KandinskyV22CombinedPipeline)
     again("a cat", num_inference_steps=1, prior_num_inference_steps=1, height=32, width=32)
     assert not is_loaded(again, "prior_image_encoder")
@@ -97,7 +97,7 @@ def test_text_to_image_never_reads_the_image_encoder_again(checkpoints: Path, ca
 
 
 @torch.no_grad()
-def test_kept_and_computed_embeddings_are_those_of_the_reference(checkpoints: Path, oracles: dict[str, Any]) -> None:
+def test_cached_and_computed_zero_embeddings_equal_the_reference(checkpoints: Path, oracles: dict[str, Any]) -> None:
     expected = oracles["prior"].get_zero_embed(2)
     for _ in range(2):
         assert difference(load(checkpoints / "prior").get_zero_embed(2), expected) < 1e-6
@@ -106,7 +106,6 @@ def test_kept_and_computed_embeddings_are_those_of_the_reference(checkpoints: Pa
 USES: dict[str, Callable[[Any], Any]] = {
     "its weights": lambda network: list(network.parameters()),
     "its state": lambda network: network.state_dict(),
-    "its type": lambda network: network.dtype,
     "its parts": lambda network: network.visual_projection,
     "moving": lambda network: network.to("cpu"),
     "converting": lambda network: network.half(),
@@ -125,6 +124,7 @@ def test_it_is_loaded_on_first_use(how: str, checkpoints: Path) -> None:
     assert isinstance(lazy, LazyComponent)
     assert lazy.component_class is kind
     assert lazy.config.projection_dim > 0
+    assert lazy.dtype == torch.float32
     assert not lazy.is_loaded
     state = torch.get_rng_state()
     USES[how](lazy)
@@ -155,7 +155,7 @@ def test_the_pipeline_attribute_is_the_network(checkpoints: Path) -> None:
     assert pipe.components["image_encoder"].load() is pipe.image_encoder
 
 
-def test_names_that_it_does_not_have(checkpoints: Path) -> None:
+def test_missing_attributes_raise_attribute_errors(checkpoints: Path) -> None:
     lazy = load(checkpoints / "prior").components["image_encoder"]
     assert not hasattr(lazy, "_orig_mod")
     assert not hasattr(lazy, "__array__")
@@ -163,7 +163,7 @@ def test_names_that_it_does_not_have(checkpoints: Path) -> None:
     assert not hasattr(lazy, "nothing")
 
 
-def test_pipelines_share_it(checkpoints: Path) -> None:
+def test_pipelines_share_the_lazy_encoder(checkpoints: Path) -> None:
     pipe = load(checkpoints / "prior")
     other = KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)
     assert other.components["image_encoder"] is pipe.components["image_encoder"]
@@ -174,7 +174,7 @@ def test_pipelines_share_it(checkpoints: Path) -> None:
     assert pipe.image_encoder is encoder
 
 
-def test_saving_writes_it(checkpoints: Path, tmp_path: Path) -> None:
+def test_saving_loads_the_encoder(checkpoints: Path, tmp_path: Path) -> None:
     load(checkpoints / "prior").save_pretrained(tmp_path / "saved")
     ours = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "saved" / "image_encoder")
     theirs = transformers.CLIPVisionModelWithProjection.from_pretrained(checkpoints / "prior" / "image_encoder")
@@ -185,9 +185,9 @@ def test_conversions_are_applied_after_loading(checkpoints: Path, runs: list[str
     pipe = load(checkpoints / "prior").to(torch.bfloat16)
     assert not is_loaded(pipe)
     assert pipe.dtype == torch.bfloat16
-    made = draw(pipe)
+    first_result = draw(pipe)
     assert pipe.image_encoder.dtype == torch.bfloat16
-    assert same(draw(load(checkpoints / "prior", torch_dtype=torch.bfloat16)), made)
+    assert same(draw(load(checkpoints / "prior", torch_dtype=torch.bfloat16)), first_result)
     assert runs.count("image") == 1, "the same encoder in the same type"
     draw(load(checkpoints / "prior"))
     assert runs.count("image") == 2, "another type"
@@ -195,18 +195,18 @@ def test_conversions_are_applied_after_loading(checkpoints: Path, runs: list[str
 
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory"])
 def test_it_is_offloaded_like_the_others_after_loading(method: str, checkpoints: Path, runs: list[str]) -> None:
-    plain = draw(load(checkpoints / "prior"))
+    baseline = draw(load(checkpoints / "prior"))
     os.environ["KANDINSKY22_CACHE"] = ""
     pipe = load(checkpoints / "prior")
     with fake_accelerator() if method == "enable_model_cpu_offload" else contextlib.nullcontext("cpu") as device:
         getattr(pipe, method)(**({} if method == "enable_low_memory" else {"device": device}))
         assert not is_loaded(pipe)
         offloaded = [part.cpu() for part in draw(pipe)]
-        places = {parameter.device.type for parameter in pipe.image_encoder.parameters()}
-        assert places == ({"cpu"} if method == "enable_model_cpu_offload" else {"meta"})
+        devices = {parameter.device.type for parameter in pipe.image_encoder.parameters()}
+        assert devices == ({"cpu"} if method == "enable_model_cpu_offload" else {"meta"})
         pipe.remove_all_hooks()
     assert {parameter.device.type for parameter in pipe.image_encoder.parameters()} == {"cpu"}
-    assert all(difference(a, b) < 1e-4 for a, b in zip(offloaded, plain, strict=True))
+    assert all(difference(a, b) < 1e-4 for a, b in zip(offloaded, baseline, strict=True))
 
 
 def test_deferred_offloading_is_cancelled(checkpoints: Path) -> None:
@@ -240,11 +240,11 @@ def test_it_can_be_switched_off(checkpoints: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
-# The embedding of an all-zero picture
+# Embeddings of all-zero pictures
 
 
 @torch.no_grad()
-def test_changed_encoders_are_not_mistaken(checkpoints: Path, tmp_path: Path, runs: list[str]) -> None:
+def test_changed_encoders_get_new_zero_embeddings(checkpoints: Path, tmp_path: Path, runs: list[str]) -> None:
     pipe = load(checkpoints / "prior")
     before = pipe.get_zero_embed()
     assert torch.equal(pipe.get_zero_embed(), before)
@@ -256,11 +256,11 @@ def test_changed_encoders_are_not_mistaken(checkpoints: Path, tmp_path: Path, ru
     assert torch.equal(load(tmp_path / "changed").get_zero_embed(), changed)
     assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
     other = load(checkpoints / "prior", image_encoder=copy.deepcopy(pipe.image_encoder))
-    assert difference(other.get_zero_embed(), changed) < 1e-5  # where weights lie in memory moves rounding
+    assert difference(other.get_zero_embed(), changed) < 1e-5  # rounding depends on the memory alignment of weights
 
 
 @torch.no_grad()
-def test_rewritten_files_are_noticed(checkpoints: Path, tmp_path: Path) -> None:
+def test_rewritten_files_are_read_again(checkpoints: Path, tmp_path: Path) -> None:
     pipe = load(checkpoints / "prior")
     pipe.save_pretrained(tmp_path / "own")
     before = load(tmp_path / "own").get_zero_embed()
@@ -271,7 +271,7 @@ def test_rewritten_files_are_noticed(checkpoints: Path, tmp_path: Path) -> None:
     assert difference(load(tmp_path / "own").get_zero_embed(), 2 * before) < 1e-5
 
 
-def test_damaged_or_forbidden_caches_do_no_harm(
+def test_damaged_or_unwritable_caches_are_ignored(
     checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = load(checkpoints / "prior").get_zero_embed()
@@ -284,7 +284,9 @@ def test_damaged_or_forbidden_caches_do_no_harm(
     assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
 
 
-def test_small_encoders_are_not_worth_a_file(checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_embeddings_of_small_encoders_are_not_stored(
+    checkpoints: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedding_cache, "MIN_ENCODER_BYTES", 2**26)
     load(checkpoints / "prior").get_zero_embed()
     assert not cache.exists()
@@ -318,18 +320,18 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 @torch.no_grad()
-def test_changes_are_noticed(what: str, checkpoints: Path, runs: list[str]) -> None:
+def test_changed_encoders_are_encoded_again(what: str, checkpoints: Path, runs: list[str]) -> None:
     pipe = load(checkpoints / "prior")
     pipe.encode_text(["a cat"])
     CHANGES[what](pipe)
-    made = pipe.encode_text(["a cat"])
+    first_result = pipe.encode_text(["a cat"])
     assert runs.count("text") == 2
-    assert made.prompt_embeds.dtype == pipe.prior.dtype
-    assert torch.equal(pipe.encode_text(["a cat"]).prompt_embeds, made.prompt_embeds)
+    assert first_result.prompt_embeds.dtype == pipe.prior.dtype
+    assert torch.equal(pipe.encode_text(["a cat"]).prompt_embeds, first_result.prompt_embeds)
     assert runs.count("text") == 2
 
 
-def test_results_do_not_suffer_from_callbacks(checkpoints: Path) -> None:
+def test_callbacks_cannot_change_cached_texts(checkpoints: Path) -> None:
     def spoil(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         for tensor in tensors.values():
             tensor.zero_()
@@ -342,23 +344,25 @@ def test_results_do_not_suffer_from_callbacks(checkpoints: Path) -> None:
     assert same(draw(pipe), first)
 
 
-def test_results_hold_no_graph(checkpoints: Path) -> None:
+def test_cached_texts_hold_no_graph(checkpoints: Path) -> None:
     pipe = load(checkpoints / "prior")
     assert next(pipe.text_encoder.parameters()).requires_grad
-    made = pipe.encode_text(["a cat"])
-    assert not made.prompt_embeds.requires_grad
-    assert not made.text_encoder_hidden_states.requires_grad
+    first_result = pipe.encode_text(["a cat"])
+    assert not first_result.prompt_embeds.requires_grad
+    assert not first_result.text_encoder_hidden_states.requires_grad
 
 
-def test_the_text_towers_pages_are_given_up(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_of_the_text_encoder_are_dropped(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[torch.Tensor] = []
-    monkeypatch.setattr(host_memory, "forget_large", forgotten.extend)
+    monkeypatch.setattr(host_memory, "drop_large_mapped_pages", forgotten.extend)
     pipe = load(checkpoints / "prior")
     pipe.encode_text(["a cat"])
     assert {p.data_ptr() for p in forgotten} == {p.data_ptr() for p in pipe.text_encoder.parameters()}
 
 
-def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_cache_holds_the_last_texts(
+    checkpoints: Path, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = load(checkpoints / "prior")
     monkeypatch.setattr(embedding_cache, "TEXT_CACHE_SIZE", 2)
     for text in ("one", "two", "one", "three", "one"):
@@ -372,15 +376,15 @@ def test_few_are_kept(checkpoints: Path, runs: list[str], monkeypatch: pytest.Mo
     assert runs.count("text") == 6
 
 
-def test_texts_are_kept_in_the_low_memory_mode(checkpoints: Path, runs: list[str]) -> None:
+def test_text_embeddings_stay_cached_in_the_low_memory_mode(checkpoints: Path, runs: list[str]) -> None:
     pipe = load(checkpoints / "prior")
-    plain = draw(pipe)
+    baseline = draw(pipe)
     pipe.enable_low_memory()
-    assert same(draw(pipe), plain)
-    assert same(draw(pipe), plain)
+    assert same(draw(pipe), baseline)
+    assert same(draw(pipe), baseline)
     assert runs.count("text") == 2
     pipe.remove_all_hooks()
-    assert same(draw(pipe), plain)
+    assert same(draw(pipe), baseline)
     assert runs.count("text") == 3
 
 

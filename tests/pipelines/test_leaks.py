@@ -1,4 +1,4 @@
-"""Generations in a row keep memory flat."""
+"""Memory stays constant over many generations."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 from tests.pipelines.tiny import seeded
 from torch import nn
 
-from kandinsky22 import AutoPipelineForText2Image, KandinskyV22Img2ImgPipeline
+from kandinsky22 import AutoPipelineForText2Image, KandinskyV22Img2ImgPipeline, optimisations
 from kandinsky22.kernels import conv, host_memory, linear, winograd
 
-GENERATIONS, SETTLED = 50, 10
+GENERATIONS, WARM_UP = 50, 10
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory, after what is free was given back."""
+    """Return the resident bytes of this process after freed memory was returned to the system."""
     gc.collect()
-    host_memory.trim()
+    host_memory.malloc_trim()
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's own account")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc")
 def test_fifty_generations_take_no_more_memory_than_ten() -> None:
     pipe = AutoPipelineForText2Image.from_pretrained("embedded")
     pipe.set_progress_bar_config(disable=True)
     early = 0
     for number in range(GENERATIONS):
-        if number == SETTLED:
+        if number == WARM_UP:
             early = resident()
         pipe(
             f"a red circle, number {number}",
@@ -39,13 +39,13 @@ def test_fifty_generations_take_no_more_memory_than_ten() -> None:
             prior_num_inference_steps=2,
             generator=seeded(number),
         )
-    # what is kept on purpose, such as the last sixteen texts, comes to less than a megabyte
+    # Caches, such as that of the last 16 texts, take less than a megabyte.
     assert resident() - early < 4e6
 
 
-@pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
-def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORTHWHILE", "NARROW", "FEW"):
+@pytest.mark.skipif(not linear.ONEDNN_DTYPES, reason="this torch has no packed products on this machine")
+def test_winograd_weights_are_held_for_one_network_at_a_time(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MIN_MULTIPLICATIONS", "MIN_WINOGRAD_CHANNELS", "MIN_WINOGRAD_TILES"):
         monkeypatch.setattr(conv, name, 0)
     counts: list[tuple[bool, bool]] = []
 
@@ -74,11 +74,11 @@ def test_winograd_matrices_take_turns(decoder: Any, monkeypatch: pytest.MonkeyPa
     for handle in handles:
         handle.remove()
     assert counts == [(False, False), (False, False), (True, False)] * 2
-    monkeypatch.setattr(winograd, "turns", False)
-    decoder(embeds, embeds, num_inference_steps=2)
+    with optimisations(free_winograd_weights=False):
+        decoder(embeds, embeds, num_inference_steps=2)
     assert matrices(decoder.unet) > 0 < matrices(decoder.movq)
 
 
 def matrices(network: nn.Module) -> int:
-    packs = (vars(layer).get("_pack") for layer in network.modules())
-    return sum(pack is not None and pack.kind == winograd.KIND for pack in packs)
+    packs = (vars(layer).get("_packed_weight") for layer in network.modules())
+    return sum(pack is not None and pack.layout == winograd.LAYOUT for pack in packs)

@@ -1,4 +1,4 @@
-"""What is in memory in the low-memory mode, by the system's own account."""
+"""Memory of the low-memory mode, as reported by the operating system."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.kernels.linear import Linear
 from kandinsky22.runtime import disk_offload
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="memory is read from Linux's account")
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="memory is read from Linux's /proc")
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory and not mapped from files."""
+    """Return the resident bytes of this process that are not mapped from files."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def present(tensor: torch.Tensor) -> float:
-    """Which share of a tensor is in memory."""
+    """Return the resident fraction of a tensor."""
     first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
     entries = host_memory._page_entries(first, last - first)
     return float(np.mean(entries & host_memory._PRESENT != 0))
@@ -40,7 +40,7 @@ def present(tensor: torch.Tensor) -> float:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Iterator[Any]:
-    """A decoder whose two networks have about a hundred megabytes each, loaded so that nothing is mapped."""
+    """A decoder of two networks with about 100 MB each, converted while loading so that nothing is mapped."""
     unet = {"block_out_channels": (256, 384), "layers_per_block": 1, "attention_head_dim": 64}
     unet |= {"down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")}
     unet |= {"up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")}
@@ -56,25 +56,25 @@ def large(tmp_path: Path) -> Iterator[Any]:
     yield pipe
 
 
-def test_memory_is_given_back(large: Any) -> None:
+def test_memory_is_freed(large: Any) -> None:
     sizes = {name: sum(p.nbytes for p in network.parameters()) for name, network in large._networks().items()}
     assert min(sizes.values()) > 50e6
-    held = [weakref.ref(p) for network in large._networks().values() for p in network.parameters()]
+    references = [weakref.ref(p) for network in large._networks().values() for p in network.parameters()]
     gc.collect()
     before = resident()
     large.enable_low_memory()
     gc.collect()
-    assert not any(reference() is not None for reference in held)
-    shelved = resident()
-    assert before - shelved > 0.9 * sum(sizes.values())
-    working: list[int] = []
+    assert not any(reference() is not None for reference in references)
+    offloaded = resident()
+    assert before - offloaded > 0.9 * sum(sizes.values())
+    resident_bytes: list[int] = []
     embeds = {name: torch.zeros(1, 1280) for name in ("image_embeds", "negative_image_embeds")}
     options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt", "height": 16, "width": 16}
-    large(**embeds, **options, callback_on_step_end=lambda *_: working.append(resident()) or {})
-    # weights that are converted stay while their network works, without copies that are rearranged
-    assert 0.9 * sizes["unet"] < working[0] - shelved < 1.5 * sizes["unet"]
+    large(**embeds, **options, callback_on_step_end=lambda *_: resident_bytes.append(resident()) or {})
+    # Converted weights stay resident while their network runs, without packed copies.
+    assert 0.9 * sizes["unet"] < resident_bytes[0] - offloaded < 1.5 * sizes["unet"]
     gc.collect()
-    assert resident() - shelved < 0.25 * min(sizes.values())
+    assert resident() - offloaded < 0.25 * min(sizes.values())
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
@@ -86,62 +86,64 @@ def test_large_layers_are_in_memory_one_at_a_time(
     mapped.set_progress_bar_config(disable=True)
     embeds = {name: torch.ones(1, 1280, dtype=torch.bfloat16) for name in ("image_embeds", "negative_image_embeds")}
     call: dict[str, Any] = {**embeds, "num_inference_steps": 2, "output_type": "pt", "height": 64, "width": 64}
-    plain = mapped(**call, generator=seeded(1)).images
+    baseline = mapped(**call, generator=seeded(1)).images
     mapped.enable_low_memory(by_layer=by_layer)
     layers = [
         m for m in mapped.unet.modules() if isinstance(m, Conv2d | Linear) and m.weight.nbytes >= disk_offload.LARGE
     ]
     assert len(layers) > 20
-    taken: list[float] = []
+    fractions: list[float] = []
 
-    def look(*_: Any) -> None:
-        packs = sum("_pack" in vars(layer) for layer in layers)
+    def record(*_: Any) -> None:
+        packs = sum("_packed_weight" in vars(layer) for layer in layers)
         shares = [present(layer.weight) for layer in layers]
-        taken.append((packs + sum(shares)) / len(layers))
+        fractions.append((packs + sum(shares)) / len(layers))
 
-    # when nearly all have worked; what a layer makes is not watched, for that lets sums be rounded in another order
-    watch = layers[-1].register_forward_pre_hook(look)
+    # The last layer records the state after nearly all have run. A hook on outputs would change the order of sums.
+    hook = layers[-1].register_forward_pre_hook(record)
     again = mapped(**call, generator=seeded(1)).images
-    watch.remove()
-    assert len(taken) == 2
+    hook.remove()
+    assert len(fractions) == 2
     if by_layer:
-        assert max(taken) < 0.1
-        assert difference(again.float(), plain.float()) < 0.02  # three digits, rounded otherwise without packs
+        assert max(fractions) < 0.1
+        assert (
+            difference(again.float(), baseline.float()) < 0.02
+        )  # bfloat16 has three digits, and rounding differs without packing
     else:
-        assert min(taken) > 0.9
-        assert torch.equal(again, plain)
+        assert min(fractions) > 0.9
+        assert torch.equal(again, baseline)
     mapped.remove_all_hooks()
-    assert all(layer.packing and not layer._forward_hooks for layer in layers)
-    assert torch.equal(mapped(**call, generator=seeded(1)).images, plain)
+    assert all(layer.pack_weights and not layer._forward_hooks for layer in layers)
+    assert torch.equal(mapped(**call, generator=seeded(1)).images, baseline)
 
 
-def test_nothing_is_left_of_temporary_files(large: Any, tmp_path: Path) -> None:
+def test_temporary_files_are_removed(large: Any, tmp_path: Path) -> None:
     call: dict[str, Any] = {name: torch.ones(1, 1280) for name in ("image_embeds", "negative_image_embeds")}
     call |= {"num_inference_steps": 1, "output_type": "pt", "height": 16, "width": 16}
     with torch.no_grad():
-        large.unet.conv_in.weight.mul_(2)  # no file has these weights
-    plain = large(**call, generator=seeded(1)).images
-    (tmp_path / "shelf").mkdir()
-    large.enable_low_memory(tmp_path / "shelf")
+        large.unet.conv_in.weight.mul_(2)  # the weights now differ from those of the files
+    baseline = large(**call, generator=seeded(1)).images
+    (tmp_path / "offload").mkdir()
+    large.enable_low_memory(tmp_path / "offload")
     again = large(**call, generator=seeded(1)).images
-    assert difference(again, plain) < 1e-4
+    assert difference(again, baseline) < 1e-4
     large.remove_all_hooks()
-    assert list((tmp_path / "shelf").iterdir()) == []
-    assert str(tmp_path / "shelf") not in Path("/proc/self/maps").read_text()
-    assert difference(large(**call, generator=seeded(1)).images, plain) < 1e-5
+    assert list((tmp_path / "offload").iterdir()) == []
+    assert str(tmp_path / "offload") not in Path("/proc/self/maps").read_text()
+    assert difference(large(**call, generator=seeded(1)).images, baseline) < 1e-5
 
 
 def test_layers_that_were_not_packed_stay_so(large: Any, tmp_path: Path) -> None:
-    own = next(m for m in large.unet.modules() if isinstance(m, Conv2d) and m.weight.nbytes >= disk_offload.LARGE)
-    own.packing = False
+    unpacked = next(m for m in large.unet.modules() if isinstance(m, Conv2d) and m.weight.nbytes >= disk_offload.LARGE)
+    unpacked.pack_weights = False
     large.enable_low_memory(tmp_path)
     large.remove_all_hooks()
-    assert not own.packing
-    assert all("packing" not in vars(m) for m in large.unet.modules() if m is not own)
+    assert not unpacked.pack_weights
+    assert all("pack_weights" not in vars(m) for m in large.unet.modules() if m is not unpacked)
 
 
-@pytest.mark.parametrize("given", ["False", None, 0, 3.5])
-def test_by_layer_is_yes_or_no(given: Any, decoder: Any) -> None:
+@pytest.mark.parametrize("by_layer_value", ["False", None, 0, 3.5])
+def test_by_layer_must_be_a_bool(by_layer_value: Any, decoder: Any) -> None:
     with pytest.raises(InputError, match="by_layer="):
-        decoder.enable_low_memory(by_layer=given)
+        decoder.enable_low_memory(by_layer=by_layer_value)
     assert decoder._offloads() == []

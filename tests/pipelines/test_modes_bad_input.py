@@ -138,14 +138,14 @@ def test_wrong_argument(mode: str, name: str, arguments: dict[str, Any], loaded:
         loaded[mode](**valid_call(mode) | arguments)
 
 
-def test_an_item_of_a_list_is_named(make_pipeline: Ours) -> None:
+def test_items_of_lists_are_named(make_pipeline: Ours) -> None:
     with pytest.raises(InputError, match=r"mask_image\[1\]"):
         make_pipeline("Inpaint")(**valid_call("Inpaint") | {"mask_image": [box_mask(), box_mask() * 2]})
     with pytest.raises(InputError, match=r"hint\[0\]"):
         make_pipeline("Controlnet")(**valid_call("Controlnet") | {"hint": [3, hint(1, 1)]})
 
 
-def test_kept_pixels_need_pixels(make_pipeline: Ours) -> None:
+def test_keep_pixels_needs_pixels(make_pipeline: Ours) -> None:
     pipe = make_pipeline("Inpaint")
     with pytest.raises(InputError, match="keep_pixels"):
         pipe(**valid_call("Inpaint") | {"image": torch.zeros(1, 4, 16, 16)}, keep_pixels=True)

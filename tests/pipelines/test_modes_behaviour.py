@@ -57,7 +57,7 @@ def test_signatures(mode: str, mode_oracles: dict[str, Any], make_pipeline: Ours
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_size_of_the_model_unless_given(mode: str, make_pipeline: Ours) -> None:
+def test_size_defaults_to_the_models_own(mode: str, make_pipeline: Ours) -> None:
     arguments = small_call(mode) | {"height": None, "width": None}
     pipe = make_pipeline(mode)
     assert pipe(**arguments).images.shape == (1, 32, 32, 3)
@@ -68,7 +68,7 @@ def test_size_of_the_model_unless_given(mode: str, make_pipeline: Ours) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tuple_is_dict(mode: str, make_pipeline: Ours) -> None:
+def test_tuple_equals_named_output(mode: str, make_pipeline: Ours) -> None:
     pipe = make_pipeline(mode)
     complete = pipe(**small_call(mode), generator=seeded(1))
     (images,) = pipe(**small_call(mode), generator=seeded(1), return_dict=False)
@@ -78,7 +78,7 @@ def test_tuple_is_dict(mode: str, make_pipeline: Ours) -> None:
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_batch_is_its_single_pictures(mode: str, guidance: float, make_pipeline: Ours) -> None:
+def test_batch_equals_single_calls(mode: str, guidance: float, make_pipeline: Ours) -> None:
     pipe, pictures = make_pipeline(mode), two_pictures(mode)
     common = small_call(mode) | {"guidance_scale": guidance, "num_images_per_prompt": 2}
     generators = [seeded(seed) for seed in range(4)]
@@ -93,7 +93,7 @@ def test_batch_is_its_single_pictures(mode: str, guidance: float, make_pipeline:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_picture_serves_all(mode: str, make_pipeline: Ours) -> None:
+def test_one_picture_is_used_for_the_batch(mode: str, make_pipeline: Ours) -> None:
     pipe, pictures = make_pipeline(mode), two_pictures(mode)
     common = small_call(mode) | pair(2, seed=1)
     one = pipe(**{**common, **{name: value[1] for name, value in pictures.items()}, "generator": seeded(1)}).images
@@ -116,7 +116,7 @@ def test_the_reference_keeps_one_mask_for_all(mode_oracles: dict[str, Any], make
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_inputs_stay_as_they_are(mode: str, make_pipeline: Ours) -> None:
+def test_inputs_are_not_modified(mode: str, make_pipeline: Ours) -> None:
     arguments: dict[str, Any] = small_call(mode) | {"latents": torch.randn(1, 4, 16, 16, generator=seeded(3))}
     arguments |= {"image_embeds": embeds(1, 1), "negative_image_embeds": embeds(1, 2)}
     pipe = make_pipeline(mode)
@@ -146,7 +146,7 @@ def test_inputs_stay_as_they_are(mode: str, make_pipeline: Ours) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_other_types_are_brought_to_the_networks(mode: str, make_pipeline: Ours) -> None:
+def test_inputs_are_cast_to_the_networks_dtype(mode: str, make_pipeline: Ours) -> None:
     """Everything in float64, guidance on and off; the networks are in float32."""
     pipe = make_pipeline(mode)
     for guidance in (4.0, 1.0):
@@ -200,7 +200,7 @@ def test_callbacks_on_every_class(mode: str, make_pipeline: Ours) -> None:
     assert changed > 0.01 if mode.startswith("Controlnet") else changed == 0, "only the hint is changed"
 
 
-def test_guidance_may_end_early(make_pipeline: Ours) -> None:
+def test_callbacks_may_switch_guidance_off(make_pipeline: Ours) -> None:
     """After a callback switches guidance off, the conditional halves of hint and mask are used alone."""
     for mode in ("Controlnet", "Inpaint"):
         pipe = make_pipeline(mode)
@@ -240,7 +240,7 @@ def test_interrupt(mode: str, make_pipeline: Ours) -> None:
     assert len(latents) == 1
 
 
-def test_interrupted_inpainting_keeps_what_is_kept(make_pipeline: Ours) -> None:
+def test_interrupted_inpainting_keeps_the_unmasked_region(make_pipeline: Ours) -> None:
     pipe = make_pipeline("Inpaint")
     arguments = small_call("Inpaint") | {
         "num_inference_steps": 10,
@@ -417,7 +417,7 @@ def test_kinds_of_masks_agree(make_pipeline: Ours, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_kept_pixels(output_type: str, make_pipeline: Ours) -> None:
+def test_keep_pixels(output_type: str, make_pipeline: Ours) -> None:
     pipe, picture, mask = make_pipeline("Inpaint"), photo(1, 90, 70), box_mask(40, 24)
     call = small_call("Inpaint") | pair(2, seed=1) | {"height": 24, "width": 40, "image": picture, "mask_image": mask}
     call |= {"num_images_per_prompt": 2, "output_type": output_type}
@@ -435,13 +435,13 @@ def test_kept_pixels(output_type: str, make_pipeline: Ours) -> None:
         assert np.array_equal(one[mask == 1], other[mask == 1])
 
 
-def test_kept_pixels_in_low_precision(make_pipeline: Ours) -> None:
+def test_keep_pixels_is_exact_in_low_precision(make_pipeline: Ours) -> None:
     pipe, picture = make_pipeline("Inpaint").to(torch.bfloat16), photo(1)
     (restored,) = pipe(**small_call("Inpaint") | {"output_type": "pil", "image": picture}, keep_pixels=True).images
     assert np.array_equal(np.array(restored)[box_mask() == 0], np.array(picture)[box_mask() == 0])
 
 
-def test_files_of_the_four_are_shared(make_pipeline: Ours) -> None:
+def test_weights_are_shared_between_decoder_classes(make_pipeline: Ours) -> None:
     """Text-to-image weights also serve img2img, and ControlNet weights serve both ControlNet classes."""
     import kandinsky22
 

@@ -1,7 +1,7 @@
-"""Networks that come and go: each is where it works while it works, and nowhere else, and results stay the same.
+"""Offloading: networks are on the device only while they run, and results stay the same.
 
-Model offloading is seen on a pretended accelerator (`pretend`), which refuses tensors that are on the CPU. For the
-others the meta device tells: it is where weights are that are not in memory.
+Model offloading is tested on a fake accelerator (`fake_accelerator`), which refuses CPU tensors. In the other modes,
+weights that are not in memory are on the meta device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tests.pipelines.calls import CLASSES, inputs, two_step_call
+from tests.pipelines.calls import CLASSES, two_step_call
 from tests.pipelines.fake_accelerator import fake_accelerator
 from tests.pipelines.pictures import photo
 from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
@@ -28,18 +28,18 @@ from kandinsky22.kernels import linear
 from kandinsky22.models import Model
 from kandinsky22.runtime import device_offload, disk_offload
 
-DECODER: dict[str, Any] = {**inputs(""), "num_inference_steps": 2, "output_type": "pt", "height": 32, "width": 32}
+DECODER_CALL = {**two_step_call(""), "height": 32, "width": 32}
 MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory")
 
 
 def run(pipe: Any, name: str) -> list[torch.Tensor]:
-    """All tensors that a call of this class gives, on the CPU."""
+    """Return all results of a call of this class, on the CPU."""
     out = pipe(**two_step_call(name), generator=seeded(1))
     return [getattr(out, field).cpu() for field in vars(out)]
 
 
-def mix(pipe: Any) -> list[torch.Tensor]:
-    """The same of `interpolate`, with all kinds of items."""
+def interpolate(pipe: Any) -> list[torch.Tensor]:
+    """Return all results of `interpolate` for all kinds of items, on the CPU."""
     out = pipe.interpolate(
         ["a cat", photo(1), torch.ones(1, DIM)], [0.3, 0.3, 0.4], num_inference_steps=2, generator=seeded(1)
     )
@@ -51,21 +51,21 @@ def enable(pipe: Any, mode: str, device: Any = "cpu") -> None:
 
 
 @contextmanager
-def as_in(mode: str) -> Iterator[None]:
-    """Weights are rearranged within as they are in this mode: for layers that come one at a time, not at all."""
+def packing_of(mode: str) -> Iterator[None]:
+    """Pack weights as this mode does: sequential offloading packs none."""
     with pytest.MonkeyPatch.context() as patch:
         if mode == "enable_sequential_cpu_offload":
-            patch.setattr(linear.Packs, "packing", False)
+            patch.setattr(linear.PackedWeightMixin, "pack_weights", False)
         yield
 
 
-def homes(pipe: Any) -> dict[str, set[str]]:
-    """On which devices each network's weights are."""
+def devices_of(pipe: Any) -> dict[str, set[str]]:
+    """Return the devices of each network's weights."""
     return {name: {p.device.type for p in network.parameters()} for name, network in pipe._networks().items()}
 
 
 @pytest.fixture
-def worked(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+def onloads(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     """The networks in the order in which they are onloaded."""
     onloaded: list[torch.nn.Module] = []
     for storage in (device_offload.CpuStorage, disk_offload.DiskStorage):
@@ -84,77 +84,81 @@ def names_of(pipe: Any, networks: list[torch.nn.Module]) -> str:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_model_offload(name: str, make_pipeline: Callable[..., Any], worked: list[torch.nn.Module]) -> None:
+def test_model_offload(name: str, make_pipeline: Callable[..., Any], onloads: list[torch.nn.Module]) -> None:
     pipe = make_pipeline(name)
-    plain = run(pipe, name)
-    seen: set[tuple[str, ...]] = set()
+    baseline = run(pipe, name)
+    onloaded: set[tuple[str, ...]] = set()
 
-    def look(*_: Any) -> dict[str, Any]:
-        seen.add(tuple(part for part, places in homes(pipe).items() if places == {"meta"}))
+    def record(*_: Any) -> dict[str, Any]:
+        onloaded.add(tuple(part for part, devices in devices_of(pipe).items() if devices == {"meta"}))
         return {}
 
     with fake_accelerator() as device:
         pipe.enable_model_cpu_offload(device=device)
-        assert all(places == {"cpu"} for places in homes(pipe).values())
+        assert all(devices == {"cpu"} for devices in devices_of(pipe).values())
         assert pipe._execution_device == device
-        offloaded = run(pipe, name)  # any tensor left behind would have raised
-        assert names_of(pipe, worked) == CLASSES[name].networks
-        assert all(places == {"cpu"} for places in homes(pipe).values())
-        pipe(**two_step_call(name), generator=seeded(1), callback_on_step_end=look)
-        assert seen == {("prior",) if name.startswith("Prior") else ("unet",)}
+        offloaded = run(pipe, name)  # a tensor on the other device would raise
+        assert names_of(pipe, onloads) == CLASSES[name].networks
+        assert all(devices == {"cpu"} for devices in devices_of(pipe).values())
+        pipe(**two_step_call(name), generator=seeded(1), callback_on_step_end=record)
+        assert onloaded == {("prior",) if name.startswith("Prior") else ("unet",)}
         pipe.remove_all_hooks()
-    for ours, theirs in zip(offloaded, plain, strict=True):
-        assert difference(ours, theirs) < 1e-4  # other kernels of attention
-    for ours, theirs in zip(run(pipe, name), plain, strict=True):
-        assert difference(ours, theirs) < 1e-5  # where weights lie in memory moves rounding
+    for ours, theirs in zip(offloaded, baseline, strict=True):
+        assert difference(ours, theirs) < 1e-4  # another attention kernel
+    for ours, theirs in zip(run(pipe, name), baseline, strict=True):
+        assert difference(ours, theirs) < 1e-5  # rounding depends on the memory alignment of weights
 
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_weights_are_there_only_while_they_are_used(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
+def test_weights_are_in_memory_only_during_use(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(name)
-    plain = run(pipe, name)
-    with as_in(mode):
+    baseline = run(pipe, name)
+    with packing_of(mode):
         expected = run(pipe, name)
     enable(pipe, mode)
-    assert all(places == {"meta"} for places in homes(pipe).values())
+    assert all(devices == {"meta"} for devices in devices_of(pipe).values())
     assert pipe._execution_device == torch.device("cpu")
     assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), expected, strict=True))
-    assert all(difference(a, b) < 1e-5 for a, b in zip(expected, plain, strict=True))
-    assert all(places == {"meta"} for places in homes(pipe).values())
+    assert all(difference(a, b) < 1e-5 for a, b in zip(expected, baseline, strict=True))
+    assert all(devices == {"meta"} for devices in devices_of(pipe).values())
     pipe.remove_all_hooks()
-    assert all(places == {"cpu"} for places in homes(pipe).values())
-    assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), plain, strict=True))
+    assert all(devices == {"cpu"} for devices in devices_of(pipe).values())
+    assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), baseline, strict=True))
 
 
 @pytest.mark.parametrize("name", ["Prior", "PriorEmb2Emb"])
 @pytest.mark.parametrize("mode", MODES)
 def test_interpolate(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(name)
-    plain = mix(pipe)
+    baseline = interpolate(pipe)
     if mode == "enable_model_cpu_offload":
         with fake_accelerator() as device:
             enable(pipe, mode, device)
-            for ours, theirs in zip(mix(pipe), plain, strict=True):
+            for ours, theirs in zip(interpolate(pipe), baseline, strict=True):
                 assert difference(ours, theirs) < 1e-4
-            assert all(places == {"cpu"} for places in homes(pipe).values())
+            assert all(devices == {"cpu"} for devices in devices_of(pipe).values())
         return
     enable(pipe, mode)
-    assert all(torch.equal(a, b) for a, b in zip(mix(pipe), plain, strict=True))
-    assert all(places == {"meta"} for places in homes(pipe).values())
+    assert all(torch.equal(a, b) for a, b in zip(interpolate(pipe), baseline, strict=True))
+    assert all(devices == {"meta"} for devices in devices_of(pipe).values())
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_low_memory_takes_turns(name: str, make_pipeline: Callable[..., Any], worked: list[torch.nn.Module]) -> None:
+def test_low_memory_holds_one_network_at_a_time(
+    name: str, make_pipeline: Callable[..., Any], onloads: list[torch.nn.Module]
+) -> None:
     pipe = make_pipeline(name)
     pipe.enable_low_memory()
-    together: set[int] = set()
+    onloaded_counts: set[int] = set()
     pipe(
         **two_step_call(name),
-        callback_on_step_end=lambda *_: together.add(sum(at == {"cpu"} for at in homes(pipe).values())) or {},
+        callback_on_step_end=lambda *_: (
+            onloaded_counts.add(sum(at == {"cpu"} for at in devices_of(pipe).values())) or {}
+        ),
     )
-    assert names_of(pipe, worked) == CLASSES[name].networks
-    assert together == {1}
+    assert names_of(pipe, onloads) == CLASSES[name].networks
+    assert onloaded_counts == {1}
 
 
 def test_every_public_method_of_networks_is_watched() -> None:
@@ -165,82 +169,92 @@ def test_every_public_method_of_networks_is_watched() -> None:
         assert methods - {"config_class", "forward"} - harmless <= set(device_offload.ENTRY_POINTS)
 
 
-# What else may happen while networks are offloaded
+# Other operations on offloaded networks
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_replaced_components_are_treated_alike(mode: str, combined: Any) -> None:
-    plain = run(combined, "Combined")
+def test_replaced_components_are_offloaded_too(mode: str, combined: Any) -> None:
+    baseline = run(combined, "Combined")
     replaced = copy.deepcopy(combined.unet)
     enable(combined, mode)
     combined.unet = replaced
     combined.scheduler = diffusers.DDPMScheduler(**DECODER_SCHEDULER, variance_type="learned_range")
     assert device_offload.offload_of(replaced) is not None
-    assert difference(run(combined, "Combined")[0], plain[0]) < 1e-5
+    assert difference(run(combined, "Combined")[0], baseline[0]) < 1e-5
     assert combined.decoder_pipe.unet is replaced
     combined.remove_all_hooks()
     assert device_offload.offload_of(replaced) is None
-    assert homes(combined)["unet"] == {"cpu"}
+    assert devices_of(combined)["unet"] == {"cpu"}
 
 
-def test_pipelines_that_share_networks_share_their_turns(combined: Any) -> None:
+def test_pipelines_that_share_networks_share_their_offloading(combined: Any) -> None:
     with fake_accelerator() as device:
         combined.enable_model_cpu_offload(device=device)
         decoder = kandinsky22.KandinskyV22Pipeline.from_pipe(combined)
         for pipe in (decoder, combined.decoder_pipe, combined.prior_pipe):
             assert pipe._execution_device == device
-        combined.movq.decode(torch.zeros(1, 4, 8, 8))  # a network alone is fetched too, and its arguments follow it
-        assert homes(combined)["movq"] == {"meta"}
-        decoder(**DECODER)
-        assert all(places == {"cpu"} for places in homes(combined).values())
+        combined.movq.decode(torch.zeros(1, 4, 8, 8))  # direct calls onload too, and move arguments
+        assert devices_of(combined)["movq"] == {"meta"}
+        decoder(**DECODER_CALL)
+        assert all(devices == {"cpu"} for devices in devices_of(combined).values())
 
 
-def test_what_stays(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_outside_the_sequence_stay_on_the_device(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(decoder), "model_cpu_offload_seq", "unet")
     with fake_accelerator() as device:
         decoder.enable_model_cpu_offload(device=device)
         decoder.movq.decode(torch.zeros(1, 4, 8, 8))
         decoder.unet.encode_condition(torch.zeros(1, DIM))
-        assert homes(decoder) == {"unet": {"meta"}, "movq": {"meta"}}  # outside the sequence: until the call ends
+        assert devices_of(decoder) == {
+            "unet": {"meta"},
+            "movq": {"meta"},
+        }  # outside the sequence: stays until the call ends
         decoder.maybe_free_model_hooks()
-        assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
+        assert devices_of(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
     monkeypatch.setattr(type(decoder), "_exclude_from_cpu_offload", ["movq"])
     with fake_accelerator() as device:
         decoder.enable_model_cpu_offload(device=device)
         decoder.maybe_free_model_hooks()
-        assert homes(decoder) == {"unet": {"cpu"}, "movq": {"meta"}}  # excluded: always
+        assert devices_of(decoder) == {"unet": {"cpu"}, "movq": {"meta"}}  # excluded: always stays
         decoder.remove_all_hooks()
-        assert homes(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
+        assert devices_of(decoder) == {"unet": {"cpu"}, "movq": {"cpu"}}
     decoder.enable_sequential_cpu_offload(device="cpu")
-    assert homes(decoder) == {"unet": {"meta"}, "movq": {"cpu"}}
+    assert devices_of(decoder) == {"unet": {"meta"}, "movq": {"cpu"}}
     assert device_offload.offload_of(decoder.movq) is None
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_call_that_fails_is_no_harm(mode: str, decoder: Any) -> None:
+def test_a_failed_call_changes_no_later_result(mode: str, decoder: Any) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("enough")
 
-    with as_in(mode):
-        plain = decoder(**DECODER, generator=seeded(1)).images
+    with packing_of(mode):
+        baseline = decoder(**DECODER_CALL, generator=seeded(1)).images
     enable(decoder, mode)
     with pytest.raises(KeyError, match="enough"):
-        decoder(**DECODER, callback_on_step_end=fail)
-    assert torch.equal(decoder(**DECODER, generator=seeded(1)).images, plain)
+        decoder(**DECODER_CALL, callback_on_step_end=fail)
+    assert torch.equal(decoder(**DECODER_CALL, generator=seeded(1)).images, baseline)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_switching_modes(mode: str, decoder: Any) -> None:
-    with as_in(mode):
-        plain = decoder(**DECODER, generator=seeded(1)).images
+    with packing_of(mode):
+        baseline = decoder(**DECODER_CALL, generator=seeded(1)).images
     for first in MODES:
         enable(decoder, first)
         enable(decoder, mode)
-        assert torch.equal(decoder(**DECODER, generator=seeded(1)).images, plain)
+        assert torch.equal(decoder(**DECODER_CALL, generator=seeded(1)).images, baseline)
     decoder.remove_all_hooks()
     decoder.remove_all_hooks()
-    left = {"forward", "_hf_hook", "_old_forward", "packing", "state_dict", *device_offload.ENTRY_POINTS}
-    assert not [name for module in decoder.unet.modules() for name in vars(module) if name in left]
+    hook_attributes = {
+        "forward",
+        "_hf_hook",
+        "_old_forward",
+        "pack_weights",
+        "state_dict",
+        *device_offload.ENTRY_POINTS,
+    }
+    assert not [name for module in decoder.unet.modules() for name in vars(module) if name in hook_attributes]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -290,7 +304,7 @@ def test_without_accelerate(mode: str, decoder: Any, monkeypatch: pytest.MonkeyP
     with pytest.raises(MissingDependencyError, match=r"kandinsky22\[offload\]"):
         getattr(decoder, mode)(device="cpu")
     decoder.enable_low_memory()
-    assert decoder(**DECODER).images.isfinite().all()
+    assert decoder(**DECODER_CALL).images.isfinite().all()
 
 
 # The low-memory mode
@@ -306,7 +320,7 @@ def test_low_memory_needs_networks_on_the_cpu_and_a_folder(
         decoder.enable_low_memory()
 
 
-@pytest.mark.parametrize("change", ["none", "in place", "converted", "laid out"])
+@pytest.mark.parametrize("change", ["none", "in place", "converted", "channels last"])
 def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path: Path) -> None:
     if change == "in place":
         with torch.no_grad():
@@ -314,31 +328,31 @@ def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path:
             decoder.movq.decoder.conv_in.weight.mul_(2)
     elif change == "converted":
         decoder.to(torch.bfloat16).to(torch.float32)
-    elif change == "laid out":
+    elif change == "channels last":
         for network in (decoder.unet, decoder.movq):
             network.to(memory_format=torch.channels_last)
-    partly = change in ("in place", "laid out")  # the other weights were mapped, and now lie elsewhere in memory
-    plain = decoder(**DECODER, generator=seeded(1)).images
+    partly = change in ("in place", "channels last")  # the other weights were mapped and moved in memory
+    baseline = decoder(**DECODER_CALL, generator=seeded(1)).images
     decoder.enable_low_memory(tmp_path)
     written = [file for _, _, files in os.walk(tmp_path) for file in files]
     assert len(written) == (0 if change == "none" else 2)
-    result = decoder(**DECODER, generator=seeded(1)).images
-    assert difference(result, plain) < (1e-5 if partly else 1e-30)
+    result = decoder(**DECODER_CALL, generator=seeded(1)).images
+    assert difference(result, baseline) < (1e-5 if partly else 1e-30)
     decoder.remove_all_hooks()
     assert os.listdir(tmp_path) == []
-    result = decoder(**DECODER, generator=seeded(1)).images
-    assert difference(result, plain) < (1e-5 if partly else 1e-30)
+    result = decoder(**DECODER_CALL, generator=seeded(1)).images
+    assert difference(result, baseline) < (1e-5 if partly else 1e-30)
 
 
-@pytest.mark.parametrize("how", ["data", "numpy", "one number at an end", "inference mode"])
-def test_changes_that_torch_does_not_count(how: str, decoder: Any, checkpoints: Path) -> None:
+@pytest.mark.parametrize("how", ["data", "numpy", "one value at an end", "inference mode"])
+def test_untracked_weight_changes_survive_offloading(how: str, decoder: Any, checkpoints: Path) -> None:
     weight = decoder.unet.conv_in.weight
     version = weight._version
     if how == "data":
         weight.data.mul_(2)
     elif how == "numpy":
         weight.detach().numpy()[...] *= 2
-    elif how == "one number at an end":
+    elif how == "one value at an end":
         weight.data[-1, -1, -1, -1] += 1
     else:
         with torch.inference_mode():
@@ -348,21 +362,21 @@ def test_changes_that_torch_does_not_count(how: str, decoder: Any, checkpoints: 
     assert weight._version == version
     expected = {name: tensor.clone() for name, tensor in decoder.unet.state_dict().items()}
     decoder.enable_low_memory()
-    decoder(**DECODER)
+    decoder(**DECODER_CALL)
     decoder.remove_all_hooks()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in decoder.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky22.kernels.linear.WORTHWHILE", 1)
-    packs = lambda: [m for part in (decoder.unet, decoder.movq) for m in part.modules() if "_pack" in vars(m)]  # noqa: E731
-    plain = decoder(**DECODER, generator=seeded(1)).images
-    assert packs() or not linear.DTYPES
+def test_packed_weights_are_dropped_when_offloaded(mode: str, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kandinsky22.kernels.linear.MIN_MULTIPLICATIONS", 1)
+    packs = lambda: [m for part in (decoder.unet, decoder.movq) for m in part.modules() if "_packed_weight" in vars(m)]  # noqa: E731
+    baseline = decoder(**DECODER_CALL, generator=seeded(1)).images
+    assert packs() or not linear.ONEDNN_DTYPES
     enable(decoder, mode)
     assert packs() == []
-    again = decoder(**DECODER, generator=seeded(1)).images
-    assert difference(again, plain) < 1e-5
+    again = decoder(**DECODER_CALL, generator=seeded(1)).images
+    assert difference(again, baseline) < 1e-5
     decoder.maybe_free_model_hooks()
     assert packs() == []
 
@@ -370,10 +384,10 @@ def test_packed_weights_go_too(mode: str, decoder: Any, monkeypatch: pytest.Monk
 # On an accelerator
 
 
-def low_water(pipe: Any, mode: str, call: dict[str, Any]) -> int:
-    """The most bytes that a call takes on the accelerator."""
+def peak_memory(pipe: Any, mode: str, call: dict[str, Any]) -> int:
+    """Return the peak of allocated bytes of a call on the accelerator."""
     getattr(pipe, mode)()
-    pipe(**call)  # kernels and caches of libraries
+    pipe(**call)  # warm-up: loads kernels and fills caches of libraries
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -387,12 +401,12 @@ def low_water(pipe: Any, mode: str, call: dict[str, Any]) -> int:
 def test_less_memory_than_the_reference(
     mode: str, name: str, checkpoints: Path, request: Any, record_property: Callable[[str, object], None]
 ) -> None:
-    kinds = {"prior": "Prior", "decoder": "", "combined": "Combined"}
+    classes = {"prior": "Prior", "decoder": "", "combined": "Combined"}
     ours = request.getfixturevalue(name)
-    theirs = getattr(diffusers, f"KandinskyV22{kinds[name]}Pipeline").from_pretrained(checkpoints / name)
+    theirs = getattr(diffusers, f"KandinskyV22{classes[name]}Pipeline").from_pretrained(checkpoints / name)
     theirs.set_progress_bar_config(disable=True)
-    call = two_step_call(kinds[name])
-    marks = {"ours": low_water(ours, mode, call), "reference": low_water(theirs, mode, call)}
+    call = two_step_call(classes[name])
+    marks = {"ours": peak_memory(ours, mode, call), "reference": peak_memory(theirs, mode, call)}
     for who, mark in marks.items():
         record_property(who, mark)
     assert marks["ours"] <= marks["reference"]
@@ -403,8 +417,11 @@ def test_less_memory_than_the_reference(
 @pytest.mark.parametrize("mode", MODES[:2])
 def test_on_a_real_accelerator(name: str, mode: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(name)
-    plain = run(pipe, name)
+    baseline = run(pipe, name)
     getattr(pipe, mode)()
-    for ours, theirs in zip(run(pipe, name), plain, strict=True):
+    for ours, theirs in zip(run(pipe, name), baseline, strict=True):
         assert difference(ours, theirs) < 1e-3
+    # Workspaces of cuBLAS and tensors in reference cycles count as allocated, but do not belong to the networks.
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     assert torch.cuda.memory_allocated() < 2**20

@@ -234,7 +234,7 @@ def test_interpolate(
     assert torch.equal(*drawn_next), "a decoder that uses this generator next would draw other noise"
 
 
-def test_cut_prompt_is_reported(prior: KandinskyV22PriorPipeline, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_prompts_are_reported(prior: KandinskyV22PriorPipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         prior("a cat " * 60 + "red", num_inference_steps=2)
     assert "red" in caplog.text

@@ -27,8 +27,8 @@ from tests.pipelines.tiny import pair, seeded
 from kandinsky22 import KandinskyV22PriorPipeline
 
 SEEDS = range(5)
-SQUARES = 1.25  # largest ratio of our root mean square error to the reference's, over all seeds
-LARGEST = 1.6  # largest ratio of the maxima, which vary more
+RMS_RATIO = 1.25  # largest ratio of our root mean square error to the reference's, over all seeds
+MAX_RATIO = 1.6  # largest ratio of the maxima, which vary more
 
 PROMPTS = ("a red cat", "on a mat", "dog, 4k photo", "red", "cat on a red mat")
 
@@ -67,14 +67,13 @@ def numbers(pipe: Any, name: str, seed: int) -> list[np.ndarray[Any, Any]]:
     ("device", "dtype"),
     [
         pytest.param("cpu", torch.bfloat16, id="bfloat16"),
-        pytest.param(
-            "cpu", torch.float16, id="float16", marks=pytest.mark.slow
-        ),  # convolutions in float16 are slow on CPUs
+        # Convolutions in float16 are slow on CPUs.
+        pytest.param("cpu", torch.float16, id="float16", marks=pytest.mark.slow),
         pytest.param("cuda", torch.bfloat16, id="bfloat16 on a GPU", marks=pytest.mark.gpu),
         pytest.param("cuda", torch.float16, id="float16 on a GPU", marks=pytest.mark.gpu),
     ],
 )
-def test_no_further_from_exact_than_the_reference(
+def test_errors_are_not_larger_than_the_references(
     name: str,
     device: str,
     dtype: torch.dtype,
@@ -97,8 +96,8 @@ def test_no_further_from_exact_than_the_reference(
     largest = {who: float(np.abs(values).max()) for who, values in flat.items()}
     for measure, values in (("rms", squares), ("largest", largest)):
         record_property(measure, values["ours"] / values["theirs"])
-    assert 0 < squares["ours"] <= SQUARES * squares["theirs"]
-    assert largest["ours"] <= LARGEST * largest["theirs"]
+    assert 0 < squares["ours"] <= RMS_RATIO * squares["theirs"]
+    assert largest["ours"] <= MAX_RATIO * largest["theirs"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -25,7 +25,7 @@ from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 NAMES = ("draft", "balanced", "best")
 
 
-def test_presets_grow_and_balanced_keeps_its_promise() -> None:
+def test_presets_grow_and_balanced_stays_within_its_steps() -> None:
     assert tuple(PRESETS) == NAMES
     for stage in ("decoder", "prior"):
         steps = [getattr(PRESETS[name], stage).steps for name in NAMES]
@@ -52,7 +52,9 @@ def test_both_stages_are_sampled_as_the_preset_says(combined: KandinskyV22Combin
     assert bool(images.isfinite().all())
 
 
-def test_a_stage_alone_takes_its_part(decoder: KandinskyV22Pipeline, prior: KandinskyV22PriorPipeline) -> None:
+def test_a_single_stage_gets_its_part_of_a_preset(
+    decoder: KandinskyV22Pipeline, prior: KandinskyV22PriorPipeline
+) -> None:
     preset = PRESETS["balanced"]
     expected = {"num_inference_steps": preset.decoder.steps, "guidance_interval": preset.guidance_interval}
     assert apply_quality(decoder, "balanced") == expected
@@ -76,7 +78,7 @@ def test_each_stage_ends_its_guidance_where_the_preset_says(
     assert alone == [2, 2, 1, 1]
 
 
-def test_what_a_preset_leaves_open_stays_the_models_own(combined: KandinskyV22CombinedPipeline) -> None:
+def test_unset_preset_fields_keep_the_models_defaults(combined: KandinskyV22CombinedPipeline) -> None:
     combined.generation_defaults = {"guidance_interval": (0.1, 0.6), "prior_guidance_interval": (0.2, 1.0)}
     for name, preset in PRESETS.items():
         arguments = apply_quality(combined, name)

@@ -1,4 +1,4 @@
-"""Quantized pipelines: made in place, shared, saved, loaded, kept in files, and refused."""
+"""Quantized pipelines: in place, shared, saved, loaded, in the low-memory mode, and refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kandinsky22.runtime.quantize import KINDS, kind_of
 pytest.importorskip("torchao")
 
 
-def draw(pipe: Any) -> torch.Tensor:
+def generate(pipe: Any) -> torch.Tensor:
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "generator": seeded(3)}
     if isinstance(pipe, KandinskyV22CombinedPipeline):
         return pipe("a red cat", height=64, width=64, prior_num_inference_steps=2, **options).images.float()
@@ -27,7 +27,7 @@ def draw(pipe: Any) -> torch.Tensor:
 def test_a_quantized_pipeline_is_saved_and_loaded(
     combined: KandinskyV22CombinedPipeline, kind: str, tmp_path: Path
 ) -> None:
-    exact = draw(combined)
+    exact = generate(combined)
     if kind == "int4":
         combined.to(torch.bfloat16)
     combined.quantize(kind)
@@ -36,12 +36,12 @@ def test_a_quantized_pipeline_is_saved_and_loaded(
         "unet": kind,
         "prior_prior": kind,
     }
-    made = draw(combined)
-    assert 1e-4 < difference(made, exact) < 0.5
+    quantized = generate(combined)
+    assert 1e-4 < difference(quantized, exact) < 0.5
     combined.save_pretrained(tmp_path)
     again = KandinskyV22CombinedPipeline.from_pretrained(tmp_path, torch_dtype=combined.dtype)
     again.set_progress_bar_config(disable=True)
-    assert difference(draw(again), made) < (1e-5 if kind != "int4" else 0.05)
+    assert difference(generate(again), quantized) < (1e-5 if kind != "int4" else 0.05)
 
 
 def kind_of_or_none(part: Any) -> str | None:
@@ -56,17 +56,19 @@ def test_only_the_components_named_are_quantized(combined: KandinskyV22CombinedP
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
-def test_small_weights_can_wait_in_files(decoder: KandinskyV22Pipeline, kind: str, tmp_path: Path) -> None:
+def test_quantized_weights_work_in_the_low_memory_mode(
+    decoder: KandinskyV22Pipeline, kind: str, tmp_path: Path
+) -> None:
     decoder.quantize(kind)
-    plain = draw(decoder)
-    decoder.enable_low_memory(tmp_path)  # quantized since they were loaded: written to a temporary file
-    assert difference(draw(decoder), plain) < 1e-5
+    baseline = generate(decoder)
+    decoder.enable_low_memory(tmp_path)  # quantized after loading: written to a temporary file
+    assert difference(generate(decoder), baseline) < 1e-5
     decoder.remove_all_hooks()
     decoder.save_pretrained(tmp_path / "small")
     again = KandinskyV22Pipeline.from_pretrained(tmp_path / "small")
     again.set_progress_bar_config(disable=True)
-    again.enable_low_memory()  # read from the small checkpoint each time
-    assert difference(draw(again), plain) < 1e-5
+    again.enable_low_memory()  # read from the quantized checkpoint each time
+    assert difference(generate(again), baseline) < 1e-5
     assert all(parameter.is_meta for parameter in again.unet.parameters())
 
 
@@ -79,7 +81,7 @@ def test_small_weights_can_wait_in_files(decoder: KandinskyV22Pipeline, kind: st
         ("int4", None, "bfloat16 on CPUs"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_changes(
+def test_invalid_arguments_are_refused_before_anything_changes(
     combined: KandinskyV22CombinedPipeline, kind: str, components: Any, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
@@ -94,16 +96,14 @@ def test_offloaded_networks_are_refused(decoder: KandinskyV22Pipeline) -> None:
         decoder.quantize()
 
 
-def test_twice_is_refused(combined: KandinskyV22CombinedPipeline) -> None:
+def test_quantizing_twice_is_refused(combined: KandinskyV22CombinedPipeline) -> None:
     combined.quantize("int8", components=["unet"])
     with pytest.raises(InputError, match="UNet2DConditionModel is quantized already"):
         combined.quantize("int8", components=["prior_prior", "unet"])
     assert kind_of(combined.prior_prior) is None
 
 
-def test_without_torchao_the_error_says_what_to_install(
-    decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_torchao_error_names_the_extra(decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"kandinsky22\[quantize\]"):
         decoder.quantize()

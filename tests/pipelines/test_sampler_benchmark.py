@@ -1,4 +1,4 @@
-"""The benchmark of samplers: what it compares is comparable, what it has measured it keeps, what it writes is found."""
+"""The benchmark of samplers: comparable cells, stored measurements, and written pages."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SHORT = Preset(QUICK.decoder, QUICK.prior)
 @pytest.fixture
 def options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, combined: KandinskyV22CombinedPipeline) -> list[str]:
     """Arguments for four prompts on a tiny model, and a grid of two cells."""
-    load = lambda name: KandinskyV22CombinedPipeline(**combined.components)  # noqa: E731 (as if from its files)
+    load = lambda name: KandinskyV22CombinedPipeline(**combined.components)  # noqa: E731 (the tiny model replaces the embedded one)
     monkeypatch.setattr(samplers.AutoPipelineForText2Image, "from_pretrained", load)
     monkeypatch.setattr(samplers, "REFERENCE", Cell(KINDS["DPM++ 2M"].steps(40)))
     monkeypatch.setattr(samplers, "grid", lambda: {group: [QUICK] for group in samplers.SUCCESS_GROUPS})
     monkeypatch.setattr(samplers, "distance_grid", lambda: [Cell(KINDS["DDIM"].steps(3))])
     (tmp_path / sampler_report.PAGE).write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    places = ["--results", str(tmp_path / "new" / "samplers.jsonl"), "--docs", str(tmp_path)]
-    return ["--count", "4", "--references", "2", *places]
+    outputs = ["--results", str(tmp_path / "new" / "samplers.jsonl"), "--docs", str(tmp_path)]
+    return ["--count", "4", "--references", "2", *outputs]
 
 
 @pytest.fixture
@@ -45,9 +45,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "new" / "samplers.jsonl").read_text().splitlines()]
 
 
-def test_a_rerun_takes_up_where_the_last_one_stopped(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rerun_resumes_the_last_run(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samplers.main([*options, "--only", "presets", "others", "time"])
     assert [record["kind"] for record in records(tmp_path)] == ["success", "success", "success", "time"]
     assert len(records(tmp_path)[0]["right"]) == 4
@@ -68,24 +66,26 @@ def test_measurements_of_other_weights_do_not_count(
     assert bench.find("time", QUICK) is None
     weight = next(combined.unet.parameters())
     weight.data.add_(1)
-    found = Bench(samplers.parse(options)).find("success", QUICK)
+    record_found = Bench(samplers.parse(options)).find("success", QUICK)
     weight.data.sub_(1)
-    assert found is None
+    assert record_found is None
 
 
 @pytest.mark.parametrize("name", ["scheduler", "prior_scheduler"])
 def test_measurements_of_other_scheduler_files_do_not_count(
     bench: Bench, options: list[str], combined: KandinskyV22CombinedPipeline, name: str
 ) -> None:
-    """Neither a setting that is another, nor the same one that a file leaves to each class."""
+    """Both a changed setting and a setting that the file leaves to the class count as another file."""
     bench.measure_success(QUICK)
-    own = getattr(combined, name)
-    left = own.from_config({key: value for key, value in own.config.to_json().items() if key != "clip_sample"})
-    assert left.config.clip_sample is own.config.clip_sample
-    for other in (own.from_config(own.config, clip_sample_range=3.0), left):
+    file_scheduler = getattr(combined, name)
+    without_setting = file_scheduler.from_config(
+        {key: value for key, value in file_scheduler.config.to_json().items() if key != "clip_sample"}
+    )
+    assert without_setting.config.clip_sample is file_scheduler.config.clip_sample
+    for other in (file_scheduler.from_config(file_scheduler.config, clip_sample_range=3.0), without_setting):
         setattr(combined, name, other)
         assert Bench(samplers.parse(options)).find("success", QUICK) is None
-    setattr(combined, name, own)
+    setattr(combined, name, file_scheduler)
     assert Bench(samplers.parse(options)).find("success", QUICK) is not None
 
 
@@ -101,10 +101,10 @@ def test_other_prompts_leave_the_page_alone_and_print_their_presets(
     capsys.readouterr()
     samplers.main([*options, "--seed", "2", "--report"])
     assert (tmp_path / sampler_report.PAGE).read_text(encoding="utf-8") == page
-    told = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    printed = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     written = [line.split(" | ") for line in page.splitlines() if line.startswith("| `balanced`")]
-    assert told[3][0] == "| `balanced`"
-    assert told[3][5].split(" (")[0] == written[1][3].split(" (")[0]
+    assert printed[3][0] == "| `balanced`"
+    assert printed[3][5].split(" (")[0] == written[1][3].split(" (")[0]
     right = [record["right"].count("1") for record in records(tmp_path)][1::2]
     assert written[1][4].startswith(f"{100 * sum(right) / 12:.1f} %")
 
@@ -140,10 +140,10 @@ def test_every_cell_starts_from_the_same_noise(bench: Bench, monkeypatch: pytest
 
 
 def test_the_distance_falls_with_the_steps_and_vanishes_at_the_solution(bench: Bench) -> None:
-    few, many = (Cell(KINDS["Euler"].steps(steps)) for steps in (2, 12))
-    for cell in (few, many, samplers.REFERENCE):
+    short, long = (Cell(KINDS["Euler"].steps(steps)) for steps in (2, 12))
+    for cell in (short, long, samplers.REFERENCE):
         bench.measure_distance(cell)
-    near, far, same = (bench.find("distance", cell)["distance"] for cell in (many, few, samplers.REFERENCE))
+    near, far, same = (bench.find("distance", cell)["distance"] for cell in (long, short, samplers.REFERENCE))
     assert same < 1e-6 < near < far / 2
 
 
@@ -153,7 +153,7 @@ def test_differences_are_those_of_pairs() -> None:
     gap, low, high = sampler_report.difference({"right": "1" * 85 + "0" * 15}, base)
     assert gap == pytest.approx(-0.05)
     assert low < -0.05 < high
-    # The same shares of which more were won and lost are known less well.
+    # With equal shares, more changes per pair widen the interval.
     other = {"right": "0" * 10 + "1" * 80 + "1" * 5 + "0" * 5}
     assert sampler_report.difference(other, base)[0] == pytest.approx(-0.05)
     assert sampler_report.difference(other, base)[1] < low
@@ -161,17 +161,30 @@ def test_differences_are_those_of_pairs() -> None:
 
 def test_all_that_is_measured_has_a_place_and_a_style(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = {"right": "1011", "evaluations": 3, "prior_evaluations": 2, "distance": 0.1, "median": 1.0, "faster": 1.0}
+    record_found = {
+        "right": "1011",
+        "evaluations": 3,
+        "prior_evaluations": 2,
+        "distance": 0.1,
+        "median": 1.0,
+        "faster": 1.0,
+    }
     page = PAGE.read_text(encoding="utf-8")
-    for name, text in sampler_report.tables(lambda kind, cell: found, {1: lambda kind, cell: found}).items():
+    for name, text in sampler_report.tables(
+        lambda kind, cell: record_found, {1: lambda kind, cell: record_found}
+    ).items():
         page = sampler_report.fill(page, name, text)
     assert page.count("75.0 %") > 20
-    curves = sampler_curves.draw_curves(lambda kind, cell: {**found, "evaluations": cell.decoder.steps}, tmp_path)
+    curves = sampler_curves.draw_curves(
+        lambda kind, cell: {**record_found, "evaluations": cell.decoder.steps}, tmp_path
+    )
     assert [path.name for path in curves if path.stat().st_size] == [
-        "samplers-success.svg", "samplers-distance.svg", "samplers-time.svg"
-    ]  # fmt: skip
+        "samplers-success.svg",
+        "samplers-distance.svg",
+        "samplers-time.svg",
+    ]
     assert all(f"({path.name})" in page for path in curves)
-    nothing = sampler_report.tables(lambda kind, cell: None, {1: lambda kind, cell: found})
+    nothing = sampler_report.tables(lambda kind, cell: None, {1: lambda kind, cell: record_found})
     assert nothing["presets"] == nothing["others"] == sampler_report.NONE_YET
     with pytest.raises(ValueError, match="no place for decoder"):
         sampler_report.fill("a page", "decoder", "")

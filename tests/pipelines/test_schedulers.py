@@ -49,7 +49,7 @@ def test_the_prior(prior: Any, name: str) -> None:
     assert difference(*ends) == 0
 
 
-def test_pictures_keep_their_part_whatever_the_order(make_pipeline: Callable[[str], Any]) -> None:
+def test_strength_counts_steps_not_evaluations(make_pipeline: Callable[[str], Any]) -> None:
     """Half of ten steps is five, with two evaluations each except the last, which has one."""
     for name, calls in (("EulerDiscreteScheduler", 5), ("HeunDiscreteScheduler", 9), ("KDPM2DiscreteScheduler", 9)):
         pipe = with_scheduler(make_pipeline("Img2Img"), name)

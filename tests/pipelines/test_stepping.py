@@ -14,6 +14,7 @@ from tests.pipelines.tiny import PRIOR_SCHEDULER, difference, seeded
 
 import kandinsky22
 from kandinsky22 import InputError, schedulers
+from kandinsky22.sampling.scheduler_adapter import TimestepOptions, TimestepSchedule, set_timesteps
 
 # Schedulers of the reference that its own pipelines support, or would if they dropped the learned variance.
 THEIRS = [
@@ -83,7 +84,7 @@ def test_schedulers_of_the_reference_make_embeddings(prior: Any, name: str) -> N
     ],
 )
 @pytest.mark.parametrize("settings", [{}, V_LEARNED], ids=["file", "velocity"])
-def test_ours_and_theirs_draw_the_same(decoder: Any, name: str, settings: dict[str, Any]) -> None:
+def test_schedulers_of_both_libraries_give_equal_samples(decoder: Any, name: str, settings: dict[str, Any]) -> None:
     """Both run in our loop with noise from the same generator; the file asks for a learned variance."""
     config = {**decoder.scheduler.config, **settings}
     assert config["variance_type"] == "learned_range"
@@ -95,7 +96,7 @@ def test_ours_and_theirs_draw_the_same(decoder: Any, name: str, settings: dict[s
 
 
 @pytest.mark.parametrize("sde", ["sde-dpmsolver++", "dpmsolver++"])
-def test_variances_are_kept_from_those_that_expect_pixels(decoder: Any, sde: str) -> None:
+def test_learned_variances_are_dropped_for_rgb_schedulers(decoder: Any, sde: str) -> None:
     """The noise drawn while sampling does not depend on the reshaping, with one generator per item too."""
     config = {**decoder.scheduler.config, "algorithm_type": sde}
     call = {**inputs(""), **SMALL_LATENTS, "num_images_per_prompt": 2}
@@ -115,13 +116,13 @@ UNUSABLE = [
     *(("prior", name, {}, "a step") for name in sorted(WITHOUT_CLEAN_SAMPLES)),
     ("prior", "DPMSolverMultistepScheduler", {"num_inference_steps": -3}, "num_inference_steps=-3"),
     ("decoder", "EulerDiscreteScheduler", {"timesteps": [10, 500], "sigmas": [3.0, 1.0]}, "timesteps and sigmas"),
-    ("decoder", "LMSDiscreteScheduler", {"timesteps": [500, 10]}, "timesteps: LMSDiscreteScheduler takes none"),
+    ("decoder", "LMSDiscreteScheduler", {"timesteps": [500, 10]}, r"timesteps=\[500, 10\] is invalid: expected None, since LMSDiscreteScheduler"),
 ]
 
 
 @pytest.mark.usefixtures("no_network_runs")
 @pytest.mark.parametrize(("stage", "name", "call", "message"), UNUSABLE, ids=lambda value: str(value)[:40])
-def test_what_a_scheduler_cannot_do_is_said_before_networks_run(
+def test_unsupported_schedules_are_refused_before_networks_run(
     prior: Any, decoder: Any, stage: str, name: str, call: dict[str, Any], message: str
 ) -> None:
     pipe = {"prior": prior, "decoder": decoder}[stage]
@@ -151,7 +152,7 @@ class MinimalScheduler:
         return (sample + (output - sample) / (float(timestep) + 1),)
 
 
-def test_the_least_protocol_is_enough_everywhere(prior: Any, decoder: Any) -> None:
+def test_minimal_schedulers_work_everywhere(prior: Any, decoder: Any) -> None:
     for pipe in (prior, decoder):
         pipe.scheduler = MinimalScheduler()
         assert torch.isfinite(generate(pipe)).all()
@@ -228,12 +229,14 @@ def test_fast_solvers_of_the_prior_follow_the_exact_solution(
 # Custom steps
 
 
-def timesteps_of(pipe: Any) -> list[float]:
-    return pipe.scheduler.timesteps.tolist()
+def schedule_of(pipe: Any, steps: int = 100, **custom: Any) -> TimestepSchedule:
+    """The schedule that a call with these options makes; the pipeline's own scheduler stays as it is."""
+    options = TimestepOptions(steps, custom.get("timesteps"), custom.get("sigmas"))
+    return set_timesteps(pipe.scheduler, options, shape=(1, 4, 8, 8), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", [*OURS, "UnCLIPScheduler"])
-def test_timesteps_given_by_hand(decoder: Any, prior: Any, name: str) -> None:
+def test_custom_timesteps_are_followed(decoder: Any, prior: Any, name: str) -> None:
     pipe = prior if name == "UnCLIPScheduler" else decoder
     kind = getattr(kandinsky22, name)
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
@@ -241,24 +244,25 @@ def test_timesteps_given_by_hand(decoder: Any, prior: Any, name: str) -> None:
     result = generate(pipe, 100, timesteps=requested)
     assert torch.isfinite(result).all()
     between = name in ("KDPM2DiscreteScheduler", "PNDMScheduler")  # these also evaluate at timesteps in between
-    assert (
-        set(requested) <= set(timesteps_of(pipe)) if between else list(dict.fromkeys(timesteps_of(pipe))) == requested
-    )
+    evaluated = schedule_of(pipe, timesteps=requested).timesteps.tolist()
+    assert set(requested) <= set(evaluated) if between else list(dict.fromkeys(evaluated)) == requested
     assert torch.equal(generate(pipe, 100, timesteps=torch.tensor(requested)), result)
 
 
-def test_the_same_timesteps_by_number_or_by_hand(decoder: Any) -> None:
+def test_custom_timesteps_equal_the_same_step_count(decoder: Any) -> None:
     by_number = generate(decoder, 4)
-    assert torch.equal(generate(decoder, 100, timesteps=timesteps_of(decoder)), by_number)
+    timesteps = schedule_of(decoder, 4).timesteps.tolist()
+    assert torch.equal(generate(decoder, 100, timesteps=timesteps), by_number)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
-def test_levels_given_by_hand(decoder: Any, name: str) -> None:
+def test_custom_sigmas_are_followed(decoder: Any, name: str) -> None:
     decoder.scheduler = getattr(kandinsky22, name).from_config(decoder.scheduler.config)
     sigmas = [10.0, 4.0, 1.0, 0.2, 0.0]
     result = generate(decoder, sigmas=sigmas)
     assert torch.isfinite(result).all()
-    assert sorted({round(level, 4) for level in decoder.scheduler.sigmas.tolist()}, reverse=True) == sigmas
+    evaluated = schedule_of(decoder, sigmas=sigmas).scheduler.sigmas.tolist()
+    assert sorted({round(sigma, 4) for sigma in evaluated}, reverse=True) == sigmas
     assert difference(result, generate(decoder)) > 1e-4
 
 
@@ -275,7 +279,7 @@ def test_strength_leaves_out_the_first_of_them(make_pipeline: Callable[[str], An
     assert visited == [300, 10]
 
 
-def test_both_stages_have_their_own(combined: Any) -> None:
+def test_stages_have_separate_custom_timesteps(combined: Any) -> None:
     early: list[int] = []
     late: list[int] = []
 
@@ -304,13 +308,13 @@ def test_both_stages_have_their_own(combined: Any) -> None:
         ({"timesteps": [3.5, 1]}, "timesteps="),
         ({"timesteps": 5}, "timesteps"),
         ({"timesteps": "fast"}, "timesteps="),
-        ({"sigmas": [3.0, 0.0]}, "sigmas: DDPMScheduler takes none"),
+        ({"sigmas": [3.0, 0.0]}, r"sigmas=\[3.0, 0.0\] is invalid: expected None, since DDPMScheduler"),
         ({"sigmas": [3.0, 0.0], "timesteps": [3]}, "timesteps and sigmas"),
         ({"timesteps": [5, 3], "num_inference_steps": 0}, "num_inference_steps=0"),
     ],
     ids=str,
 )
-def test_steps_that_make_no_sense_are_refused(decoder: Any, prior: Any, call: dict[str, Any], message: str) -> None:
+def test_invalid_steps_are_refused(decoder: Any, prior: Any, call: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         decoder(**{**inputs(""), **SMALL_LATENTS, **call})
     with pytest.raises(InputError, match=message.replace("DDPM", "UnCLIP")):

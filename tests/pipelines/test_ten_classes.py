@@ -31,7 +31,7 @@ def weights_of(name: str) -> str:
     return name.replace("Combined", "")
 
 
-def test_there_are_ten() -> None:
+def test_all_ten_classes_are_public() -> None:
     assert len(TEN) == 10
     assert set(TEN) == {name for name in kandinsky22.__all__ if name.startswith("KandinskyV22")}
 
@@ -41,8 +41,10 @@ def test_there_are_ten() -> None:
 
 def index_of(folder: Path) -> dict[str, Any]:
     index = json.loads((folder / "model_index.json").read_text())
-    entries = {name: [part.removesuffix("Pil") for part in entry] if isinstance(entry, list) else entry
-             for name, entry in index.items()}  # fmt: skip
+    entries = {
+        name: [part.removesuffix("Pil") for part in entry] if isinstance(entry, list) else entry
+        for name, entry in index.items()
+    }
     return {name: entry for name, entry in entries.items() if name not in ("_diffusers_version", "_name_or_path")}
 
 
@@ -201,7 +203,7 @@ def test_only_the_files_needed_are_fetched(
 
 
 @pytest.mark.parametrize("name", [name for name in TEN if is_combined(name)])
-def test_a_prior_elsewhere_is_fetched_only_for_what_is_missing(name: str, hub: list[str], prior: Any) -> None:
+def test_only_missing_components_of_another_prior_are_fetched(name: str, hub: list[str], prior: Any) -> None:
     kind, decoder = getattr(kandinsky22, name), weights_of(name)
     kind.from_pretrained(f"someone/{decoder}", prior=prior)
     assert {file.split("/")[0] for file in hub} == {decoder}
@@ -216,6 +218,7 @@ def test_a_prior_elsewhere_is_fetched_only_for_what_is_missing(name: str, hub: l
 
 # Tasks
 
+# For each task: the auto class, the class that it gives, and the middles of the names of classes that can do it.
 TASKS = {
     "text": (AutoPipelineForText2Image, "CombinedPipeline", ["", "Img2Img"]),
     "picture": (AutoPipelineForImage2Image, "Img2ImgCombinedPipeline", ["", "Img2Img"]),
@@ -225,11 +228,11 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_tasks(task: str, ten_checkpoints: dict[str, Path], ten_pipelines: dict[str, Any], prior: Any) -> None:
-    auto, expected_parts, able = TASKS[task]
-    kind = getattr(kandinsky22, f"KandinskyV22{expected_parts}")
+    auto, target, sources = TASKS[task]
+    kind = getattr(kandinsky22, f"KandinskyV22{target}")
     parts = {f"prior_{name}": part for name, part in prior.components.items()}
     for name in TEN:
-        if name in [f"KandinskyV22{mode}{stage}Pipeline" for mode in able for stage in ("", "Combined")]:
+        if name in [f"KandinskyV22{mode}{stage}Pipeline" for mode in sources for stage in ("", "Combined")]:
             target_pipe = auto.from_pipe(ten_pipelines[name], **({} if is_combined(name) else parts))
             assert type(target_pipe) is kind and target_pipe.unet is ten_pipelines[name].unet
             if not is_combined(name):
@@ -262,7 +265,7 @@ def test_embedded_combination(kind: Any) -> None:
     assert {"num_inference_steps", "prior_num_inference_steps"} <= pipe.generation_defaults.keys()
 
 
-def test_embedded_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_embedded_weights_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kandinsky22.checkpoints import hub
 
     monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path)

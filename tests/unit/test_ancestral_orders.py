@@ -1,4 +1,4 @@
-"""Orders of convergence of implicit and ancestral sampling, on normally distributed data as in test_solvers.py."""
+"""Orders of convergence of implicit and ancestral sampling, on normally distributed data (see `gaussian`)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_order_of_convergence_of_implicit_sampling() -> None:
 def test_order_of_convergence_of_what_ancestral_methods_draw(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the variance, which each step changes by a factor and by fresh noise: both show in the steps from 0 and 1,
-    and from 0 with noise 1."""
+    """The variance converges. A step multiplies it and adds noise: steps from 0 and 1, and from 0 with noise 1, give
+    both."""
     probes, noise = (torch.tensor(each, dtype=torch.float64).reshape(3, 1, 1, 1) for each in ([0, 1, 0], [0, 0, 1]))
     module = getattr(schedulers, name).step.__module__
     module = "kandinsky22.schedulers.ddpm" if module.endswith("unclip") else module
@@ -55,10 +55,10 @@ def test_order_of_convergence_of_what_ancestral_methods_draw(
             start, end = (float(table[each]) for each in (timestep, following))
             sizes = [math.hypot(each, 1) if name.startswith("Euler") else 1.0 for each in (start, end)]
             sample = probes * sizes[0]
-            seen = scheduler.scale_model_input(sample, timestep)
-            given = {"prev_timestep": following} if name.startswith("UnCLIP") else {}
+            model_input = scheduler.scale_model_input(sample, timestep)
+            extra = {"prev_timestep": following} if name.startswith("UnCLIP") else {}
             out = (
-                scheduler.step(best_prediction(seen, start), timestep, sample, **options, **given).prev_sample
+                scheduler.step(best_prediction(model_input, start), timestep, sample, **options, **extra).prev_sample
                 / sizes[1]
             )
             still, moved, drawn = out.flatten().tolist()

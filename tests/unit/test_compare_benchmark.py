@@ -50,7 +50,7 @@ def test_a_stage_gives_the_same_in_both_libraries(folder: Path, stage: str, full
 
 
 @pytest.mark.parametrize("stage", ["text", "prior", "step", "decode"])
-def test_calls_differ_so_that_nothing_kept_from_the_last_one_is_of_use(folder: Path, stage: str) -> None:
+def test_calls_differ_so_that_caches_of_the_last_call_do_not_help(folder: Path, stage: str) -> None:
     ours = STAGES[stage](setting(folder, OURS, stage))
     assert not torch.equal(flat(ours.call(1)), flat(ours.call(2)))
 
@@ -64,7 +64,7 @@ def test_the_thin_towers_have_one_layer_and_the_full_ones_all_and_half_precision
     )
 
 
-def test_modes_of_ours_make_pictures(folder: Path) -> None:
+def test_low_memory_and_fast_stages_give_pictures(folder: Path) -> None:
     plain = STAGES["picture"](setting(folder, OURS, "picture")).call(0)
     low = STAGES["low-memory"](setting(folder, OURS, "low-memory", low_memory=True)).call(0)
     assert float((low - plain).abs().max()) < 1e-4
@@ -73,7 +73,7 @@ def test_modes_of_ours_make_pictures(folder: Path) -> None:
     assert not torch.equal(fast, plain)
 
 
-def test_more_modes_of_ours_act(folder: Path) -> None:
+def test_caching_and_compilation_act(folder: Path) -> None:
     plain, cached = (
         STAGES["fast"](setting(folder, OURS, "fast", quality="draft", caching=every)).call(0) for every in (None, 2)
     )
@@ -137,7 +137,7 @@ def test_packed_convolutions_are_counted() -> None:
     assert machine.count_operations(call) == {"convolution": 2 * 2 * 32 * 64 * 16 * 9, "product": 0}
 
 
-def test_steps_of_the_prior_are_carried_on_from_two_and_three(folder: Path) -> None:
+def test_prior_operations_are_extrapolated_from_two_and_three_steps(folder: Path) -> None:
     theirs, ours = (STAGES["prior"](setting(folder, library, "prior")) for library in (THEIRS, OURS))
     told = theirs.operations(machine.count_operations)
     assert told == machine.count_operations(lambda: theirs.call(-1, 4))  # what was measured, not only computed
@@ -196,7 +196,7 @@ def test_switches_leave_one_thing_off_at_a_time(folder: Path) -> None:
     assert (Linear.packing, prior.AHEAD) == (True, ahead)
 
 
-def test_a_switch_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_switch_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module, attribute in (("a", "runtime.nowhere", "packing"), ("b", "runtime.packed", "nothing")):
         switch = compare_switches.Switch(module, "Linear", attribute, ("step",))
         monkeypatch.setitem(compare_switches.SWITCHES, name, switch)
@@ -208,7 +208,7 @@ def test_a_switch_that_is_not_there_is_left_out(monkeypatch: pytest.MonkeyPatch)
 # Processes
 
 
-def test_a_worker_answers_over_pipes_and_says_why_it_ended(folder: Path) -> None:
+def test_a_worker_answers_over_pipes_and_reports_its_error(folder: Path) -> None:
     told = setting(folder, OURS, "")
     with Worker(told) as worker:
         assert set(worker.ask("peaks", small=True)) == {"convolution", "product"}
@@ -218,7 +218,7 @@ def test_a_worker_answers_over_pipes_and_says_why_it_ended(folder: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_whole_run_leaves_tables_and_says_that_results_agree(folder: Path, tmp_path: Path) -> None:
+def test_a_run_writes_tables_and_reports_equal_results(folder: Path, tmp_path: Path) -> None:
     options = ["--config", "tiny", "--folder", folder, "--out", tmp_path, "--threads", 1, "--only", "decode"]
     assert compare.main([*map(str, options), "--rounds", "2", "--switches"]) == 0
     found = json.loads((tmp_path / "compare.json").read_text())
@@ -239,7 +239,7 @@ def test_a_whole_run_leaves_tables_and_says_that_results_agree(folder: Path, tmp
 @pytest.mark.parametrize(
     "words", ["--rounds 0", "--threads 0", "--size 100", "--prior-steps 2", "--only nothing", "--dtype int3"]
 )
-def test_options_that_make_no_sense_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare.parse(words.split())
     assert words.split()[0] in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_a_folder_of_another_config_is_refused(folder: Path) -> None:
         compare_weights.ensure(folder, "published", ("decoder",))
 
 
-def test_the_clock_gives_first_rounds_to_all_and_further_ones_to_who_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_allows_a_first_round_of_each_part_and_more_while_time_remains(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(compare.time, "perf_counter", lambda: now[0])
     clock = compare.Clock(1.0, parts=2)
@@ -320,7 +320,7 @@ def test_float32_results_that_differ_are_found_wrong(difference: float, wrong: l
     assert compare_report.wrong(found([1.0, 1.0, 1.0], difference)) == wrong
 
 
-def test_all_steps_are_put_together_from_stages() -> None:
+def test_whole_pictures_are_extrapolated_from_stages() -> None:
     run = found([1.0, 1.0, 1.0])
     assert compare_report.whole(run, "fp32", OURS) is None
     step = run["records"][1]

@@ -12,27 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import attention, conv, group_norm, host_memory, linear, winograd
-from kandinsky22.kernels.conv import Conv2d, added, double
-from kandinsky22.kernels.linear import DirectLinear, Linear
-from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
+from kandinsky22.kernels.conv import Conv2d, conv_add, upsample2x
+from kandinsky22.kernels.settings import NAMES, optimisations
+from kandinsky22.models.layers import GroupNorm, Modulation, Modulation, ResidualBlock, SpatialNorm
 from kandinsky22.models.movq import VQModel
 
-needs_packing = pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
-WORTHWHILE = conv.WORTHWHILE  # as it is outside these tests
+needs_packing = pytest.mark.skipif(not linear.ONEDNN_DTYPES, reason="this torch has no packed products on this machine")
+MIN_MULTIPLICATIONS = conv.MIN_MULTIPLICATIONS  # as it is outside these tests
 SIZES = [(1, 3, 8, 8, 8), (2, 12, 20, 12, 20), (3, 6, 5, 4, 36), (1, 4, 4, 68, 4)]  # batch, in, out, height, width
 
 
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORTHWHILE", "NARROW", "FEW"):
+    for name in ("MIN_MULTIPLICATIONS", "MIN_WINOGRAD_CHANNELS", "MIN_WINOGRAD_TILES"):
         monkeypatch.setattr(conv, name, 0)
-    monkeypatch.setattr(attention, "FEW", 8)
-    monkeypatch.setattr(attention, "MANY", 8)
+    monkeypatch.setattr(attention, "MIN_TOKENS_WIDE", 8)
+    monkeypatch.setattr(attention, "MIN_TOKENS", 8)
 
 
 def kind(layer: nn.Module) -> str | None:
-    pack = vars(layer).get("_pack")
-    return None if pack is None else pack.kind
+    pack = vars(layer).get("_packed_weight")
+    return None if pack is None else pack.layout
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
@@ -48,21 +48,20 @@ def exactly(layer: Conv2d, features: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_every_way_is_right(size: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
+def test_every_convolution_algorithm_is_accurate(size: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1, bias=bias), torch.randn(batch, inside, *sides)
     for given in (features, features.contiguous(memory_format=torch.channels_last)):
         kept = given.clone()
         with mode():
             assert distance(layer(given), exactly(layer, given)) < 3e-6
-            assert kind(layer) == ("winograd" if linear.DTYPES else None)
-            assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
-            assert kind(layer) == ("doubled" if linear.DTYPES else None)
-            layer.winograd = layer.doubling = False
-            assert distance(layer(given), exactly(layer, given)) < 1e-6
-            assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
-            assert kind(layer) == ("convolution" if linear.DTYPES else None)
-            del layer.winograd, layer.doubling
+            assert kind(layer) == ("winograd" if linear.ONEDNN_DTYPES else None)
+            assert distance(layer(given, upsample=True), exactly(layer, upsample2x(given))) < 1e-6
+            assert kind(layer) == ("fused_upsample" if linear.ONEDNN_DTYPES else None)
+            with optimisations(winograd=False, fused_upsample=False):
+                assert distance(layer(given), exactly(layer, given)) < 1e-6
+                assert distance(layer(given, upsample=True), exactly(layer, upsample2x(given))) < 1e-6
+                assert kind(layer) == ("conv" if linear.ONEDNN_DTYPES else None)
         assert torch.equal(given, kept)
 
 
@@ -70,87 +69,86 @@ def test_every_way_is_right(size: tuple[int, ...], bias: bool, mode: type[torch.
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
 def test_large_results_are_made_in_bands(size: tuple[int, ...], band: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "MAPPED", 0)
-    monkeypatch.setattr(conv, "BAND", band)
+    monkeypatch.setattr(host_memory, "LARGE_BUFFER", 0)
+    monkeypatch.setattr(conv, "STRIP_ELEMENTS", band)
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
-    layer.winograd = False
     for given in (features, features.contiguous(memory_format=torch.channels_last)):
         kept = given.clone()
-        assert distance(layer(given), exactly(layer, given)) < 1e-6
-        assert distance(layer(given, doubled=True), exactly(layer, double(given))) < 1e-6
+        with optimisations(winograd=False):
+            assert distance(layer(given), exactly(layer, given)) < 1e-6
+        assert distance(layer(given, upsample=True), exactly(layer, upsample2x(given))) < 1e-6
         assert torch.equal(given, kept)
 
 
-@pytest.mark.parametrize("off", [(), ("winograd", "doubling"), ("packing",)], ids=str)
-@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("off", [(), ("winograd", "fused_upsample"), ("packed_conv",)], ids=str)
+@pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
-def test_results_are_added_to_what_is_there(size: tuple[int, ...], doubled: bool, off: tuple[str, ...]) -> None:
+def test_results_are_added_to_the_residual(size: tuple[int, ...], upsample: bool, off: tuple[str, ...]) -> None:
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
-    for name in off:
-        setattr(layer, name, False)
-    made = exactly(layer, double(features) if doubled else features)
-    for order in (torch.contiguous_format, torch.channels_last):
-        onto = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=order)
-        expected = made + onto
-        summed = layer(features, doubled=doubled, onto=onto)
-        assert distance(summed, expected) < 3e-6
-        assert summed.data_ptr() == onto.data_ptr()
-        with torch.enable_grad():  # nothing is changed that gradients may need
-            before = onto.clone()
-            assert distance(layer(features, doubled=doubled, onto=onto).detach(), made + onto) < 3e-6
-            assert torch.equal(onto, before)
-    frozen = copy.deepcopy(layer).requires_grad_(False)
-    onto = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
-    before = onto.clone()
-    with torch.enable_grad():
-        frozen(features, doubled=doubled, onto=onto.requires_grad_()).sum().backward()
-    assert torch.equal(onto, before)
-    assert torch.equal(onto.grad, torch.ones_like(onto))
-    onto = torch.randn_like(made, dtype=torch.float32)
-    given, other = (double(features) if doubled else features), nn.Conv2d(inside, outside, 1)
-    expected = other(given) + onto
-    assert torch.equal(added(other, given, onto), expected)
+    with optimisations(**dict.fromkeys(off, False)):
+        made = exactly(layer, upsample2x(features) if upsample else features)
+        for order in (torch.contiguous_format, torch.channels_last):
+            residual = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=order)
+            expected = made + residual
+            summed = layer(features, upsample=upsample, residual=residual)
+            assert distance(summed, expected) < 3e-6
+            assert summed.data_ptr() == residual.data_ptr()
+            with torch.enable_grad():  # nothing is changed that gradients may need
+                before = residual.clone()
+                assert distance(layer(features, upsample=upsample, residual=residual).detach(), made + residual) < 3e-6
+                assert torch.equal(residual, before)
+        frozen = copy.deepcopy(layer).requires_grad_(False)
+        residual = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        before = residual.clone()
+        with torch.enable_grad():
+            frozen(features, upsample=upsample, residual=residual.requires_grad_()).sum().backward()
+        assert torch.equal(residual, before)
+        assert torch.equal(residual.grad, torch.ones_like(residual))
+        residual = torch.randn_like(made, dtype=torch.float32)
+        given, other = (upsample2x(features) if upsample else features), nn.Conv2d(inside, outside, 1)
+        expected = other(given) + residual
+        assert torch.equal(conv_add(other, given, residual), expected)
 
 
 @torch.no_grad()
-def test_what_watches_a_layer_sees_what_it_makes() -> None:
+def test_hooks_of_a_layer_get_its_own_output() -> None:
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda *given: seen.append(given[2]))
     for order in (torch.contiguous_format, torch.channels_last):
-        onto = torch.randn(2, 10, 8, 8).contiguous(memory_format=order)
-        expected = exactly(layer, features) + onto
-        assert distance(added(layer, features, onto), expected) < 3e-6
+        residual = torch.randn(2, 10, 8, 8).contiguous(memory_format=order)
+        expected = exactly(layer, features) + residual
+        assert distance(conv_add(layer, features, residual), expected) < 3e-6
     assert len(seen) == 2
     assert all(distance(made, exactly(layer, features)) < 3e-6 for made in seen)
     handle.remove()
     layer.register_forward_pre_hook(lambda *given: seen.append(given[1][0]))
-    added(layer, features, torch.randn(2, 10, 8, 8))
+    conv_add(layer, features, torch.randn(2, 10, 8, 8))
     assert len(seen) == 3
     layer.forward = lambda features: torch.zeros(1)  # as others put adapters in
-    assert torch.equal(added(layer, features, torch.ones(1)), torch.ones(1))
+    assert torch.equal(conv_add(layer, features, torch.ones(1)), torch.ones(1))
 
 
 @pytest.mark.parametrize("widths", [(32, 64), (64, 64)], ids=str)
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 @pytest.mark.parametrize("latent_channels", [None, 4])
 @torch.no_grad()
-def test_blocks_change_what_is_spent_only(
+def test_blocks_overwrite_only_inplace_inputs(
     widths: tuple[int, int], resample: str | None, latent_channels: int | None
 ) -> None:
     block = ResidualBlock(*widths, eps=1e-5, resample=resample, latent_channels=latent_channels)
     features = torch.randn(2, widths[0], 8, 12).contiguous(memory_format=torch.channels_last)
     latents, kept = torch.randn(2, 4, 4, 6), features.clone()
     with torch.enable_grad():
-        expected = block(features, latents=latents, spent=True).detach()
+        expected = block(features, latents=latents, inplace=True).detach()
     assert torch.equal(features, kept)
     made = block(features, latents=latents)
     assert torch.equal(features, kept)
     assert distance(made, expected) < 1e-5
-    assert distance(block(features, latents=latents, spent=True), expected) < 1e-5
+    assert distance(block(features, latents=latents, inplace=True), expected) < 1e-5
     assert not torch.equal(features, kept)
 
 
@@ -162,27 +160,27 @@ def test_other_convolutions_are_packed(settings: dict[str, int]) -> None:
     for sides in ((8, 12), (16, 8)):  # what was packed for one size serves another
         features = torch.randn(2, 6, *sides)
         assert distance(layer(features), exactly(layer, features)) < 1e-6
-        assert distance(layer(features, doubled=True), exactly(layer, double(features))) < 1e-6
-    assert kind(layer) == "convolution"
+        assert distance(layer(features, upsample=True), exactly(layer, upsample2x(features))) < 1e-6
+    assert kind(layer) == "conv"
 
 
 @needs_packing
 @torch.no_grad()
-def test_winograd_takes_whole_squares_only() -> None:
+def test_winograd_is_used_for_sides_that_are_multiples_of_four() -> None:
     layer = Conv2d(6, 10, 3, padding=1)
     for sides in ((10, 12), (12, 9)):
         features = torch.randn(2, 6, *sides)
         assert distance(layer(features), exactly(layer, features)) < 1e-6
-        assert kind(layer) == "convolution"
+        assert kind(layer) == "conv"
 
 
 @needs_packing
 @torch.no_grad()
-def test_a_picture_does_not_depend_on_how_many_are_made_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "FEW", 8)
+def test_small_batches_equal_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv, "MIN_WINOGRAD_TILES", 8)
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(5, 6, 8, 12)
     assert distance(layer(features)[2:3], layer(features[2:3])) < 3e-6
-    assert kind(layer) == "convolution"
+    assert kind(layer) == "conv"
     features = torch.randn(5, 6, 8, 16)
     assert distance(layer(features)[2:3], layer(features[2:3])) < 1e-6
     assert kind(layer) == "winograd"
@@ -202,12 +200,12 @@ def test_the_transforms_are_exact() -> None:
 def test_bfloat16_is_as_right_as_the_plain_convolution() -> None:
     layer, features = Conv2d(24, 16, 3, padding=1).bfloat16(), torch.randn(2, 24, 8, 8).bfloat16()
     assert distance(layer(features), exactly(layer, features)) < 0.01
-    assert kind(layer) == ("convolution" if torch.bfloat16 in linear.DTYPES else None)
-    assert distance(layer(features, doubled=True), exactly(layer, double(features))) < 0.01
+    assert kind(layer) == ("conv" if torch.bfloat16 in linear.ONEDNN_DTYPES else None)
+    assert distance(layer(features, upsample=True), exactly(layer, upsample2x(features))) < 0.01
 
 
 @torch.no_grad()
-def test_the_copy_follows_the_weight() -> None:
+def test_packed_weights_follow_the_weight() -> None:
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
     changes: list[Callable[[], object]] = [
         lambda: layer.weight.mul_(2),
@@ -217,19 +215,19 @@ def test_the_copy_follows_the_weight() -> None:
         lambda: layer.double().float(),
     ]
     for change in changes:
-        for doubled in (False, True):
-            expected = exactly(layer, double(features) if doubled else features)
-            assert distance(layer(features, doubled=doubled), expected) < 3e-6
+        for upsample in (False, True):
+            expected = exactly(layer, upsample2x(features) if upsample else features)
+            assert distance(layer(features, upsample=upsample), expected) < 3e-6
             change()
-            expected = exactly(layer, double(features) if doubled else features)
-            assert distance(layer(features, doubled=doubled), expected) < 3e-6
+            expected = exactly(layer, upsample2x(features) if upsample else features)
+            assert distance(layer(features, upsample=upsample), expected) < 3e-6
     assert set(layer.state_dict()) == {"weight", "bias"}
     assert kind(copy.deepcopy(layer)) is None
 
 
 def test_gradients_and_other_types_take_the_plain_convolution() -> None:
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
-    layer(features, doubled=True).sum().backward()
+    layer(features, upsample=True).sum().backward()
     assert layer.weight.grad is not None
     frozen = Conv2d(6, 10, 3, padding=1).requires_grad_(False)
     frozen.bias.requires_grad_()
@@ -237,13 +235,13 @@ def test_gradients_and_other_types_take_the_plain_convolution() -> None:
     assert frozen.bias.grad is not None
     with torch.no_grad():
         assert layer.double()(features.double()).dtype == torch.float64
-        layer.float().packing = False
+        layer.float().pack_weights = False
         assert torch.equal(layer(features), F.conv2d(features, layer.weight, layer.bias, padding=1))
     assert kind(layer) is kind(frozen) is None
 
 
 @torch.no_grad()
-def test_levels_of_movq_are_called_where_somebody_looks() -> None:
+def test_stages_of_movq_are_called_when_they_have_hooks() -> None:
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8, **kinds).eval()
     latents = torch.randn(1, 4, 8, 8)
@@ -268,18 +266,18 @@ def test_levels_of_movq_are_called_where_somebody_looks() -> None:
 # Norms
 
 
-@pytest.mark.parametrize("spent", [False, True])
-@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("batch", "sides"), [(1, (8, 8)), (2, (16, 24))], ids=str)
 @pytest.mark.parametrize("block", [64, 1000, 2**18])
 @torch.no_grad()
 def test_norms(
-    spent: bool, activated: bool, batch: int, sides: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+    inplace: bool, silu: bool, batch: int, sides: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_norm, "BLOCK", block)
-    monkeypatch.setattr(group_norm, "MEASURED", block)
+    monkeypatch.setattr(group_norm, "NORMALISE_BLOCK", block)
+    monkeypatch.setattr(group_norm, "STATISTICS_BLOCK", block)
     features = (torch.randn(batch, 64, *sides) * 3 + 20).contiguous(memory_format=torch.channels_last)
-    latents, after = torch.randn(batch, 4, sides[0] // 4, sides[1] // 4), F.silu if activated else lambda x: x
+    latents, after = torch.randn(batch, 4, sides[0] // 4, sides[1] // 4), F.silu if silu else lambda x: x
     plain, spatial = GroupNorm(16, 64, eps=1e-5), SpatialNorm(64, 4)
     for parameter in (*plain.parameters(), *spatial.parameters()):
         nn.init.normal_(parameter)
@@ -289,7 +287,7 @@ def test_norms(
     inner = spatial.norm_layer
     expected = [
         (lambda x, **o: plain(x, **o), normed),
-        (lambda x, **o: plain(x, modulation=(scale, shift), **o), normed * scale.double() + shift.double()),
+        (lambda x, **o: plain(x, modulation=Modulation(scale, shift), **o), normed * scale.double() + shift.double()),
         (
             lambda x, **o: spatial(x, latents, **o),
             F.group_norm(features.double(), 32, inner.weight.double(), inner.bias.double(), 1e-6) * y + b,
@@ -297,12 +295,12 @@ def test_norms(
     ]
     for call, exact in expected:
         given = features.clone(memory_format=torch.channels_last)
-        made = call(given, activated=activated, spent=spent)
+        made = call(given, silu=silu, inplace=inplace)
         assert distance(made, after(exact)) < 1e-6
-        assert (made.data_ptr() == given.data_ptr()) == spent
-        assert spent or torch.equal(given, features)
+        assert (made.data_ptr() == given.data_ptr()) == inplace
+        assert inplace or torch.equal(given, features)
         with torch.enable_grad():  # by torch, which is less exact
-            assert distance(call(features, activated=activated, spent=spent), after(exact)) < 1e-4
+            assert distance(call(features, silu=silu, inplace=inplace), after(exact)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -312,22 +310,22 @@ def test_norms(
 def test_rows_of_a_norm_may_be_taken_from_anywhere(
     places: tuple[int, int], block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_norm, "BLOCK", block)
+    monkeypatch.setattr(group_norm, "NORMALISE_BLOCK", block)
     pixels = torch.randn(2, 24, 16, 8, dtype=dtype)
     scale, shift = torch.randn(2, 2, 8, *places)
     mean, deviation = torch.randn(2, 1, 1, 8), torch.rand(2, 1, 1, 8) + 0.5
-    table = group_norm.Table((mean, deviation), scale, shift)
+    table = group_norm.ScaleShift(group_norm.GroupStatistics(mean, deviation), scale, shift)
     y, b = (F.interpolate(part, (24, 16)).double().permute(0, 2, 3, 1) for part in (scale, shift))
     exact = F.silu((pixels.double() - mean) / deviation * y + b)
     bound = 1e-6 if dtype == torch.float32 else 4e-3  # bfloat16 keeps 8 bits: 2e-3 in the mean
     for first, last in ((0, 24), (1, 23), (5, 6), (7, 18), (23, 24)):
-        made = table.apply(pixels[:, first:last], first, 24, activated=True)
+        made = table.apply(pixels[:, first:last], first, 24, silu=True)
         assert made.dtype == dtype
         assert distance(made, exact[:, first:last]) < bound
 
 
 @torch.no_grad()
-def test_norms_keep_more_digits_than_the_plain_ones_in_this_layout() -> None:
+def test_norms_are_more_precise_than_torchs_in_channels_last() -> None:
     features = (torch.randn(1, 64, 64, 64) + 10).contiguous(memory_format=torch.channels_last)
     norm = GroupNorm(16, 64, eps=1e-5)
     exact = F.group_norm(features.double(), 16)
@@ -338,8 +336,8 @@ def test_norms_keep_more_digits_than_the_plain_ones_in_this_layout() -> None:
 def test_norms_in_bfloat16() -> None:
     features = (torch.randn(2, 64, 16, 16) + 2).bfloat16().contiguous(memory_format=torch.channels_last)
     norm = GroupNorm(16, 64, eps=1e-5).bfloat16()
-    for spent in (False, True):
-        made = norm(features.clone(memory_format=torch.channels_last), activated=True, spent=spent)
+    for inplace in (False, True):
+        made = norm(features.clone(memory_format=torch.channels_last), silu=True, inplace=inplace)
         assert made.dtype == torch.bfloat16
         assert distance(made, F.silu(F.group_norm(features.double(), 16))) < 0.005
 
@@ -363,12 +361,12 @@ def test_blocks_with_and_without_gradients_agree(resample: str | None) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 40, 16), (2, 3, 300, 8), (1, 2, 17, 512)], ids=str)
 @torch.no_grad()
 def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "WEIGHTS", weights * shape[2])
+    monkeypatch.setattr(attention, "CHUNK_WEIGHTS", weights * shape[2])
     query = torch.randn(shape)
     key, value = torch.randn(2, *shape[:2], shape[2] + 5, shape[3])
     key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (key, value))
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    assert attention.suits(query, key, value)
+    assert attention.is_supported(query, key, value)
     assert distance(attention.attention(query, key, value), exact) < 1e-5
     halves = [part.bfloat16() for part in (query, key, value)]
     assert attention.attention(*halves).dtype == torch.bfloat16
@@ -379,29 +377,29 @@ def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pyte
 
 
 @torch.no_grad()
-def test_all_of_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8,
-                   down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-                   up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D")).eval()  # fmt: skip
+def test_all_of_it_can_be_switched_off() -> None:
+    movq = VQModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        num_vq_embeddings=8,
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+    ).eval()
     latents = torch.randn(1, 4, 8, 8)
     fast = movq.decode(latents, return_dict=False)[0]
     kinds = {kind(module) for module in movq.modules()}
-    assert {"convolution", "winograd", "doubled"} <= kinds or not linear.DTYPES
-    monkeypatch.setattr(group_norm, "enabled", False)
-    monkeypatch.setattr(attention, "enabled", False)
-    for kind_of_layer in (Conv2d, Linear):
-        monkeypatch.setattr(kind_of_layer, "packing", False)
-    monkeypatch.setattr(DirectLinear, "direct", False)
+    assert {"conv", "winograd", "fused_upsample"} <= kinds or not linear.ONEDNN_DTYPES
     plain = copy.deepcopy(movq)
-    assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
+    with optimisations(**dict.fromkeys(NAMES, False)):
+        assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
     assert {kind(module) for module in plain.modules() if isinstance(module, Conv2d)} == {None}
 
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 24), (64, 28), (128, 14), (128, 32)])
-def test_a_picture_does_not_depend_on_how_many_there_are(
+def test_results_are_equal_bit_for_bit_in_every_batch(
     channels: int, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conv, "WORTHWHILE", WORTHWHILE)
+    monkeypatch.setattr(conv, "MIN_MULTIPLICATIONS", MIN_MULTIPLICATIONS)
     layer = Conv2d(channels, channels, 3, padding=1)
     features = torch.randn(2, channels, side, side)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Names of precisions, and what "auto" means where."""
+"""Names of dtypes, and the meaning of "auto" per device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kandinsky22.runtime.device import computes_bfloat16, resolve_dtype
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
-def test_unasked_a_cpu_computes_in_float32_and_cuda_in_float16() -> None:
-    assert [resolve_dtype(None, place) for place in (CPU, MPS, CUDA)] == [torch.float32, torch.float32, torch.float16]
+def test_default_precision_is_float32_on_cpus_and_float16_on_cuda() -> None:
+    assert [resolve_dtype(None, target) for target in (CPU, MPS, CUDA)] == [torch.float32, torch.float32, torch.float16]
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -27,14 +27,16 @@ def test_auto_is_the_fastest_type_that_the_device_has(monkeypatch: pytest.Monkey
     ("flags", "native"),
     [({"avx512_bf16"}, True), ({"amx_tile"}, True), ({"avx512", "avx2"}, False), (set[str](), False)],
 )
-def test_x86_processors_say_what_they_have(monkeypatch: pytest.MonkeyPatch, flags: set[str], native: bool) -> None:
+def test_bfloat16_support_is_read_from_x86_flags(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], native: bool
+) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in flags, raising=False)
     assert computes_bfloat16() is native
 
 
-def test_releases_of_torch_that_cannot_tell_mean_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_support_is_false_on_releases_of_torch_without_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "AMD64")
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)

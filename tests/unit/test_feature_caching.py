@@ -1,4 +1,4 @@
-"""Feature caching in the UNet: which levels run, with which features, and that nothing else changes."""
+"""Feature caching in the UNet: levels that run, cached features, and unchanged results elsewhere."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def network(variant: str = "plain") -> UNet2DConditionModel:
 
 
 def inputs(rows: int = 2) -> tuple[list[Tensor], Tensor]:
-    """Latents of four steps, and embeddings."""
+    """Return latents of four steps, and embeddings."""
     torch.manual_seed(1)
     return [torch.randn(rows, 4, 8, 12) for _ in range(4)], torch.randn(rows, 24)
 
 
 @torch.no_grad()
-def test_with_every_1_all_steps_are_those_without_a_cache() -> None:
+def test_caching_with_every_1_equals_no_cache() -> None:
     unet, (samples, embeds) = network(), inputs()
     condition, cache = unet.encode_condition(embeds), FeatureCache(every=1)
     for index, sample in enumerate(samples):
@@ -60,21 +60,21 @@ def test_with_every_1_all_steps_are_those_without_a_cache() -> None:
 def test_between_full_steps_the_outer_levels_go_on_with_the_features_of_the_last_one(variant: str, levels: int) -> None:
     unet, (samples, embeds) = network(variant), inputs()
     condition, entered = unet.encode_condition(embeds), unet.up_blocks[-levels]
-    seen: list[Tensor] = []
-    handle = entered.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inner_features: list[Tensor] = []
+    handle = entered.register_forward_pre_hook(lambda _, args: inner_features.append(args[0]))
     expected_full = unet.denoise(samples[0], 900, condition)
     handle.remove()
-    # a step in full, whose inner levels are overruled by the features of the step before
-    handle = entered.register_forward_pre_hook(lambda _, args: (seen[0], *args[1:]))
+    # A full step whose inner features are replaced by those of the step before.
+    handle = entered.register_forward_pre_hook(lambda _, args: (inner_features[0], *args[1:]))
     expected_between = [unet.denoise(samples[index], 900 - index, condition) for index in (1, 2)]
     handle.remove()
 
     cache = FeatureCache(every=3, levels=levels)
     assert torch.equal(unet.denoise(samples[0], 900, condition, cache), expected_full)
     for index in (1, 2):
-        made = unet.denoise(samples[index], 900 - index, condition, cache)
-        assert torch.equal(made, expected_between[index - 1])
-        assert not torch.equal(made, unet.denoise(samples[index], 900 - index, condition))
+        result = unet.denoise(samples[index], 900 - index, condition, cache)
+        assert torch.equal(result, expected_between[index - 1])
+        assert not torch.equal(result, unet.denoise(samples[index], 900 - index, condition))
     assert torch.equal(
         unet.denoise(samples[3], 897, condition, cache), unet.denoise(samples[3], 897, condition)
     )  # full again
@@ -87,7 +87,7 @@ def test_levels_that_are_not_needed_do_not_run(levels: int, ran: list[int]) -> N
     condition, cache = unet.encode_condition(embeds), FeatureCache(every=2, levels=levels)
     unet.denoise(samples[0], 900, condition, cache)
     counts = [0] * 7
-    for index, level in enumerate(unet._levels()):
+    for index, level in enumerate(unet._stages()):
         level.register_forward_hook(lambda *_, index=index: counts.__setitem__(index, counts[index] + 1))
     halved: list[int] = []
     unet.down_blocks[levels - 1].downsamplers.register_forward_hook(lambda *_: halved.append(1))
@@ -102,15 +102,15 @@ def test_a_cache_serves_one_batch_and_leaves_levels_to_skip() -> None:
     unet, (samples, embeds) = network(), inputs()
     condition, cache = unet.encode_condition(embeds), FeatureCache(every=2)
     unet.denoise(samples[0], 900, condition, cache)
-    with pytest.raises(InputError, match="sample has 1 rows, its FeatureCache serves 2"):
+    with pytest.raises(InputError, match=r"len\(sample\)=1 is invalid: expected 2, .* in the FeatureCache"):
         unet.denoise(samples[1][:1], 800, unet.encode_condition(embeds[:1]), cache)
-    with pytest.raises(InputError, match=r"levels=3: this UNet has 3 levels; accepted: 1 to 2"):
+    with pytest.raises(InputError, match=r"levels=3 is invalid: expected an integer from 1 to 2: this UNet has 3 resolution levels"):
         unet.denoise(samples[0], 900, condition, FeatureCache(every=2, levels=3))
 
 
 @torch.no_grad()
-def test_caches_do_not_know_of_each_other() -> None:
-    """Two series of steps taken in turns are what each is alone."""
+def test_feature_caches_are_independent() -> None:
+    """Two interleaved series of steps equal each series alone."""
     unet, (samples, embeds) = network(), inputs()
     conditions = [unet.encode_condition(embeds), unet.encode_condition(-embeds)]
 

@@ -1,4 +1,4 @@
-"""The arithmetic of guidance, its options, and which values they refuse."""
+"""Arithmetic of guidance, its options and their refused values."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ NO_NUMBERS = st.sampled_from([None, "1", True, math.nan, math.inf, [1.0], 1j])
 
 
 def halves(rows: int = 2, channels: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A network's output for unconditional and conditional rows, and what it was shown."""
+    """Return a network's output for unconditional and conditional rows, and its input."""
     generator = torch.Generator().manual_seed(seed)
     output = torch.randn(2 * rows, channels, 6, 6, generator=generator)
     return output, torch.randn(rows, 4, 6, 6, generator=generator)
 
 
 def scheduler(kind: str = "epsilon") -> Any:
-    made = schedulers.DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
-    made.set_timesteps(10)
-    return made
+    noise_scheduler = schedulers.DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
+    noise_scheduler.set_timesteps(10)
+    return noise_scheduler
 
 
-def combine(guidance: Guidance, output: Tensor, seen: Tensor, kind: str = "epsilon", timestep: Any = 500) -> Tensor:
-    return guidance.combine(output, seen, scheduler(kind), timestep)
+def combine(
+    guidance: Guidance, output: Tensor, model_input: Tensor, kind: str = "epsilon", timestep: Any = 500
+) -> Tensor:
+    return guidance.combine(output, model_input, scheduler(kind), timestep)
 
 
 def test_the_variance_is_left_to_the_conditional_half() -> None:
@@ -53,20 +55,20 @@ def test_the_variance_is_left_to_the_conditional_half() -> None:
 @given(rescale=FRACTIONS, scale=st.floats(1.01, 30), rows=st.integers(1, 3), seed=st.integers(0, 1000))
 def test_rescaling_equals_the_reference(rescale: float, scale: float, rows: int, seed: int) -> None:
     """To 1e-5 of the numbers' size, which grows with the scale."""
-    output, seen = halves(rows, seed=seed)
-    result = combine(Guidance(scale, rescale), output, seen)
-    base, wanted = (half[:, :4] for half in output.chunk(2))
-    expected = rescale_noise_cfg(base + scale * (wanted - base), wanted, guidance_rescale=rescale)
+    output, model_input = halves(rows, seed=seed)
+    result = combine(Guidance(scale, rescale), output, model_input)
+    base, conditional = (half[:, :4] for half in output.chunk(2))
+    expected = rescale_noise_cfg(base + scale * (conditional - base), conditional, guidance_rescale=rescale)
     torch.testing.assert_close(result[:, :4], expected, rtol=1e-5, atol=1e-5 * scale)
     assert torch.equal(result[:, 4:], output[rows:, 4:])
 
 
 def test_rescaled_in_full_each_sample_has_the_deviation_of_its_condition() -> None:
-    output, seen = halves(3)
+    output, model_input = halves(3)
     output[4] *= 5
-    result = combine(Guidance(9.0, 1.0), output, seen)[:, :4]
+    result = combine(Guidance(9.0, 1.0), output, model_input)[:, :4]
     torch.testing.assert_close(result.std(dim=(1, 2, 3)), output[3:, :4].std(dim=(1, 2, 3)))
-    embeds = torch.randn(4, 64)  # the prior's predictions have no places
+    embeds = torch.randn(4, 64)  # the prior's predictions have no spatial positions
     result = combine(Guidance(9.0, 1.0), embeds, torch.randn(2, 64))
     torch.testing.assert_close(result.std(dim=1), embeds[2:].std(dim=1))
 
@@ -81,42 +83,46 @@ def test_predictions_without_any_deviation_stay_finite(dtype: torch.dtype) -> No
 # The threshold
 
 
-def clean(prediction: Tensor, seen: Tensor, kind: str, timestep: int) -> Tensor:
-    """The clean sample that a prediction implies, from the definitions, in double precision."""
-    kept = float(scheduler().alphas_cumprod[timestep])
-    signal, noise, prediction, seen = kept**0.5, (1 - kept) ** 0.5, prediction.double(), seen.double()
+def clean(prediction: Tensor, model_input: Tensor, kind: str, timestep: int) -> Tensor:
+    """Return the clean sample that a prediction implies by definition, in double precision."""
+    alpha = float(scheduler().alphas_cumprod[timestep])
+    signal, noise, prediction, model_input = alpha**0.5, (1 - alpha) ** 0.5, prediction.double(), model_input.double()
     if kind == "sample":
         return prediction
-    return (seen - noise * prediction) / signal if kind == "epsilon" else signal * seen - noise * prediction
+    return (
+        (model_input - noise * prediction) / signal if kind == "epsilon" else signal * model_input - noise * prediction
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("timestep", [10, 500, 950])
 @pytest.mark.parametrize("ratio", [0.8, 0.995, 1.0])
 def test_the_threshold_is_that_of_the_conditional_clean_sample(kind: str, timestep: int, ratio: float) -> None:
-    output, seen = halves(3, seed=timestep)
-    output[1] = output[4]  # a sample in which guidance has nothing to do
-    result = clean(combine(Guidance(6.0, threshold=ratio), output, seen, kind, timestep)[:, :4], seen, kind, timestep)
-    plain = clean(combine(Guidance(6.0), output, seen)[:, :4], seen, kind, timestep)
-    wanted = clean(output[3:, :4], seen, kind, timestep)
+    output, model_input = halves(3, seed=timestep)
+    output[1] = output[4]  # a sample whose two predictions are equal
+    result = clean(
+        combine(Guidance(6.0, threshold=ratio), output, model_input, kind, timestep)[:, :4], model_input, kind, timestep
+    )
+    unlimited = clean(combine(Guidance(6.0), output, model_input)[:, :4], model_input, kind, timestep)
+    conditional = clean(output[3:, :4], model_input, kind, timestep)
     for row in range(3):
-        size, range_ = (float(torch.quantile(each[row].abs(), ratio)) for each in (plain, wanted))
+        size, range_ = (float(torch.quantile(each[row].abs(), ratio)) for each in (unlimited, conditional))
         limit = max(size, range_)
-        expected = plain[row].clamp(-limit, limit) * (range_ / limit)
+        expected = unlimited[row].clamp(-limit, limit) * (range_ / limit)
         torch.testing.assert_close(result[row], expected, rtol=1e-4, atol=1e-4 * range_)
         assert float(result[row].abs().max()) <= range_ * 1.001
-    torch.testing.assert_close(plain[1], wanted[1])
+    torch.testing.assert_close(unlimited[1], conditional[1])
 
 
 def test_thresholds_of_half_precision_are_computed_in_single() -> None:
-    output, seen = halves()
-    exact = combine(Guidance(8.0, threshold=0.95), output, seen)
-    rounded = combine(Guidance(8.0, threshold=0.95), output.bfloat16(), seen.bfloat16())
+    output, model_input = halves()
+    exact = combine(Guidance(8.0, threshold=0.95), output, model_input)
+    rounded = combine(Guidance(8.0, threshold=0.95), output.bfloat16(), model_input.bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert float((exact - rounded.float()).abs().max()) < 0.03 * float(exact.abs().max())
 
 
-# without consistency models, whose clean samples have boundary conditions of their own
+# Consistency models are left out, because their clean samples have other boundary conditions.
 SOLVERS = sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput", "LCMScheduler"})
 
 
@@ -125,31 +131,31 @@ SOLVERS = sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput", "LCMSc
     [(name, kind) for name in SOLVERS for kind in KINDS if (name, kind) != ("UnCLIPScheduler", "v_prediction")],
 )
 def test_clean_samples_are_those_the_schedulers_predict(name: str, kind: str) -> None:
-    """Whatever way a scheduler goes, whole timesteps or between, clean samples follow from what the network saw."""
-    made = getattr(schedulers, name)(prediction_type=kind)
-    made.set_timesteps(7)
-    sample = made.init_noise_sigma * torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    timestep = made.timesteps[0]
-    seen = made.scale_model_input(sample, timestep)
-    prediction = torch.tanh(seen)
-    carried, factor = clean_weights(made, timestep)
-    step = made.step(prediction, timestep, sample)
-    limited = made.config.get("clip_sample") or made.config.get("thresholding")
-    own = carried * seen + factor * prediction
+    """Clean samples follow from the model input, at integer timesteps and in between."""
+    noise_scheduler = getattr(schedulers, name)(prediction_type=kind)
+    noise_scheduler.set_timesteps(7)
+    sample = noise_scheduler.init_noise_sigma * torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    timestep = noise_scheduler.timesteps[0]
+    model_input = noise_scheduler.scale_model_input(sample, timestep)
+    prediction = torch.tanh(model_input)
+    carried, factor = clean_weights(noise_scheduler, timestep)
+    step = noise_scheduler.step(prediction, timestep, sample)
+    limited = noise_scheduler.config.get("clip_sample") or noise_scheduler.config.get("thresholding")
+    clean_sample = carried * model_input + factor * prediction
     expected = step.pred_original_sample
     assert expected is not None
-    torch.testing.assert_close(own.clamp(-1, 1) if limited else own, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(clean_sample.clamp(-1, 1) if limited else clean_sample, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("timestep", [0, 999, 333.25])
 def test_pure_noise_and_fractions_of_timesteps(timestep: float) -> None:
-    made = schedulers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    assert all(math.isfinite(weight) for weight in clean_weights(made, torch.tensor(timestep)))
-    output, seen = halves()
-    assert torch.isfinite(Guidance(5.0, threshold=0.9).combine(output, seen, made, timestep)).all()
+    noise_scheduler = schedulers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert all(math.isfinite(weight) for weight in clean_weights(noise_scheduler, torch.tensor(timestep)))
+    output, model_input = halves()
+    assert torch.isfinite(Guidance(5.0, threshold=0.9).combine(output, model_input, noise_scheduler, timestep)).all()
 
 
-def test_schedulers_that_tell_no_clean_sample_are_refused_by_name() -> None:
+def test_schedulers_without_clean_samples_are_refused_by_name() -> None:
     matching = diffusers.FlowMatchEulerDiscreteScheduler()
     matching.set_timesteps(3)
     matching.register_to_config(prediction_type="flow_prediction")
@@ -183,7 +189,7 @@ def test_an_interval_has_its_beginning_and_not_its_end(start: float, end: float,
     name=st.sampled_from(["scale", "rescale", "threshold"]),
     value=NO_NUMBERS | st.floats(max_value=0, exclude_max=True) | st.floats(min_value=1, exclude_min=True),
 )
-def test_numbers_out_of_range_are_named(name: str, value: Any) -> None:
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     number = isinstance(value, float) and math.isfinite(value)
     if (name == "scale" and number) or (name == "threshold" and value is None):
         assert getattr(Guidance(**{"scale": 4.0, name: value}), name) == value
@@ -194,10 +200,24 @@ def test_numbers_out_of_range_are_named(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "interval",
-    [0.5, "01", (), (0.1,), (0.1, 0.5, 0.9), (0.5, 0.5), (0.9, 0.1), (-0.1, 0.5), (0.5, 1.1), (0, math.nan),
-     (None, 1), ("0", "1"), (False, True), {0.1, 0.5}],
-)  # fmt: skip
-def test_intervals_that_make_no_sense(interval: Any) -> None:
+    [
+        0.5,
+        "01",
+        (),
+        (0.1,),
+        (0.1, 0.5, 0.9),
+        (0.5, 0.5),
+        (0.9, 0.1),
+        (-0.1, 0.5),
+        (0.5, 1.1),
+        (0, math.nan),
+        (None, 1),
+        ("0", "1"),
+        (False, True),
+        {0.1, 0.5},
+    ],
+)
+def test_invalid_intervals_are_refused(interval: Any) -> None:
     with pytest.raises(InputError, match="guidance_interval="):
         Guidance(4.0, interval=interval)
 

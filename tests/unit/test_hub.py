@@ -1,4 +1,4 @@
-"""Where checkpoints come from, tried against a small Hub of our own on this machine."""
+"""Sources of checkpoints, tested against a small Hub server on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the folders of `root` as repositories owner/name, and notes the files that were fetched."""
+    """Serves the folders of `root` as repositories owner/name, and lists the files that were fetched."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -125,7 +125,9 @@ def test_bin_files_on_request(server: Hub, tmp_path: Path) -> None:
     assert sorted(server.fetched) == ["movq/config.json", "movq/diffusion_pytorch_model.bin"]
 
 
-def test_the_cache_serves_when_the_hub_does_not(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_files_are_used_when_the_hub_is_down(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load(tmp_path / "cache")
     server.up = False
     server.fetched.clear()
@@ -136,7 +138,7 @@ def test_the_cache_serves_when_the_hub_does_not(server: Hub, tmp_path: Path, mon
     assert not server.fetched
 
 
-def test_what_the_hub_does_not_have(server: Hub, tmp_path: Path) -> None:
+def test_missing_hub_files_are_reported(server: Hub, tmp_path: Path) -> None:
     for name, options, named in (
         ("someone/nothing", {}, "someone/nothing"),
         ("someone/picture", {"revision": "v9"}, "v9"),
@@ -189,16 +191,18 @@ def test_the_prior_named_in_a_card(card: str, tmp_path: Path) -> None:
 
 
 def test_the_prior_named_on_the_hub(server: Hub, tmp_path: Path) -> None:
-    found = hub.CheckpointSource("someone/picture", cache_dir=tmp_path, token="hf_x", revision="main").matching_prior()
-    assert found == hub.CheckpointSource("someone/prior", cache_dir=tmp_path, token="hf_x")
+    prior_source = hub.CheckpointSource(
+        "someone/picture", cache_dir=tmp_path, token="hf_x", revision="main"
+    ).matching_prior()
+    assert prior_source == hub.CheckpointSource("someone/prior", cache_dir=tmp_path, token="hf_x")
     assert server.fetched == ["README.md"]
 
 
-@pytest.mark.parametrize("place", ["k-decoder/prior", "prior", "k-prior"])
-def test_the_prior_in_a_folder_nearby(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder_name", ["k-decoder/prior", "prior", "k-prior"])
+def test_the_prior_in_a_folder_nearby(folder_name: str, tmp_path: Path) -> None:
     (tmp_path / "k-decoder").mkdir()
     with pytest.raises(CheckpointError, match="prior="):
         hub.CheckpointSource(tmp_path / "k-decoder").matching_prior()
-    (tmp_path / place).mkdir()
-    (tmp_path / place / "model_index.json").write_text("{}")
-    assert hub.CheckpointSource(tmp_path / "k-decoder").matching_prior().name == (tmp_path / place).resolve()
+    (tmp_path / folder_name).mkdir()
+    (tmp_path / folder_name / "model_index.json").write_text("{}")
+    assert hub.CheckpointSource(tmp_path / "k-decoder").matching_prior().name == (tmp_path / folder_name).resolve()

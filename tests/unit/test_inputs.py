@@ -1,4 +1,4 @@
-"""Pictures in and out."""
+"""Reading of input pictures and conversion of outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kandinsky22.inputs.validation import image_embeddings
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """Three by two pixels, to be shown turned by a quarter."""
+    """A picture of three by two pixels whose EXIF entry asks for a rotation by 90 degrees."""
     pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 10
     image = PIL.Image.fromarray(pixels)
     exif = image.getexif()
@@ -32,7 +32,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def address(picture: Path) -> Iterator[str]:
-    """An http address that serves the folder of the picture."""
+    """An HTTP address that serves the folder of the picture."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -46,11 +46,11 @@ def address(picture: Path) -> Iterator[str]:
 
 
 def test_load_image_from_anywhere(picture: Path, address: str) -> None:
-    turned = np.rot90(np.asarray(PIL.Image.open(picture)), k=-1)
-    for place in (picture, str(picture), f"{address}/picture.png", PIL.Image.open(picture)):
-        image = load_image(place)
+    rotated = np.rot90(np.asarray(PIL.Image.open(picture)), k=-1)
+    for source in (picture, str(picture), f"{address}/picture.png", PIL.Image.open(picture)):
+        image = load_image(source)
         assert image.mode == "RGB"
-        assert np.array_equal(np.asarray(image), turned)
+        assert np.array_equal(np.asarray(image), rotated)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
@@ -65,9 +65,9 @@ def test_load_image_converts_as_told(picture: Path) -> None:
 def test_load_image_reports_what_it_cannot_read(picture: Path, address: str, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:60])
-    for place in ("nowhere.png", tmp_path, tmp_path / "text.png", tmp_path / "cut.png", f"{address}/nowhere.png"):
-        with pytest.raises(InputError, match="image=.* cannot be read: "):
-            load_image(place)
+    for source in ("nowhere.png", tmp_path, tmp_path / "text.png", tmp_path / "cut.png", f"{address}/nowhere.png"):
+        with pytest.raises(InputError, match=r"image=.* cannot be read: "):
+            load_image(source)
     with pytest.raises(
         InputError,
         match=r"image=<ndarray float64 \(4, 4, 3\)> is invalid: expected a path, an http\(s\) URL or a PIL image",

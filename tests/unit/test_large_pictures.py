@@ -1,4 +1,4 @@
-"""Tiled encoding and decoding give what the whole picture gives, in less memory."""
+"""Tiled encoding and decoding equal the untiled results and need less memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CONFIG: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def movq() -> VQModel:
     torch.manual_seed(0)
-    made = VQModel(**CONFIG).eval()
-    for parameter in made.parameters():
+    result = VQModel(**CONFIG).eval()
+    for parameter in result.parameters():
         nn.init.normal_(parameter, std=0.15)
-    return made
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def encoded(movq: VQModel, pictures: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (6, 9)], ids=str)
 @torch.no_grad()
 def test_tiling_is_exact(movq: VQModel, numbers: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movq_tiling, "NUMBERS", numbers)
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", numbers)
     latents, pictures = torch.randn(2, 4, *size), torch.randn(2, 3, 4 * size[0], 4 * size[1])
     exact = copy.deepcopy(movq).double()
     movq.enable_tiling()
@@ -71,32 +71,32 @@ def test_tiling_is_exact(movq: VQModel, numbers: int, size: tuple[int, int], mon
 
 @torch.no_grad()
 def test_networks_of_one_level_are_tiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
     small = VQModel(
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)
     ).eval()
     latents, pictures = torch.randn(1, 4, 40, 16), torch.randn(1, 3, 40, 16)
-    plain = decoded(small, latents), encoded(small, pictures)
+    untiled = decoded(small, latents), encoded(small, pictures)
     small.enable_tiling()
-    assert distance(decoded(small, latents), plain[0]) < 5e-6
-    assert distance(encoded(small, pictures), plain[1]) < 5e-6
+    assert distance(decoded(small, latents), untiled[0]) < 5e-6
+    assert distance(encoded(small, pictures), untiled[1]) < 5e-6
 
 
 @pytest.mark.gpu
 @torch.no_grad()
 def test_tiling_on_an_accelerator(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
     other = copy.deepcopy(movq).cuda()
     latents, pictures = torch.randn(2, 4, 16, 16).cuda(), torch.randn(2, 3, 64, 64).cuda()
-    plain = decoded(other, latents), encoded(other, pictures)
+    untiled = decoded(other, latents), encoded(other, pictures)
     other.enable_tiling()
-    assert distance(decoded(other, latents), plain[0]) < 1e-3
-    assert distance(encoded(other, pictures), plain[1]) < 1e-3
+    assert distance(decoded(other, latents), untiled[0]) < 1e-3
+    assert distance(encoded(other, pictures), untiled[1]) < 1e-3
 
 
 @torch.no_grad()
 def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
     heights: list[int] = []
     conv = movq.decoder.conv_out.register_forward_hook(lambda _, args, __: heights.append(args[0].shape[2]))
     movq.enable_tiling()
@@ -109,20 +109,20 @@ def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pyt
 
 @pytest.mark.parametrize("sides", [(16, 40), (17, 16), (18, 16), (5, 16)], ids=str)
 def test_rows_at_the_edges_of_bands_are_inside_another(sides: tuple[int, int]) -> None:
-    whole = movq_tiling.Whole(torch.zeros(1, 1, *sides))
+    whole = movq_tiling.TensorRows(torch.zeros(1, 1, *sides))
     for size in (4, 8, 16):
-        made, last = [], 0
+        result, last = [], 0
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(movq_tiling, "_size", lambda shape, size=size: min(size, shape[2]))
-            for first, end in movq_tiling._bands(whole):
+            patch.setattr(movq_tiling, "_band_height", lambda shape, size=size: min(size, shape[2]))
+            for first, end in movq_tiling._bands(whole.shape):
                 assert first == 0 or first <= last - 2
-                made += range(first + (first > 0), end - (end < sides[0]))
+                result += range(first + (first > 0), end - (end < sides[0]))
                 last = end
-        assert set(made) == set(range(sides[0]))
+        assert set(result) == set(range(sides[0]))
 
 
 class Memory(TorchDispatchMode):
-    """Follows how many bytes of tensors there are at once."""
+    """Tracks the bytes of all live tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,11 +130,11 @@ class Memory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else (made,):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and not tensor.is_mkldnn:  # those cannot be asked; packed keys are small here
                 self._count(tensor.untyped_storage())
-        return made
+        return result
 
     def _count(self, storage: Any) -> None:
         address = storage._cdata
@@ -159,30 +159,30 @@ def most(call: Callable[[], Any]) -> int:
 
 @torch.no_grad()
 def test_tiling_takes_less_memory(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
-    monkeypatch.setattr(movq_tiling, "STEP", 1)
-    monkeypatch.setattr(attention, "WEIGHTS", 2**16)  # otherwise as much as these small features
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
+    monkeypatch.setattr(movq_tiling, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(attention, "CHUNK_WEIGHTS", 2**16)  # otherwise as much as these small features
     latents, pictures = torch.randn(1, 4, 48, 16), torch.randn(1, 3, 192, 64)
     for call in (lambda: decoded(movq, latents), lambda: encoded(movq, pictures)):
         call()  # weights are packed
-        plain = most(call)
+        untiled = most(call)
         movq.enable_tiling()
         call()
         tiled = most(call)
         movq.disable_tiling()
-        whole = 32 * 192 * 64 * 4  # features at the size of the picture
-        assert tiled < 3.1 * whole < plain  # what enters a block, what it makes, and tables of a sixteenth
+        features_size = 32 * 192 * 64 * 4  # bytes of features at the picture's resolution
+        assert tiled < 3.1 * features_size < untiled  # input and output of a block, and modulations of a sixteenth
 
 
 @torch.no_grad()
 def test_slicing_is_exact(movq: VQModel) -> None:
     latents, pictures = torch.randn(3, 4, 8, 8), torch.randn(3, 3, 32, 32)
-    plain = decoded(movq, latents), encoded(movq, pictures)
+    untiled = decoded(movq, latents), encoded(movq, pictures)
     rows: list[int] = []
     hook = movq.decoder.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     movq.enable_slicing()
-    assert distance(decoded(movq, latents), plain[0]) < 5e-6
-    assert distance(encoded(movq, pictures), plain[1]) < 5e-6
+    assert distance(decoded(movq, latents), untiled[0]) < 5e-6
+    assert distance(encoded(movq, pictures), untiled[1]) < 5e-6
     hook.remove()
     assert rows == [1, 1, 1]
 
@@ -196,23 +196,23 @@ def test_training_is_not_tiled(movq: VQModel) -> None:
 
 @torch.no_grad()
 def test_tiling_in_bfloat16(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
     half, latents = copy.deepcopy(movq).bfloat16(), torch.randn(1, 4, 16, 16).bfloat16()
     exact = decoded(movq, latents.float())
-    plain = decoded(half, latents)
+    untiled = decoded(half, latents)
     half.enable_tiling()
     tiled = decoded(half, latents)
     assert tiled.dtype == torch.bfloat16
-    assert (tiled - exact).square().mean() < 1.2 * (plain - exact).square().mean()
+    assert (tiled - exact).square().mean() < 1.2 * (untiled - exact).square().mean()
 
 
 @torch.no_grad()
 def test_tiling_of_an_offloaded_network(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
-    monkeypatch.setattr(movq_tiling, "NUMBERS", 2**8)
+    monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
     other, latents = copy.deepcopy(movq), torch.randn(1, 4, 16, 16)
-    plain = decoded(movq, latents)
+    untiled = decoded(movq, latents)
     other.enable_tiling()
     device_offload.SequentialOffload(other, torch.device("cpu"))
     assert all(parameter.is_meta for parameter in other.parameters())
-    assert distance(decoded(other, latents), plain) < 1e-5
+    assert distance(decoded(other, latents), untiled) < 1e-5

@@ -1,4 +1,4 @@
-"""Masks at latent size: the reference's loops over pixels and ours say the same."""
+"""Masks at latent size equal those of the reference's loops over pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kandinsky22.inputs.masks import masks_to_tensor, unmasked_latents
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (7, 4), (16, 16)])
 def test_kept_latents(size: tuple[int, int], share: float) -> None:
     repainted = (torch.rand(3, 1, 8 * size[0], 8 * size[1]) < share).float()
-    expected = prepare_mask(F.interpolate(1 - repainted, size))  # works in place, on what interpolate made
+    expected = prepare_mask(F.interpolate(1 - repainted, size))  # in place, on the result of interpolate
     before = repainted.clone()
     assert torch.equal(unmasked_latents(repainted, size), expected)
     assert torch.equal(repainted, before)
@@ -33,6 +33,6 @@ def test_one_pixel_takes_six_neighbours() -> None:
 
 
 def test_masks_of_a_list_are_stacked() -> None:
-    made = masks_to_tensor("mask_image", [torch.ones(2, 4, 4), torch.zeros(4, 4), torch.eye(4)[None, None]], (4, 4))
-    assert made.shape == (4, 1, 4, 4)
-    assert made.sum(dim=(1, 2, 3)).tolist() == [16, 16, 0, 4]
+    masks = masks_to_tensor("mask_image", [torch.ones(2, 4, 4), torch.zeros(4, 4), torch.eye(4)[None, None]], (4, 4))
+    assert masks.shape == (4, 1, 4, 4)
+    assert masks.sum(dim=(1, 2, 3)).tolist() == [16, 16, 0, 4]

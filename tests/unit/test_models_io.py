@@ -1,4 +1,4 @@
-"""Networks and their files: exchange with the reference, formats, and every way a checkpoint can be wrong."""
+"""Files of networks: exchange with the reference, formats, and damaged or wrong checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def saved(model: VQModel, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("ours", "theirs", "config"), PAIRS, ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "40KB"}, {"safe_serialization": False, "variant": "fp16"}])
-def test_what_the_reference_saves_loads_here(
+def test_checkpoints_of_the_reference_load(
     ours: Any, theirs: Any, config: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     oracle = theirs(**config)
@@ -55,12 +55,12 @@ def test_what_the_reference_saves_loads_here(
     "options",
     [{}, {"max_shard_size": "40KB", "variant": "fp16"}, {"max_shard_size": 40_000, "safe_serialization": False}],
 )
-def test_what_is_saved_here_loads_in_the_reference(
+def test_saved_checkpoints_load_in_the_reference(
     ours: Any, theirs: Any, config: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = ours(**config)
     model.save_pretrained(tmp_path, **options)
-    safe = options.get("safe_serialization")  # the reference looks for sharded .bin files only when told to
+    safe = options.get("safe_serialization")  # the reference reads sharded .bin files only on request
     loaded = theirs.from_pretrained(tmp_path, variant=options.get("variant"), use_safetensors=safe)
     assert_same_weights(model, loaded)
     assert all(loaded.config[name] == value or loaded.config[name] == list(value) for name, value in config.items())
@@ -152,7 +152,7 @@ def test_bin_files_never_run_code(saved: Path, capsys: pytest.CaptureFixture[str
 
 
 def damage(folder: Path, how: str) -> str:
-    """Damage a saved network; what the error has to name."""
+    """Damage a saved network and return what the error must name."""
     file, config = folder / SINGLE, folder / "config.json"
     if how in ("truncated", "empty", "noise"):
         content = file.read_bytes()
@@ -173,7 +173,7 @@ def damage(folder: Path, how: str) -> str:
         *("config missing", "config truncated", "config empty", "config a list", "config not text"),
     ],
 )
-def test_damage_is_named(how: str, saved: Path) -> None:
+def test_damaged_files_are_named(how: str, saved: Path) -> None:
     named = damage(saved, how)
     with pytest.raises(CheckpointError, match=named) as raised:
         VQModel.from_pretrained(saved)
@@ -181,7 +181,7 @@ def test_damage_is_named(how: str, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not much", b"noise" * 50])
-def test_damaged_bin_files(content: bytes, saved: Path) -> None:
+def test_damaged_bin_files_are_named(content: bytes, saved: Path) -> None:
     (saved / SINGLE).unlink()
     (saved / "diffusion_pytorch_model.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin"):
@@ -196,8 +196,8 @@ def test_missing_shards_and_bad_indices(model: VQModel, tmp_path: Path) -> None:
     (tmp_path / shard).rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=shard):
         VQModel.from_pretrained(tmp_path)
-    for places in ({"a": "../../etc/passwd"}, {"a": 3}, None):
-        index.write_text(json.dumps({"weight_map": places}))
+    for weight_map in ({"a": "../../etc/passwd"}, {"a": 3}, None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=r"index\.json"):
             VQModel.from_pretrained(tmp_path)
 
@@ -232,7 +232,7 @@ def test_wrong_configs(saved: Path) -> None:
             VQModel.from_pretrained(saved)
 
 
-def test_a_config_of_another_size_is_told_by_shapes(saved: Path) -> None:
+def test_configs_of_another_size_are_reported_by_shapes(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "block_out_channels": [64, 64]}))
     with pytest.raises(CheckpointError, match="of the wrong shape"):
@@ -240,7 +240,7 @@ def test_a_config_of_another_size_is_told_by_shapes(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "many", "5", "GB", True, None])
-def test_shard_sizes_that_make_no_sense(size: Any, model: VQModel, tmp_path: Path) -> None:
+def test_invalid_shard_sizes_are_refused(size: Any, model: VQModel, tmp_path: Path) -> None:
     message = f"max_shard_size={size!r} is invalid: expected a positive number of bytes, or text such as '5GB'"
     with pytest.raises(InputError, match=re.escape(message)):
         model.save_pretrained(tmp_path, max_shard_size=size)
@@ -252,11 +252,11 @@ def test_shard_sizes() -> None:
     assert sizes == [7, 7, 5 * 10**9, 2 * 2**30, 1500]
 
 
-def test_places_that_cannot_be_written(model: VQModel, tmp_path: Path) -> None:
+def test_unwritable_folders_are_reported(model: VQModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
-        with pytest.raises(CheckpointError, match=str(place)):
-            model.save_pretrained(place)
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(CheckpointError, match=str(folder)):
+            model.save_pretrained(folder)
     with pytest.raises(InputError, match=r"variant='\.\./fp16' is invalid: expected letters, digits, - and _"):
         model.save_pretrained(tmp_path, variant="../fp16")
 

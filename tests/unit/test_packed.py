@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import linear
-from kandinsky22.kernels.linear import DirectLinear, Linear, make_direct, product
+from kandinsky22.kernels.linear import Linear, onednn_linear, onednn_linear_layers
+from kandinsky22.kernels.settings import optimisations
 from kandinsky22.models import PriorTransformer
 
-needs_packing = pytest.mark.skipif(not linear.DTYPES, reason="this torch has no packed products on this machine")
+needs_packing = pytest.mark.skipif(not linear.ONEDNN_DTYPES, reason="this torch has no packed products on this machine")
 
 
 @pytest.fixture(autouse=True)
 def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "WORTHWHILE", 1)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 1)
 
 
 def is_packed(layer: nn.Module) -> bool:
-    return "_pack" in layer.__dict__
+    return "_packed_weight" in layer.__dict__
 
 
 def error(layer: Linear, features: Tensor) -> float:
@@ -41,11 +43,11 @@ def test_the_product_is_right(shape: tuple[int, ...], bias: bool, mode: type[tor
         assert layer(torch.zeros(shape)).shape == (*shape[:-1], 24)
         assert error(layer, torch.randn(shape)) < 1e-6
         assert error(layer, torch.randn(40, *shape[:-1]).movedim(0, -1)) < 1e-6, "in any memory layout"
-    assert is_packed(layer) == bool(linear.DTYPES)
+    assert is_packed(layer) == bool(linear.ONEDNN_DTYPES)
 
 
 @torch.no_grad()
-def test_the_copy_follows_the_weight() -> None:
+def test_packed_weights_follow_the_weight() -> None:
     layer, features = Linear(40, 24), torch.randn(5, 40)
     changes = [
         lambda: layer.weight.mul_(2),
@@ -65,7 +67,7 @@ def test_the_copy_follows_the_weight() -> None:
 
 @needs_packing
 @torch.no_grad()
-def test_the_copy_leaves_memory_when_the_layer_is_moved() -> None:
+def test_packed_weights_are_dropped_when_the_layer_moves() -> None:
     layer = Linear(40, 24)
     for move in (lambda: layer.half().float(), lambda: layer.to("meta")):
         layer(torch.zeros(5, 40))
@@ -75,7 +77,7 @@ def test_the_copy_leaves_memory_when_the_layer_is_moved() -> None:
 
 
 @torch.no_grad()
-def test_the_copy_is_private() -> None:
+def test_packed_weights_are_private() -> None:
     layer, features = Linear(40, 24), torch.randn(5, 40)
     layer(features)
     assert set(layer.state_dict()) == {"weight", "bias"}
@@ -116,13 +118,26 @@ def test_bfloat16_is_as_right_as_the_plain_product() -> None:
 @needs_packing
 @torch.no_grad()
 def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Linear, "packing", False)
     layer, features = Linear(40, 24), torch.randn(5, 40)
+    layer.pack_weights = False
     assert error(layer, features) < 1e-6
     assert not is_packed(layer)
-    monkeypatch.setattr(Linear, "direct", False)
-    assert torch.equal(layer(features), F.linear(features, layer.weight, layer.bias))
+    layer.pack_weights = True
+    products = count_products(monkeypatch)
+    with optimisations(packed_linear=False):
+        assert error(layer, features) < 1e-6
+        assert not is_packed(layer)
+        assert len(products) == 1
+        with optimisations(onednn_linear=False):
+            assert torch.equal(layer(features), F.linear(features, layer.weight, layer.bias))
     assert not is_packed(layer)
+    assert len(products) == 1
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    products: list[Tensor] = []
+    monkeypatch.setattr(linear, "onednn_linear", lambda *given: products.append(onednn_linear(*given)) or products[-1])
+    return products
 
 
 @needs_packing
@@ -133,27 +148,47 @@ def test_layers_of_others_use_what_is_faster(monkeypatch: pytest.MonkeyPatch) ->
 
     network = nn.Sequential(nn.Linear(40, 24), Own(24, 24), nn.LayerNorm(24))
     features, before = torch.randn(5, 40), dict(network.state_dict())
-    expected = network(features)
-    make_direct(network)
-    assert [type(m) for m in network] == [DirectLinear, Own, nn.LayerNorm]
+    expected, products = network(features), count_products(monkeypatch)
+    with onednn_linear_layers():
+        assert torch.allclose(network(features), expected, atol=1e-5)
+        assert len(products) == 2
+        F.linear(features, weight=network[0].weight, bias=None)
+        assert len(products) == 3, "arguments may be passed by name"
+        products.clear()
+        with torch.enable_grad():
+            network(features).sum().backward()
+        assert network[0].weight.grad is not None
+        assert not products
+        network[0].weight = nn.Parameter(network[0].weight.T.contiguous().T)
+        assert torch.allclose(network(features), expected, atol=1e-5)
+        assert len(products) == 1, "transposed weights are for torch's own product"
+        network[0].weight = nn.Parameter(network[0].weight.contiguous())
+        network(features)
+        assert len(products) == 3
+    assert torch.equal(network(features), expected)
+    with optimisations(onednn_linear=False), onednn_linear_layers():
+        assert torch.equal(network(features), expected)
+    assert len(products) == 3, "only inside the context, and only with the setting"
+    assert [type(m) for m in network] == [nn.Linear, Own, nn.LayerNorm]
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-    products: list[Tensor] = []
-    monkeypatch.setattr(linear, "product", lambda *given: products.append(product(*given)) or products[-1])
-    assert torch.allclose(network(features), expected, atol=1e-5)
-    assert len(products) == 1
-    assert type(copy.deepcopy(network[0])) is type(pickle.loads(pickle.dumps(network[0]))) is DirectLinear
-    with torch.enable_grad():
-        network(features).sum().backward()
-    assert network[0].weight.grad is not None
-    network[0].weight = nn.Parameter(network[0].weight.T.contiguous().T)
-    assert torch.allclose(network(features), expected, atol=1e-5)
-    assert len(products) == 1, "transposed weights are for torch's own product"
-    network[0].weight = nn.Parameter(network[0].weight.contiguous())
-    network(features)
-    assert len(products) == 2
-    monkeypatch.setattr(DirectLinear, "direct", False)
-    network(features)
-    assert len(products) == 2
+
+
+@needs_packing
+@torch.no_grad()
+def test_other_threads_use_torchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
+    expected, products = layer(features), count_products(monkeypatch)
+    with onednn_linear_layers(), ThreadPoolExecutor(1) as pool:
+        assert torch.allclose(pool.submit(torch.no_grad()(layer), features).result(), expected, atol=1e-6)
+    assert not products
+
+
+@torch.no_grad()
+def test_compiled_layers_of_others_run_in_the_context() -> None:
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with onednn_linear_layers():
+        assert torch.allclose(compiled(features), layer(features), atol=1e-5)
 
 
 @needs_packing
@@ -175,25 +210,29 @@ def test_weights_of_other_kinds_have_products_of_their_own() -> None:
                 return F.linear(args[0], 2 * args[1].as_subclass(Tensor), args[2])
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    layer, features = DirectLinear(40, 24), torch.randn(5, 40)
-    expected = F.linear(features, 2 * layer.weight, layer.bias)
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
-    assert torch.equal(layer(features), expected)
+    features = torch.randn(5, 40)
+    for layer in (nn.Linear(40, 24), Linear(40, 24)):
+        expected = F.linear(features, 2 * layer.weight, layer.bias)
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+        with onednn_linear_layers():
+            assert torch.equal(layer(features), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
 def test_layers_can_be_traced() -> None:
-    for layer in (DirectLinear(40, 24), Linear(40, 24)):
+    for layer in (nn.Linear(40, 24), Linear(40, 24)):
         features = torch.randn(5, 40)
-        traced = torch.jit.trace(layer, (features,))
-        assert torch.allclose(traced(features), layer(features), atol=1e-5)
+        with onednn_linear_layers():
+            traced = torch.jit.trace(layer, (features,))
+            assert torch.allclose(traced(features), layer(features), atol=1e-5)
 
 
 @needs_packing
-def test_inference_mode_multiplies_alike() -> None:
-    layer, features = DirectLinear(40, 24), torch.randn(5, 40)
-    with torch.no_grad():
-        plain = layer(features)
-    with torch.inference_mode():
-        assert torch.equal(layer(features), plain)
+def test_inference_mode_gives_equal_products() -> None:
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
+    with onednn_linear_layers():
+        with torch.no_grad():
+            plain = layer(features)
+        with torch.inference_mode():
+            assert torch.equal(layer(features), plain)

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: how far results move, what is stored, and what is refused."""
+"""Quantized weights of 8 and 4 bits: errors, stored tensors, and refused settings."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 16,
 }
 PRIOR: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "embedding_dim": 32, "num_layers": 2}
-# Largest difference to the same network in float32, relative to the largest value; about twice what was measured.
+# Largest difference from the same network in float32, relative to the largest value; about twice the measured one.
 WITHIN = {"int8": 0.03, "int8-dynamic": 0.06, "int4": 0.25}
 
 
-def network(kind: type[Any], dtype: torch.dtype) -> Any:
+def make_network(kind: type[Any], dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    made = kind(**(UNET if kind is UNet2DConditionModel else PRIOR)).eval()
+    result = kind(**(UNET if kind is UNet2DConditionModel else PRIOR)).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in result.parameters():
             parameter.normal_(std=0.15)
-    return made.to(dtype)
+    return result.to(dtype)
 
 
 def run(net: Any) -> Tensor:
@@ -64,20 +64,22 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("network_class", [UNet2DConditionModel, PriorTransformer])
 def test_results_stay_close_and_weights_become_small(network_class: type[Any], kind: str) -> None:
     dtype = torch.bfloat16 if kind == "int4" else torch.float32
-    net = network(network_class, dtype)
-    exact, before = run(network(network_class, torch.float32)), sum(p.nbytes for p in net.parameters())
+    net = make_network(network_class, dtype)
+    exact, before = run(make_network(network_class, torch.float32)), sum(p.nbytes for p in net.parameters())
     quantize(net, kind)
     assert kind_of(net) == kind
     assert 1e-4 < error(run(net), exact) < WITHIN[kind]
     after = sum(p.nbytes for p in net.parameters())
-    assert after < (0.7 if kind == "int4" else 0.45) * before  # much of a tiny network is norms and embeddings
+    assert after < (0.7 if kind == "int4" else 0.45) * before  # norms and embeddings are a large part of a tiny network
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("network_class", [UNet2DConditionModel, PriorTransformer])
-def test_the_small_form_is_saved_and_loaded_bit_for_bit(network_class: type[Any], kind: str, tmp_path: Path) -> None:
+def test_quantized_weights_are_saved_and_loaded_bit_for_bit(
+    network_class: type[Any], kind: str, tmp_path: Path
+) -> None:
     dtype = torch.bfloat16 if kind == "int4" else torch.float32
-    net = network(network_class, dtype)
+    net = make_network(network_class, dtype)
     quantize(net, kind)
     net.save_pretrained(tmp_path)
     entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -87,14 +89,14 @@ def test_the_small_form_is_saved_and_loaded_bit_for_bit(network_class: type[Any]
     assert sum(t.nbytes for t in stored.values()) == sum(p.nbytes for p in net.state_dict().values())
     again = network_class.from_pretrained(tmp_path, torch_dtype="auto")
     assert kind_of(again) == kind
-    assert error(run(again), run(net)) < 1e-6  # in files weights are aligned in another way, and rounding follows that
+    assert error(run(again), run(net)) < 1e-6  # rounding depends on the memory alignment of weights
     again.save_pretrained(tmp_path / "again")
     twice = load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(twice[name], tensor) for name, tensor in stored.items())
 
 
 def test_a_quantized_checkpoint_is_read_strictly(tmp_path: Path) -> None:
-    net = network(PriorTransformer, torch.float32)
+    net = make_network(PriorTransformer, torch.float32)
     quantize(net, "int8")
     net.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -105,7 +107,7 @@ def test_a_quantized_checkpoint_is_read_strictly(tmp_path: Path) -> None:
 
 
 def test_other_libraries_quantized_checkpoints_are_named(tmp_path: Path) -> None:
-    network(PriorTransformer, torch.float32).save_pretrained(tmp_path)
+    make_network(PriorTransformer, torch.float32).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gguf"}}))
     with pytest.raises(
@@ -115,7 +117,7 @@ def test_other_libraries_quantized_checkpoints_are_named(tmp_path: Path) -> None
 
 
 def test_8_bit_networks_can_be_converted_copied_and_computed_in_half(tmp_path: Path) -> None:
-    net = network(UNet2DConditionModel, torch.float32)
+    net = make_network(UNet2DConditionModel, torch.float32)
     exact = run(net)
     quantize(net, "int8")
     assert torch.equal(run(copy.deepcopy(net)), run(net))
@@ -123,10 +125,10 @@ def test_8_bit_networks_can_be_converted_copied_and_computed_in_half(tmp_path: P
 
 
 def test_4_bit_weights_compute_in_bfloat16_only(tmp_path: Path) -> None:
-    net = network(PriorTransformer, torch.float32)
+    net = make_network(PriorTransformer, torch.float32)
     with pytest.raises(InputError, match=r"kind='int4'.*PriorTransformer of torch\.float32 on cpu.*bfloat16 on CPUs"):
         quantize(net, "int4")
-    assert torch.equal(run(net), run(network(PriorTransformer, torch.float32)))  # untouched
+    assert torch.equal(run(net), run(make_network(PriorTransformer, torch.float32)))  # untouched
     quantize(net.to(torch.bfloat16), "int4")
     net.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"torch_dtype=torch\.float32"):
@@ -136,22 +138,22 @@ def test_4_bit_weights_compute_in_bfloat16_only(tmp_path: Path) -> None:
 
 
 def test_stored_4_bit_numbers_do_not_depend_on_the_order_of_this_cpu() -> None:
-    """Row by row, two a byte, they are the numbers that the layer multiplies with."""
+    """Stored row by row, two per byte, they are the values that the layer multiplies with."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 48, bias=False).to(torch.bfloat16)
-    made = quantized_layers.QuantizedLinear.from_linear(layer, "int4")
-    stored = made.portable_weight()
+    result = quantized_layers.QuantizedLinear.from_linear(layer, "int4")
+    stored = result.portable_weight()
     numbers = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1).float()
-    scale, zero = made.weight_scale_and_zero.float().unbind(-1)  # (groups, out)
+    scale, zero = result.weight_scale_and_zero.float().unbind(-1)  # (groups, out)
     weight = (numbers.view(48, -1, quantized_layers.GROUP) - 8) * scale.T[..., None] + zero.T[..., None]
     weight = weight.flatten(1)
     assert error(weight, layer.weight.float()) < 0.1
-    product = made(torch.eye(64, dtype=torch.bfloat16)).T.float()
+    product = result(torch.eye(64, dtype=torch.bfloat16)).T.float()
     assert torch.allclose(product, weight, atol=0.01 * weight.abs().max().item())
 
 
-def test_what_cannot_be_quantized_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = network(PriorTransformer, torch.float32)
+def test_invalid_quantization_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_network(PriorTransformer, torch.float32)
     with pytest.raises(InputError, match="kind='int2' is invalid: expected one of int8, int8-dynamic, int4"):
         quantize(net, "int2")
     quantize(net, "int8")
@@ -159,7 +161,7 @@ def test_what_cannot_be_quantized_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         quantize(net, "int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'kandinsky22\[quantize\]'"):
-        quantize(network(PriorTransformer, torch.float32), "int8")
+        quantize(make_network(PriorTransformer, torch.float32), "int8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,41 +169,43 @@ def test_what_cannot_be_quantized_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_convolutions(dynamic: bool, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    plain = nn.Conv2d(48, 32, kernel, stride=stride, padding=padding).to(dtype)
-    small = quantized_layers.QuantizedConv2d(plain, dynamic=dynamic)
+    exact_layer = nn.Conv2d(48, 32, kernel, stride=stride, padding=padding).to(dtype)
+    quantized_layer = quantized_layers.QuantizedConv2d(exact_layer, dynamic=dynamic)
     for features in (torch.randn(2, 48, 10, 12), torch.rand(2, 48, 10, 12), torch.zeros(2, 48, 10, 12)):
         features[1] *= 5
         with torch.no_grad():
-            expected, made = plain(features.to(dtype)), small(features.to(dtype))
-            assert made.dtype == dtype
-            assert error(made, expected) < 0.02
-            assert error(small(features[1:].to(dtype)), made[1:]) < (1e-6 if dtype == torch.float32 else 0.01)
+            expected, result = exact_layer(features.to(dtype)), quantized_layer(features.to(dtype))
+            assert result.dtype == dtype
+            assert error(result, expected) < 0.02
+            assert error(quantized_layer(features[1:].to(dtype)), result[1:]) < (
+                1e-6 if dtype == torch.float32 else 0.01
+            )
             if stride == 1:
                 doubled = features.repeat_interleave(2, -1).repeat_interleave(2, -2).to(dtype)
-                assert torch.equal(small(features.to(dtype), doubled=True), small(doubled))
+                assert torch.equal(quantized_layer(features.to(dtype), upsample=True), quantized_layer(doubled))
 
 
-def test_where_whole_numbers_cannot_be_multiplied_weights_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_converted_without_integer_products(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    plain, features = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8)
+    exact_layer, features = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8)
     monkeypatch.setattr(quantized_layers, "HAS_INTEGER_CONVOLUTION", False)
     with torch.no_grad():
-        elsewhere = quantized_layers.QuantizedConv2d(plain, dynamic=True)(features)
-        assert torch.equal(elsewhere, quantized_layers.QuantizedConv2d(plain, dynamic=False)(features))
+        elsewhere = quantized_layers.QuantizedConv2d(exact_layer, dynamic=True)(features)
+        assert torch.equal(elsewhere, quantized_layers.QuantizedConv2d(exact_layer, dynamic=False)(features))
 
 
-def test_products_of_whole_numbers_are_used_where_they_can() -> None:
+def test_integer_products_are_used_where_supported() -> None:
     torch.manual_seed(0)
-    plain, features = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8)
+    exact_layer, features = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 8, 8)
     with torch.no_grad():
-        made = [quantized_layers.QuantizedConv2d(plain, dynamic=dynamic)(features) for dynamic in (False, True)]
-    assert torch.equal(*made) is not quantized_layers.HAS_INTEGER_CONVOLUTION
+        result = [quantized_layers.QuantizedConv2d(exact_layer, dynamic=dynamic)(features) for dynamic in (False, True)]
+    assert torch.equal(*result) is not quantized_layers.HAS_INTEGER_CONVOLUTION
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
 def test_8_bit_networks_on_a_gpu(kind: str) -> None:
-    net = network(UNet2DConditionModel, torch.float32)
+    net = make_network(UNet2DConditionModel, torch.float32)
     exact = run(net)
     quantize(net, kind)
     net.to("cuda", torch.float16)
@@ -209,5 +213,5 @@ def test_8_bit_networks_on_a_gpu(kind: str) -> None:
         generator = torch.Generator().manual_seed(1)
         sample, embeds = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 32, generator=generator)
         condition = net.encode_condition(embeds.to("cuda", torch.float16))
-        made = net.denoise(sample.to("cuda", torch.float16), 500, condition)
-    assert error(made.float().cpu(), exact) < WITHIN["int8-dynamic"]
+        result = net.denoise(sample.to("cuda", torch.float16), 500, condition)
+    assert error(result.float().cpu(), exact) < WITHIN["int8-dynamic"]

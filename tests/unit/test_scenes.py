@@ -98,11 +98,11 @@ def test_first_of_two_shapes_is_left_or_above() -> None:
 
 
 def test_all_positions_and_attributes_occur() -> None:
-    seen = scenes(600, shapes=1)
-    assert {scene.position for scene in seen} == set(POSITIONS)
-    assert {scene.shapes[0].kind for scene in seen} == set(SHAPES)
-    assert {scene.shapes[0].color for scene in seen} == set(COLORS) == {scene.background for scene in seen}
-    assert all(scene.relation is None for scene in seen)
+    samples = scenes(600, shapes=1)
+    assert {scene.position for scene in samples} == set(POSITIONS)
+    assert {scene.shapes[0].kind for scene in samples} == set(SHAPES)
+    assert {scene.shapes[0].color for scene in samples} == set(COLORS) == {scene.background for scene in samples}
+    assert all(scene.relation is None for scene in samples)
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -1,4 +1,4 @@
-"""What every scheduler says to steps, timesteps, levels and settings that make no sense: by name, at once."""
+"""Every scheduler refuses invalid steps, timesteps, sigmas and settings at once and by name."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def make(name: str, **config: Any) -> Any:
 
 
 def largest(name: str) -> int:
-    """The most steps a class takes: consistency models have as many as their network was distilled for."""
+    """Return the largest number of steps of a class: consistency models have those of their distillation."""
     return 50 if name == "LCMScheduler" else TOTAL
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("steps", NO_COUNTS, ids=repr)
-def test_what_is_no_number_of_steps(name: str, steps: Any) -> None:
+def test_invalid_step_counts_are_refused(name: str, steps: Any) -> None:
     with pytest.raises(InputError, match="num_inference_steps="):
         make(name).set_timesteps(steps)
 
@@ -76,7 +76,7 @@ def test_any_timesteps_are_visited_or_refused_by_name(name: str, timesteps: list
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("timesteps", [5, 3.5, "fast", None, [None], ["5"], [5.5, 2], [[9, 3], [1]], {5: 3}], ids=repr)
-def test_what_are_no_timesteps(name: str, timesteps: Any) -> None:
+def test_invalid_timesteps_are_refused(name: str, timesteps: Any) -> None:
     with pytest.raises(InputError, match="timesteps"):
         make(name).set_timesteps(timesteps=timesteps)
 
@@ -98,7 +98,7 @@ def test_any_levels_are_visited_or_refused_by_name(name: str, sigmas: list[float
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_a_refusal_leaves_behind(name: str) -> None:
-    """The run that was set before, in every part."""
+    """Return the whole state of a scheduler's timesteps."""
     scheduler = make(name)
     scheduler.set_timesteps(7)
     before = scheduler.timesteps.clone()
@@ -112,11 +112,11 @@ def test_what_a_refusal_leaves_behind(name: str) -> None:
     sample = torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2)
     ends = []
     for each in (scheduler, again):
-        seen = each.scale_model_input(sample, each.timesteps[0])
+        model_input = each.scale_model_input(sample, each.timesteps[0])
         options = {"generator": torch.Generator().manual_seed(0)}
         accepted = inspect.signature(each.step).parameters
         given_options = {key: value for key, value in options.items() if key in accepted}
-        ends.append(each.step(seen, each.timesteps[0], sample, **given_options)[0])
+        ends.append(each.step(model_input, each.timesteps[0], sample, **given_options)[0])
     assert torch.equal(*ends)
 
 
@@ -136,7 +136,7 @@ def test_what_a_refusal_leaves_behind(name: str) -> None:
         ("thresholdin", True),
     ],
 )
-def test_impossible_and_unknown_settings(name: str, setting: str, value: Any) -> None:
+def test_invalid_and_unknown_settings_are_refused(name: str, setting: str, value: Any) -> None:
     kind = getattr(schedulers, name)
     for build in (lambda: kind(**{setting: value}), lambda: kind.from_config(kind().config, **{setting: value})):
         with pytest.raises(ConfigError, match=setting):
@@ -178,15 +178,15 @@ def test_any_value_of_any_setting_works_or_is_named(name: str, data: st.DataObje
         return
     sample = torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2)
     for timestep in scheduler.timesteps:
-        seen = scheduler.scale_model_input(sample, timestep)
-        sample = scheduler.step(torch.tanh(seen), timestep, sample)[0]
+        model_input = scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(torch.tanh(model_input), timestep, sample)[0]
     assert sample.shape == (1, 2, 2, 2)
     assert torch.isfinite(sample).all()
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("options", [{"speed": 2}, {"num_inference_steps": 3, "gamma": 1}], ids=str)
-def test_options_nobody_has(name: str, options: dict[str, Any]) -> None:
+def test_unknown_options_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="unexpected keyword"):
         make(name).set_timesteps(**options)
 

@@ -1,4 +1,4 @@
-"""Schedulers as objects: settings, files both ways, timesteps, and clear errors."""
+"""Schedulers as objects: settings, exchange of files, timesteps, and errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_schedulers_can_be_copied_and_pickled(cls: type[Scheduler]) -> None:
 
 
 @pytest.mark.parametrize("betas", [np.full(10, 0.1), torch.full((10,), 0.1), [0.1] * 10])
-def test_betas_may_be_given_as_any_array(betas: Any, tmp_path: Path) -> None:
+def test_betas_may_be_any_array(betas: Any, tmp_path: Path) -> None:
     scheduler = DDPMScheduler(num_train_timesteps=10, trained_betas=betas)
     scheduler.save_pretrained(tmp_path)
     for reader in (DDPMScheduler, diffusers.DDPMScheduler):
@@ -113,7 +113,7 @@ def test_betas_may_be_given_as_any_array(betas: Any, tmp_path: Path) -> None:
         (UnCLIPScheduler, {"variance_type": "fixed_small"}, "variance_type='fixed_small'.*fixed_small_log"),
     ],
 )
-def test_impossible_settings_are_named(cls: type[Scheduler], settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(cls: type[Scheduler], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cls(**settings)
 
@@ -121,7 +121,7 @@ def test_impossible_settings_are_named(cls: type[Scheduler], settings: dict[str,
 # Across classes, and files
 
 
-def test_a_config_keeps_what_only_other_classes_know() -> None:
+def test_a_config_keeps_settings_of_other_classes() -> None:
     decoder = DDPMScheduler(**DECODER)
     there = DDIMScheduler.from_config(decoder.config)
     assert there.config.variance_type == "learned_range"
@@ -131,7 +131,7 @@ def test_a_config_keeps_what_only_other_classes_know() -> None:
 
 
 def test_defaults_of_one_class_do_not_become_settings_of_another() -> None:
-    """As in the reference: what nobody chose is chosen by the class that is built."""
+    """As in the reference, a setting that was left at its default gets the new class's default."""
     assert UnCLIPScheduler.from_config({**DDPMScheduler().config, "beta_schedule": "squaredcos_cap_v2"})
     assert "variance_type" not in DDIMScheduler.from_config(DDPMScheduler().config).config
     with pytest.raises(ConfigError, match="variance_type='fixed_large'"):
@@ -144,7 +144,7 @@ def test_configs_travel_between_us_and_the_reference(source: str, target: type[S
     settings = {"num_train_timesteps": 100, "prediction_type": "sample"}
     theirs = getattr(diffusers, source)(**settings)
     ours = target.from_config(theirs.config)
-    # left to itself the reference forgets the curve of unCLIP's noise, which that class has no choice but to have
+    # The reference loses the beta schedule of UnCLIPScheduler, because that class has no setting for it.
     curve = {"beta_schedule": "squaredcos_cap_v2"} if source == "UnCLIPScheduler" else {}
     reference = getattr(diffusers, target.__name__).from_config(theirs.config, **curve)
     assert public(ours.config) == public(reference.config)
@@ -157,15 +157,15 @@ def test_configs_travel_between_us_and_the_reference(source: str, target: type[S
 @pytest.mark.parametrize("target", sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput"}))
 def test_the_noise_a_network_was_trained_with_is_never_lost(kind: Any, target: str) -> None:
     source = kind(prediction_type="sample")
-    made = getattr(schedulers, target).from_config(source.config)
-    assert torch.equal(made.betas[:-1], source.betas[:-1])  # the last is another one with rescale_betas_zero_snr
-    assert made.config["prediction_type"] == "sample"
+    target_scheduler = getattr(schedulers, target).from_config(source.config)
+    assert torch.equal(target_scheduler.betas[:-1], source.betas[:-1])  # rescale_betas_zero_snr changes the last
+    assert target_scheduler.config["prediction_type"] == "sample"
     theirs = diffusers.DDIMScheduler.from_config(UnCLIPScheduler().config)
     torch.testing.assert_close(theirs.betas, UnCLIPScheduler().betas)
 
 
-def test_betas_that_were_somebodys_default_carry_over() -> None:
-    """The reference would take those of the class that is built, which differ from class to class."""
+def test_default_betas_carry_over() -> None:
+    """The reference would use the new class's defaults, which differ between classes."""
     heun = schedulers.HeunDiscreteScheduler()
     for source in (heun, diffusers.HeunDiscreteScheduler()):
         assert torch.equal(DDPMScheduler.from_config(source.config).betas, heun.betas)
@@ -219,7 +219,7 @@ def test_a_wrong_value_in_a_file_is_named(tmp_path: Path) -> None:
         DDPMScheduler.from_pretrained(tmp_path)
 
 
-def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+def test_unwritable_folders_are_reported(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file, not a folder")
     with pytest.raises(CheckpointError, match="taken"):
         DDPMScheduler().save_pretrained(tmp_path / "taken")
@@ -230,7 +230,7 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("steps", [0, -3, 1001, 2.5, "ten", True, None, torch.tensor([1, 2])])
-def test_numbers_of_steps_that_make_no_sense(cls: type[Scheduler], steps: Any) -> None:
+def test_invalid_step_counts_are_refused(cls: type[Scheduler], steps: Any) -> None:
     scheduler = cls()
     with pytest.raises(InputError, match=r"num_inference_steps.* is invalid: expected"):
         scheduler.set_timesteps(steps)
@@ -242,7 +242,7 @@ def test_numbers_of_steps_that_make_no_sense(cls: type[Scheduler], steps: Any) -
 @pytest.mark.parametrize(
     "timesteps", [[], [1, 2, 3], [5, 5], [500, 3, -1], [1000, 3], [3.5, 1], ["a"], [True], torch.tensor([0.5])]
 )
-def test_timesteps_that_make_no_sense(cls: type[Scheduler], timesteps: Any) -> None:
+def test_invalid_timesteps_are_refused(cls: type[Scheduler], timesteps: Any) -> None:
     with pytest.raises(InputError, match=r"timesteps.* is invalid: expected"):
         cls().set_timesteps(timesteps=timesteps)
 
@@ -322,7 +322,7 @@ def test_arguments_of_a_ddim_step_are_checked() -> None:
 
 
 @pytest.mark.parametrize("previous", [5, 6, -2, 1.5])
-def test_where_a_unclip_step_leads_is_checked(previous: Any) -> None:
+def test_prev_timestep_of_a_unclip_step_is_checked(previous: Any) -> None:
     with pytest.raises(InputError, match=r"prev_timestep=.*from -1 to 4"):
         UnCLIPScheduler().step(torch.zeros(1, 4), 5, torch.zeros(1, 4), prev_timestep=previous)
 

@@ -21,49 +21,49 @@ from kandinsky22.schedulers.sigmas import SigmaScheduler, VarianceExplodingSched
 SOLVERS = sorted(
     {*schedulers.__all__} - {"Scheduler", "SchedulerOutput", "DDIMScheduler", "DDPMScheduler", "UnCLIPScheduler"}
 )
-OF_LEVELS = sorted(name for name in SOLVERS if issubclass(getattr(schedulers, name), SigmaScheduler))
+OF_SIGMAS = sorted(name for name in SOLVERS if issubclass(getattr(schedulers, name), SigmaScheduler))
 TAKES_NOISE = {"EulerAncestralDiscreteScheduler", "LCMScheduler"}
 
 
-def level_at(scheduler: Any, place: int) -> float:
-    return float(scheduler.sigmas[place])
+def sigma_at(scheduler: Any, index: int) -> float:
+    return float(scheduler.sigmas[index])
 
 
 def follow(scheduler: Any, sample: Tensor, **options: Any) -> list[Tensor]:
-    """The samples before and after every step of a scheduler of levels, at the variance of diffusion."""
+    """Return the variance-preserving samples before and after every step of a scheduler of sigmas."""
     exploding = isinstance(scheduler, VarianceExplodingScheduler)
     samples = [sample]
     kind = scheduler.config.prediction_type
     if exploding:
-        sample = sample * math.hypot(level_at(scheduler, 0), 1)
-    for place, timestep in enumerate(scheduler.timesteps):
-        seen = scheduler.scale_model_input(sample, timestep)
-        output = best_prediction(seen, level_at(scheduler, place), kind)
+        sample = sample * math.hypot(sigma_at(scheduler, 0), 1)
+    for index, timestep in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(sample, timestep)
+        output = best_prediction(model_input, sigma_at(scheduler, index), kind)
         sample = scheduler.step(output, timestep, sample, **options).prev_sample
-        samples.append(sample / math.hypot(level_at(scheduler, place + 1), 1) if exploding else sample)
+        samples.append(sample / math.hypot(sigma_at(scheduler, index + 1), 1) if exploding else sample)
     return samples
 
 
 def order_of(
-    build: Callable[[], Any], solution: Callable[..., Tensor] = flow, whole: bool = False, **options: Any
+    build: Callable[[], Any], solution: Callable[..., Tensor] = flow, without_warm_up: bool = False, **options: Any
 ) -> float:
-    """How fast the largest error on the way vanishes with more steps, evenly spaced in lambda.
+    """Measure the order of convergence of the largest error on the trajectory, with steps evenly spaced in lambda.
 
-    Multistep methods start with lower orders: a few tiny steps at the beginning make that harmless, so that the order
-    measured is that of the method itself. `whole` leaves them out, for methods whose steps are groups of levels.
+    Multistep methods start with lower orders. Tiny steps at the beginning make these errors negligible, so that the
+    method's own order is measured. `without_warm_up` leaves them out, for methods whose steps are groups of sigmas.
     """
     errors, counts = [], (48, 96)
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
     for count in counts:
         scheduler = build()
         length = math.log(8 / 0.1) / count
-        tiny = [] if whole else [place * 0.1 * length**2 for place in range(4)]
-        lambdas = [*tiny, *(len(tiny) * 0.1 * length**2 + place * length for place in range(count + 1))]
+        tiny = [] if without_warm_up else [index * 0.1 * length**2 for index in range(4)]
+        lambdas = [*tiny, *(len(tiny) * 0.1 * length**2 + index * length for index in range(count + 1))]
         scheduler.set_timesteps(sigmas=[8 * math.exp(-each) for each in lambdas])
-        first = level_at(scheduler, 0)
-        stride = 6 * getattr(scheduler, "order", 1)  # where steps of every order end
+        first = sigma_at(scheduler, 0)
+        stride = 6 * getattr(scheduler, "order", 1)  # positions where steps of every order end
         samples = list(enumerate(follow(scheduler, start, **options)))[len(tiny) * scheduler.order :: stride]
-        errors.append(max(float((x - solution(start, first, level_at(scheduler, k))).abs().max()) for k, x in samples))
+        errors.append(max(float((x - solution(start, first, sigma_at(scheduler, k))).abs().max()) for k, x in samples))
     return math.log2(errors[0] / errors[1])
 
 
@@ -85,7 +85,7 @@ UNCORRECTED = {"disable_corrector": list(range(100))}
 ORDERS = [
     *((dpm(kind, 1), 1) for kind in BOTH),
     *((dpm(kind, 2, solver), 2) for kind in BOTH for solver in ("midpoint", "heun")),
-    *((dpm(kind, 3), 2) for kind in BOTH),  # as published: half of the second difference
+    *((dpm(kind, 3), 2) for kind in BOTH),  # as published, with half of the second difference
     *((single(kind, 1, "heun"), 1) for kind in BOTH),
     *((single(kind, 2, solver), 2) for kind in BOTH for solver in ("midpoint", "heun")),
     *((single(kind, 3, solver), 3) for kind in BOTH for solver in ("midpoint", "heun")),
@@ -101,7 +101,7 @@ ORDERS = [
 
 @pytest.mark.parametrize(("method", "order"), ORDERS, ids=lambda value: str(value)[:90])
 def test_order_of_convergence(method: tuple[str, dict[str, Any]], order: int) -> None:
-    measured = order_of(lambda: make_scheduler(method[0], **method[1]), whole="Single" in method[0])
+    measured = order_of(lambda: make_scheduler(method[0], **method[1]), without_warm_up="Single" in method[0])
     assert order - 0.25 < measured < order + 0.6, measured
 
 
@@ -116,7 +116,7 @@ def test_order_of_convergence_of_linear_multistep(order: int) -> None:
     ids=str,
 )
 def test_order_of_convergence_of_the_mean(method: tuple[str, dict[str, Any]], order: int) -> None:
-    """Without its noise, a stochastic method follows the mean: all is linear."""
+    """Without its noise, a stochastic method follows the mean, because everything is linear."""
     silent = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
     measured = order_of(lambda: make_scheduler(method[0], **method[1]), reverse_diffusion_mean, variance_noise=silent)
     assert order - 0.25 < measured < order + 0.6, measured
@@ -128,30 +128,30 @@ def test_order_of_convergence_of_the_mean(method: tuple[str, dict[str, Any]], or
 def test_the_mean_of_clean_samples_is_followed_exactly(
     method: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guess of the clean sample never changes in the mean, so every order is exact."""
+    """The estimate of the clean sample is constant in the mean, and therefore every order is exact."""
     monkeypatch.setattr("kandinsky22.schedulers.dpm_solver.randn_tensor", lambda shape, *_: torch.zeros(tuple(shape)))
     scheduler = make_scheduler(method[0], **{**method[1], "algorithm_type": "sde-dpmsolver++"})
     scheduler.set_timesteps(12)
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(1, 1, 3, 3)
     end = follow(scheduler, start)[-1]
-    torch.testing.assert_close(end, reverse_diffusion_mean(start, level_at(scheduler, 0), level_at(scheduler, -1)))
+    torch.testing.assert_close(end, reverse_diffusion_mean(start, sigma_at(scheduler, 0), sigma_at(scheduler, -1)))
 
 
 @pytest.mark.parametrize("kind", ["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_steps_integrate_the_polynomial_through_their_predictions(kind: str, order: int) -> None:
-    """For the third order with half of the second difference, as published; the reference has a sign of it wrong where
-    the sample is stochastic. The integrals are those of variation of constants, summed up finely."""
+    """The third order uses half of the second difference, as published; the reference has a wrong sign there in the
+    stochastic case. The integrals of variation of constants are computed by fine summation."""
     of_noise, stochastic = not kind.endswith("++"), kind.startswith("sde")
     scheduler = make_scheduler(*dpm(kind, order)[:1], **dpm(kind, order, "heun")[1], lower_order_final=False)
     scheduler = type(scheduler).from_config(scheduler.config, prediction_type="epsilon" if of_noise else "sample")
     scheduler.set_timesteps(sigmas=[5.0, 3.1, 1.4, 0.9])
     silent = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    lambdas = [-math.log(level_at(scheduler, place)) for place in range(4)]
+    lambdas = [-math.log(sigma_at(scheduler, index)) for index in range(4)]
     parabola = [0.7, -0.4, 0.3][:order]
-    for place, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(scheduler.timesteps):
         sample = torch.full((1, 1, 1, 1), 1.3, dtype=torch.float64)
-        output = torch.full_like(sample, sum(c * lambdas[place] ** k for k, c in enumerate(parabola)))
+        output = torch.full_like(sample, sum(c * lambdas[index] ** k for k, c in enumerate(parabola)))
         result = float(scheduler.step(output, timestep, sample, variance_noise=silent).prev_sample)
     start, end = lambdas[2:]
     u = start + (np.arange(100_000) + 0.5) / 100_000 * (end - start)
@@ -171,7 +171,7 @@ def test_steps_integrate_the_polynomial_through_their_predictions(kind: str, ord
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_order_of_convergence_of_pseudo_numerical_methods(skip: bool) -> None:
-    """Second order, as the paper says: between timesteps the formula of DDIM is exact for constant noise only."""
+    """The order is two, as in the paper: between timesteps DDIM's formula is exact for constant noise only."""
     errors = []
     for steps in (50, 100, 200):
         scheduler = make_scheduler("PNDMScheduler", skip_prk_steps=skip)
@@ -189,15 +189,15 @@ def test_order_of_convergence_of_pseudo_numerical_methods(skip: bool) -> None:
     assert errors[2] < errors[1] < errors[0] < 1e-3
 
 
-@pytest.mark.parametrize("place", [0, 3, 8])
-def test_an_ancestral_step_draws_from_the_gaussian_posterior(place: int) -> None:
-    """Given the clean sample, x at a lower level is normal with the precisions of both neighbours."""
+@pytest.mark.parametrize("index", [0, 3, 8])
+def test_an_ancestral_step_draws_from_the_gaussian_posterior(index: int) -> None:
+    """Given the clean sample, x at a lower sigma is normal with the summed precisions of both neighbours."""
     scheduler = make_scheduler("EulerAncestralDiscreteScheduler", prediction_type="sample")
     scheduler.set_timesteps(10)
-    start, end = level_at(scheduler, place), level_at(scheduler, place + 1)
+    start, end = sigma_at(scheduler, index), sigma_at(scheduler, index + 1)
     clean, sample = torch.randn(2, 3, 4, 4, dtype=torch.float64), 5 * torch.randn(2, 3, 4, 4, dtype=torch.float64)
     noise = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    t = scheduler.timesteps[place]
+    t = scheduler.timesteps[index]
     out = scheduler.step(clean, t, sample, generator=torch.Generator().manual_seed(1)).prev_sample
     precisions = 1 / end**2, 1 / (start**2 - end**2)
     mean = (precisions[0] * clean + precisions[1] * sample) / sum(precisions)
@@ -206,25 +206,25 @@ def test_an_ancestral_step_draws_from_the_gaussian_posterior(place: int) -> None
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in TAKES_NOISE])
 @pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2"])
-def test_what_the_network_predicts_makes_no_difference(name: str, schedule: str) -> None:
-    """Noise, clean sample and velocity say the same, so the samples are the same: the prior's way included."""
+def test_samples_do_not_depend_on_the_prediction_type(name: str, schedule: str) -> None:
+    """Predictions of noise, clean sample and velocity are equivalent and give equal samples."""
     ends = []
     for kind in ("epsilon", "sample", "v_prediction"):
         scheduler = make_scheduler(name, prediction_type=kind, beta_schedule=schedule)
         scheduler.set_timesteps(7)
         sample = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(2, 6) * float(scheduler.init_noise_sigma)
         table = ((1 - scheduler.alphas_cumprod.double()) / scheduler.alphas_cumprod.double()) ** 0.5
-        for place, timestep in enumerate(scheduler.timesteps):
-            seen = scheduler.scale_model_input(sample, timestep)
-            level = level_at(scheduler, place) if name in OF_LEVELS else float(table[int(timestep)])
-            sample = scheduler.step(best_prediction(seen, level, kind), timestep, sample).prev_sample
+        for index, timestep in enumerate(scheduler.timesteps):
+            model_input = scheduler.scale_model_input(sample, timestep)
+            sigma = sigma_at(scheduler, index) if name in OF_SIGMAS else float(table[int(timestep)])
+            sample = scheduler.step(best_prediction(model_input, sigma, kind), timestep, sample).prev_sample
         ends.append(sample)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ends[0], ends[2], rtol=1e-6, atol=1e-6)
 
 
 def solve(name: str, steps: int, dtype: torch.dtype = torch.float32, **config: Any) -> Tensor:
-    """A whole run for a network that is right about normally distributed data."""
+    """Run a scheduler with the best network for normally distributed data."""
     scheduler = make_scheduler(name, **config)
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(0)
@@ -232,9 +232,9 @@ def solve(name: str, steps: int, dtype: torch.dtype = torch.float32, **config: A
     options = {"generator": generator} if name in TAKES_NOISE else {}
     table = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
     for timestep in scheduler.timesteps:
-        seen = scheduler.scale_model_input(sample, timestep)
-        level = float(np.interp(float(timestep), np.arange(1000), table))
-        output = best_prediction(seen, max(level, 1e-6), scheduler.config.prediction_type)
+        model_input = scheduler.scale_model_input(sample, timestep)
+        sigma = float(np.interp(float(timestep), np.arange(1000), table))
+        output = best_prediction(model_input, max(sigma, 1e-6), scheduler.config.prediction_type)
         sample = scheduler.step(output.to(dtype), timestep, sample, **options).prev_sample
         assert sample.dtype == dtype
     return sample
@@ -243,7 +243,7 @@ def solve(name: str, steps: int, dtype: torch.dtype = torch.float32, **config: A
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "LCMScheduler"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 40, 1000])
 def test_any_number_of_steps_ends_at_the_data(name: str, steps: int) -> None:
-    """UniPC is not a number in the reference at few steps with noise prediction; some visit timesteps twice at 1000."""
+    """The reference's UniPC gives NaN at few steps with noise prediction; some schedulers repeat timesteps at 1000."""
     end = solve(name, steps, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     assert torch.isfinite(end).all()
     assert abs(float(end.mean()) - MEAN) < (0.15 if steps > 3 else 0.5)
@@ -262,11 +262,11 @@ def test_any_number_of_steps_ends_at_the_data(name: str, steps: int) -> None:
         {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min", "predict_x0": False},
     ],
 )
-def test_unipc_always_is_a_number(steps: int, config: dict[str, Any]) -> None:
-    """In the reference each of these ends in 0 / 0 or 0 times infinity."""
+def test_unipc_is_always_finite(steps: int, config: dict[str, Any]) -> None:
+    """In the reference each of these gives NaN, from 0 / 0 or 0 times infinity."""
     end = solve("UniPCMultistepScheduler", steps, **config)
     assert torch.isfinite(end).all()
-    if config.get("predict_x0", True):  # a long step with constant noise ends anywhere
+    if config.get("predict_x0", True):  # a long step with constant noise has a large error
         assert abs(float(end.mean()) - MEAN) < 0.35
 
 
@@ -275,14 +275,14 @@ def test_unipc_always_is_a_number(steps: int, config: dict[str, Any]) -> None:
 def test_half_precision_stays_near(name: str, dtype: torch.dtype) -> None:
     near, far = (solve(name, 12, kind, beta_schedule="scaled_linear") for kind in (torch.float32, dtype))
     if name in TAKES_NOISE:
-        assert torch.isfinite(far).all()  # noise is drawn in the type of the sample: another picture
+        assert torch.isfinite(far).all()  # noise is drawn in the sample's dtype and differs
     else:
         assert float((near - far.float()).abs().mean()) < 0.05
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_learned_variance_is_dropped(name: str) -> None:
-    """The reference keeps it, or keeps three channels whatever the sample has."""
+    """The reference keeps it, or always keeps three channels."""
     ends = []
     for channels in (8, 4):
         scheduler = make_scheduler(name, beta_schedule="scaled_linear")
@@ -297,11 +297,11 @@ def test_a_learned_variance_is_dropped(name: str) -> None:
     assert torch.equal(*ends)
 
 
-# Mathematics in parts
+# Mathematical functions
 
 
 def test_beta_quantiles_are_those_of_the_distribution() -> None:
-    """Integrals of the density up to the quantiles, by plain summation after x = sin^2(u) has removed its poles."""
+    """Integrals of the density give the quantiles; the substitution x = sin^2(u) removes its poles."""
     probabilities = np.array([0.0, 0.01, 0.2, 0.5, 0.77, 0.999, 1.0])
     quantiles = beta_quantiles(probabilities)
     total = math.gamma(0.6) ** 2 / math.gamma(1.2)
@@ -323,26 +323,26 @@ def test_phi_functions_are_integrals(z: float) -> None:
 # Arguments
 
 
-@pytest.mark.parametrize("name", OF_LEVELS)
+@pytest.mark.parametrize("name", OF_SIGMAS)
 @pytest.mark.parametrize(
     "sigmas", [[], [1.0], [1.0, 2.0], [2.0, 2.0, 0.0], [1.0, -1.0], [math.inf, 1.0], ["a", "b"], 3.0]
 )
-def test_sigmas_that_make_no_sense(name: str, sigmas: Any) -> None:
+def test_invalid_sigmas_are_refused(name: str, sigmas: Any) -> None:
     with pytest.raises(InputError, match=r"sigmas=.*expected two or more"):
         make_scheduler(name).set_timesteps(sigmas=sigmas)
 
 
-@pytest.mark.parametrize("name", [name for name in OF_LEVELS if name != "EulerAncestralDiscreteScheduler"])
-@pytest.mark.parametrize("given", [{"timesteps": [500, 20]}, {"sigmas": [5.0, 0.0]}])
-def test_levels_are_spread_or_given(name: str, given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(given))}=.*expected None.*use_karras_sigmas=True"):
-        make_scheduler(name, use_karras_sigmas=True).set_timesteps(**given)
+@pytest.mark.parametrize("name", [name for name in OF_SIGMAS if name != "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("arguments", [{"timesteps": [500, 20]}, {"sigmas": [5.0, 0.0]}])
+def test_custom_sigmas_exclude_sigma_schedules(name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(arguments))}=.*expected None.*use_karras_sigmas=True"):
+        make_scheduler(name, use_karras_sigmas=True).set_timesteps(**arguments)
     with pytest.raises(InputError, match="exactly one"):
-        make_scheduler(name).set_timesteps(5, **given)
+        make_scheduler(name).set_timesteps(5, **arguments)
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "LCMScheduler"])
-def test_steps_before_or_beside_the_timesteps_are_refused(name: str) -> None:
+def test_steps_outside_the_timesteps_are_refused(name: str) -> None:
     scheduler, zeros = make_scheduler(name), torch.zeros(1, 3, 2, 2)
     with pytest.raises(InputError, match="before set_timesteps"):
         scheduler.step(zeros, 999, zeros)
@@ -353,8 +353,8 @@ def test_steps_before_or_beside_the_timesteps_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_new_run_begins_anew(name: str) -> None:
-    """Nothing of a run is left in the next, whether timesteps are set again or not."""
+def test_a_new_run_starts_fresh(name: str) -> None:
+    """No state of a run affects the next, whether timesteps are set again or not."""
     scheduler, ends = make_scheduler(name), []
     for again in (True, False, True):
         if again:
@@ -362,8 +362,8 @@ def test_a_new_run_begins_anew(name: str) -> None:
         sample = torch.linspace(-3, 3, 24).reshape(2, 3, 2, 2)
         options = {"generator": torch.Generator().manual_seed(1)} if name in TAKES_NOISE else {}
         for timestep in scheduler.timesteps[: 3 if len(ends) == 2 else None]:
-            seen = scheduler.scale_model_input(sample, timestep)
-            sample = scheduler.step(torch.tanh(seen), timestep, sample, **options).prev_sample
+            model_input = scheduler.scale_model_input(sample, timestep)
+            sample = scheduler.step(torch.tanh(model_input), timestep, sample, **options).prev_sample
         ends.append(sample)
     assert torch.equal(ends[0], ends[1])
 
@@ -403,13 +403,13 @@ def test_a_new_run_begins_anew(name: str) -> None:
         ("LCMScheduler", {"original_inference_steps": 0}, "original_inference_steps=0"),
     ],
 )
-def test_impossible_settings_are_named(name: str, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_scheduler(name, **settings)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         ({"num_inference_steps": 51}, "num_inference_steps=51.*from 1 to 50"),
         ({"num_inference_steps": 4, "original_inference_steps": 1001}, "original_inference_steps=1001"),
@@ -417,9 +417,9 @@ def test_impossible_settings_are_named(name: str, settings: dict[str, Any], mess
         ({"timesteps": [900, 20], "strength": 0.1}, "strength=0.1 .*at least one of 2"),
     ],
 )
-def test_arguments_of_consistency_timesteps(given: dict[str, Any], message: str) -> None:
+def test_arguments_of_consistency_timesteps(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_scheduler("LCMScheduler").set_timesteps(**given)
+        make_scheduler("LCMScheduler").set_timesteps(**arguments)
 
 
 def test_arguments_that_contradict_the_config_are_named() -> None:
@@ -438,10 +438,10 @@ def test_flow_matching_is_refused_in_files_too() -> None:
 @pytest.mark.parametrize("source", sorted({*schedulers.__all__} - {"Scheduler", "SchedulerOutput"}))
 @pytest.mark.parametrize("name", SOLVERS)
 def test_any_config_becomes_any_solver(source: str, name: str) -> None:
-    """Kandinsky's decoder and prior settings among them, which name variances the solvers do not know."""
-    given: type[Scheduler] = getattr(schedulers, source)
+    """Kandinsky's decoder and prior settings name variances that the solvers do not have."""
+    arguments: type[Scheduler] = getattr(schedulers, source)
     for stored in (
-        dict(given().config),
+        dict(arguments().config),
         {"variance_type": "learned_range", "clip_sample": False, "beta_schedule": "linear", "beta_end": 0.012},
         {"variance_type": "fixed_small_log", "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
     ):

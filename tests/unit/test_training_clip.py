@@ -84,7 +84,7 @@ def test_neighbours_are_different_and_never_held_out() -> None:
         assert not any(is_held_out(scene) for scene in group)
 
 
-def test_a_step_of_clip_reaches_all_its_weights(towers: Towers) -> None:
+def test_a_training_step_of_clip_changes_all_weights(towers: Towers) -> None:
     losses = clip_losses(towers, StepRandomness.of(0, 0), 8)
     losses["loss"].backward()  # type: ignore[no-untyped-call]
     unreached = [name for name, p in towers.named_parameters() if p.grad is None]

@@ -117,7 +117,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypa
         ({"steps": 5, "average": 1.0}, "average=1.0 is invalid: expected a number from 0 to below 1"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         Settings(**settings)  # type: ignore[arg-type]
 

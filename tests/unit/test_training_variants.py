@@ -202,7 +202,7 @@ def test_mixtures_lie_between_their_ends_and_are_no_combination_that_training_le
     assert differ == {"x", "y", "radius", "color", "size"}
 
 
-def test_the_hint_s_convolutions_let_hints_through(plain: UNet2DConditionModel) -> None:
+def test_hint_block_passes_hints_at_the_start(plain: UNet2DConditionModel) -> None:
     torch.manual_seed(1)
     block = shared_unet.SharedUNet(plain).hint
     scenes = [Scene("red", (Shape("circle", "blue", "large", x, 0.5, 0.18),)) for x in (0.3, 0.7)]
@@ -217,7 +217,7 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
     torch.manual_seed(0)
     shared = awake(UNet2DConditionModel(**decoder.CONFIG))
     plain = shared.variant({})
-    monkeypatch.setattr(hub, "_embedded", lambda: tmp_path)
+    monkeypatch.setattr(hub, "_embedded_weights", lambda: tmp_path)
     picture = render([sample_scene(np.random.default_rng(0))])[0]
     assemble._save_decoder(KandinskyV22Pipeline, plain, autoencoder, tmp_path / "decoder")
     given: dict[str, dict[str, Any]] = {

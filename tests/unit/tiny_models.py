@@ -35,6 +35,6 @@ TINY_PRIOR: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8,
 
 
 def assert_same_weights(ours: torch.nn.Module, other: torch.nn.Module) -> None:
-    left, right = ours.state_dict(), other.state_dict()
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    our_weights, other_weights = ours.state_dict(), other.state_dict()
+    assert our_weights.keys() == other_weights.keys()
+    assert all(torch.equal(our_weights[name], other_weights[name]) for name in our_weights)

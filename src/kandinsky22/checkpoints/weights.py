@@ -120,10 +120,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over names and tensors of one file, memory-mapped where the format allows it.
 
     Args:
-        path: A safetensors file, or a PyTorch file, from which only plain tensors are accepted.
+        path: A safetensors file, or a PyTorch file that contains tensors only.
 
     Raises:
-        CheckpointError: If the file is damaged, or if it holds anything else than named tensors.
+        CheckpointError: If the file is damaged, or if it holds anything other than named tensors.
     """
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch_file(path)
 
@@ -143,7 +143,9 @@ def _read_pytorch_file(path: Path) -> Iterator[tuple[str, Tensor]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types of exceptions for damaged files
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"cannot read {path}: damaged, or more than plain tensors ({reason})") from error
+        raise CheckpointError(
+            f"cannot read {path}: damaged, or contains objects other than tensors ({reason})"
+        ) from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"cannot read {path}: it does not hold named tensors")
     yield from content.items()
@@ -164,7 +166,7 @@ def write_tensors(
         folder: The network's folder, which is created if it is missing.
         tensors: Weights by name.
         variant: Variant of the weights, part of the file names; None for none.
-        max_shard_size: Largest size of a file: bytes, or text such as "5GB". A larger tensor gets a file of its own.
+        max_shard_size: Largest size of a file: bytes, or text such as "5GB". A larger tensor gets a separate file.
         safe: Whether to write safetensors files; otherwise PyTorch files (`.bin`) are written.
 
     Raises:
@@ -214,7 +216,7 @@ def split_into_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dic
 
     Args:
         tensors: Tensors by name.
-        max_bytes: Largest size of a group. A larger tensor gets a group of its own.
+        max_bytes: Largest size of a group. A larger tensor gets a separate group.
     """
     shards: list[dict[str, Tensor]] = [{}]
     shard_bytes = 0
@@ -243,7 +245,7 @@ def _write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]], safe:
             if safe:
                 contiguous = {tensor_name: tensor.contiguous() for tensor_name, tensor in shard.items()}
                 save_file(contiguous, temporary, metadata={"format": "pt"})
-            else:  # cloned, because torch.save writes whole storages, which may be mapped files
+            else:  # cloned, because torch.save writes a tensor's entire storage, which may be a mapped file
                 torch.save({tensor_name: tensor.clone() for tensor_name, tensor in shard.items()}, temporary)
 
 

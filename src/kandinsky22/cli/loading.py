@@ -134,13 +134,14 @@ def model_digest(combined: KandinskyV22CombinedPipeline, *, with_image_encoder: 
     from torch import nn
 
     from kandinsky22.checkpoints.fingerprint import weights_digest
+    from kandinsky22.runtime.lazy_component import loaded
 
-    networks = {
-        name: component
+    components = {
+        name: loaded(component)
         for name, component in combined.components.items()
-        if isinstance(component, nn.Module) and (with_image_encoder or "image_encoder" not in name)
+        if with_image_encoder or "image_encoder" not in name
     }
-    return weights_digest(networks)
+    return weights_digest({name: part for name, part in components.items() if isinstance(part, nn.Module)})
 
 
 def software_versions() -> dict[str, str]:

@@ -271,7 +271,7 @@ def replacement_tensor(
     shapes = [(batch_size, *current.shape[1:]) for batch_size in batch_sizes if batch_size is not None]
     if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) not in shapes:
         raise invalid(argument, value, f"a real tensor of shape {' or '.join(map(str, shapes))}")
-    return value.to(current)
+    return dense(argument, value).to(current)
 
 
 def batch_of_size(argument: str, value: Tensor, batch_size: int, other: str) -> Tensor:

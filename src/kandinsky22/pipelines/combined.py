@@ -35,7 +35,8 @@ from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Time
 Texts: TypeAlias = str | list[str]
 
 D = TypeVar("D", bound=DecoderPipeline)
-P = TypeVar("P", bound=DiffusionPipeline)
+
+STAGE_SETTINGS = ("_progress_bar_config", "_feature_caching")  # attributes that both stages share with the pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,27 +125,26 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
             prior_scheduler=prior_scheduler,
             prior_image_processor=prior_image_processor,
         )
-        self._prior_pipe = KandinskyV22PriorPipeline.from_pipe(self)
+        self._prior_pipe: KandinskyV22PriorPipeline = KandinskyV22PriorPipeline.from_pipe(self)
         self._decoder_pipe: D = self.decoder_class.from_pipe(self)
 
     @property
     def prior_pipe(self) -> KandinskyV22PriorPipeline:
-        """The prior as a pipeline of its own."""
-        return self._synchronised(self._prior_pipe, PRIOR_PREFIX)
+        """The prior as a pipeline of its own, with the current components."""
+        return self._prior_pipe
 
     @property
     def decoder_pipe(self) -> D:
-        """The decoder as a pipeline of its own."""
-        return self._synchronised(self._decoder_pipe)
+        """The decoder as a pipeline of its own, with the current components."""
+        return self._decoder_pipe
 
-    def _synchronised(self, pipe: P, prefix: str = "") -> P:
-        """Return `pipe` with the current components and settings of this pipeline, both of which may be assigned to."""
-        for name, component in pipe.components.items():
-            if component is not self._components[prefix + name]:
-                setattr(pipe, name, self._components[prefix + name])
-        pipe._progress_bar_config = self._progress_bar_config
-        pipe._feature_caching = self._feature_caching
-        return pipe
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Components and settings of this pipeline are those of its stages.
+        stages = ((self.__dict__.get("_prior_pipe"), PRIOR_PREFIX), (self.__dict__.get("_decoder_pipe"), ""))
+        for pipe, prefix in stages:
+            if pipe is not None and (name in STAGE_SETTINGS or name in {prefix + each for each in pipe._components}):
+                setattr(pipe, name.removeprefix(prefix), value)
 
     def interrupt(self) -> None:
         """Stop the running call after its current step. It returns what the decoder has by then."""
@@ -161,7 +161,7 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         inputs: ImageOptions,
     ) -> Images:
         """Run both stages: everything is planned first, then the prior runs, then the decoder."""
-        prior, decoder, latents = self.prior_pipe, self.decoder_pipe, sampling.latents
+        prior, decoder, latents = self._prior_pipe, self._decoder_pipe, sampling.latents
         prior._interrupted = False
         # latents with two dimensions are initial noise of the prior, with four of the decoder
         for_prior = isinstance(latents, Tensor) and latents.ndim == 2

@@ -203,8 +203,8 @@ class DenoisingPipeline(DiffusionPipeline):
                 state.guidance = dataclasses.replace(plan.guidance, scale=self._guidance_scale)
                 if state.guidance.enabled and not plan.guidance.enabled:
                     raise InputError(
-                        "guidance_scale was set above 1 by a callback: expected at most 1, since the call began without "
-                        "guidance and has no negative condition"
+                        "guidance_scale was set above 1 by a callback: expected at most 1, since the call began "
+                        "without guidance and has no negative condition"
                     )
                 bar.update()
         return state.latents

@@ -19,7 +19,7 @@ from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.fingerprint import WeightFingerprint, files_digest
 from kandinsky22.kernels import settings
 from kandinsky22.runtime.device_offload import Offloaded, offload_of
-from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent
+from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, loaded
 from kandinsky22.runtime.network_state import state_of
 
 R = TypeVar("R")
@@ -57,8 +57,9 @@ def cached_zero_embed(encoder: AnyNetwork, dtype: torch.dtype, compute: Callable
     cached = _read(path, dtype)
     if cached is not None:
         return cached
+    is_lazy = isinstance(encoder, LazyComponent) and not encoder.is_loaded
     embed = compute()
-    path = _cache_path(encoder, dtype)  # a lazy encoder was loaded meanwhile, perhaps from newer files
+    path = _cache_path(encoder, dtype, just_loaded=is_lazy)  # perhaps from newer files
     if path is not None and bool(embed.isfinite().all()):
         with contextlib.suppress(OSError, SafetensorError):  # an unwritable cache folder disables the cache
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,20 +68,24 @@ def cached_zero_embed(encoder: AnyNetwork, dtype: torch.dtype, compute: Callable
     return embed
 
 
-def _cache_path(encoder: AnyNetwork, dtype: torch.dtype) -> Path | None:
-    """Return the cache file for this encoder, or None if its embedding cannot be cached."""
+def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = False) -> Path | None:
+    """Return the cache file for this encoder, or None if its embedding cannot be cached.
+
+    The weights of an encoder that was just loaded are those of its files, except for a deferred move or conversion.
+    """
     root = os.environ.get(CACHE_VARIABLE)
     if not settings.current().zero_embed_cache or root == "":
         return None
-    if isinstance(encoder, LazyComponent) and encoder.is_loaded:
-        encoder = encoder.load()
-    if isinstance(encoder, LazyComponent):
+    if isinstance(encoder, LazyComponent) and not encoder.is_loaded:
         digest, weights_dtype = encoder_files_digest(encoder.files), encoder.dtype
     else:
-        source = state_of(encoder).source
-        if source is None or not source.is_current(encoder):
+        network = loaded(encoder)
+        source = state_of(network).source
+        if source is None or not (just_loaded or source.is_current(network)):
             return None
         digest, weights_dtype = source.files_digest, source.dtype
+        if isinstance(encoder, LazyComponent) and just_loaded:
+            weights_dtype = encoder.dtype or weights_dtype
     if digest is None or weights_dtype is None:
         return None
     config: Any = encoder.config

@@ -163,14 +163,14 @@ class Scheduler:
         **settings: Settings by name, the fields of `config_class`. Those left out get their defaults.
 
     Attributes:
-        config: The settings.
-        betas: Variances of the noise that each training timestep adds, (num_train_timesteps,).
-        alphas: 1 - `betas`.
-        alphas_cumprod: alpha_bar, the cumulative products of `alphas`.
-        final_alpha_cumprod: alpha_bar after the last step; 1 means a clean sample.
-        init_noise_sigma: Standard deviation of the initial noise.
-        num_inference_steps: Number of steps; None before `set_timesteps`.
-        custom_timesteps: Whether timesteps or sigmas were passed to `set_timesteps` instead of a number of steps.
+        config (SchedulerConfig): The settings.
+        betas (Tensor): Variances of the noise that each training timestep adds, (num_train_timesteps,).
+        alphas (Tensor): 1 - `betas`.
+        alphas_cumprod (Tensor): alpha_bar, the cumulative products of `alphas`.
+        final_alpha_cumprod (Tensor): alpha_bar after the last step; 1 means a clean sample.
+        init_noise_sigma (float): Standard deviation of the initial noise.
+        num_inference_steps (int | None): Number of steps; None before `set_timesteps`.
+        custom_timesteps (bool): Whether `set_timesteps` received timesteps or sigmas instead of a number of steps.
 
     Raises:
         ConfigError: If a setting is unknown or invalid.

@@ -1,6 +1,6 @@
 """Last stage of the training: saving the trained networks as the checkpoint folders that the package ships.
 
-The weights of each UNet are in two files. The first holds the weights that all three UNets share, identical to the byte.
+The weights of each UNet are in two files. The first file holds the weights that all three UNets share.
 Inside the package, the folders of the variants do not contain files that are identical to the decoder's.
 """
 

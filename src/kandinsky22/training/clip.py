@@ -236,9 +236,9 @@ def image_processor() -> CLIPImageProcessor:
 def initialise(towers: Towers, seed: int) -> None:
     """Initialise the vision tower's patch filters with the half-whitened principal components of rendered patches.
 
-    With the usual small random filters, the contrastive loss stalls at this scale before shapes are recognised. Division
-    by the fourth root of the eigenvalue is a compromise between unscaled components, where flat colour outweighs edges,
-    and full whitening, which amplifies noise.
+    With the usual small random filters, the contrastive loss stalls at this scale before shapes are recognised. Each
+    component is divided by the fourth root of its eigenvalue. This is a compromise between unscaled components, where
+    flat colour outweighs edges, and full whitening, which amplifies noise.
 
     Args:
         towers: Towers, changed in place.

@@ -35,8 +35,7 @@ CONFIG: Mapping[str, Any] = {
     "attention_head_dim": 64,
 }
 # The published noise schedule. At its last timestep a trace of the image remains (signal-to-noise ratio 0.0016). A
-# network that predicts noise would have to ignore it, and flat colours come out wrong. Velocity prediction does not have
-# this weakness.
+# network that predicts noise would have to ignore it, and flat colours come out wrong. Velocity prediction avoids this.
 SCHEDULER: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",

@@ -44,8 +44,8 @@ EMPTY_SHARE = 0.1
 # Since embeddings are sums of parts, the embedding of such a scene is that of a visible one with the part of another
 # background.
 INVISIBLE_SHARE = 0.04
-# The prior has to decide jointly everything that a caption leaves open: which of two shapes is on the left, and therefore
-# which colour is there. This is learned far more slowly than following a caption that states everything.
+# The prior has to decide jointly everything that a caption leaves open: the left one of two shapes, and therefore the
+# colour on the left. This is learned far more slowly than following a caption that states everything.
 SPARSE = Detail(size=0.5, color=0.8, background=0.4, position=0.5, relation=0.5)
 DETAILS, DETAIL_SHARES = (FULL, Detail(), SPARSE), (0.3, 0.3, 0.4)
 
