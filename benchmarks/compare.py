@@ -1,11 +1,11 @@
-"""Ours against the reference, stage by stage: results, seconds, memory, arithmetic. Published configs, random weights.
+"""Comparison with the reference by stages: results, seconds, memory, arithmetic. Published configs, random weights.
 
     python -m benchmarks.compare --folder bench
 
-writes weights into the folder once (9.5 GB; 6.5 GB more with full CLIP towers), then runs both libraries on the same
-files, each in a process of its own, taking turns: A B A B. Medians count. What comes out is a table on the screen and,
-in `--out`, compare.md, compare.json and compare.svg. Exit code 1 if float32 results differ by more than 1e-3.
-docs/benchmarks.md tells what is measured and how to read it.
+writes weights into the folder once (9.5 GB; 6.5 GB more with full CLIP towers). Both libraries then run on the same
+files, each in a separate process; their calls alternate, A B A B, and medians count. The result is a table on the
+screen, and in `--out` compare.md, compare.json and compare.svg. The exit code is 1 if float32 results differ by more
+than 1e-3. docs/benchmarks.md describes what is measured and how to read it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,34 @@ from benchmarks.compare_worker import Worker
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEFAULT = ("load", "text", "prior", "step", "decode", "picture")
-SWITCHED = ("prior", "step", "decode")  # stages that are ours alone and can be called again and again
+SWITCHED = ("prior", "step", "decode")  # stages that `--switches` repeats with one optimisation off
 Record = dict[str, Any]
 
 
 class Clock:
-    """Shares the minutes that there are: each of `parts` gets its first round as long as any time is left, and further
-    ones while it is in its share."""
+    """Time limit of a run that consists of parts.
+
+    Each part gets its first round while any time is left, and further rounds while it is within its share.
+
+    Args:
+        minutes: Time limit; None for none.
+        parts: Number of parts.
+    """
 
     def __init__(self, minutes: float | None, parts: int) -> None:
-        self._begun, self._seconds, self._parts, self._part = time.perf_counter(), minutes and 60 * minutes, parts, 0
+        self._start, self._seconds, self._parts, self._part = time.perf_counter(), minutes and 60 * minutes, parts, 0
 
     def next_part(self) -> bool:
-        """Go on with the next part; whether there is time for it."""
+        """Begin the next part, and return whether there is time for it."""
         self._part += 1
         return self._seconds is None or self.elapsed < self._seconds
 
     def another(self, round_seconds: float) -> bool:
-        """Whether this part has time for one more round, as long as the last one."""
+        """Return whether the current part has time for another round.
+
+        Args:
+            round_seconds: Expected seconds of the round.
+        """
         if self._seconds is None:
             return True
         return self.elapsed + round_seconds < self._seconds * self._part / self._parts
@@ -52,11 +62,22 @@ class Clock:
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self._begun
+        return time.perf_counter() - self._start
 
 
 class Comparison:
-    """A run: what was asked for, what was found. `records` has one entry a stage, type and library."""
+    """A run with its results.
+
+    Args:
+        options: Command line options.
+        results: Folder for the results of calls.
+
+    Attributes:
+        records: Measurements, one entry per stage, dtype and library.
+        peaks: Peak arithmetic of the machine per dtype.
+        switches: Measurements with one optimisation off.
+        left_out: Stages for which there was no time.
+    """
 
     def __init__(self, options: argparse.Namespace, results: Path) -> None:
         self.options, self._results = options, results
@@ -68,7 +89,13 @@ class Comparison:
         self.left_out: list[str] = []
 
     def setting(self, library: str, stage: str, dtype: str) -> Setting:
-        """What a worker is told."""
+        """Return the settings of a worker.
+
+        Args:
+            library: OURS or THEIRS.
+            stage: Name of the stage.
+            dtype: Key of DTYPES.
+        """
         of_stage: dict[str, Any] = {"low_memory": stage == "low-memory"}
         if library == OURS:
             of_stage["quantize"] = self.options.quantize
@@ -81,12 +108,12 @@ class Comparison:
         return Setting(library, stage, folder, DTYPES[dtype], full_towers=full, **options, **of_stage)
 
     def run(self) -> None:
-        """Everything that was asked for, or what there is time for."""
+        """Measure all requested stages for which there is time."""
         for dtype in self.options.dtype:
             self.measure_peaks(dtype)
             for name in self.options.only:
                 if not self.clock.next_part():
-                    self.left_out.append(f"{name}, {dtype}: the time was up")
+                    self.left_out.append(f"{name}, {dtype}: no time was left")
                     continue
                 print(f"{name}, {dtype} ({self.clock.elapsed:.0f} s)", file=sys.stderr, flush=True)
                 self.measure(name, dtype)
@@ -94,16 +121,25 @@ class Comparison:
                     self.clock.next_part()
                     if name in SWITCHED:
                         self.measure_switches(name, dtype)
-            self.measure_peaks(dtype)  # again, for what else runs on the machine comes and goes
+            self.measure_peaks(dtype)  # again, since other work on the machine comes and goes
 
     def measure_peaks(self, dtype: str) -> None:
-        """What the machine can do at most."""
+        """Measure the peak arithmetic of the machine.
+
+        Args:
+            dtype: Key of DTYPES.
+        """
         with Worker(self.setting(OURS, "", dtype)) as worker:
-            found = worker.ask("peaks", small=self.options.config == "tiny")
-        self.peaks.append({"dtype": dtype, **found})
+            peaks = worker.ask("peaks", small=self.options.config == "tiny")
+        self.peaks.append({"dtype": dtype, **peaks})
 
     def measure(self, name: str, dtype: str) -> None:
-        """One stage."""
+        """Measure one stage with all libraries.
+
+        Args:
+            name: Name of the stage.
+            dtype: Key of DTYPES.
+        """
         stage = STAGES[name]
         records = {
             library: {"stage": name, "dtype": dtype, "library": library}
@@ -116,7 +152,7 @@ class Comparison:
         self.records += records.values()
 
     def _together(self, stage: type[Stage], records: dict[str, Record]) -> None:
-        """Both workers stay, and take turns."""
+        """Alternate between workers that exist at the same time."""
         with contextlib.ExitStack() as stack:
             workers = {}
             for library, record in records.items():
@@ -132,7 +168,7 @@ class Comparison:
                 self._memory(worker, records[library])
 
     def _alone(self, stage: type[Stage], records: dict[str, Record]) -> None:
-        """A fresh worker for each call, no other beside it."""
+        """Start a new worker for each call, without another one at the same time."""
         for number in self._rounds(stage):
             for library, record in records.items():
                 with Worker(self.setting(library, record["stage"], record["dtype"])) as worker:
@@ -149,7 +185,7 @@ class Comparison:
             record[kind].append(worker.started[kind])
 
     def _read_files(self) -> None:
-        """Bring the weights into the system's cache, so that no library pays for being the first."""
+        """Read the weights into the system's cache, since the first library would otherwise pay for it."""
         parts = ("prior-full" if self.options.towers == "full" else "prior", "decoder")
         for file in (file for part in parts for file in (self.options.folder / part).rglob("*.safetensors")):
             with file.open("rb", buffering=0) as opened:
@@ -157,45 +193,53 @@ class Comparison:
                     pass
 
     def _rounds(self, stage: type[Stage]) -> Iterator[int]:
-        wanted = self.options.rounds or stage.rounds
-        for number in range(wanted):
-            begun = self.clock.elapsed
+        rounds = self.options.rounds or stage.rounds
+        for number in range(rounds):
+            start = self.clock.elapsed
             yield number
-            if number + 1 < wanted and not self.clock.another(self.clock.elapsed - begun):
+            if number + 1 < rounds and not self.clock.another(self.clock.elapsed - start):
                 return
 
-    def _path(self, record: Record, more: str = "") -> Path:
-        return self._results / f"{record['stage']}-{record['dtype']}-{record['library']}{more}.pt"
+    def _path(self, record: Record, suffix: str = "") -> Path:
+        return self._results / f"{record['stage']}-{record['dtype']}-{record['library']}{suffix}.pt"
 
     def _call(self, worker: Worker, record: Record, number: int) -> None:
-        told = worker.ask("save", path=str(self._path(record))) if number == 0 else worker.ask("call", number=number)
-        record["seconds"].append(told["seconds"])
-        if "cpu" in told:
-            record["cpu"].append(told["cpu"] * told["seconds"] / told["wall"])
+        times = self._save_or_call(worker, number, self._path(record))
+        record["seconds"].append(times["seconds"])
+        if "cpu" in times:
+            record["cpu"].append(times["cpu"] * times["seconds"] / times["wall"])
+
+    def _save_or_call(self, worker: Worker, number: int, path: Path) -> dict[str, Any]:
+        """Make a call, and save the result of call 0."""
+        return worker.ask("save", path=str(path)) if number == 0 else worker.ask("call", number=number)
 
     def _memory(self, worker: Worker, record: Record) -> None:
-        """The largest of all rounds, for each part of a call."""
+        """Record the largest memory of all rounds, for each part of a call."""
         parts = worker.ask("memory")["peaks"]
         record["peaks"] = [max(pair) for pair in zip(parts, record.get("peaks", parts), strict=True)]
-        record["own"] = max(worker.own, record.get("own", 0.0))
+        record["own_memory"] = max(worker.own_memory, record.get("own_memory", 0.0))
 
-    # Afterwards
+    # Results
 
     def measure_switches(self, name: str, dtype: str) -> None:
-        """One of our optimisations off at a time, each followed by a call that does not count."""
+        """Measure a stage with one optimisation off at a time, each after a warm-up call.
+
+        Args:
+            name: Name of the stage.
+            dtype: Key of DTYPES.
+        """
         record = {"stage": name, "dtype": dtype, "library": OURS}
         names: list[str | None] = [None, *available(name)]
         seconds: dict[str | None, list[float]] = {switch: [] for switch in names}
         with Worker(self.setting(OURS, name, dtype)) as worker:
             for number in self._rounds(STAGES[name]):
-                for place, switch in enumerate(names):
+                for index, switch in enumerate(names):
                     worker.ask("switch", off=switch)
-                    worker.ask("call", number=number)  # packs anew, and keeps for all what is kept of inputs
-                    path = self._path(record, f"-{place}")
-                    told = worker.ask("save", path=str(path)) if number == 0 else worker.ask("call", number=number)
-                    seconds[switch].append(told["seconds"])
+                    worker.ask("call", number=number)  # packs weights again, and fills the caches of these inputs
+                    times = self._save_or_call(worker, number, self._path(record, f"-{index}"))
+                    seconds[switch].append(times["seconds"])
         base = self._path(record, "-0")
-        for place, switch in enumerate(names[1:], start=1):
+        for index, switch in enumerate(names[1:], start=1):
             self.switches.append(
                 {
                     "stage": name,
@@ -203,13 +247,13 @@ class Comparison:
                     "off": switch,
                     "on_seconds": seconds[None],
                     "off_seconds": seconds[switch],
-                    "difference": difference(base, self._path(record, f"-{place}")),
+                    "difference": difference(base, self._path(record, f"-{index}")),
                 }
             )
 
     def differences(self) -> list[Record]:
-        """How far results are from the reference's: of the same type, and where that can be said in float32."""
-        found = []
+        """Return differences from the reference's results in the same dtype, and in float32 where that is possible."""
+        differences = []
         for record in self.records:
             theirs = self._path({**record, "library": THEIRS})
             ours = self._path({**record, "library": OURS})
@@ -219,65 +263,97 @@ class Comparison:
             exact = self._path({**record, "library": THEIRS, "dtype": "fp32"})
             if record["dtype"] != "fp32" and exact.exists() and not STAGES[record["stage"]].noisy:
                 entry |= {"our_error": difference(exact, ours), "their_error": difference(exact, theirs)}
-            found.append(entry)
-        return found
+            differences.append(entry)
+        return differences
 
     def report(self, about: Record) -> Record:
-        """Everything that was found, as it is kept in JSON."""
-        asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
-        found = {"records": self.records, "differences": self.differences(), "peaks": self.peaks}
-        return {"asked": asked, "machine": about, "elapsed": self.clock.elapsed, "left_out": self.left_out} | {
-            **found,
+        """Return all results for JSON.
+
+        Args:
+            about: Description of the machine.
+        """
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
+        return {
+            "options": options,
+            "machine": about,
+            "elapsed": self.clock.elapsed,
+            "left_out": self.left_out,
+            "records": self.records,
+            "differences": self.differences(),
+            "peaks": self.peaks,
             "switches": self.switches,
         }
 
 
 def difference(reference: Path, other: Path) -> float:
-    """Largest difference of two saved tensors, as a part of the largest number in the first."""
+    """Return the largest difference of two saved tensors, relative to the largest value of the first.
+
+    Args:
+        reference: Path of the first.
+        other: Path of the second.
+    """
     import torch
 
-    exact, made = (torch.load(path, weights_only=True) for path in (reference, other))
-    return float((made - exact).abs().max() / exact.abs().max())
+    exact, result = (torch.load(path, weights_only=True) for path in (reference, other))
+    return float((result - exact).abs().max() / exact.abs().max())
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the command line options.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help="weights are here, or written there (bench)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("bench"), help="folder of the weights, written if missing (bench)"
+    )
     parser.add_argument("--out", type=Path, help="folder for compare.md, compare.json and compare.svg")
-    parser.add_argument("--config", choices=compare_weights.CONFIGS, default="published", help="(published)")
-    parser.add_argument("--towers", choices=("thin", "full"), default="thin", help="CLIP towers of one layer, or all")
+    parser.add_argument("--config", choices=compare_weights.CONFIGS, default="published", help="config (published)")
+    parser.add_argument(
+        "--towers", choices=("thin", "full"), default="thin", help="CLIP towers of one layer or all (thin)"
+    )
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(DEFAULT), help="stages, in this order")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="(fp32)")
-    parser.add_argument("--rounds", type=int, help="calls of each stage (load 2, prior 2, picture 1, others 3)")
-    parser.add_argument("--minutes", type=float, help="leave out what would take longer, further rounds first")
-    parser.add_argument("--size", type=int, help="side of the picture in pixels (512; tiny: 64)")
-    parser.add_argument("--prior-steps", type=int, default=25, help="(25)")
-    parser.add_argument("--steps", type=int, default=4, help="of the decoder, in `picture` (4)")
-    parser.add_argument("--threads", type=int, default=machine.cores(), help="of each worker (all cores)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="dtypes (fp32)")
+    parser.add_argument("--rounds", type=int, help="calls per stage (load 2, prior 2, picture 1, others 3)")
+    parser.add_argument("--minutes", type=float, help="time limit: leaves out rounds, then stages")
+    parser.add_argument("--size", type=int, help="side of the image in pixels (512; tiny: 64)")
+    parser.add_argument("--prior-steps", type=int, default=25, help="steps of the prior (25)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the decoder in `picture` (4)")
+    parser.add_argument("--threads", type=int, default=machine.cores(), help="threads per worker (all cores)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--quality", default="balanced", help="preset of the stage `fast` (balanced)")
-    parser.add_argument("--caching", type=int, help="feature caching of the stage `fast`: every so many steps")
-    parser.add_argument("--quantize", help="ours with weights of this kind, such as int8")
-    parser.add_argument("--compile", choices=("ours", "both"), help="compile networks, by torch.compile")
-    parser.add_argument("--switches", action="store_true", help="also time ours with one optimisation off at a time")
-    parser.add_argument("--make", action="store_true", help="write the weights that are not there yet, and end")
+    parser.add_argument("--caching", type=int, help="interval of feature caching of the stage `fast`, in steps")
+    parser.add_argument("--quantize", help="kind of quantized weights of ours, such as int8")
+    parser.add_argument("--compile", choices=("ours", "both"), help="compile networks with torch.compile")
+    parser.add_argument("--switches", action="store_true", help="also measure ours with one optimisation off at a time")
+    parser.add_argument("--make", action="store_true", help="only write missing weights")
     options = parser.parse_args(arguments)
     options.size = options.size or compare_weights.SIZES[options.config]
     for name in ("rounds", "prior_steps", "steps", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: a whole number from 1 is needed")
+            value = getattr(options, name)
+            parser.error(f"--{name.replace('_', '-')} {value} is invalid: expected an integer from 1")
     if options.prior_steps < 3:
-        parser.error("--prior-steps: at least 3 are needed, to count what a step computes")
+        parser.error(
+            f"--prior-steps {options.prior_steps} is invalid: expected at least 3, to count operations per step"
+        )
     if options.size % 64:
-        parser.error(f"--size {options.size}: a multiple of 64 is needed")
+        parser.error(f"--size {options.size} is invalid: expected a multiple of 64")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparison; exit code 1 when results differ."""
+    """Run the comparison.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+
+    Returns:
+        Exit code: 1 if float32 results differ, 0 otherwise.
+    """
     options = parse(arguments)
     parts = ("prior", "decoder") if options.towers == "thin" else ("prior", "prior-full", "decoder")
     compare_weights.ensure(options.folder, options.config, parts)
@@ -287,14 +363,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as results:
         comparison = Comparison(options, Path(results))
         comparison.run()
-        found = comparison.report(about)
-    print(compare_report.markdown(found))
+        report = comparison.report(about)
+    print(compare_report.markdown(report))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "compare.md").write_text(compare_report.page(found), encoding="utf-8")
-        (options.out / "compare.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (options.out / "compare.svg").write_text(compare_report.drawing(found), encoding="utf-8")
-    return 1 if compare_report.wrong(found) else 0
+        (options.out / "compare.md").write_text(compare_report.page(report), encoding="utf-8")
+        (options.out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (options.out / "compare.svg").write_text(compare_report.drawing(report), encoding="utf-8")
+    return 1 if compare_report.wrong_stages(report) else 0
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-# Fields of `kandinsky22.kernels.settings.Optimisations`, and the stages whose time they change. Fields that change memory
-# only, or calls with the same inputs as an earlier one, are left out.
+# Fields of `kandinsky22.kernels.settings.Optimisations`, and the stages whose time they change. Other fields change
+# loading, memory, or calls with the same inputs as an earlier one.
 STAGES_BY_SWITCH: dict[str, tuple[str, ...]] = {
     "packed_linear": ("prior", "step", "decode"),
     "onednn_linear": ("prior",),

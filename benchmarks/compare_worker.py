@@ -32,7 +32,7 @@ POLL_SECONDS = 0.05  # interval at which a worker's memory is sampled
 CLIP = ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", "CLIPTokenizer", "CLIPImageProcessor")
 
 
-class Served:
+class Server:
     """State of a worker process. Commands call the method `do_{name}`.
 
     Args:
@@ -165,15 +165,15 @@ def serve() -> None:
     """Execute commands until the pipe is closed."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries that print must not disturb the answers
-    served = Served(Setting(**json.loads(sys.argv[1])))
+    server = Server(Setting(**json.loads(sys.argv[1])))
 
     def reply(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    reply(served.start())
+    reply(server.start())
     for line in sys.stdin:
-        reply(served.answer(json.loads(line)))
+        reply(server.answer(json.loads(line)))
 
 
 class Worker:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from kandinsky22.kernels.linear import Linear
+from kandinsky22.kernels.settings import optimisations
 
 # (in, out, rows): a step of the prior, its text, the UNet's attention at 512 x 512
 CASES = (
@@ -43,8 +44,8 @@ def measure(in_features: int, out_features: int, rows: int, repeats: int) -> tup
     features = torch.randn(rows, in_features)
 
     def run(packing: bool) -> float:
-        Linear.packing = packing
-        return seconds(lambda: [layer(features) for layer in layers]) / LAYERS
+        with optimisations(packed_linear=packing):
+            return seconds(lambda: [layer(features) for layer in layers]) / LAYERS
 
     run(False)
     first = run(True)

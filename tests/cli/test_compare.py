@@ -66,7 +66,7 @@ def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
     return any(np.array_equal(sheet[top : top + high, left : left + wide], picture) for top, left in positions)
 
 
-def test_a_cell_that_ends_in_nan_is_marked_and_the_others_are_kept(
+def test_a_cell_of_nan_is_marked_and_the_others_are_saved(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = generate._check_not_nan

@@ -59,7 +59,7 @@ from kandinsky22.cli.main import build_parser
         (("generate", "a cat", "--seed", "-3"), ("--seed",)),
         (("generate", "a cat", "--seed", str(2**63)), ("at most",)),
         (("generate", "a cat", "-n", "0"), ("-n",)),
-        (("info",), ("picture",)),
+        (("info",), ("IMAGE",)),
         (("compare",), ("PROMPT",)),
         (("compare", "a cat", "--scheduler", "ddim,oil"), ("oil", "ddpm, ddim")),
         (("compare", "a cat", "--scheduler", ""), ("--scheduler", "''")),

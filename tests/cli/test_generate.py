@@ -141,7 +141,7 @@ def test_galleries_can_read_the_parameters(command: Command, model: Path) -> Non
 
 
 @pytest.mark.usefixtures("embedded")
-def test_the_embedded_model_is_the_default_and_says_what_it_is(command: Command) -> None:
+def test_the_embedded_model_is_the_default_and_is_described(command: Command) -> None:
     result = command("generate", "a red dragon on a blue square", "--steps", 1, "--prior-steps", 2)
     assert result.code == 0
     assert "--model kandinsky-community/kandinsky-2-2-decoder" in result.err

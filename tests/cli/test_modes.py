@@ -250,3 +250,15 @@ def test_recipes_without_a_command_are_repeated(command: Command, model: Path) -
         save_png(picture.copy(), Path("old.png"), {"kandinsky22": json.dumps({**recipe, "negative_prompt": None})})
     assert command("generate", "--from", "old.png").code == 0
     assert Path("old-again.png").read_bytes() == Path("picture.png").read_bytes()
+
+
+def test_the_digest_includes_the_image_encoder_only_if_it_runs(
+    draw: Callable[..., Any], command: Command, model: Path
+) -> None:
+    digests = {}
+    for name in ("img2img", "mix", "variations"):
+        draw(name)
+        digests[name] = stored(Path("picture.png"))["model_digest"]
+    command("generate", "a cat", "--model", model)
+    assert digests["img2img"] == stored(Path("picture.png"))["model_digest"]
+    assert digests["mix"] == digests["variations"] != digests["img2img"]

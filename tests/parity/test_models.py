@@ -152,7 +152,7 @@ def test_unet_condition_carries_extra_channels() -> None:
         assert error(ours.denoise(latents, 10, ours.encode_condition(embeds, channels=extra)), expected) < 1e-5
 
 
-def test_unet_says_what_it_needs() -> None:
+def test_missing_unet_inputs_are_named() -> None:
     unhinted, hinted = UNet2DConditionModel(**UNET), UNet2DConditionModel(**UNET | UNET_VARIANTS["hint"])
     embeds, picture = torch.randn(1, 32), torch.randn(1, 3, 128, 128)
     for call, name in (

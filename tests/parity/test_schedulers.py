@@ -305,7 +305,7 @@ def test_fixed_large_log_is_fixed_large() -> None:
 
 
 @pytest.mark.parametrize(("total", "steps"), [(50, 29), (1000, 61), (1000, 397)])
-def test_trailing_spacing_has_the_steps_asked_for(total: int, steps: int) -> None:
+def test_trailing_spacing_has_the_requested_steps(total: int, steps: int) -> None:
     """The reference adds a timestep -1 here, with the coefficients of the noisiest timestep."""
     scheduler = DDIMScheduler(num_train_timesteps=total, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)

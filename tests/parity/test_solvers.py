@@ -334,9 +334,7 @@ SOLVERS = [name for name in SPACES if name.startswith(("DPM", "UniPC", "DEIS"))]
 @pytest.mark.parametrize("name", [*SOLVERS, "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"])
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data(), logs=st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=7, unique_by=lambda log: round(log, 2)))
-def test_steps_between_given_levels_are_those_of_the_reference(
-    name: str, data: st.DataObject, logs: list[float]
-) -> None:
+def test_steps_between_custom_sigmas_equal_the_reference(name: str, data: st.DataObject, logs: list[float]) -> None:
     """The reference accepts no custom sigmas here, so its own are replaced."""
     config = data.draw(configs(name))
     for key in (*GRIDS, "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr", "lambda_min_clipped"):

@@ -257,7 +257,7 @@ def test_unknown_models(monkeypatch: pytest.MonkeyPatch) -> None:
                 kind.from_pretrained(name)
 
 
-def test_the_prior_is_found(checkpoints: Path, copy: Path, prior: Any) -> None:
+def test_the_prior_is_found_by_card_folder_and_argument(checkpoints: Path, copy: Path, prior: Any) -> None:
     by_card = KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder")
     (copy / "decoder/README.md").unlink()
     by_folder = KandinskyV22CombinedPipeline.from_pretrained(copy / "decoder")

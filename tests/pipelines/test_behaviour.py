@@ -124,7 +124,7 @@ def same_records(ours: list[Any], theirs: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
-def test_callbacks_see_what_the_reference_shows(
+def test_callbacks_get_the_references_tensors(
     prior: KandinskyV22PriorPipeline,
     decoder: KandinskyV22Pipeline,
     oracles: dict[str, Any],
@@ -416,7 +416,7 @@ def test_combined_progress_bar_shows_and_offloads_nothing(
     assert not capsys.readouterr().err
 
 
-def test_interpolate_runs_where_the_networks_are(prior: KandinskyV22PriorPipeline) -> None:
+def test_interpolate_runs_on_the_execution_device(prior: KandinskyV22PriorPipeline) -> None:
     """[10]: inputs follow the execution device, whatever `device` says about the results."""
     out = prior.interpolate(
         ["a cat", PIL.Image.new("RGB", (40, 40), "red")], [0.5, 0.5], num_inference_steps=2, device="meta"

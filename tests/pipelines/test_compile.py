@@ -191,7 +191,7 @@ def test_missing_compiler_error_says_what_to_install(decoder: KandinskyV22Pipeli
 
 
 @pytest.mark.slow
-def test_machine_code_gives_the_same_and_is_kept(
+def test_machine_code_gives_equal_results_and_is_cached(
     prior: KandinskyV22PriorPipeline, no_packing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # monkeypatch restores it

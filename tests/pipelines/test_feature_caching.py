@@ -27,7 +27,7 @@ def full_steps(pipe: Any) -> list[int]:
     return full
 
 
-def test_every_1_changes_nothing_and_every_2_only_what_it_says(decoder: KandinskyV22Pipeline) -> None:
+def test_every_1_changes_nothing_and_every_2_skips_half_of_the_steps(decoder: KandinskyV22Pipeline) -> None:
     baseline = generate(decoder)
     decoder.enable_feature_caching(every=1)
     assert torch.equal(generate(decoder), baseline)

@@ -171,7 +171,7 @@ def test_conditions_are_bound_again_where_guidance_begins_and_ends(
     assert calls == [1, 2, 1]
 
 
-def test_mixtures_have_the_options_too(prior: Any) -> None:
+def test_interpolate_has_the_options_too(prior: Any) -> None:
     call = {"images_and_prompts": ["a cat", embeds(1, 3)], "weights": [0.4, 0.6], "num_inference_steps": 4}
     baseline = prior.interpolate(**call, generator=seeded(0)).image_embeds
     assert torch.equal(prior.interpolate(**call, generator=seeded(0), guidance_interval=(0, 1)).image_embeds, baseline)
@@ -183,7 +183,7 @@ def test_mixtures_have_the_options_too(prior: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", COMBINED)
-def test_each_stage_has_options_of_its_own(
+def test_each_stage_has_its_own_options(
     make_pipeline: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = make_pipeline(mode)

@@ -159,7 +159,7 @@ def test_differences_are_those_of_pairs() -> None:
     assert sampler_report.difference(other, base)[1] < low
 
 
-def test_all_that_is_measured_has_a_place_and_a_style(tmp_path: Path) -> None:
+def test_every_measurement_has_a_table_and_a_style(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record_found = {
         "right": "1011",

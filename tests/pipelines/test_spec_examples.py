@@ -202,7 +202,7 @@ def test_inpainting(downloads: Path) -> None:
     assert_not_blank(image)
 
 
-def test_offloading_without_an_accelerator_says_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_without_an_accelerator_names_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three examples call `enable_model_cpu_offload()`, which fails without an accelerator."""
     pipe = kandinsky22.KandinskyV22Pipeline(unet=None, scheduler=None, movq=None)  # type: ignore[arg-type]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

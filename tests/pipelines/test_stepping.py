@@ -116,7 +116,12 @@ UNUSABLE = [
     *(("prior", name, {}, "a step") for name in sorted(WITHOUT_CLEAN_SAMPLES)),
     ("prior", "DPMSolverMultistepScheduler", {"num_inference_steps": -3}, "num_inference_steps=-3"),
     ("decoder", "EulerDiscreteScheduler", {"timesteps": [10, 500], "sigmas": [3.0, 1.0]}, "timesteps and sigmas"),
-    ("decoder", "LMSDiscreteScheduler", {"timesteps": [500, 10]}, r"timesteps=\[500, 10\] is invalid: expected None, since LMSDiscreteScheduler"),
+    (
+        "decoder",
+        "LMSDiscreteScheduler",
+        {"timesteps": [500, 10]},
+        r"timesteps=\[500, 10\] is invalid: expected None, since LMSDiscreteScheduler",
+    ),
 ]
 
 

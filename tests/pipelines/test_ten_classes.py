@@ -135,7 +135,7 @@ def test_components_of_several_pipelines_join(ten_pipelines: dict[str, Any]) -> 
 # Generation defaults of a checkpoint
 
 
-def test_generation_defaults_go_where_they_belong(ten_pipelines: dict[str, Any], tmp_path: Path) -> None:
+def test_generation_defaults_are_passed_to_the_right_stage(ten_pipelines: dict[str, Any], tmp_path: Path) -> None:
     combined = kandinsky22.KandinskyV22Img2ImgCombinedPipeline.from_pipe(
         ten_pipelines["KandinskyV22Img2ImgCombinedPipeline"]
     )

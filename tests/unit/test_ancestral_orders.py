@@ -35,7 +35,7 @@ def test_order_of_convergence_of_implicit_sampling() -> None:
         ("EulerAncestralDiscreteScheduler", {}),
     ],
 )
-def test_order_of_convergence_of_what_ancestral_methods_draw(
+def test_order_of_convergence_of_the_variance_of_ancestral_methods(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The variance converges. A step multiplies it and adds noise: steps from 0 and 1, and from 0 with noise 1, give

@@ -12,8 +12,9 @@ import pytest
 import torch
 from benchmarks import compare, compare_report, compare_switches, compare_weights, machine
 from benchmarks.compare_stages import OURS, STAGES, THEIRS, Setting
-from benchmarks.compare_worker import Served, Worker
+from benchmarks.compare_worker import Server, Worker
 
+from kandinsky22.kernels import settings
 from kandinsky22.kernels.linear import Linear
 
 SIZE = compare_weights.SIZES["tiny"]
@@ -73,7 +74,7 @@ def test_low_memory_and_fast_stages_give_pictures(folder: Path) -> None:
     assert not torch.equal(fast, plain)
 
 
-def test_caching_and_compilation_act(folder: Path) -> None:
+def test_feature_caching_and_compilation_act(folder: Path) -> None:
     plain, cached = (
         STAGES["fast"](setting(folder, OURS, "fast", quality="draft", caching=every)).call(0) for every in (None, 2)
     )
@@ -90,7 +91,7 @@ def test_quantized_weights_are_used(folder: Path) -> None:
 
 
 def test_a_pause_does_not_count_and_separates_peaks(folder: Path) -> None:
-    served = Served(setting(folder, OURS, "picture"))
+    served = Server(setting(folder, OURS, "picture"))
     served.start()
     told = served.do_call(0)
     assert served.stage is not None
@@ -100,7 +101,7 @@ def test_a_pause_does_not_count_and_separates_peaks(folder: Path) -> None:
 
 
 def test_loading_is_timed_apart_from_importing(folder: Path) -> None:
-    served = Served(setting(folder, OURS, "load"))
+    served = Server(setting(folder, OURS, "load"))
     told = served.start()
     assert set(told) == {"import", "load", "cpu"}
     assert min(told.values()) > 0
@@ -112,8 +113,7 @@ def test_loading_is_timed_apart_from_importing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_operations_of_layers_are_counted_packed_or_not(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Linear, "packing", packed)
+def test_operations_of_layers_are_counted_packed_or_not(packed: bool) -> None:
     linear = Linear(512, 256).requires_grad_(False)
     query = torch.randn(1, 2, 8, 16)
     convolution, picture = torch.nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 8, 8)
@@ -124,7 +124,8 @@ def test_operations_of_layers_are_counted_packed_or_not(packed: bool, monkeypatc
             torch.nn.functional.scaled_dot_product_attention(query, query, query)
             convolution(picture)
 
-    counts = machine.count_operations(call)
+    with settings.optimisations(packed_linear=packed):
+        counts = machine.count_operations(call)
     assert counts["product"] == 2 * 64 * 512 * 256 + 2 * (2 * 2 * 8 * 8 * 16)
     assert counts["convolution"] == 2 * 2 * 5 * 8 * 8 * 3 * 9
 
@@ -147,7 +148,7 @@ def test_prior_operations_are_extrapolated_from_two_and_three_steps(folder: Path
     assert 0 < mine["product"] < told["product"] / 3
 
 
-def test_a_step_computes_what_the_reference_computes_or_less(folder: Path) -> None:
+def test_a_step_needs_at_most_the_references_operations(folder: Path) -> None:
     theirs, ours = (
         STAGES["step"](setting(folder, library, "step")).operations(machine.count_operations)
         for library in (THEIRS, OURS)
@@ -158,7 +159,7 @@ def test_a_step_computes_what_the_reference_computes_or_less(folder: Path) -> No
     assert 0 < ours["convolution"] <= theirs["convolution"]
 
 
-def test_peaks_are_found() -> None:
+def test_peak_throughputs_are_measured() -> None:
     found = machine.peaks("float32", seconds=0.0, small=True)
     assert set(found) == {"convolution", "product"}
     assert min(found.values()) > 1e6
@@ -176,33 +177,37 @@ def test_memory_is_read_from_a_status_file(tmp_path: Path) -> None:
 # Switches
 
 
-def test_switches_leave_one_thing_off_at_a_time(folder: Path) -> None:
-    assert {"packed linear weights", "timesteps ahead"} <= set(compare_switches.available("prior"))
-    assert "timesteps ahead" not in compare_switches.available("decode")
+def test_one_optimisation_is_off_at_a_time(folder: Path) -> None:
+    assert {"packed_linear", "batched_timesteps"} <= set(compare_switches.available("prior"))
+    assert "batched_timesteps" not in compare_switches.available("decode")
     stage = STAGES["prior"](setting(folder, OURS, "prior"))
-    from kandinsky22.models import prior
-
-    on, ahead = flat(stage.call(0)), prior.AHEAD
-    try:
-        for name in compare_switches.available("prior"):
-            compare_switches.leave_off(name)
-            assert (Linear.packing, prior.AHEAD) == (
-                name != "packed linear weights",
-                1 if name == "timesteps ahead" else ahead,
-            )
-            assert float((flat(stage.call(0)) - on).abs().max() / on.abs().max()) < TOLERANCE
-    finally:
-        compare_switches.leave_off(None)
-    assert (Linear.packing, prior.AHEAD) == (True, ahead)
+    everything_on = settings.current()
+    reference = flat(stage.call(0))
+    for name in compare_switches.available("prior"):
+        with compare_switches.without(name):
+            assert settings.current() == dataclasses.replace(everything_on, **{name: False})
+            assert float((flat(stage.call(0)) - reference).abs().max() / reference.abs().max()) < TOLERANCE
+    with compare_switches.without(None):
+        assert settings.current() == everything_on
+    assert settings.current() == everything_on
 
 
-def test_a_missing_switch_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module, attribute in (("a", "runtime.nowhere", "packing"), ("b", "runtime.packed", "nothing")):
-        switch = compare_switches.Switch(module, "Linear", attribute, ("step",))
-        monkeypatch.setitem(compare_switches.SWITCHES, name, switch)
-    assert not {"a", "b"} & set(compare_switches.available())
-    with pytest.raises(KeyError, match="has no b"):
-        compare_switches.leave_off("b")
+def test_a_worker_switches_off_one_optimisation_during_its_calls(folder: Path) -> None:
+    server = Server(setting(folder, OURS, "decode"))
+    server.start()
+    assert server.stage is not None
+    during: list[settings.Optimisations] = []
+    server.stage.call = lambda number: during.append(settings.current())  # type: ignore[method-assign]
+    for name in ("winograd", None):
+        server.answer({"do": "switch", "off": name})
+        server.answer({"do": "call", "number": 1})
+    assert [(state.winograd, state.packed_linear) for state in during] == [(False, True), (True, True)]
+
+
+def test_switches_are_optimisations_of_this_version() -> None:
+    assert set(compare_switches.available()) <= set(settings.NAMES)
+    with pytest.raises(TypeError, match="no field 'nothing'"):
+        compare_switches.without("nothing")
 
 
 # Processes
@@ -212,7 +217,7 @@ def test_a_worker_answers_over_pipes_and_reports_its_error(folder: Path) -> None
     told = setting(folder, OURS, "")
     with Worker(told) as worker:
         assert set(worker.ask("peaks", small=True)) == {"convolution", "product"}
-        assert worker.ask("memory")["peaks"][0] > worker.own / 2 > 0.01
+        assert worker.ask("memory")["peaks"][0] > worker.own_memory / 2 > 0.01
         with pytest.raises(RuntimeError, match="do_nonsense"):
             worker.ask("nonsense")
 
@@ -225,7 +230,7 @@ def test_a_run_writes_tables_and_reports_equal_results(folder: Path, tmp_path: P
     assert [(r["stage"], r["library"], len(r["seconds"])) for r in found["records"]] == [
         ("decode", library, 2) for library in (THEIRS, OURS)
     ]
-    assert all(record["peaks"][0] > record["own"] > 0.05 for record in found["records"])
+    assert all(record["peaks"][0] > record["own_memory"] > 0.05 for record in found["records"])
     assert found["differences"][0]["difference"] < TOLERANCE
     assert {entry["off"] for entry in found["switches"]} == set(compare_switches.available("decode"))
     page = (tmp_path / "compare.md").read_text()
@@ -247,7 +252,7 @@ def test_invalid_options_are_refused(words: str, capsys: pytest.CaptureFixture[s
 
 def test_a_folder_of_another_config_is_refused(folder: Path) -> None:
     compare_weights.ensure(folder, "tiny", compare_weights.PARTS)
-    with pytest.raises(ValueError, match="not of the published config"):
+    with pytest.raises(ValueError, match="does not have the published config"):
         compare_weights.ensure(folder, "published", ("decoder",))
 
 
@@ -271,13 +276,20 @@ def test_clock_allows_a_first_round_of_each_part_and_more_while_time_remains(mon
 
 def found(ours: list[float], difference: float = 1e-6) -> dict[str, Any]:
     """A run of the step alone, the reference taking 2, 3 and 40 seconds."""
-    common = {"stage": "step", "dtype": "fp32", "cpu": [1.0, 1.0, 1.0], "peaks": [4.0], "own": 1.0, "load": [1.0]}
+    common = {
+        "stage": "step",
+        "dtype": "fp32",
+        "cpu": [1.0, 1.0, 1.0],
+        "peaks": [4.0],
+        "own_memory": 1.0,
+        "load": [1.0],
+    }
     work = {"convolution": 10**12, "product": 10**12}
     return {
-        "asked": {**vars(compare.parse([])), "threads": 1},
+        "options": {**vars(compare.parse([])), "threads": 1},
         "machine": machine.describe(),
         "elapsed": 60.0,
-        "left_out": ["decode, fp32: the time was up"],
+        "left_out": ["decode, fp32: no time was left"],
         "switches": [],
         "peaks": [{"dtype": "fp32", "convolution": 1e12, "product": 2e12}],
         "differences": [{"stage": "step", "dtype": "fp32", "difference": difference}],
@@ -293,15 +305,16 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
     assert compare_report.times_as_fast(theirs, ours) == 2.0  # of 2, 1 and 20; that of the medians is 1.5
 
 
-def test_the_report_tells_shares_of_the_peak_and_what_was_left_out() -> None:
+def test_the_report_has_shares_of_the_peak_and_omissions() -> None:
     page = compare_report.markdown(found([2.0, 3.0, 3.0]))
     assert "| guided UNet step | 3 | 3 | 1.00 | 1.3 | 1.0e-06 |" in page
     assert "| guided UNet step, kandinsky22 | 1 | 1 | 1.5 | 3 | 50 % |" in page
-    assert "takes 2 s, of which ours takes 1.50 times" in page
-    assert "Left out: decode, fp32: the time was up." in page
+    assert "The peaks are 1000 GFLOP/s for convolutions and 2000 GFLOP/s for products." in page
+    assert "- guided UNet step: 2 s; ours takes 1.50 times that." in page
+    assert "Left out: decode, fp32: no time was left." in page
 
 
-def test_the_report_tells_of_imports_and_of_the_memory_of_whole_pictures() -> None:
+def test_the_report_has_imports_and_memory_of_whole_pictures() -> None:
     run = found([1.0, 1.0, 1.0])
     theirs, ours = run["records"]
     for name, library, peaks in (("load", theirs, [9.0]), ("load", ours, [3.0])):
@@ -312,22 +325,22 @@ def test_the_report_tells_of_imports_and_of_the_memory_of_whole_pictures() -> No
     assert "| import | 6 | 6 | 1.00 |" in page
     assert "| load both pipelines | 3 | 1 | 3.00 | 3 |" in page
     assert "| text to image, 4 steps | 14.00 + 7.00 | 4.00 + 7.00 |" in page
-    assert "Ours takes 0.33 of what the reference's two pipelines take" in page
+    assert "Our peak is 0.33 of the sum of the reference's two pipelines" in page
 
 
 @pytest.mark.parametrize(("difference", "wrong"), [(1e-6, []), (2e-3, ["step"]), (float("nan"), ["step"])])
-def test_float32_results_that_differ_are_found_wrong(difference: float, wrong: list[str]) -> None:
-    assert compare_report.wrong(found([1.0, 1.0, 1.0], difference)) == wrong
+def test_differing_float32_results_are_reported(difference: float, wrong: list[str]) -> None:
+    assert compare_report.wrong_stages(found([1.0, 1.0, 1.0], difference)) == wrong
 
 
 def test_whole_pictures_are_extrapolated_from_stages() -> None:
     run = found([1.0, 1.0, 1.0])
-    assert compare_report.whole(run, "fp32", OURS) is None
+    assert compare_report.total_seconds(run, "fp32", OURS) is None
     step = run["records"][1]
     run["records"] += [
         {**step, "stage": stage, "seconds": [seconds]} for stage, seconds in (("prior", 7), ("decode", 5))
     ]
-    assert compare_report.whole(run, "fp32", OURS) == 7 + 100 + 5
+    assert compare_report.total_seconds(run, "fp32", OURS) == 7 + 100 + 5
 
 
 def test_settings_travel_as_json() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kandinsky22.kernels import attention, conv, group_norm, host_memory, linear, winograd
 from kandinsky22.kernels.conv import Conv2d, conv_add, upsample2x
 from kandinsky22.kernels.settings import NAMES, optimisations
-from kandinsky22.models.layers import GroupNorm, Modulation, Modulation, ResidualBlock, SpatialNorm
+from kandinsky22.models.layers import GroupNorm, Modulation, ResidualBlock, SpatialNorm, _modulate_tiles
 from kandinsky22.models.movq import VQModel
 
 needs_packing = pytest.mark.skipif(not linear.ONEDNN_DTYPES, reason="this torch has no packed products on this machine")
@@ -68,7 +68,9 @@ def test_every_convolution_algorithm_is_accurate(size: tuple[int, ...], bias: bo
 @pytest.mark.parametrize("band", [1, 200, 10**6])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()
-def test_large_results_are_made_in_bands(size: tuple[int, ...], band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_results_are_computed_in_strips(
+    size: tuple[int, ...], band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host_memory, "LARGE_BUFFER", 0)
     monkeypatch.setattr(conv, "STRIP_ELEMENTS", band)
     batch, inside, outside, *sides = size
@@ -197,7 +199,7 @@ def test_the_transforms_are_exact() -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_right_as_the_plain_convolution() -> None:
+def test_bfloat16_is_as_accurate_as_torchs_convolution() -> None:
     layer, features = Conv2d(24, 16, 3, padding=1).bfloat16(), torch.randn(2, 24, 8, 8).bfloat16()
     assert distance(layer(features), exactly(layer, features)) < 0.01
     assert kind(layer) == ("conv" if torch.bfloat16 in linear.ONEDNN_DTYPES else None)
@@ -225,7 +227,7 @@ def test_packed_weights_follow_the_weight() -> None:
     assert kind(copy.deepcopy(layer)) is None
 
 
-def test_gradients_and_other_types_take_the_plain_convolution() -> None:
+def test_gradients_and_other_dtypes_use_torchs_convolution() -> None:
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
     layer(features, upsample=True).sum().backward()
     assert layer.weight.grad is not None
@@ -332,6 +334,27 @@ def test_norms_are_more_precise_than_torchs_in_channels_last() -> None:
     assert distance(norm(features), exact) < 5e-7 < distance(F.group_norm(features, 16), exact)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sides", [(8, 8), (16, 24), (32, 8)], ids=str)
+def test_modulation_by_broadcasting_equals_that_by_interpolation(
+    sides: tuple[int, int], dtype: torch.dtype, order: torch.memory_format
+) -> None:
+    """GPUs take the first of these; the values are the same bit for bit."""
+    normed = torch.randn(2, 5, *sides).to(dtype).contiguous(memory_format=order).requires_grad_()
+    small = Modulation(*torch.randn(2, 2, 5, 8, 8).to(dtype))
+    scale, shift = (F.interpolate(part, sides, mode="nearest") for part in small)
+    expected = torch.addcmul(shift, normed, scale)
+    assert torch.equal(_modulate_tiles(normed, small), expected)
+    with torch.no_grad():
+        copied = normed.detach().clone(memory_format=torch.preserve_format)
+        assert torch.equal(_modulate_tiles(copied, small), expected)
+        other = Modulation(*(part.double() for part in small))
+        assert _modulate_tiles(normed, other).dtype == torch.float64
+    _modulate_tiles(normed, small).sum().backward()
+    assert torch.equal(normed.grad, scale)
+
+
 @torch.no_grad()
 def test_norms_in_bfloat16() -> None:
     features = (torch.randn(2, 64, 16, 16) + 2).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -377,7 +400,7 @@ def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pyte
 
 
 @torch.no_grad()
-def test_all_of_it_can_be_switched_off() -> None:
+def test_all_optimisations_can_be_switched_off() -> None:
     movq = VQModel(
         block_out_channels=(32, 64),
         layers_per_block=1,

@@ -82,7 +82,7 @@ def test_between_full_steps_the_outer_levels_go_on_with_the_features_of_the_last
 
 @pytest.mark.parametrize(("levels", "ran"), [(1, [1, 0, 0, 0, 0, 0, 1]), (2, [1, 1, 0, 0, 0, 1, 1])])
 @torch.no_grad()
-def test_levels_that_are_not_needed_do_not_run(levels: int, ran: list[int]) -> None:
+def test_cached_levels_do_not_run(levels: int, ran: list[int]) -> None:
     unet, (samples, embeds) = network(), inputs()
     condition, cache = unet.encode_condition(embeds), FeatureCache(every=2, levels=levels)
     unet.denoise(samples[0], 900, condition, cache)
@@ -104,7 +104,9 @@ def test_a_cache_serves_one_batch_and_leaves_levels_to_skip() -> None:
     unet.denoise(samples[0], 900, condition, cache)
     with pytest.raises(InputError, match=r"len\(sample\)=1 is invalid: expected 2, .* in the FeatureCache"):
         unet.denoise(samples[1][:1], 800, unet.encode_condition(embeds[:1]), cache)
-    with pytest.raises(InputError, match=r"levels=3 is invalid: expected an integer from 1 to 2: this UNet has 3 resolution levels"):
+    with pytest.raises(
+        InputError, match=r"levels=3 is invalid: expected an integer from 1 to 2: this UNet has 3 resolution levels"
+    ):
         unet.denoise(samples[0], 900, condition, FeatureCache(every=2, levels=3))
 
 

@@ -58,11 +58,11 @@ def test_load_image_gives_rgb(mode: str) -> None:
     assert load_image(PIL.Image.new(mode, (4, 4))).mode == "RGB"
 
 
-def test_load_image_converts_as_told(picture: Path) -> None:
+def test_load_image_applies_convert_method(picture: Path) -> None:
     assert load_image(picture, convert_method=lambda image: image.convert("L")).mode == "L"
 
 
-def test_load_image_reports_what_it_cannot_read(picture: Path, address: str, tmp_path: Path) -> None:
+def test_load_image_reports_unreadable_sources(picture: Path, address: str, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:60])
     for source in ("nowhere.png", tmp_path, tmp_path / "text.png", tmp_path / "cut.png", f"{address}/nowhere.png"):

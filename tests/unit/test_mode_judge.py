@@ -135,7 +135,7 @@ def test_scenes_to_mix_differ_in_one_attribute_alone(attribute: str) -> None:
         assert one.kind == other.kind
 
 
-def test_sentences_say_what_they_are_asked_to() -> None:
+def test_sentences_state_the_requested_attributes() -> None:
     assert mode_cases.sentence(SCENE, "color", None) == "a large circle on a white background in the center"
     assert mode_cases.sentence(SCENE, "color", "blue").startswith("a large blue circle on a white")
     assert mode_cases.sentence(SCENE, "background", None) == "a large red circle in the center"

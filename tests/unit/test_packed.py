@@ -1,4 +1,4 @@
-"""Packed linear layers give the plain layer's results, follow their weights, and step aside where they must."""
+"""Packed linear layers: results equal torch's, packed weights follow the weights, and unsupported cases fall back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def error(layer: Linear, features: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (6, 40), (2, 3, 40), (2, 1, 3, 40), (300, 40)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_product_is_right(shape: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
+def test_products_are_accurate(shape: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
     layer = Linear(40, 24, bias=bias)
     with mode():
         assert layer(torch.zeros(shape)).shape == (*shape[:-1], 24)
@@ -54,8 +54,8 @@ def test_packed_weights_follow_the_weight() -> None:
         lambda: layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)}),
         lambda: layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)}, assign=True),
         lambda: setattr(layer.weight, "data", torch.randn(24, 40)),
-        lambda: layer.weight.data.mul_(0.5),  # torch does not count this
-        lambda: layer.weight.data.numpy().fill(0.25),  # nor this
+        lambda: layer.weight.data.mul_(0.5),  # torch counts no version for this change
+        lambda: layer.weight.data.numpy().fill(0.25),  # neither for this one
         lambda: setattr(layer, "weight", nn.Parameter(torch.randn(24, 40))),
         lambda: layer.double().float(),
     ]
@@ -86,7 +86,7 @@ def test_packed_weights_are_private() -> None:
         assert error(other, features) < 1e-6
 
 
-def test_gradients_take_the_plain_product() -> None:
+def test_gradients_use_torchs_product() -> None:
     layer, features = Linear(40, 24), torch.randn(5, 40)
     layer(features).sum().backward()
     assert layer.weight.grad is not None
@@ -98,7 +98,7 @@ def test_gradients_take_the_plain_product() -> None:
 
 
 @torch.no_grad()
-def test_autocast_and_other_types_take_the_plain_product() -> None:
+def test_autocast_and_other_dtypes_use_torchs_product() -> None:
     layer, features = Linear(40, 24), torch.randn(5, 40)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(features).dtype == torch.bfloat16
@@ -110,7 +110,7 @@ def test_autocast_and_other_types_take_the_plain_product() -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_right_as_the_plain_product() -> None:
+def test_bfloat16_is_as_accurate_as_torchs_product() -> None:
     layer, features = Linear(40, 24).bfloat16(), torch.randn(5, 40).bfloat16()
     assert error(layer, features) < 0.01
 
@@ -142,7 +142,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @needs_packing
 @torch.no_grad()
-def test_layers_of_others_use_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_other_libraries_use_the_faster_product(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(nn.Linear):
         pass
 
@@ -184,7 +184,7 @@ def test_other_threads_use_torchs_own_product(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.no_grad()
-def test_compiled_layers_of_others_run_in_the_context() -> None:
+def test_compiled_layers_of_other_libraries_run_in_the_context() -> None:
     layer, features = nn.Linear(40, 24), torch.randn(5, 40)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     with onednn_linear_layers():
@@ -193,7 +193,7 @@ def test_compiled_layers_of_others_run_in_the_context() -> None:
 
 @needs_packing
 @torch.no_grad()
-def test_networks_use_it() -> None:
+def test_networks_pack_their_linear_layers() -> None:
     prior = PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=24).eval()
     prior(torch.randn(2, 24), 5, torch.randn(2, 24), torch.randn(2, 77, 24), torch.ones(2, 77))
     plain = [n for n, m in prior.named_modules() if isinstance(m, nn.Linear) and not is_packed(m)]
@@ -202,7 +202,7 @@ def test_networks_use_it() -> None:
 
 @needs_packing
 @torch.no_grad()
-def test_weights_of_other_kinds_have_products_of_their_own() -> None:
+def test_tensor_subclasses_use_their_own_product() -> None:
     class Doubled(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -218,7 +218,7 @@ def test_weights_of_other_kinds_have_products_of_their_own() -> None:
             assert torch.equal(layer(features), expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_layers_can_be_traced() -> None:
     for layer in (nn.Linear(40, 24), Linear(40, 24)):

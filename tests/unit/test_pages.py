@@ -1,4 +1,4 @@
-"""Memory of mapped weights is given back without anything being lost."""
+"""Host memory: mapped pages are dropped without losing values, and large buffers are reused."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kandinsky22.kernels.linear import Linear
 from kandinsky22.kernels.settings import optimisations
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc/self/pagemap")
-SIDE = 2048  # 16 MiB of weights, well above what else comes and goes
+SIDE = 2048  # 16 MiB of weights, well above other changes of memory
 
 
-def of_files() -> int:
-    """Bytes of files that this process has in memory."""
+def resident_file_bytes() -> int:
+    """Return the resident bytes of mapped files of this process."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile")))
 
@@ -36,31 +36,31 @@ def mapped(tmp_path: Path) -> Tensor:
     return dict(read_tensors(tmp_path / "weights.safetensors"))["weight"]
 
 
-def test_forgetting_can_be_switched_off(mapped: Tensor) -> None:
+def test_dropping_pages_can_be_switched_off(mapped: Tensor) -> None:
     mapped.sum()
     with optimisations(drop_mapped_pages=False):
         assert not drop_mapped_pages(mapped)
 
 
-def test_unchanged_pages_go_and_come_back(mapped: Tensor) -> None:
-    total, full = mapped.sum(), of_files()
+def test_unchanged_pages_are_dropped_and_read_again(mapped: Tensor) -> None:
+    total, full = mapped.sum(), resident_file_bytes()
     assert drop_mapped_pages(mapped)
-    assert full - of_files() > 0.9 * mapped.nbytes
+    assert full - resident_file_bytes() > 0.9 * mapped.nbytes
     assert mapped.sum() == total
 
 
-def test_what_was_written_stays(mapped: Tensor) -> None:
-    mapped.numpy()[SIDE // 2, 7] = 5.0  # torch does not notice this
+def test_written_pages_are_not_dropped(mapped: Tensor) -> None:
+    mapped.numpy()[SIDE // 2, 7] = 5.0  # torch counts no version for this write
     mapped.sum()
     assert not drop_mapped_pages(mapped)
     assert mapped[SIDE // 2, 7] == 5.0
 
 
-def test_other_memory_stays() -> None:
-    own = torch.randn(300, 300)
-    total = own.sum()
-    assert not drop_mapped_pages(own)
-    assert own.sum() == total
+def test_unmapped_memory_is_not_dropped() -> None:
+    unmapped = torch.randn(300, 300)
+    total = unmapped.sum()
+    assert not drop_mapped_pages(unmapped)
+    assert unmapped.sum() == total
     assert not drop_mapped_pages(torch.zeros(300, 300))
     assert not drop_mapped_pages(torch.empty(3, 3, device="meta"))
 
@@ -71,38 +71,38 @@ def test_a_packed_layer_does_not_hold_its_weight_twice(mapped: Tensor) -> None:
     layer = Linear(SIDE, SIDE, bias=False)
     layer.load_state_dict({"weight": mapped}, assign=True)
     features = torch.randn(200, SIDE)
-    Linear(SIDE, SIDE)(features)  # the library's own code comes into memory
-    plain, full = torch.nn.functional.linear(features, layer.weight), of_files()
-    assert torch.allclose(layer(features), plain, atol=1e-3)
-    assert full - of_files() > 0.9 * mapped.nbytes
+    Linear(SIDE, SIDE)(features)  # warm-up: the code of the library becomes resident
+    expected, full = torch.nn.functional.linear(features, layer.weight), resident_file_bytes()
+    assert torch.allclose(layer(features), expected, atol=1e-3)
+    assert full - resident_file_bytes() > 0.9 * mapped.nbytes
     assert torch.equal(layer.weight, mapped)
 
 
-# Memory that is freed
+# The pool of large buffers
 
-LARGE = host_memory.LARGE_BUFFER // 4  # numbers, in float32
+LARGE = host_memory.LARGE_BUFFER // 4  # elements of float32
 
 
 def new_pages() -> int:
-    """How many pages the system gives for a large tensor that is filled."""
+    """Return the number of new pages that the system maps for a large tensor."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     empty_large(torch.empty(0), LARGE).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def test_large_tensors_are_like_others() -> None:
+def test_large_tensors_equal_ordinary_ones() -> None:
     like = torch.zeros(3, dtype=torch.bfloat16)
     for shape in ((2, 3), (2, host_memory.LARGE_BUFFER // 4, 1)):
-        made = empty_large(like, *shape)
-        assert (made.shape, made.dtype, made.is_contiguous()) == (shape, torch.bfloat16, True)
-        made.fill_(2)
-        other = made[1:]
-        del made
-        assert (other == 2).all(), "memory stays as long as anything looks at it"
+        tensor = empty_large(like, *shape)
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, torch.bfloat16, True)
+        tensor.fill_(2)
+        other = tensor[1:]
+        del tensor
+        assert (other == 2).all(), "memory stays as long as a view exists"
     assert empty_large(torch.empty(0, device="meta"), LARGE).device.type == "meta"
 
 
-def test_memory_of_large_tensors_stays_for_the_next_ones_until_the_end() -> None:
+def test_large_buffers_are_reused_until_the_pool_is_closed() -> None:
     assert new_pages() > 0 < new_pages()
     with reuse_buffers():
         assert new_pages() > 0
@@ -116,7 +116,7 @@ def test_memory_of_large_tensors_stays_for_the_next_ones_until_the_end() -> None
         del first, second
         assert len(host_memory._free_buffers) == 2
         empty_large(torch.empty(0), 2 * LARGE)
-        assert len(host_memory._free_buffers) == 1, "those that are too small are let go"
+        assert len(host_memory._free_buffers) == 1, "buffers that are too small are freed"
         empty_large(torch.empty(0), LARGE)
         assert [len(block) for block in host_memory._free_buffers] == [8 * LARGE]
     assert not host_memory._free_buffers
@@ -125,7 +125,7 @@ def test_memory_of_large_tensors_stays_for_the_next_ones_until_the_end() -> None
         assert new_pages() > 0 < new_pages()
 
 
-def test_threads_share_what_is_kept() -> None:
+def test_threads_share_the_pool() -> None:
     with reuse_buffers(), ThreadPoolExecutor(4) as pool:
         for number in pool.map(
             lambda number: empty_large(torch.empty(0), LARGE).fill_(number).sum().item() / LARGE, range(32)

@@ -135,7 +135,7 @@ def test_repainted_pictures_have_the_colours_of_their_palettes() -> None:
             assert float((paint - ground).norm()) >= MIN_CONTRAST
 
 
-def test_no_palette_comes_near_what_is_left_out_of_training() -> None:
+def test_no_palette_is_near_held_out_colours() -> None:
     rng = np.random.default_rng(5)
     for scene in scenes(300):
         named = {name: nearest_color(color) for name, color in random_palette(scene, rng).items()}

@@ -97,7 +97,7 @@ def test_any_levels_are_visited_or_refused_by_name(name: str, sigmas: list[float
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_a_refusal_leaves_behind(name: str) -> None:
+def test_refused_arguments_change_nothing(name: str) -> None:
     """Return the whole state of a scheduler's timesteps."""
     scheduler = make(name)
     scheduler.set_timesteps(7)

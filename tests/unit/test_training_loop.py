@@ -50,14 +50,14 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(value, parts.state_dict()[name]), name
 
 
-def test_lengthening_a_run_before_its_decay_changes_no_step_made(tmp_path: Path) -> None:
+def test_lengthening_a_run_before_its_decay_changes_no_earlier_step(tmp_path: Path) -> None:
     short, long = Settings(steps=12, warmup=2, decay=4), Settings(steps=30, warmup=2, decay=4)
     assert [short.learning_rate_at(step) for step in range(8)] == [long.learning_rate_at(step) for step in range(8)]
     assert short.learning_rate_at(11) < short.learning_rate_at(9) < short.learning_rate_at(7) == short.learning_rate
     assert short.learning_rate_at(0) == short.learning_rate / 2
 
 
-def test_only_what_requires_gradients_is_trained_and_averaged(tmp_path: Path) -> None:
+def test_only_parameters_that_require_gradients_are_trained_and_averaged(tmp_path: Path) -> None:
     net = network()
     net[0].requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         train(net, objective(net), SETTINGS, tmp_path)
 
 
-def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_last_checkpoint_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = network()
     train(net, objective(net), SETTINGS, tmp_path, stop_at=6)
     whole = (tmp_path / CHECKPOINT).read_bytes()

@@ -72,7 +72,7 @@ def seen(name: str) -> dict[str, Any]:
     return {"channels": torch.randn(2, 5, 16, 16)}
 
 
-def test_the_shared_network_and_its_parts_begin_as_the_decoder_s_equals(plain: UNet2DConditionModel) -> None:
+def test_the_shared_network_and_its_parts_start_equal_to_the_decoder(plain: UNet2DConditionModel) -> None:
     shared = shared_unet.SharedUNet(plain).requires_grad_(False)
     latents, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING)
     expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
@@ -90,9 +90,7 @@ def awake(plain: UNet2DConditionModel) -> shared_unet.SharedUNet:
 
 
 @BOTH
-def test_a_part_answers_as_the_shared_network_without_what_it_does_not_see(
-    name: str, plain: UNet2DConditionModel
-) -> None:
+def test_a_part_equals_the_shared_network_without_the_other_inputs(name: str, plain: UNet2DConditionModel) -> None:
     shared = awake(plain)
     latents, embeds, extra = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING), seen(name)
     part = shared.variant(CHANGES[name])
@@ -181,7 +179,7 @@ def test_pictures_and_embeddings_contradict_each_other_only_where_there_is_littl
     )
 
 
-def test_mixtures_lie_between_their_ends_and_are_no_combination_that_training_leaves_out() -> None:
+def test_mixtures_lie_between_their_ends_and_are_never_held_out() -> None:
     rng = np.random.default_rng(6)
     differ = set()
     for _ in range(300):
@@ -211,7 +209,7 @@ def test_hint_block_passes_hints_at_the_start(plain: UNet2DConditionModel) -> No
     assert 0.2 < float((left - right).std()) < 5
 
 
-def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
+def test_variant_pipelines_share_files_with_the_decoder(
     autoencoder: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -247,7 +245,7 @@ def test_variants_become_pipelines_that_leave_what_they_share_to_the_decoder(
         KandinskyV22InpaintPipeline.from_pretrained("embedded")
 
 
-def test_masks_are_those_of_the_pipeline_and_embeddings_show_a_shape_alone_only_if_it_is_inside() -> None:
+def test_masks_equal_the_pipelines_and_embeddings_show_only_shapes_inside() -> None:
     rng = np.random.default_rng(2)
     indices = []
     for _ in range(400):
@@ -287,7 +285,7 @@ def test_masks_are_reduced_to_latents_as_the_pipeline_does(monkeypatch: pytest.M
     assert torch.equal(known, masks.unmasked_latents(mask, (16, 16)))
 
 
-def test_a_shape_alone_is_never_a_combination_that_training_leaves_out() -> None:
+def test_single_shapes_are_never_held_out() -> None:
     rng = np.random.default_rng(3)
     for _ in range(300):
         scene = sample_scene(rng)

@@ -275,7 +275,7 @@ def _caption(result: CellResult) -> str:
 
 
 def _grid_text_chunks(results: Sequence[CellResult], recipe: Recipe) -> dict[str, str]:
-    """Return the text chunks of the grid's PNG file: a description instead of a recipe, which no single one fits."""
+    """Return the text chunks of the grid's PNG file: a description, because a grid has more than one recipe."""
     lines = [f"{recipe.prompt}, seed {recipe.seeds[0]}, model {recipe.model}, digest {recipe.model_digest}"]
     lines += [f"{name}: {value}" for name, value in recipe.approximations().items()]
     description = "\n".join([*lines, _csv_table(results, with_files=False)])

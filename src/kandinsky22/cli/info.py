@@ -1,4 +1,4 @@
-"""`kandinsky22 info FILE`: print the recipe that an image file contains."""
+"""`kandinsky22 info IMAGE`: print the recipe that an image file contains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: kandinsky22 info picture.png",
         allow_abbrev=False,
     )
-    parser.add_argument("picture", type=Path, help="PNG file written by kandinsky22")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="PNG file written by kandinsky22")
     parser.add_argument("--json", action="store_true", help="print the recipe as the JSON that the file contains")
     parser.set_defaults(run=run)
 
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> None:
     """Print the recipe of an image file.
 
     Args:
-        args: Parsed command line with `picture` and `json`.
+        args: Parsed command line with `image` and `json`.
 
     Raises:
         InputError: If the file is not an image or contains no readable recipe.
         OSError: If the file cannot be opened.
     """
-    recipe = read_recipe(args.picture)
+    recipe = read_recipe(args.image)
     if args.json:
         print(recipe.to_json())
         return

@@ -90,7 +90,7 @@ def transform_weight(weight: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def weights_in_use_by(network: nn.Module, *, after: nn.Module) -> Iterator[None]:
-    """Free the Winograd weights of `after` on entry and those of `network` on exit.
+    """Return a context manager that frees the Winograd weights of `after` on entry and those of `network` on exit.
 
     They take four times the memory of the weights, and packing them again takes a small part of the time that the
     network runs.

@@ -240,8 +240,10 @@ def _load_and_record(name: str, entry: Any, folder: Path, options: LoadOptions) 
 
 
 def _lazy(name: str, entry: Any, folder: Path, options: LoadOptions) -> LazyComponent | None:
-    """Return a network of transformers that is loaded on first use, or None if the files look damaged, so that eager
-    loading reports the error."""
+    """Return a network of transformers that is loaded on first use.
+
+    The result is None if the files look damaged, so that eager loading reports the error.
+    """
     import transformers
 
     component_folder = _component_folder(name, folder)

@@ -135,8 +135,10 @@ class LastResults(Generic[R]):
 
 
 def _state(network: nn.Module) -> WeightFingerprint | Offloaded | None:
-    """Return what identifies the network's weights later: their fingerprint, or how they are offloaded to files, since
-    changes to those weights are lost anyway."""
+    """Return what identifies the network's weights later.
+
+    Changes to weights that are offloaded to files are lost anyway, so that the offloading itself identifies them.
+    """
     offload = offload_of(network)
     if offload is not None and offload.method == "enable_low_memory":
         return offload
