@@ -1,11 +1,11 @@
-"""Compare kandinsky22 with diffusers on an accelerator, in one process: agreement, time and memory.
+"""Comparison of kandinsky22 with diffusers on an accelerator, in one process: agreement, time and memory.
 
     python -m benchmarks.gpu_compare --minutes 6
 
-Networks have the published configs and random weights that are drawn on the device, so no file is read. Both libraries
-hold the same parameter tensors. Measured per size and batch: a guided UNet step, MoVQ decoding, and a whole decoder
-call; the prior pipeline is measured per batch. Every cell is measured eagerly, then with compiled networks for as long
-as `--minutes` lasts. Each cell prints one line of JSON; `--out` also collects them in a file.
+Networks have the published configs and random weights that are generated on the device; no file is read. Both libraries
+use the same parameter tensors. A guided UNet step, MoVQ decoding and a complete decoder call are measured per size and
+batch, the prior pipeline per batch. All cells are measured eagerly first, then with compiled networks until `--minutes`
+have passed. Each cell prints a line of JSON, which `--out` also collects in a file. With float32, TF32 is off.
 """
 
 from __future__ import annotations
@@ -28,15 +28,26 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Bench:
-    """Both libraries' pipelines around the same parameters, and the clock of the run."""
+    """Pipelines of both libraries with the same parameters, and the measurements of a run.
+
+    Args:
+        options: Command line options.
+
+    Attributes:
+        records: Measurements, one per cell and stage.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
+        if options.dtype == "fp32":
+            # Both libraries would use TF32 for convolutions, whose rounding hides how well results agree.
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
         self.torch, self.options = torch, options
         self.device = torch.device(options.device)
         self.dtype = getattr(torch, DTYPES[options.dtype])
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
         self.records: list[dict[str, Any]] = []
         config = compare_weights.CONFIGS[options.config]
         self.priors = self._prior_pipelines(config)
@@ -44,7 +55,7 @@ class Bench:
         self.embedding_width = config["unet"]["encoder_hid_dim"]
 
     def _pair(self, name: str, config: dict[str, Any]) -> dict[str, Any]:
-        """The reference's network with random weights on the device, and ours with the same tensors."""
+        """Return the reference's network with random weights on the device, and ours with the same tensors."""
         import diffusers
 
         import kandinsky22
@@ -113,15 +124,28 @@ class Bench:
             pipes[name].set_progress_bar_config(disable=True)
         return pipes
 
-    # What is timed
+    # Stages
 
     def random(self, *shape: int, seed: int) -> Any:
-        """Normal values, drawn on the CPU so that they are the same everywhere."""
-        drawn = self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
-        return drawn.to(device=self.device, dtype=self.dtype)
+        """Return normally distributed values, generated on the CPU and therefore the same on all devices.
+
+        Args:
+            *shape: Shape of the tensor.
+            seed: Seed of the values.
+        """
+        values = self.torch.randn(*shape, generator=self.torch.Generator().manual_seed(seed))
+        return values.to(device=self.device, dtype=self.dtype)
 
     def step(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
-        """A guided UNet step: a batch of 2 x `batch` samples."""
+        """Return the calls of a guided UNet step on 2 x `batch` samples.
+
+        Args:
+            size: Side of the images in pixels.
+            batch: Number of images.
+
+        Returns:
+            The calls by library.
+        """
         sample = self.random(batch, 4, size // 8, size // 8, seed=1).repeat(2, 1, 1, 1)
         embeds = self.random(2 * batch, self.embedding_width, seed=2)
         ours, theirs = self.decoders[OURS].unet, self.decoders[THEIRS].unet
@@ -136,7 +160,15 @@ class Bench:
         }
 
     def decode(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
-        """MoVQ, latents to pixels."""
+        """Return the calls of MoVQ decoding.
+
+        Args:
+            size: Side of the images in pixels.
+            batch: Number of images.
+
+        Returns:
+            The calls by library.
+        """
         latents = self.random(batch, 4, size // 8, size // 8, seed=3)
 
         def call(library: str) -> Callable[[], Any]:
@@ -145,7 +177,15 @@ class Bench:
         return {library: call(library) for library in (THEIRS, OURS)}
 
     def picture(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
-        """A whole call of the decoder pipeline."""
+        """Return the calls of the decoder pipeline.
+
+        Args:
+            size: Side of the images in pixels.
+            batch: Number of images.
+
+        Returns:
+            The calls by library.
+        """
         embeds, negatives = (self.random(batch, self.embedding_width, seed=seed) for seed in (4, 5))
         options = {"height": size, "width": size, "num_inference_steps": DECODER_STEPS, "output_type": "np"}
 
@@ -158,8 +198,15 @@ class Bench:
         return {library: call(library) for library in (THEIRS, OURS)}
 
     def prior(self, batch: int) -> dict[str, Callable[[], Any]]:
-        """A whole call of the prior pipeline."""
-        prompts = [f"a red cat, 4k photo, number {500 + row}" for row in range(batch)]
+        """Return the calls of the prior pipeline.
+
+        Args:
+            batch: Number of prompts.
+
+        Returns:
+            The calls by library.
+        """
+        prompts = [f"a red cat, 4k photo, number {500 + index}" for index in range(batch)]
         options = {"num_inference_steps": PRIOR_STEPS, "return_dict": False}
         return {
             library: lambda pipe=self.priors[library]: pipe(prompts, generator=self.generator(), **options)[0]
@@ -167,7 +214,7 @@ class Bench:
         }
 
     def generator(self) -> Any:
-        """A seeded generator."""
+        """Return a generator with a fixed seed."""
         return self.torch.Generator().manual_seed(0)
 
     # Measuring
@@ -175,27 +222,34 @@ class Bench:
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self.begun
+        return time.perf_counter() - self.start
 
     def measure(self, stage: str, calls: dict[str, Callable[[], Any]], rounds: int, **about: Any) -> None:
-        """Time both libraries in turn, and compare their results."""
+        """Measure alternating calls of both libraries, and compare their results.
+
+        Args:
+            stage: Name of the stage.
+            calls: The calls by library.
+            rounds: Number of timed calls per library.
+            **about: Description of the cell for the record.
+        """
         torch, results, first, peaks = self.torch, {}, {}, {}
         seconds: dict[str, list[float]] = {library: [] for library in calls}
         with torch.no_grad():
             for library, call in calls.items():
-                begun = self.now()
+                start = self.now()
                 results[library] = call()
-                first[library] = self.now() - begun
+                first[library] = self.now() - start
                 call()
                 self.reset_peak()
                 call()
                 peaks[library] = self.peak()
             for _ in range(rounds):
                 for library, call in calls.items():
-                    begun = self.now()
+                    start = self.now()
                     call()
-                    seconds[library].append(self.now() - begun)
-        exact, made = (results[library].float().cpu() for library in (THEIRS, OURS))
+                    seconds[library].append(self.now() - start)
+        expected, result = (results[library].float().cpu() for library in (THEIRS, OURS))
         medians = {library: statistics.median(values) for library, values in seconds.items()}
         record = {
             "stage": stage,
@@ -208,45 +262,45 @@ class Bench:
             "ours_first_s": round(first[OURS], 2),
             "reference_peak_gib": round(peaks[THEIRS], 2),
             "ours_peak_gib": round(peaks[OURS], 2),
-            "difference": float((made - exact).abs().max() / exact.abs().max()),
+            "difference": float((result - expected).abs().max() / expected.abs().max()),
             "at_s": round(self.elapsed),
         }
-        assert made.isfinite().all()
+        assert result.isfinite().all()
         self.records.append(record)
         print(json.dumps(record), flush=True)
 
     def now(self) -> float:
-        """Seconds on the host's clock, once the device has finished."""
+        """Return the seconds of the host's clock after the device has finished."""
         if self.device.type == "cuda":
             self.torch.cuda.synchronize()
         return time.perf_counter()
 
     def reset_peak(self) -> None:
-        """Start counting memory again."""
+        """Reset the peak memory."""
         if self.device.type == "cuda":
             self.torch.cuda.empty_cache()
             self.torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> float:
-        """Most GiB allocated at once."""
+        """Return the peak of allocated memory in GiB."""
         return self.torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
 
     def compile(self) -> None:
-        """Compile the UNet and MoVQ of both libraries, each the way its users do."""
+        """Compile the UNet and MoVQ of both libraries, each as its documentation recommends."""
         theirs = self.decoders[THEIRS]
         theirs.unet.compile(dynamic=False)
         theirs.movq.decoder.compile(dynamic=False)
         self.decoders[OURS].compile()
 
     def cells(self) -> Iterator[tuple[int, int]]:
-        """Sizes and batches, smallest work first."""
+        """Yield sizes and batches, from the smallest to the largest amount of work."""
         yield from sorted(
             ((size, batch) for size in self.options.sizes for batch in self.options.batches),
             key=lambda cell: cell[0] ** 2 * cell[1],
         )
 
     def run(self) -> None:
-        """Measure everything eagerly, then compiled while there is time."""
+        """Measure all cells eagerly, then with compiled networks while there is time."""
         for batch in self.options.batches:
             self.measure("prior", self.prior(batch), 3, batch=batch, compiled=False)
         for size, batch in self.cells():
@@ -259,32 +313,39 @@ class Bench:
         self.compile()
         longest = 0.0
         for size, batch in self.cells():
-            begun = self.elapsed
-            if begun + longest > 60 * self.options.minutes:
-                print(f"compiled {size} x {size}, batch {batch}: left out, no time", file=sys.stderr)
+            start = self.elapsed
+            if start + longest > 60 * self.options.minutes:
+                print(f"compiled {size} x {size}, batch {batch}: left out, no time is left", file=sys.stderr)
                 continue
             about = {"size": size, "batch": batch, "compiled": True}
             self.measure("step", self.step(size, batch), self.options.rounds, **about)
             self.measure("decode", self.decode(size, batch), self.options.rounds, **about)
             self.measure("picture", self.picture(size, batch), 3, **about)
-            longest = max(longest, self.elapsed - begun)
+            longest = max(longest, self.elapsed - start)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparison; the exit code is 1 if float32 results differ by more than 1e-3."""
+    """Run the comparison.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+
+    Returns:
+        Exit code: 1 if float32 results differ by more than 1e-3, 0 otherwise.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script (cuda)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(bf16)")
-    parser.add_argument("--config", choices=compare_weights.CONFIGS, default="published", help="(published)")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to test the script (cuda)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype; fp32 without TF32 (bf16)")
+    parser.add_argument("--config", choices=compare_weights.CONFIGS, default="published", help="config (published)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 768], help="sides in pixels (512 768)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="pictures per call (1 8)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed calls per network; pipelines have 3 (7)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images per call (1 8)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls per network; 3 per pipeline (7)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="measure eagerly only")
-    parser.add_argument("--minutes", type=float, default=6.0, help="start no compiled cell that would end later (6)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time limit for compiled cells (6)")
     parser.add_argument("--out", type=Path, help="JSON file for all records")
     options = parser.parse_args(arguments)
     bench = Bench(options)
@@ -299,7 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(bench: Bench) -> dict[str, str]:
-    """Versions, and the name of the device."""
+    """Return the name of the device and the versions of packages.
+
+    Args:
+        bench: The run.
+    """
     import diffusers
 
     import kandinsky22

@@ -1,7 +1,7 @@
-"""What the machine is, what it can do at most, and what a process takes of it: for the benchmarks.
+"""Properties of the machine, its peak arithmetic, memory of a process, and operations of a call, for the benchmarks.
 
-Peaks are the fastest convolution and the fastest matrix product of several that the networks of Kandinsky 2.2 are made
-of, in plain and in packed layout. They say how far from the end of what is possible a measured time is.
+Peak arithmetic is that of the fastest of several convolutions and matrix products of the networks of Kandinsky 2.2, in
+the usual and in packed layout. It is the limit that measured times are compared with.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import Any
 GIB = 2**30
 STATUS = Path("/proc/self/status")
 
-# (batch, channels in, channels out, side) of 3x3 convolutions; (rows, in, out) of matrix products
+# Cases: (batch, input channels, output channels, side) of 3x3 convolutions; (rows, inputs, outputs) of matrix products.
 CONVOLUTIONS = ((2, 384, 384, 64), (2, 768, 768, 32), (2, 1152, 1152, 16), (1, 512, 512, 64), (1, 256, 256, 256))
 PRODUCTS = ((2048, 2048, 2048), (512, 2048, 8192), (8192, 768, 768), (2048, 1152, 1152))
 SMALL_CONVOLUTIONS, SMALL_PRODUCTS = ((1, 64, 64, 32),), ((256, 256, 256),)
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable is not None else os.cpu_count() or 1
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the versions that matter; `load` is the system's load average when this is called."""
+    """Return processor, cores, memory, versions of packages, and the system's current load average."""
     from importlib.metadata import PackageNotFoundError, version
 
-    def known(package: str) -> str | None:
+    def installed(package: str) -> str | None:
         try:
             return version(package)
         except PackageNotFoundError:
             return None
 
     about = {"processor": _processor(), "cores": cores(), "memory_gib": _memory(), "python": platform.python_version()}
-    about["versions"] = {name: known(name) for name in ("torch", "diffusers", "transformers")}
+    about["versions"] = {name: installed(name) for name in ("torch", "diffusers", "transformers")}
     about["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return about
 
@@ -53,8 +53,8 @@ def _processor() -> str:
     facts = dict(line.split(":", 1) for line in lines if ":" in line)
     values = {name.strip(): value.strip() for name, value in facts.items()}
     flags = values.get("flags", "").split()
-    wide = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
-    return f"{values.get('model name', platform.machine())} ({', '.join(wide) or platform.machine()})"
+    extensions = [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
+    return f"{values.get('model name', platform.machine())} ({', '.join(extensions) or platform.machine()})"
 
 
 def _memory() -> float | None:
@@ -68,8 +68,15 @@ def _memory() -> float | None:
 
 
 def status(name: str, path: Path = STATUS) -> float | None:
-    """A size from a process's status file (Linux) in GiB: VmHWM is the largest that it ever was, RssAnon what no file
-    on disk stands for, now."""
+    """Return a size in GiB from a process's status file.
+
+    Args:
+        name: "VmHWM" for the peak resident memory, "RssAnon" for the current memory that is not backed by files.
+        path: The status file.
+
+    Returns:
+        The size, or None on systems other than Linux.
+    """
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -78,7 +85,7 @@ def status(name: str, path: Path = STATUS) -> float | None:
 
 
 def peak_memory() -> float:
-    """The most memory this process ever had, pages of mapped files included, in GiB."""
+    """Return the peak memory of this process in GiB, including pages of mapped files."""
     peak = status("VmHWM")
     if peak is None:
         import resource
@@ -88,7 +95,7 @@ def peak_memory() -> float:
 
 
 def forget_peak() -> bool:
-    """Begin anew with the peak of `peak_memory`; whether the system can (Linux)."""
+    """Reset the peak of `peak_memory`, and return whether the system supports it (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -100,9 +107,16 @@ def forget_peak() -> bool:
 
 
 def peaks(dtype: str, device: str = "cpu", *, seconds: float = 0.4, small: bool = False) -> dict[str, float]:
-    """The most floating-point operations a second, of convolutions and of matrix products, as large cases reach them.
+    """Return the peak floating-point operations per second of convolutions and of matrix products.
 
-    Each case is repeated for `seconds`; its best time counts. `small` takes small cases, for tests.
+    Args:
+        dtype: Name of a dtype of torch.
+        device: "cpu" or "cuda".
+        seconds: Time for which each case is repeated; its shortest call counts.
+        small: Whether to measure small cases, for tests.
+
+    Returns:
+        Operations per second by "convolution" and "product".
     """
     import torch
 
@@ -112,19 +126,18 @@ def peaks(dtype: str, device: str = "cpu", *, seconds: float = 0.4, small: bool 
         return torch.randn(*shape, generator=generator).to(device=device, dtype=kind)
 
     def convolutions() -> Iterable[tuple[float, Callable[[], object]]]:
-        for batch, before, after, side in SMALL_CONVOLUTIONS if small else CONVOLUTIONS:
-            last = {"memory_format": torch.channels_last}
-            features = random(batch, before, side, side).contiguous(**last)
-            weight = random(after, before, 3, 3).contiguous(**last)
-            work = 2.0 * batch * side * side * before * after * 9
+        for batch, inputs, outputs, side in SMALL_CONVOLUTIONS if small else CONVOLUTIONS:
+            features = random(batch, inputs, side, side).contiguous(memory_format=torch.channels_last)
+            weight = random(outputs, inputs, 3, 3).contiguous(memory_format=torch.channels_last)
+            work = 2.0 * batch * side * side * inputs * outputs * 9
             yield work, lambda f=features, w=weight: torch.nn.functional.conv2d(f, w, padding=1)
             if device == "cpu" and (packed := _packed_convolution(features, weight)):
                 yield work, packed
 
     def products() -> Iterable[tuple[float, Callable[[], object]]]:
-        for rows, before, after in SMALL_PRODUCTS if small else PRODUCTS:
-            features, weight = random(rows, before), random(after, before)
-            work = 2.0 * rows * before * after
+        for rows, inputs, outputs in SMALL_PRODUCTS if small else PRODUCTS:
+            features, weight = random(rows, inputs), random(outputs, inputs)
+            work = 2.0 * rows * inputs * outputs
             yield work, lambda f=features, w=weight: torch.nn.functional.linear(f, w)
             if device == "cpu" and (packed := _packed_product(features, weight)):
                 yield work, packed
@@ -138,14 +151,14 @@ def peaks(dtype: str, device: str = "cpu", *, seconds: float = 0.4, small: bool 
 
 
 def _best(call: Callable[[], object], seconds: float, wait: Callable[[], None] | None) -> float:
-    """The shortest of the calls that fit into `seconds`, after one that does not count."""
+    """Return the shortest of the calls that fit into `seconds`, after a warm-up call."""
 
     def once() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         if wait is not None:
             wait()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     once()
     best, end = once(), time.perf_counter() + seconds
@@ -176,9 +189,15 @@ def _packed_product(features: Any, weight: Any) -> Callable[[], object] | None:
 
 
 def count_operations(call: Callable[[], object]) -> dict[str, int]:
-    """Floating-point operations of convolutions and of matrix products (attention among them) that a call executes.
+    """Return the floating-point operations of a call.
 
-    Those of packed layers are counted as well, which torch's counter does not know by itself.
+    Operators of packed layers, which torch's counter does not know, are counted as well.
+
+    Args:
+        call: Function without arguments.
+
+    Returns:
+        Operations by "convolution" and "product" (matrix products including attention).
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -189,8 +208,8 @@ def count_operations(call: Callable[[], object]) -> dict[str, int]:
     def convolution(features: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return int(2 * torch.Size(out_shape).numel() * weight[1] * weight[2] * weight[3])
 
-    def convolution_onto(onto: Any, features: Any, weight: Any, *given: Any, **__: Any) -> int:
-        return convolution(features, weight, *given, out_shape=onto)
+    def convolution_add(residual: Any, features: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return convolution(features, weight, out_shape=residual)
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         batch, heads, rows, width = query
@@ -200,7 +219,7 @@ def count_operations(call: Callable[[], object]) -> dict[str, int]:
     for space, name, formula in (
         ("mkldnn", "_linear_pointwise", product),
         ("mkldnn", "_convolution_pointwise", convolution),
-        ("mkldnn", "_convolution_pointwise_", convolution_onto),
+        ("mkldnn", "_convolution_pointwise_", convolution_add),
         ("aten", "_scaled_dot_product_flash_attention_for_cpu", attention),
     ):
         if (operator := getattr(getattr(torch.ops, space), name, None)) is not None:

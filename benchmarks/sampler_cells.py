@@ -1,7 +1,7 @@
-"""What the trade-off between speed and quality is measured on: cells of samplers, steps and guidance.
+"""Cells of the samplers benchmark: samplers, numbers of steps and guidance.
 
-A cell says everything that decides over a picture beside the weights, the prompt and the seed. The grid is what
-`python -m benchmarks.samplers` measures unless told otherwise, most important cells first.
+Besides the weights, the prompt and the seed, a cell determines an image. `python -m benchmarks.samplers` measures the
+cells of the grid in its order, most important ones first.
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A method as curves and tables call it: the class, its settings, and whether it draws noise on the way."""
+    """A sampling method under its name in tables and curves.
+
+    Attributes:
+        scheduler: Class name of the scheduler.
+        settings: Its settings.
+        draws_noise: Whether its steps add noise.
+    """
 
     scheduler: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     draws_noise: bool = False
 
     def steps(self, steps: int) -> Sampler:
-        """The method with a number of steps."""
+        """Return the sampler with a number of steps.
+
+        Args:
+            steps: Number of steps.
+        """
         return Sampler(self.scheduler, steps, self.settings)
 
 
-# The samplers start from pure noise, the last timestep of training; as spaced in the checkpoint they would start below.
+# With this spacing, samplers start from pure noise at the last timestep of training. The checkpoint's starts below it.
 _TRAILING = {"timestep_spacing": "trailing"}
 _SDE = {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}
 
@@ -52,16 +62,24 @@ KINDS: dict[str, Kind] = {
 
 
 def name_of(sampler: Sampler) -> str:
-    """What a sampler is called in curves and tables."""
+    """Return the name of a sampler in tables and curves.
+
+    Args:
+        sampler: The sampler.
+    """
     for name, kind in KINDS.items():
         if kind.steps(sampler.steps) == sampler:
             return name
-    shown = ", ".join(f"{key}={value}" for key, value in sampler.settings.items())
-    return f"{sampler.scheduler.removesuffix('Scheduler')} ({shown})" if shown else sampler.scheduler
+    settings = ", ".join(f"{key}={value}" for key, value in sampler.settings.items())
+    return f"{sampler.scheduler.removesuffix('Scheduler')} ({settings})" if settings else sampler.scheduler
 
 
 def draws_noise(sampler: Sampler) -> bool:
-    """Whether the result depends on noise drawn on the way, so that it has no distance to a solution."""
+    """Return whether the steps of a sampler add noise; its results then have no distance to the solution.
+
+    Args:
+        sampler: The sampler.
+    """
     return any(kind.draws_noise for kind in KINDS.values() if kind.steps(sampler.steps) == sampler)
 
 
@@ -75,8 +93,15 @@ INTERVALS = "guidance_interval", "prior_guidance_interval"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """How both stages are sampled. `guidance` and `prior_guidance` are the model's own unless given, and `options`
-    are more arguments, such as guidance_interval or prior_guidance_interval."""
+    """Sampling of both stages.
+
+    Attributes:
+        decoder: Sampler of the decoder.
+        prior: Sampler of the prior.
+        guidance: Guidance scale of the decoder; None takes that of the model.
+        prior_guidance: Guidance scale of the prior; None takes that of the model.
+        options: Further arguments of the call, such as guidance_interval.
+    """
 
     decoder: Sampler
     prior: Sampler = SPECIFICATION.prior
@@ -86,24 +111,32 @@ class Cell:
 
     @classmethod
     def of(cls, preset: Preset) -> Cell:
-        """The cell that a preset asks for."""
+        """Return the cell of a preset.
+
+        Args:
+            preset: The preset.
+        """
         intervals = {name: getattr(preset, name) for name in INTERVALS}
         options = {name: interval for name, interval in intervals.items() if interval is not None}
         return cls(preset.decoder, preset.prior, options=options)
 
-    def plain(self) -> dict[str, Any]:
-        """The cell as JSON has it."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the cell for JSON."""
         return {
-            "decoder": _plain(self.decoder),
-            "prior": _plain(self.prior),
+            "decoder": _sampler_to_json(self.decoder),
+            "prior": _sampler_to_json(self.prior),
             "guidance": self.guidance,
             "prior_guidance": self.prior_guidance,
             "options": dict(self.options),
         }
 
     def key(self, **context: Any) -> str:
-        """A short digest of the cell and of whatever else decides over a measurement."""
-        text = json.dumps({"cell": self.plain(), **context}, sort_keys=True)
+        """Return a short digest of the cell and its context.
+
+        Args:
+            **context: Everything else that determines a measurement.
+        """
+        text = json.dumps({"cell": self.to_json(), **context}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -113,13 +146,14 @@ class Cell:
         return ", ".join([*parts, *(f"{name} {value}" for name, value in self.options.items())])
 
 
-def _plain(sampler: Sampler) -> dict[str, Any]:
+def _sampler_to_json(sampler: Sampler) -> dict[str, Any]:
     return {"scheduler": sampler.scheduler, "steps": sampler.steps, "settings": dict(sampler.settings)}
 
 
 STEPS = (4, 6, 8, 12, 25)
 
-# Success over steps, at two evaluations a step for half as many of them. All other methods are measured once, at 12.
+# Steps at which success is measured, half as many for methods with two evaluations per step. Other methods have one
+# number of steps, with 12 evaluations.
 DECODER_STEPS: dict[str, tuple[int, ...]] = {
     "DDPM (specification)": (12, 25, 50, 100),
     "DPM++ 2M": STEPS,
@@ -136,20 +170,20 @@ DECODER_STEPS: dict[str, tuple[int, ...]] = {
     "DEIS": (12,),
     "DPM++ 2S": (12,),
 }
-# The distance to the solution costs little, so all methods that have one are measured, and up to more steps.
+# The distance to the solution is cheap to measure, thus all methods that have one are included, with more steps.
 DISTANCE_STEPS: dict[str, tuple[int, ...]] = {
     name: (2, 3, 6, 12, 25) if name in ("Heun", "KDPM2") else (*STEPS, 50)
     for name, kind in KINDS.items()
     if not kind.draws_noise
 }
-# The decoder that the prior and guidance are measured with.
+# Sampler of the decoder in cells about the prior and about guidance.
 MIDDLE = KINDS["DPM++ 2M"].steps(12)
 PRIOR_STEPS: dict[str, tuple[int, ...]] = {
     "UnCLIP (specification)": (5, 10, 25),
     "DPM++ 2M": (2, 3, 5, 10),
     "DPM++ 2M SDE": (3, 5, 10),
 }
-# Scales, the model's own if None, with options: intervals save time, the others tame strong guidance.
+# Guidance scales (None for that of the model) with options: intervals save time, the others moderate strong guidance.
 STRONG = 4.0
 GUIDANCE: tuple[tuple[float | None, Mapping[str, Any]], ...] = (
     (None, {"guidance_interval": (0.0, 0.5)}),
@@ -164,13 +198,13 @@ GUIDANCE: tuple[tuple[float | None, Mapping[str, Any]], ...] = (
 
 
 def grid() -> dict[str, list[Cell]]:
-    """The cells of each group, most important first; a cell may stand in several groups."""
-    named = [SPECIFICATION, *PRESETS.values()]
-    decoder = [Cell(KINDS[name].steps(steps)) for name, row in DECODER_STEPS.items() for steps in row]
-    prior = [Cell(MIDDLE, KINDS[name].steps(steps)) for name, row in PRIOR_STEPS.items() for steps in row]
-    guidance = [Cell(MIDDLE, guidance=scale, options=more) for scale, more in GUIDANCE]
+    """Return the cells of each group, most important first; a cell may be in several groups."""
+    presets = [SPECIFICATION, *PRESETS.values()]
+    decoder = [Cell(KINDS[name].steps(steps)) for name, numbers in DECODER_STEPS.items() for steps in numbers]
+    prior = [Cell(MIDDLE, KINDS[name].steps(steps)) for name, numbers in PRIOR_STEPS.items() for steps in numbers]
+    guidance = [Cell(MIDDLE, guidance=scale, options=options) for scale, options in GUIDANCE]
     return {
-        "presets": [Cell.of(preset) for preset in named],
+        "presets": [Cell.of(preset) for preset in presets],
         "prior": prior,
         "guidance": guidance,
         "decoder": sorted(decoder, key=lambda cell: cell.decoder.steps),
@@ -178,5 +212,5 @@ def grid() -> dict[str, list[Cell]]:
 
 
 def distance_grid() -> list[Cell]:
-    """The cells whose distance to the solution is measured."""
-    return [Cell(KINDS[name].steps(steps)) for name, row in DISTANCE_STEPS.items() for steps in row]
+    """Return the cells whose distance to the solution is measured."""
+    return [Cell(KINDS[name].steps(steps)) for name, numbers in DISTANCE_STEPS.items() for steps in numbers]

@@ -1,4 +1,4 @@
-"""The samplers' trade-off as curves. Needs matplotlib, which the extra `bench` brings."""
+"""Curves of the samplers benchmark. They need matplotlib, which is part of the extra `bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.sampler_cells import KINDS, SPECIFICATION, Cell, grid
 from benchmarks.sampler_report import Find, Rows, decoder_rows, distance_rows, prior_rows, share
 from kandinsky22.sampling.presets import PRESETS
 
-# The palette of Okabe & Ito 2008, which the colour-blind can tell apart; markers say the same again.
+# Palette of Okabe and Ito (2008), which is suitable for colour-blind readers; markers are redundant to colours.
 BLACK, BLUE, SKY, GREEN = "#000000", "#0072B2", "#56B4E9", "#009E73"
 ORANGE, RED, PINK = "#E69F00", "#D55E00", "#CC79A7"
 STYLES: dict[str, tuple[str, str]] = {
@@ -43,7 +43,16 @@ SETTINGS = {
 
 
 def draw_curves(find: Find, folder: Path, suffix: str = "svg") -> list[Path]:
-    """Draw all curves that have points; the files."""
+    """Draw all curves that have points.
+
+    Args:
+        find: Function that returns a measurement.
+        folder: Folder for the files.
+        suffix: File format.
+
+    Returns:
+        Paths of the files.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -66,7 +75,7 @@ def draw_curves(find: Find, folder: Path, suffix: str = "svg") -> list[Path]:
 
 
 def _lines(axes: Any, rows: Rows, value: Callable[[Mapping[str, Any]], float]) -> None:
-    """One curve a sampler; a single point is no curve, and stands in the table."""
+    """Draw one curve per sampler, except samplers with a single point, which are in the table."""
     for name, points in rows.items():
         if len(points) > 1:
             color, marker = STYLES[name]
@@ -82,7 +91,7 @@ def _steps_axis(axes: Any, rows: Rows, label: str) -> None:
 
 
 def _log_axis(axes: Any, numbers: Sequence[float], ticks: Sequence[float], unit: str) -> None:
-    """A logarithmic axis with those round numbers that lie near what is shown."""
+    """Make the axis logarithmic, with ticks near the range of `numbers`."""
     shown = [tick for tick in ticks if numbers and min(numbers) * 0.8 <= tick <= max(numbers) * 1.2]
     axes.set_xscale("log")
     axes.set_xticks(shown, [f"{tick:g}{unit}" for tick in shown])
@@ -94,11 +103,11 @@ def _percent(record: Mapping[str, Any]) -> float:
 
 
 def _success_axis(axes: Any, find: Find) -> None:
-    """Percentages, spread where they are high, and the specification's defaults as a band of one point each way."""
+    """Scale the axis to resolve high percentages, and show the specification's defaults as a band of one point."""
     axes.set_yscale("function", functions=(lambda y: -((101 - y) ** 0.5), lambda z: 101 - z**2))
     ticks = [0, 25, 50, 70, 80, 90, 95, 98, 100]
     axes.set_yticks(ticks, [f"{tick} %" for tick in ticks])
-    axes.set_ylabel("pictures in which everything is right")
+    axes.set_ylabel("fraction of right images")
     base = find("success", Cell.of(SPECIFICATION))
     if base is not None:
         axes.axhspan(_percent(base) - 1, min(100, _percent(base) + 1), color="#000000", alpha=0.08, linewidth=0)
@@ -109,14 +118,14 @@ def _success_axis(axes: Any, find: Find) -> None:
 def _draw_success(figure: Any, find: Find) -> bool:
     decoder, prior = decoder_rows(find), prior_rows(find)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
-    for axes, rows, what in ((left, decoder, "decoder"), (right, prior, "prior")):
+    for axes, rows, stage in ((left, decoder, "decoder"), (right, prior, "prior")):
         _lines(axes, rows, _percent)
         _success_axis(axes, find)
-        _steps_axis(axes, rows, f"network evaluations of the {what}")
+        _steps_axis(axes, rows, f"network evaluations of the {stage}")
         if axes.get_lines():
             axes.legend(loc="lower right")
-    left.set_title("decoder, after 25 steps of the prior", fontsize=10)
-    right.set_title("prior, before 12 steps of DPM++ 2M", fontsize=10)
+    left.set_title("decoder, with 25 steps of the prior", fontsize=10)
+    right.set_title("prior, with 12 steps of DPM++ 2M in the decoder", fontsize=10)
     right.set_ylabel("")
     return bool(decoder or prior)
 
@@ -127,7 +136,7 @@ def _draw_distance(figure: Any, find: Find) -> bool:
     _lines(axes, rows, lambda record: record["distance"])
     _steps_axis(axes, rows, "network evaluations of the decoder")
     axes.set_yscale("log")
-    axes.set_ylabel("distance to the solution, of its own size")
+    axes.set_ylabel("relative distance to the solution")
     if not axes.get_lines():
         return False
     low, high = axes.get_ylim()
@@ -147,18 +156,18 @@ def _draw_time(figure: Any, find: Find) -> bool:
         record, timed = find("success", Cell.of(preset)), find("time", Cell.of(preset))
         if record is not None and timed is not None:
             spots[name] = timed["median"], _percent(record)
-    known = [(find("success", cell), find("time", cell)) for cells in grid().values() for cell in cells]
+    pairs = [(find("success", cell), find("time", cell)) for cells in grid().values() for cell in cells]
     points = [
-        (timed["median"], _percent(record)) for record, timed in known if record is not None and timed is not None
+        (timed["median"], _percent(record)) for record, timed in pairs if record is not None and timed is not None
     ]
     if not points:
         return False
-    axes.plot(*zip(*points, strict=True), "o", color="#AAAAAA", markersize=5, label="all that was measured")
+    axes.plot(*zip(*points, strict=True), "o", color="#AAAAAA", markersize=5, label="all cells")
     for (name, (x, y)), color in zip(spots.items(), (BLACK, ORANGE, BLUE, GREEN), strict=False):
         axes.plot([x], [y], "*", color=color, markersize=16, markeredgecolor="white")
         axes.annotate(name, (x, y), (0, 11), textcoords="offset points", ha="center", weight="bold")
     _success_axis(axes, find)
     _log_axis(axes, [x for x, _ in points], (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10), " s")
-    axes.set_xlabel("from a prompt to its picture")
+    axes.set_xlabel("time from a prompt to an image")
     axes.legend(loc="lower right")
     return True

@@ -1,4 +1,4 @@
-"""Tables of the samplers' trade-off, written into the documentation between markers, and what curves are drawn from."""
+"""Tables of the samplers benchmark, which are written into the documentation between markers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,30 @@ from kandinsky22.sampling.presets import PRESETS, Sampler
 Find = Callable[[str, Cell], dict[str, Any] | None]
 Rows = dict[str, list[tuple[int, dict[str, Any]]]]
 PAGE = "samplers-tradeoff.md"
-NONE_YET = "Not measured with these weights yet."
+NOT_MEASURED = "Not measured with these weights yet."
 
 
 def share(record: Mapping[str, Any]) -> Share:
-    """How many pictures of a cell are right."""
+    """Return the share of right images of a cell.
+
+    Args:
+        record: Measurement of success.
+    """
     return Share(record["right"].count("1"), len(record["right"]))
 
 
 def difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float, float]:
-    """By how much a cell's success differs from that of another one on the same prompts, and the 95 % interval for
-    paired proportions after Bonett & Price 2012 (https://doi.org/10.3102/1076998611411919)."""
+    """Return the difference of two cells' success on the same prompts, with its 95 % confidence interval.
+
+    The interval is that of paired proportions by Bonett and Price (2012, https://doi.org/10.3102/1076998611411919).
+
+    Args:
+        record: Measurement of success.
+        other: Measurement that it is compared with.
+
+    Returns:
+        The difference, the lower and the upper limit.
+    """
     pairs = list(zip(record["right"], other["right"], strict=True))
     gained, lost, total = pairs.count(("1", "0")), pairs.count(("0", "1")), len(pairs)
     more, less = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
@@ -43,21 +56,33 @@ def difference(record: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[flo
     return (gained - lost) / total, more - less - spread, more - less + spread
 
 
-# What was found, by name of the sampler
+# Measurements by name of the sampler
 
 
 def decoder_rows(find: Find) -> Rows:
-    """Success over the decoder's evaluations."""
+    """Return success by evaluations of the decoder.
+
+    Args:
+        find: Function that returns a measurement.
+    """
     return _rows(find, "success", DECODER_STEPS, lambda sampler: Cell(sampler), "evaluations")
 
 
 def prior_rows(find: Find) -> Rows:
-    """Success over the prior's evaluations, with the decoder that is used for this."""
+    """Return success by evaluations of the prior, with the sampler MIDDLE in the decoder.
+
+    Args:
+        find: Function that returns a measurement.
+    """
     return _rows(find, "success", PRIOR_STEPS, lambda sampler: Cell(MIDDLE, sampler), "prior_evaluations")
 
 
 def distance_rows(find: Find) -> Rows:
-    """Distances to the solution over the decoder's evaluations."""
+    """Return distances to the solution by evaluations of the decoder.
+
+    Args:
+        find: Function that returns a measurement.
+    """
     return _rows(find, "distance", DISTANCE_STEPS, lambda sampler: Cell(sampler), "evaluations")
 
 
@@ -66,9 +91,9 @@ def _rows(
 ) -> Rows:
     rows: Rows = {}
     for name, numbers in steps.items():
-        found = [find(kind, cell(KINDS[name].steps(number))) for number in numbers]
-        if known := sorted((record[axis], record) for record in found if record is not None):
-            rows[name] = known
+        records = [find(kind, cell(KINDS[name].steps(number))) for number in numbers]
+        if points := sorted((record[axis], record) for record in records if record is not None):
+            rows[name] = points
     return rows
 
 
@@ -77,18 +102,18 @@ def _rows(
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
-        return NONE_YET
+        return NOT_MEASURED
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _matrix(rows: Rows, show: Callable[[Mapping[str, Any]], str], first: str) -> str:
-    """One line a sampler, one column a number of evaluations."""
+    """Return a table with one row per sampler and one column per number of evaluations."""
     columns = sorted({number for points in rows.values() for number, _ in points})
     lines = []
     for name, points in rows.items():
-        known = {number: show(record) for number, record in points}
-        lines.append([name, *(known.get(number, "") for number in columns)])
+        cells = {number: show(record) for number, record in points}
+        lines.append([name, *(cells.get(number, "") for number in columns)])
     return _table([first, *map(str, columns)], lines)
 
 
@@ -96,12 +121,16 @@ def _percent(record: Mapping[str, Any]) -> str:
     return f"{100 * share(record).value:.1f} %"
 
 
-def _called(sampler: Sampler) -> str:
+def _title(sampler: Sampler) -> str:
     return f"{name_of(sampler)}, {sampler.steps} steps"
 
 
 def preset_table(find: Find) -> str:
-    """The presets beside the specification's defaults: success and time."""
+    """Return success and time of the presets and of the specification's defaults.
+
+    Args:
+        find: Function that returns a measurement.
+    """
     base = find("success", Cell.of(SPECIFICATION))
     rows = []
     for name, preset in {"specification": SPECIFICATION, **PRESETS}.items():
@@ -114,52 +143,72 @@ def preset_table(find: Find) -> str:
         rows.append(
             [
                 f"`{name}`" if name in PRESETS else "the specification's defaults",
-                _called(preset.decoder),
-                _guided(preset.guidance_interval),
-                _called(preset.prior),
-                _guided(preset.prior_guidance_interval),
+                _title(preset.decoder),
+                _guided_steps(preset.guidance_interval),
+                _title(preset.prior),
+                _guided_steps(preset.prior_guidance_interval),
                 f"{_percent(record)} ({100 * low:.1f} to {100 * high:.1f})",
                 "" if preset is SPECIFICATION else f"{gap:+.1f} ({worst:+.1f} to {best:+.1f})",
                 "" if timed is None else f"{timed['median']:.2f} s",
                 "" if timed is None else f"{timed['faster']:.1f}",
             ]
         )
-    head = ["", "decoder", "guided", "prior", "guided", "right", "points more", "a picture", "times as fast"]
+    head = [
+        "",
+        "decoder",
+        "guided",
+        "prior",
+        "guided",
+        "right",
+        "difference, points",
+        "time per image",
+        "times as fast",
+    ]
     return _table(head, rows)
 
 
-def _guided(interval: tuple[float, float] | None) -> str:
+def _guided_steps(interval: tuple[float, float] | None) -> str:
     return "all steps" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
 
 
 def others_table(finds: Mapping[int, Find]) -> str:
-    """The presets' success on several sets of prompts, by their seeds, and on all of them together."""
-    named = {"the specification's defaults": SPECIFICATION, **{f"`{name}`": preset for name, preset in PRESETS.items()}}
+    """Return the presets' success on several sets of prompts and on all of them together.
+
+    Args:
+        finds: Functions that return measurements, by seed of the prompts.
+    """
+    presets = {
+        "the specification's defaults": SPECIFICATION,
+        **{f"`{name}`": preset for name, preset in PRESETS.items()},
+    }
     base: list[dict[str, Any]] = []
     rows = []
-    for name, preset in named.items():
-        found = [find("success", Cell.of(preset)) for find in finds.values()]
-        records = [record for record in found if record is not None]
-        if len(records) < len(found):
+    for name, preset in presets.items():
+        records = [record for find in finds.values() if (record := find("success", Cell.of(preset))) is not None]
+        if len(records) < len(finds):
             continue
         records.append({"right": "".join(record["right"] for record in records)})
         if preset is SPECIFICATION:
             base = records
         if base:
             gap, worst, best = (100 * value for value in difference(records[-1], base[-1]))
-            shown = [_beside(*pair) for pair in zip(records, base, strict=True)]
-            rows.append([name, *shown, "" if records is base else f"{gap:+.2f} ({worst:+.1f} to {best:+.1f})"])
+            cells = [_percent_and_difference(*pair) for pair in zip(records, base, strict=True)]
+            rows.append([name, *cells, "" if records is base else f"{gap:+.2f} ({worst:+.1f} to {best:+.1f})"])
     heads = [f"prompts of seed {seed}" for seed in finds]
-    return _table(["", *heads, f"all {len(finds)} sets", "points more on all"], rows)
+    return _table(["", *heads, f"all {len(finds)} sets", "difference on all, points"], rows)
 
 
-def _beside(record: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """A share, and by how many points it differs from the one it is compared with."""
+def _percent_and_difference(record: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Return a share and its difference from that of `base` in points."""
     return _percent(record) + ("" if record is base else f" ({100 * difference(record, base)[0]:+.2f})")
 
 
 def guidance_table(find: Find) -> str:
-    """Success and time of one sampler under other guidance."""
+    """Return success and time of the sampler MIDDLE with other guidance.
+
+    Args:
+        find: Function that returns a measurement.
+    """
     base = find("success", Cell(MIDDLE))
     rows = []
     for cell in [Cell(MIDDLE), *grid()["guidance"]]:
@@ -177,11 +226,16 @@ def guidance_table(find: Find) -> str:
                 "" if timed is None else f"{timed['median']:.2f} s",
             ]
         )
-    return _table([f"{_called(MIDDLE)}, guidance", "right", "points more", "a picture"], rows)
+    return _table([f"{_title(MIDDLE)}, guidance", "right", "difference, points", "time per image"], rows)
 
 
 def tables(find: Find, others: Mapping[int, Find]) -> dict[str, str]:
-    """All tables in Markdown, by the name of their place on the page; `others` find what other prompts' seeds gave."""
+    """Return all tables in Markdown, by the name of their markers.
+
+    Args:
+        find: Function that returns a measurement of the first set of prompts.
+        others: Functions for other sets of prompts, by their seeds.
+    """
     return {
         "presets": preset_table(find),
         "others": others_table({0: find, **others}),
@@ -193,16 +247,31 @@ def tables(find: Find, others: Mapping[int, Find]) -> dict[str, str]:
 
 
 def fill(page: str, name: str, text: str) -> str:
-    """The page with `text` between the markers of that name; ValueError where there are none."""
+    """Return a page with other text between the markers of a name.
+
+    Args:
+        page: Text of the page.
+        name: Name of the markers.
+        text: Text between them.
+
+    Raises:
+        ValueError: The page does not have these markers.
+    """
     opening, closing = f"<!-- {name}: written by benchmarks/samplers.py -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
     if not pattern.search(page):
-        raise ValueError(f"the page has no place for {name}: {opening} ... {closing}")
+        raise ValueError(f"the page has no markers for {name}: {opening} ... {closing}")
     return pattern.sub(lambda _: f"{opening}\n{text}\n{closing}", page)
 
 
 def write_report(find: Find, others: Mapping[int, Find], docs: Path) -> None:
-    """Write tables into the page in `docs`, and curves beside it."""
+    """Write the tables into the page, and the curves next to it.
+
+    Args:
+        find: Function that returns a measurement of the first set of prompts.
+        others: Functions for other sets of prompts, by their seeds.
+        docs: Folder of the page.
+    """
     from benchmarks.sampler_curves import draw_curves
 
     path = docs / PAGE
@@ -210,6 +279,6 @@ def write_report(find: Find, others: Mapping[int, Find], docs: Path) -> None:
     for name, text in tables(find, others).items():
         page = fill(page, name, text)
     path.write_text(page, encoding="utf-8")
-    for drawn in draw_curves(find, docs):
-        print(drawn)
+    for curve in draw_curves(find, docs):
+        print(curve)
     print(path)

@@ -1,18 +1,17 @@
-"""How samplers trade quality for time, on the embedded model.
+"""Trade-off between quality and time of samplers, on the embedded model.
 
 Run from the root of the repository: `python -m benchmarks.samplers --help`.
 
-Three things are measured for cells of samplers, steps and guidance (benchmarks/sampler_cells.py):
+Three quantities are measured for cells of samplers, steps and guidance (benchmarks/sampler_cells.py):
 
-- success: the share of 400 prompts, half with one shape and half with two, of which everything is right in the
-  picture, judged by pixel analysis. Prompts, start noise and the noise of the prior are the same in every cell.
-- distance: how far the latents are from the solution of the same equation in 1,000 steps of a second-order method, from
-  the same noise and embeddings. It is measured for methods that draw no noise: others end elsewhere on purpose.
-- time: from a prompt to its picture, one at a time, all networks loaded, the cells taking turns.
+- success: the share of 400 prompts, half with one shape and half with two, whose images are right in every stated
+  attribute, judged by pixel analysis. Prompts, initial noise and the noise of the prior are the same in all cells.
+- distance: the distance of the latents from the solution of the same equation in 1,000 steps of a second-order method,
+  with the same noise and embeddings. Methods that add noise end elsewhere on purpose and are left out.
+- time: seconds from a prompt to its image, one image at a time, with all networks loaded and the cells interleaved.
 
-What is finished is kept in a file of JSON lines, one measurement each, and a rerun takes up where the last one stopped;
-measurements of other weights or settings stay in the file and are not used. From it come the tables and curves in the
-documentation.
+Each measurement is a line of a JSON Lines file, and a rerun continues where the last one stopped. Measurements of other
+weights or settings remain in the file and are not used. Tables and curves of the documentation are made from the file.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.embedded_prompts import Prompt, Share, draw_prompts
-from benchmarks.embedded_success import Drawer, run
+from benchmarks.embedded_success import Generate, run
 from benchmarks.sampler_cells import INTERVALS, KINDS, Cell, distance_grid, grid
 from benchmarks.sampler_report import preset_table, write_report
 from kandinsky22 import AutoPipelineForText2Image
@@ -38,17 +37,21 @@ from kandinsky22.checkpoints.fingerprint import weights_digest
 
 SUCCESS_GROUPS = tuple(grid())
 GROUPS = (*SUCCESS_GROUPS, "others", "distance", "time")
-# Presets were chosen on the first two sets of prompts, 0 and 1 together; the last was drawn once they were.
+# The presets were chosen on the prompts of seeds 0 and 1 together. Those of seed 2 were measured once, afterwards.
 OTHER_SEEDS = (1, 2)
 REFERENCE = Cell(KINDS["DPM++ 2M"].steps(1000))
-# Added to seeds, so that the prior does not draw the numbers that the decoder starts from. Prompts' seeds are below it,
-# and generators on a CPU know 32 bits.
-OF_PRIOR = 2**31
-ROUNDS, FEW_ROUNDS = 9, 3
+# Offset of the prior's seeds, since the prior must not use the same noise as the decoder. Seeds of prompts are below it,
+# and CPU generators use 32 bits of a seed.
+PRIOR_SEED_OFFSET = 2**31
+PRESET_ROUNDS, ROUNDS = 9, 3  # images per preset and per other cell for times
 
 
 class Store:
-    """Measurements in a file of JSON lines, by kind and key; the last one of each counts."""
+    """Measurements in a JSON Lines file, by kind and key; the last one of each counts.
+
+    Args:
+        path: Path of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,11 +59,22 @@ class Store:
         self._records = {(entry["kind"], entry["key"]): entry for entry in map(json.loads, lines)}
 
     def get(self, kind: str, key: str) -> dict[str, Any] | None:
-        """A measurement, if it was made."""
+        """Return a measurement, or None.
+
+        Args:
+            kind: "success", "distance" or "time".
+            key: Digest of everything that determines it.
+        """
         return self._records.get((kind, key))
 
     def add(self, kind: str, key: str, **values: Any) -> None:
-        """Keep a measurement, at once."""
+        """Append a measurement to the file.
+
+        Args:
+            kind: "success", "distance" or "time".
+            key: Digest of everything that determines it.
+            **values: Its values.
+        """
         entry = {"kind": kind, "key": key, **values}
         self._records[kind, key] = entry
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,18 +86,28 @@ def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]
     return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 
-def _generators(prompts: Sequence[Prompt], add: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(prompt.seed + add) for prompt in prompts]
+def _generators(prompts: Sequence[Prompt], offset: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(prompt.seed + offset) for prompt in prompts]
 
 
 def evaluations(scheduler: Any, steps: int) -> int:
-    """How often a network is asked in so many steps."""
+    """Return the number of network evaluations.
+
+    Args:
+        scheduler: The scheduler.
+        steps: Number of steps.
+    """
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
 
 
 class Bench:
-    """The embedded model, the prompts, and the measurements so far."""
+    """The embedded model, the prompts and the measurements.
+
+    Args:
+        options: Command line options.
+        seed: Seed of the prompts; None takes that of the options.
+    """
 
     def __init__(self, options: argparse.Namespace, seed: int | None = None) -> None:
         self.pipe: Any = AutoPipelineForText2Image.from_pretrained(options.model)
@@ -94,10 +118,10 @@ class Bench:
         self.batch = options.batch
         self.seed: int = options.seed if seed is None else seed
         self.prompts = draw_prompts(options.count // 2, held_out=(False,), seed=self.seed)
-        few, half = options.references // 2, len(self.prompts) // 2
-        self.few = [*self.prompts[:few], *self.prompts[half:][:few]]
+        count, half = options.references // 2, len(self.prompts) // 2
+        self.distance_prompts = [*self.prompts[:count], *self.prompts[half:][:count]]
         self._configs = self.pipe.scheduler.config, self.pipe.prior_scheduler.config
-        # What nobody set counts too: it says which settings another class puts its own defaults in the place of.
+        # Settings that the files leave out count too: another scheduler class replaces them by its defaults.
         stored = [dict(config) for config in self._configs]
         networks = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
         self._context = {
@@ -106,86 +130,101 @@ class Bench:
             "defaults": self.defaults,
             "seed": self.seed,
         }
-        self._place = f"{options.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        self._machine = f"{options.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         self._embeddings: dict[str, dict[tuple[str, int], list[Tensor]]] = {}
 
     def _key(self, kind: str, cell: Cell) -> str:
-        """The digest of all that decides over the outcome of a measurement."""
-        of = {
+        """Return the digest of everything that determines a measurement."""
+        extent = {
             "success": len(self.prompts),
-            "distance": len(self.few),
-            "time": f"{self._place}, {torch.get_num_threads()} threads",
+            "distance": len(self.distance_prompts),
+            "time": f"{self._machine}, {torch.get_num_threads()} threads",
         }
-        return cell.key(**self._context, of=of[kind])
+        return cell.key(**self._context, of=extent[kind])
 
     def find(self, kind: str, cell: Cell) -> dict[str, Any] | None:
-        """A measurement, if it was made."""
+        """Return a measurement, or None.
+
+        Args:
+            kind: "success", "distance" or "time".
+            cell: The cell.
+        """
         return self.store.get(kind, self._key(kind, cell))
 
-    def _keep(self, kind: str, cell: Cell, **values: Any) -> None:
+    def _store(self, kind: str, cell: Cell, **values: Any) -> None:
         self.store.add(kind, self._key(kind, cell), cell=str(cell), **values)
 
-    # Drawing
+    # Generation
 
     def _arguments(self, cell: Cell) -> dict[str, Any]:
-        """Give the pipeline the cell's schedulers; the arguments to call it with."""
+        """Assign the cell's schedulers to the pipeline, and return the arguments of its call."""
         self.pipe.scheduler = cell.decoder.from_config(self._configs[0])
         self.pipe.prior_scheduler = cell.prior.from_config(self._configs[1])
         steps = {"num_inference_steps": cell.decoder.steps, "prior_num_inference_steps": cell.prior.steps}
         scales = {"guidance_scale": cell.guidance, "prior_guidance_scale": cell.prior_guidance}
-        given = {name: value for name, value in scales.items() if value is not None}
-        everywhere = dict.fromkeys(INTERVALS)  # whatever the model's own: cells say where guidance acts
-        return self.defaults | everywhere | steps | given | dict(cell.options)
+        scales = {name: value for name, value in scales.items() if value is not None}
+        intervals = dict.fromkeys(INTERVALS)  # cells replace the guidance intervals of the model
+        return self.defaults | intervals | steps | scales | dict(cell.options)
 
     def _embed(self, cell: Cell, prompts: Sequence[Prompt]) -> dict[tuple[str, int], list[Tensor]]:
-        """Embeddings and their negatives, by text and seed; made once for each setting of the prior."""
+        """Return embeddings and their negatives by text and seed, computed once per setting of the prior."""
         arguments = self._arguments(cell)
-        own = {name[6:]: value for name, value in arguments.items() if name.startswith("prior_")}
-        known = self._embeddings.setdefault(repr((cell.prior, own)), {})
-        missing = [prompt for prompt in prompts if (prompt.text, prompt.seed) not in known]
-        for some in _batches(missing, self.batch):
-            texts = [prompt.text for prompt in some]
-            made = self.pipe.prior_pipe(texts, generator=_generators(some, OF_PRIOR), **own).to_tuple()
-            for prompt, *pair in zip(some, *made, strict=True):
-                known[prompt.text, prompt.seed] = pair
-        return known
+        prior_arguments = {name[6:]: value for name, value in arguments.items() if name.startswith("prior_")}
+        cached = self._embeddings.setdefault(repr((cell.prior, prior_arguments)), {})
+        missing = [prompt for prompt in prompts if (prompt.text, prompt.seed) not in cached]
+        for batch in _batches(missing, self.batch):
+            texts = [prompt.text for prompt in batch]
+            generators = _generators(batch, PRIOR_SEED_OFFSET)
+            embeds = self.pipe.prior_pipe(texts, generator=generators, **prior_arguments).to_tuple()
+            for prompt, *pair in zip(batch, *embeds, strict=True):
+                cached[prompt.text, prompt.seed] = pair
+        return cached
 
-    def _drawer(self, cell: Cell, prompts: Sequence[Prompt], output_type: str = "pil") -> Drawer:
-        """What draws the cell's pictures of `prompts`; the noise to start from depends on their seeds alone."""
-        known = self._embed(cell, prompts)
-        own = {name: value for name, value in self._arguments(cell).items() if not name.startswith("prior_")}
+    def _generate(self, cell: Cell, prompts: Sequence[Prompt], output_type: str = "pil") -> Generate:
+        """Return a function that generates the cell's images; their noise depends on the prompts' seeds alone."""
+        cached = self._embed(cell, prompts)
+        arguments = {k: value for k, value in self._arguments(cell).items() if not k.startswith("prior_")}
 
-        def draw(some: Sequence[Prompt]) -> Sequence[Any]:
-            pairs = [known[prompt.text, prompt.seed] for prompt in some]
+        def generate(batch: Sequence[Prompt]) -> Sequence[Any]:
+            pairs = [cached[prompt.text, prompt.seed] for prompt in batch]
             embeds, negatives = (torch.stack(part) for part in zip(*pairs, strict=True))
             decoder = self.pipe.decoder_pipe
-            made = decoder(embeds, negatives, generator=_generators(some), output_type=output_type, **own)
-            return list(made.images)
+            output = decoder(embeds, negatives, generator=_generators(batch), output_type=output_type, **arguments)
+            return list(output.images)
 
-        return draw
+        return generate
 
     # Measuring
 
     def measure_success(self, cell: Cell) -> str:
-        """Draw and judge all prompts."""
-        begun = time.perf_counter()
-        right = [verdict.all_right for _, verdict in run(self._drawer(cell, self.prompts), self.prompts, self.batch)]
-        self._keep(
+        """Measure the success of a cell.
+
+        Args:
+            cell: The cell.
+
+        Returns:
+            The result for the screen.
+        """
+        start = time.perf_counter()
+        generate = self._generate(cell, self.prompts)
+        right = [verdict.all_correct for _, verdict in run(generate, self.prompts, self.batch)]
+        self._store(
             "success",
             cell,
-            right="".join("01"[good] for good in right),
+            right="".join("01"[is_right] for is_right in right),
             evaluations=evaluations(self.pipe.scheduler, cell.decoder.steps),
             prior_evaluations=evaluations(self.pipe.prior_scheduler, cell.prior.steps),
-            seconds=round(time.perf_counter() - begun, 1),
+            seconds=round(time.perf_counter() - start, 1),
         )
         return str(Share(sum(right), len(right)))
 
     def _latents(self, cell: Cell) -> Tensor:
-        draw = self._drawer(cell, self.few, "latent")
-        return torch.stack([latents for some in _batches(self.few, self.batch) for latents in draw(some)])
+        generate = self._generate(cell, self.distance_prompts, "latent")
+        batches = _batches(self.distance_prompts, self.batch)
+        return torch.stack([latents for batch in batches for latents in generate(batch)])
 
     def solution(self) -> Tensor:
-        """The latents that all methods without noise lead to, kept beside the measurements: they take minutes."""
+        """Return the latents of the solution, stored in a file next to the measurements, since they take minutes."""
         path = self.store.path.with_name(f"solution-{self._key('distance', REFERENCE)}.pt")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,50 +232,67 @@ class Bench:
         return torch.load(path, weights_only=True)
 
     def measure_distance(self, cell: Cell) -> str:
-        """Root mean square of the difference to the solution, as a part of the solution's own."""
+        """Measure the root mean square difference from the solution, relative to that of the solution.
+
+        Args:
+            cell: The cell.
+
+        Returns:
+            The result for the screen.
+        """
         solution = self.solution()
         error = (self._latents(cell) - solution).flatten(1).square().mean(1).sqrt()
         distance = float((error / solution.flatten(1).square().mean(1).sqrt()).mean())
         count = evaluations(self.pipe.scheduler, cell.decoder.steps)
-        self._keep("distance", cell, distance=distance, evaluations=count)
+        self._store("distance", cell, distance=distance, evaluations=count)
         return f"{distance:.2g}"
 
     def _seconds(self, cell: Cell, number: int) -> float:
         arguments = self._arguments(cell)
         prompt = self.prompts[number % len(self.prompts)]
-        begun = time.perf_counter()
+        start = time.perf_counter()
         self.pipe(prompt.text, generator=_generators([prompt])[0], **arguments)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     def measure_times(self, cells: Sequence[Cell], rounds: int) -> None:
-        """Time one picture at a time, the cells in turns, so that all meet the same disturbances; the first of them is
-        what the others are compared with, round by round."""
-        self._seconds(cells[-1], 0)  # whatever is set up at first use
+        """Measure times of single images, with the cells interleaved, since other work on the machine varies.
+
+        Args:
+            cells: The cells; the others are compared with the first, round by round.
+            rounds: Number of images per cell.
+        """
+        self._seconds(cells[-1], 0)  # warm up
         table = [[self._seconds(cell, number) for cell in cells] for number in range(rounds)]
         for index, cell in enumerate(cells):
             seconds = [row[index] for row in table]
             faster = statistics.median(row[0] / row[index] for row in table)
-            self._keep("time", cell, median=statistics.median(seconds), faster=faster, seconds=seconds)
+            self._store("time", cell, median=statistics.median(seconds), faster=faster, seconds=seconds)
             print(f"{cell}: {statistics.median(seconds):.3f} s, {faster:.1f} times as fast", flush=True)
 
 
 def _missing(bench: Bench, kind: str, cells: Sequence[Cell]) -> list[Cell]:
-    """Those that are not measured yet, each once."""
+    """Return the cells that have not been measured, each once."""
     return [cell for cell in {cell.key(): cell for cell in cells}.values() if bench.find(kind, cell) is None]
 
 
 def _measure(bench: Bench, kind: str, cells: Sequence[Cell], measure: Callable[[Cell], str]) -> None:
-    """Measure what is missing, telling how far it is."""
+    """Measure missing cells and print the progress."""
     missing = _missing(bench, kind, cells)
     for number, cell in enumerate(missing, start=1):
-        begun = time.perf_counter()
-        found = measure(cell)
-        took = time.perf_counter() - begun
-        print(f"{kind} {number} of {len(missing)}: {cell}: {found} ({took:.0f} s)", flush=True)
+        start = time.perf_counter()
+        result = measure(cell)
+        elapsed = time.perf_counter() - start
+        print(f"{kind} {number} of {len(missing)}: {cell}: {result} ({elapsed:.0f} s)", flush=True)
 
 
 def measure(bench: Bench, others: Sequence[Bench], groups: Sequence[str]) -> None:
-    """Measure what is missing of these groups; `others` have other prompts."""
+    """Measure missing cells of groups.
+
+    Args:
+        bench: Benchmark with the first set of prompts.
+        others: Benchmarks with other prompts.
+        groups: Names of the groups, of GROUPS.
+    """
     cells = grid()
     for group in SUCCESS_GROUPS:
         if group in groups:
@@ -248,40 +304,51 @@ def measure(bench: Bench, others: Sequence[Bench], groups: Sequence[str]) -> Non
     if "time" in groups:
         presets = cells["presets"]
         if _missing(bench, "time", presets):
-            bench.measure_times(presets, ROUNDS)
-        others = _missing(bench, "time", [cell for group in cells.values() for cell in group])
-        if others:
-            bench.measure_times(others, FEW_ROUNDS)
+            bench.measure_times(presets, PRESET_ROUNDS)
+        missing = _missing(bench, "time", [cell for group in cells.values() for cell in group])
+        if missing:
+            bench.measure_times(missing, ROUNDS)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the command line options.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="embedded", help="pipeline folder, or the embedded model (default)")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="leave out the others")
-    parser.add_argument("--count", type=int, default=400, help="prompts a cell, half with one shape (400)")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="measure only these groups (all)")
+    parser.add_argument("--count", type=int, default=400, help="prompts per cell, half with one shape (400)")
     parser.add_argument("--references", type=int, default=32, help="prompts whose distance is measured (32)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="other prompts and pictures; prints the presets, leaves --docs alone (0)"
+        "--seed", type=int, default=0, help="seed of prompts and images; others than 0 only print the presets (0)"
     )
-    parser.add_argument("--batch", type=int, default=16, help="pictures drawn at once, but for times (16)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
-    parser.add_argument("--device", default="cpu", help="where the networks run (cpu)")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/samplers.jsonl"), help="measurements")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch, except for times (16)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
+    parser.add_argument("--device", default="cpu", help="device of the networks (cpu)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("benchmarks/results/samplers.jsonl"), help="file of measurements"
+    )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of samplers-tradeoff.md (docs)")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write tables and curves anew")
+    parser.add_argument("--report", action="store_true", help="only write tables and curves again")
     options = parser.parse_args(arguments)
     if options.count < 2 or options.references < 2:
-        parser.error("--count and --references: at least 2 are needed, one for each number of shapes")
+        values = f"--count {options.count} --references {options.references}"
+        parser.error(f"{values} is invalid: expected at least 2 each, one per number of shapes")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is missing, and write what is known into the documentation."""
+    """Measure missing cells, and write tables and curves into the documentation.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+    """
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     bench = Bench(options)
-    # The page is about the first prompts and the others that it names; of any more, the presets' table is printed.
+    # The page shows the prompts of seeds 0 and OTHER_SEEDS. For any other seed, the presets' table is printed.
     others = [Bench(options, seed) for seed in OTHER_SEEDS] if bench.seed == 0 else []
     if not options.report:
         measure(bench, others, options.only)

@@ -187,6 +187,17 @@ def test_replaced_components_are_offloaded_too(mode: str, combined: Any) -> None
     assert devices_of(combined)["unet"] == {"cpu"}
 
 
+def test_a_copy_of_an_offloaded_network_is_offloaded_by_itself(decoder: Any) -> None:
+    weights = {name: tensor.clone() for name, tensor in decoder.unet.state_dict().items()}
+    decoder.enable_low_memory()
+    twin = copy.deepcopy(decoder.unet)
+    assert device_offload.offload_of(twin) is not device_offload.offload_of(decoder.unet)
+    device_offload.remove_offload(twin)
+    assert device_offload.offload_of(twin) is None
+    assert all(parameter.is_meta for parameter in decoder.unet.parameters())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in twin.state_dict().items())
+
+
 def test_pipelines_that_share_networks_share_their_offloading(combined: Any) -> None:
     with fake_accelerator() as device:
         combined.enable_model_cpu_offload(device=device)

@@ -91,22 +91,22 @@ def test_quantized_weights_are_used(folder: Path) -> None:
 
 
 def test_a_pause_does_not_count_and_separates_peaks(folder: Path) -> None:
-    served = Server(setting(folder, OURS, "picture"))
-    served.start()
-    told = served.do_call(0)
-    assert served.stage is not None
-    assert served.stage.pause > 0
-    assert told["seconds"] == pytest.approx(told["wall"] - served.stage.pause)
-    assert len(served.do_memory()["peaks"]) == 2
+    server = Server(setting(folder, OURS, "picture"))
+    server.start()
+    told = server.do_call(0)
+    assert server.stage is not None
+    assert server.stage.pause > 0
+    assert told["seconds"] == pytest.approx(told["wall"] - server.stage.pause)
+    assert len(server.do_memory()["peaks"]) == 2
 
 
 def test_loading_is_timed_apart_from_importing(folder: Path) -> None:
-    served = Server(setting(folder, OURS, "load"))
-    told = served.start()
+    server = Server(setting(folder, OURS, "load"))
+    told = server.start()
     assert set(told) == {"import", "load", "cpu"}
     assert min(told.values()) > 0
-    assert [type(pipe).__name__ for pipe in served.stage.pipes] == ["KandinskyV22PriorPipeline", "KandinskyV22Pipeline"]
-    assert served.stage.operations(machine.count_operations) is None
+    assert [type(pipe).__name__ for pipe in server.stage.pipes] == ["KandinskyV22PriorPipeline", "KandinskyV22Pipeline"]
+    assert server.stage.operations(machine.count_operations) is None
 
 
 # Arithmetic

@@ -52,7 +52,9 @@ def signatures_of(name: str) -> dict[str, str]:
             if method in signatures or (method.startswith("_") and method != "__call__"):
                 continue
             if isinstance(static, property):
-                signatures[method] = "property" if static.fset is None else "property with a setter"
+                signatures[method] = "property"
+                if static.fset is not None:
+                    signatures[f"{method}.setter"] = "property"
             elif callable(value := getattr(public, method)) and not inspect.isclass(value):
                 signatures[method] = signature_of(value)
     return dict(sorted(signatures.items()))
@@ -61,7 +63,7 @@ def signatures_of(name: str) -> dict[str, str]:
 RECORDED: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
 
 
-def test_every_public_name_is_recorded_or_new() -> None:
+def test_no_recorded_name_is_missing() -> None:
     assert len(RECORDED) > 40
     assert RECORDED.keys() <= set(kandinsky22.__all__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,19 @@ def test_integer_products_are_used_where_supported() -> None:
     with torch.no_grad():
         result = [quantized_layers.QuantizedConv2d(exact_layer, dynamic=dynamic)(features) for dynamic in (False, True)]
     assert torch.equal(*result) is not quantized_layers.HAS_INTEGER_CONVOLUTION
+
+
+def test_importing_torchao_suppresses_warnings_of_its_loggers_only() -> None:
+    logger, level, disabled = (
+        logging.getLogger("torchao"),
+        logging.getLogger("torchao").level,
+        logging.root.manager.disable,
+    )
+    with quantized_layers._errors_only("torchao"):
+        assert not logging.getLogger("torchao.kernel.intmm").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("torchao.kernel.intmm").isEnabledFor(logging.ERROR)
+        assert logging.getLogger("kandinsky22").isEnabledFor(logging.WARNING)
+    assert (logger.level, logging.root.manager.disable) == (level, disabled)
 
 
 @pytest.mark.gpu

@@ -78,13 +78,6 @@ def test_the_environment_variable_sets_defaults(value: str, disabled: str, warni
     assert bool(result.stderr) == (warning is not None)
 
 
-def test_kernels_import_nothing_else_of_the_package() -> None:
-    program = "import sys, kandinsky22.kernels.winograd, kandinsky22.kernels.conv, kandinsky22.kernels.attention; "
-    program += "print({name.split('.')[1] for name in sys.modules if name.startswith('kandinsky22.')})"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "{'kernels'}"
-
-
 def test_every_field_is_documented() -> None:
     assert all(f"        {name}: " in str(Optimisations.__doc__) for name in NAMES)
     assert settings.ENVIRONMENT_VARIABLE == "KANDINSKY22_DISABLE"

@@ -53,7 +53,7 @@ class CheckpointSource:
                 called for folders and cached files.
 
         Raises:
-            CheckpointError: If there is no such folder, and no such repository on the Hub or in its cache.
+            CheckpointError: If neither such a folder nor such a repository (on the Hub or in its cache) exists.
             MissingDependencyError: If the Hub is needed and its client is not installed.
         """
         if self.name == EMBEDDED:
@@ -64,7 +64,7 @@ class CheckpointSource:
             raise CheckpointError(f"{self.name} is a file; a model is {MODEL_NAMES}")
         if not HUB_ID.fullmatch(str(self.name)):
             raise CheckpointError(
-                f"no model {str(self.name)!r}: there is no such folder, and it is not a Hub id such as 'owner/name'"
+                f"no model {str(self.name)!r}: no such folder exists, and it is not a Hub id such as 'owner/name'"
             )
         return self._download(select_files)
 
@@ -108,7 +108,7 @@ class CheckpointSource:
         searched = "the local Hub cache" if self.local_files_only else "the Hugging Face Hub"
         revision = f" at revision {self.revision!r}" if self.revision else ""
         return (
-            f"no model {str(self.name)!r}: there is no such folder, and {searched} did not provide it{revision} "
+            f"no model {str(self.name)!r}: no such folder exists, and {searched} did not provide it{revision} "
             f"({reason})"
         )
 
@@ -124,7 +124,7 @@ class CheckpointSource:
 
         Raises:
             InputError: If `prior` is not the name of a model.
-            CheckpointError: If there is no matching prior.
+            CheckpointError: If no matching prior exists.
         """
         if prior is not None:
             if not isinstance(prior, str | os.PathLike):

@@ -88,7 +88,7 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
         )
 
     def _upsampled(self, features: Tensor) -> Tensor:
-        """The convolution of upsampled features: results around each corner where four pixels meet, then moved."""
+        """Convolve upsampled features: compute results around each corner where four pixels meet, then move them."""
         batch, _, height, width = features.shape
         weight = self._packed("fused_upsample", lambda w: self._reordered(_corner_kernels(w), features))
         out = host_memory.empty_large(features, batch, 2 * height, 2 * width, self.out_channels)
@@ -154,7 +154,7 @@ def row_strips(height: int, row_elements: int) -> Iterator[tuple[int, int]]:
 
 
 def _padded_rows(features: Tensor, first: int, last: int) -> Tensor:
-    """Rows `first` to `last` of features, with zero rows outside of them."""
+    """Return rows `first` to `last` of features, with zero rows outside of them."""
     height = features.shape[2]
     rows = features[:, :, max(0, first) : min(height, last)]
     if first < 0 or last > height:
@@ -195,7 +195,7 @@ def _add(out: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _can_accumulate(features: Tensor, residual: Tensor) -> bool:
-    """Whether a convolution can add its result to the residual in place."""
+    """Return whether a convolution can add its result to the residual in place."""
     return (
         residual.dtype == features.dtype
         and residual.is_contiguous(memory_format=CHANNELS_LAST)
@@ -204,7 +204,7 @@ def _can_accumulate(features: Tensor, residual: Tensor) -> bool:
 
 
 def _corner_kernels(weight: Tensor) -> Tensor:
-    """Kernels (4 out, in, 2, 2) for the pixels to the upper left, upper right, lower left, lower right of a corner.
+    """Return kernels (4 out, in, 2, 2) for the four pixels around a corner, in rows from the upper left.
 
     A pixel above a corner lies in the lower half of its square: of the three rows that its kernel reads, the first two
     fall into its own square and the third into the one below. A pixel below lies in the upper half, the other way

@@ -51,5 +51,5 @@ def _state(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _corner_elements(tensor: Tensor) -> Tensor:
-    """The elements at the first and last index of every dimension."""
+    """Return the elements at the first and last index of every dimension."""
     return tensor.detach()[tuple(slice(None, None, max(1, size - 1)) for size in tensor.shape)]

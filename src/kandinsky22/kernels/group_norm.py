@@ -1,7 +1,7 @@
 """Group normalisation for CPUs, fused with the modulation and the SiLU after it, for channels-last features.
 
 Scale, shift and SiLU are applied a few rows at a time, while the rows are in the cache. The formula is torch's, and so
-is the result except for rounding: torch's own kernel for this layout computes the variance as the mean of squares minus
+is the result except for rounding: torch's kernel for this layout computes the variance as the mean of squares minus
 the square of the mean, which costs up to three digits; here it is the mean of squared distances to the mean.
 """
 
@@ -131,7 +131,7 @@ class ScaleShift:
 
 
 def _spans(first: int, last: int, rows_per_entry: int, limit: int) -> Iterator[tuple[int, int, int]]:
-    """Spans of at most `limit` rows between `first` and `last`: first row, number of rows, entries of the table.
+    """Yield spans of at most `limit` rows between `first` and `last`: first row, number of rows, entries of the table.
 
     An entry of the table belongs to `rows_per_entry` rows. A span covers several complete entries, or one or a part of
     one.
@@ -145,7 +145,7 @@ def _spans(first: int, last: int, rows_per_entry: int, limit: int) -> Iterator[t
 
 
 def _expand(table: Tensor, first: int, entries: int, repeats: int) -> Tensor:
-    """Rows of a table (batch, h, w, channels) with each column repeated, (batch, entries, 1, w * repeats * channels).
+    """Repeat each column in rows of a table (batch, h, w, channels): (batch, entries, 1, w * repeats * channels).
 
     Sums and products of long contiguous rows take a third of the time of broadcast ones.
     """
@@ -186,5 +186,5 @@ def group_statistics(blocks: Iterable[Tensor], groups: int, eps: float) -> Group
 
 
 def _row_count(pixels: Tensor, elements: int) -> int:
-    """Rows of pixels (batch, H, W, channels) that have about `elements` elements per batch item, at least one."""
+    """Return the rows of pixels (batch, H, W, channels) that have `elements` elements per batch item, at least one."""
     return max(1, elements // pixels[0, 0].numel())

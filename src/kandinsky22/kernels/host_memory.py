@@ -82,7 +82,7 @@ def convert_and_drop(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _page_entries(first: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """The kernel's entries for `count` pages from page number `first`; empty where they cannot be read."""
+    """Return the kernel's entries for `count` pages from page number `first`; none where they cannot be read."""
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * first)
@@ -149,7 +149,7 @@ def _reuse_buffers() -> Iterator[None]:
 
 
 def _take(size: int) -> mmap.mmap | None:
-    """The smallest buffer of the pool with `size` to 4 x `size` bytes; None, and the pool is emptied, without one."""
+    """Take the smallest buffer of `size` to 4 x `size` bytes; without one, empty the pool and return None."""
     with _lock:
         fitting = [buffer for buffer in _free_buffers if size <= len(buffer) <= 4 * size]
         if fitting:
@@ -161,7 +161,7 @@ def _take(size: int) -> mmap.mmap | None:
 
 
 def _new_buffer(size: int) -> mmap.mmap | None:
-    """A buffer in huge pages; None if the system has no more memory."""
+    """Return a new buffer in huge pages; None if the system has no more memory."""
     try:
         buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:

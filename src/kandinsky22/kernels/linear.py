@@ -5,7 +5,7 @@ There are two ways, both equal to torch's product except for rounding:
 - `Linear` multiplies by a *packed* copy of its weight, in a layout of oneDNN's choice. The prior reads gigabytes of
   weights for a few rows of features, and the usual row-major layout makes poor use of memory and caches for that.
 - `onednn_linear_layers` makes all linear layers, also those of other libraries, multiply by oneDNN without a copy. In
-  float32 this takes half the time of torch's own product on some processors.
+  float32 this takes half the time of torch's product on some processors.
 
 `benchmarks/linear.py` measures what packing gains.
 """
@@ -25,20 +25,20 @@ from torch.overrides import TorchFunctionMode
 from kandinsky22.kernels import host_memory, settings
 from kandinsky22.kernels.fingerprint import TensorFingerprint
 
-MIN_MULTIPLICATIONS = 2**20  # below this, torch's own product is as fast
-TENSOR_TYPES = (Tensor, nn.Parameter)  # subclasses, such as quantized tensors, have products of their own
+MIN_MULTIPLICATIONS = 2**20  # below this, torch's product is as fast
+TENSOR_TYPES = (Tensor, nn.Parameter)  # subclasses, such as quantized tensors, define their products
 PACKING_ROWS = 64  # oneDNN packs for a number of rows; the layout for 64 suits a few and thousands nearly as well
 
 
 class PackedWeightMixin:
-    """Mixin for layers that keep a copy of their `weight` in another layout; inherited before the torch layer.
+    """Mixin for layers that store a copy of their `weight` in another layout; inherited before the torch layer.
 
     The copy is made at the first use and again after every change of the weight (see `TensorFingerprint` for changes
     that are noticed). It is not part of the state dict, of pickles or of copies. While it exists, the memory of a
     weight that is mapped from a file is given back to the system.
 
     Attributes:
-        pack_weights: False on an instance keeps that layer unpacked; the settings switch all layers.
+        pack_weights: False on an instance leaves that layer unpacked; the settings switch all layers.
     """
 
     pack_weights: bool = True
@@ -67,7 +67,7 @@ class _PackedWeight:
 
     def __init__(self, weight: Tensor, layout: str, pack: Callable[[Tensor], Any]) -> None:
         self.layout = layout
-        self._source = weight
+        self._source = weight  # referenced, so that no other tensor can get its address
         self._fingerprint = TensorFingerprint(weight)
         host_memory.raise_mmap_threshold()  # layers with packed weights have large features
         with torch.no_grad():
@@ -122,7 +122,7 @@ def onednn_linear_layers() -> contextlib.AbstractContextManager[Any]:
 
     It acts on the calls of this thread, and therefore on all linear layers that run inside, whatever their class. With
     gradients, under autocast, in compiled code, for small products, for weights that are not contiguous and on other
-    devices than x86 CPUs torch's own product is used. Results differ from it by rounding.
+    devices than x86 CPUs torch's product is used. Results differ from it by rounding.
     """
     if torch.compiler.is_compiling() or not (ONEDNN_DTYPES and settings.current().onednn_linear):
         return contextlib.nullcontext()
@@ -137,7 +137,7 @@ class _OneDnnLinearMode(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, with its argument names, by oneDNN where that is faster; with the weight as it is."""
+    """Compute `F.linear` (same argument names) by oneDNN where that is faster, with the weight as it is."""
     if (
         not _is_small(input, weight)
         and settings.current().onednn_linear
@@ -154,7 +154,7 @@ def _is_small(features: Tensor, weight: Tensor) -> bool:
 
 
 def pack_linear_weight(weight: Tensor) -> Tensor:
-    """Return a matrix in oneDNN's own layout, for `onednn_linear`.
+    """Return a matrix in the layout that oneDNN prefers, for `onednn_linear`.
 
     Args:
         weight: Matrix (out_features, in_features).
@@ -212,10 +212,10 @@ def can_multiply(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """Types that oneDNN multiplies on this machine: float32, and bfloat16 where the CPU computes in it."""
+    """Return the types that oneDNN multiplies on this machine: float32, and bfloat16 where the CPU computes in it."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return ()
-    try:  # not part of torch's public interface: without these operators torch's own product is used
+    try:  # not part of torch's public interface: without these operators torch's product is used
         operators = (
             torch.ops.mkldnn._linear_pointwise,
             torch.ops.mkldnn._reorder_linear_weight,

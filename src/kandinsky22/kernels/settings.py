@@ -28,7 +28,7 @@ class Optimisations:
         packed_linear: Linear layers multiply by a copy of their weight in oneDNN's layout.
         packed_conv: Convolutions use a copy of their weight in oneDNN's layout, over channels-last features. False also
             switches off `winograd` and `fused_upsample`.
-        onednn_linear: Linear layers whose weight is not packed multiply by oneDNN instead of torch's own product.
+        onednn_linear: Linear layers whose weight is not packed multiply by oneDNN instead of torch.
         winograd: 3x3 convolutions of large float32 features use Winograd's method, F(4x4, 3x3).
         free_winograd_weights: Winograd weights are freed when a pipeline goes from one network to the next.
         fused_upsample: A nearest-neighbour upsampling and the 3x3 convolution after it run as four 2x2 convolutions.
@@ -105,7 +105,7 @@ def _replaced(changes: dict[str, bool]) -> Iterator[Optimisations]:
 
 @functools.cache
 def _process_default() -> Optimisations:
-    """All optimisations except those that the environment variable names."""
+    """Return all optimisations except those that the environment variable names."""
     names = [name.strip() for name in os.environ.get(ENVIRONMENT_VARIABLE, "").split(",") if name.strip()]
     disabled = set(NAMES) if "all" in names else set(names) & set(NAMES)
     if unknown := [name for name in names if name not in (*NAMES, "all")]:

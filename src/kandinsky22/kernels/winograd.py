@@ -66,7 +66,7 @@ def transforms() -> Transforms:
 
 
 def _coefficients(roots: Tensor) -> Tensor:
-    """Coefficients of the product of (x - root), the constant first."""
+    """Return the coefficients of the product of (x - root), the constant first."""
     coefficients = torch.ones(1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     for root in roots:
@@ -159,9 +159,9 @@ def convolve(
 
 
 def _input_tiles(strip: Tensor, *, pad_above: bool, pad_below: bool) -> Tensor:
-    """All 6x6 tiles, 4 apart, of a strip (items, rows, columns, in), as (6, 6, items, tile rows, tile columns, in).
+    """Return the 6x6 tiles, 4 apart, of a strip (items, rows, columns, in): (6, 6, items, tile rows, tile columns, in).
 
-    The strip is padded by a zero column on either side, and by a zero row above and below as told.
+    The strip is padded by a zero column on either side and, if requested, by a zero row above and below.
     """
     padded = torch.nn.functional.pad(strip, (0, 0, 1, 1, int(pad_above), int(pad_below)))
     return padded.unfold(1, INPUT_TILE, OUTPUT_TILE).unfold(2, INPUT_TILE, OUTPUT_TILE).permute(4, 5, 0, 1, 2, 3)

@@ -74,7 +74,7 @@ class Attention(nn.Module):
         return KeyValue(self._heads(self.to_k(tokens)), self._heads(self.to_v(tokens)))
 
     def attend(self, tokens: Tensor, kv: KeyValue, mask: Tensor | None = None) -> Tensor:
-        """Return the output for tokens that attend to given keys and values, (batch, tokens, channels).
+        """Return the output for tokens that attend to keys and values, (batch, tokens, channels).
 
         Args:
             tokens: Tensor (batch, tokens, channels), the queries.
@@ -109,7 +109,7 @@ class ImageAttention(Attention):
         eps: Added to the variance in the norm.
         groups: Groups of channels in the norm.
         context_dim: Width of context tokens; None for no context.
-        latent_channels: Channels of the latents that modulate the norm of MoVQ's decoder; None for a plain group norm.
+        latent_channels: Channels of the latents that modulate the norm of MoVQ's decoder; None for a group norm.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class Model(nn.Module):
             pretrained_model_name_or_path: A folder, a Hub id, or "embedded".
             subfolder: Folder of the network inside the checkpoint; None for the checkpoint's top folder.
             torch_dtype: Type to convert weights to; None for float32, "auto" for the stored type.
-            variant: Variant of the weight files, such as "fp16"; None for the plain files.
+            variant: Variant of the weight files, such as "fp16"; None for files without one.
             use_safetensors: True reads only safetensors files, False only pickled ones; None prefers safetensors.
             revision: Branch, tag or commit of a Hub repository; None for the default branch.
             cache_dir: Folder of downloaded files; None for the default one of `huggingface_hub`.

@@ -117,7 +117,7 @@ def _scale_shift(norm: nn.GroupNorm, rows: RowSource, modulation: Modulation | N
 
 
 def _affine(norm: nn.GroupNorm, modulation: Modulation | None) -> Modulation:
-    """Weight and bias of a norm and the modulation after it as one modulation, in float32."""
+    """Return weight and bias of a norm and the modulation after it as one modulation, in float32."""
     scale, shift = (part[None, :, None, None].float() for part in (norm.weight, norm.bias))
     if modulation is None:
         return Modulation(scale, shift)
@@ -127,7 +127,7 @@ def _affine(norm: nn.GroupNorm, modulation: Modulation | None) -> Modulation:
 
 
 def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool) -> Tensor:
-    """silu(normed * scale + shift) by torch's operations; `normed` may be overwritten where no gradient is needed."""
+    """Return silu(normed * scale + shift); `normed` may be overwritten where no gradient is needed."""
     if modulation is not None:
         height, width = normed.shape[-2:]
         rows, columns = modulation.scale.shape[-2:]
@@ -142,7 +142,7 @@ def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool) -> T
 
 
 def _modulate_tiles(normed: Tensor, modulation: Modulation) -> Tensor:
-    """normed * scale + shift, with each element of scale and shift broadcast over a tile of the features.
+    """Return normed * scale + shift, each element of scale and shift broadcast over a tile of the features.
 
     GPUs are limited by memory traffic here: scale and shift are not expanded to the size of the features.
     """
@@ -173,7 +173,7 @@ class ResidualBlock(nn.Module):
         eps: Added to the variance in the norms.
         groups: Groups of channels in the norms.
         time_dim: Width of the time embedding, whose projection scales and shifts after the second norm; None for none.
-        latent_channels: Channels of the latents that modulate the norms of MoVQ's decoder; None for plain group norms.
+        latent_channels: Channels of the latents that modulate the norms of MoVQ's decoder; None for group norms.
         resample: "up" or "down" changes the size by two between the first norm and its convolution; None keeps it.
     """
 

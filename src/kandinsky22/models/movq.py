@@ -266,7 +266,7 @@ class MoVQStage(nn.Module):
         channels: Channels before the first block and after each block.
         attentions: Number of blocks that are followed by attention.
         groups: Groups of channels in the norms.
-        latent_channels: Channels of the latents that modulate the norms; None for plain group norms.
+        latent_channels: Channels of the latents that modulate the norms; None for group norms.
         resample: "down" or "up" changes the size by two at the end; None keeps it.
     """
 

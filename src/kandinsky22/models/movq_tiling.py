@@ -143,7 +143,7 @@ def encode(encoder: Any, sample: Tensor) -> Tensor:
 
 
 def _block(stage: Any, index: int, rows: RowSource, latents: Tensor | None) -> Tensor:
-    """All rows of the output of a stage's residual block, and of the attention layer after it if there is one."""
+    """Return the output of a residual block of a stage, or of the attention layer after it if there is one."""
     output = _residual_block(stage.resnets[index], rows, latents)
     return stage.attentions[index](output, latents=latents) if index < len(stage.attentions) else output
 
@@ -161,7 +161,7 @@ class _Shortcut:
 
 
 def _residual_block(block: Any, rows: RowSource, latents: Tensor | None) -> Tensor:
-    """All rows of the output of a residual block without time embedding."""
+    """Return the output of a residual block without time embedding."""
     hidden = _norm_conv(block.norm1, block.conv1, rows, latents)
     shortcut = _Shortcut(rows, block.conv_shortcut)
     return _norm_conv(block.norm2, block.conv2, TensorRows(hidden), latents, out=hidden, shortcut=shortcut)
@@ -176,7 +176,7 @@ def _norm_conv(
     out: Tensor | None = None,
     shortcut: _Shortcut | None = None,
 ) -> Tensor:
-    """Norm, SiLU, 3x3 convolution and the addition of a shortcut. `out` may be the tensor behind `rows`."""
+    """Return the output of a norm, SiLU and a 3x3 convolution, plus a shortcut; `out` may be the tensor of `rows`."""
     batch, _, height, width = rows.shape
     scale_shift: ScaleShift = norm.scale_shift(rows, latents)
     pending: tuple[int, int, Tensor] | None = None
@@ -198,7 +198,7 @@ def _norm_conv(
 
 
 def _downsample(convolution: nn.Module, features: Tensor) -> Tensor:
-    """Half the size, by a strided convolution that reads one row and column beyond the lower right edge."""
+    """Return features of half the size, by a strided convolution that reads one pixel beyond the lower right edge."""
     height, bands = features.shape[2], []
     size = _band_height(_shape(features))
     for first in range(0, height, size):
@@ -208,7 +208,10 @@ def _downsample(convolution: nn.Module, features: Tensor) -> Tensor:
 
 
 def _bands(shape: Shape) -> Iterator[tuple[int, int]]:
-    """First row and row after the last of bands; they overlap by two rows or more, so no row is at the edge of all."""
+    """Yield the first row and the row after the last of bands, which overlap by two rows or more.
+
+    A row at the edge of one band is therefore inside another, unless it is at the edge of the image.
+    """
     height, size = shape[2], _band_height(shape)
     first = 0
     while first + size < height:
@@ -231,7 +234,7 @@ def row_statistics(rows: RowSource, groups: int, eps: float) -> GroupStatistics:
 
 
 def _band_height(shape: Sequence[int]) -> int:
-    """Rows of a band of features (batch, channels, H, W)."""
+    """Return the rows per band of features (batch, channels, H, W)."""
     batch, channels, height, width = shape
     rows = BAND_ELEMENTS // (batch * channels * width) // ROW_MULTIPLE * ROW_MULTIPLE
     return min(height, max(4 * ROW_MULTIPLE, rows))

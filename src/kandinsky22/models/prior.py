@@ -246,11 +246,11 @@ class PriorTransformer(Model):
         return self.proj_to_clip_embeddings(self.norm_out(tokens[:, -1]))
 
     def _causal(self, length: int) -> Tensor:
-        """Additive mask (length, length) that hides later tokens."""
+        """Return the additive mask (length, length) that hides later tokens."""
         return torch.full((length, length), MASKED, dtype=self.dtype, device=self.device).triu(1)
 
     def _timestep_kv(self, timestep: Tensor | float, condition: PriorCondition) -> list[KeyValue]:
-        """Keys and values of the timestep's token per layer, computed for the next steps of the schedule at once."""
+        """Return the timestep token's keys and values per layer, computed for several steps of the schedule at once."""
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
             return self._encode_timesteps(timestep[:, None], condition)[0]
         step, schedule = float(timestep), condition.schedule
@@ -265,7 +265,7 @@ class PriorTransformer(Model):
         return condition.timestep_kv[step]
 
     def _encode_timesteps(self, timesteps: Tensor, condition: PriorCondition) -> list[list[KeyValue]]:
-        """Keys and values of timestep tokens, per column of `timesteps` (batch or 1, steps) and layer.
+        """Return keys and values of timestep tokens, per column of `timesteps` (batch or 1, steps) and layer.
 
         The tokens are side by side in one sequence, in which each attends to the text and to itself.
         """

@@ -265,7 +265,7 @@ class UNet2DConditionModel(Model):
     def _inner_stages(
         self, outer: int, features: Tensor, time: Tensor, layers: Iterator[KeyValue], skips: list[Tensor]
     ) -> Tensor:
-        """Input of the last `outer` stages on the way up, from the output of the first `outer` ones."""
+        """Return the input of the last `outer` stages on the way up, from the output of the first `outer` ones."""
         for stage in self.down_blocks[outer:]:
             features = stage(features, time, layers, push_skips=skips)
         features = self.mid_block(features, time, layers)

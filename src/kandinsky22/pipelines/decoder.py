@@ -73,14 +73,6 @@ class OutputOptions:
     output_type: str = "pil"
     return_dict: bool = True
 
-    def images_per_prompt(self) -> int:
-        """Return the checked `num_images_per_prompt`.
-
-        Raises:
-            InputError: If it is not a positive integer.
-        """
-        return validation.positive_int("num_images_per_prompt", self.num_images_per_prompt)
-
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
@@ -135,6 +127,7 @@ class DecoderPipeline(DenoisingPipeline):
     model_cpu_offload_seq: ClassVar[str] = "unet->movq"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "image_embeds", "negative_image_embeds"]
     _image_inputs: ClassVar[tuple[str, ...]] = ()  # arguments that hold images: fields of ImageOptions
+    _accepts_strength: ClassVar[bool] = False
     _extra_unet_channels: ClassVar[int] = 0  # input channels of the UNet besides the latents
     _addition_embed_type: ClassVar[str] = "image"
     _image_tensors_are_signed: ClassVar[bool] = False  # whether image tensors are always in [-1, 1]
@@ -167,7 +160,7 @@ class DecoderPipeline(DenoisingPipeline):
     ) -> Images:
         """Run a whole call from image embeddings."""
         self._require("unet", "scheduler", "movq")
-        copies = output.images_per_prompt()
+        copies = validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
         tensors = self._condition_tensors(embeddings, copies, guided=sampling.guidance.enabled)
         batch = len(tensors["image_embeds"]) // (2 if sampling.guidance.enabled else 1)
         return self._generate(self._plan(batch // copies, sampling, output, inputs), tensors)
@@ -185,13 +178,15 @@ class DecoderPipeline(DenoisingPipeline):
         self._check_unet()
         if "image" in self._image_inputs:
             self._require_add_noise()
-        batch = embeddings * output.images_per_prompt()
+        batch = embeddings * validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
         shape = self._latent_shape(batch, output)
         tensors = {name: self._read(name, getattr(inputs, name), shape, embeddings) for name in self._image_inputs}
         if keep_pixels and tensors["image"].shape[1] != 3:
             raise invalid("keep_pixels", True, "False if image holds latents, which have no pixels to keep")
         plan = self._plan_sampling(sampling, shape=shape, images=batch)
-        return DecoderPlan(plan.with_strength(inputs.strength), tensors, output, keep_pixels)
+        if self._accepts_strength:
+            plan = plan.with_strength(inputs.strength)
+        return DecoderPlan(plan, tensors, output, keep_pixels)
 
     def _read(self, name: str, value: ImageInputs, shape: tuple[int, ...], embeddings: int) -> Tensor:
         """Return the image argument `name` as a tensor with one row, or one per embedding."""
@@ -416,6 +411,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
     """Generate images from image embeddings and an initial image."""
 
     _image_inputs = ("image",)
+    _accepts_strength = True
     _pt_output_in_unit_range = True
 
     @pipeline_call
@@ -686,6 +682,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
 
     _callback_tensor_inputs: ClassVar = KandinskyV22ControlnetPipeline._callback_tensor_inputs
     _image_inputs = ("image", "hint")
+    _accepts_strength = True
     embedded_subfolder = "control"
     _extra_unet_channels = 4
     _addition_embed_type = "image_hint"

@@ -37,8 +37,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         raise invalid("device", name, "auto, cpu, cuda, cuda:N or mps") from None
     present = _count(device.type)
     if (device.index or 0) >= present:
-        found = f"torch {torch.__version__} finds {present or 'no'} {device.type} devices; cpu is always available"
-        raise invalid("device", name, "a device that is available here", found)
+        reason = f"torch {torch.__version__} finds {present or 'no'} {device.type} devices; cpu is always available"
+        raise invalid("device", name, "a device that is available here", reason)
     return device
 
 

@@ -53,7 +53,7 @@ class NetworkSource:
 
 @dataclasses.dataclass
 class NetworkState:
-    """What the runtime knows about one network.
+    """Everything that the runtime knows about one network besides its weights.
 
     Attributes:
         source: The checkpoint it was read from; None for a network that was created in memory.

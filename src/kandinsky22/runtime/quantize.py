@@ -1,7 +1,8 @@
 """Quantization: networks with weights of 8 or 4 bits, converted in place or loaded from a quantized checkpoint.
 
-Linear layers use torchao's tensors, convolutions our own (`quantized_layers.py`). Embeddings, norms, the few layers at
-either end of a network, and layers whose weights their parent module reads (`reads_child_weights`) stay as they are.
+Linear layers use torchao's tensors, convolutions our own (`quantized_layers.py`). Embeddings, norms, convolutions with
+fewer than 16 channels (the first and last layer of the UNet), and layers whose weights their parent module reads
+(`reads_child_weights`) stay as they are.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `base.SchedulerProtocol` lists what a scheduler must offer to be used in a pipeline. Modules:
 
 - `base`: the protocol, the base class `Scheduler`, `SchedulerOutput`;
-- `config`: settings that schedulers share; each method adds its own next to its class;
+- `config`: settings that several methods share; those of one method are next to its class;
 - `noise_schedules`: betas and the spacing of timesteps;
 - `ddpm`, `unclip`, `ddim`, `lcm`: methods that step from timestep to timestep;
 - `pndm`: the same with a history of predictions;

@@ -131,7 +131,7 @@ class NetworkOutput(NamedTuple):
 def dynamic_threshold(sample: Tensor, ratio: float, maximum: float) -> Tensor:
     """Clip each batch item to a quantile of its magnitudes, and scale the result to [-1, 1].
 
-    The method is dynamic thresholding (Saharia et al. 2022, section 2.3, https://arxiv.org/abs/2205.11487).
+    Source: dynamic thresholding, Saharia et al. 2022, section 2.3, https://arxiv.org/abs/2205.11487.
 
     Args:
         sample: Predicted clean samples, (B, ...).
@@ -444,7 +444,9 @@ class Scheduler:
     # Training and starting points
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """Return x_t of clean samples (Ho et al. 2020, equation 4, https://arxiv.org/abs/2006.11239).
+        """Return x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon, clean samples with noise.
+
+        Source: Ho et al. 2020, equation 4, https://arxiv.org/abs/2006.11239.
 
         Args:
             original_samples: Clean samples x_0, (B, ...).
@@ -458,8 +460,9 @@ class Scheduler:
         return signal_scale * original_samples + noise_scale * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """Return v = sqrt(alpha_bar_t) epsilon - sqrt(1 - alpha_bar_t) x_0, the target of v_prediction (Salimans & Ho
-        2022, section 4, https://arxiv.org/abs/2202.00512).
+        """Return v = sqrt(alpha_bar_t) epsilon - sqrt(1 - alpha_bar_t) x_0, the target of v_prediction.
+
+        Source: Salimans & Ho 2022, section 4, https://arxiv.org/abs/2202.00512.
 
         Args:
             sample: Clean samples x_0, (B, ...).

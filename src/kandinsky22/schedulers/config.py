@@ -271,8 +271,9 @@ class BetaScheduleConfig(SchedulerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TimestepSpacingConfig(SchedulerConfig):
-    """Settings of methods with a choice of timestep spacing (Lin et al. 2023, table 2,
-    https://arxiv.org/abs/2305.08891).
+    """Settings of methods with a choice of timestep spacing.
+
+    Source: Lin et al. 2023, table 2, https://arxiv.org/abs/2305.08891.
 
     Attributes:
         timestep_spacing: "leading" (multiples of the stride from 0 upwards), "trailing" (multiples of the stride from
@@ -286,7 +287,9 @@ class TimestepSpacingConfig(SchedulerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ZeroTerminalSNRConfig(SchedulerConfig):
-    """Settings of methods that can start at pure noise (Lin et al. 2023, https://arxiv.org/abs/2305.08891).
+    """Settings of methods that can start at pure noise.
+
+    Source: Lin et al. 2023, section 3.1, https://arxiv.org/abs/2305.08891.
 
     Attributes:
         rescale_betas_zero_snr: Whether betas are rescaled so that the signal-to-noise ratio of the last timestep is 0.
@@ -297,8 +300,9 @@ class ZeroTerminalSNRConfig(SchedulerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ThresholdConfig(SchedulerConfig):
-    """Settings of methods with dynamic thresholding (Saharia et al. 2022, section 2.3,
-    https://arxiv.org/abs/2205.11487).
+    """Settings of methods with dynamic thresholding.
+
+    Source: Saharia et al. 2022, section 2.3, https://arxiv.org/abs/2205.11487.
 
     Attributes:
         thresholding: Whether the predicted clean sample is thresholded. It then replaces clipping.

@@ -1,5 +1,7 @@
-"""DDIM: denoising diffusion implicit models, from deterministic to ancestral sampling (Song et al. 2021,
-https://arxiv.org/abs/2010.02502)."""
+"""DDIM: denoising diffusion implicit models, from deterministic to ancestral sampling.
+
+Source: Song et al. 2021, https://arxiv.org/abs/2010.02502.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class DDIMConfig(ClipConfig, DiscreteTimeConfig):
 
 
 class DDIMScheduler(Scheduler):
-    """DDIM (Song et al. 2021, https://arxiv.org/abs/2010.02502): one network evaluation per step, first order.
+    """DDIM: first order, one network evaluation per step.
+
+    Source: Song et al. 2021, https://arxiv.org/abs/2010.02502.
 
     A learned variance is dropped.
 

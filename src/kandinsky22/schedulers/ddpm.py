@@ -1,6 +1,8 @@
-"""DDPM: ancestral sampling, which draws the previous sample from the posterior given the predicted clean sample (Ho et
-al. 2020, https://arxiv.org/abs/2006.11239; learned variances: Nichol & Dhariwal 2021,
-https://arxiv.org/abs/2102.09672)."""
+"""DDPM: ancestral sampling, which draws the previous sample from the posterior given the predicted clean sample.
+
+Sources: Ho et al. 2020, https://arxiv.org/abs/2006.11239; for learned variances Nichol & Dhariwal 2021,
+https://arxiv.org/abs/2102.09672.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Transition(NamedTuple):
     """Coefficients of the diffusion from one timestep to a noisier one.
 
     Attributes:
-        alpha: Share of the variance that is kept, the ratio of both alpha_bar.
+        alpha: Share of the variance that remains, the ratio of both alpha_bar.
         beta: Variance of the noise that is added, 1 - alpha.
     """
 
@@ -108,7 +110,9 @@ class DDPMConfig(AncestralConfig, DiscreteTimeConfig):
 
 
 class DDPMScheduler(AncestralScheduler):
-    """DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239): ancestral sampling over any of the training timesteps.
+    """DDPM: ancestral sampling over any of the training timesteps.
+
+    Source: Ho et al. 2020, algorithm 2, https://arxiv.org/abs/2006.11239.
 
     Without `set_timesteps` all training timesteps are used. A network that predicts no variance needs a fixed
     `variance_type`. With a fixed `variance_type` a learned variance is dropped.

@@ -1,5 +1,7 @@
-"""DEIS: a multistep exponential integrator with predictions of the noise, exact for polynomials in log sigma (Zhang &
-Chen 2022, https://arxiv.org/abs/2204.13902)."""
+"""DEIS: a multistep exponential integrator with predictions of the noise, exact for polynomials in log sigma.
+
+Source: Zhang & Chen 2022, https://arxiv.org/abs/2204.13902.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class DEISConfig(SolverConfig, TimestepSpacingConfig):
 
     Attributes:
         algorithm_type: Only "deis".
-        solver_type: Only "logrho": of the paper's forms, polynomials in log rho = log sigma.
+        solver_type: Only "logrho", the paper's form with polynomials in log rho = log sigma.
     """
 
     owner: ClassVar[str] = "DEISMultistepScheduler"
@@ -41,7 +43,9 @@ class DEISConfig(SolverConfig, TimestepSpacingConfig):
 
 
 class DEISMultistepScheduler(ExponentialScheduler):
-    """DEIS (Zhang & Chen 2022, https://arxiv.org/abs/2204.13902): multistep, order 1 to 3, deterministic.
+    """DEIS: deterministic multistep of order 1 to 3, one network evaluation per step.
+
+    Source: Zhang & Chen 2022, https://arxiv.org/abs/2204.13902.
 
     The last step ends at the lowest noise level of training. A learned variance is dropped.
 

@@ -1,5 +1,7 @@
-"""DPM-Solver and DPM-Solver++: exponential integrators of order 1 to 3 for the probability flow ODE or the reverse
-diffusion SDE (Lu et al. 2022, https://arxiv.org/abs/2206.00927 and https://arxiv.org/abs/2211.01095)."""
+"""DPM-Solver and DPM-Solver++: exponential integrators for the probability flow ODE or the reverse diffusion SDE.
+
+Sources: Lu et al. 2022, https://arxiv.org/abs/2206.00927 and https://arxiv.org/abs/2211.01095.
+"""
 
 from __future__ import annotations
 
@@ -157,8 +159,9 @@ class DPMSolverMultistepConfig(DPMSolverConfig, TimestepSpacingConfig, ZeroTermi
 
 
 class DPMSolverMultistepScheduler(DPMSolverScheduler):
-    """DPM-Solver(++) in multistep form (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2): steps use the
-    predictions of earlier steps, one network evaluation per step.
+    """DPM-Solver(++) in multistep form: steps use the predictions of earlier steps, one network evaluation per step.
+
+    Source: Lu et al. 2022, algorithm 2, https://arxiv.org/abs/2211.01095.
 
     The third-order form weights the second derivative as published, with half of its coefficient in Taylor's theorem.
     It converges with order 2, with a smaller error than the second-order form. A learned variance is dropped.
@@ -247,7 +250,10 @@ class DPMSolverSinglestepConfig(DPMSolverConfig):
 
 
 class DPMSolverSinglestepScheduler(DPMSolverScheduler):
-    """DPM-Solver(++) in singlestep form (Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithms 1 and 2).
+    """DPM-Solver(++) in singlestep form: a step uses only the predictions within it.
+
+    Sources: Lu et al. 2022, algorithms 1 and 2 of https://arxiv.org/abs/2206.00927, and algorithm 1 of
+    https://arxiv.org/abs/2211.01095.
 
     A step of order n spans n sigmas, with one network evaluation at each. Every evaluation leads from the start of the
     step to the next sigma, with the predictions of that step so far. A learned variance is dropped.

@@ -1,5 +1,7 @@
-"""Euler's method in sigma: deterministic, with added noise ("churn"), or ancestral (Karras et al. 2022, algorithm 2,
-https://arxiv.org/abs/2206.00364)."""
+"""Euler's method in sigma: deterministic, with added noise ("churn"), or ancestral.
+
+Source: Karras et al. 2022, algorithm 2, https://arxiv.org/abs/2206.00364.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,9 @@ class EulerConfig(SigmaScheduleConfig, TimestepSpacingConfig, ZeroTerminalSNRCon
 
 
 class EulerDiscreteScheduler(VarianceExplodingScheduler):
-    """Euler's method (Karras et al. 2022, algorithm 2 without its second-order correction,
-    https://arxiv.org/abs/2206.00364): first order, one network evaluation per step.
+    """Euler's method: first order, one network evaluation per step.
+
+    Source: Karras et al. 2022, algorithm 2 without its second-order correction, https://arxiv.org/abs/2206.00364.
 
     A learned variance is dropped.
 

@@ -133,7 +133,7 @@ def quadrature_weights(nodes: Sequence[float], moments: Sequence[float]) -> list
 
     Args:
         nodes: Positions of the values, distinct.
-        moments: Integrals of the powers 0, 1, ..., as many as there are nodes.
+        moments: Integrals of the powers 0, 1, ..., one per node.
     """
     powers = np.vander(np.asarray(nodes, np.float64), len(moments), increasing=True).T
     return [float(weight) for weight in np.linalg.solve(powers, np.asarray(moments, np.float64))]
@@ -281,5 +281,5 @@ class ExponentialScheduler(SigmaScheduler):
         remaining, order = len(self._timestep_list) - index, min(self.config.solver_order, len(self._history))
         if self._sigma_list[index + 1] == 0:
             return 1  # lambda is infinite there
-        # With few steps the last ones are long, and extrapolation over them is unstable.
+        # In short runs the last steps are long, and extrapolation over them is unstable.
         return min(order, remaining) if self.config.lower_order_final and len(self._timestep_list) < 15 else order

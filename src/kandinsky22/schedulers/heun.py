@@ -1,6 +1,8 @@
-"""Second-order methods with two network evaluations per step: Heun's method (Karras et al. 2022, algorithm 1,
-https://arxiv.org/abs/2206.00364) and the midpoint method in log sigma (DPM-Solver-2: Lu et al. 2022, algorithm 1,
-https://arxiv.org/abs/2206.00927)."""
+"""Second-order methods with two network evaluations per step: Heun's method, and the midpoint method in log sigma.
+
+Sources: Karras et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00364; for the midpoint method DPM-Solver-2, Lu et
+al. 2022, algorithm 1, https://arxiv.org/abs/2206.00927.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +133,9 @@ class HeunConfig(ClipConfig, TwoStageConfig):
 
 
 class HeunDiscreteScheduler(TwoStageScheduler):
-    """Heun's method (Karras et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00364): steps use the mean of the
-    derivatives at both ends.
+    """Heun's method: steps use the mean of the derivatives at both ends.
+
+    Source: Karras et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00364.
 
     A learned variance is dropped.
 
@@ -158,8 +161,10 @@ class KDPM2Config(TwoStageConfig):
 
 
 class KDPM2DiscreteScheduler(TwoStageScheduler):
-    """Midpoint method in log sigma (DPM-Solver-2: Lu et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00927, on the
-    ODE of Karras et al. 2022): steps use the derivative at the geometric mean of both sigmas.
+    """Midpoint method in log sigma: steps use the derivative at the geometric mean of both sigmas.
+
+    Sources: DPM-Solver-2, Lu et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00927; for the ODE Karras et al. 2022,
+    https://arxiv.org/abs/2206.00364.
 
     A learned variance is dropped.
 

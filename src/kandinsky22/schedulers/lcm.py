@@ -1,5 +1,8 @@
-"""Multistep sampling of latent consistency models: each network evaluation predicts the clean sample, to which noise is
-added for the next (Luo et al. 2023, https://arxiv.org/abs/2310.04378)."""
+"""Multistep sampling of latent consistency models (LCM).
+
+Each network evaluation predicts the clean sample, to which noise is added for the next evaluation.
+Source: Luo et al. 2023, https://arxiv.org/abs/2310.04378.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,10 @@ class LCMConfig(ClipConfig, DiscreteTimeConfig):
 
 
 class LCMScheduler(Scheduler):
-    """Multistep consistency sampling in latent space (Luo et al. 2023, https://arxiv.org/abs/2310.04378; Song et al.
-    2023, algorithm 1, https://arxiv.org/abs/2303.01469).
+    """Multistep consistency sampling in latent space.
+
+    Sources: Luo et al. 2023, https://arxiv.org/abs/2310.04378; Song et al. 2023, algorithm 1,
+    https://arxiv.org/abs/2303.01469.
 
     It needs a network that was distilled for it. A learned variance is dropped.
 

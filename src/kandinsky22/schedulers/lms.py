@@ -1,5 +1,7 @@
-"""LMS: linear multistep, that is the Adams-Bashforth method in sigma with coefficients for uneven steps (Hairer et al.
-1993, "Solving Ordinary Differential Equations I", chapter III.5)."""
+"""LMS: linear multistep, the Adams-Bashforth method in sigma with coefficients for uneven steps.
+
+Source: Hairer et al. 1993, "Solving Ordinary Differential Equations I", chapter III.5.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class LMSConfig(SigmaScheduleConfig, TimestepSpacingConfig, BetaScheduleConfig):
 
 
 class LMSDiscreteScheduler(VarianceExplodingScheduler):
-    """Linear multistep on the ODE dx/dsigma = (x - D(x; sigma)) / sigma (Karras et al. 2022, equations 1 and 3,
-    https://arxiv.org/abs/2206.00364), one network evaluation per step.
+    """Linear multistep on the ODE dx/dsigma = (x - D(x; sigma)) / sigma, one network evaluation per step.
+
+    Source of the ODE: Karras et al. 2022, equations 1 and 3, https://arxiv.org/abs/2206.00364.
 
     A learned variance is dropped.
 

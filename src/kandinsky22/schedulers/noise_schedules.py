@@ -24,7 +24,7 @@ FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 def betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_timesteps: int) -> Tensor:
     """Return betas whose cumulative products of 1 - beta follow a function of time.
 
-    Betas are capped at 0.999 (Nichol & Dhariwal 2021, section 3.2, https://arxiv.org/abs/2102.09672).
+    Betas are capped at 0.999. Source: Nichol & Dhariwal 2021, section 3.2, https://arxiv.org/abs/2102.09672.
 
     Args:
         alpha_bar: Function of time, 0 (clean) to 1 (noise), that is proportional to alpha_bar, the signal's share of
@@ -44,8 +44,10 @@ def _cosine(time: float) -> float:
 
 
 def _laplace(time: float) -> float:
-    """Laplace schedule: the log signal-to-noise ratio is Laplace distributed over time (Hang et al. 2024,
-    https://arxiv.org/abs/2407.03297)."""
+    """Laplace schedule: the log signal-to-noise ratio is Laplace distributed over time.
+
+    Source: Hang et al. 2024, https://arxiv.org/abs/2407.03297.
+    """
     distance = 0.5 - time
     snr = math.exp(-0.5 * math.copysign(1, distance) * math.log(1 - 2 * math.fabs(distance) + 1e-6))
     return math.sqrt(snr / (1 + snr))
@@ -98,9 +100,10 @@ def has_zero_terminal_snr(config: SchedulerConfig) -> bool:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Return betas whose last timestep is pure noise (Lin et al. 2023, algorithm 1, https://arxiv.org/abs/2305.08891).
+    """Return betas whose last timestep is pure noise.
 
     The square root of alpha_bar is shifted and scaled, so that its first value is unchanged and its last is 0.
+    Source: Lin et al. 2023, algorithm 1, https://arxiv.org/abs/2305.08891.
 
     Args:
         betas: Betas, (num_timesteps,).
@@ -115,7 +118,9 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def spaced_timesteps(config: SchedulerConfig, count: int, end: int | None = None, extra: int = 0) -> FloatArray:
-    """Return training timesteps, spaced as configured (Lin et al. 2023, table 2, https://arxiv.org/abs/2305.08891).
+    """Return training timesteps, spaced as configured.
+
+    Source: Lin et al. 2023, table 2, https://arxiv.org/abs/2305.08891.
 
     Args:
         config: Settings of a scheduler. Without a choice of `timestep_spacing`, spacing is linear.

@@ -1,5 +1,8 @@
-"""PNDM: pseudo numerical methods, that is Runge-Kutta and linear multistep on the predicted noise, where DDIM's formula
-takes each step (Liu et al. 2022, https://arxiv.org/abs/2202.09778)."""
+"""PNDM: pseudo numerical methods for diffusion models.
+
+Runge-Kutta and linear multistep methods combine predictions of the noise, and DDIM's formula takes each step.
+Source: Liu et al. 2022, https://arxiv.org/abs/2202.09778.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ class Evaluation:
 
 
 class PNDMScheduler(StatefulScheduler):
-    """PNDM (Liu et al. 2022, https://arxiv.org/abs/2202.09778): linear multistep of order 4.
+    """PNDM: linear multistep with up to four predictions of the noise, after Runge-Kutta steps at the start.
+
+    Source: Liu et al. 2022, https://arxiv.org/abs/2202.09778.
 
     `timesteps` has one element per network evaluation, and thus more elements than there are steps. A learned variance
     is dropped.

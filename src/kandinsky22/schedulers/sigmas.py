@@ -27,12 +27,13 @@ from kandinsky22.schedulers.base import Scheduler
 from kandinsky22.schedulers.config import SchedulerConfig, SigmaScheduleConfig
 from kandinsky22.schedulers.noise_schedules import FloatArray, has_zero_terminal_snr, spaced_timesteps
 
-SMALLEST_ALPHA_BAR = 2.0**-24  # alpha_bar of pure noise, which makes its sigma finite; half precision's smallest number
+SMALLEST_ALPHA_BAR = 2.0**-24  # alpha_bar of pure noise, which makes its sigma finite; the smallest float16
 
 
 def karras_sigmas(sigma_max: float, sigma_min: float, count: int, rho: float = 7.0) -> FloatArray:
-    """Return sigmas that are evenly spaced in sigma^(1/rho) (Karras et al. 2022, equation 5,
-    https://arxiv.org/abs/2206.00364).
+    """Return sigmas that are evenly spaced in sigma^(1/rho).
+
+    Source: Karras et al. 2022, equation 5, https://arxiv.org/abs/2206.00364.
 
     Args:
         sigma_max: First sigma, above `sigma_min`.
@@ -48,8 +49,9 @@ def karras_sigmas(sigma_max: float, sigma_min: float, count: int, rho: float = 7
 
 
 def exponential_sigmas(sigma_max: float, sigma_min: float, count: int) -> FloatArray:
-    """Return sigmas that are evenly spaced in log sigma, and thus in lambda = -log sigma, half the log signal-to-noise
-    ratio (Lu et al. 2022, https://arxiv.org/abs/2206.00927).
+    """Return sigmas that are evenly spaced in lambda = -log sigma, half the log signal-to-noise ratio.
+
+    Source: Lu et al. 2022, https://arxiv.org/abs/2206.00927.
 
     Args:
         sigma_max: First sigma, above `sigma_min`.
@@ -87,8 +89,9 @@ def beta_quantiles(probabilities: FloatArray, shape: float = 0.6) -> FloatArray:
 
 
 def beta_sigmas(sigma_max: float, sigma_min: float, count: int) -> FloatArray:
-    """Return sigmas at even quantiles of a Beta distribution, dense at both ends (Lee et al. 2024,
-    https://arxiv.org/abs/2407.12173).
+    """Return sigmas at even quantiles of a Beta distribution, dense at both ends.
+
+    Source: Lee et al. 2024, https://arxiv.org/abs/2407.12173.
 
     Args:
         sigma_max: First sigma, above `sigma_min`.

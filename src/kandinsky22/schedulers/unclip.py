@@ -1,5 +1,7 @@
-"""Sampler of unCLIP priors: ancestral sampling on the cosine schedule (Ramesh et al. 2022, section 2.2,
-https://arxiv.org/abs/2204.06125)."""
+"""Sampler of unCLIP priors: ancestral sampling on the cosine schedule.
+
+Source: Ramesh et al. 2022, section 2.2, https://arxiv.org/abs/2204.06125.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ class UnCLIPConfig(AncestralConfig):
 
 
 class UnCLIPScheduler(AncestralScheduler):
-    """DDPM as unCLIP uses it (Ramesh et al. 2022, https://arxiv.org/abs/2204.06125; Ho et al. 2020,
-    https://arxiv.org/abs/2006.11239).
+    """DDPM as unCLIP uses it.
+
+    Sources: Ramesh et al. 2022, https://arxiv.org/abs/2204.06125; Ho et al. 2020, https://arxiv.org/abs/2006.11239.
 
     Timesteps have the stride (num_train_timesteps - 1) / (num_inference_steps - 1). They include the first and the last
     training timestep. A single step starts at the last. The caller passes the previous timestep to `step`.

@@ -1,5 +1,7 @@
-"""UniPC: a predictor and a corrector in one framework; each step is corrected by the prediction at its end (Zhao et al.
-2023, https://arxiv.org/abs/2302.04867)."""
+"""UniPC: a unified predictor and corrector, where the prediction at the end of a step corrects that step.
+
+Source: Zhao et al. 2023, https://arxiv.org/abs/2302.04867.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,9 @@ class CompletedStep:
 
 
 class UniPCMultistepScheduler(ExponentialScheduler):
-    """UniPC (Zhao et al. 2023, https://arxiv.org/abs/2302.04867, algorithms 1 and 2): a predictor of order p and a
-    corrector that raises the order to p + 1, at one network evaluation per step.
+    """UniPC: a predictor of order p and a corrector that raises the order to p + 1, one network evaluation per step.
+
+    Source: Zhao et al. 2023, algorithms 1 and 2, https://arxiv.org/abs/2302.04867.
 
     A learned variance is dropped.
 
