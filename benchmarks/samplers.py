@@ -40,8 +40,8 @@ GROUPS = (*SUCCESS_GROUPS, "others", "distance", "time")
 # The presets were chosen on the prompts of seeds 0 and 1 together. Those of seed 2 were measured once, afterwards.
 OTHER_SEEDS = (1, 2)
 REFERENCE = Cell(KINDS["DPM++ 2M"].steps(1000))
-# Offset of the prior's seeds, since the prior must not use the same noise as the decoder. Seeds of prompts are below it,
-# and CPU generators use 32 bits of a seed.
+# Offset of the prior's seeds, since the prior must not use the noise of the decoder. Seeds of prompts are below it, and
+# CPU generators use 32 bits of a seed.
 PRIOR_SEED_OFFSET = 2**31
 PRESET_ROUNDS, ROUNDS = 9, 3  # images per preset and per other cell for times
 

@@ -110,11 +110,11 @@ def test_other_prompts_leave_the_page_alone_and_print_their_presets(
 
 
 def test_a_picture_depends_on_neither_batch_nor_cells_before(bench: Bench) -> None:
-    together = bench._drawer(QUICK, bench.prompts)(bench.prompts)
-    bench._drawer(Cell(KINDS["DDPM"].steps(3)), bench.prompts)(bench.prompts[:1])
+    together = bench._generate(QUICK, bench.prompts)(bench.prompts)
+    bench._generate(Cell(KINDS["DDPM"].steps(3)), bench.prompts)(bench.prompts[:1])
     bench._embeddings.clear()
     bench.batch = 1
-    alone = [bench._drawer(QUICK, bench.prompts)([prompt])[0] for prompt in bench.prompts]
+    alone = [bench._generate(QUICK, bench.prompts)([prompt])[0] for prompt in bench.prompts]
     for one, other in zip(together, alone, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
@@ -131,7 +131,7 @@ def test_every_cell_starts_from_the_same_noise(bench: Bench, monkeypatch: pytest
     for prior in (KINDS["UnCLIP (specification)"].steps(3), KINDS["DPM++ 2M"].steps(2)):
         cell = Cell(QUICK.decoder, prior)
         drawn[prior.scheduler] = []
-        bench._drawer(cell, bench.few)(bench.few)
+        bench._generate(cell, bench.distance_prompts)(bench.distance_prompts)
     for one, other in zip(*drawn.values(), strict=True):
         assert torch.equal(one, other)
     assert {noise.ndim for noise in drawn["UnCLIPScheduler"]} == {2, 4}
@@ -185,8 +185,8 @@ def test_every_measurement_has_a_table_and_a_style(tmp_path: Path) -> None:
     ]
     assert all(f"({path.name})" in page for path in curves)
     nothing = sampler_report.tables(lambda kind, cell: None, {1: lambda kind, cell: record_found})
-    assert nothing["presets"] == nothing["others"] == sampler_report.NONE_YET
-    with pytest.raises(ValueError, match="no place for decoder"):
+    assert nothing["presets"] == nothing["others"] == sampler_report.NOT_MEASURED
+    with pytest.raises(ValueError, match="no markers for decoder"):
         sampler_report.fill("a page", "decoder", "")
 
 

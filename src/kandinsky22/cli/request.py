@@ -79,7 +79,6 @@ def read_request(
             have weights.
         OSError: If an input file cannot be opened.
     """
-
     preset_values = _preset_values(args)
 
     def resolve(name: str) -> Any:

@@ -112,7 +112,7 @@ class CompileMixin:
 
 
 def _device(network: nn.Module) -> torch.device:
-    """Device that a network runs on."""
+    """Return the device that a network runs on."""
     offload = offload_of(network)
     return next(network.parameters()).device if offload is None else offload.device
 
@@ -174,7 +174,7 @@ def _call_with(overrides: list[tuple[Any, str, Any]], function: Callable[..., An
 
 @functools.cache
 def _uncompiled_forward() -> Any:
-    """A layer's forward, which torch.compile leaves alone."""
+    """Return a function that calls a layer's `forward`, and that torch.compile leaves alone."""
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(layer).forward(layer, *args, **kwargs)

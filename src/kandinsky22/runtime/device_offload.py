@@ -461,7 +461,7 @@ def _unhook(network: nn.Module) -> None:
 
 
 def _copy_of(weights: dict[str, Tensor], *_args: Any, **_kwargs: Any) -> dict[str, Tensor]:
-    """Replacement of `state_dict` for a network whose parameters are on the meta device."""
+    """Replace `state_dict` for a network whose parameters are on the meta device."""
     return dict(weights)
 
 
@@ -470,5 +470,5 @@ def _packing_layers(network: nn.Module) -> Iterator[PackedWeightMixin]:
 
 
 def _classes_that_read_child_weights(network: nn.Module) -> list[str]:
-    """Class names, which is how accelerate identifies modules that are moved together with their children."""
+    """Return class names, by which accelerate identifies modules that are moved together with their children."""
     return sorted({type(module).__name__ for module in network.modules() if reads_child_weights(module)})

@@ -103,11 +103,14 @@ class LazyComponent:
         return getattr(self.load(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the network and return the result of calling it.
+        """Call the network, loading it first.
 
         Args:
             *args: Positional arguments of the network.
             **kwargs: Keyword arguments of the network.
+
+        Returns:
+            The network's result.
         """
         return self.load()(*args, **kwargs)
 

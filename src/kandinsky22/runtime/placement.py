@@ -36,15 +36,15 @@ class OffloadMixin:
         raise NotImplementedError
 
     def _networks(self) -> dict[str, nn.Module]:
-        """Networks by name, without those that are not loaded yet."""
+        """Return networks by name, without those that are not loaded yet."""
         return networks_in_memory(self.components)
 
     def _all_networks(self) -> dict[str, AnyNetwork]:
-        """Networks by name, including those that are not loaded yet."""
+        """Return networks by name, including those that are not loaded yet."""
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module | LazyComponent)}
 
     def _offloads(self) -> list[device_offload.Offloaded]:
-        """How networks are offloaded, without those that are not."""
+        """Return how networks are offloaded, without those that are not."""
         offloads = [device_offload.offload_of(network) for network in self._networks().values()]
         return [offload for offload in offloads if offload is not None]
 

@@ -86,7 +86,7 @@ def quantized_weight(weight: Tensor, kind: str) -> Tensor:
 def _tensor_layout(
     kind: str, out_features: int, in_features: int
 ) -> tuple[type, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Class, attributes and shapes of the parts of torchao's tensor for a matrix of this shape."""
+    """Return class, attributes and shapes of the parts of torchao's tensor for a matrix of this shape."""
     example = quantized_weight(torch.zeros(out_features, in_features, dtype=torch.bfloat16), kind)
     names, attributes = example.__tensor_flatten__()  # type: ignore[attr-defined]
     return type(example), dict(attributes), {name: tuple(getattr(example, name).shape) for name in names}
@@ -173,7 +173,7 @@ class QuantizedLinear(nn.Module):
 
 
 def _packed_order(rows: int, columns: int) -> Tensor:
-    """Indices (row by row) of the 4-bit values, in the order in which torch packs them.
+    """Return the indices (row by row) of the 4-bit values, in the order in which torch packs them.
 
     torch does not document the order, and it depends on the CPU. Therefore the indices themselves are packed, four bits
     at a time.
