@@ -123,7 +123,8 @@ class Bench:
         self._configs = self.pipe.scheduler.config, self.pipe.prior_scheduler.config
         # Settings that the files leave out count too: another scheduler class replaces them by its defaults.
         stored = [dict(config) for config in self._configs]
-        networks = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        # Reading this attribute loads networks that are loaded lazily.
+        networks = {name: part for name, part in self.pipe.components.items() if hasattr(part, "state_dict")}
         self._context = {
             "weights": weights_digest(networks),
             "schedulers": stored,

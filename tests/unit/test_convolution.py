@@ -1,4 +1,4 @@
-"""Convolutions, norms and attention made for CPUs give the plain ones' results, and step aside where they must."""
+"""CPU kernels for convolutions, norms and attention: results equal torch's, and unsupported cases fall back to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kandinsky22.models.layers import GroupNorm, Modulation, ResidualBlock, Spat
 from kandinsky22.models.movq import VQModel
 
 needs_packing = pytest.mark.skipif(not linear.ONEDNN_DTYPES, reason="this torch has no packed products on this machine")
-MIN_MULTIPLICATIONS = conv.MIN_MULTIPLICATIONS  # as it is outside these tests
+MIN_MULTIPLICATIONS = conv.MIN_MULTIPLICATIONS  # the value before the fixture below replaces it
 SIZES = [(1, 3, 8, 8, 8), (2, 12, 20, 12, 20), (3, 6, 5, 4, 36), (1, 4, 4, 68, 4)]  # batch, in, out, height, width
 
 
@@ -40,7 +40,7 @@ def distance(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact.double()).abs().max() / exact.abs().max()).item()
 
 
-def exactly(layer: Conv2d, features: Tensor) -> Tensor:
+def exact_conv(layer: Conv2d, features: Tensor) -> Tensor:
     weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
     return F.conv2d(features.double(), weight, bias, layer.stride, layer.padding)
 
@@ -51,18 +51,18 @@ def exactly(layer: Conv2d, features: Tensor) -> Tensor:
 def test_every_convolution_algorithm_is_accurate(size: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1, bias=bias), torch.randn(batch, inside, *sides)
-    for given in (features, features.contiguous(memory_format=torch.channels_last)):
-        kept = given.clone()
+    for inputs in (features, features.contiguous(memory_format=torch.channels_last)):
+        original = inputs.clone()
         with mode():
-            assert distance(layer(given), exactly(layer, given)) < 3e-6
+            assert distance(layer(inputs), exact_conv(layer, inputs)) < 3e-6
             assert kind(layer) == ("winograd" if linear.ONEDNN_DTYPES else None)
-            assert distance(layer(given, upsample=True), exactly(layer, upsample2x(given))) < 1e-6
+            assert distance(layer(inputs, upsample=True), exact_conv(layer, upsample2x(inputs))) < 1e-6
             assert kind(layer) == ("fused_upsample" if linear.ONEDNN_DTYPES else None)
             with optimisations(winograd=False, fused_upsample=False):
-                assert distance(layer(given), exactly(layer, given)) < 1e-6
-                assert distance(layer(given, upsample=True), exactly(layer, upsample2x(given))) < 1e-6
+                assert distance(layer(inputs), exact_conv(layer, inputs)) < 1e-6
+                assert distance(layer(inputs, upsample=True), exact_conv(layer, upsample2x(inputs))) < 1e-6
                 assert kind(layer) == ("conv" if linear.ONEDNN_DTYPES else None)
-        assert torch.equal(given, kept)
+        assert torch.equal(inputs, original)
 
 
 @pytest.mark.parametrize("band", [1, 200, 10**6])
@@ -75,12 +75,12 @@ def test_large_results_are_computed_in_strips(
     monkeypatch.setattr(conv, "STRIP_ELEMENTS", band)
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
-    for given in (features, features.contiguous(memory_format=torch.channels_last)):
-        kept = given.clone()
+    for inputs in (features, features.contiguous(memory_format=torch.channels_last)):
+        original = inputs.clone()
         with optimisations(winograd=False):
-            assert distance(layer(given), exactly(layer, given)) < 1e-6
-        assert distance(layer(given, upsample=True), exactly(layer, upsample2x(given))) < 1e-6
-        assert torch.equal(given, kept)
+            assert distance(layer(inputs), exact_conv(layer, inputs)) < 1e-6
+        assert distance(layer(inputs, upsample=True), exact_conv(layer, upsample2x(inputs))) < 1e-6
+        assert torch.equal(inputs, original)
 
 
 @pytest.mark.parametrize("off", [(), ("winograd", "fused_upsample"), ("packed_conv",)], ids=str)
@@ -91,46 +91,48 @@ def test_results_are_added_to_the_residual(size: tuple[int, ...], upsample: bool
     batch, inside, outside, *sides = size
     layer, features = Conv2d(inside, outside, 3, padding=1), torch.randn(batch, inside, *sides)
     with optimisations(**dict.fromkeys(off, False)):
-        made = exactly(layer, upsample2x(features) if upsample else features)
+        result = exact_conv(layer, upsample2x(features) if upsample else features)
         for order in (torch.contiguous_format, torch.channels_last):
-            residual = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=order)
-            expected = made + residual
+            residual = torch.randn_like(result, dtype=torch.float32).contiguous(memory_format=order)
+            expected = result + residual
             summed = layer(features, upsample=upsample, residual=residual)
             assert distance(summed, expected) < 3e-6
             assert summed.data_ptr() == residual.data_ptr()
-            with torch.enable_grad():  # nothing is changed that gradients may need
+            with torch.enable_grad():  # autograd may need the residual: it is not overwritten
                 before = residual.clone()
-                assert distance(layer(features, upsample=upsample, residual=residual).detach(), made + residual) < 3e-6
+                assert (
+                    distance(layer(features, upsample=upsample, residual=residual).detach(), result + residual) < 3e-6
+                )
                 assert torch.equal(residual, before)
         frozen = copy.deepcopy(layer).requires_grad_(False)
-        residual = torch.randn_like(made, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        residual = torch.randn_like(result, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
         before = residual.clone()
         with torch.enable_grad():
             frozen(features, upsample=upsample, residual=residual.requires_grad_()).sum().backward()
         assert torch.equal(residual, before)
         assert torch.equal(residual.grad, torch.ones_like(residual))
-        residual = torch.randn_like(made, dtype=torch.float32)
-        given, other = (upsample2x(features) if upsample else features), nn.Conv2d(inside, outside, 1)
-        expected = other(given) + residual
-        assert torch.equal(conv_add(other, given, residual), expected)
+        residual = torch.randn_like(result, dtype=torch.float32)
+        inputs, other = (upsample2x(features) if upsample else features), nn.Conv2d(inside, outside, 1)
+        expected = other(inputs) + residual
+        assert torch.equal(conv_add(other, inputs, residual), expected)
 
 
 @torch.no_grad()
 def test_hooks_of_a_layer_get_its_own_output() -> None:
     layer, features = Conv2d(6, 10, 3, padding=1), torch.randn(2, 6, 8, 8)
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda *given: seen.append(given[2]))
+    outputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     for order in (torch.contiguous_format, torch.channels_last):
         residual = torch.randn(2, 10, 8, 8).contiguous(memory_format=order)
-        expected = exactly(layer, features) + residual
+        expected = exact_conv(layer, features) + residual
         assert distance(conv_add(layer, features, residual), expected) < 3e-6
-    assert len(seen) == 2
-    assert all(distance(made, exactly(layer, features)) < 3e-6 for made in seen)
+    assert len(outputs) == 2
+    assert all(distance(result, exact_conv(layer, features)) < 3e-6 for result in outputs)
     handle.remove()
-    layer.register_forward_pre_hook(lambda *given: seen.append(given[1][0]))
+    layer.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     conv_add(layer, features, torch.randn(2, 10, 8, 8))
-    assert len(seen) == 3
-    layer.forward = lambda features: torch.zeros(1)  # as others put adapters in
+    assert len(outputs) == 3
+    layer.forward = lambda features: torch.zeros(1)  # as adapter libraries do
     assert torch.equal(conv_add(layer, features, torch.ones(1)), torch.ones(1))
 
 
@@ -143,15 +145,15 @@ def test_blocks_overwrite_only_inplace_inputs(
 ) -> None:
     block = ResidualBlock(*widths, eps=1e-5, resample=resample, latent_channels=latent_channels)
     features = torch.randn(2, widths[0], 8, 12).contiguous(memory_format=torch.channels_last)
-    latents, kept = torch.randn(2, 4, 4, 6), features.clone()
+    latents, original = torch.randn(2, 4, 4, 6), features.clone()
     with torch.enable_grad():
         expected = block(features, latents=latents, inplace=True).detach()
-    assert torch.equal(features, kept)
-    made = block(features, latents=latents)
-    assert torch.equal(features, kept)
-    assert distance(made, expected) < 1e-5
+    assert torch.equal(features, original)
+    result = block(features, latents=latents)
+    assert torch.equal(features, original)
+    assert distance(result, expected) < 1e-5
     assert distance(block(features, latents=latents, inplace=True), expected) < 1e-5
-    assert not torch.equal(features, kept)
+    assert not torch.equal(features, original)
 
 
 @needs_packing
@@ -159,10 +161,10 @@ def test_blocks_overwrite_only_inplace_inputs(
 @torch.no_grad()
 def test_other_convolutions_are_packed(settings: dict[str, int]) -> None:
     layer = Conv2d(6, 10, **{"kernel_size": 3, "padding": 1, **settings})
-    for sides in ((8, 12), (16, 8)):  # what was packed for one size serves another
+    for sides in ((8, 12), (16, 8)):  # weights packed for one size are valid for others
         features = torch.randn(2, 6, *sides)
-        assert distance(layer(features), exactly(layer, features)) < 1e-6
-        assert distance(layer(features, upsample=True), exactly(layer, upsample2x(features))) < 1e-6
+        assert distance(layer(features), exact_conv(layer, features)) < 1e-6
+        assert distance(layer(features, upsample=True), exact_conv(layer, upsample2x(features))) < 1e-6
     assert kind(layer) == "conv"
 
 
@@ -172,7 +174,7 @@ def test_winograd_is_used_for_sides_that_are_multiples_of_four() -> None:
     layer = Conv2d(6, 10, 3, padding=1)
     for sides in ((10, 12), (12, 9)):
         features = torch.randn(2, 6, *sides)
-        assert distance(layer(features), exactly(layer, features)) < 1e-6
+        assert distance(layer(features), exact_conv(layer, features)) < 1e-6
         assert kind(layer) == "conv"
 
 
@@ -193,17 +195,17 @@ def test_the_transforms_are_exact() -> None:
     for matrix in (values, results):
         assert torch.equal(matrix, matrix.float().double())
     numbers, kernel = torch.randn(36, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
-    found = (results @ ((weights @ kernel) * (values @ numbers))).view(4, 4)
+    tile = (results @ ((weights @ kernel) * (values @ numbers))).view(4, 4)
     expected = F.conv2d(numbers.view(1, 1, 6, 6), kernel.view(1, 1, 3, 3))[0, 0]
-    assert (found - expected).abs().max() < 1e-12
+    assert (tile - expected).abs().max() < 1e-12
 
 
 @torch.no_grad()
 def test_bfloat16_is_as_accurate_as_torchs_convolution() -> None:
     layer, features = Conv2d(24, 16, 3, padding=1).bfloat16(), torch.randn(2, 24, 8, 8).bfloat16()
-    assert distance(layer(features), exactly(layer, features)) < 0.01
+    assert distance(layer(features), exact_conv(layer, features)) < 0.01
     assert kind(layer) == ("conv" if torch.bfloat16 in linear.ONEDNN_DTYPES else None)
-    assert distance(layer(features, upsample=True), exactly(layer, upsample2x(features))) < 0.01
+    assert distance(layer(features, upsample=True), exact_conv(layer, upsample2x(features))) < 0.01
 
 
 @torch.no_grad()
@@ -212,16 +214,16 @@ def test_packed_weights_follow_the_weight() -> None:
     changes: list[Callable[[], object]] = [
         lambda: layer.weight.mul_(2),
         lambda: layer.load_state_dict({"weight": torch.randn(10, 6, 3, 3), "bias": torch.zeros(10)}, assign=True),
-        lambda: layer.weight.data.mul_(0.5),  # torch does not count this
+        lambda: layer.weight.data.mul_(0.5),  # torch counts no version for this change
         lambda: setattr(layer, "weight", nn.Parameter(torch.randn(10, 6, 3, 3))),
         lambda: layer.double().float(),
     ]
     for change in changes:
         for upsample in (False, True):
-            expected = exactly(layer, upsample2x(features) if upsample else features)
+            expected = exact_conv(layer, upsample2x(features) if upsample else features)
             assert distance(layer(features, upsample=upsample), expected) < 3e-6
             change()
-            expected = exactly(layer, upsample2x(features) if upsample else features)
+            expected = exact_conv(layer, upsample2x(features) if upsample else features)
             assert distance(layer(features, upsample=upsample), expected) < 3e-6
     assert set(layer.state_dict()) == {"weight", "bias"}
     assert kind(copy.deepcopy(layer)) is None
@@ -247,22 +249,22 @@ def test_stages_of_movq_are_called_when_they_have_hooks() -> None:
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8, **kinds).eval()
     latents = torch.randn(1, 4, 8, 8)
-    plain = movq.decode(latents, return_dict=False)[0]
-    decoder, kept = movq.decoder, list[tuple[Tensor, Tensor]]()
+    reference = movq.decode(latents, return_dict=False)[0]
+    decoder, copies = movq.decoder, list[tuple[Tensor, Tensor]]()
 
-    def keep(*given: Any) -> None:
-        kept.append((given[2], given[2].clone()))
+    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        copies.append((output, output.clone()))
 
     for module in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0], decoder.up_blocks[0].resnets[0]):
-        module.register_forward_hook(keep)
-    assert distance(movq.decode(latents, return_dict=False)[0], plain) < 1e-5
-    assert len(kept) == 4
-    assert all(torch.equal(made, then) for made, then in kept)
-    given = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
-    before = given.clone()
-    decoder.up_blocks[1](decoder.up_blocks[0](given, latents), latents)
-    decoder.mid_block(given, latents)
-    assert torch.equal(given, before)
+        module.register_forward_hook(record)
+    assert distance(movq.decode(latents, return_dict=False)[0], reference) < 1e-5
+    assert len(copies) == 4
+    assert all(torch.equal(output, copied) for output, copied in copies)
+    inputs = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    before = inputs.clone()
+    decoder.up_blocks[1](decoder.up_blocks[0](inputs, latents), latents)
+    decoder.mid_block(inputs, latents)
+    assert torch.equal(inputs, before)
 
 
 # Norms
@@ -280,28 +282,31 @@ def test_norms(
     monkeypatch.setattr(group_norm, "STATISTICS_BLOCK", block)
     features = (torch.randn(batch, 64, *sides) * 3 + 20).contiguous(memory_format=torch.channels_last)
     latents, after = torch.randn(batch, 4, sides[0] // 4, sides[1] // 4), F.silu if silu else lambda x: x
-    plain, spatial = GroupNorm(16, 64, eps=1e-5), SpatialNorm(64, 4)
-    for parameter in (*plain.parameters(), *spatial.parameters()):
+    reference, spatial = GroupNorm(16, 64, eps=1e-5), SpatialNorm(64, 4)
+    for parameter in (*reference.parameters(), *spatial.parameters()):
         nn.init.normal_(parameter)
     scale, shift = torch.randn(2, batch, 64, 1, 1)
-    normed = F.group_norm(features.double(), 16, plain.weight.double(), plain.bias.double(), 1e-5)
+    normed = F.group_norm(features.double(), 16, reference.weight.double(), reference.bias.double(), 1e-5)
     y, b = (F.interpolate(conv(latents), sides).double() for conv in (spatial.conv_y, spatial.conv_b))
     inner = spatial.norm_layer
     expected = [
-        (lambda x, **o: plain(x, **o), normed),
-        (lambda x, **o: plain(x, modulation=Modulation(scale, shift), **o), normed * scale.double() + shift.double()),
+        (lambda x, **o: reference(x, **o), normed),
+        (
+            lambda x, **o: reference(x, modulation=Modulation(scale, shift), **o),
+            normed * scale.double() + shift.double(),
+        ),
         (
             lambda x, **o: spatial(x, latents, **o),
             F.group_norm(features.double(), 32, inner.weight.double(), inner.bias.double(), 1e-6) * y + b,
         ),
     ]
     for call, exact in expected:
-        given = features.clone(memory_format=torch.channels_last)
-        made = call(given, silu=silu, inplace=inplace)
-        assert distance(made, after(exact)) < 1e-6
-        assert (made.data_ptr() == given.data_ptr()) == inplace
-        assert inplace or torch.equal(given, features)
-        with torch.enable_grad():  # by torch, which is less exact
+        inputs = features.clone(memory_format=torch.channels_last)
+        result = call(inputs, silu=silu, inplace=inplace)
+        assert distance(result, after(exact)) < 1e-6
+        assert (result.data_ptr() == inputs.data_ptr()) == inplace
+        assert inplace or torch.equal(inputs, features)
+        with torch.enable_grad():  # computed by torch, which is less accurate
             assert distance(call(features, silu=silu, inplace=inplace), after(exact)) < 1e-4
 
 
@@ -319,11 +324,11 @@ def test_rows_of_a_norm_may_be_taken_from_anywhere(
     table = group_norm.ScaleShift(group_norm.GroupStatistics(mean, deviation), scale, shift)
     y, b = (F.interpolate(part, (24, 16)).double().permute(0, 2, 3, 1) for part in (scale, shift))
     exact = F.silu((pixels.double() - mean) / deviation * y + b)
-    bound = 1e-6 if dtype == torch.float32 else 4e-3  # bfloat16 keeps 8 bits: 2e-3 in the mean
+    bound = 1e-6 if dtype == torch.float32 else 4e-3  # bfloat16 has 8 bits: 2e-3 on average
     for first, last in ((0, 24), (1, 23), (5, 6), (7, 18), (23, 24)):
-        made = table.apply(pixels[:, first:last], first, 24, silu=True)
-        assert made.dtype == dtype
-        assert distance(made, exact[:, first:last]) < bound
+        result = table.apply(pixels[:, first:last], first, 24, silu=True)
+        assert result.dtype == dtype
+        assert distance(result, exact[:, first:last]) < bound
 
 
 @torch.no_grad()
@@ -360,20 +365,20 @@ def test_norms_in_bfloat16() -> None:
     features = (torch.randn(2, 64, 16, 16) + 2).bfloat16().contiguous(memory_format=torch.channels_last)
     norm = GroupNorm(16, 64, eps=1e-5).bfloat16()
     for inplace in (False, True):
-        made = norm(features.clone(memory_format=torch.channels_last), silu=True, inplace=inplace)
-        assert made.dtype == torch.bfloat16
-        assert distance(made, F.silu(F.group_norm(features.double(), 16))) < 0.005
+        result = norm(features.clone(memory_format=torch.channels_last), silu=True, inplace=inplace)
+        assert result.dtype == torch.bfloat16
+        assert distance(result, F.silu(F.group_norm(features.double(), 16))) < 0.005
 
 
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 def test_blocks_with_and_without_gradients_agree(resample: str | None) -> None:
     block = ResidualBlock(32, 64, eps=1e-5, time_dim=8, resample=resample)
     features, time = torch.randn(2, 32, 16, 16), torch.randn(2, 8)
-    kept = features.clone()
-    plain = block(features, time)
+    original = features.clone()
+    reference = block(features, time)
     with torch.no_grad():
-        assert distance(block(features, time), plain.detach()) < 1e-5
-    assert torch.equal(features, kept)
+        assert distance(block(features, time), reference.detach()) < 1e-5
+    assert torch.equal(features, original)
 
 
 # Attention
@@ -396,7 +401,7 @@ def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pyte
     assert distance(attention.attention(*halves), exact) < 0.03
 
 
-# Together
+# All kernels together
 
 
 @torch.no_grad()
@@ -412,10 +417,10 @@ def test_all_optimisations_can_be_switched_off() -> None:
     fast = movq.decode(latents, return_dict=False)[0]
     kinds = {kind(module) for module in movq.modules()}
     assert {"conv", "winograd", "fused_upsample"} <= kinds or not linear.ONEDNN_DTYPES
-    plain = copy.deepcopy(movq)
+    reference = copy.deepcopy(movq)
     with optimisations(**dict.fromkeys(NAMES, False)):
-        assert distance(plain.decode(latents, return_dict=False)[0], fast) < 1e-5
-    assert {kind(module) for module in plain.modules() if isinstance(module, Conv2d)} == {None}
+        assert distance(reference.decode(latents, return_dict=False)[0], fast) < 1e-5
+    assert {kind(module) for module in reference.modules() if isinstance(module, Conv2d)} == {None}
 
 
 @pytest.mark.parametrize(("channels", "side"), [(64, 24), (64, 28), (128, 14), (128, 32)])
@@ -434,5 +439,7 @@ def test_encoding_does_not_depend_on_the_layout_of_pictures() -> None:
     movq = VQModel(block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=8, **blocks).eval()
     pictures = torch.rand(1, 3, 32, 48) * 2 - 1
     with torch.no_grad():
-        plain, turned = (movq.encode(p)[0] for p in (pictures, pictures.contiguous(memory_format=torch.channels_last)))
-    assert torch.equal(plain, turned)
+        reference, from_channels_last = (
+            movq.encode(p)[0] for p in (pictures, pictures.contiguous(memory_format=torch.channels_last))
+        )
+    assert torch.equal(reference, from_channels_last)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 
@@ -32,6 +32,9 @@ from kandinsky22.runtime.compile import CompileMixin
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.placement import OffloadMixin
 from kandinsky22.runtime.quantize import QuantizeMixin
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 P = TypeVar("P", bound="DiffusionPipeline")
 
@@ -347,7 +350,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, Quantiz
         """
         self._progress_bar_config = options
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """Return a tqdm progress bar.
 
         Args:
@@ -357,11 +360,11 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, Quantiz
         Raises:
             InputError: Unless exactly one of the arguments is given.
         """
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm as auto_tqdm
 
         if (iterable is None) == (total is None):
             raise InputError("progress_bar: expected either an iterable or total=")
-        return tqdm(iterable, total=total, **{"disable": None, **self._progress_bar_config})
+        return auto_tqdm(iterable, total=total, **{"disable": None, **self._progress_bar_config})
 
     def __repr__(self) -> str:
         lines = [f"  {name}: {_class_name(component)}" for name, component in self._components.items()]

@@ -142,11 +142,11 @@ def networks_in_memory(components: Mapping[str, Any]) -> dict[str, nn.Module]:
     Args:
         components: Components of a pipeline by name.
     """
-    return {
-        name: loaded(component)
+    networks = {
+        name: component._network if isinstance(component, LazyComponent) else component
         for name, component in components.items()
-        if isinstance(component, nn.Module) or (isinstance(component, LazyComponent) and component.is_loaded)
     }
+    return {name: network for name, network in networks.items() if isinstance(network, nn.Module)}
 
 
 def _identity(network: nn.Module) -> nn.Module:

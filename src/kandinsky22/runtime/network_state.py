@@ -88,7 +88,8 @@ def state_of(network: nn.Module) -> NetworkState:
     Args:
         network: Any module; the wrapper of a compiled network shares the record of the network inside.
     """
-    state: NetworkState = unwrap_compiled(network).__dict__.setdefault(_ATTRIBUTE, NetworkState())
+    network = getattr(network, "_orig_mod", network)
+    state: NetworkState = network.__dict__.setdefault(_ATTRIBUTE, NetworkState())
     return state
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kandinsky22.errors import invalid
+
+if TYPE_CHECKING:
+    from kandinsky22.schedulers import Scheduler
 
 PRIOR_PREFIX = "prior_"
 
@@ -29,7 +32,7 @@ class Sampler:
     steps: int
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def from_config(self, config: Any) -> Any:
+    def from_config(self, config: Any) -> Scheduler:
         """Return the scheduler.
 
         Args:
@@ -98,7 +101,7 @@ def find_preset(quality: Any) -> Preset:
     return PRESETS[quality]
 
 
-def make_scheduler(name: str, config: Any, settings: Mapping[str, Any]) -> Any:
+def make_scheduler(name: str, config: Any, settings: Mapping[str, Any]) -> Scheduler:
     """Return a scheduler on the noise schedule of another one's config.
 
     Args:
@@ -108,7 +111,8 @@ def make_scheduler(name: str, config: Any, settings: Mapping[str, Any]) -> Any:
     """
     from kandinsky22 import schedulers  # loads torch, which reading the table of presets must not
 
-    return getattr(schedulers, name).from_config(config, **settings)
+    scheduler: Scheduler = getattr(schedulers, name).from_config(config, **settings)
+    return scheduler
 
 
 def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:

@@ -203,6 +203,9 @@ class SchedulerConfig(dict[str, Any], Config):
             return self[name]
         raise AttributeError(f"{type(self).__name__} has no setting {name!r}")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self  # immutable
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles of a dict are otherwise filled key by key, which an immutable config refuses.
         return _restore, (type(self), dict(self))

@@ -163,8 +163,8 @@ class KDPM2Config(TwoStageConfig):
 class KDPM2DiscreteScheduler(TwoStageScheduler):
     """Midpoint method in log sigma: steps use the derivative at the geometric mean of both sigmas.
 
-    Sources: DPM-Solver-2, Lu et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00927; for the ODE Karras et al. 2022,
-    https://arxiv.org/abs/2206.00364.
+    Sources: DPM-Solver-2, Lu et al. 2022, algorithm 1, https://arxiv.org/abs/2206.00927; for the ODE Karras et al.
+    2022, https://arxiv.org/abs/2206.00364.
 
     A learned variance is dropped.
 
