@@ -1,1 +1,1 @@
-"""Measurements anyone can repeat; run them as modules from the root of the repository (see README.md)."""
+"""Reproducible measurements. Run them as modules from the root of the repository (see README.md)."""

@@ -1,12 +1,13 @@
-"""Record the SHA-256 of the values of fixed calls, and compare them with an earlier record: nothing may change a bit.
+"""Digests of the results of fixed calls, and their comparison with an earlier record: no bit may change.
 
     python -m benchmarks.regression --write before.json     # on the old commit
     python -m benchmarks.regression --check before.json     # on the new one, same machine and packages
 
 The calls cover the ten pipeline classes, `interpolate`, every scheduler, every subcommand, tiling, feature caching,
-low memory, bfloat16, 8-bit weights, presets, guidance options, and networks that are large enough for the packed,
-Winograd and tiled paths. Only public names are used, so the script runs on old and new commits. Digests depend on the
-processor, the number of threads and the versions of packages; a record names them, and a check refuses other ones.
+low memory, bfloat16, 8-bit weights, presets and guidance options. They also cover networks that are large enough for the
+packed, Winograd and tiled code. Only public names are used, thus the script runs on old and new commits. Digests depend
+on the processor, the number of threads and the versions of packages; a record contains them, and a check requires the
+same.
 """
 
 from __future__ import annotations
@@ -30,14 +31,22 @@ OTHER = "a large green star on a purple background"
 
 
 def seeded(seed: int) -> Any:
-    """A CPU generator."""
+    """Return a seeded generator on the CPU.
+
+    Args:
+        seed: Its seed.
+    """
     import torch
 
     return torch.Generator().manual_seed(seed)
 
 
 def digest(values: Any) -> str:
-    """SHA-256 of the shape and bytes of a tensor, an array, an image, or a list of them."""
+    """Return the SHA-256 digest of dtype, shape and bytes.
+
+    Args:
+        values: A tensor, an array, an image, or a list of them.
+    """
     import numpy as np
     import torch
 
@@ -52,7 +61,12 @@ def digest(values: Any) -> str:
 
 
 def load(name: str, **options: Any) -> Any:
-    """A pipeline class, loaded from the embedded model, silent."""
+    """Return a pipeline of the embedded model without progress bars.
+
+    Args:
+        name: Name of the class.
+        **options: Further arguments of `from_pretrained`.
+    """
     import kandinsky22
 
     pipe = getattr(kandinsky22, name).from_pretrained("embedded", **options)
@@ -61,7 +75,7 @@ def load(name: str, **options: Any) -> Any:
 
 
 def photo() -> Any:
-    """A picture to start from."""
+    """Return an image for img2img and inpainting."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (128, 128), (250, 210, 30))
@@ -70,7 +84,7 @@ def photo() -> Any:
 
 
 def mask() -> Any:
-    """A mask, white where `photo` is repainted."""
+    """Return a mask, which is white where `photo` is repainted."""
     from PIL import Image
 
     image = Image.new("L", (128, 128))
@@ -79,7 +93,7 @@ def mask() -> Any:
 
 
 def hint() -> Any:
-    """A hint for the ControlNet pipelines."""
+    """Return a hint for the ControlNet pipelines."""
     from PIL import Image
 
     image = Image.new("RGB", (128, 128))
@@ -88,19 +102,24 @@ def hint() -> Any:
 
 
 def embeddings(dtype: Any = None, rows: int = 1) -> dict[str, Any]:
-    """Image embeddings of the embedded model's width, and their negatives."""
+    """Return random image embeddings of the embedded model's width, and negative ones, as arguments of a decoder.
+
+    Args:
+        dtype: Their dtype; None for float32.
+        rows: Number of embeddings.
+    """
     import torch
 
     width = load("KandinskyV22Pipeline").unet.config.encoder_hid_dim
-    made = torch.randn(2, rows, width, generator=seeded(5)).to(dtype or torch.float32)
-    return {"image_embeds": made[0], "negative_image_embeds": made[1]}
+    embeds = torch.randn(2, rows, width, generator=seeded(5)).to(dtype or torch.float32)
+    return {"image_embeds": embeds[0], "negative_image_embeds": embeds[1]}
 
 
 Call = Callable[[], Any]
 
 
 def pipelines() -> Iterator[tuple[str, Call]]:
-    """The ten classes, and what their calls accept."""
+    """Yield calls of the ten pipeline classes with their options, by name."""
     few = {"num_inference_steps": 4, "output_type": "np"}
     pair = {"prior_num_inference_steps": 3, **few}
 
@@ -191,7 +210,7 @@ def pipelines() -> Iterator[tuple[str, Call]]:
 
 
 def schedulers() -> Iterator[tuple[str, Call]]:
-    """Every scheduler in the decoder, and those that suit it in the prior."""
+    """Yield calls of all schedulers in the decoder, and of some in the prior, by name."""
     import kandinsky22
 
     def decoder(name: str) -> Any:
@@ -213,7 +232,7 @@ def schedulers() -> Iterator[tuple[str, Call]]:
 
 
 def networks() -> Iterator[tuple[str, Call]]:
-    """Networks with random weights, large enough for every fast path of the CPU."""
+    """Yield calls of networks with random weights that are large enough for all fast paths of the CPU, by name."""
     import torch
 
     def build(name: str, dtype: Any, **config: Any) -> Any:
@@ -267,7 +286,7 @@ def networks() -> Iterator[tuple[str, Call]]:
 
 
 def commands() -> Iterator[tuple[str, Call]]:
-    """Every drawing subcommand of the command, with pixels read back from the files it writes."""
+    """Yield calls of all subcommands that write images, whose pixels are read from the files, by name."""
 
     def run(*arguments: str) -> Any:
         from PIL import Image
@@ -296,11 +315,15 @@ def commands() -> Iterator[tuple[str, Call]]:
     towards = ("variations", "photo.png", "--prompt", OTHER, "--strength", "0.5")
     yield "variations --prompt", lambda: run(*towards, *few)
     grid = ("--scheduler", "dpm,ddim", "--steps", "2,3", "--seed", "7", "--prior-steps", "3", "--pictures")
-    yield "compare", lambda: run("compare", PROMPT, *grid)[:4]  # the sheet shows seconds
+    yield "compare", lambda: run("compare", PROMPT, *grid)[:4]  # the contact sheet, which comes last, shows seconds
 
 
 def record(only: str | None = None) -> dict[str, str]:
-    """The digest of each call, by name."""
+    """Return the digest of each call, by name.
+
+    Args:
+        only: Text that names of calls must contain; None takes all calls.
+    """
     digests: dict[str, str] = {}
     groups = {"pipelines": pipelines, "schedulers": schedulers, "networks": networks, "commands": commands}
     with tempfile.TemporaryDirectory() as folder:
@@ -318,7 +341,11 @@ def record(only: str | None = None) -> dict[str, str]:
 
 
 def machine(threads: int) -> dict[str, str]:
-    """What digests depend on, besides our own code."""
+    """Return the properties of the machine that digests depend on.
+
+    Args:
+        threads: Number of threads of torch.
+    """
     import torch
     import transformers
 
@@ -331,23 +358,30 @@ def machine(threads: int) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the checkout, if it is one."""
-    found = subprocess.run(
+    """Return the commit of the checkout, or "unknown"."""
+    result = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    return found.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write or check a record; the exit code is 1 if a digest differs."""
+    """Write or check a record.
+
+    Args:
+        arguments: Command line arguments; None takes those of the process.
+
+    Returns:
+        Exit code: 1 if a digest differs, 0 otherwise.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.regression",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the digests into this file")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="compare with the digests of this file")
-    parser.add_argument("--only", metavar="TEXT", help="only calls whose name contains this")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="file to write digests into")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="file of digests to compare with")
+    parser.add_argument("--only", metavar="TEXT", help="only calls whose name contains this text")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (1)")
     options = parser.parse_args(arguments)
     import torch
@@ -355,19 +389,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     os.environ["KANDINSKY22_CACHE"] = ""
     files = {name: path.resolve() for name in ("write", "check") if (path := getattr(options, name)) is not None}
-    made = {"commit": commit(), "machine": machine(options.threads), "digests": record(options.only)}
+    current = {"commit": commit(), "machine": machine(options.threads), "digests": record(options.only)}
     if "write" in files:
-        files["write"].write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        files["write"].write_text(json.dumps(current, indent=1) + "\n", encoding="utf-8")
     if "check" not in files:
         return 0
     before = json.loads(files["check"].read_text(encoding="utf-8"))
-    if before["machine"] != made["machine"]:
+    if before["machine"] != current["machine"]:
         parser.error(f"the record was made with {before['machine']}, this is {made['machine']}")
     expected = {
         name: value for name, value in before["digests"].items() if options.only is None or options.only in name
     }
-    changed = [name for name in expected if made["digests"].get(name) != expected[name]]
-    print(f"{len(expected) - len(changed)} of {len(expected)} digests are those of {before['commit']}")
+    changed = [name for name in expected if current["digests"].get(name) != expected[name]]
+    print(f"{len(expected) - len(changed)} of {len(expected)} digests are equal to those of {before['commit']}")
     for name in changed:
         print(f"differs: {name}")
     return int(bool(changed))

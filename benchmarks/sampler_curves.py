@@ -124,8 +124,8 @@ def _draw_success(figure: Any, find: Find) -> bool:
         _steps_axis(axes, rows, f"network evaluations of the {stage}")
         if axes.get_lines():
             axes.legend(loc="lower right")
-    left.set_title("decoder, with 25 steps of the prior", fontsize=10)
-    right.set_title("prior, with 12 steps of DPM++ 2M in the decoder", fontsize=10)
+    left.set_title("decoder (prior: 25 steps)", fontsize=10)
+    right.set_title("prior (decoder: DPM++ 2M, 12 steps)", fontsize=10)
     right.set_ylabel("")
     return bool(decoder or prior)
 

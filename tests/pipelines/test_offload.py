@@ -264,6 +264,7 @@ def test_switching_modes(mode: str, decoder: Any) -> None:
         "pack_weights",
         "state_dict",
         *device_offload.ENTRY_POINTS,
+        *device_offload.LAYER_ENTRY_POINTS,
     }
     assert not [name for module in decoder.unet.modules() for name in vars(module) if name in hook_attributes]
 
