@@ -45,7 +45,11 @@ class Clock:
         self._start, self._seconds, self._parts, self._part = time.perf_counter(), minutes and 60 * minutes, parts, 0
 
     def next_part(self) -> bool:
-        """Begin the next part, and return whether there is time for it."""
+        """Begin the next part.
+
+        Returns:
+            Whether there is time for it.
+        """
         self._part += 1
         return self._seconds is None or self.elapsed < self._seconds
 

@@ -35,7 +35,7 @@ class Setting:
         threads: Number of threads of torch.
         size: Side of the image in pixels.
         prior_steps: Number of steps of the prior.
-        steps: Number of steps of the decoder in whole images.
+        steps: Number of steps of the decoder in complete images.
         full_towers: Whether the CLIP towers have all their layers.
         low_memory: Whether to call `enable_low_memory`; ours only.
         quality: Name of a preset, or None; ours only.
@@ -201,7 +201,7 @@ class Stage:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside the block from the call, and record the peak memory before it."""
+        """Return a context manager whose time does not count; it records the peak memory before it."""
         if self.setting.device != "cpu":
             self.torch.cuda.synchronize()
         start = time.perf_counter()

@@ -7,7 +7,7 @@
     {"do": "peaks"}                 {"convolution": ..., "product": ...}  peak arithmetic of the machine
     {"do": "memory"}                {"peaks": [...]}                      GiB, per part of a call if it has parts
 
-The worker begins with a line of its own, {"import": ..., "load": ..., "cpu": ...} in seconds. `Worker` is the client.
+The worker begins with the line {"import": ..., "load": ..., "cpu": ...} in seconds. `Worker` is the client.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class Server:
         self.disabled: str | None = None
 
     def start(self) -> dict[str, float]:
-        """Import the library, load the stage, and return the seconds that this took."""
+        """Import the library and load the stage.
+
+        Returns:
+            Seconds of "import" and "load", and CPU seconds of loading.
+        """
         import importlib
 
         if self.setting.stage not in STAGES:
@@ -103,10 +107,13 @@ class Server:
         return self._timed(number)[1]
 
     def do_save(self, path: str) -> dict[str, float]:
-        """Write the result of call 0 to a file, and return its seconds.
+        """Write the result of call 0 to a file.
 
         Args:
             path: Path of the file.
+
+        Returns:
+            Seconds of the call.
         """
         result, seconds = self._timed(0)
         tensors = result if isinstance(result, list) else [result]
@@ -118,6 +125,9 @@ class Server:
 
         Args:
             off: Its name; None leaves all of them on.
+
+        Returns:
+            An empty mapping.
         """
         self.disabled = off
         return {}
@@ -207,11 +217,14 @@ class Worker:
         self.started = self._read()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a command and return its result.
+        """Send a command and wait for its result.
 
         Args:
             do: Name of the command.
             **arguments: Its arguments.
+
+        Returns:
+            The result.
 
         Raises:
             RuntimeError: The worker has ended unexpectedly.

@@ -1,4 +1,4 @@
-"""How well the embedded model does everything except plain text to image, judged by pixel analysis.
+"""Quality of all modes of the embedded model except text to image, judged by pixel analysis.
 
 Run from the root of the repository: `python -m benchmarks.embedded_modes --help`.
 
@@ -241,6 +241,9 @@ def image_to_image(models: Models, count: int, seed: int) -> Result:
         models: The pipelines.
         count: Number of cases.
         seed: Seed of the cases.
+
+    Returns:
+        Rows of the table, and the cases.
     """
     cells: dict[float, list[Cell]] = {0.3: [], 1.0: []}
     overlaps: list[bool] = []
@@ -277,6 +280,9 @@ def inpaint(models: Models, count: int, seed: int) -> Result:
         models: The pipelines.
         count: Number of cases.
         seed: Seed of the cases.
+
+    Returns:
+        Rows of the table, and the cases.
     """
     pipe = models.variant("inpaint")
     cells: list[Cell] = []
@@ -320,6 +326,9 @@ def control(models: Models, count: int, seed: int) -> Result:
         models: The pipelines.
         count: Number of cases.
         seed: Seed of the cases.
+
+    Returns:
+        Rows of the table, and the cases.
     """
     pipe = models.variant("control")
     cells, scores = [], []
@@ -355,6 +364,9 @@ def mix(models: Models, count: int, seed: int) -> Result:
         models: The pipelines.
         count: Number of cases.
         seed: Seed of the cases.
+
+    Returns:
+        Rows of the table, and the cases.
     """
     cells: list[Cell] = []
     correct: dict[str, list[bool]] = {name: [] for name in mode_judge.ATTRIBUTES}
@@ -390,6 +402,9 @@ def negative(models: Models, count: int, seed: int) -> Result:
         models: The pipelines.
         count: Number of cases.
         seed: Seed of the cases.
+
+    Returns:
+        Rows of the table, and the cases.
     """
     cells: list[Cell] = []
     unchanged: dict[str, list[bool]] = {"stated": [], "other": []}
@@ -436,6 +451,9 @@ def variations(models: Models, count: int, seed: int) -> Result:
         models: The pipelines.
         count: Number of cases.
         seed: Seed of the cases.
+
+    Returns:
+        Rows of the table, and the cases.
     """
     cells: list[Cell] = []
     for batch in models.batches(count):

@@ -1,4 +1,4 @@
-"""How often the embedded model generates what its prompt states, by attribute, judged by pixel analysis.
+"""Share of the embedded model's images that show every attribute of their prompt, judged by pixel analysis.
 
 Run from the root of the repository: `python -m benchmarks.embedded_success --help`.
 

@@ -95,7 +95,11 @@ def peak_memory() -> float:
 
 
 def forget_peak() -> bool:
-    """Reset the peak of `peak_memory`, and return whether the system supports it (Linux)."""
+    """Reset the peak of `peak_memory`.
+
+    Returns:
+        Whether the system supports it; Linux does.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -398,6 +398,9 @@ def judge(image: Any, description: SceneDescription) -> Verdict:
         image: Any image that `to_array` accepts.
         description: Attributes that the caption states.
 
+    Returns:
+        The verdict.
+
     Raises:
         ValueError: The caption states no shape.
     """

@@ -4,10 +4,10 @@
     python -m benchmarks.regression --check before.json     # on the new one, same machine and packages
 
 The calls cover the ten pipeline classes, `interpolate`, every scheduler, every subcommand, tiling, feature caching,
-low memory, bfloat16, 8-bit weights, presets and guidance options. They also cover networks that are large enough for the
-packed, Winograd and tiled code. Only public names are used, thus the script runs on old and new commits. Digests depend
-on the processor, the number of threads and the versions of packages; a record contains them, and a check requires the
-same.
+low memory, bfloat16, 8-bit weights, presets and guidance options. They also cover networks that are large enough for
+the packed, Winograd and tiled code. Only public names are used, thus the script runs on old and new commits. Digests
+depend on the processor, the number of threads and the versions of packages; a record contains these, and a check
+requires the same.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ Call = Callable[[], Any]
 
 def pipelines() -> Iterator[tuple[str, Call]]:
     """Yield calls of the ten pipeline classes with their options, by name."""
-    few = {"num_inference_steps": 4, "output_type": "np"}
-    pair = {"prior_num_inference_steps": 3, **few}
+    steps = {"num_inference_steps": 4, "output_type": "np"}
+    pair = {"prior_num_inference_steps": 3, **steps}
 
     def prior(**options: Any) -> Any:
         pipe = load("KandinskyV22PriorPipeline")
@@ -160,7 +160,7 @@ def pipelines() -> Iterator[tuple[str, Call]]:
     def decoder(kind: str = "", prepare: Callable[[Any], Any] = lambda pipe: None, **options: Any) -> Any:
         pipe = load(f"KandinskyV22{kind}Pipeline")
         prepare(pipe)
-        return pipe(**{**embeddings(), **few, **options}, generator=seeded(3)).images
+        return pipe(**{**embeddings(), **steps, **options}, generator=seeded(3)).images
 
     yield "decoder", decoder
     yield "decoder, batch of 2 x 2", lambda: decoder(num_images_per_prompt=2, **embeddings(rows=2))
@@ -271,8 +271,14 @@ def networks() -> Iterator[tuple[str, Call]]:
             return net(rows, 500, proj_embedding=rows, encoder_hidden_states=states, attention_mask=attention)[0]
 
     def gradients() -> Any:
-        net = build("VQModel", torch.float32, block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
-                    up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1)  # fmt: skip
+        net = build(
+            "VQModel",
+            torch.float32,
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+        )
         pixels = torch.rand(1, 3, 32, 32, generator=seeded(1))
         net(pixels, return_dict=False)[0].square().mean().backward()
         return [p.grad for p in net.parameters() if p.grad is not None]
@@ -298,22 +304,22 @@ def commands() -> Iterator[tuple[str, Call]]:
         assert code == 0, arguments
         return [Image.open(line) for line in out.getvalue().splitlines() if line.endswith(".png")]
 
-    few = ("--steps", "4", "--prior-steps", "3", "--seed", "7")
-    yield "generate", lambda: run("generate", PROMPT, "-n", "2", *few)
-    yield "generate, bfloat16", lambda: run("generate", PROMPT, "--dtype", "bfloat16", *few)
-    yield "generate, int8", lambda: run("generate", PROMPT, "--quantize", "int8", *few)
-    yield "generate, low memory", lambda: run("generate", PROMPT, "--low-memory", *few)
-    yield "generate, cached", lambda: run("generate", PROMPT, "--cache-every", "2", *few)
+    steps = ("--steps", "4", "--prior-steps", "3", "--seed", "7")
+    yield "generate", lambda: run("generate", PROMPT, "-n", "2", *steps)
+    yield "generate, bfloat16", lambda: run("generate", PROMPT, "--dtype", "bfloat16", *steps)
+    yield "generate, int8", lambda: run("generate", PROMPT, "--quantize", "int8", *steps)
+    yield "generate, low memory", lambda: run("generate", PROMPT, "--low-memory", *steps)
+    yield "generate, cached", lambda: run("generate", PROMPT, "--cache-every", "2", *steps)
     yield "generate --quality balanced", lambda: run("generate", PROMPT, "--quality", "balanced", "--seed", "7")
     yield "generate --from", lambda: run("generate", "--from", "picture.png", "-o", "again.png")
-    yield "img2img", lambda: run("img2img", OTHER, "--image", "photo.png", "--strength", "0.6", *few)
+    yield "img2img", lambda: run("img2img", OTHER, "--image", "photo.png", "--strength", "0.6", *steps)
     inpaint = ("inpaint", "a green triangle", "--image", "photo.png", "--mask", "mask.png", "--keep-pixels")
-    yield "inpaint", lambda: run(*inpaint, *few)
-    yield "control", lambda: run("control", "a red square on a white background", "--hint", "hint.png", *few)
-    yield "mix", lambda: run("mix", "--text", PROMPT, "0.6", "--image", "photo.png", "0.4", *few)
+    yield "inpaint", lambda: run(*inpaint, *steps)
+    yield "control", lambda: run("control", "a red square on a white background", "--hint", "hint.png", *steps)
+    yield "mix", lambda: run("mix", "--text", PROMPT, "0.6", "--image", "photo.png", "0.4", *steps)
     yield "variations", lambda: run("variations", "photo.png", "--steps", "4", "--seed", "7")
     towards = ("variations", "photo.png", "--prompt", OTHER, "--strength", "0.5")
-    yield "variations --prompt", lambda: run(*towards, *few)
+    yield "variations --prompt", lambda: run(*towards, *steps)
     grid = ("--scheduler", "dpm,ddim", "--steps", "2,3", "--seed", "7", "--prior-steps", "3", "--pictures")
     yield "compare", lambda: run("compare", PROMPT, *grid)[:4]  # the contact sheet, which comes last, shows seconds
 
@@ -396,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     before = json.loads(files["check"].read_text(encoding="utf-8"))
     if before["machine"] != current["machine"]:
-        parser.error(f"the record was made with {before['machine']}, this is {made['machine']}")
+        parser.error(f"the record belongs to {before['machine']}, this machine is {current['machine']}")
     expected = {
         name: value for name, value in before["digests"].items() if options.only is None or options.only in name
     }

@@ -11,7 +11,7 @@ Three quantities are measured for cells of samplers, steps and guidance (benchma
 - time: seconds from a prompt to its image, one image at a time, with all networks loaded and the cells interleaved.
 
 Each measurement is a line of a JSON Lines file, and a rerun continues where the last one stopped. Measurements of other
-weights or settings remain in the file and are not used. Tables and curves of the documentation are made from the file.
+weights or settings remain in the file and are not used. Tables and curves of the documentation come from the file.
 """
 
 from __future__ import annotations

@@ -19,15 +19,15 @@ EVERY = {"generate": ("combined", ("a cat",)), **SUBCOMMANDS}
 @pytest.fixture
 def network_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of networks in memory, each time that one is onloaded."""
-    seen: list[int] = []
+    counts: list[int] = []
     original = device_offload.ModelOffload.onload
 
     def onload(self: device_offload.ModelOffload, *args: Any) -> None:
         original(self, *args)
-        seen.append(len(self.onloaded))
+        counts.append(len(self.onloaded))
 
     monkeypatch.setattr(device_offload.ModelOffload, "onload", onload)
-    return seen
+    return counts
 
 
 @pytest.fixture

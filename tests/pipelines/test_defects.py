@@ -413,5 +413,5 @@ def test_every_defect_has_its_test() -> None:
     for name in named:
         file, test = name.split("::")
         assert f"def {test}(" in (here / Path(file).name).read_text(encoding="utf-8"), name
-    own = [name for name in globals() if name.startswith("test_") and name[5].isdigit()]
-    assert {name.split("::")[1] for name in named} >= set(own)
+    numbered_tests = [name for name in globals() if name.startswith("test_") and name[5].isdigit()]
+    assert {name.split("::")[1] for name in named} >= set(numbered_tests)

@@ -1,4 +1,4 @@
-"""The comparison with the reference: stages do the same work in both libraries, and what is measured is reported."""
+"""The benchmark against the reference: stages compute the same in both libraries, and measurements are reported."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kandinsky22.kernels import settings
 from kandinsky22.kernels.linear import Linear
 
 SIZE = compare_weights.SIZES["tiny"]
-TOLERANCE = 1e-4  # relative, of a chain of random networks in float32
+TOLERANCE = 1e-4  # relative, for a chain of random networks in float32
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("compare")
+    created = tmp_path_factory.mktemp("compare")
     for part in compare_weights.PARTS:
-        compare_weights.make(made, "tiny", part)
-    return made
+        compare_weights.make(created, "tiny", part)
+    return created
 
 
 def setting(folder: Path, library: str, stage: str, **options: Any) -> Setting:
@@ -66,45 +66,45 @@ def test_the_thin_towers_have_one_layer_and_the_full_ones_all_and_half_precision
 
 
 def test_low_memory_and_fast_stages_give_pictures(folder: Path) -> None:
-    plain = STAGES["picture"](setting(folder, OURS, "picture")).call(0)
+    baseline = STAGES["picture"](setting(folder, OURS, "picture")).call(0)
     low = STAGES["low-memory"](setting(folder, OURS, "low-memory", low_memory=True)).call(0)
-    assert float((low - plain).abs().max()) < 1e-4
+    assert float((low - baseline).abs().max()) < 1e-4
     fast = STAGES["fast"](setting(folder, OURS, "fast", quality="draft")).call(0)
-    assert fast.shape == plain.shape
-    assert not torch.equal(fast, plain)
+    assert fast.shape == baseline.shape
+    assert not torch.equal(fast, baseline)
 
 
 def test_feature_caching_and_compilation_act(folder: Path) -> None:
-    plain, cached = (
+    baseline, cached = (
         STAGES["fast"](setting(folder, OURS, "fast", quality="draft", caching=every)).call(0) for every in (None, 2)
     )
-    assert not torch.equal(plain, cached)
+    assert not torch.equal(baseline, cached)
     compiled = STAGES["step"](setting(folder, OURS, "step", compiled=True))
     assert any(module._compiled_call_impl is not None for module in compiled.unet.modules())
 
 
 def test_quantized_weights_are_used(folder: Path) -> None:
     pytest.importorskip("torchao")
-    plain, quantized = (STAGES["step"](setting(folder, OURS, "step", quantize=kind)) for kind in (None, "int8"))
-    one, other = flat(plain.call(0)), flat(quantized.call(0))
+    baseline, quantized = (STAGES["step"](setting(folder, OURS, "step", quantize=kind)) for kind in (None, "int8"))
+    one, other = flat(baseline.call(0)), flat(quantized.call(0))
     assert 0 < float((one - other).abs().max() / one.abs().max()) < 0.2
 
 
 def test_a_pause_does_not_count_and_separates_peaks(folder: Path) -> None:
     server = Server(setting(folder, OURS, "picture"))
     server.start()
-    told = server.do_call(0)
+    measured = server.do_call(0)
     assert server.stage is not None
     assert server.stage.pause > 0
-    assert told["seconds"] == pytest.approx(told["wall"] - server.stage.pause)
+    assert measured["seconds"] == pytest.approx(measured["wall"] - server.stage.pause)
     assert len(server.do_memory()["peaks"]) == 2
 
 
 def test_loading_is_timed_apart_from_importing(folder: Path) -> None:
     server = Server(setting(folder, OURS, "load"))
-    told = server.start()
-    assert set(told) == {"import", "load", "cpu"}
-    assert min(told.values()) > 0
+    measured = server.start()
+    assert set(measured) == {"import", "load", "cpu"}
+    assert min(measured.values()) > 0
     assert [type(pipe).__name__ for pipe in server.stage.pipes] == ["KandinskyV22PriorPipeline", "KandinskyV22Pipeline"]
     assert server.stage.operations(machine.count_operations) is None
 
@@ -140,12 +140,12 @@ def test_packed_convolutions_are_counted() -> None:
 
 def test_prior_operations_are_extrapolated_from_two_and_three_steps(folder: Path) -> None:
     theirs, ours = (STAGES["prior"](setting(folder, library, "prior")) for library in (THEIRS, OURS))
-    told = theirs.operations(machine.count_operations)
-    assert told == machine.count_operations(lambda: theirs.call(-1, 4))  # what was measured, not only computed
+    measured = theirs.operations(machine.count_operations)
+    assert measured == machine.count_operations(lambda: theirs.call(-1, 4))  # equal to a count of the whole call
     mine = ours.operations(machine.count_operations)
-    assert told is not None
+    assert measured is not None
     assert mine is not None
-    assert 0 < mine["product"] < told["product"] / 3
+    assert 0 < mine["product"] < measured["product"] / 3
 
 
 def test_a_step_needs_at_most_the_references_operations(folder: Path) -> None:
@@ -160,9 +160,9 @@ def test_a_step_needs_at_most_the_references_operations(folder: Path) -> None:
 
 
 def test_peak_throughputs_are_measured() -> None:
-    found = machine.peaks("float32", seconds=0.0, small=True)
-    assert set(found) == {"convolution", "product"}
-    assert min(found.values()) > 1e6
+    result = machine.peaks("float32", seconds=0.0, small=True)
+    assert set(result) == {"convolution", "product"}
+    assert min(result.values()) > 1e6
 
 
 def test_memory_is_read_from_a_status_file(tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_switches_are_optimisations_of_this_version() -> None:
 
 
 def test_a_worker_answers_over_pipes_and_reports_its_error(folder: Path) -> None:
-    told = setting(folder, OURS, "")
-    with Worker(told) as worker:
+    measured = setting(folder, OURS, "")
+    with Worker(measured) as worker:
         assert set(worker.ask("peaks", small=True)) == {"convolution", "product"}
         assert worker.ask("memory")["peaks"][0] > worker.own_memory / 2 > 0.01
         with pytest.raises(RuntimeError, match="do_nonsense"):
@@ -226,15 +226,15 @@ def test_a_worker_answers_over_pipes_and_reports_its_error(folder: Path) -> None
 def test_a_run_writes_tables_and_reports_equal_results(folder: Path, tmp_path: Path) -> None:
     options = ["--config", "tiny", "--folder", folder, "--out", tmp_path, "--threads", 1, "--only", "decode"]
     assert compare.main([*map(str, options), "--rounds", "2", "--switches"]) == 0
-    found = json.loads((tmp_path / "compare.json").read_text())
-    assert [(r["stage"], r["library"], len(r["seconds"])) for r in found["records"]] == [
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert [(r["stage"], r["library"], len(r["seconds"])) for r in result["records"]] == [
         ("decode", library, 2) for library in (THEIRS, OURS)
     ]
-    assert all(record["peaks"][0] > record["own_memory"] > 0.05 for record in found["records"])
-    assert found["differences"][0]["difference"] < TOLERANCE
-    assert {entry["off"] for entry in found["switches"]} == set(compare_switches.available("decode"))
+    assert all(record["peaks"][0] > record["own_memory"] > 0.05 for record in result["records"])
+    assert result["differences"][0]["difference"] < TOLERANCE
+    assert {entry["off"] for entry in result["switches"]} == set(compare_switches.available("decode"))
     page = (tmp_path / "compare.md").read_text()
-    assert page == compare_report.page(found)
+    assert page == compare_report.page(result)
     assert ElementTree.fromstring((tmp_path / "compare.svg").read_text()).tag.endswith("svg")
 
 
@@ -274,8 +274,8 @@ def test_clock_allows_a_first_round_of_each_part_and_more_while_time_remains(mon
 # Reports
 
 
-def found(ours: list[float], difference: float = 1e-6) -> dict[str, Any]:
-    """A run of the step alone, the reference taking 2, 3 and 40 seconds."""
+def run_result(ours: list[float], difference: float = 1e-6) -> dict[str, Any]:
+    """Return the result of a run of the step alone, in which the reference takes 2, 3 and 40 seconds."""
     common = {
         "stage": "step",
         "dtype": "fp32",
@@ -301,12 +301,14 @@ def found(ours: list[float], difference: float = 1e-6) -> dict[str, Any]:
 
 
 def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    theirs, ours = found([1.0, 3.0, 2.0])["records"]
-    assert compare_report.times_as_fast(theirs, ours) == 2.0  # of 2, 1 and 20; that of the medians is 1.5
+    theirs, ours = run_result([1.0, 3.0, 2.0])["records"]
+    assert (
+        compare_report.times_as_fast(theirs, ours) == 2.0
+    )  # the median of 2, 1 and 20; the ratio of the medians is 1.5
 
 
 def test_the_report_has_shares_of_the_peak_and_omissions() -> None:
-    page = compare_report.markdown(found([2.0, 3.0, 3.0]))
+    page = compare_report.markdown(run_result([2.0, 3.0, 3.0]))
     assert "| guided UNet step | 3 | 3 | 1.00 | 1.3 | 1.0e-06 |" in page
     assert "| guided UNet step, kandinsky22 | 1 | 1 | 1.5 | 3 | 50 % |" in page
     assert "The peaks are 1000 GFLOP/s for convolutions and 2000 GFLOP/s for products." in page
@@ -315,7 +317,7 @@ def test_the_report_has_shares_of_the_peak_and_omissions() -> None:
 
 
 def test_the_report_has_imports_and_memory_of_whole_pictures() -> None:
-    run = found([1.0, 1.0, 1.0])
+    run = run_result([1.0, 1.0, 1.0])
     theirs, ours = run["records"]
     for name, library, peaks in (("load", theirs, [9.0]), ("load", ours, [3.0])):
         run["records"].append({**library, "stage": name, "peaks": peaks, "import": [6.0, 6.0, 6.0]})
@@ -330,11 +332,11 @@ def test_the_report_has_imports_and_memory_of_whole_pictures() -> None:
 
 @pytest.mark.parametrize(("difference", "wrong"), [(1e-6, []), (2e-3, ["step"]), (float("nan"), ["step"])])
 def test_differing_float32_results_are_reported(difference: float, wrong: list[str]) -> None:
-    assert compare_report.wrong_stages(found([1.0, 1.0, 1.0], difference)) == wrong
+    assert compare_report.wrong_stages(run_result([1.0, 1.0, 1.0], difference)) == wrong
 
 
 def test_whole_pictures_are_extrapolated_from_stages() -> None:
-    run = found([1.0, 1.0, 1.0])
+    run = run_result([1.0, 1.0, 1.0])
     assert compare_report.total_seconds(run, "fp32", OURS) is None
     step = run["records"][1]
     run["records"] += [
@@ -344,5 +346,5 @@ def test_whole_pictures_are_extrapolated_from_stages() -> None:
 
 
 def test_settings_travel_as_json() -> None:
-    made = Setting(OURS, "step", "here", quality="draft")
-    assert Setting(**json.loads(json.dumps(dataclasses.asdict(made)))) == made
+    created = Setting(OURS, "step", "here", quality="draft")
+    assert Setting(**json.loads(json.dumps(dataclasses.asdict(created)))) == created

@@ -109,12 +109,12 @@ def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pyt
 
 @pytest.mark.parametrize("sides", [(16, 40), (17, 16), (18, 16), (5, 16)], ids=str)
 def test_rows_at_the_edges_of_bands_are_inside_another(sides: tuple[int, int]) -> None:
-    whole = movq_tiling.TensorRows(torch.zeros(1, 1, *sides))
+    rows = movq_tiling.TensorRows(torch.zeros(1, 1, *sides))
     for size in (4, 8, 16):
         result, last = [], 0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(movq_tiling, "_band_height", lambda shape, size=size: min(size, shape[2]))
-            for first, end in movq_tiling._bands(whole.shape):
+            for first, end in movq_tiling._bands(rows.shape):
                 assert first == 0 or first <= last - 2
                 result += range(first + (first > 0), end - (end < sides[0]))
                 last = end

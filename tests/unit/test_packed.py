@@ -136,17 +136,19 @@ def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def count_products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     products: list[Tensor] = []
-    monkeypatch.setattr(linear, "onednn_linear", lambda *given: products.append(onednn_linear(*given)) or products[-1])
+    monkeypatch.setattr(
+        linear, "onednn_linear", lambda *arguments: products.append(onednn_linear(*arguments)) or products[-1]
+    )
     return products
 
 
 @needs_packing
 @torch.no_grad()
 def test_layers_of_other_libraries_use_the_faster_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Own(nn.Linear):
+    class OwnProduct(nn.Linear):
         pass
 
-    network = nn.Sequential(nn.Linear(40, 24), Own(24, 24), nn.LayerNorm(24))
+    network = nn.Sequential(nn.Linear(40, 24), OwnProduct(24, 24), nn.LayerNorm(24))
     features, before = torch.randn(5, 40), dict(network.state_dict())
     expected, products = network(features), count_products(monkeypatch)
     with onednn_linear_layers():
@@ -169,7 +171,7 @@ def test_layers_of_other_libraries_use_the_faster_product(monkeypatch: pytest.Mo
     with optimisations(onednn_linear=False), onednn_linear_layers():
         assert torch.equal(network(features), expected)
     assert len(products) == 3, "only inside the context, and only with the setting"
-    assert [type(m) for m in network] == [nn.Linear, Own, nn.LayerNorm]
+    assert [type(m) for m in network] == [nn.Linear, OwnProduct, nn.LayerNorm]
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -196,8 +198,8 @@ def test_compiled_layers_of_other_libraries_run_in_the_context() -> None:
 def test_networks_pack_their_linear_layers() -> None:
     prior = PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=24).eval()
     prior(torch.randn(2, 24), 5, torch.randn(2, 24), torch.randn(2, 77, 24), torch.ones(2, 77))
-    plain = [n for n, m in prior.named_modules() if isinstance(m, nn.Linear) and not is_packed(m)]
-    assert plain == []
+    unpacked = [n for n, m in prior.named_modules() if isinstance(m, nn.Linear) and not is_packed(m)]
+    assert unpacked == []
 
 
 @needs_packing
@@ -233,6 +235,6 @@ def test_inference_mode_gives_equal_products() -> None:
     layer, features = nn.Linear(40, 24), torch.randn(5, 40)
     with onednn_linear_layers():
         with torch.no_grad():
-            plain = layer(features)
+            unpacked = layer(features)
         with torch.inference_mode():
-            assert torch.equal(layer(features), plain)
+            assert torch.equal(layer(features), unpacked)

@@ -61,16 +61,23 @@ def open_image(argument: str, source: Any) -> Image:
         InputError: If `source` is none of those, empty, or cannot be read.
     """
     try:
-        image = _read_file_or_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else source
-        if not isinstance(image, Image):
+        if isinstance(source, str | os.PathLike):
+            with _read_file_or_url(os.fspath(source)) as image:  # closes the file, also if it turns out to be damaged
+                return _upright(argument, image)
+        if not isinstance(source, Image):
             raise invalid(argument, source, "a path, an http(s) URL or a PIL image")
-        if 0 in image.size:
-            raise invalid(f"{argument}.size", image.size, "at least one pixel")
-        return PIL.ImageOps.exif_transpose(image)
+        return _upright(argument, source)
     except InputError:
         raise
     except (OSError, ValueError, SyntaxError, HTTPException, PIL.Image.DecompressionBombError) as error:
         raise InputError(f"{argument}={source!r} cannot be read: {error}") from error
+
+
+def _upright(argument: str, image: Image) -> Image:
+    """Return a decoded copy of the image, turned as its EXIF orientation says."""
+    if 0 in image.size:
+        raise invalid(f"{argument}.size", image.size, "at least one pixel")
+    return PIL.ImageOps.exif_transpose(image)
 
 
 def _read_file_or_url(location: str) -> Image:

@@ -105,8 +105,8 @@ class Guidance:
         unconditional, conditional = unconditional_output[:, :channels], conditional_output[:, :channels]
         guided = unconditional + self.scale * (conditional - unconditional)
         if self.rescale > 0:
-            ratio = _standard_deviation(conditional) / _standard_deviation(guided)
-            guided = guided * (self.rescale * ratio + (1 - self.rescale))
+            factor = self.rescale * _standard_deviation(conditional) / _standard_deviation(guided)
+            guided = guided * (factor + (1 - self.rescale))
         if self.threshold is not None:
             coefficients = x0_coefficients(scheduler, timestep)
             guided = threshold_guided(guided, conditional, model_input, coefficients, self.threshold)

@@ -33,7 +33,7 @@ from kandinsky22.training.clip import Towers, build_tokenizer, image_processor
 from kandinsky22.training.loop import SUMMARY, is_finished
 from kandinsky22.training.movq import load_movq
 
-# These settings were chosen on other prompts than those of the benchmark. With about a hundred prompts per setting,
+# These settings were selected on other prompts than those of the benchmark. With about a hundred prompts per setting,
 # differences hardly exceed chance.
 PRIOR_DEFAULTS: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 2.0}
 # Guidance ends where little noise remains: image to image at low strength then preserves its input.

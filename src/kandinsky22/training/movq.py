@@ -186,7 +186,7 @@ def decoder_objective(movq: VQModel) -> Objective:
     """Return the objective of the second stage: the decoder alone, on exact, noisy and sometimes quantized latents.
 
     Args:
-        movq: Network of the first stage, whose decoder is made trainable.
+        movq: Network of the first stage, whose decoder becomes trainable.
     """
     movq.decoder.requires_grad_(True)
     movq.post_quant_conv.requires_grad_(True)
