@@ -156,7 +156,11 @@ class Bench:
             THEIRS: lambda: theirs(
                 sample, timestep, encoder_hidden_states=None, added_cond_kwargs=added, return_dict=False
             )[0],
-            OURS: lambda: ours.denoise(sample, timestep, condition),
+            OURS: lambda: (
+                ours.denoise(sample, timestep, condition)
+                if (graphs := self.decoders[OURS]._cuda_graphs) is None
+                else graphs.denoise(ours, sample, timestep, condition)
+            ),
         }
 
     def decode(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:
@@ -308,6 +312,13 @@ class Bench:
             self.measure("step", self.step(size, batch), self.options.rounds, **about)
             self.measure("decode", self.decode(size, batch), self.options.rounds, **about)
             self.measure("picture", self.picture(size, batch), 3, **about)
+        if self.device.type == "cuda":
+            self.decoders[OURS].enable_cuda_graphs()
+            for size, batch in self.cells():
+                about = {"size": size, "batch": batch, "compiled": False, "graphs": True}
+                self.measure("step", self.step(size, batch), self.options.rounds, **about)
+                self.measure("picture", self.picture(size, batch), 3, **about)
+            self.decoders[OURS].disable_cuda_graphs()
         if not self.options.compile:
             return
         self.compile()

@@ -29,6 +29,7 @@ from kandinsky22.pipelines.component_io import (
 )
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
 from kandinsky22.runtime.compile import CompileMixin
+from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.placement import OffloadMixin
 from kandinsky22.runtime.quantize import QuantizeMixin
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, QuantizeMixin):
+class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGraphMixin, QuantizeMixin):
     """Base class of all pipelines.
 
     A subclass takes its components as constructor arguments and passes them to `register_modules`. Components are
@@ -142,6 +143,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, Quantiz
         self.origin = other.origin
         self._progress_bar_config = dict(other._progress_bar_config)
         self._feature_caching = other._feature_caching
+        self._cuda_graphs = other._cuda_graphs
         defaults = other._generation_defaults
         self._set_defaults(
             {name.removeprefix(prefix): value for name, value in defaults.items() if name.startswith(prefix)}

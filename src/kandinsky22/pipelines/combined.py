@@ -36,7 +36,11 @@ Texts: TypeAlias = str | list[str]
 
 D = TypeVar("D", bound=DecoderPipeline)
 
-STAGE_SETTINGS = ("_progress_bar_config", "_feature_caching")  # attributes that both stages share with the pipeline
+STAGE_SETTINGS = (
+    "_progress_bar_config",
+    "_feature_caching",
+    "_cuda_graphs",
+)  # attributes that both stages share with the pipeline
 
 
 @dataclasses.dataclass(frozen=True)

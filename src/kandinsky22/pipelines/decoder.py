@@ -298,7 +298,9 @@ class DecoderPipeline(DenoisingPipeline):
             hint=tensors.get("hint"),
             channels=torch.cat(masked, dim=1) if masked else None,
         )
-        cache = self._new_feature_cache()
+        cache, graphs = self._new_feature_cache(), self._cuda_graphs
+        if graphs is not None and cache is None:
+            return lambda sample, timestep: graphs.denoise(self.unet, sample, timestep, condition)
         return lambda sample, timestep: self.unet.denoise(sample, timestep, condition, cache)
 
     def _replace_tensors(self, state: LoopState, changes: Mapping[str, Tensor]) -> None:
