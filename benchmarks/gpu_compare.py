@@ -150,17 +150,15 @@ class Bench:
         embeds = self.random(2 * batch, self.embedding_width, seed=2)
         ours, theirs = self.decoders[OURS].unet, self.decoders[THEIRS].unet
         condition = ours.encode_condition(embeds)
+        graphs = self.decoders[OURS]._cuda_graphs
+        bound = None if graphs is None else graphs.bind(ours, condition)
         timestep = self.torch.tensor(500, device=self.device)
         added = {"image_embeds": embeds}
         return {
             THEIRS: lambda: theirs(
                 sample, timestep, encoder_hidden_states=None, added_cond_kwargs=added, return_dict=False
             )[0],
-            OURS: lambda: (
-                ours.denoise(sample, timestep, condition)
-                if (graphs := self.decoders[OURS]._cuda_graphs) is None
-                else graphs.denoise(ours, sample, timestep, condition)
-            ),
+            OURS: lambda: ours.denoise(sample, timestep, condition) if bound is None else bound(sample, timestep),
         }
 
     def decode(self, size: int, batch: int) -> dict[str, Callable[[], Any]]:

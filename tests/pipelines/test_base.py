@@ -332,7 +332,7 @@ def test_invalid_model_names_are_refused(wrong: Any, decoder: Any, checkpoints: 
         with pytest.raises(InputError, match=re.escape(f"prior={wrong!r} {expected}, or a prior pipeline")):
             KandinskyV22CombinedPipeline.from_pretrained(checkpoints / "decoder", prior=wrong)
     for pipeline in (wrong, KandinskyV22Pipeline):
-        with pytest.raises(InputError, match="pipeline=.*is invalid: expected a pipeline of kandinsky22"):
+        with pytest.raises(InputError, match=r"pipeline=.*is invalid: expected a pipeline of kandinsky22"):
             KandinskyV22Pipeline.from_pipe(pipeline)
     with pytest.raises(InputError, match="DiffusionPipeline is a base class"):
         DiffusionPipeline.from_pipe(decoder)

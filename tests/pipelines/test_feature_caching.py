@@ -102,10 +102,16 @@ def test_combined_pipelines_pass_it_on(combined: KandinskyV22CombinedPipeline) -
     assert len(full) == 8
 
 
-@pytest.mark.parametrize("bad", [{"every": 0}, {"every": True}, {"every": 1.5}, {"levels": 0}, {"levels": 2}])
-def test_invalid_settings_are_refused(decoder: KandinskyV22Pipeline, bad: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(bad))}=.*accepted"):
-        decoder.enable_feature_caching(**bad)
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        *(("every", value, "an integer of at least 1") for value in (0, True, 1.5)),
+        *(("levels", value, "an integer") for value in (0, 2)),
+    ],
+)
+def test_invalid_settings_are_refused(decoder: KandinskyV22Pipeline, name: str, value: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=f"{name}={value} is invalid: expected {expected}"):
+        decoder.enable_feature_caching(**{name: value})
     assert decoder._feature_caching is None
 
 

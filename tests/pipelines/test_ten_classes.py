@@ -121,8 +121,9 @@ def test_inner_pipelines_share_too(ten_pipelines: dict[str, Any]) -> None:
     for name in TEN:
         if is_combined(name):
             pipe = ten_pipelines[name]
-            assert all(part is getattr(pipe, key) for key, part in pipe.decoder_pipe.components.items())
-            assert all(part is getattr(pipe, f"prior_{key}") for key, part in pipe.prior_pipe.components.items())
+            parts = pipe.components
+            assert all(part is parts[key] for key, part in pipe.decoder_pipe.components.items())
+            assert all(part is parts[f"prior_{key}"] for key, part in pipe.prior_pipe.components.items())
 
 
 def test_components_of_several_pipelines_join(ten_pipelines: dict[str, Any]) -> None:

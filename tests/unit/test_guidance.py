@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kandinsky22 import schedulers
 from kandinsky22.errors import InputError
-from kandinsky22.sampling.guidance import Guidance, clean_weights
+from kandinsky22.sampling.guidance import Guidance, x0_coefficients
 
 KINDS = ("epsilon", "sample", "v_prediction")
 FRACTIONS = st.floats(0, 1)
@@ -54,7 +54,7 @@ def test_the_variance_is_left_to_the_conditional_half() -> None:
 @settings(max_examples=60, deadline=None)
 @given(rescale=FRACTIONS, scale=st.floats(1.01, 30), rows=st.integers(1, 3), seed=st.integers(0, 1000))
 def test_rescaling_equals_the_reference(rescale: float, scale: float, rows: int, seed: int) -> None:
-    """To 1e-5 of the numbers' size, which grows with the scale."""
+    """The tolerance is relative to the guidance scale, with which values grow."""
     output, model_input = halves(rows, seed=seed)
     result = combine(Guidance(scale, rescale), output, model_input)
     base, conditional = (half[:, :4] for half in output.chunk(2))
@@ -138,10 +138,10 @@ def test_clean_samples_are_those_the_schedulers_predict(name: str, kind: str) ->
     timestep = noise_scheduler.timesteps[0]
     model_input = noise_scheduler.scale_model_input(sample, timestep)
     prediction = torch.tanh(model_input)
-    carried, factor = clean_weights(noise_scheduler, timestep)
+    coefficients = x0_coefficients(noise_scheduler, timestep)
     step = noise_scheduler.step(prediction, timestep, sample)
     limited = noise_scheduler.config.get("clip_sample") or noise_scheduler.config.get("thresholding")
-    clean_sample = carried * model_input + factor * prediction
+    clean_sample = coefficients.input_factor * model_input + coefficients.prediction_factor * prediction
     expected = step.pred_original_sample
     assert expected is not None
     torch.testing.assert_close(clean_sample.clamp(-1, 1) if limited else clean_sample, expected, rtol=1e-3, atol=1e-3)
@@ -150,7 +150,8 @@ def test_clean_samples_are_those_the_schedulers_predict(name: str, kind: str) ->
 @pytest.mark.parametrize("timestep", [0, 999, 333.25])
 def test_pure_noise_and_fractions_of_timesteps(timestep: float) -> None:
     noise_scheduler = schedulers.DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    assert all(math.isfinite(weight) for weight in clean_weights(noise_scheduler, torch.tensor(timestep)))
+    coefficients = x0_coefficients(noise_scheduler, torch.tensor(timestep))
+    assert math.isfinite(coefficients.input_factor) and math.isfinite(coefficients.prediction_factor)
     output, model_input = halves()
     assert torch.isfinite(Guidance(5.0, threshold=0.9).combine(output, model_input, noise_scheduler, timestep)).all()
 
@@ -159,9 +160,9 @@ def test_schedulers_without_clean_samples_are_refused_by_name() -> None:
     matching = diffusers.FlowMatchEulerDiscreteScheduler()
     matching.set_timesteps(3)
     matching.register_to_config(prediction_type="flow_prediction")
-    Guidance(4.0, 0.5, (0, 0.5)).check(matching)
-    with pytest.raises(InputError, match=r"guidance_threshold: FlowMatch.*alphas_cumprod"):
-        Guidance(4.0, threshold=0.9).check(matching)
+    Guidance(4.0, 0.5, (0, 0.5)).check_scheduler(matching)
+    with pytest.raises(InputError, match=r"guidance_threshold is not supported by FlowMatch.*alphas_cumprod"):
+        Guidance(4.0, threshold=0.9).check_scheduler(matching)
 
 
 # The interval
@@ -175,10 +176,10 @@ def test_an_interval_has_its_beginning_and_not_its_end(start: float, end: float,
             Guidance(4.0, interval=(start, end))
         return
     guidance = Guidance(4.0, interval=(start, end))
-    assert guidance.on
-    assert guidance.acts(progress) == (start <= progress < end)
-    assert guidance.acts(start) and not guidance.acts(end)
-    assert not Guidance(1.0, interval=(start, end)).acts(progress)
+    assert guidance.enabled
+    assert guidance.is_active(progress) == (start <= progress < end)
+    assert guidance.is_active(start) and not guidance.is_active(end)
+    assert not Guidance(1.0, interval=(start, end)).is_active(progress)
 
 
 # Values

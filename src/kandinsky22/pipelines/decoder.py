@@ -300,7 +300,7 @@ class DecoderPipeline(DenoisingPipeline):
         )
         cache, graphs = self._new_feature_cache(), self._cuda_graphs
         if graphs is not None and cache is None:
-            return lambda sample, timestep: graphs.denoise(self.unet, sample, timestep, condition)
+            return graphs.bind(self.unet, condition)
         return lambda sample, timestep: self.unet.denoise(sample, timestep, condition, cache)
 
     def _replace_tensors(self, state: LoopState, changes: Mapping[str, Tensor]) -> None:

@@ -39,6 +39,7 @@ class CudaGraphMixin:
         The first call with a new size or batch size records a graph, which takes as long as three steps and holds the
         memory of a step's features. Later calls replay it. Results do not change. Feature caching and offloading
         exclude graphs: steps run as usual then. Forward hooks run while a graph is recorded, not when it is replayed.
+        Weights may change between calls, but must not be moved during one.
 
         Raises:
             InputError: If the networks are not on a CUDA device.
@@ -58,30 +59,36 @@ class DenoisingGraphs:
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
 
-    def denoise(self, network: Any, sample: Tensor, timestep: Any, condition: Any) -> Tensor:
-        """Return `network.denoise(sample, timestep, condition)`, from a graph if the network is on a CUDA device.
+    def bind(self, network: Any, condition: Any) -> Callable[[Tensor, Any], Tensor]:
+        """Return the function (sample, timestep) -> prediction of a network with a condition.
+
+        It replays a graph if the network is on a CUDA device and not offloaded, and runs the network otherwise.
 
         Args:
             network: A module with a method `denoise(sample, timestep, condition)` that depends on tensors only.
-            sample: Noisy sample, (batch, channels, ...).
-            timestep: Current timestep, a number or a tensor.
             condition: Result of the network's `encode_condition`.
         """
-        step: Callable[..., Tensor] = network.denoise
-        if sample.device.type != "cuda" or offload_of(network) is not None:
-            return step(sample, timestep, condition)
-        timestep = torch.as_tensor(timestep, device=sample.device)
-        inputs = (sample, timestep, condition)
-        # The graph reads parameters where they were when it was recorded.
-        addresses = hash(tuple(parameter.data_ptr() for parameter in network.parameters()))
-        key = (id(network), addresses, *((tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors(inputs)))
-        graph = self._graphs.get(key)
-        if graph is None:
-            while len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            graph = self._graphs[key] = _Graph(step, sample, timestep, condition)
-        self._graphs.move_to_end(key)
-        return graph.replay(sample, timestep, condition)
+        if offload_of(network) is not None:
+            return lambda sample, timestep: network.denoise(sample, timestep, condition)
+        parameters = list(network.parameters())
+        # A graph reads parameters and condition where they were when it was recorded.
+        addresses = hash(tuple(parameter.data_ptr() for parameter in parameters))
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in _tensors(condition))
+
+        def denoise(sample: Tensor, timestep: Any) -> Tensor:
+            if sample.device.type != "cuda":
+                return network.denoise(sample, timestep, condition)
+            timestep = torch.as_tensor(timestep, device=sample.device)
+            key = (id(network), addresses, shapes, sample.shape, sample.dtype, timestep.shape, timestep.dtype)
+            graph = self._graphs.get(key)
+            if graph is None:
+                while len(self._graphs) >= MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                graph = self._graphs[key] = _Graph(network.denoise, sample, timestep, condition)
+            self._graphs.move_to_end(key)
+            return graph.replay(sample, timestep, condition)
+
+        return denoise
 
 
 class _Graph:

@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tests.pipelines.bad_arguments import EMBEDDINGS, SHARED, SIZES
 from tests.pipelines.calls import small_call
+from tests.pipelines.invalid_arguments import EMBEDDINGS, SHARED, SIZES
 from tests.pipelines.pictures import box_mask, hint, photo
 from tests.pipelines.tiny import MODES, pair
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipelines.bad_arguments import EMBEDDINGS, NAN, PROMPTS, SHARED, SIZES
+from tests.pipelines.invalid_arguments import EMBEDDINGS, NAN, PROMPTS, SHARED, SIZES
 from tests.pipelines.tiny import DIM
 
 from kandinsky22 import (
