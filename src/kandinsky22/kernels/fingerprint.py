@@ -14,17 +14,21 @@ class TensorFingerprint:
     - Moves and conversions give the tensor other memory, another device or another dtype.
     - Changes in place, such as an optimizer step, increment the version counter of torch.
     - Changes that torch does not count (through ``tensor.data`` or a numpy view) are noticed if they concern one of the
-      sampled elements: the first and last index of every dimension. Scaling, weight averaging and merged adapters
-      change these; an edit of single elements elsewhere is not noticed.
+      sampled elements. Scaling, weight averaging and merged adapters change these; an edit of single elements
+      elsewhere is not noticed.
 
-    The samples are few because a tensor may be mapped from a file and not have been read yet.
+    Args:
+        tensor: The tensor.
+        samples_per_side: Sampled indices per dimension, from 2: the first, the last, and evenly spaced ones between.
+            Two are read quickly from a tensor that is mapped from a file and was not read yet.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, samples_per_side: int = 2) -> None:
+        self._samples_per_side = samples_per_side
         self._state: tuple[object, ...] | None = None
         if not (tensor.is_inference() or tensor.is_meta):
             self._state = _state(tensor)
-            self._samples = _corner_elements(tensor).clone()
+            self._samples = _sampled_elements(tensor, self._samples_per_side).clone()
 
     @property
     def is_valid(self) -> bool:
@@ -43,13 +47,15 @@ class TensorFingerprint:
         """
         if self._state is None or tensor.is_inference() or tensor.is_meta or self._state != _state(tensor):
             return False
-        return torch.equal(self._samples, _corner_elements(tensor))
+        return torch.equal(self._samples, _sampled_elements(tensor, self._samples_per_side))
 
 
 def _state(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _corner_elements(tensor: Tensor) -> Tensor:
-    """Return the elements at the first and last index of every dimension."""
-    return tensor.detach()[tuple(slice(None, None, max(1, size - 1)) for size in tensor.shape)]
+def _sampled_elements(tensor: Tensor, samples_per_side: int) -> Tensor:
+    """Return the elements at evenly spaced indices of every dimension, the first one included."""
+    return tensor.detach()[
+        tuple(slice(None, None, max(1, (size - 1) // (samples_per_side - 1))) for size in tensor.shape)
+    ]

@@ -68,7 +68,7 @@ class _PackedWeight:
     def __init__(self, weight: Tensor, layout: str, pack: Callable[[Tensor], Any]) -> None:
         self.layout = layout
         self._source = weight  # referenced, so that no other tensor can get its address
-        self._fingerprint = TensorFingerprint(weight)
+        self._fingerprint = TensorFingerprint(weight, samples_per_side=5)
         host_memory.raise_mmap_threshold()  # layers with packed weights have large features
         with torch.no_grad():
             self.value = pack(weight.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.hub import CheckpointSource
@@ -15,19 +15,23 @@ from kandinsky22.pipelines.combined import (
     KandinskyV22InpaintCombinedPipeline,
 )
 
+P = TypeVar("P", bound=DiffusionPipeline)
 
-class AutoPipeline:
+
+class AutoPipeline(Generic[P]):
     """Base class of the three tasks.
 
     Attributes:
         task: Name of the task, for messages.
         embedded_subfolder: Folder of the embedded model for this task.
-        pipeline_classes: The class that performs the task, by the class that a checkpoint names.
+        pipeline_class: The class that performs the task.
+        accepted_classes: Classes that a checkpoint with suitable weights may name.
     """
 
     task: ClassVar[str]
     embedded_subfolder: ClassVar[str] = "decoder"
-    pipeline_classes: ClassVar[dict[str, type[DiffusionPipeline]]]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    accepted_classes: ClassVar[tuple[str, ...]]
 
     def __init__(self) -> None:
         raise InputError(f"{type(self).__name__} cannot be constructed: call from_pretrained or from_pipe")
@@ -42,7 +46,7 @@ class AutoPipeline:
         local_files_only: bool = False,
         token: str | bool | None = None,
         **options: Any,
-    ) -> DiffusionPipeline:
+    ) -> P:
         """Return the pipeline that performs this task with a checkpoint.
 
         Args:
@@ -72,7 +76,7 @@ class AutoPipeline:
         )
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> P:
         """Return the pipeline that performs this task with the components of another one, shared and not copied.
 
         Args:
@@ -85,10 +89,10 @@ class AutoPipeline:
         return cls._pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **components)
 
     @classmethod
-    def _pipeline_class(cls, name: str) -> type[DiffusionPipeline]:
-        if name not in cls.pipeline_classes:
-            raise InputError(f"{name} cannot do {cls.task}: expected weights of {', '.join(cls.pipeline_classes)}")
-        return cls.pipeline_classes[name]
+    def _pipeline_class(cls, name: str) -> type[P]:
+        if name not in cls.accepted_classes:
+            raise InputError(f"{name} cannot do {cls.task}: expected weights of {', '.join(cls.accepted_classes)}")
+        return cast(type[P], cls.pipeline_class)
 
 
 TEXT_UNET_CLASSES = (
@@ -100,23 +104,26 @@ TEXT_UNET_CLASSES = (
 INPAINT_UNET_CLASSES = ("KandinskyV22InpaintPipeline", "KandinskyV22InpaintCombinedPipeline")
 
 
-class AutoPipelineForText2Image(AutoPipeline):
+class AutoPipelineForText2Image(AutoPipeline[KandinskyV22CombinedPipeline]):
     """Generate images from prompts."""
 
     task = "text to image"
-    pipeline_classes: ClassVar = dict.fromkeys(TEXT_UNET_CLASSES, KandinskyV22CombinedPipeline)
+    pipeline_class = KandinskyV22CombinedPipeline
+    accepted_classes = TEXT_UNET_CLASSES
 
 
-class AutoPipelineForImage2Image(AutoPipeline):
+class AutoPipelineForImage2Image(AutoPipeline[KandinskyV22Img2ImgCombinedPipeline]):
     """Generate images from prompts and an initial image."""
 
     task = "image to image"
-    pipeline_classes: ClassVar = dict.fromkeys(TEXT_UNET_CLASSES, KandinskyV22Img2ImgCombinedPipeline)
+    pipeline_class = KandinskyV22Img2ImgCombinedPipeline
+    accepted_classes = TEXT_UNET_CLASSES
 
 
-class AutoPipelineForInpainting(AutoPipeline):
+class AutoPipelineForInpainting(AutoPipeline[KandinskyV22InpaintCombinedPipeline]):
     """Repaint the masked part of an image, from prompts."""
 
     task = "inpainting"
     embedded_subfolder = "inpaint"
-    pipeline_classes: ClassVar = dict.fromkeys(INPAINT_UNET_CLASSES, KandinskyV22InpaintCombinedPipeline)
+    pipeline_class = KandinskyV22InpaintCombinedPipeline
+    accepted_classes = INPAINT_UNET_CLASSES

@@ -18,7 +18,6 @@ from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.models.base import LAYOUT_VERSION, checked_dtype
 from kandinsky22.pipelines.component_io import (
-    PRIOR_PREFIX,
     LoadOptions,
     check_component,
     check_variant,
@@ -33,6 +32,7 @@ from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.placement import OffloadMixin
 from kandinsky22.runtime.quantize import QuantizeMixin
+from kandinsky22.sampling.presets import PRIOR_PREFIX
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -48,7 +48,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
     `DiffusionPipeline.from_pretrained` gives the class that a checkpoint names.
 
     Attributes:
-        origin: Name of the checkpoint that the pipeline was loaded from; None for one made of objects.
+        origin: Name of the checkpoint that the pipeline was loaded from; None for a pipeline constructed from objects.
     """
 
     config_name: ClassVar[str] = "model_index.json"
@@ -77,8 +77,8 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         Raises:
             InputError: If an object is of the wrong kind.
         """
-        self._components |= dict.fromkeys(components)
         for name, component in components.items():
+            self._components.setdefault(name, None)
             setattr(self, name, component)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -90,13 +90,24 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         components[name] = value
         self._offload_like_others(name, value)
 
-    def __getattr__(self, name: str) -> Any:
-        # Called only for names that are not ordinary attributes.
-        components = self.__dict__.get("_components", {})
-        if name not in components:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        component = components[name]
-        return component.load() if isinstance(component, LazyComponent) else component
+    if not TYPE_CHECKING:  # classes annotate their components, and other names are errors
+
+        def __getattr__(self, name: str) -> Any:
+            # Called only for names that are not ordinary attributes.
+            components = self.__dict__.get("_components", {})
+            if name not in components:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            component = components[name]
+            return component.load() if isinstance(component, LazyComponent) else component
+
+    def __delattr__(self, name: str) -> None:
+        if self.__dict__.get("_components", {}).pop(name, None) is None:
+            super().__delattr__(name)
+
+    def __copy__(self: P) -> P:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, _components=dict(self._components))
+        return copied
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._components})
@@ -150,9 +161,10 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         )
 
     def _require(self, *components: str) -> None:
-        """Raise InputError if one of these components was left out when the pipeline was made."""
+        """Raise InputError if one of these components was left out when the pipeline was constructed."""
         if missing := [name for name in components if self._components[name] is None]:
-            raise InputError(f"{type(self).__name__} was made without {', '.join(missing)}, which this call requires")
+            missing_names = ", ".join(missing)
+            raise InputError(f"{type(self).__name__} was constructed without {missing_names}, which this call requires")
 
     def _require_add_noise(self) -> None:
         """Raise InputError if the scheduler cannot add noise to an encoded image."""
@@ -280,7 +292,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             unused = {name: None for name in prior_class.component_names() if PRIOR_PREFIX + name not in required}
             prior = prior_class._load(prior_source, options, unused)
         if "prior" not in prior._components:
-            raise invalid("prior", prior, "a prior pipeline, or the folder or Hub id of one")
+            raise invalid("prior", type(prior), "a prior pipeline, or the folder or Hub id of one")
         return cast(DiffusionPipeline, prior)
 
     # Saving

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 from torch import Tensor
 
 from kandinsky22.errors import InputError
+from kandinsky22.inputs import prompts, validation
 from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.noise import Generators
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.pipelines.component_io import PRIOR_PREFIX
 from kandinsky22.pipelines.decoder import (
     DecoderPipeline,
     EmbeddingOptions,
@@ -30,22 +30,19 @@ from kandinsky22.pipelines.denoising import LATENTS, Callbacks, LegacyCallback, 
 from kandinsky22.pipelines.outputs import pipeline_call
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.sampling.guidance import Guidance, Interval
+from kandinsky22.sampling.presets import PRIOR_PREFIX
 from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Timesteps
 
 Texts: TypeAlias = str | list[str]
 
 D = TypeVar("D", bound=DecoderPipeline)
 
-STAGE_SETTINGS = (
-    "_progress_bar_config",
-    "_feature_caching",
-    "_cuda_graphs",
-)  # attributes that both stages share with the pipeline
+P = TypeVar("P", bound=DiffusionPipeline)
 
 
 @dataclasses.dataclass(frozen=True)
 class PriorOptions:
-    """The arguments of a combined call that begin with `prior_`. They are validated by `sampling`.
+    """The arguments of a combined call that begin with `prior_`. The prior validates them like its own.
 
     Attributes:
         num_inference_steps: Number of denoising steps.
@@ -88,7 +85,7 @@ class PriorOptions:
 class CombinedPipeline(DiffusionPipeline, Generic[D]):
     """A decoder and its prior, whose components carry the prefix `prior_`.
 
-    `prior_pipe` and `decoder_pipe` are pipelines of their own around the same components.
+    `prior_pipe` and `decoder_pipe` are separate pipelines around the same components.
 
     Args:
         unet: The UNet of the decoder.
@@ -102,6 +99,15 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         prior_image_processor: CLIP image processor.
     """
 
+    unet: UNet2DConditionModel
+    scheduler: Any
+    movq: VQModel
+    prior_prior: PriorTransformer
+    prior_image_encoder: Any
+    prior_text_encoder: Any
+    prior_tokenizer: Any
+    prior_scheduler: Any
+    prior_image_processor: Any
     decoder_class: type[D]
     model_cpu_offload_seq: ClassVar[str] = "prior_text_encoder->prior_image_encoder->prior_prior->unet->movq"
 
@@ -134,21 +140,23 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
 
     @property
     def prior_pipe(self) -> KandinskyV22PriorPipeline:
-        """The prior as a pipeline of its own, with the current components."""
-        return self._prior_pipe
+        """The prior as a separate pipeline with the current components and settings of this one."""
+        return self._synchronised(self._prior_pipe, PRIOR_PREFIX)
 
     @property
     def decoder_pipe(self) -> D:
-        """The decoder as a pipeline of its own, with the current components."""
-        return self._decoder_pipe
+        """The decoder as a separate pipeline with the current components and settings of this one."""
+        return self._synchronised(self._decoder_pipe)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # Components and settings of this pipeline are those of its stages.
-        stages = ((self.__dict__.get("_prior_pipe"), PRIOR_PREFIX), (self.__dict__.get("_decoder_pipe"), ""))
-        for pipe, prefix in stages:
-            if pipe is not None and (name in STAGE_SETTINGS or name in {prefix + each for each in pipe._components}):
-                setattr(pipe, name.removeprefix(prefix), value)
+    def _synchronised(self, pipe: P, prefix: str = "") -> P:
+        """Return a stage with the current components and settings of this pipeline, all of which may be assigned to."""
+        for name, component in pipe._components.items():
+            if component is not self._components[prefix + name]:
+                setattr(pipe, name, self._components[prefix + name])
+        pipe._progress_bar_config = self._progress_bar_config
+        pipe._feature_caching = self._feature_caching
+        pipe._cuda_graphs = self._cuda_graphs
+        return pipe
 
     def interrupt(self) -> None:
         """Stop the running call after its current step. It returns what the decoder has by then."""
@@ -165,21 +173,22 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         inputs: ImageOptions,
     ) -> Images:
         """Run both stages: everything is planned first, then the prior runs, then the decoder."""
-        prior, decoder, latents = self._prior_pipe, self._decoder_pipe, sampling.latents
+        prior, decoder, latents = self.prior_pipe, self.decoder_pipe, sampling.latents
         prior._interrupted = False
         # latents with two dimensions are initial noise of the prior, with four of the decoder
         for_prior = isinstance(latents, Tensor) and latents.ndim == 2
-        with _prior_errors():
+        pairs = prompts.prompt_pairs(prompt, negative_prompt)
+        images_per_prompt = validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
+        with _prior_arguments():
             prior_sampling = prior_options.sampling(sampling.generator, latents if for_prior else None)
-            copies = output.num_images_per_prompt
-            prior_plan = prior._plan(prompt, negative_prompt, copies, prior_sampling)
-        embeddings = prior_plan.sampling.shape[0] // prior_plan.copies // (2 if prior_plan.has_negatives else 1)
+            prior_plan = prior._plan(pairs, images_per_prompt, prior_sampling)
         sampling = dataclasses.replace(sampling, latents=None if for_prior else latents)
-        plan = decoder._plan(embeddings, sampling, output, inputs)
+        plan = decoder._plan(len(pairs.prompts), sampling, output, inputs)
         width, expected = prior.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
         if width != expected:
             raise InputError(f"the prior makes embeddings of {width} values, but the unet expects {expected}")
-        embeds = prior._sample_embeddings(prior_plan)
+        with _prior_arguments():
+            embeds = prior._sample_embeddings(prior_plan)
         prior.maybe_free_model_hooks()
         tensors = decoder._condition_tensors(
             EmbeddingOptions(embeds.positive, embeds.negative), 1, guided=sampling.guidance.enabled
@@ -188,12 +197,16 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
 
 
 @contextlib.contextmanager
-def _prior_errors() -> Iterator[None]:
-    """Mark errors about arguments of the prior, whose names differ from the decoder's only by a prefix."""
+def _prior_arguments() -> Iterator[None]:
+    """Name arguments in errors as the combined call does: with the prefix `prior_`."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"of the prior (prior_...): {error}") from error
+        message = str(error)
+        names = ("scheduler", *(field.name for field in dataclasses.fields(PriorOptions)))
+        if message.startswith(names):
+            raise InputError(PRIOR_PREFIX + message) from error
+        raise
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
@@ -242,7 +255,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
             num_inference_steps: Number of denoising steps of the decoder.
             guidance_scale: Scale of classifier-free guidance of the decoder; 1 and below disables it.
             num_images_per_prompt: Images per prompt.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             prior_guidance_scale: Scale of classifier-free guidance of the prior.
             prior_num_inference_steps: Number of denoising steps of the prior.
@@ -250,9 +263,10 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
                 prior first, then the decoder.
             latents: Initial noise of the decoder, (images, 4, height / 8, width / 8), or of the prior,
                 (rows, embedding_dim); None draws both.
-            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W), or "latent".
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as decoded, about [-1, 1],
+                or "latent".
             callback: Legacy callback `(step, timestep, latents)` of the decoder, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             return_dict: Whether the output class is returned instead of a tuple.
             prior_callback_on_step_end: The same as `callback_on_step_end` for the prior, which it receives.
             prior_callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
@@ -354,7 +368,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
             strength: Fraction of the decoder's steps that run, 0 to 1. At 1 almost nothing of the image remains; with
                 strength 0 the image is only encoded and decoded by MoVQ.
             num_images_per_prompt: Images per prompt.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             prior_guidance_scale: Scale of classifier-free guidance of the prior.
             prior_num_inference_steps: Number of denoising steps of the prior.
@@ -362,9 +376,9 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
                 prior first, then the decoder.
             latents: Initial noise of the decoder, (images, 4, height / 8, width / 8), or of the prior,
                 (rows, embedding_dim); None draws both.
-            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W), or "latent".
+            output_type: "pil", "np" (batch, H, W, 3) or "pt" (batch, 3, H, W), both in [0, 1], or "latent".
             callback: Legacy callback `(step, timestep, latents)` of the decoder, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             return_dict: Whether the output class is returned instead of a tuple.
             prior_callback_on_step_end: The same as `callback_on_step_end` for the prior, which it receives.
             prior_callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
@@ -468,7 +482,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
             num_inference_steps: Number of denoising steps of the decoder.
             guidance_scale: Scale of classifier-free guidance of the decoder; 1 and below disables it.
             num_images_per_prompt: Images per prompt.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             prior_guidance_scale: Scale of classifier-free guidance of the prior.
             prior_num_inference_steps: Number of denoising steps of the prior.
@@ -476,7 +490,8 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
                 prior first, then the decoder.
             latents: Initial noise of the decoder, (images, 4, height / 8, width / 8), or of the prior,
                 (rows, embedding_dim); None draws both.
-            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W), or "latent".
+            output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as decoded, about [-1, 1],
+                or "latent".
             return_dict: Whether the output class is returned instead of a tuple.
             prior_callback_on_step_end: The same as `callback_on_step_end` for the prior, which it receives.
             prior_callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
@@ -484,7 +499,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
                 decoder, which it receives; it may return tensors that replace those of the loop.
             callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
             callback: Legacy callback `(step, timestep, latents)` of the decoder, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             keep_pixels: Whether the known pixels are those of the resized image, exactly. Otherwise they are decoded
                 from the image's latents.
             guidance_rescale: See `Guidance.rescale`.

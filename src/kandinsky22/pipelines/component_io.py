@@ -29,6 +29,7 @@ from kandinsky22.kernels import host_memory, settings
 from kandinsky22.pipelines.embedding_cache import encoder_files_digest
 from kandinsky22.runtime.lazy_component import LazyComponent, loaded
 from kandinsky22.runtime.network_state import record_source, unwrap_compiled
+from kandinsky22.sampling.presets import PRIOR_PREFIX
 
 OWN_CLASSES = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
 TRANSFORMERS_CLASSES = {
@@ -39,7 +40,6 @@ TRANSFORMERS_CLASSES = {
 }
 SCHEDULER_PROTOCOL = ("config", "set_timesteps", "step", "timesteps")
 STEMS = (STEM, "model", "pytorch_model")  # names of weight files: ours, then those of transformers
-PRIOR_PREFIX = "prior_"  # prefix of the prior's components in pipelines that hold prior and decoder
 LISTED_TENSORS = 8  # missing tensors that a message names
 
 
@@ -233,7 +233,7 @@ def _load_and_record(name: str, entry: Any, folder: Path, options: LoadOptions) 
         if component_role(name) == "image_encoder":
             files = tuple(_weight_paths(_component_folder(name, folder), options))
             dtype = next(component.parameters()).dtype
-            record_source(component, load, files=files, files_digest=encoder_files_digest(files), dtype=dtype)
+            record_source(component, load, files_digest=encoder_files_digest(files), dtype=dtype)
         else:
             record_source(component, load)
     return component

@@ -60,7 +60,7 @@ class OutputOptions:
     """Size and form of the results.
 
     Attributes:
-        height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+        height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
         width: Width in pixels, likewise.
         num_images_per_prompt: Images per embedding, or per prompt.
         output_type: "pil", "np", "pt" or "latent".
@@ -139,7 +139,12 @@ class DecoderPipeline(DenoisingPipeline):
 
     @property
     def movq_scale_factor(self) -> int:
-        """Pixels per latent along one side."""
+        """Pixels per latent along one side.
+
+        Raises:
+            InputError: If the pipeline was constructed without MoVQ.
+        """
+        self._require("movq")
         return int(2 ** (len(self.movq.config.block_out_channels) - 1))
 
     @property
@@ -147,8 +152,9 @@ class DecoderPipeline(DenoisingPipeline):
         """Side in pixels of the images that the UNet was trained for.
 
         Raises:
-            InputError: If the UNet's config has no `sample_size`.
+            InputError: If the UNet's config has no `sample_size`, or if there is no UNet.
         """
+        self._require("unet")
         if self.unet.config.sample_size is None:
             raise InputError("height and width are required: the config of the unet has no sample_size")
         return int(self.unet.config.sample_size * self.movq_scale_factor)
@@ -180,15 +186,18 @@ class DecoderPipeline(DenoisingPipeline):
             self._require_add_noise()
         batch = embeddings * validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
         shape = self._latent_shape(batch, output)
-        tensors = {name: self._read(name, getattr(inputs, name), shape, embeddings) for name in self._image_inputs}
-        if keep_pixels and tensors["image"].shape[1] != 3:
-            raise invalid("keep_pixels", True, "False if image holds latents, which have no pixels to keep")
         plan = self._plan_sampling(sampling, shape=shape, images=batch)
         if self._accepts_strength:
             plan = plan.with_strength(inputs.strength)
+        # Images are read last: they may be large files or downloads.
+        tensors = {
+            name: self._read_image(name, getattr(inputs, name), shape, embeddings) for name in self._image_inputs
+        }
+        if keep_pixels and tensors["image"].shape[1] != 3:
+            raise invalid("keep_pixels", True, "False if image holds latents, which have no pixels to keep")
         return DecoderPlan(plan, tensors, output, keep_pixels)
 
-    def _read(self, name: str, value: ImageInputs, shape: tuple[int, ...], embeddings: int) -> Tensor:
+    def _read_image(self, name: str, value: ImageInputs, shape: tuple[int, ...], embeddings: int) -> Tensor:
         """Return the image argument `name` as a tensor with one row, or one per embedding."""
         factor = HINT_FACTOR if name == "hint" else self.movq_scale_factor
         size = shape[2] * factor, shape[3] * factor
@@ -231,13 +240,13 @@ class DecoderPipeline(DenoisingPipeline):
     def _condition_tensors(self, embeddings: EmbeddingOptions, copies: int, *, guided: bool) -> dict[str, Tensor]:
         """Return the embeddings as callbacks see them, repeated; `image_embeds` holds both halves, negative first."""
         width = self.unet.config.encoder_hid_dim
-        target: dict[str, Any] = {"device": self._execution_device, "dtype": self.unet.dtype}
+        device_and_dtype: dict[str, Any] = {"device": self._execution_device, "dtype": self.unet.dtype}
         positive = validation.image_embeddings("image_embeds", embeddings.positive, width)
-        tensors = {"image_embeds": positive.to(**target).repeat_interleave(copies, dim=0)}
+        tensors = {"image_embeds": positive.to(**device_and_dtype).repeat_interleave(copies, dim=0)}
         if embeddings.negative is not None:
             negative = validation.image_embeddings("negative_image_embeds", embeddings.negative, width)
             negative = validation.batch_of_size("negative_image_embeds", negative, len(positive), "image_embeds")
-            tensors["negative_image_embeds"] = negative.to(**target).repeat_interleave(copies, dim=0)
+            tensors["negative_image_embeds"] = negative.to(**device_and_dtype).repeat_interleave(copies, dim=0)
         elif guided:
             raise invalid(
                 "negative_image_embeds", None, "embeddings, since guidance_scale > 1", "the prior returns them"
@@ -273,10 +282,10 @@ class DecoderPipeline(DenoisingPipeline):
         return noisy
 
     @staticmethod
-    def _with_conditioning(plan: DecoderPlan, tensors: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
+    def _with_conditioning(plan: DecoderPlan, tensors: dict[str, Tensor], **conditioning: Tensor) -> dict[str, Tensor]:
         """Add tensors that are the same in both halves of a guided batch."""
         halves = 2 if plan.sampling.guidance.enabled else 1
-        return tensors | {name: torch.cat([tensor] * halves) for name, tensor in more.items()}
+        return tensors | {name: torch.cat([tensor] * halves) for name, tensor in conditioning.items()}
 
     def _expand_to_batch(self, plan: DecoderPlan, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an input image with one row per result, on the execution device, in the UNet's type by default."""
@@ -307,9 +316,9 @@ class DecoderPipeline(DenoisingPipeline):
         # The network reads negatives only as the first half of the guided batch: a new one must be put there.
         previous = state.tensors.get("negative_image_embeds")
         super()._replace_tensors(state, changes)
-        negative, both = state.tensors.get("negative_image_embeds"), state.tensors["image_embeds"]
-        if negative is not None and negative is not previous and len(both) == 2 * len(negative):
-            state.tensors["image_embeds"] = torch.cat([negative, both[len(negative) :]])
+        negative, guided_embeds = state.tensors.get("negative_image_embeds"), state.tensors["image_embeds"]
+        if negative is not None and negative is not previous and len(guided_embeds) == 2 * len(negative):
+            state.tensors["image_embeds"] = torch.cat([negative, guided_embeds[len(negative) :]])
 
     def _decode(self, plan: DecoderPlan, latents: Tensor) -> Images:
         """Return the result of a call from its final latents."""
@@ -368,7 +377,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
             image_embeds: Image embeddings of the prior, (batch, embedding_dim).
             negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
                 guidance.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
@@ -382,7 +391,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
                 return tensors that replace those of the loop.
             callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             guidance_rescale: See `Guidance.rescale`.
             guidance_interval: See `Guidance.interval`.
             guidance_threshold: See `Guidance.threshold`.
@@ -449,7 +458,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
                 reads, resized to height x width, or latents (batch, 4, height / 8, width / 8).
             negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
                 guidance.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             num_inference_steps: Number of denoising steps at strength 1.
             guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
@@ -463,7 +472,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
                 return tensors that replace those of the loop.
             callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             guidance_rescale: See `Guidance.rescale`.
             guidance_interval: See `Guidance.interval`.
             guidance_threshold: See `Guidance.threshold`.
@@ -536,7 +545,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
                 that `inputs.masks.masks_to_tensor` reads.
             negative_image_embeds: Negative embeddings, (batch, embedding_dim) or one row for all. None only without
                 guidance.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
@@ -550,7 +559,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
                 return tensors that replace those of the loop.
             callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             keep_pixels: Whether the known pixels are those of the resized image, exactly. Otherwise they are decoded
                 from the image's latents.
             guidance_rescale: See `Guidance.rescale`.
@@ -638,7 +647,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
                 guidance.
             hint: One hint for all embeddings or one per embedding: anything that `inputs.images.hints_to_tensor` reads,
                 resized to height x width.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
@@ -648,7 +657,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
             output_type: "pil", "np" (batch, H, W, 3) in [0, 1], "pt" (batch, 3, H, W) as decoded, about [-1, 1], or
                 "latent".
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             return_dict: Whether the output class is returned instead of a tuple.
             callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
                 return tensors that replace those of the loop.
@@ -726,7 +735,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
                 guidance.
             hint: One hint for all embeddings or one per embedding: anything that `inputs.images.hints_to_tensor` reads,
                 resized to height x width.
-            height: Height in pixels, rounded up to a multiple of 64; None for the model's own size.
+            height: Height in pixels, rounded up to a multiple of 64; None for the model's default size.
             width: Width in pixels, likewise.
             num_inference_steps: Number of denoising steps at strength 1.
             guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
@@ -736,7 +745,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
             generator: One generator, a list with one per image, or None for torch's global generator.
             output_type: "pil", "np" (batch, H, W, 3) or "pt" (batch, 3, H, W), both in [0, 1], or "latent".
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             return_dict: Whether the output class is returned instead of a tuple.
             callback_on_step_end: `(pipe, step, timestep, tensors) -> dict | None`, called after each step; it may
                 return tensors that replace those of the loop.

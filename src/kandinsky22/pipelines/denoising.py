@@ -36,7 +36,7 @@ class Callbacks:
         on_step_end: Called after each step; None calls nothing.
         tensor_inputs: Names of the tensors that `on_step_end` receives; None means none.
         callback: Legacy callback, which cannot change anything; None calls nothing.
-        callback_steps: `callback` runs every so many steps; None means 1.
+        callback_steps: `callback` runs every `callback_steps` steps; None means 1.
     """
 
     on_step_end: StepEndCallback | None = None
@@ -45,8 +45,8 @@ class Callbacks:
     callback_steps: int | None = None
 
     @property
-    def expose_tensors(self) -> bool:
-        """Whether a callback gets hold of tensors."""
+    def tensors_exposed(self) -> bool:
+        """Whether a callback receives tensors."""
         return bool(self.tensor_inputs) and self.on_step_end is not None
 
     def checked(self, accepted_tensors: Sequence[str]) -> Callbacks:
@@ -126,7 +126,8 @@ class DenoisingPipeline(DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
-    _is_running: bool = False
+    _running_calls: int = 0
+    _active_scheduler: Any = None
     _interrupted: bool = False
     scheduler: Any
 
@@ -141,7 +142,7 @@ class DenoisingPipeline(DiffusionPipeline):
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        if not self._is_running:
+        if not self._running_calls:
             raise InputError("guidance_scale can be set only while a call runs: pass guidance_scale= to the call")
         self._guidance_scale = validation.finite_float("guidance_scale", scale)
 
@@ -154,6 +155,11 @@ class DenoisingPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Number of network evaluations of the current or last call."""
         return self._num_timesteps
+
+    @property
+    def active_scheduler(self) -> Any:
+        """Scheduler of the running or last call: a copy of `scheduler` with its timesteps set; None before any call."""
+        return self._active_scheduler
 
     def interrupt(self) -> None:
         """Stop the running call after its current step. It returns what it has by then.
@@ -188,7 +194,8 @@ class DenoisingPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Run the loop with progress bar and callbacks, and return the final latents."""
         self._guidance_scale, self._num_timesteps = plan.guidance.scale, len(plan.schedule.timesteps)
-        state = LoopState(latents, tensors, plan.guidance, tensors_exposed=plan.callbacks.expose_tensors)
+        self._active_scheduler = plan.schedule.scheduler
+        state = LoopState(latents, tensors, plan.guidance, tensors_exposed=plan.callbacks.tensors_exposed)
         steps = sample(
             state,
             plan.schedule,
@@ -196,8 +203,7 @@ class DenoisingPipeline(DiffusionPipeline):
             plan.generators,
             post_step,
         )
-        bar = self.progress_bar(total=self._num_timesteps)
-        with self._running(), host_memory.reuse_buffers(), bar:
+        with self._running(), host_memory.reuse_buffers(), self.progress_bar(total=self._num_timesteps) as bar:
             while not self._interrupted and next(steps, None) is not None:
                 self._run_callbacks(state, plan)
                 state.guidance = dataclasses.replace(plan.guidance, scale=self._guidance_scale)
@@ -211,13 +217,13 @@ class DenoisingPipeline(DiffusionPipeline):
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """Allow callbacks to set `guidance_scale`."""
-        self._is_running = True
+        """Mark a call as running; after an error, take offloaded networks off the device."""
+        self._running_calls += 1
         try:
             with self._freed_on_error():
                 yield
         finally:
-            self._is_running = False
+            self._running_calls -= 1
 
     @contextlib.contextmanager
     def _freed_on_error(self) -> Iterator[None]:
@@ -255,12 +261,12 @@ class DenoisingPipeline(DiffusionPipeline):
         current = {"latents": state.latents, **state.tensors}
         # A callback that disables guidance may omit the negative half.
         enabled = validation.finite_float("guidance_scale", self._guidance_scale) > 1
-        fewest = None if enabled else len(state.latents)
+        conditional_batch_size = None if enabled else len(state.latents)
         for name in changes:
             validation.one_of("a key of callback_on_step_end(...)", name, self._callback_tensor_inputs)
         return {
             name: validation.replacement_tensor(
-                f"callback_on_step_end(...)[{name!r}]", tensor, current.get(name), fewest
+                f"callback_on_step_end(...)[{name!r}]", tensor, current.get(name), conditional_batch_size
             )
             for name, tensor in changes.items()
             if tensor is not None

@@ -124,14 +124,15 @@ class LastResults(Generic[R]):
         if self._network is not network or not _is_unchanged(self._state, network):
             self._results.clear()
             self._network = None
-        if key not in self._results:
-            self._results[key] = compute()
+        if (result := self._results.get(key)) is None:
+            result = compute()
         if self._network is None:
             self._network, self._state = network, _state(network)
+        self._results[key] = result
         self._results.move_to_end(key)
         while len(self._results) > TEXT_CACHE_SIZE:
             self._results.popitem(last=False)
-        return self._results[key]
+        return result
 
 
 def _state(network: nn.Module) -> WeightFingerprint | Offloaded | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError, invalid
+from kandinsky22.errors import invalid
 from kandinsky22.inputs import interpolation, prompts, validation
 from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.kernels import host_memory
@@ -32,7 +32,6 @@ from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.loop import Denoise, LoopState, sample
 from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Timesteps, TimestepSchedule
 
-Texts: TypeAlias = str | list[str]
 PriorResult: TypeAlias = KandinskyPriorPipelineOutput | tuple[Any, ...]
 
 PRIOR_OUTPUT_TYPES = ("pt", "np")
@@ -225,13 +224,11 @@ class PriorPipeline(DenoisingPipeline):
     # Planning
 
     def _plan(
-        self, prompt: Any, negative_prompt: Any, copies: Any, sampling: SamplingOptions, *, image: Any = None
+        self, pairs: prompts.PromptPairs, copies: int, sampling: SamplingOptions, *, image: Any = None
     ) -> PriorPlan:
         """Validate a call, and read its images; `image` None starts from noise."""
-        images = [] if image is None else interpolation.image_items("image", image, **self._image_reading())
-        pairs = prompts.prompt_pairs(prompt, negative_prompt)
         positive, negative = pairs.prompts, pairs.negative_prompts
-        copies = validation.positive_int("num_images_per_prompt", copies)
+        images = [] if image is None else interpolation.image_items("image", image, **self._image_options())
         self._require("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
         if images:
             self._require_add_noise()
@@ -246,7 +243,7 @@ class PriorPipeline(DenoisingPipeline):
         plan = self._plan_sampling(sampling, shape=shape, images=len(positive) * copies)
         return PriorPlan(texts, unconditional, copies, negative is not None, plan, images)
 
-    def _image_reading(self) -> dict[str, Any]:
+    def _image_options(self) -> dict[str, Any]:
         """Return the options with which `inputs.interpolation` reads images and recognises embeddings."""
         self._require("prior", "image_encoder", "image_processor")
         return {
@@ -327,7 +324,7 @@ class PriorPipeline(DenoisingPipeline):
                 array), preprocessed pixels (3, size, size) or (1, 3, size, size), or an embedding (embedding_dim,) or
                 (num_images_per_prompt, embedding_dim). Value ranges are those of `image` in
                 `KandinskyV22PriorEmb2EmbPipeline`.
-            weights: One number per item, also negative.
+            weights: One number per item; it may be negative.
             num_images_per_prompt: Embeddings to return.
             num_inference_steps: Number of denoising steps per text.
             generator: One generator, a list with one per embedding, or None for torch's global generator.
@@ -350,11 +347,14 @@ class PriorPipeline(DenoisingPipeline):
         """
         copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
         items = interpolation.interpolation_items(
-            images_and_prompts, weights, batch_size=copies, **self._image_reading()
+            images_and_prompts, weights, batch_size=copies, **self._image_options()
         )
         target = None if device is None else usable_device(device)
-        if not isinstance(negative_prior_prompt, str | None):
+        if negative_prior_prompt is not None and not isinstance(negative_prior_prompt, str):
             raise invalid("negative_prior_prompt", negative_prior_prompt, "a string or None")
+        against = (
+            None if negative_prior_prompt is None else prompts.text_list("negative_prior_prompt", negative_prior_prompt)
+        )
         negatives = prompts.text_list("negative_prompt", negative_prompt)
         if len(negatives) not in (1, copies):
             raise invalid("len(negative_prompt)", len(negatives), f"1 or {copies}, the number of embeddings")
@@ -366,9 +366,10 @@ class PriorPipeline(DenoisingPipeline):
             latents,
         )
         self._interrupted = False
-        negative_plan = self._plan(negatives, negative_prior_prompt, copies // len(negatives), sampling)
+        negative_pairs = prompts.PromptPairs(negatives, against and against * len(negatives))
+        negative_plan = self._plan(negative_pairs, copies // len(negatives), sampling)
         plans = [
-            self._plan(item, negative_prior_prompt, copies, sampling) if isinstance(item, str) else None
+            self._plan(prompts.PromptPairs([item], against), copies, sampling) if isinstance(item, str) else None
             for item in items
         ]
         dim = self.prior.config.embedding_dim
@@ -449,7 +450,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
                 return tensors that replace those of the loop.
             callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             guidance_rescale: See `Guidance.rescale`.
             guidance_interval: See `Guidance.interval`.
             guidance_threshold: See `Guidance.threshold`.
@@ -471,8 +472,9 @@ class KandinskyV22PriorPipeline(PriorPipeline):
             latents,
         )
         self._interrupted = False
-        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, sampling)
-        return self._result(self._sample_embeddings(plan), output_type, return_dict)
+        pairs = prompts.prompt_pairs(prompt, negative_prompt)
+        copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
+        return self._result(self._sample_embeddings(self._plan(pairs, copies, sampling)), output_type, return_dict)
 
 
 class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
@@ -526,7 +528,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
                 return tensors that replace those of the loop.
             callback_on_step_end_tensor_inputs: Tensors that it receives; None for none.
             callback: Legacy callback `(step, timestep, latents)`, which cannot change anything.
-            callback_steps: `callback` runs every so many steps; None means 1.
+            callback_steps: `callback` runs every `callback_steps` steps; None means 1.
             guidance_rescale: See `Guidance.rescale`.
             guidance_interval: See `Guidance.interval`.
             guidance_threshold: See `Guidance.threshold`.
@@ -541,7 +543,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         """
         validation.output_format(output_type, return_dict, PRIOR_OUTPUT_TYPES)
         if image is None:
-            raise InputError("image=None is invalid: expected at least one image or embedding")
+            raise invalid("image", None, "at least one image or embedding")
         sampling = SamplingOptions(
             TimestepOptions(num_inference_steps, timesteps, sigmas),
             Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
@@ -549,7 +551,9 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
             generator,
         )
         self._interrupted = False
-        plan = self._plan(prompt, negative_prompt, num_images_per_prompt, sampling, image=image)
+        pairs = prompts.prompt_pairs(prompt, negative_prompt)
+        copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
+        plan = self._plan(pairs, copies, sampling, image=image)
         shortened = dataclasses.replace(plan, sampling=plan.sampling.with_strength(strength))
         embeddings = self._sample_embeddings(shortened)
         if plan.has_negatives and not len(shortened.sampling.schedule.timesteps):

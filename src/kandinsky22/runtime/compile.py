@@ -24,7 +24,7 @@ from kandinsky22.errors import InputError, MissingDependencyError, invalid
 from kandinsky22.kernels.linear import ONEDNN_DTYPES, PackedWeightMixin
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import networks_in_memory
-from kandinsky22.runtime.network_state import state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
@@ -149,7 +149,7 @@ def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> N
     if mode in CUDA_GRAPH_MODES:
         # Each step begins with this layer. The memory of earlier results of the graphs is reused from there on.
         first = [module for name, module in network.named_modules() if name.split(".")[-1] == "conv_in"]
-        state_of(network).compile_hooks = [module.register_forward_pre_hook(_begin_step) for module in first]
+        attached_state(network).compile_hooks = [module.register_forward_pre_hook(_begin_step) for module in first]
 
 
 def _call_with(overrides: list[tuple[Any, str, Any]], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

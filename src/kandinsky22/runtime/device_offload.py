@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kandinsky22.errors import MissingDependencyError
 from kandinsky22.kernels.linear import PackedWeightMixin, drop_packed
-from kandinsky22.runtime.network_state import state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
 """Methods besides `forward` that run a network's layers or read its weights."""
@@ -165,7 +165,7 @@ class ModelOffload:
         network = unwrap_compiled(network)
         hook = OffloadHook(self, self._make_storage(), stays_until_freed)
         hook.storage.offload(network)
-        state_of(network).offload = hook
+        attached_state(network).offload = hook
         if self._use_accelerate:
             accelerate_hooks().add_hook_to_module(network, hook)
             _hook_methods(network, hook, ENTRY_POINTS)
@@ -384,7 +384,7 @@ class SequentialOffload:
             if hasattr(module, "_hf_hook"):
                 _hook_methods(module, module._hf_hook, LAYER_ENTRY_POINTS)
         network.__dict__["state_dict"] = functools.partial(_copy_of, weights)
-        state_of(network).offload = self
+        attached_state(network).offload = self
 
     def offload_alike(self, network: nn.Module) -> None:
         """Offload another network to the same device.

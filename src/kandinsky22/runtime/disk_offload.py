@@ -20,7 +20,7 @@ from kandinsky22.checkpoints.fingerprint import WeightFingerprint
 from kandinsky22.checkpoints.weights import find_weight_files, read_tensors, write_tensors
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import PackedWeightMixin, drop_packed
-from kandinsky22.runtime.network_state import NetworkSource, state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import NetworkSource, attached_state, state_of, unwrap_compiled
 
 LARGE = 2**22  # smallest weight, in bytes, that is in memory only while its layer runs
 
@@ -120,7 +120,7 @@ class DiskStorage:
             self.onload(network)
         if self._source is not None:
             fingerprint = WeightFingerprint(network)
-            state_of(network).source = dataclasses.replace(self._source, fingerprint=fingerprint)
+            attached_state(network).source = dataclasses.replace(self._source, fingerprint=fingerprint)
         if self._temporary is not None:
             self._temporary.cleanup()
 

@@ -11,10 +11,25 @@ import copy
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
+
+# Attributes of a LazyComponent itself; all others are those of the network.
+OWN_ATTRIBUTES = {
+    "component_class",
+    "config",
+    "files",
+    "_dtype",
+    "_load",
+    "_network",
+    "_conversions",
+    "_offload",
+    "_lock",
+}
 
 
 class LazyComponent:
@@ -26,7 +41,6 @@ class LazyComponent:
         component_class: Class of the network.
         config: Its configuration.
         files: The weight files it will be read from.
-        dtype: Type of its weights once it is loaded; None if unknown.
     """
 
     def __init__(
@@ -38,12 +52,20 @@ class LazyComponent:
         files: tuple[Path, ...] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.component_class, self.config, self.files, self.dtype = component_class, config, files, dtype
+        self.component_class, self.config, self.files = component_class, config, files
+        self._dtype = dtype
         self._load = load
         self._network: nn.Module | None = None
         self._conversions: list[dict[str, Any]] = []
         self._offload: Callable[[nn.Module], Any] | None = None
         self._lock = threading.RLock()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Floating-point type of the weights, or that they will have once loaded; None if unknown."""
+        if self._network is None:
+            return self._dtype
+        return next((p.dtype for p in self._network.parameters() if p.is_floating_point()), self._dtype)
 
     @property
     def is_loaded(self) -> bool:
@@ -83,7 +105,7 @@ class LazyComponent:
             self._network.to(device=device, dtype=dtype)
         else:
             self._conversions.append({"device": device, "dtype": dtype})
-        self.dtype = dtype or self.dtype
+        self._dtype = dtype or self._dtype
 
     def defer_offload(self, offload: Callable[[nn.Module], Any] | None) -> None:
         """Offload the network now, or right after loading.
@@ -95,6 +117,12 @@ class LazyComponent:
             self._offload = offload
         elif offload is not None:
             offload(self._network)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN_ATTRIBUTES:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.load(), name, value)
 
     def __getattr__(self, name: str) -> Any:
         # Protocol lookups (copying, pickling, compiled wrappers, accelerate's hooks) must not read gigabytes.
@@ -127,6 +155,10 @@ class LazyComponent:
 AnyNetwork: TypeAlias = "nn.Module | LazyComponent"
 
 
+@overload
+def loaded(component: LazyComponent) -> nn.Module: ...
+@overload
+def loaded(component: T) -> T: ...
 def loaded(component: Any) -> Any:
     """Return the component itself, or the network that a `LazyComponent` loads.
 

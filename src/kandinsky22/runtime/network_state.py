@@ -6,8 +6,7 @@ The record is an attribute of the network that no state dict contains: `state_of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,15 +29,13 @@ class NetworkSource:
     Attributes:
         load: Reads the network again.
         fingerprint: State of the weights right after they were read.
-        files: Weight files; empty if they do not matter.
-        files_digest: Digest of `files` when they were read (`checkpoints.fingerprint.files_digest`); None if they have
-            none.
+        files_digest: Digest of its weight files when they were read (`checkpoints.fingerprint.files_digest`); None if
+            they have none.
         dtype: Type of the weights after loading; None if unknown.
     """
 
     load: Callable[[], nn.Module]
     fingerprint: WeightFingerprint
-    files: tuple[Path, ...] = ()
     files_digest: str | None = None
     dtype: torch.dtype | None = None
 
@@ -83,13 +80,22 @@ def unwrap_compiled(network: nn.Module) -> nn.Module:
 
 
 def state_of(network: nn.Module) -> NetworkState:
-    """Return the record of a network, creating an empty one on first use. It is part of no state dict.
+    """Return the record of a network for reading; an empty one, not attached to it, if it has none.
 
     Args:
         network: Any module; the wrapper of a compiled network shares the record of the network inside.
     """
-    network = getattr(network, "_orig_mod", network)
-    state: NetworkState = network.__dict__.setdefault(_ATTRIBUTE, NetworkState())
+    state: NetworkState | None = unwrap_compiled(network).__dict__.get(_ATTRIBUTE)
+    return NetworkState() if state is None else state
+
+
+def attached_state(network: nn.Module) -> NetworkState:
+    """Return the record of a network for writing, attaching an empty one if it has none. It is part of no state dict.
+
+    Args:
+        network: Any module; the wrapper of a compiled network shares the record of the network inside.
+    """
+    state: NetworkState = unwrap_compiled(network).__dict__.setdefault(_ATTRIBUTE, NetworkState())
     return state
 
 
@@ -97,7 +103,6 @@ def record_source(
     network: nn.Module,
     load: Callable[[], nn.Module],
     *,
-    files: Iterable[Path] = (),
     files_digest: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -106,10 +111,9 @@ def record_source(
     Args:
         network: A network that was just read.
         load: Reads the same network again.
-        files: Weight files; empty if they do not matter.
-        files_digest: Digest of `files` when they were read (`checkpoints.fingerprint.files_digest`); None if they have
-            none.
+        files_digest: Digest of its weight files when they were read (`checkpoints.fingerprint.files_digest`); None if
+            they have none.
         dtype: Type of the weights after loading; None if unknown.
     """
     network = unwrap_compiled(network)
-    state_of(network).source = NetworkSource(load, WeightFingerprint(network), tuple(files), files_digest, dtype)
+    attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kandinsky22.errors import ConfigError, InputError, MissingDependencyError, invalid
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
-from kandinsky22.runtime.network_state import state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
 
 KINDS: Mapping[str, str] = {
     "int8": "weights of 8 bits, activations and products in the network's dtype",
@@ -43,7 +43,7 @@ def quantize(network: nn.Module, kind: str) -> None:
     """
     check_quantizable(network, kind)
     _replace_layers(unwrap_compiled(network), kind)
-    state_of(network).quantization = kind
+    attached_state(network).quantization = kind
 
 
 def check_quantizable(network: nn.Module, kind: str) -> None:
@@ -127,7 +127,7 @@ def prepare(network: nn.Module, entry: Any, dtype: torch.dtype | None) -> None:
         raise invalid("torch_dtype", dtype, "torch.bfloat16 or 'auto'", "the weights are int4 and compute in bfloat16")
     _check_kind(kind)
     _replace_layers(network, kind)
-    state_of(network).quantization = kind
+    attached_state(network).quantization = kind
 
 
 def arrange(network: nn.Module) -> None:
@@ -209,7 +209,7 @@ class QuantizeMixin:
             MissingDependencyError: If torchao is not installed.
         """
         _check_kind(kind)
-        networks = {name: loaded(self.components.get(name)) for name in NETWORKS}
+        networks: dict[str, Any] = {name: loaded(self.components.get(name)) for name in NETWORKS}
         networks = {name: network for name, network in networks.items() if network is not None}
         names = list(networks) if components is None else list(components)
         if unknown := [name for name in names if name not in networks]:

@@ -93,7 +93,7 @@ class Guidance:
 
         Args:
             output: Network output (2 * batch, channels, ...), unconditional half first.
-            model_input: What the network was given for one half, (batch, latent channels, ...).
+            model_input: Network input of one half, (batch, latent channels, ...).
             scheduler: The scheduler of this call.
             timestep: Timestep of `output`.
 

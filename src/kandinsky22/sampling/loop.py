@@ -55,7 +55,8 @@ def sample(
     """Denoise `state.latents` along the timesteps of `schedule`.
 
     A guided step evaluates one batch that holds the unconditional half, then the conditional half. Every other step
-    evaluates the conditional half alone. A condition is encoded again only after its tensors changed.
+    evaluates the conditional half alone. A condition is encoded again only after its tensors
+    changed, or when guidance begins or ends.
 
     Args:
         state: Latents, condition tensors and guidance.

@@ -15,7 +15,7 @@ from kandinsky22.errors import invalid
 if TYPE_CHECKING:
     from kandinsky22.schedulers import Scheduler
 
-PRIOR_PREFIX = "prior_"
+PRIOR_PREFIX = "prior_"  # prefix of the prior's components and arguments in pipelines that hold prior and decoder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,10 +85,11 @@ class TimestepSchedule:
         Raises:
             InputError: If strength is not a number from 0 to 1.
         """
-        if not 0 <= validation.finite_float("strength", strength) <= 1:
+        fraction = validation.finite_float("strength", strength)
+        if not 0 <= fraction <= 1:
             raise invalid("strength", strength, "a number from 0 (keep the image) to 1 (run all steps)")
         steps = -(-len(self.timesteps) // self.order)
-        first = (steps - int(steps * strength)) * self.order
+        first = (steps - int(steps * fraction)) * self.order
         return dataclasses.replace(self, timesteps=self.timesteps[first:])
 
 
@@ -117,16 +118,17 @@ def set_timesteps(
     }
     custom = {name: getattr(options, name) for name in ("timesteps", "sigmas") if getattr(options, name) is not None}
     if len(custom) > 1:
-        raise InputError("timesteps and sigmas are both given: expected at most one of them")
+        raise InputError("timesteps and sigmas are both passed: expected at most one of them")
     requested = custom or requested
     (name, value), *_ = requested.items()
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise invalid(name, value, f"None, since {type(scheduler).__name__}.set_timesteps does not accept it")
-    scheduler = copy.deepcopy(scheduler)
-    with _scheduler_errors(scheduler, f"{name}={value!r}"):
+    with _scheduler_errors(scheduler, "be copied"):
+        scheduler = copy.deepcopy(scheduler)
+    with _scheduler_errors(scheduler, f"make {name}={value!r}"):
         scheduler.set_timesteps(**requested, device=device)
     if not isinstance(scheduler, Scheduler):
-        with _scheduler_errors(scheduler, "a step"), torch.random.fork_rng(devices=[]):
+        with _scheduler_errors(scheduler, "make a step"), torch.random.fork_rng(devices=[]):
             _dry_run(copy.deepcopy(scheduler), shape)
     return TimestepSchedule(scheduler, scheduler.timesteps)
 
@@ -200,7 +202,7 @@ def _scheduler_errors(scheduler: Any, task: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"scheduler: {type(scheduler).__name__} cannot make {task} ({reason})") from error
+        raise InputError(f"scheduler: {type(scheduler).__name__} cannot {task} ({reason})") from error
 
 
 def _dry_run(scheduler: Any, shape: tuple[int, ...]) -> None:
