@@ -51,3 +51,10 @@ def test_tensors_without_versions_or_values_never_match() -> None:
         assert not fingerprint.matches(tensor)
         assert not fingerprint.matches(counted)
         assert not TensorFingerprint(counted).matches(tensor)
+
+
+def test_more_samples_notice_changes_inside() -> None:
+    weight = torch.zeros(64, 64)
+    fingerprints = [TensorFingerprint(weight, samples_per_side=number) for number in (2, 5)]
+    weight.data[16:48] += 1
+    assert [fingerprint.matches(weight) for fingerprint in fingerprints] == [True, False]
