@@ -14,7 +14,7 @@ from tests.pipelines.tiny import PRIOR_SCHEDULER, difference, seeded
 
 import kandinsky22
 from kandinsky22 import InputError, schedulers
-from kandinsky22.sampling.scheduler_adapter import TimestepOptions, TimestepSchedule, set_timesteps
+from kandinsky22.sampling.scheduler_adapter import TimestepOptions, TimestepSchedule, schedule_timesteps
 
 # Schedulers of the reference that its own pipelines support, or would if they dropped the learned variance.
 THEIRS = [
@@ -237,7 +237,7 @@ def test_fast_solvers_of_the_prior_follow_the_exact_solution(
 def schedule_of(pipe: Any, steps: int = 100, **custom: Any) -> TimestepSchedule:
     """The schedule that a call with these options makes; the pipeline's own scheduler stays as it is."""
     options = TimestepOptions(steps, custom.get("timesteps"), custom.get("sigmas"))
-    return set_timesteps(pipe.scheduler, options, shape=(1, 4, 8, 8), device=torch.device("cpu"))
+    return schedule_timesteps(pipe.scheduler, options, shape=(1, 4, 8, 8), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", [*OURS, "UnCLIPScheduler"])

@@ -24,14 +24,16 @@ from kandinsky22 import (
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.network_state import state_of
-from kandinsky22.sampling.scheduler_adapter import TimestepOptions, set_timesteps
+from kandinsky22.sampling.scheduler_adapter import TimestepOptions, schedule_timesteps
 
 CALL: dict[str, Any] = {**pair(), "num_inference_steps": 2, "output_type": "latent"}
 
 
 @pytest.mark.parametrize("strength", [np.float32(0.29), Fraction(29, 100), 0.29], ids=repr)
 def test_strength_counts_steps_in_double_precision(decoder: KandinskyV22Pipeline, strength: Any) -> None:
-    schedule = set_timesteps(decoder.scheduler, TimestepOptions(100), shape=(1, 4, 8, 8), device=torch.device("cpu"))
+    schedule = schedule_timesteps(
+        decoder.scheduler, TimestepOptions(100), shape=(1, 4, 8, 8), device=torch.device("cpu")
+    )
     steps = len(schedule.after_strength(strength).timesteps)
     assert steps == int(100 * float(strength))
 

@@ -45,7 +45,7 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
             residual: Tensor of the result's shape to add. It is overwritten with the sum where no gradient is needed.
                 None adds nothing.
         """
-        if not self._is_packed(features, upsample):
+        if not self._should_pack(features, upsample):
             return _add(super().forward(upsample2x(features) if upsample else features), residual)
         options, is_3x3 = settings.current(), self._is_same_3x3()
         if upsample and options.fused_upsample and is_3x3:
@@ -58,7 +58,7 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
             return winograd.convolve(features, matrices, self.out_channels, self.bias, residual)
         return self._direct(features, residual)
 
-    def _is_packed(self, features: Tensor, upsample: bool) -> bool:
+    def _should_pack(self, features: Tensor, upsample: bool) -> bool:
         # Compiled code must not read sizes here: it would then be compiled for these sizes only. The batch does not
         # count, so that an image does not depend on the number of images that are generated with it.
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""One component of a pipeline: which classes it may have, and how it is loaded and saved.
+"""One component of a pipeline: its classes, the files of a repository that it needs, and how it is loaded and saved.
 
 `model_index.json` names the library and class of each component. Networks and schedulers are listed under "diffusers"
 there, the library that defined the published layout. CLIP towers, tokenizers and image processors come from

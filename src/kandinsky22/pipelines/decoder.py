@@ -172,9 +172,9 @@ class DecoderPipeline(DenoisingPipeline):
         return self._generate(self._plan(batch // copies, sampling, output, inputs), tensors)
 
     def _plan(
-        self, embeddings: int, sampling: SamplingOptions, output: OutputOptions, inputs: ImageOptions
+        self, embedding_count: int, sampling: SamplingOptions, output: OutputOptions, inputs: ImageOptions
     ) -> DecoderPlan:
-        """Validate a call for this number of embeddings, and read its images."""
+        """Validate a call for this number of embeddings, and read its images; clear an earlier `interrupt`."""
         self._interrupted = False
         keep_pixels = validation.strict_bool("keep_pixels", inputs.keep_pixels)
         # latents hold no pixels that could be copied into
@@ -184,20 +184,20 @@ class DecoderPipeline(DenoisingPipeline):
         self._check_unet()
         if "image" in self._image_inputs:
             self._require_add_noise()
-        batch = embeddings * validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
+        batch = embedding_count * validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
         shape = self._latent_shape(batch, output)
         plan = self._plan_sampling(sampling, shape=shape, images=batch)
         if self._accepts_strength:
             plan = plan.with_strength(inputs.strength)
         # Images are read last: they may be large files or downloads.
         tensors = {
-            name: self._read_image(name, getattr(inputs, name), shape, embeddings) for name in self._image_inputs
+            name: self._read_image(name, getattr(inputs, name), shape, embedding_count) for name in self._image_inputs
         }
         if keep_pixels and tensors["image"].shape[1] != 3:
             raise invalid("keep_pixels", True, "False if image holds latents, which have no pixels to keep")
         return DecoderPlan(plan, tensors, output, keep_pixels)
 
-    def _read_image(self, name: str, value: ImageInputs, shape: tuple[int, ...], embeddings: int) -> Tensor:
+    def _read_image(self, name: str, value: ImageInputs, shape: tuple[int, ...], embedding_count: int) -> Tensor:
         """Return the image argument `name` as a tensor with one row, or one per embedding."""
         factor = HINT_FACTOR if name == "hint" else self.movq_scale_factor
         size = shape[2] * factor, shape[3] * factor
@@ -208,8 +208,8 @@ class DecoderPipeline(DenoisingPipeline):
         else:
             signed = self._image_tensors_are_signed
             tensor = images.images_to_tensor(name, value, size, signed=signed, latent_shape=shape[1:])
-        if len(tensor) not in (1, embeddings):
-            raise invalid(f"len({name})", len(tensor), f"1 or {embeddings}, one per image embedding")
+        if len(tensor) not in (1, embedding_count):
+            raise invalid(f"len({name})", len(tensor), f"1 or {embedding_count}, one per image embedding")
         return tensor
 
     def _latent_shape(self, batch: int, output: OutputOptions) -> tuple[int, int, int, int]:

@@ -17,7 +17,7 @@ from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.sampling.guidance import Guidance
 from kandinsky22.sampling.loop import Denoise, LoopState, PostStep, sample
-from kandinsky22.sampling.scheduler_adapter import TimestepOptions, TimestepSchedule, set_timesteps
+from kandinsky22.sampling.scheduler_adapter import TimestepOptions, TimestepSchedule, schedule_timesteps
 
 StepEndCallback: TypeAlias = Callable[[Any, int, Any, dict[str, Any]], "Mapping[str, Tensor] | None"]
 """`callback_on_step_end`: (pipe, step, timestep, tensors) -> tensors to replace, or None."""
@@ -174,7 +174,7 @@ class DenoisingPipeline(DiffusionPipeline):
             validation.initial_latents(options.latents, shape)
         generators = validation.generators_per_item(options.generator, images, shape[0])
         callbacks = options.callbacks.checked(self._callback_tensor_inputs)
-        schedule = set_timesteps(self.scheduler, options.timesteps, shape=shape, device=self._execution_device)
+        schedule = schedule_timesteps(self.scheduler, options.timesteps, shape=shape, device=self._execution_device)
         options.guidance.check_scheduler(schedule.scheduler)
         return SamplingPlan(shape, schedule, options.guidance, callbacks, generators, options.latents)
 

@@ -68,7 +68,7 @@ def configuration(kind: str) -> Any:
     return PrototypeInt4WeightOnlyConfig(group_size=GROUP)
 
 
-def quantized_weight(weight: Tensor, kind: str) -> Tensor:
+def quantized_matrix(weight: Tensor, kind: str) -> Tensor:
     """Return torchao's quantized tensor of a matrix.
 
     Args:
@@ -87,7 +87,7 @@ def _tensor_layout(
     kind: str, out_features: int, in_features: int
 ) -> tuple[type, dict[str, Any], dict[str, tuple[int, ...]]]:
     """Return class, attributes and shapes of the parts of torchao's tensor for a matrix of this shape."""
-    example = quantized_weight(torch.zeros(out_features, in_features, dtype=torch.bfloat16), kind)
+    example = quantized_matrix(torch.zeros(out_features, in_features, dtype=torch.bfloat16), kind)
     names, attributes = example.__tensor_flatten__()  # type: ignore[attr-defined]
     return type(example), dict(attributes), {name: tuple(getattr(example, name).shape) for name in names}
 
@@ -124,7 +124,7 @@ class QuantizedLinear(nn.Module):
             kind: One of `quantize.KINDS`.
         """
         quantized = cls(kind, layer.in_features, layer.out_features, layer.bias)
-        weight = quantized_weight(layer.weight, kind)
+        weight = quantized_matrix(layer.weight, kind)
         for name in quantized._part_names():
             part = getattr(weight, name).detach().clone()
             setattr(quantized, f"weight_{name}", nn.Parameter(part, requires_grad=False))

@@ -14,7 +14,7 @@ from kandinsky22.sampling.guidance import Guidance
 from kandinsky22.sampling.scheduler_adapter import SchedulerAdapter, TimestepSchedule
 
 Denoise: TypeAlias = Callable[[Tensor, Any], Tensor]
-"""A network bound to its condition: (sample, timestep) -> output."""
+"""A network bound to its condition: (sample, timestep) -> prediction."""
 
 BindCondition: TypeAlias = Callable[[Mapping[str, Tensor]], Denoise]
 """Encodes the condition from the tensors of a call, and binds the network to it."""

@@ -93,7 +93,7 @@ class TimestepSchedule:
         return dataclasses.replace(self, timesteps=self.timesteps[first:])
 
 
-def set_timesteps(
+def schedule_timesteps(
     scheduler: Any, options: TimestepOptions, *, shape: tuple[int, ...], device: torch.device
 ) -> TimestepSchedule:
     """Set timesteps on a copy of the scheduler. The only place where a call sets timesteps.
