@@ -87,7 +87,7 @@ def test_stages_follow_the_combined_pipeline(combined: KandinskyV22CombinedPipel
         ({"generator": 3}, r"^generator=3 is invalid"),
         ({"prompt": 5}, r"^prompt=5 is invalid"),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),  # no addresses: workers compare them
 )
 def test_errors_name_the_argument_of_the_combined_call(
     combined: KandinskyV22CombinedPipeline, options: dict[str, Any], message: str

@@ -20,8 +20,8 @@ MODEL_NAMES = f"a folder, a Hub id such as 'owner/name', or {EMBEDDED!r}"
 SelectFiles: TypeAlias = Callable[[list[str]], Iterable[str]]
 """Function that selects the files to download, from the names of all files of a repository.
 
-`pipelines.component_io.needed_files` selects the files of a pipeline, `checkpoints.weights.select_weight_files` those of
-its weights.
+`pipelines.component_io.needed_files` selects the files of a pipeline, and `checkpoints.weights.select_weight_files`
+those of its weights.
 """
 
 
