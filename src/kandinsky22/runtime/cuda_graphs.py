@@ -95,6 +95,7 @@ class _Graph:
     """One recorded step, with the tensors that it reads and writes."""
 
     def __init__(self, step: Callable[..., Tensor], sample: Tensor, timestep: Tensor, condition: Any) -> None:
+        self._step = step  # keeps the network alive, whose id is part of the key
         self._sample, self._timestep = sample.clone(), timestep.clone()
         self._condition = _map_tensors(condition, torch.clone)
         self._source = condition
