@@ -202,7 +202,7 @@ def raise_mmap_threshold() -> None:
 
 
 def malloc_trim() -> None:
-    """Return freed memory to the system, of which the C library of Linux keeps some for later allocations."""
+    """Return freed memory to the system; the C library of Linux keeps some for later allocations."""
     if sys.platform.startswith("linux"):
         function = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if function is not None:

@@ -45,7 +45,7 @@ LISTED_TENSORS = 8  # missing tensors that a message names
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How weights are loaded.
+    """Options for loading weights.
 
     Attributes:
         torch_dtype: Floating-point type; None for float32, "auto" for what is stored.

@@ -152,7 +152,7 @@ class DecoderPipeline(DenoisingPipeline):
         """Side in pixels of the images that the UNet was trained for.
 
         Raises:
-            InputError: If the UNet's config has no `sample_size`, or if there is no UNet.
+            InputError: If the UNet's config has no `sample_size`, or if the UNet is missing.
         """
         self._require("unet")
         if self.unet.config.sample_size is None:

@@ -1,1 +1,1 @@
-"""How networks run: device and dtype, offloading, lazy loading, quantization, compilation."""
+"""Running networks: device and dtype, offloading, lazy loading, quantization, compilation."""

@@ -28,7 +28,7 @@ LAYER_ENTRY_POINTS = ("scale_shift",)
 
 
 class Offloaded(Protocol):
-    """How one network is offloaded."""
+    """Offloading of one network."""
 
     @property
     def method(self) -> str:
@@ -57,7 +57,7 @@ class Offloaded(Protocol):
 
 
 class WeightStorage(Protocol):
-    """Where the weights of one network are while it is not used."""
+    """Storage of one network's weights while it is not used."""
 
     def offload(self, network: nn.Module) -> None:
         """Move the weights from the device to the storage.
