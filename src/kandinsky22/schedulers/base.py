@@ -45,7 +45,7 @@ class SchedulerOutput(Output):
 
 @runtime_checkable
 class SchedulerProtocol(Protocol):
-    """What a scheduler must offer to be used in a pipeline, whether it is ours or from another library.
+    """Interface that a scheduler must offer to be used in a pipeline, ours or one of another library.
 
     One generation uses it as follows::
 
