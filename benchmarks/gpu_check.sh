@@ -9,11 +9,13 @@ results=${1:-gpu-check}
 mkdir -p "$results"
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 start=$SECONDS
-# Tests run in the order of the files. Those of torch.compile are last, since they take most of the time.
+# Tests of torch.compile take most of the time. They are first, and with pytest-xdist other workers run the rest meanwhile.
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v test_compile | sort)
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 6 --dist worksteal)
 # At the time limit, SIGINT makes pytest print the failures so far.
-timeout --signal=INT --kill-after=10 200 "$python" -m pytest -m gpu -v --tb=short -rf --durations=5 -p no:cacheprovider \
-  "${files[@]}" tests/pipelines/test_compile.py 2>&1 | tee "$results/tests.log"
+timeout --signal=INT --kill-after=10 220 "$python" -m pytest -m gpu -v --tb=short -rf --durations=8 -p no:cacheprovider \
+  "${parallel[@]}" tests/pipelines/test_compile.py "${files[@]}" 2>&1 | tee "$results/tests.log"
 tests=${PIPESTATUS[0]}
 echo "tests: exit code $tests after $((SECONDS - start)) s"
 timeout 60 "$python" -m benchmarks.gpu_compare --dtype fp32 --sizes 512 --batches 1 --rounds 3 --no-compile \
