@@ -9,10 +9,11 @@ results=${1:-gpu-check}
 mkdir -p "$results"
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 start=$SECONDS
-# Tests of torch.compile take most of the time. They are first, and with pytest-xdist other workers run the rest meanwhile.
+# Tests of torch.compile take most of the time. They are first and share a worker, because compilers that run side by side
+# slow each other down. With pytest-xdist, other workers run the rest meanwhile.
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v test_compile | sort)
 parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 6 --dist worksteal)
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 6 --dist loadfile)
 # At the time limit, SIGINT makes pytest print the failures so far.
 timeout --signal=INT --kill-after=10 220 "$python" -m pytest -m gpu -v --tb=short -rf --durations=8 -p no:cacheprovider \
   "${parallel[@]}" tests/pipelines/test_compile.py "${files[@]}" 2>&1 | tee "$results/tests.log"

@@ -270,6 +270,13 @@ class Bench:
         assert result.isfinite().all()
         self.records.append(record)
         print(json.dumps(record), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write all records so far to the file of `--out`: a time limit may end the process at any moment."""
+        if (path := self.options.out) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"machine": describe(self), "records": self.records}, indent=1) + "\n")
 
     def now(self) -> float:
         """Return the seconds of the host's clock after the device has finished."""
@@ -358,12 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for all records")
     options = parser.parse_args(arguments)
     bench = Bench(options)
-    try:
-        bench.run()
-    finally:
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"machine": describe(bench), "records": bench.records}, indent=1) + "\n")
+    bench.run()
     worst = max(record["difference"] for record in bench.records if record["stage"] in ("step", "decode"))
     return int(options.dtype == "fp32" and worst > 1e-3)
 
