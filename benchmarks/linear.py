@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from kandinsky22.kernels.linear import Linear
+from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.kernels.settings import optimisations
 
 # (inputs, outputs, rows) of a step of the prior, of its text, and of the UNet's attention at 512 x 512.
@@ -61,12 +61,12 @@ def measure(in_features: int, out_features: int, rows: int, repeats: int) -> tup
         repeats: Number of calls of each kind.
     """
     with torch.inference_mode(False):
-        layers = [Linear(in_features, out_features).requires_grad_(False) for _ in range(LAYERS)]
+        layers = [torch.nn.Linear(in_features, out_features).requires_grad_(False) for _ in range(LAYERS)]
     features = torch.randn(rows, in_features)
 
     def run(packed: bool) -> float:
         with optimisations(packed_linear=packed):
-            return seconds(lambda: [layer(features) for layer in layers]) / LAYERS
+            return seconds(lambda: [apply_linear(layer, features) for layer in layers]) / LAYERS
 
     run(False)
     first = run(True)

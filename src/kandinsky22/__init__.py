@@ -9,13 +9,18 @@ from importlib import import_module
 from typing import Any
 
 from kandinsky22._exports import MODULE_OF
+from kandinsky22.compat import modules
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__", *MODULE_OF]
 
+modules.install()
+
 
 def __getattr__(name: str) -> Any:
+    if name in modules.PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{MODULE_OF[name]}"), name)

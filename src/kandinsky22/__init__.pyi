@@ -25,6 +25,7 @@ from kandinsky22.pipelines.decoder import KandinskyV22InpaintPipeline as Kandins
 from kandinsky22.pipelines.decoder import KandinskyV22Pipeline as KandinskyV22Pipeline
 from kandinsky22.pipelines.outputs import ImagePipelineOutput as ImagePipelineOutput
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput as KandinskyPriorPipelineOutput
+from kandinsky22.pipelines.prior import KandinskyPriorPipeline as KandinskyPriorPipeline
 from kandinsky22.pipelines.prior import KandinskyV22PriorEmb2EmbPipeline as KandinskyV22PriorEmb2EmbPipeline
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline as KandinskyV22PriorPipeline
 from kandinsky22.sampling.presets import apply_quality as apply_quality

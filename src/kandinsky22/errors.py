@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import unicodedata
 from typing import TypeVar
 
 E = TypeVar("E", bound="KandinskyError")
@@ -10,7 +13,10 @@ SHOWN_CHARACTERS = 120  # longest value that a message repeats
 
 
 class KandinskyError(Exception):
-    """Base class of all errors that kandinsky22 raises on purpose."""
+    """Base class of all errors that kandinsky22 raises on purpose. Their messages are one line of printable text."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(KandinskyError, ValueError):
@@ -27,6 +33,10 @@ class CheckpointError(KandinskyError, OSError):
 
 class MissingDependencyError(KandinskyError, ImportError):
     """A feature needs an optional package that is not installed."""
+
+
+class ForkError(KandinskyError, RuntimeError):
+    """Networks cannot run in this process, because it was forked after they had run."""
 
 
 def invalid(
@@ -57,13 +67,42 @@ def describe(value: object) -> str:
         value: Any object. Tensors and arrays give dtype and shape, classes their name, everything else its repr,
             shortened to `SHOWN_CHARACTERS`.
     """
+    try:
+        text = " ".join(_description(value).split())
+    except Exception:  # a broken __repr__ of somebody's class, or an integer beyond Python's limit of digits
+        text = f"<{type(value).__name__}>"
+    text = printable(text[: SHOWN_CHARACTERS + 1])
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+def _description(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 4 * SHOWN_CHARACTERS:
+        return f"<int of about {round(value.bit_length() * math.log10(2))} digits>"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is not None and dtype is not None and tuple(shape) != ():
         return f"<{type(value).__name__} {str(dtype).removeprefix('torch.')} {tuple(shape)}>"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a broken __repr__ of somebody's class must not hide the message
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    return repr(value)
+
+
+def printable(text: str) -> str:
+    r"""Return a text as one line that is safe to print: it cannot move the cursor, change colours or reverse letters.
+
+    Line breaks become spaces. Other control characters, invisible formatting characters and lone surrogates become
+    escapes such as ``\x1b``, as in string literals of Python. A printable text is returned unchanged.
+
+    Args:
+        text: Any text, such as a message that repeats a file name.
+    """
+    line = re.sub(r"\s*[\n\r]+\s*", " ", text)
+    if line.isprintable():
+        return line
+    return "".join(
+        character if character.isprintable() or unicodedata.category(character) == "Zs" else _escape(character)
+        for character in line
+    )
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

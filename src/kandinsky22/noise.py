@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import invalid
+from kandinsky22.kernels.locks import GLOBAL_RNG
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None
 
@@ -52,7 +53,10 @@ def _randn(
 ) -> Tensor:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise invalid(argument, generator, "a torch.Generator, a list of them, or None")
-    if generator is None or generator.device.type == device.type:
+    if generator is None:
+        with GLOBAL_RNG:
+            return torch.randn(tuple(shape), device=device, dtype=dtype)
+    if generator.device.type == device.type:
         return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
     if generator.device.type != "cpu":
         raise invalid(f"{argument}.device", generator.device, f"cpu or {device.type}, the device of the noise")

@@ -26,6 +26,26 @@ class Output:
         """Return an iterator over the names of the entries, like that of a dictionary."""
         return iter(self._entries())
 
+    def values(self) -> Iterator[Any]:
+        """Return an iterator over the entries, like that of a dictionary."""
+        return iter(self._entries().values())
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Return an iterator over the names of the entries and the entries, like that of a dictionary."""
+        return iter(self._entries().items())
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an entry, or a default if there is none of that name.
+
+        Args:
+            key: Name of the entry.
+            default: The default.
+        """
+        return self._entries().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries()
+
     def __iter__(self) -> Iterator[str]:
         return self.keys()
 

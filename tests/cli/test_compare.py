@@ -41,7 +41,7 @@ def test_the_grid_holds_what_generate_draws(command: Command, model: Path) -> No
     sheet = np.asarray(Image.open("compare.png").convert("RGB"))
     for row in rows[:1] + rows[-1:]:
         options = ("--scheduler", row["scheduler"], "--steps", row["steps"], "--guidance", row["guidance"])
-        command("generate", "a cat", "--model", model, "--seed", 5, *options, "-o", "single.png")
+        command("generate", "a cat", "--model", model, "--seed", 5, *options, "-o", "single.png", "--force")
         assert Path("single.png").read_bytes() == Path(row["file"]).read_bytes()
         assert holds(sheet, pixels(Path("single.png")))
     command("generate", "--from", "compare-4-2.png")
@@ -127,7 +127,7 @@ def test_the_grid_is_small_and_useful_without_options(command: Command) -> None:
         (("--steps", "4,2000"), ("2000", "1000")),
         (("--scheduler", "lcm", "--steps", "60"), ("60",)),
         (("--model", "nowhere/at/all"), ("nowhere/at/all",)),
-        (("-o", "compare.jpg"), ("--output='compare.jpg'", "PNG")),
+        (("-o", "compare.gif"), ("--output='compare.gif'", ".png", ".webp")),
         (("-o", "missing/compare.png"), ("missing", "is not an existing folder")),
         (("-o", "taken.png"), ("taken.csv", "is a folder")),
         (("-o", "kept.png", "--pictures"), ("kept-1-1.png", "is a folder")),

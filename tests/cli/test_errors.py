@@ -134,7 +134,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ("file/picture.png", ("is not an existing folder",)),
         ("folder.png", ("is a folder",)),
         ("/proc/picture.png", ("cannot be written",)),
-        ("picture.jpg", ("--output='picture.jpg' is invalid", "PNG")),
+        ("picture.gif", ("--output='picture.gif' is invalid", ".png, .jpg")),
         ("picture", ("--output='picture' is invalid", ".png")),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_folder_with_the_sheets_name_is_reported_before_loading(command: Comma
         (("img2img", "a cat", "--image", "text.png"), ("image", "text.png", "cannot")),
         (("img2img", "a cat", "--image", "half.png"), ("image", "half.png", "cannot be read")),
         (("img2img", "a cat", "--image", "photo.png", "-o", "photo.png"), ("photo.png", "would be overwritten")),
-        (("img2img", "a cat", "--image", "photo.png", "-o", "./a.png", "-n", "2"), ("a-1.png", "would be overwritten")),
+        (("img2img", "a cat", "--image", "photo.png", "-o", "./a.png", "--seed", "1", "2"), ("a-seed1.png", "would be")),
         (
             ("inpaint", "a cat", "--image", "photo.png", "--mask", "wide.png"),
             ("size of --mask='64x32' is invalid", "the aspect ratio of --image, which is 32x32"),
@@ -186,7 +186,7 @@ def test_bad_pictures_are_reported_before_loading(
     command: Command, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     Image.new("RGB", (32, 32)).save("photo.png")
-    os.link("photo.png", "a-1.png")
+    os.link("photo.png", "a-seed1.png")
     Image.new("RGB", (64, 32)).save("wide.png")
     Image.effect_noise((64, 64), 90).save("half.png")
     Path("half.png").write_bytes(Path("half.png").read_bytes()[:900])

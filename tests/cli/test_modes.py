@@ -163,7 +163,7 @@ def test_an_option_of_the_recipe_can_be_taken_back(draw: Callable[..., Any], com
 
 def test_several_pictures_and_their_sheet(draw: Callable[..., Any], command: Command) -> None:
     first = draw("variations", "--seed", 5, "-n", 2, "-o", "cat.png")
-    assert [path.name for path in first.paths] == ["cat-1.png", "cat-2.png", "cat-sheet.png"]
+    assert [path.name for path in first.paths] == ["cat-seed5.png", "cat-seed6.png", "cat-sheet.png"]
     again = command("variations", "--from", "cat-sheet.png", "-o", "again.png")
     assert [path.read_bytes() for path in again.paths] == [path.read_bytes() for path in first.paths]
 
@@ -257,8 +257,8 @@ def test_the_digest_includes_the_image_encoder_only_if_it_runs(
 ) -> None:
     digests = {}
     for name in ("img2img", "mix", "variations"):
-        draw(name)
+        draw(name, "--force")
         digests[name] = stored(Path("picture.png"))["model_digest"]
-    command("generate", "a cat", "--model", model)
+    command("generate", "a cat", "--model", model, "--force")
     assert digests["img2img"] == stored(Path("picture.png"))["model_digest"]
     assert digests["mix"] == digests["variations"] != digests["img2img"]

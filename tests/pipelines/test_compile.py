@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky22.errors import InputError, MissingDependencyError
-from kandinsky22.kernels.linear import ONEDNN_DTYPES, PackedWeightMixin
+from kandinsky22.kernels import conv, linear
+from kandinsky22.kernels.linear import ONEDNN_DTYPES, packing_layers
 from kandinsky22.runtime import compile as compilation
 
 TRACED = {"backend": "eager"}
@@ -38,7 +39,8 @@ def _nothing_compiled() -> Iterator[None]:
 def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack no weights, as on GPUs: blocks are single graphs, and memory layouts do not depend on sizes."""
     monkeypatch.setattr(compilation, "ONEDNN_DTYPES", ())
-    monkeypatch.setattr(PackedWeightMixin, "pack_weights", False)
+    for module in (linear, conv):
+        monkeypatch.setattr(module, "may_pack", lambda layer: False)
 
 
 def generate(pipe: Any, steps: int = 2, **arguments: Any) -> torch.Tensor:
@@ -73,10 +75,11 @@ def test_packed_layers_stay_outside_graphs_in_any_order(decoder: KandinskyV22Pip
     for prepare in (lambda: None, decoder.enable_low_memory):
         prepare()
         decoder.compile(**TRACED)
-        layers = [module for module in decoder.unet.modules() if isinstance(module, PackedWeightMixin)]
-        assert all("forward" in vars(layer) for layer in layers)
+        layers = list(packing_layers(decoder.unet))
+        assert layers
+        assert all("_outside_graphs" in vars(layer) for layer in layers)
         decoder.uncompile()
-        assert not any("forward" in vars(layer) for layer in layers)
+        assert not any("_outside_graphs" in vars(layer) for layer in layers)
 
 
 def test_dynamic_code_serves_all_sizes(decoder: KandinskyV22Pipeline, no_packing: None) -> None:

@@ -24,7 +24,7 @@ from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
 
 import kandinsky22
 from kandinsky22.errors import InputError, MissingDependencyError
-from kandinsky22.kernels import linear
+from kandinsky22.kernels import conv, linear
 from kandinsky22.models import Model
 from kandinsky22.runtime import device_offload, disk_offload
 
@@ -55,7 +55,8 @@ def packing_of(mode: str) -> Iterator[None]:
     """Pack weights as this mode does: sequential offloading packs none."""
     with pytest.MonkeyPatch.context() as patch:
         if mode == "enable_sequential_cpu_offload":
-            patch.setattr(linear.PackedWeightMixin, "pack_weights", False)
+            for module in (linear, conv):
+                patch.setattr(module, "may_pack", lambda layer: False)
         yield
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "config": {"errors"},
     "outputs": set(),
-    "noise": {"errors"},
+    "noise": {"errors", "kernels"},
     "checkpoints": GROUND,
     "inputs": GROUND,
     "schedulers": FILES,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import attention, conv, group_norm, host_memory, linear, winograd
-from kandinsky22.kernels.conv import Conv2d, conv_add, upsample2x
+from kandinsky22.kernels.conv import Conv2d, apply_conv, upsample2x
 from kandinsky22.kernels.settings import NAMES, optimisations
 from kandinsky22.models.layers import GroupNorm, Modulation, ResidualBlock, SpatialNorm, _modulate_tiles
 from kandinsky22.models.movq import VQModel
@@ -114,7 +114,7 @@ def test_results_are_added_to_the_residual(size: tuple[int, ...], upsample: bool
         residual = torch.randn_like(result, dtype=torch.float32)
         inputs, other = (upsample2x(features) if upsample else features), nn.Conv2d(inside, outside, 1)
         expected = other(inputs) + residual
-        assert torch.equal(conv_add(other, inputs, residual), expected)
+        assert torch.equal(apply_conv(other, inputs, residual=residual), expected)
 
 
 @torch.no_grad()
@@ -125,15 +125,15 @@ def test_hooks_of_a_layer_get_its_own_output() -> None:
     for order in (torch.contiguous_format, torch.channels_last):
         residual = torch.randn(2, 10, 8, 8).contiguous(memory_format=order)
         expected = exact_conv(layer, features) + residual
-        assert distance(conv_add(layer, features, residual), expected) < 3e-6
+        assert distance(apply_conv(layer, features, residual=residual), expected) < 3e-6
     assert len(outputs) == 2
     assert all(distance(result, exact_conv(layer, features)) < 3e-6 for result in outputs)
     handle.remove()
     layer.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
-    conv_add(layer, features, torch.randn(2, 10, 8, 8))
+    apply_conv(layer, features, residual=torch.randn(2, 10, 8, 8))
     assert len(outputs) == 3
     layer.forward = lambda features: torch.zeros(1)  # as adapter libraries do
-    assert torch.equal(conv_add(layer, features, torch.ones(1)), torch.ones(1))
+    assert torch.equal(apply_conv(layer, features, residual=torch.ones(1)), torch.ones(1))
 
 
 @pytest.mark.parametrize("widths", [(32, 64), (64, 64)], ids=str)
@@ -350,13 +350,13 @@ def test_modulation_by_broadcasting_equals_that_by_interpolation(
     small = Modulation(*torch.randn(2, 2, 5, 8, 8).to(dtype))
     scale, shift = (F.interpolate(part, sides, mode="nearest") for part in small)
     expected = torch.addcmul(shift, normed, scale)
-    assert torch.equal(_modulate_tiles(normed, small), expected)
+    assert torch.equal(_modulate_tiles(normed, small, inplace=True), expected)
     with torch.no_grad():
         copied = normed.detach().clone(memory_format=torch.preserve_format)
-        assert torch.equal(_modulate_tiles(copied, small), expected)
+        assert torch.equal(_modulate_tiles(copied, small, inplace=True), expected)
         other = Modulation(*(part.double() for part in small))
-        assert _modulate_tiles(normed, other).dtype == torch.float64
-    _modulate_tiles(normed, small).sum().backward()
+        assert _modulate_tiles(normed, other, inplace=True).dtype == torch.float64
+    _modulate_tiles(normed, small, inplace=True).sum().backward()
     assert torch.equal(normed.grad, scale)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import linear
-from kandinsky22.kernels.linear import Linear, onednn_linear, onednn_linear_layers
+from kandinsky22.kernels.linear import apply_linear, onednn_linear, onednn_linear_layers
 from kandinsky22.kernels.settings import optimisations
 from kandinsky22.models import PriorTransformer
 
@@ -26,21 +26,25 @@ def small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    return "_packed_weight" in layer.__dict__
+    return layer.__dict__.get("_packed_weight") is not None
 
 
-def error(layer: Linear, features: Tensor) -> float:
+def tiny_prior() -> PriorTransformer:
+    return PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=24).eval()
+
+
+def error(layer: nn.Linear, features: Tensor) -> float:
     expected = F.linear(features.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
-    return ((layer(features).double() - expected).abs().max() / expected.abs().max()).item()
+    return ((apply_linear(layer, features).double() - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (6, 40), (2, 3, 40), (2, 1, 3, 40), (300, 40)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_products_are_accurate(shape: tuple[int, ...], bias: bool, mode: type[torch.no_grad]) -> None:
-    layer = Linear(40, 24, bias=bias)
+    layer = nn.Linear(40, 24, bias=bias)
     with mode():
-        assert layer(torch.zeros(shape)).shape == (*shape[:-1], 24)
+        assert apply_linear(layer, torch.zeros(shape)).shape == (*shape[:-1], 24)
         assert error(layer, torch.randn(shape)) < 1e-6
         assert error(layer, torch.randn(40, *shape[:-1]).movedim(0, -1)) < 1e-6, "in any memory layout"
     assert is_packed(layer) == bool(linear.ONEDNN_DTYPES)
@@ -48,7 +52,7 @@ def test_products_are_accurate(shape: tuple[int, ...], bias: bool, mode: type[to
 
 @torch.no_grad()
 def test_packed_weights_follow_the_weight() -> None:
-    layer, features = Linear(40, 24), torch.randn(5, 40)
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
     changes = [
         lambda: layer.weight.mul_(2),
         lambda: layer.load_state_dict({"weight": torch.randn(24, 40), "bias": torch.zeros(24)}),
@@ -67,10 +71,11 @@ def test_packed_weights_follow_the_weight() -> None:
 
 @needs_packing
 @torch.no_grad()
-def test_packed_weights_are_dropped_when_the_layer_moves() -> None:
-    layer = Linear(40, 24)
-    for move in (lambda: layer.half().float(), lambda: layer.to("meta")):
-        layer(torch.zeros(5, 40))
+def test_packed_weights_are_dropped_when_the_network_moves() -> None:
+    network = tiny_prior()
+    layer = network.proj_in
+    for move in (lambda: network.half().float(), lambda: network.to("meta")):
+        apply_linear(layer, torch.zeros(5, 24))
         assert is_packed(layer)
         move()
         assert not is_packed(layer)
@@ -78,8 +83,8 @@ def test_packed_weights_are_dropped_when_the_layer_moves() -> None:
 
 @torch.no_grad()
 def test_packed_weights_are_private() -> None:
-    layer, features = Linear(40, 24), torch.randn(5, 40)
-    layer(features)
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
+    apply_linear(layer, features)
     assert set(layer.state_dict()) == {"weight", "bias"}
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert not is_packed(other)
@@ -87,11 +92,11 @@ def test_packed_weights_are_private() -> None:
 
 
 def test_gradients_use_torchs_product() -> None:
-    layer, features = Linear(40, 24), torch.randn(5, 40)
-    layer(features).sum().backward()
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
+    apply_linear(layer, features).sum().backward()
     assert layer.weight.grad is not None
-    frozen = Linear(40, 24).requires_grad_(False)
-    frozen(features.requires_grad_()).sum().backward()
+    frozen = nn.Linear(40, 24).requires_grad_(False)
+    apply_linear(frozen, features.requires_grad_()).sum().backward()
     assert features.grad is not None
     assert not is_packed(layer)
     assert not is_packed(frozen)
@@ -99,26 +104,26 @@ def test_gradients_use_torchs_product() -> None:
 
 @torch.no_grad()
 def test_autocast_and_other_dtypes_use_torchs_product() -> None:
-    layer, features = Linear(40, 24), torch.randn(5, 40)
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(features).dtype == torch.bfloat16
-    assert layer.double()(features.double()).dtype == torch.float64
+        assert apply_linear(layer, features).dtype == torch.bfloat16
+    assert apply_linear(layer.double(), features.double()).dtype == torch.float64
     with pytest.raises(RuntimeError):
-        layer.float()(features.double())
+        apply_linear(layer.float(), features.double())
     assert not is_packed(layer)
-    assert layer.to("meta")(features.to("meta")).shape == (5, 24)
+    assert apply_linear(layer.to("meta"), features.to("meta")).shape == (5, 24)
 
 
 @torch.no_grad()
 def test_bfloat16_is_as_accurate_as_torchs_product() -> None:
-    layer, features = Linear(40, 24).bfloat16(), torch.randn(5, 40).bfloat16()
+    layer, features = nn.Linear(40, 24).bfloat16(), torch.randn(5, 40).bfloat16()
     assert error(layer, features) < 0.01
 
 
 @needs_packing
 @torch.no_grad()
 def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, features = Linear(40, 24), torch.randn(5, 40)
+    layer, features = nn.Linear(40, 24), torch.randn(5, 40)
     layer.pack_weights = False
     assert error(layer, features) < 1e-6
     assert not is_packed(layer)
@@ -129,7 +134,7 @@ def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not is_packed(layer)
         assert len(products) == 1
         with optimisations(onednn_linear=False):
-            assert torch.equal(layer(features), F.linear(features, layer.weight, layer.bias))
+            assert torch.equal(apply_linear(layer, features), F.linear(features, layer.weight, layer.bias))
     assert not is_packed(layer)
     assert len(products) == 1
 
@@ -196,7 +201,7 @@ def test_compiled_layers_of_other_libraries_run_in_the_context() -> None:
 @needs_packing
 @torch.no_grad()
 def test_networks_pack_their_linear_layers() -> None:
-    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=24).eval()
+    prior = tiny_prior()
     prior(torch.randn(2, 24), 5, torch.randn(2, 24), torch.randn(2, 77, 24), torch.ones(2, 77))
     unpacked = [n for n, m in prior.named_modules() if isinstance(m, nn.Linear) and not is_packed(m)]
     assert unpacked == []
@@ -213,21 +218,23 @@ def test_tensor_subclasses_use_their_own_product() -> None:
             return super().__torch_function__(func, types, args, kwargs or {})
 
     features = torch.randn(5, 40)
-    for layer in (nn.Linear(40, 24), Linear(40, 24)):
-        expected = F.linear(features, 2 * layer.weight, layer.bias)
-        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
-        with onednn_linear_layers():
-            assert torch.equal(layer(features), expected)
+    layer = nn.Linear(40, 24)
+    expected = F.linear(features, 2 * layer.weight, layer.bias)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+    assert torch.equal(apply_linear(layer, features), expected)
+    with onednn_linear_layers():
+        assert torch.equal(layer(features), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_layers_can_be_traced() -> None:
-    for layer in (nn.Linear(40, 24), Linear(40, 24)):
-        features = torch.randn(5, 40)
-        with onednn_linear_layers():
-            traced = torch.jit.trace(layer, (features,))
-            assert torch.allclose(traced(features), layer(features), atol=1e-5)
+    layer, features = nn.Linear(40, 24).requires_grad_(False), torch.randn(5, 40)
+    with onednn_linear_layers():
+        traced = torch.jit.trace(layer, (features,))
+        assert torch.allclose(traced(features), layer(features), atol=1e-5)
+    traced = torch.jit.trace(lambda inputs: apply_linear(layer, inputs), (features,))
+    assert torch.allclose(traced(features), layer(features), atol=1e-5)
 
 
 @needs_packing

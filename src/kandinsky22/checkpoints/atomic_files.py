@@ -3,47 +3,173 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import tempfile
+import re
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from kandinsky22.errors import CheckpointError
+from kandinsky22.checkpoints.locks import abandoned, lock_file, unlock
+from kandinsky22.errors import CheckpointError, describe, invalid
+
+MAX_JSON_DEPTH = 32  # no config of a checkpoint nests more than five
+MAX_JSON_BYTES = 2**28  # larger than the index of any model; a damaged link must not fill the memory
+NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` when the block ends.
 
-    The temporary file is deleted if the block raises. Readers that have the old file open or memory-mapped keep it.
-    Missing folders are created. An OSError is raised if the folder is not writable.
+    The content is on the disk before the file gets its name, so that no power failure leaves an incomplete file. The
+    temporary file is deleted if the block raises. Temporary files of killed processes are deleted by the next write of
+    the same file. Readers that have the old file open or memory-mapped keep it. Missing folders are created. An OSError
+    is raised if the folder is not writable.
 
     Args:
         path: The file to write or to replace.
+        flush: Whether to wait until the content is on the disk.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.name[:80]}.", suffix=final.suffix, dir=final.parent)
-    os.close(handle)
-    temporary = Path(name)
+    _delete_abandoned(final)
+    temporary, lock = _create_temporary(final)
     try:
         yield temporary
-        os.chmod(temporary, _permissions(final))
+        os.chmod(temporary, permissions(final))
+        if flush:
+            flush_to_disk(temporary)
         os.replace(temporary, final)
+        if flush:
+            flush_folder(final.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if lock is not None:
+            unlock(lock)
 
 
-def _permissions(path: Path) -> int:
-    """Permissions of the file to be replaced, or those of a new file (temporary files are private)."""
+def _temporary_name(final: Path, token: str) -> str:
+    return f".{final.name[:80]}.saving-{token}{final.suffix[:20]}"
+
+
+def _create_temporary(final: Path) -> tuple[Path, int | None]:
+    """Create an empty file with a new name next to the final one, locked as long as its descriptor is open."""
+    while True:
+        temporary = final.parent / _temporary_name(final, secrets.token_hex(6))
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NON_BLOCKING, 0o600)
+        except FileExistsError:
+            continue
+        if os.name != "posix":  # Windows renames no open file
+            os.close(descriptor)
+            return temporary, None
+        # Another process may have locked it first, to delete it.
+        if lock_file(descriptor) is not False and os.path.exists(temporary):
+            return temporary, descriptor
+        unlock(descriptor)
+
+
+def _delete_abandoned(final: Path) -> None:
+    """Delete the temporary files of processes that were killed while they wrote this file."""
+    name = re.compile(re.escape(_temporary_name(final, "TOKEN")).replace("TOKEN", "[0-9a-f]{12}"))
+    with contextlib.suppress(OSError):
+        for entry in [entry for entry in os.scandir(final.parent) if name.fullmatch(entry.name)]:
+            with abandoned(entry.path) as is_abandoned:
+                if is_abandoned and entry.is_file(follow_symlinks=False):
+                    os.unlink(entry.path)
+
+
+def permissions(path: Path) -> int:
+    """Return the permissions of a file that will be replaced, or those of a new file.
+
+    Args:
+        path: The file. Temporary files are private, therefore their permissions are changed before they are renamed.
+    """
     try:
         return path.stat().st_mode & 0o777
-    except FileNotFoundError:
+    except OSError:
         umask = os.umask(0)
         os.umask(umask)
         return 0o666 & ~umask
+
+
+def flush_to_disk(path: str | os.PathLike[str]) -> None:
+    """Wait until the content of a file is on the disk, whoever wrote it.
+
+    Args:
+        path: The file.
+    """
+    flags = os.O_RDONLY if os.name == "posix" else os.O_RDWR  # Windows flushes writable files only
+    descriptor = os.open(path, flags | NON_BLOCKING)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: str | os.PathLike[str]) -> None:
+    """Wait until the names in a folder are on the disk; without effect on systems that cannot do that.
+
+    Args:
+        folder: The folder.
+    """
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY | NON_BLOCKING)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def checked_save_path(save_directory: Any, argument: str = "save_directory") -> Path:
+    """Return the folder to save to.
+
+    Args:
+        save_directory: The argument.
+        argument: Its name, for messages.
+
+    Raises:
+        InputError: If it is not a path.
+        CheckpointError: If it is a file.
+    """
+    expected = "the path of a folder"
+    try:
+        text = os.fspath(save_directory)
+    except TypeError:
+        raise invalid(argument, save_directory, expected) from None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise invalid(argument, save_directory, expected)
+    folder = Path(text)
+    try:
+        mode = folder.stat().st_mode
+    except (OSError, ValueError):  # most often, it does not exist yet
+        return folder
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{folder} is a file; {argument} must be a folder")
+    return folder
+
+
+@contextlib.contextmanager
+def open_regular_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a regular file for reading; a pipe, a device or a folder raises an OSError and never blocks.
+
+    Args:
+        path: The file, or a link to one.
+    """
+    descriptor = os.open(path, os.O_RDONLY | NON_BLOCKING)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield file
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,28 +182,54 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: If the file is missing, or is not a JSON object.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_regular_file(path) as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
+        content = json.loads(text.decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"missing file: {path}") from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
+    except (OSError, ValueError, RecursionError, MemoryError) as error:  # ValueError: not UTF-8, or not JSON
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"cannot read {path}: it holds a JSON {type(content).__name__} instead of an object")
+    if _is_nested_deeper(content, MAX_JSON_DEPTH):
+        raise CheckpointError(f"cannot read {path}: lists and objects are nested more than {MAX_JSON_DEPTH} deep")
     return content
 
 
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def _is_nested_deeper(content: Any, limit: int) -> bool:
+    """Return whether lists and objects are nested more than `limit` deep; functions that recurse would fail later."""
+    level = [content]
+    for _ in range(limit):
+        level = [
+            item
+            for parent in level
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], *, flush: bool = True) -> None:
     """Write a JSON object atomically, with sorted keys.
 
     Args:
         path: The file to write or to replace.
         content: The object.
+        flush: Whether to wait until the content is on the disk.
 
     Raises:
-        CheckpointError: If the file cannot be written.
+        CheckpointError: If the file cannot be written, or if the content cannot be expressed in JSON.
     """
     try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot write {path}: {describe(content)} is not JSON ({error})") from error
+    try:
+        with atomic_write(path, flush=flush) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kandinsky22.kernels.fingerprint import TensorFingerprint
 
@@ -39,6 +39,24 @@ def weights_digest(networks: Mapping[str, nn.Module]) -> str:
             digest.update(f"{component}.{name} {tuple(tensor.shape)}\n".encode())
             digest.update(values.tobytes())
     return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest over names, dtypes, shapes and evenly spread values of tensors.
+
+    Args:
+        tensors: Contiguous tensors by name.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, -(-flat.numel() // SAMPLES_PER_TENSOR))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="surrogatepass"))
+        digest.update(flat[::stride].to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def files_digest(files: Iterable[Path], min_bytes: int = 1) -> str | None:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from kandinsky22.checkpoints.atomic_files import open_regular_file
+from kandinsky22.checkpoints.load_arguments import check_hub_options, checked_flag
 from kandinsky22.errors import CheckpointError, MissingDependencyError, invalid
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT = 30.0  # seconds without a response
+MAX_CARD_BYTES = 2**20  # the front matter of a model card is at its beginning
 MODEL_NAMES = f"a folder, a Hub id such as 'owner/name', or {EMBEDDED!r}"
 
 SelectFiles: TypeAlias = Callable[[list[str]], Iterable[str]]
@@ -36,6 +39,7 @@ class CheckpointSource:
         token: Access token of the Hub, True for the stored one, False for none; None means the Hub client's default.
         local_files_only: Whether no network request is made and only cached files are used.
         embedded_subfolder: Folder of the embedded weights: "prior", "decoder", "inpaint" or "control".
+        force_download: Whether files are downloaded although they are in the cache.
     """
 
     name: str | os.PathLike[str]
@@ -44,10 +48,14 @@ class CheckpointSource:
     token: str | bool | None = None
     local_files_only: bool = False
     embedded_subfolder: str = "decoder"
+    force_download: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str | os.PathLike):
+        if not isinstance(self.name, str | os.PathLike) or not isinstance(os.fspath(self.name), str):
             raise invalid("pretrained_model_name_or_path", self.name, MODEL_NAMES)
+        check_hub_options(self.revision, self.cache_dir, self.token)
+        # None is the reference's default for False
+        object.__setattr__(self, "local_files_only", checked_flag("local_files_only", self.local_files_only))
 
     def fetch(self, select_files: SelectFiles) -> Path:
         """Return the checkpoint's folder, after downloading files if it is on the Hub.
@@ -65,7 +73,7 @@ class CheckpointSource:
         if os.path.isdir(self.name):
             return Path(self.name)
         if os.path.exists(self.name):
-            raise CheckpointError(f"{self.name} is a file; a model is {MODEL_NAMES}")
+            raise CheckpointError(f"{str(self.name)!r} is a file; a model is {MODEL_NAMES}")
         if not HUB_ID.fullmatch(str(self.name)):
             raise CheckpointError(
                 f"no model {str(self.name)!r}: no such folder exists, and it is not a Hub id such as 'owner/name'"
@@ -100,6 +108,7 @@ class CheckpointSource:
                 # An empty list of patterns would download everything.
                 allow_patterns=selected or ["nothing/at/all"],
                 local_files_only=selected is None,
+                force_download=self.force_download,
             )
         except Exception as error:  # the Hub client raises OSError, ValueError and its HTTP library's exceptions
             cause = connection_error or error
@@ -139,12 +148,12 @@ class CheckpointSource:
         folder = self.fetch(select_files=lambda names: [name for name in names if name == "README.md"])
         if card_prior := _prior_in_card(folder / "README.md"):
             relative = folder / card_prior
-            return replace(self, name=relative if relative.is_dir() else card_prior, revision=None)
+            return replace(self, name=relative if os.path.isdir(relative) else card_prior, revision=None)
         if os.path.isdir(self.name):
-            folder = folder.resolve()
+            folder = Path(os.path.realpath(folder))
             sibling = re.sub(r"(decoder|controlnet).*", "prior", folder.name)
             for candidate in (folder / "prior", folder.parent / "prior", folder.parent / sibling):
-                if (candidate / "model_index.json").is_file():
+                if os.path.isfile(candidate / "model_index.json"):
                     return replace(self, name=candidate)
         raise CheckpointError(
             f"{self.name} does not name the prior that belongs to it; pass prior= (a folder, a Hub id or a prior "
@@ -153,14 +162,30 @@ class CheckpointSource:
 
 
 def _prior_in_card(card: Path) -> str | None:
-    """First entry under `prior:` in a model card's front matter; None if there is none."""
+    """First entry under `prior:` in a model card's front matter; None if there is none.
+
+    Lines are read one by one: a pattern over the entire text takes quadratic time for hostile cards.
+    """
     try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        with open_regular_file(card) as file:
+            lines = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace").removeprefix("\ufeff").splitlines()
+    except OSError:
         return None
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    entry = re.search(r"^prior:\s*(?:-\s+)?\[?\s*['\"]?([^\s'\"\],]+)", front[1], re.MULTILINE) if front else None
-    return entry[1] if entry else None
+    if not lines or lines[0].rstrip() != "---":
+        return None
+    end = next((index for index, line in enumerate(lines) if index and line.startswith("---")), None)
+    front = lines[1:end] if end is not None else []
+    start = next((index for index, line in enumerate(front) if line.startswith("prior:")), None)
+    if start is None:
+        return None
+    values = [front[start].removeprefix("prior:").strip(), *(line.strip() for line in front[start + 1 :])]
+    value = next((text for text in values if text and not text.startswith("#")), "")
+    if value is not values[0] and not value.startswith("-"):
+        return None  # the next key
+    value = value.removeprefix("- ").strip().removeprefix("[").strip()
+    quote = value[:1] if value[:1] in ("'", '"') else ""
+    entry = value[1:].split(quote)[0] if quote else re.split(r"[\s,\]]", value, maxsplit=1)[0]
+    return entry or None
 
 
 def embedded_folder(subfolder: str) -> Path:
@@ -187,8 +212,8 @@ def embedded_fallback_folder(component_folder: Path) -> Path | None:
     Returns:
         The folder of the decoder's component of the same name; None outside the embedded model.
     """
-    weights = _embedded_weights().resolve()
-    is_embedded = component_folder.resolve().parent.parent == weights
+    weights = Path(os.path.realpath(_embedded_weights()))  # unlike Path.resolve, survives loops of links
+    is_embedded = Path(os.path.realpath(component_folder)).parent.parent == weights
     return weights / "decoder" / component_folder.name if is_embedded else None
 
 
@@ -207,6 +232,8 @@ def model_folder(source: CheckpointSource, subfolder: str | None, select_files: 
     Raises:
         CheckpointError: If the checkpoint does not exist, or does not have the subfolder.
     """
+    if subfolder is not None and not isinstance(subfolder, str):
+        raise invalid("subfolder", subfolder, "the name of a folder in the checkpoint, or None")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     if source.name == EMBEDDED and subfolder and not (embedded_folder(source.embedded_subfolder) / subfolder).is_dir():
         source = replace(source, embedded_subfolder="prior")
@@ -216,7 +243,7 @@ def model_folder(source: CheckpointSource, subfolder: str | None, select_files: 
         return [prefix + name for name in select_files(relative_names)]
 
     folder = source.fetch(select_in_subfolder)
-    if subfolder and not (folder / subfolder).is_dir():
-        subfolders = ", ".join(sorted(path.parent.name for path in folder.glob("*/*.json"))) or "none"
+    if subfolder and not os.path.isdir(folder / subfolder):
+        subfolders = ", ".join(sorted({path.parent.name for path in folder.glob("*/*.json")})) or "none"
         raise CheckpointError(f"no folder {subfolder!r} in {folder}; its component folders: {subfolders}")
     return folder / subfolder if subfolder else folder

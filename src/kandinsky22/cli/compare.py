@@ -7,21 +7,22 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
-from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.cli import generate, options
-from kandinsky22.cli.console import Console
-from kandinsky22.cli.image_files import check_writable, save_png
+from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.image_files import EXTENSIONS, PNG, find_format
 from kandinsky22.cli.inputs import InputImages
 from kandinsky22.cli.loading import Networks, load_networks, prepare_networks
-from kandinsky22.cli.recipe import Recipe, save_png_with_recipe
+from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension
+from kandinsky22.cli.recipe import Recipe
 from kandinsky22.cli.request import Request, read_request
-from kandinsky22.cli.run import report_model
+from kandinsky22.cli.run import ImageSaver, report_model
 from kandinsky22.cli.sheets import RowLabel, Sheet, render_sheet
 from kandinsky22.errors import InputError
 
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SCHEDULERS, DEFAULT_STEPS = "dpm,unipc,ddim,euler-ancestral,ddpm", "2,4,8,25"
 PRIOR_CLASS, DECODER_CLASS = "KandinskyV22PriorPipeline", "KandinskyV22Pipeline"
+NO_IMAGES = generate.DecoderImages({})
 PUBLISHED_MODEL = "kandinsky-community/kandinsky-2-2-decoder"
+TABLE_COLUMNS = ("scheduler", "steps", "guidance", "seconds", "evaluations", "row", "column", "file")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -51,25 +54,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="description of the images")
+    parser.add_argument("prompt", metavar="PROMPT", help=f"description of the images{options.TEXT_SOURCES}")
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        default=Path("compare.png"),
-        help="a .png file (default: compare.png)",
-    )
+    options.add_output_options(group, "compare.png")
     group.add_argument(
         "--pictures", action="store_true", help="also save each image of the grid as a file with its recipe"
     )
-    group.add_argument(
-        "-q", "--quiet", action="store_true", help="print no progress and no notes, only errors and paths"
-    )
     options.add_grid_options(parser, DEFAULT_SCHEDULERS, DEFAULT_STEPS)
     options.add_model_options(parser)
-    parser.set_defaults(run=run, source=None, count=None)
+    parser.set_defaults(run=run, fail=parser.error, source=None, count=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +74,17 @@ class Cell:
         column: Column in the grid, from 1.
         request: Settings of the command with this cell's scheduler, steps and guidance scale.
         scheduler: The scheduler.
-        path: File of the cell's image for `--pictures`.
     """
 
     row: int
     column: int
     request: Request
     scheduler: Any
-    path: Path
+
+    @property
+    def output_name(self) -> OutputName:
+        """Name of the file of the cell's image for `--pictures`."""
+        return OutputName(f"-{self.row}-{self.column}")
 
     @property
     def scheduler_name(self) -> str:
@@ -127,11 +123,23 @@ def run(args: argparse.Namespace) -> None:
         NanError: If a cell contains NaN; all other files are saved before, unless every cell contains NaN.
         OSError: If a file cannot be read or written.
     """
-    console, inputs = Console(quiet=args.quiet), InputImages(None)
-    request, table_path = read_request(args, None, inputs), args.output.with_suffix(".csv")
-    check_writable([args.output])
-    if table_path.is_dir():
-        raise InputError(f"{table_path} is a folder, but the table is written there; choose another output with -o")
+    with contextlib.ExitStack() as stack:
+        if args.quiet:
+            stack.enter_context(silenced_libraries())
+        _run(args, Console(quiet=args.quiet))
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    inputs = InputImages(None)
+    if len(args.seed or ()) > 1:
+        args.fail("--seed takes one seed here: all images are generated from the same noise")
+    output = Path("compare.png") if args.output is None else args.output
+    check_extension(output, EXTENSIONS)
+    request = read_request(args, None, inputs)
+    cell_names = _cell_names(args) if args.pictures else []
+    files = OutputFiles(output, [*cell_names, GRID, TABLE], force=args.force, inputs=inputs.paths)
+    if not args.force and files.path(GRID) != output:
+        console.note(f"{output} or a file with its name exists; the grid will be {files.path(GRID)}")
     report_model(PUBLISHED_MODEL, request, console)
 
     networks = load_networks(request, prior_class=PRIOR_CLASS, decoder_class=DECODER_CLASS)
@@ -139,9 +147,9 @@ def run(args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(disable=True)
     request = generate.with_model_defaults(request, networks)
     cells = _grid_cells(args, request, networks)
-    if args.pictures:
-        check_writable([cell.path for cell in cells])
     recipe = generate.build_recipe("generate", request, networks)
+    saver = ImageSaver(files, find_format(output) or PNG, with_recipes=args.recipe)
+    saver.check(recipe, request)
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
     console.note(f"{len(cells)} images, seed {request.seeds[0]}")
 
@@ -149,17 +157,35 @@ def run(args: argparse.Namespace) -> None:
     errors = [result.error for result in results if result.error is not None]
     if len(errors) == len(results):
         raise errors[0]
+    saved: dict[OutputName, str] = {}
     for result in results if args.pictures else ():
         if result.image is not None:
-            save_png_with_recipe(result.image, result.cell.path, _cell_recipe(recipe, result.cell, result.image))
-            print(result.cell.path, flush=True)
-    save_png(render_sheet(_grid_sheet(results, recipe)), args.output, _grid_text_chunks(results, recipe))
-    print(args.output, flush=True)
-    with atomic_write(table_path) as temporary:
-        temporary.write_text(_csv_table(results, with_files=args.pictures), encoding="utf-8")
-    print(table_path, flush=True)
+            cell_recipe = _cell_recipe(recipe, result.cell, result.image)
+            path = saver.save(result.image, result.cell.output_name, cell_recipe.texts())
+            saved[result.cell.output_name] = "" if path is None else path.name
+    saver.save(render_sheet(_grid_sheet(results, recipe)), GRID, _grid_texts(results, recipe))
+    if (path := files.write(TABLE, _csv_table(results, saved).encode())) is not None:
+        print_path(path)
     if errors:
         raise generate.NanError(f"{len(errors)} of {len(results)} cells are marked NaN; the first: {errors[0]}")
+
+
+def _check_table(path: Path) -> None:
+    """Raise an error unless a file is a table of this command, which `--force` may replace."""
+    header = ",".join(TABLE_COLUMNS).encode() + b"\n"
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise InputError(f"{path} is not a table of kandinsky22 compare and is not replaced; choose another -o")
+
+
+GRID, TABLE = OutputName(), OutputName(extension=".csv", check_existing=_check_table)
+
+
+def _cell_names(args: argparse.Namespace) -> list[OutputName]:
+    """Return the names of the files of all cells."""
+    row_count = len(args.grid_guidance or (None,)) * len(args.grid_scheduler)
+    positions = itertools.product(range(1, row_count + 1), range(1, len(args.grid_steps) + 1))
+    return [OutputName(f"-{row}-{column}") for row, column in positions]
 
 
 def _grid_cells(args: argparse.Namespace, request: Request, networks: Networks) -> list[Cell]:
@@ -177,8 +203,7 @@ def _grid_cells(args: argparse.Namespace, request: Request, networks: Networks) 
             scheduler = make_scheduler(name, networks.decoder.scheduler.config, {})
             scheduler.set_timesteps(steps)
             cell_request = dataclasses.replace(request, scheduler=name, steps=steps, guidance=scale)
-            path = args.output.with_name(f"{args.output.stem}-{row}-{column}.png")
-            cells.append(Cell(row=row, column=column, request=cell_request, scheduler=scheduler, path=path))
+            cells.append(Cell(row=row, column=column, request=cell_request, scheduler=scheduler))
     return cells
 
 
@@ -194,7 +219,7 @@ def _generate_cells(
     generator = torch.Generator().manual_seed(request.seeds[0])
     embeddings = generate.run_prior(networks.prior, request, inputs, generator)
     state_after_prior = generator.get_state()
-    _warm_up(networks, inputs, cells, embeddings, generator)
+    _warm_up(networks, cells, embeddings, generator)
     decoder = networks.decoder
     results: list[CellResult] = []
     for number, cell in enumerate(cells, start=1):
@@ -203,7 +228,7 @@ def _generate_cells(
         image, error = None, None
         start = time.perf_counter()
         try:
-            image = generate.run_decoder(decoder, cell.request, inputs, embeddings, generator)
+            image = generate.run_decoder(decoder, cell.request, NO_IMAGES, embeddings, generator)
         except generate.NanError as nan_error:
             error = nan_error
         seconds = time.perf_counter() - start
@@ -216,7 +241,6 @@ def _generate_cells(
 
 def _warm_up(
     networks: Networks,
-    inputs: InputImages,
     cells: Sequence[Cell],
     embeddings: KandinskyPriorPipelineOutput,
     generator: torch.Generator,
@@ -227,7 +251,7 @@ def _warm_up(
         networks.decoder.scheduler = cell.scheduler
         one_step = dataclasses.replace(cell.request, steps=1)
         with contextlib.suppress(generate.NanError):
-            generate.run_decoder(networks.decoder, one_step, inputs, embeddings, generator)
+            generate.run_decoder(networks.decoder, one_step, NO_IMAGES, embeddings, generator)
 
 
 def _cell_recipe(recipe: Recipe, cell: Cell, image: Image) -> Recipe:
@@ -274,22 +298,22 @@ def _caption(result: CellResult) -> str:
     return f"{'NaN, ' if result.image is None else ''}{result.seconds:.2f} s{evaluations}"
 
 
-def _grid_text_chunks(results: Sequence[CellResult], recipe: Recipe) -> dict[str, str]:
-    """Return the text chunks of the grid's PNG file: a description, because a grid has more than one recipe."""
+def _grid_texts(results: Sequence[CellResult], recipe: Recipe) -> dict[str, str]:
+    """Return the texts of the grid's file: a description, because a grid has more than one recipe."""
     lines = [f"{recipe.prompt}, seed {recipe.seeds[0]}, model {recipe.model}, digest {recipe.model_digest}"]
     lines += [f"{name}: {value}" for name, value in recipe.approximations().items()]
-    description = "\n".join([*lines, _csv_table(results, with_files=False)])
+    description = "\n".join([*lines, _csv_table(results, {})])
     return {"Description": description, "Software": f"kandinsky22 {__version__}"}
 
 
-def _csv_table(results: Sequence[CellResult], *, with_files: bool) -> str:
+def _csv_table(results: Sequence[CellResult], files: Mapping[OutputName, str]) -> str:
     """Return the table, one line per cell; the column `file` is empty for images that are not saved."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["scheduler", "steps", "guidance", "seconds", "evaluations", "row", "column", "file"])
+    writer.writerow(TABLE_COLUMNS)
     for result in results:
         cell, request = result.cell, result.cell.request
-        file = cell.path.name if with_files and result.image is not None else ""
+        file = files.get(cell.output_name, "")
         settings = [request.scheduler, request.steps, f"{request.guidance:g}"]
         writer.writerow([*settings, f"{result.seconds:.4f}", result.evaluations, cell.row, cell.column, file])
     return text.getvalue()

@@ -1,8 +1,18 @@
-"""Messages on stderr; stdout is reserved for the paths of finished files."""
+"""Messages on stderr and paths of finished files on stdout. Text from users and files cannot control the terminal."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.errors import printable
 
 
 class Console:
@@ -20,15 +30,110 @@ class Console:
         """Print a line.
 
         Args:
-            message: The text.
+            message: The text. Control characters are escaped.
         """
         if not self._quiet:
-            print(f"kandinsky22: {message}", file=sys.stderr)
+            print_message(f"kandinsky22: {message}")
 
     def warn(self, message: str) -> None:
         """Print a line that begins with "warning:".
 
         Args:
-            message: The text.
+            message: The text. Control characters are escaped.
         """
         self.note(f"warning: {message}")
+
+
+@contextlib.contextmanager
+def silenced_libraries() -> Iterator[None]:
+    """Context in which no library warns, logs or shows progress bars: only errors of the command are printed."""
+    variables = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    previous = {name: os.environ.get(name) for name in variables}
+    disabled_level = logging.root.manager.disable
+    os.environ.update(variables)
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled_level)
+        for name, value in previous.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def print_message(message: str) -> None:
+    """Print one line on stderr, with control characters escaped. A stderr that cannot be written to is ignored.
+
+    Args:
+        message: The text.
+    """
+    with contextlib.suppress(OSError):
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def print_path(path: Path) -> None:
+    """Print the path of a finished file on stdout.
+
+    Programs that read stdout receive the bytes of the path, terminals a printable text.
+
+    Args:
+        path: The path.
+    """
+    buffer = getattr(sys.stdout, "buffer", None)
+    if sys.stdout.isatty() or buffer is None or os.name == "nt":
+        print(printable(str(path)), flush=True)
+        return
+    sys.stdout.flush()
+    buffer.write(os.fsencode(path) + b"\n")
+    buffer.flush()
+
+
+@contextlib.contextmanager
+def safe_messages() -> Iterator[None]:
+    """Context in which log records and warnings of any library are printed as one line of printable text.
+
+    Outside of it, the process logs and warns as before. On entry, missing standard streams are replaced by the null
+    device, and characters that the encoding of stdout or stderr lacks become escapes.
+    """
+    _repair_streams()
+    factory = logging.getLogRecordFactory()
+
+    class PrintableRecord(logging.LogRecord):
+        """Log record whose message is one line of printable text."""
+
+        def getMessage(self) -> str:
+            """Return the message with its arguments."""
+            return printable(super().getMessage())
+
+    logging.setLogRecordFactory(PrintableRecord)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logging.setLogRecordFactory(factory)
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *details: Any) -> None:
+    """Print a warning without the line of source code that caused it."""
+    print_message(f"kandinsky22: warning: {message}")
+
+
+def _repair_streams() -> None:
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Otherwise, the next opened file gets this number, and other libraries would write messages into it.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # open until the process ends
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

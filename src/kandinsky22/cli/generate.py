@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kandinsky22.cli.canvas import Canvas, crop_around_mask, decoder_size, extend
 from kandinsky22.cli.inputs import InputImages
 from kandinsky22.cli.loading import Networks, hardware_name, model_digest, software_versions
 from kandinsky22.cli.recipe import MixtureItem, Recipe
@@ -39,6 +42,27 @@ DECODER_ARGUMENTS = {
 DECODER_IMAGES = {"image": "image", "mask": "mask_image", "hint": "hint"}
 
 
+@dataclasses.dataclass(frozen=True)
+class DecoderImages:
+    """The images that the decoder receives, and what becomes of its result.
+
+    Attributes:
+        arguments: Images by name of the pipeline's argument.
+        canvas: Canvas of inpainting with `--extend` or `--crop`; None if the result is saved as it is.
+    """
+
+    arguments: Mapping[str, Image]
+    canvas: Canvas | None = None
+
+    def finish(self, result: Image) -> Image:
+        """Return the image that is saved.
+
+        Args:
+            result: Result of the decoder.
+        """
+        return result if self.canvas is None else self.canvas.finish(result)
+
+
 class NanError(KandinskyError):
     """The result of a stage contains NaN."""
 
@@ -54,14 +78,19 @@ def with_model_defaults(request: Request, networks: Networks) -> Request:
     """
     values = {}
     for pipe, arguments in ((networks.prior, PRIOR_ARGUMENTS), (networks.decoder, DECODER_ARGUMENTS)):
-        parameters = _call_parameters(pipe)
+        parameters = call_parameters(pipe)
         for field, argument in arguments.items():
             if getattr(request, field) is None and argument in parameters:
                 values[field] = pipe.generation_defaults.get(argument, parameters[argument].default)
     return dataclasses.replace(request, **values)
 
 
-def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    """Return the arguments that a pipeline's call accepts, by name.
+
+    Args:
+        pipe: Pipeline of the prior or the decoder.
+    """
     return dict(inspect.signature(pipe.__call__).parameters)
 
 
@@ -75,8 +104,10 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
     """
     from kandinsky22.runtime.device import dtype_name
 
-    requested = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    uses_image_encoder = request.prompt is None or "image" in _call_parameters(networks.prior)
+    recorded = {field.name for field in dataclasses.fields(Recipe)}
+    fields = [field.name for field in dataclasses.fields(request) if field.name in recorded]
+    requested = {name: getattr(request, name) for name in fields}
+    uses_image_encoder = request.prompt is None or "image" in call_parameters(networks.prior)
     resolved = {
         "command": command,
         "model_digest": model_digest(networks.combined, with_image_encoder=uses_image_encoder),
@@ -109,7 +140,7 @@ def run_prior(
     Raises:
         NanError: If an embedding contains NaN.
     """
-    parameters = _call_parameters(prior)
+    parameters = call_parameters(prior)
     options = {
         argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
     }
@@ -130,10 +161,58 @@ def run_prior(
     return embeddings
 
 
+def steps_after_strength(pipe: Any, steps: int, strength: float) -> int:
+    """Return the number of network evaluations that remain of a denoising process.
+
+    Args:
+        pipe: Pipeline of the prior or the decoder.
+        steps: Number of steps of the whole process.
+        strength: Fraction of the steps that run, from 0 to 1.
+
+    Raises:
+        InputError: If the scheduler does not support this number of steps.
+    """
+    from kandinsky22.sampling.scheduler_adapter import TimestepSchedule
+
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    return len(TimestepSchedule(scheduler, scheduler.timesteps).after_strength(strength).timesteps)
+
+
+def prepare_images(decoder: Any, request: Request, inputs: InputImages) -> DecoderImages:
+    """Return the images that the decoder receives: those of the command, extended or cropped as requested.
+
+    Args:
+        decoder: Decoder pipeline.
+        request: Settings of the command with width and height.
+        inputs: The opened input images.
+
+    Raises:
+        InputError: If a mask is black everywhere and the image is cropped around it.
+    """
+    parameters = call_parameters(decoder)
+    images = {
+        field: inputs.images[record]
+        for field, argument in DECODER_IMAGES.items()
+        if argument in parameters and (record := getattr(request, field)) is not None
+    }
+    canvas = None
+    if request.extend is not None:
+        canvas = extend(images["image"], images.get("mask"), request.extend, decoder.movq_scale_factor**2)
+    elif request.crop is not None:
+        canvas = Canvas(images["image"], images["mask"])
+    if request.crop is not None and canvas is not None:
+        size = decoder_size(decoder, request.width or decoder.default_size, request.height or decoder.default_size)
+        canvas = crop_around_mask(canvas, size, request.crop)
+    if canvas is not None:
+        images |= {"image": canvas.image, "mask": canvas.mask}
+    return DecoderImages({DECODER_IMAGES[field]: image for field, image in images.items()}, canvas)
+
+
 def run_decoder(
     decoder: Any,
     request: Request,
-    inputs: InputImages,
+    images: DecoderImages,
     embeddings: KandinskyPriorPipelineOutput,
     generator: torch.Generator,
 ) -> Image:
@@ -145,7 +224,7 @@ def run_decoder(
     Args:
         decoder: Decoder pipeline.
         request: Settings of the command, from `with_model_defaults`.
-        inputs: The opened input images.
+        images: Result of `prepare_images`.
         embeddings: Result of `run_prior`.
         generator: Source of the noise.
 
@@ -154,14 +233,9 @@ def run_decoder(
     """
     from kandinsky22.inputs.images import array_to_pil
 
-    parameters = _call_parameters(decoder)
+    parameters = call_parameters(decoder)
     options = {
         argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
-    }
-    options |= {
-        argument: inputs.images[getattr(request, field)]
-        for field, argument in DECODER_IMAGES.items()
-        if argument in parameters
     }
     pixels = decoder(
         image_embeds=embeddings.image_embeds,
@@ -169,9 +243,10 @@ def run_decoder(
         generator=generator,
         output_type="np",
         **options,
+        **images.arguments,
     ).images
     _check_not_nan(pixels, decoder, request.steps)
-    return array_to_pil(pixels)[0]
+    return images.finish(array_to_pil(pixels)[0])
 
 
 def _check_not_nan(values: Any, pipe: Any, steps: int | None) -> None:

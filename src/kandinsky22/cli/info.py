@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from kandinsky22.cli.recipe import read_recipe
+from kandinsky22.errors import printable
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,14 +35,24 @@ def run(args: argparse.Namespace) -> None:
         args: Parsed command line with `image` and `json`.
 
     Raises:
-        InputError: If the file is not an image or contains no readable recipe.
-        OSError: If the file cannot be opened.
+        InputError: If the file cannot be opened, is not an image or contains no readable recipe.
     """
     recipe = read_recipe(args.image)
     if args.json:
-        print(recipe.to_json())
+        print(_printable_json(recipe.to_json()))
         return
     entries = recipe.summary()
     width = max(len(name) for name, _ in entries)
     for name, value in entries:
-        print(f"{name:<{width}}  {value}")
+        line_breaks_escaped = value.replace("\r", "\\r").replace("\n", "\\n")
+        print(f"{name:<{width}}  {printable(line_breaks_escaped)}")
+
+
+def _printable_json(text: str) -> str:
+    """Return equal JSON, with escapes for characters that control terminals or that stdout's encoding lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def is_safe(character: str) -> bool:
+        return character.isprintable() and character.encode(encoding, "ignore") != b""
+
+    return "".join(character if is_safe(character) else json.dumps(character)[1:-1] for character in text)

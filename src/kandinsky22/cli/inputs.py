@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kandinsky22.cli.recipe import InputFile
+from kandinsky22.cli.standard_input import STDIN, StandardInput
 from kandinsky22.errors import InputError, invalid
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class InputImages:
         images: Opened images, upright, by record.
         paths: Paths of the opened files.
         changes: Messages about files that differ from the recipe's record.
+        stdin: Standard input, for images named "-" and texts.
     """
 
     def __init__(self, recipe_source: Path | None) -> None:
@@ -35,6 +37,7 @@ class InputImages:
             recipe_source: Image file whose recipe is repeated, or None.
         """
         self._recipe_source = recipe_source
+        self.stdin = StandardInput()
         self.images: dict[InputFile, Image] = {}
         self.paths: list[Path] = []
         self.changes: list[str] = []
@@ -44,7 +47,7 @@ class InputImages:
 
         Args:
             name: Name of the option without dashes, for error messages.
-            path: The image file.
+            path: The image file; "-" is standard input.
 
         Returns:
             The file's record.
@@ -53,7 +56,24 @@ class InputImages:
             InputError: If the file is not a readable image.
             OSError: If the file cannot be opened.
         """
-        return self._open(name, path, check_text(name, str(path)))
+        check_text(name, str(path))
+        content = self.stdin.read(name) if str(path) == STDIN else self._read(name, path)
+        return self._open(name, path, content, str(path))
+
+    def read_text(self, name: str, value: str) -> str:
+        """Return a text of the command line, see `StandardInput.read_text`.
+
+        Args:
+            name: Name of the option without dashes, for error messages.
+            value: Value on the command line.
+
+        Raises:
+            InputError: If a file or standard input is not a text.
+        """
+        text = self.stdin.read_text(name, value)
+        if value.startswith("@") and not value.startswith("@@"):
+            self.paths.append(Path(value[1:]))
+        return text
 
     def open_recorded(self, name: str, record: InputFile) -> InputFile:
         """Open an image that the recipe names.
@@ -71,6 +91,10 @@ class InputImages:
             InputError: If the file is missing or is not a readable image.
             OSError: If the file cannot be opened.
         """
+        if record.name == STDIN:
+            raise InputError(
+                f"{self._recipe_source} was generated from an image on standard input; pass that image with --{name}"
+            )
         source_folder = Path() if self._recipe_source is None else self._recipe_source.parent
         recorded_path = Path(record.name)
         candidates = dict.fromkeys((recorded_path, source_folder / recorded_path, source_folder / recorded_path.name))
@@ -80,25 +104,33 @@ class InputImages:
                 f"{self._recipe_source} was generated from {recorded_path}, which is missing; restore the file or pass "
                 "another one"
             )
-        path = next((path for path in existing if _sha256(path) == record.sha256), existing[0])
-        current = self._open(name, path, record.name)
+        contents = {path: self._read(name, path) for path in existing}
+        path = next((path for path, content in contents.items() if _sha256(content) == record.sha256), existing[0])
+        current = self._open(name, path, contents[path], record.name)
         if current != record:
             self.changes.append(f"{path} has changed")
         return current
 
-    def _open(self, name: str, path: Path, recorded_name: str) -> InputFile:
-        from kandinsky22.inputs.images import convert_mode, open_image
+    def _read(self, name: str, path: Path) -> bytes:
+        """Return the content of a file or a pipe, which can be read only once."""
+        from kandinsky22.inputs.sources import read_bytes
 
-        record = InputFile(recorded_name, _sha256(path))
-        image = open_image(name, str(path))
+        self.paths.append(path)
+        return read_bytes(name, str(path))
+
+    def _open(self, name: str, path: Path, content: bytes, recorded_name: str) -> InputFile:
+        from kandinsky22.inputs.images import convert_mode
+        from kandinsky22.inputs.sources import decode_image
+
+        record = InputFile(recorded_name, _sha256(content))
+        image = decode_image(name, content, str(path))
         convert_mode(name, image)  # raises InputError now if the image cannot be converted to RGB later
         self.images[record] = image
-        self.paths.append(path)
         return record
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_text(name: str, text: str) -> str:

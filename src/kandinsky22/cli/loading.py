@@ -57,7 +57,7 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
 
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, device)
-    model = request.model
+    model = request.model_location
     _check_quantization(request.quantize, dtype, device)
     if model == EMBEDDED:
         _use_one_thread()
@@ -66,7 +66,7 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
     decoder = decoder_type.from_pretrained(model, torch_dtype=dtype)
     set_scheduler(decoder, request.scheduler, request.scheduler_settings)
     # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
-    components = decoder.components | ({} if request.prior is None else {"prior": request.prior})
+    components = decoder.components | ({} if request.prior is None else {"prior": request.prior_location})
     combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
     prior_dim, decoder_dim = combined.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
     if prior_dim != decoder_dim:

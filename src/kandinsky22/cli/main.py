@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from kandinsky22 import __version__
 from kandinsky22.cli import compare, info
+from kandinsky22.cli.console import print_message, safe_messages
+from kandinsky22.cli.failures import failure_message
 from kandinsky22.cli.modes import MODES
+from kandinsky22.cli.options import join_values
 from kandinsky22.cli.run import run_mode
-from kandinsky22.errors import KandinskyError
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -21,13 +24,23 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 class Parser(argparse.ArgumentParser):
     """Argument parser whose usage errors are one line, like every other error of the command."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line in which options with several values may stand before the prompt.
+
+        Args:
+            args: Arguments without the program name; None reads those of the process.
+            namespace: Object that receives the values; None creates one.
+        """
+        return super().parse_known_args(join_values(sys.argv[1:] if args is None else args), namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print a usage error in one line to stderr and exit with code 2.
 
         Args:
             message: Description of the error.
         """
-        self.exit(EXIT_USAGE, f"kandinsky22: error: {message} (see: {self.prog} --help)\n")
+        print_message(f"kandinsky22: error: {message} (see: {self.prog} --help)")
+        self.exit(EXIT_USAGE)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,24 +69,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 1 for an error (reported in one line on stderr), 130 for an interrupt. argparse exits with code 2
         for an invalid command line.
     """
-    args = build_parser().parse_args(argv)
-    _hide_import_warnings_of_torchao()
+    with safe_messages():
+        args = build_parser().parse_args(argv)
+        _hide_import_warnings_of_torchao()
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a subcommand and return the exit code."""
     try:
         args.run(args)
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader of stdout is gone (`| head`). The interpreter flushes stdout at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return EXIT_ERROR
     except KeyboardInterrupt:
         return _report("interrupted", EXIT_INTERRUPTED)
-    except (KandinskyError, OSError, MemoryError) as error:
-        return _report(_one_line(error), EXIT_ERROR)
-    except RuntimeError as error:
-        # torch's exception class is compared by name, because this module must not import torch.
-        if type(error).__name__ != "OutOfMemoryError":
+    except Exception as error:
+        if (message := failure_message(error)) is None:
             raise
-        return _report("out of memory on the device; try a smaller --size, --dtype float16 or --device cpu", EXIT_ERROR)
+        _discard_stdout()  # if it cannot be written to (a full disk), the flush at exit must not fail again
+        return _report(message, EXIT_ERROR)
     return EXIT_OK
+
+
+def _discard_stdout() -> None:
+    """Redirect stdout to the null device if it cannot be written to."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _hide_import_warnings_of_torchao() -> None:
@@ -87,12 +114,6 @@ def _hide_import_warnings_of_torchao() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _report(message: str, exit_code: int) -> int:
-    print(f"kandinsky22: error: {message}", file=sys.stderr)
+    print_message(f"kandinsky22: error: {message}")
     return exit_code

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kandinsky22.cli import options
+from kandinsky22.cli.limits import MAX_IMAGES
 from kandinsky22.cli.request import Request
 
 PRIOR, PRIOR_EMB2EMB = "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"
@@ -27,6 +28,7 @@ class Mode:
         required: Required settings by field of `Request`, as error messages call them.
         decoder_class: Function from the request to the name of the decoder's pipeline class.
         prior_class: Function from the request to the name of the prior's pipeline class.
+        alternatives: Required settings that another setting replaces: field to field of the other one.
         depends_on: Options that have an effect only with another option: name to name of the other one.
         base_images: Options of the images that the result is generated over, pixel on pixel. The first one that is set
             determines the default size.
@@ -41,6 +43,7 @@ class Mode:
     required: Mapping[str, str]
     decoder_class: Callable[[Request], str]
     prior_class: Callable[[Request], str] = lambda request: PRIOR
+    alternatives: Mapping[str, str] = dataclasses.field(default_factory=dict)
     depends_on: Mapping[str, str] = dataclasses.field(default_factory=dict)
     base_images: tuple[str, ...] = ()
     published_model: str = "kandinsky-community/kandinsky-2-2-decoder"
@@ -72,7 +75,12 @@ class Mode:
             metavar="FILE",
             help="repeat the recipe of this image; other options override it",
         )
-        options.add_output_options(parser)
+        output = parser.add_argument_group("output")
+        output.add_argument(
+            "-n", type=options.integer(1, MAX_IMAGES), dest="count", metavar="N", help="number of images (default: 1)"
+        )
+        default = "picture.png; with --from, the repeated file's name with -again"
+        options.add_output_options(output, default)
         options.add_sampling_options(parser)
         options.add_model_options(parser)
         parser.set_defaults(run=lambda args: run(self, args), fail=parser.error)
@@ -85,7 +93,7 @@ class Mode:
             fail: Function that reports a usage error and exits.
         """
         for field, label in self.required.items():
-            if getattr(request, field) is None:
+            if getattr(request, field) is None and getattr(request, self.alternatives.get(field, field)) is None:
                 fail(f"{label} is required, unless --from names an image whose recipe is repeated")
         for name, other in self.depends_on.items():
             if getattr(request, name) is not None and getattr(request, other) is None:
@@ -113,6 +121,20 @@ def _add_inpaint_inputs(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         help="copy the preserved pixels from the image, exactly; otherwise the decoder reproduces them closely",
     )
+    group.add_argument(
+        "--crop",
+        type=options.integer(0),
+        metavar="PADDING",
+        help="repaint only the part around the mask, with PADDING pixels around it "
+        f"(default: {options.DEFAULT_CROP_PADDING}), and keep the image's own size and all its other pixels",
+    )
+    group.add_argument("--no-crop", dest="crop", action="store_false", default=None, help="repaint the entire image")
+    group.add_argument(
+        "--extend",
+        type=options.pixel_margins,
+        metavar="L,T,R,B",
+        help="add margins to the left, top, right and bottom, in pixels, and paint them",
+    )
 
 
 def _add_control_inputs(group: argparse._ArgumentGroup) -> None:
@@ -124,7 +146,9 @@ def _add_control_inputs(group: argparse._ArgumentGroup) -> None:
 
 def _add_variations_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("image", nargs="?", type=options.image_path, metavar="IMAGE", help="image to vary")
-    group.add_argument("--prompt", metavar="TEXT", help="description towards which the variations are moved")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help=f"description towards which the variations are moved{options.TEXT_SOURCES}"
+    )
     options.add_strength(group, "with --prompt, how far: 0 not at all, 1 until little of the image is left")
 
 
@@ -156,7 +180,8 @@ MODES = (
         description="Repaint the part of an image that is white in a mask.",
         example='"a green triangle" --image photo.png --mask mask.png --keep-pixels -o repainted.png',
         add_inputs=_add_inpaint_inputs,
-        required=PROMPT | IMAGE | {"mask": "--mask"},
+        required=PROMPT | IMAGE | {"mask": "--mask or --extend"},
+        alternatives={"mask": "extend"},
         decoder_class=lambda request: "KandinskyV22InpaintPipeline",
         base_images=("image", "mask"),
         published_model="kandinsky-community/kandinsky-2-2-decoder-inpaint",

@@ -9,10 +9,11 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kandinsky22.cli.limits import MAX_SEED, MAX_SIDE, MAX_STEPS, SIZE_LIMITS, is_allowed_size
 from kandinsky22.errors import describe
 from kandinsky22.sampling.presets import PRESETS
 
@@ -34,10 +35,10 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "unclip": "UnCLIPScheduler",
 }
+DEFAULT_CROP_PADDING = 32  # pixels around the mask
+TEXT_SOURCES = "; - reads standard input, @FILE a file, @@ begins a text with @"
 # Repeats kandinsky22.runtime.quantize.KINDS: importing that module would import torch.
 QUANTIZATION_KINDS = ("int8", "int8-dynamic", "int4")
-# torch accepts seeds below 2**64. The limit leaves room for the consecutive seeds of a series.
-MAX_SEED = 2**63 - 1
 
 
 def _invalid(value: object, expected: str, advice: str | None = None) -> argparse.ArgumentTypeError:
@@ -116,12 +117,15 @@ def image_size(text: str) -> tuple[int, int]:
         text: The size as WIDTHxHEIGHT; both sides are at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: If the text has another form.
+        argparse.ArgumentTypeError: If the text has another form, or if the size is beyond a limit of the command.
     """
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,99})[xX](\d{1,99})", text.strip())
     if match is None or not all(int(side) for side in match.groups()):
         raise _invalid(text, "WIDTHxHEIGHT in pixels, such as 512x768")
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if not is_allowed_size(width, height):
+        raise _invalid(text, SIZE_LIMITS)
+    return width, height
 
 
 def scheduler_class(text: str) -> str:
@@ -213,13 +217,73 @@ class _AppendMixtureOption(argparse.Action):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), item])
 
 
+def seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds of one option.
+
+    Args:
+        text: Seeds separated by commas, as `join_values` writes them.
+
+    Raises:
+        argparse.ArgumentTypeError: If a seed is not an integer in range, or is repeated.
+    """
+    values = tuple(integer(0, MAX_SEED)(part) for part in text.split(","))
+    if len(set(values)) < len(values):
+        raise _invalid(text, "different seeds")
+    return values
+
+
+def join_values(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which ``--seed 1 2`` is ``--seed 1,2`` and ``--crop`` has a value.
+
+    argparse would take a prompt that follows such an option as one of its values.
+
+    Args:
+        arguments: The command line.
+    """
+    result: list[str] = []
+    follows_seed = needs_value = False
+    for position, argument in enumerate(arguments):
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument == "--":
+            return [*result, *arguments[position:]]
+        if argument == "--crop" and not following.lstrip("-").isdecimal():
+            argument = f"--crop={DEFAULT_CROP_PADDING}"
+        if argument == "--seed" or argument.startswith("--seed="):
+            follows_seed, needs_value = True, argument == "--seed"
+        elif follows_seed and not needs_value and argument.isdecimal():
+            result[-1] += f",{argument}"
+            continue
+        else:
+            follows_seed, needs_value = follows_seed and needs_value, False
+        result.append(argument)
+    return result
+
+
+def pixel_margins(text: str) -> tuple[int, ...]:
+    """Return left, top, right and bottom margin in pixels.
+
+    Args:
+        text: The margins, separated by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text has another form.
+    """
+    expected = f"LEFT,TOP,RIGHT,BOTTOM in pixels, each at most {MAX_SIDE}, such as 0,0,256,0"
+    if re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*){3}", text) is None:
+        raise _invalid(text, expected)
+    margins = tuple(int(margin) for margin in text.split(","))
+    if max(margins) > MAX_SIDE:
+        raise _invalid(text, expected)
+    return margins
+
+
 def add_prompt(group: argparse._ArgumentGroup) -> None:
     """Add the prompt as a positional argument.
 
     Args:
         group: Option group of the subcommand.
     """
-    group.add_argument("prompt", nargs="?", metavar="PROMPT", help="description of the image")
+    group.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"description of the image{TEXT_SOURCES}")
 
 
 def add_image(group: argparse._ArgumentGroup, name: str, help: str) -> None:
@@ -230,7 +294,7 @@ def add_image(group: argparse._ArgumentGroup, name: str, help: str) -> None:
         name: Name of the option without dashes.
         help: Help text.
     """
-    group.add_argument(f"--{name}", type=image_path, metavar="FILE", help=help)
+    group.add_argument(f"--{name}", type=image_path, metavar="FILE", help=f"{help}; - reads standard input")
 
 
 def add_strength(group: argparse._ArgumentGroup, help: str) -> None:
@@ -293,7 +357,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cache-every",
-        type=integer(1),
+        type=integer(1, MAX_STEPS),
         metavar="N",
         help=(
             "feature caching: run the full UNet on every N-th step, and only its outermost resolution level on the "
@@ -321,11 +385,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scheduler", type=scheduler_class, metavar="NAME", help=f"decoder scheduler: {', '.join(SCHEDULERS)}"
     )
-    group.add_argument("--steps", type=integer(1), metavar="N", help="decoder steps")
+    group.add_argument("--steps", type=integer(1, MAX_STEPS), metavar="N", help="decoder steps")
     group.add_argument(
         "--guidance", type=guidance_scale, metavar="X", help="decoder guidance scale; up to 1, guidance is off"
     )
-    _add_common_sampling_options(group)
+    _add_common_sampling_options(group, "seed of the noise; with -n, each following image uses the next integer")
 
 
 def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: str) -> None:
@@ -344,7 +408,7 @@ def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: st
             schedulers,
             f"decoder schedulers: {', '.join(SCHEDULERS)} (default: {schedulers})",
         ),
-        ("steps", comma_separated(integer(1)), steps, f"decoder steps (default: {steps})"),
+        ("steps", comma_separated(integer(1, MAX_STEPS)), steps, f"decoder steps (default: {steps})"),
         (
             "guidance",
             comma_separated(guidance_scale),
@@ -354,10 +418,10 @@ def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: st
     ):
         group.add_argument(f"--{name}", type=parse, dest=f"grid_{name}", default=default, metavar="A,B,...", help=help)
     description = "Options that are not set use the model's own defaults."
-    _add_common_sampling_options(parser.add_argument_group("sampling", description))
+    _add_common_sampling_options(parser.add_argument_group("sampling", description), "seed of the noise")
 
 
-def _add_common_sampling_options(group: argparse._ArgumentGroup) -> None:
+def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str) -> None:
     """Add the sampling options that have one value both for a single setting and for a grid."""
     group.add_argument("--negative-prompt", metavar="TEXT", help="description of what the image must not show")
     _add_interval(
@@ -380,38 +444,47 @@ def _add_common_sampling_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prior-scheduler", type=scheduler_class, metavar="NAME", help="prior scheduler, a name as for --scheduler"
     )
-    group.add_argument("--prior-steps", type=integer(1), metavar="N", help="prior steps")
+    group.add_argument("--prior-steps", type=integer(1, MAX_STEPS), metavar="N", help="prior steps")
     group.add_argument(
         "--prior-guidance", type=guidance_scale, metavar="X", help="prior guidance scale; up to 1, guidance is off"
     )
     _add_interval(group, "--prior-guidance-interval", "guide the prior only in this part of its denoising process")
     group.add_argument("--size", type=image_size, metavar="WxH", help="image size in pixels")
-    group.add_argument(
-        "--seed",
-        type=integer(0, MAX_SEED),
-        metavar="N",
-        help="seed of the first image; each following image uses the next integer (default: random)",
-    )
+    add_seed(group, seed_help)
+
+
+def add_seed(group: argparse._ArgumentGroup, help: str) -> None:
+    """Add `--seed` with one seed or several, stored as a tuple.
+
+    Args:
+        group: Option group of the subcommand.
+        help: Help text; the default is appended.
+    """
+    group.add_argument("--seed", type=seeds, metavar="N [N ...]", help=f"{help} (default: random)")
 
 
 def _add_interval(group: argparse._ArgumentGroup, name: str, help: str) -> None:
     group.add_argument(name, nargs=2, type=fraction, action=_StoreInterval, metavar=("START", "END"), help=help)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the number of images, the output file and the messages.
+def add_output_options(group: argparse._ArgumentGroup, default: str) -> None:
+    """Add the options for the output file, its recipe and the messages.
 
     Args:
-        parser: Parser of the subcommand.
+        group: Option group of the subcommand.
+        default: Description of the default output file.
     """
-    group = parser.add_argument_group("output")
-    group.add_argument("-n", type=integer(1), dest="count", metavar="N", help="number of images (default: 1)")
     group.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .png file (default: picture.png; with --from, the repeated file's name with -again)",
+        help=f"a .png, .jpg or .webp file, or - for standard output (default: {default}). If it exists, the new file "
+        "is NAME-2, NAME-3, ...",
+    )
+    group.add_argument("--force", action="store_true", help="replace existing files")
+    group.add_argument(
+        "--no-recipe", dest="recipe", action="store_false", help="write no recipe and no prompt into the files"
     )
     group.add_argument(
         "-q", "--quiet", action="store_true", help="print no progress and no notes, only errors and paths"

@@ -1,26 +1,23 @@
-"""The recipe of an image: everything that is needed to generate it again, stored as text in the image's PNG file.
+"""The recipe of an image: everything that is needed to generate it again, stored as text in the image's file.
 
-`save_png_with_recipe` writes a recipe into a PNG file, `read_recipe` reads it.
+`Recipe.texts` returns the texts that are written into an image file, `read_recipe` reads them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kandinsky22 import __version__
-from kandinsky22.cli.image_files import save_png
-from kandinsky22.errors import InputError, invalid
+from kandinsky22.cli.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD, embedded_recipe
+from kandinsky22.cli.recipe_json import parse_fields, parse_object
+from kandinsky22.errors import InputError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-RECIPE_KEYWORD = "kandinsky22"  # keyword of the PNG text chunk that contains the recipe as JSON
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RECIPE_FORMAT = 1  # format number in the JSON
 
 
@@ -54,12 +51,16 @@ class MixtureItem:
     text: str | None = None
     image: InputFile | None = None
 
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.image is None):
+            raise ValueError("a mixed item is not exactly one of a text and an image")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Settings that generated one image, or all images of a contact sheet. None marks an unused setting.
 
-    The field names are the keys of the JSON in the PNG file.
+    The field names are the keys of the JSON in the image file.
 
     Attributes:
         seeds: One seed per image.
@@ -85,6 +86,9 @@ class Recipe:
         parts: Items of mix.
         strength: Fraction of the denoising process that runs, from 0 to 1.
         keep_pixels: Whether inpaint copies the pixels outside the mask.
+        crop: Padding of the crop around the mask that inpaint repaints, in pixels; width and height are those of the
+            crop as it is generated.
+        extend: Left, top, right and bottom margin that inpaint adds, in pixels.
         prior: Folder or Hub id of the prior; None for the prior that belongs to `model`.
         scheduler_settings: Scheduler settings that replace those of the checkpoint.
         prior_scheduler: Class name of the prior's scheduler.
@@ -120,6 +124,8 @@ class Recipe:
     parts: tuple[MixtureItem, ...] | None = None
     strength: float | None = None
     keep_pixels: bool | None = None
+    crop: int | None = None
+    extend: tuple[int, ...] | None = None
     prior: str | None = None
     scheduler_settings: Mapping[str, Any] | None = None
     prior_scheduler: str | None = None
@@ -148,18 +154,18 @@ class Recipe:
             InputError: If the text is not a recipe of this format.
         """
         try:
-            entries = json.loads(text)
-            if entries.pop("format") != RECIPE_FORMAT:
+            entries = parse_object(text)
+            if entries.pop("format", None) != RECIPE_FORMAT:
                 raise ValueError("another version of kandinsky22 wrote it in another format")
-            return cls(**_parse_fields(cls, entries))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return cls(**parse_fields(cls, entries))
+        except ValueError as error:
             raise InputError(f"the recipe in {origin} cannot be read: {error}") from error
 
-    def png_text_chunks(self) -> dict[str, str]:
-        """Return the text chunks of the PNG file by keyword: the JSON, and a summary that image galleries can show."""
+    def texts(self) -> dict[str, str]:
+        """Return the texts of the image file by name: the JSON, and a summary that image galleries can show."""
         return {
             RECIPE_KEYWORD: self.to_json(),
-            "parameters": self._gallery_parameters(),
+            GALLERY_KEYWORD: self._gallery_parameters(),
             "Software": f"kandinsky22 {__version__}",
         }
 
@@ -173,6 +179,8 @@ class Recipe:
             "hint": self.hint,
             "strength": None if self.strength is None else f"{self.strength:g}",
             "keep pixels": None if self.keep_pixels is None else "yes" if self.keep_pixels else "no",
+            "crop padding": self.crop,
+            "extended by": None if self.extend is None else ",".join(map(str, self.extend)),
         }
         return [
             ("command", self.command),
@@ -250,81 +258,46 @@ class Recipe:
         return f"{self.command} of {self.image and self.image.name}"
 
 
-def save_png_with_recipe(image: Image, path: Path, recipe: Recipe) -> None:
-    """Write an image with its recipe as text chunks of the PNG file. The file appears complete or not at all.
-
-    Args:
-        image: The image.
-        path: The PNG file; an existing file is replaced.
-        recipe: The recipe.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    save_png(image, path, recipe.png_text_chunks())
-
-
 def read_recipe(path: Path) -> Recipe:
-    """Return the recipe that a PNG file contains.
+    """Return the recipe that an image file contains.
 
     Args:
         path: The image file.
 
     Raises:
-        InputError: If the file is not an image, is damaged, or contains no readable recipe.
-        OSError: If the file cannot be opened.
+        InputError: If the file cannot be opened, is not an image, is damaged, or contains no readable recipe.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
+    from kandinsky22.inputs.sources import decoded, read_bytes
+
+    content = read_bytes("image file", str(path))
     try:
-        with Image.open(path) as image:
-            # Text chunks after the pixels are known only after the pixels have been read.
-            image.load()
-            text = image.info.get(RECIPE_KEYWORD)
+        # Text chunks after the pixels are known only after the pixels have been read.
+        with decoded("image file", content) as image:
+            text = embedded_recipe(image)
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise InputError(f"{path} is damaged: {error}") from error
-    if not isinstance(text, str):
-        raise InputError(f"{path} contains no recipe; kandinsky22 writes recipes into the PNG files that it generates")
+    except Exception as error:  # PIL raises almost any class for damaged files
+        raise InputError(f"{path} is damaged: {error or type(error).__name__}") from error
+    if text is None:
+        raise InputError(f"{path} contains no recipe; kandinsky22 writes recipes into the images that it generates")
+    if content.startswith(PNG_SIGNATURE) and _count_recipe_chunks(content) > 1:
+        raise InputError(f"{path} contains several recipes; another program has changed the file")
     return Recipe.from_json(text, origin=str(path))
+
+
+def _count_recipe_chunks(content: bytes) -> int:
+    """Return the number of text chunks with recipes in a PNG file (PNG specification, section 5.3)."""
+    position, count = len(PNG_SIGNATURE), 0
+    while position + 8 <= len(content):
+        (length,) = struct.unpack_from(">I", content, position)
+        kind, data = content[position + 4 : position + 8], content[position + 8 : position + 8 + length]
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(RECIPE_KEYWORD.encode() + b"\0"):
+            count += 1
+        position += length + 12
+    return count
 
 
 def _join(seeds: tuple[int, ...]) -> str:
     return ", ".join(map(str, seeds))
-
-
-def _parse(value: Any, hint: Any, name: str) -> Any:
-    """Return a JSON value converted to the type of the dataclass field `name`; lists become tuples."""
-    if hint is Any and isinstance(value, str | int | float):
-        return value
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _parse(value, typing.get_args(hint)[0], name)
-    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, list) and value:
-        return tuple(_parse(item, parameters[0], name) for item in value)
-    if origin is not None and origin is not tuple and isinstance(value, dict):
-        return {str(key): _parse(item, parameters[1], name) for key, item in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if origin is None and type(value) is hint:
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return hint(**_parse_fields(hint, value))
-    raise invalid(name, value, _type_name(hint))
-
-
-def _type_name(hint: Any) -> str:
-    if hint is Any:
-        return "a string or a number"
-    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else f"a non-empty {hint}"
-
-
-def _parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a dataclass from JSON values by name."""
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(entries.keys() - hints.keys()):
-        raise ValueError(f"unknown entries {', '.join(unknown)}")
-    return {name: _parse(value, hints[name], name) for name, value in entries.items()}

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
+from kandinsky22.cli.image_files import PNG, find_format
 from kandinsky22.cli.inputs import InputImages, check_text
+from kandinsky22.cli.limits import MAX_SIDE
 from kandinsky22.cli.options import MixtureOption
 from kandinsky22.cli.recipe import InputFile, MixtureItem, Recipe
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.sampling.presets import find_preset
 
 IMAGE_OPTIONS = ("image", "mask", "hint")
+TEXT_OPTIONS = ("prompt", "negative_prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Request:
     """Settings of one command.
 
     Attributes: those of `Recipe` with the same names. None means that the model's default is used, or that the
-    subcommand does not have the setting.
+    subcommand does not have the setting. `model_location` and `prior_location` are the folders or Hub ids that the
+    names `model` and `prior` stand for.
     """
 
     prompt: str | None
@@ -35,9 +39,13 @@ class Request:
     parts: tuple[MixtureItem, ...] | None
     strength: float | None
     keep_pixels: bool | None
+    crop: int | None
+    extend: tuple[int, ...] | None
     seeds: tuple[int, ...]
     model: str
     prior: str | None
+    model_location: str
+    prior_location: str | None
     scheduler: str | None
     scheduler_settings: Mapping[str, Any] | None
     prior_scheduler: str | None
@@ -80,9 +88,10 @@ def read_request(
         OSError: If an input file cannot be opened.
     """
     preset_values = _preset_values(args)
+    texts = _texts(args, inputs)
 
     def resolve(name: str) -> Any:
-        option = getattr(args, name, None)
+        option = texts.get(name, getattr(args, name, None))
         if option is not None:
             return option
         if name in preset_values:
@@ -97,26 +106,69 @@ def read_request(
     derived["width"], derived["height"] = args.size or recipe_size
     # The recipe's prior belongs to the recipe's model.
     derived["prior"] = resolve("prior") if args.model is None else args.prior
+    model = resolve("model")
+    derived["model"] = EMBEDDED if model is None else model
+    derived["model_location"] = model_location(derived["model"], args.source if args.model is None else None)
+    prior_source = args.source if args.prior is None else None
+    derived["prior_location"] = derived["prior"] and model_location(derived["prior"], prior_source)
     direct = {field.name: resolve(field.name) for field in dataclasses.fields(Request) if field.name not in derived}
-    for name in ("prompt", "negative_prompt"):
+    for name in TEXT_OPTIONS:
         check_text(name, direct[name] or "")
     # Values without effect are left out of recipes.
+    direct["crop"] = None if direct["crop"] is False else direct["crop"]
+    direct["extend"] = _margins(direct["extend"])
     direct["quantize"] = None if direct["quantize"] == "none" else direct["quantize"]
     direct["cache_every"] = None if direct["cache_every"] == 1 else direct["cache_every"]
-    defaults = {"model": EMBEDDED, "device": "auto"}
-    direct |= {name: value for name, value in defaults.items() if direct[name] is None}
+    direct["device"] = "auto" if direct["device"] is None else direct["device"]
     return Request(**derived, **direct)
+
+
+def model_location(name: str, recipe_source: Path | None) -> str:
+    """Return the folder or Hub id that a model's name stands for.
+
+    Args:
+        name: Name of the model on the command line or in a recipe.
+        recipe_source: Image file whose recipe contains the name; None for names on the command line. A relative path
+            that does not exist in the current folder is searched next to this file.
+    """
+    if recipe_source is None or name == EMBEDDED or _is_folder(Path(name)):
+        return name
+    candidate = recipe_source.parent / name
+    return str(candidate) if _is_folder(candidate) else name
+
+
+def _margins(margins: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Return margins of the command line or of a recipe; None if all are 0."""
+    if margins is not None and (len(margins) != 4 or not all(0 <= margin <= MAX_SIDE for margin in margins)):
+        raise invalid("extend", margins, f"four integers from 0 to {MAX_SIDE}")
+    return margins if any(margins or ()) else None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def output_path(args: argparse.Namespace) -> Path:
     """Return the output file: `--output`, else NAME-again.png next to the repeated image, else picture.png.
 
     Args:
-        args: Parsed command line.
+        args: Parsed command line. The repeated image's format is also that of the new one.
     """
     if args.output is not None:
         return Path(args.output)
-    return Path("picture.png") if args.source is None else args.source.with_name(f"{args.source.stem}-again.png")
+    if args.source is None:
+        return Path("picture.png")
+    extension = PNG.extensions[0] if find_format(args.source) is None else args.source.suffix
+    return Path(args.source.with_name(f"{args.source.stem}-again{extension}"))
+
+
+def _texts(args: argparse.Namespace, inputs: InputImages) -> dict[str, str]:
+    """Return the texts of the command line by option, read from standard input and files where it says so."""
+    values = {name: getattr(args, name, None) for name in TEXT_OPTIONS}
+    return {name: inputs.read_text(name, value) for name, value in values.items() if value is not None}
 
 
 def _preset_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,8 +192,10 @@ def _preset_values(args: argparse.Namespace) -> dict[str, Any]:
 def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
     if recipe is not None and args.seed is None and args.count is None:
         return recipe.seeds
+    if args.seed is not None and len(args.seed) > 1:
+        return tuple(args.seed)
     if args.seed is not None:
-        first = args.seed
+        (first,) = args.seed
     else:
         first = recipe.seeds[0] if recipe is not None else secrets.randbelow(2**32)
     count = args.count or (len(recipe.seeds) if recipe is not None else 1)
@@ -168,7 +222,7 @@ def _mixture(args: argparse.Namespace, recipe: Recipe | None, inputs: InputImage
     return tuple(
         MixtureItem(
             weight=1 / len(options) if option.weight is None else option.weight,
-            text=None if option.text is None else check_text("text", option.text),
+            text=None if option.text is None else check_text("text", inputs.read_text("text", option.text)),
             image=_open_image("image", option.image, inputs),
         )
         for option in options

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli import generate
-from kandinsky22.cli.console import Console
-from kandinsky22.cli.image_files import check_writable, contact_sheet, contact_sheet_path, output_paths
+from kandinsky22.cli.canvas import extended_size
+from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.image_files import (
+    EXTENSIONS,
+    PNG,
+    ImageFormat,
+    check_image,
+    contact_sheet,
+    contact_sheet_size,
+    encode_image,
+    find_format,
+)
 from kandinsky22.cli.inputs import InputImages, check_aspect_ratios, fitting_size
+from kandinsky22.cli.limits import check_aspect_ratio, check_size
 from kandinsky22.cli.loading import Networks, load_networks, prepare_networks
-from kandinsky22.cli.modes import Mode
-from kandinsky22.cli.recipe import Recipe, read_recipe, save_png_with_recipe
+from kandinsky22.cli.modes import MODES, Mode
+from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension, is_stdout
+from kandinsky22.cli.recipe import Recipe, read_recipe
 from kandinsky22.cli.request import Request, output_path, read_request
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+SHEET = OutputName("-sheet")
 
 
 def run_mode(mode: Mode, args: argparse.Namespace) -> None:
@@ -34,19 +51,34 @@ def run_mode(mode: Mode, args: argparse.Namespace) -> None:
         KandinskyError: If an input, the output, the model or an option is invalid, or if a result contains NaN.
         OSError: If a file cannot be read or written.
     """
-    console, inputs = Console(quiet=args.quiet), InputImages(args.source)
+    with contextlib.ExitStack() as stack:
+        console = Console(quiet=args.quiet)
+        if args.quiet:
+            stack.enter_context(silenced_libraries())
+        if is_stdout(output_path(args)):
+            # Whatever a library prints must not end up in the image.
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        _run(mode, args, console)
+
+
+def _run(mode: Mode, args: argparse.Namespace, console: Console) -> None:
+    inputs = InputImages(args.source)
+    check_extension(output_path(args), EXTENSIONS)
     old_recipe = _recipe_to_repeat(mode, args.source)
     size_option = mode.base_images[0] if mode.base_images else None
-    request, output = read_request(args, old_recipe, inputs, size_option=size_option), output_path(args)
+    request = read_request(args, old_recipe, inputs, size_option=size_option)
     mode.check(request, args.fail)
-    _check_prior_options(args, request)
+    _check_options(args, request)
     base_images = {
         name: inputs.images[record] for name in mode.base_images if (record := getattr(request, name)) is not None
     }
     check_aspect_ratios({f"--{name}": image for name, image in base_images.items()})
-    is_series = len(request.seeds) > 1
-    paths = output_paths(output, len(request.seeds))
-    _check_outputs([*paths, contact_sheet_path(output)] if is_series else paths, inputs)
+    _check_derived_size(mode, request, inputs)
+    names = output_names(request.seeds)
+    protected = [*inputs.paths, *([] if args.source is None else [args.source])]
+    files = OutputFiles(output_path(args), names, force=args.force, inputs=protected)
+    if not files.is_stream and files.path(names[0]) != output_path(args) and len(names) == 1:
+        console.note(f"{output_path(args)} exists; the image will be {files.path(names[0])}; --force replaces files")
     report_model(mode.published_model, request, console)
 
     networks = load_networks(request, prior_class=mode.prior_class(request), decoder_class=mode.decoder_class(request))
@@ -56,47 +88,72 @@ def run_mode(mode: Mode, args: argparse.Namespace) -> None:
     if base_images:
         request = _with_size(request, networks.decoder, next(iter(base_images.values())).size, console)
     request = generate.with_model_defaults(request, networks)
+    _report_missing_steps(mode, networks, request, console)
     recipe = generate.build_recipe(mode.name, request, networks)
+    images = generate.prepare_images(networks.decoder, request, inputs)
+    saver = ImageSaver(files, find_format(output_path(args)) or PNG, with_recipes=args.recipe)
+    saver.check(recipe, request)
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
     if old_recipe is not None and (changes := [*_recipe_changes(old_recipe, recipe), *inputs.changes]):
         console.warn(f"the result may not be bit-identical to {args.source}: {'; '.join(changes)}")
 
-    images = []
-    for number, (seed, path) in enumerate(zip(request.seeds, paths, strict=True), start=1):
-        console.note(f"image {number} of {len(paths)}, seed {seed}" if is_series else f"seed {seed}")
-        image = _generate_image(networks, request, inputs, seed)
-        _save(image, path, dataclasses.replace(recipe, seeds=(seed,), width=image.width, height=image.height))
-        images.append(image)
-    if is_series:
-        width, height = images[0].size
-        sheet_recipe = dataclasses.replace(recipe, seeds=request.seeds, width=width, height=height)
-        _save(contact_sheet(images), contact_sheet_path(output), sheet_recipe)
+    results = []
+    for number, (seed, name) in enumerate(zip(request.seeds, names, strict=False), start=1):
+        console.note(f"image {number} of {len(request.seeds)}, seed {seed}" if len(names) > 1 else f"seed {seed}")
+        result = _generate_image(networks, request, inputs, images, seed)
+        saver.save(result, name, _sized(recipe, (seed,), result, request).texts())
+        results.append(result)
+    if len(results) > 1:
+        saver.save(contact_sheet(results), SHEET, _sized(recipe, request.seeds, results[0], request).texts())
 
 
 # Checks before the networks are loaded
 
 
+def output_names(seeds: Sequence[int]) -> list[OutputName]:
+    """Return the name of each output file: `--output` itself, or one file per seed and a contact sheet.
+
+    Args:
+        seeds: Seeds of the images, at least one.
+    """
+    if len(seeds) == 1:
+        return [OutputName()]
+    return [*(OutputName(f"-seed{seed}") for seed in seeds), SHEET]
+
+
 def _recipe_to_repeat(mode: Mode, source: Path | None) -> Recipe | None:
     recipe = None if source is None else read_recipe(source)
     if recipe is not None and recipe.command != mode.name:
-        raise InputError(
-            f"{source} was generated by another subcommand; run: kandinsky22 {recipe.command} --from {source}"
-        )
+        if recipe.command not in {known.name for known in MODES}:
+            raise invalid(f"command in the recipe of {source}", recipe.command, "the name of a subcommand")
+        # The message is a command to run: nothing in a file's name may be more than an argument.
+        advice = shlex.join(["kandinsky22", recipe.command, "--from", str(source)])
+        raise InputError(f"{source} was generated by another subcommand; run: {advice}")
     return recipe
 
 
-def _check_prior_options(args: argparse.Namespace, request: Request) -> None:
+def _check_options(args: argparse.Namespace, request: Request) -> None:
+    """Report options of the command line that contradict each other or have no effect."""
     fields = "prior_scheduler", "prior_steps", "prior_guidance", "prior_guidance_interval"
     options = [f"--{field.replace('_', '-')}" for field in fields if getattr(args, field) is not None]
     if options and not request.texts():
         args.fail(f"{', '.join(options)} would have no effect: the prior samples only for texts, and there is no text")
+    if args.seed is not None and len(args.seed) > 1 and args.count not in (None, len(args.seed)):
+        args.fail(f"-n {args.count} contradicts --seed, which has {len(args.seed)} seeds")
+    if args.size is not None and request.extend is not None and request.crop is None:
+        args.fail("--size would have no effect: --extend sets the size, unless --crop repaints only a part")
 
 
-def _check_outputs(paths: Sequence[Path], inputs: InputImages) -> None:
-    check_writable(paths)
-    for path in paths:
-        if path.exists() and any(path.samefile(input_path) for input_path in inputs.paths):
-            raise InputError(f"{path} is an input and would be overwritten; choose another output with -o")
+def _check_derived_size(mode: Mode, request: Request, inputs: InputImages) -> None:
+    """Report an input image whose size or aspect ratio would give the result a size beyond the limits."""
+    option = next((name for name in mode.base_images if getattr(request, name) is not None), None)
+    if option is None or request.crop is not None:
+        return
+    size = inputs.images[getattr(request, option)].size
+    if request.extend is not None:
+        check_size("size with --extend", extended_size(size, request.extend), "add --crop")
+    elif request.width is None:
+        check_aspect_ratio(f"size of --{option}", size, "crop it, or add --size")
 
 
 def report_model(published_model: str, request: Request, console: Console) -> None:
@@ -121,14 +178,35 @@ def report_model(published_model: str, request: Request, console: Console) -> No
 
 
 def _with_size(request: Request, decoder: Any, base_size: tuple[int, int], console: Console) -> Request:
-    """Return the request with a size that fits the base image, unless the request sets a size."""
-    if request.width is None:
-        width, height = fitting_size(base_size, decoder.default_size, decoder.movq_scale_factor**2)
-        request = dataclasses.replace(request, width=width, height=height)
-    if base_size != (request.width, request.height):
-        sizes = f"input size {base_size[0]}x{base_size[1]}, output size {request.width}x{request.height}"
+    """Return the request with the size that is generated for a base image, unless the request sets a size."""
+    if request.crop is not None:
+        side = decoder.default_size
+        size = (request.width or side, request.height or side)
+    elif request.extend is not None:
+        size = extended_size(base_size, request.extend)
+    elif request.width is not None and request.height is not None:
+        size = (request.width, request.height)
+    else:
+        size = fitting_size(base_size, decoder.default_size, decoder.movq_scale_factor**2)
+        check_size("size of the result", size, "add --size")
+    request = dataclasses.replace(request, width=size[0], height=size[1])
+    if request.crop is None and request.extend is None and base_size != size:
+        sizes = f"input size {base_size[0]}x{base_size[1]}, output size {size[0]}x{size[1]}"
         console.note(f"{sizes}; --size sets another one")
     return request
+
+
+def _report_missing_steps(mode: Mode, networks: Networks, request: Request, console: Console) -> None:
+    """Warn if `--strength` leaves no step, before any network runs."""
+    pipe, steps = networks.decoder, request.steps
+    if request.strength is None or steps is None:
+        return
+    if "strength" not in generate.call_parameters(pipe):
+        pipe, steps = networks.prior, request.prior_steps
+    if steps is None or generate.steps_after_strength(pipe, steps, request.strength):
+        return
+    effect = "the image is only encoded and decoded" if pipe is networks.decoder else "the prompt has no effect"
+    console.warn(f"--strength {request.strength:g} leaves no step of {steps}: {effect}")
 
 
 def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:
@@ -149,15 +227,71 @@ def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:
 # Generating and saving
 
 
-def _generate_image(networks: Networks, request: Request, inputs: InputImages, seed: int) -> Image:
+def _generate_image(
+    networks: Networks, request: Request, inputs: InputImages, images: generate.DecoderImages, seed: int
+) -> Image:
     """Return the image of one seed. The prior and then the decoder draw their noise from one generator."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     embeddings = generate.run_prior(networks.prior, request, inputs, generator)
-    return generate.run_decoder(networks.decoder, request, inputs, embeddings, generator)
+    return generate.run_decoder(networks.decoder, request, images, embeddings, generator)
 
 
-def _save(image: Image, path: Path, recipe: Recipe) -> None:
-    save_png_with_recipe(image, path, recipe)
-    print(path, flush=True)
+def _sized(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: Request) -> Recipe:
+    """Return the recipe of an image: with its seeds, and its size unless a part of it was generated at another size."""
+    width, height = image.size if request.crop is None else (request.width or 0, request.height or 0)
+    return dataclasses.replace(recipe, seeds=seeds, width=width, height=height)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSaver:
+    """Writer of images with their recipes.
+
+    Attributes:
+        files: The output files.
+        format: Format of the files.
+        with_recipes: Whether recipes are written into the files.
+    """
+
+    files: OutputFiles
+    format: ImageFormat
+    with_recipes: bool
+
+    def check(self, recipe: Recipe, request: Request) -> None:
+        """Raise an error, before any network runs, if the format cannot hold the images or their recipes.
+
+        Args:
+            recipe: Recipe of the command.
+            request: Settings of the command.
+
+        Raises:
+            InputError: If the format has a limit that the images exceed.
+        """
+        size = (request.width or 1, request.height or 1)
+        count = len(request.seeds)
+        sheet = dataclasses.replace(recipe, seeds=request.seeds)
+        check_image(
+            self.format,
+            contact_sheet_size(size, count) if count > 1 else size,
+            sheet.texts() if self.with_recipes else {},
+        )
+
+    def save(self, image: Image, name: OutputName, texts: Mapping[str, str]) -> Path | None:
+        """Write an image and print its path.
+
+        Args:
+            image: The image.
+            name: Name of the file.
+            texts: The recipe and other texts, written into the file unless recipes are not wanted.
+
+        Returns:
+            Path of the file, or None for standard output.
+
+        Raises:
+            InputError: If the file cannot be written.
+        """
+        path = self.files.write(name, encode_image(image, self.format, texts if self.with_recipes else {}))
+        if path is not None:
+            print_path(path)
+        return path

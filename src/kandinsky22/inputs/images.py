@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from http.client import HTTPException
 from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from kandinsky22.errors import InputError, invalid
-from kandinsky22.inputs import validation
+from kandinsky22.errors import invalid
+from kandinsky22.inputs import sources, validation
 
 Array: TypeAlias = np.ndarray[Any, Any]
 ImageInput: TypeAlias = str | os.PathLike[str] | Image | Array | Tensor
 ImageInputs: TypeAlias = ImageInput | Sequence[ImageInput]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-URL_TIMEOUT = 60.0  # seconds without a response
 MAX_SIGNED_VALUE = 1.5  # largest absolute value accepted for images in [-1, 1]; decoders overshoot slightly
 
 ARRAY_KINDS = "an array (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3 or 4, of uint8 or of floats in [0, 1]"
@@ -60,32 +54,20 @@ def open_image(argument: str, source: Any) -> Image:
     Raises:
         InputError: If `source` is none of those, empty, or cannot be read.
     """
+    if isinstance(source, Image):
+        return sources.upright_copy(argument, source)
+    location = _location(source)
+    if location is None:
+        raise invalid(argument, source, "a path, an http(s) URL or a PIL image")
+    return sources.decode_image(argument, sources.read_bytes(argument, location), location)
+
+
+def _location(source: Any) -> str | None:
+    """Return a path or an address as a string, or None for anything else."""
     try:
-        if isinstance(source, str | os.PathLike):
-            with _read_file_or_url(os.fspath(source)) as image:  # closes the file, also if it turns out to be damaged
-                return _upright(argument, image)
-        if not isinstance(source, Image):
-            raise invalid(argument, source, "a path, an http(s) URL or a PIL image")
-        return _upright(argument, source)
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, HTTPException, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"{argument}={source!r} cannot be read: {error}") from error
-
-
-def _upright(argument: str, image: Image) -> Image:
-    """Return a decoded copy of the image, turned as its EXIF orientation says."""
-    if 0 in image.size:
-        raise invalid(f"{argument}.size", image.size, "at least one pixel")
-    return PIL.ImageOps.exif_transpose(image)
-
-
-def _read_file_or_url(location: str) -> Image:
-    if not location.startswith(("http://", "https://")):
-        return PIL.Image.open(location)
-    request = urllib.request.Request(location, headers={"User-Agent": "kandinsky22"})
-    with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-        return PIL.Image.open(io.BytesIO(response.read()))
+        return os.fsdecode(source) if isinstance(source, str | os.PathLike) else None
+    except Exception:  # a class of somebody's whose __fspath__ fails
+        return None
 
 
 def convert_mode(argument: str, image: Image, mode: str = "RGB") -> Image:
@@ -108,7 +90,7 @@ def convert_mode(argument: str, image: Image, mode: str = "RGB") -> Image:
         image = PIL.Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     try:
         return image.convert(mode)
-    except ValueError as error:
+    except Exception as error:  # PIL raises several classes
         raise invalid(f"{argument}.mode", image.mode, f"a mode that PIL converts to {mode}") from error
 
 
@@ -260,6 +242,30 @@ def _tensor_pixels(argument: str, item: Tensor, size: tuple[int, int], signed: b
     limits = (-MAX_SIGNED_VALUE, 1 if unit_range else MAX_SIGNED_VALUE)
     validation.values_in_range(argument, low, high, limits, f"floats in {'[0, 1]' if unit_range else '[-1, 1]'}")
     return resize_tensor(pixels, size).expand(-1, 3, -1, -1), unit_range
+
+
+def pictures_at_their_size(argument: str, value: Any) -> list[Image]:
+    """Return images as PIL images in RGB, not resized.
+
+    Args:
+        argument: Name of the argument, for messages.
+        value: One image or a list of them, of the kinds that `images_to_tensor` accepts. Float tensors are in [-1, 1].
+
+    Raises:
+        InputError: If an item is not an image.
+    """
+    return [image for label, item in labelled_items(argument, value) for image in _pictures(label, item)]
+
+
+def _pictures(argument: str, item: Any) -> list[Image]:
+    if isinstance(item, np.ndarray):
+        return array_to_pil(array_to_rgb(argument, item))
+    if not isinstance(item, Tensor):
+        return [convert_mode(argument, open_image(argument, item))]
+    size = item.shape[-2:]
+    pixels, unit_range = _tensor_pixels(argument, item, size, True)
+    unit_pixels = pixels if unit_range else (pixels * 0.5 + 0.5).clamp(0, 1)
+    return array_to_pil(unit_pixels.permute(0, 2, 3, 1).numpy())
 
 
 # Resizing

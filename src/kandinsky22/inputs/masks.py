@@ -1,8 +1,9 @@
-"""Inpainting masks: conversion to tensors, and the latents that a mask leaves unchanged."""
+"""Inpainting masks: conversion to tensors, the latents that a mask leaves unchanged, and crops around a mask."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -48,10 +49,14 @@ def _mask(argument: str, item: Any, size: tuple[int, int]) -> Tensor:
     if isinstance(item, np.ndarray | Tensor):
         brightness = _brightness(argument, _channels_first(argument, item))
         return images.resize_tensor((brightness >= 0.5).float(), size)
+    mask = resize_mask(_open_mask(argument, item), size)
+    return torch.from_numpy(np.asarray(mask) >= 127.5).float()[None, None]
+
+
+def _open_mask(argument: str, item: Any) -> Image:
+    """The mask at a path or URL, or a PIL image, in a mode that `resize_mask` accepts."""
     image = images.open_image(argument, item)
-    if image.mode not in ("1", "RGB", "RGBA"):
-        image = images.convert_mode(argument, image, "L")
-    return torch.from_numpy(np.asarray(resize_mask(image, size)) >= 127.5).float()[None, None]
+    return image if image.mode in ("1", "RGB", "RGBA") else images.convert_mode(argument, image, "L")
 
 
 def resize_mask(mask: Image, size: tuple[int, int]) -> Image:
@@ -117,3 +122,170 @@ def unmasked_latents(repainted: Tensor, size: tuple[int, int]) -> Tensor:
     for down, right in NEIGHBOURS:
         unchanged = unchanged * padded[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width]
     return unchanged
+
+
+# Crops around a mask
+
+
+class CropRegion(NamedTuple):
+    """A rectangle of an image, in pixels from its upper left corner, as PIL's `crop` and `paste` take it.
+
+    Attributes:
+        left: First column.
+        top: First row.
+        right: Column after the last.
+        bottom: Row after the last.
+    """
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.right - self.left, self.bottom - self.top
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskCrop:
+    """The part of a picture around its mask, enlarged or reduced to the size at which it is repainted.
+
+    Attributes:
+        picture: The entire picture, RGB.
+        mask: Its mask, mode "L", of the same size.
+        region: The part that is repainted.
+        size: Height and width at which it is repainted.
+    """
+
+    picture: Image
+    mask: Image
+    region: CropRegion
+    size: tuple[int, int]
+
+    def cropped_picture(self) -> Image:
+        """Return the part of the picture at `size`."""
+        return self._fitted(self.picture)
+
+    def cropped_mask(self) -> Image:
+        """Return the part of the mask at `size`."""
+        return self._fitted(self.mask)
+
+    def paste(self, repainted: Image) -> Image:
+        """Return the entire picture with the repainted part where the mask is white, blended where it is grey.
+
+        Args:
+            repainted: The repainted part, RGB, at `size`.
+        """
+        part = repainted.crop(self._window()).resize(self.region.size, PIL.Image.Resampling.LANCZOS)
+        result = self.picture.copy()
+        result.paste(part, self.region[:2], self.mask.crop(self.region))
+        return result
+
+    def _window(self) -> CropRegion:
+        """The rectangle of an image of `size` that the region fills, centred, with its proportions."""
+        height, width = self.size
+        fitted = fitted_size(self.region.size, (width, height))
+        left, top = width // 2 - fitted[0] // 2, height // 2 - fitted[1] // 2
+        return CropRegion(left, top, left + fitted[0], top + fitted[1])
+
+    def _fitted(self, image: Image) -> Image:
+        """The region of an image at `size`; a margin repeats the pixels of the border."""
+        window = self._window()
+        part = image.crop(self.region).resize(window.size, PIL.Image.Resampling.LANCZOS)
+        return with_margins(part, (window.left, window.top), self.size[::-1])
+
+
+def fitted_size(size: tuple[int, int], frame: tuple[int, int], *, cover: bool = False) -> tuple[int, int]:
+    """Return width and height of an image that is scaled to a frame without a change of its proportions.
+
+    Args:
+        size: Width and height of the image.
+        frame: Width and height of the frame.
+        cover: Whether the image covers the frame instead of lying inside it.
+    """
+    (width, height), (frame_width, frame_height) = size, frame
+    if (width * frame_height > height * frame_width) == cover:
+        return max(width * frame_height // height, 1), frame_height
+    return frame_width, max(height * frame_width // width, 1)
+
+
+def with_margins(image: Image, position: tuple[int, int], frame: tuple[int, int]) -> Image:
+    """Return an image in a larger frame that repeats the pixels of its border.
+
+    Args:
+        image: The image.
+        position: Columns to the left of the image, and rows above it.
+        frame: Width and height of the frame.
+    """
+    pixels, (left, top) = np.asarray(image), position
+    margins = ((top, frame[1] - top - image.height), (left, frame[0] - left - image.width), (0, 0))
+    return PIL.Image.fromarray(np.pad(pixels, margins[: pixels.ndim], mode="edge"))
+
+
+def crop_region(mask: Image, size: tuple[int, int], padding: int = 0) -> CropRegion:
+    """Return the rectangle around everything in a mask that is not black, in the proportions of `size` if it fits.
+
+    Args:
+        mask: Mask of mode "L", not black everywhere.
+        size: Height and width at which the rectangle is repainted.
+        padding: Pixels of the image around the mask.
+
+    Raises:
+        InputError: If the mask is black everywhere, or if `padding` is not an integer of at least 0.
+    """
+    if isinstance(padding, bool) or not isinstance(padding, int | np.integer) or padding < 0:
+        raise invalid("padding_mask_crop", padding, "an integer of at least 0, in pixels")
+    box = mask.convert("L").getbbox()
+    if box is None:
+        raise invalid("mask_image", mask, "a mask with white pixels", "nothing would be repainted")
+    padding = min(int(padding), max(mask.size))  # more would change nothing
+    left, right = max(box[0] - padding, 0), min(box[2] + padding, mask.width)
+    top, bottom = max(box[1] - padding, 0), min(box[3] + padding, mask.height)
+    left, right = _widened(left, right, (bottom - top) * size[1] // size[0], mask.width)
+    top, bottom = _widened(top, bottom, (right - left) * size[0] // size[1], mask.height)
+    return CropRegion(left, top, right, bottom)
+
+
+def _widened(start: int, stop: int, length: int, limit: int) -> tuple[int, int]:
+    """An interval of at least this length around another one, moved and cut to lie between 0 and `limit`."""
+    missing = max(length - (stop - start), 0)
+    start = max(min(start - missing // 2, limit - max(length, stop - start)), 0)
+    return start, min(start + max(length, stop - start), limit)
+
+
+def mask_crops(image: Any, mask_image: Any, size: tuple[int, int], padding: int) -> list[MaskCrop]:
+    """Return the crops of pictures around their masks.
+
+    Args:
+        image: One picture or a list of them, of the kinds that `images.images_to_tensor` reads, except latents. Float
+            tensors are in [-1, 1].
+        mask_image: One mask for all pictures, or one per picture, of the kinds that `masks_to_tensor` reads. A mask
+            of another size than its picture is resized.
+        size: Height and width at which the crops are repainted.
+        padding: Pixels of the picture around its mask.
+
+    Raises:
+        InputError: If an item is not a picture or a mask, the numbers differ, a mask is black everywhere, or `padding`
+            is not an integer of at least 0.
+    """
+    pictures = images.pictures_at_their_size("image", image)
+    grey = [mask for label, item in images.labelled_items("mask_image", mask_image) for mask in _grey(label, item)]
+    count = max(len(pictures), len(grey))
+    if len(pictures) not in (1, count) or len(grey) not in (1, count):
+        raise invalid("len(mask_image)", len(grey), f"1 or {len(pictures)}, one per image")
+    crops = []
+    for picture, mask in zip(pictures * (count // len(pictures)), grey * (count // len(grey)), strict=True):
+        full_mask = resize_mask(mask, (picture.height, picture.width))
+        crops.append(MaskCrop(picture, full_mask, crop_region(full_mask, size, padding), size))
+    return crops
+
+
+def _grey(argument: str, item: Any) -> list[Image]:
+    """The masks of one item at their own size, mode "L"."""
+    if not isinstance(item, np.ndarray | Tensor):
+        mask = _open_mask(argument, item)
+        return [resize_mask(mask, (mask.height, mask.width))]
+    brightness = _brightness(argument, _channels_first(argument, item))
+    return [PIL.Image.fromarray((mask[0] * 255).round().byte().numpy()) for mask in brightness]

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kandinsky22.errors import invalid
+from kandinsky22.kernels.locks import ObjectLock
 
 logger = logging.getLogger(__name__)
+
+_tokenizing = ObjectLock()  # tokenizers store padding and truncation of a call in themselves
 
 
 class PromptPairs(NamedTuple):
@@ -89,9 +92,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tokens:
         texts: The texts.
     """
     length = tokenizer.model_max_length
-    encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    for text in texts:
-        ids = tokenizer(text).input_ids
+    with _tokenizing:
+        encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        untruncated = [tokenizer(text).input_ids for text in texts]
+    for ids in untruncated:
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             logger.warning("CLIP reads %d tokens; the end of the prompt is ignored: %r", length, lost)

@@ -10,15 +10,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import host_memory, settings, winograd
-from kandinsky22.kernels.linear import PackedWeightMixin, can_pack
+from kandinsky22.kernels.linear import PackedWeightMixin, can_pack, may_pack
+from kandinsky22.kernels.modules import runs_own_forward
 
 MIN_MULTIPLICATIONS = 2**24  # per batch item; below this, packing gains nothing, and rounds more
 MIN_WINOGRAD_CHANNELS = 256  # mean of input and output channels; below this, the transforms cost more than is saved
@@ -63,10 +64,11 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
         # count, so that an image does not depend on the number of images that are generated with it.
         if torch.compiler.is_compiling():
             return False
+        if features.device.type != "cpu" or not may_pack(self):
+            return False
         multiplications = features[:1, 0].numel() * self.weight.numel() * (4 if upsample else 1)
         return (
             multiplications >= MIN_MULTIPLICATIONS
-            and self.pack_weights
             and settings.current().packed_conv
             and self.groups == 1
             and self.dilation == (1, 1)
@@ -162,21 +164,32 @@ def _padded_rows(features: Tensor, first: int, last: int) -> Tensor:
     return rows.contiguous(memory_format=CHANNELS_LAST)
 
 
-def conv_add(convolution: Callable[[Tensor], Tensor], features: Tensor, residual: Tensor) -> Tensor:
-    """Return convolution(features) + residual.
+def apply_conv(
+    layer: nn.Module, features: Tensor, *, upsample: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """Return layer(features), of upsampled features and with a residual added if these are requested.
 
-    The sum is computed by the convolution itself if that is a `Conv2d` without forward hooks: hooks receive the output
-    without anything added.
+    The layer itself does both if it is a `Conv2d` that nothing was attached to. Any other layer is called as torch's
+    convolutions are: with the features that it convolves, and its hooks receive the output without anything added.
 
     Args:
-        convolution: Layer to call.
-        features: Input of the layer.
-        residual: Tensor of the output's shape; it may be overwritten where no gradient is needed.
+        layer: Any module in the position of a convolution.
+        features: Tensor (batch, in, H, W).
+        upsample: Whether the features are upsampled first, by a factor of two with nearest neighbour.
+        residual: Tensor of the output's shape to add; it may be overwritten where no gradient is needed. None adds
+            nothing.
+
+    Returns:
+        Tensor (batch, out, H', W').
     """
-    is_unmodified = type(convolution) is Conv2d and "forward" not in convolution.__dict__
-    if is_unmodified and not cast(Conv2d, convolution)._forward_hooks:
-        return cast(Conv2d, convolution)(features, residual=residual)
-    return _add(convolution(features), residual)
+    if torch.compiler.is_compiling():
+        outside = getattr(layer, "_outside_graphs", None)
+        if outside is not None:
+            return outside(layer, features, upsample=upsample, residual=residual)
+        return _add(layer(upsample2x(features) if upsample else features), residual)
+    if type(layer) is Conv2d and runs_own_forward(layer):
+        return layer(features, upsample=upsample, residual=residual)
+    return _add(layer(upsample2x(features) if upsample else features), residual)
 
 
 def upsample2x(features: Tensor) -> Tensor:

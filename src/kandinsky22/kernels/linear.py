@@ -2,8 +2,8 @@
 
 There are two ways, both equal to torch's product except for rounding:
 
-- `Linear` multiplies by a *packed* copy of its weight, in a layout of oneDNN's choice. The prior reads gigabytes of
-  weights for a few rows of features, and the usual row-major layout makes poor use of memory and caches for that.
+- `apply_linear` multiplies by a *packed* copy of a layer's weight, in a layout of oneDNN's choice. The prior reads gigabytes
+  of weights for a few rows of features, and the usual row-major layout makes poor use of memory and caches for that.
 - `onednn_linear_layers` makes all linear layers, also those of other libraries, multiply by oneDNN without a copy. In
   float32 this takes half the time of torch's product on some processors.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,37 +24,77 @@ from torch.overrides import TorchFunctionMode
 
 from kandinsky22.kernels import host_memory, settings
 from kandinsky22.kernels.fingerprint import TensorFingerprint
+from kandinsky22.kernels.locks import ObjectLock
+from kandinsky22.kernels.modules import runs_own_forward
 
 MIN_MULTIPLICATIONS = 2**20  # below this, torch's product is as fast
 TENSOR_TYPES = (Tensor, nn.Parameter)  # subclasses, such as quantized tensors, define their products
 PACKING_ROWS = 64  # oneDNN packs for a number of rows; the layout for 64 suits a few and thousands nearly as well
 
 
-class PackedWeightMixin:
-    """Mixin for layers that store a copy of their `weight` in another layout; inherited before the torch layer.
+_packing = ObjectLock()  # several threads that need a copy make it once
+
+LINEAR_FORWARD = nn.Linear.forward  # a library that replaces it for the whole process gets its calls
+
+
+def packed_weight(layer: nn.Module, layout: str, pack: Callable[[Tensor], Any]) -> Any:
+    """Return `pack(layer.weight)`, stored with the layer until the weight changes. One layout is stored at a time.
 
     The copy is made at the first use and again after every change of the weight (see `TensorFingerprint` for changes
     that are noticed). It is not part of the state dict, of pickles or of copies. While it exists, the memory of a
     weight that is mapped from a file is given back to the system.
 
-    Attributes:
-        pack_weights: False on an instance leaves that layer unpacked; the settings switch all layers.
+    Args:
+        layer: A layer with a parameter `weight`.
+        layout: Name of the layout that `pack` makes.
+        pack: Converts a weight.
+    """
+    weight: Any = layer.weight
+    packed: _PackedWeight | None = layer.__dict__.get("_packed_weight")
+    if packed is not None and packed.layout == layout and packed.is_current(weight):
+        return packed.value
+    with _packing:
+        packed = layer.__dict__.get("_packed_weight")
+        if packed is None or packed.layout != layout or not packed.is_current(weight):
+            layer.__dict__.pop("_packed_weight", None)  # freed before the next one takes memory
+            packed = layer.__dict__["_packed_weight"] = _PackedWeight(weight, layout, pack)
+        return packed.value
+
+
+def may_pack(layer: nn.Module) -> bool:
+    """Return whether a layer may store a packed copy of its weight.
+
+    A weight that is computed for each call, by a parametrization for example, would be packed for each call. The
+    attribute `pack_weights` = False of a layer leaves that layer unpacked; the settings switch all layers.
+
+    Args:
+        layer: A layer with a `weight`.
+    """
+    return layer.__dict__.get("pack_weights", True) and layer._parameters.get("weight") is not None
+
+
+def packing_layers(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a network that may store packed copies of their weights.
+
+    Args:
+        network: Any module.
+    """
+    return (module for module in network.modules() if isinstance(module, PackedWeightMixin) or _is_linear(module))
+
+
+class PackedWeightMixin:
+    """Mixin for classes of layers that store a packed copy of their `weight`; inherited before the torch layer.
+
+    The copy is dropped when the layer is moved or converted: it would stay in the CPU's memory after a move, and after
+    a conversion it could match other data that came to the same address. Networks do so for plain torch layers.
     """
 
-    pack_weights: bool = True
     weight: Tensor
 
     def _packed(self, layout: str, pack: Callable[[Tensor], Any]) -> Any:
-        """Return `pack(weight)`, stored until the weight changes. Only one layout is stored at a time."""
-        packed: _PackedWeight | None = self.__dict__.get("_packed_weight")
-        if packed is None or packed.layout != layout or not packed.is_current(self.weight):
-            self.__dict__.pop("_packed_weight", None)  # freed before the next one takes memory
-            packed = self.__dict__["_packed_weight"] = _PackedWeight(self.weight, layout, pack)
-        return packed.value
+        return packed_weight(self, layout, pack)  # type: ignore[arg-type]  # the mixin of a module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # After a move the copy would stay in the CPU's memory; after a conversion it could match other data that came
-        # to the same address.
         self.__dict__.pop("_packed_weight", None)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
@@ -77,6 +117,9 @@ class _PackedWeight:
     def is_current(self, weight: Tensor) -> bool:
         return self._source is weight and self._fingerprint.matches(weight)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # copies and pickles of a plain torch layer have None instead
+
 
 def drop_packed(network: nn.Module, layout: str | None = None) -> None:
     """Free the packed weights of a network's layers. They are packed again at their next use.
@@ -96,25 +139,45 @@ def drop_packed(network: nn.Module, layout: str | None = None) -> None:
         host_memory.malloc_trim()
 
 
-class Linear(PackedWeightMixin, nn.Linear):
-    """`nn.Linear` that multiplies by a packed copy of its weight wherever no gradient is needed on an x86 CPU.
+def apply_linear(layer: nn.Module, features: Tensor) -> Tensor:
+    """Return layer(features), by a packed copy of the weight wherever no gradient is needed on an x86 CPU.
 
-    The copy takes as much memory as the weight. Without it (`pack_weights`, the setting `packed_linear`) the layer
-    multiplies by oneDNN with the weight as it is.
+    The layer is called unless it is a plain `nn.Linear` that nothing was attached to. The copy takes as much memory as
+    the weight. Without it (`pack_weights`, the setting `packed_linear`) the product is oneDNN's with the weight as it
+    is.
+
+    Args:
+        layer: Any module in the position of a linear layer.
+        features: Tensor (..., in_features).
+
+    Returns:
+        Tensor (..., out_features).
     """
+    if torch.compiler.is_compiling():  # compiled code must not read sizes: it would be compiled for these only
+        outside = getattr(layer, "_outside_graphs", None)
+        return layer(features) if outside is None else outside(layer, features)
+    if features.device.type != "cpu":
+        return layer(features)
+    if not (_is_linear(layer) and runs_own_forward(layer)):
+        return _called(layer, features)
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if features.numel() * len(weight) < MIN_MULTIPLICATIONS:
+        return F.linear(features, weight, bias)
+    if may_pack(layer) and settings.current().packed_linear and can_pack(features, weight, bias):
+        return onednn_linear(features, packed_weight(layer, "linear", pack_linear_weight), bias)
+    return _linear(features, weight, bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return features (..., out_features).
 
-        Args:
-            features: Tensor (..., in_features).
-        """
-        if _is_small(features, self.weight):
-            return F.linear(features, self.weight, self.bias)
-        packs = self.pack_weights and settings.current().packed_linear
-        if packs and can_pack(features, self.weight, self.bias):
-            return onednn_linear(features, self._packed("linear", pack_linear_weight), self.bias)
-        return _linear(features, self.weight, self.bias)
+def _is_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and nn.Linear.forward is LINEAR_FORWARD
+
+
+def _called(layer: nn.Module, features: Tensor) -> Tensor:
+    """Call a layer; its product, or those of layers that an adapter contains, are oneDNN's where that is faster."""
+    with onednn_linear_layers() if isinstance(layer, nn.Linear) or layer._modules else contextlib.nullcontext():
+        out: Tensor = layer(features)
+    return out
 
 
 def onednn_linear_layers() -> contextlib.AbstractContextManager[Any]:

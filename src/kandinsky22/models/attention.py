@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import attention
-from kandinsky22.kernels.linear import Linear
-from kandinsky22.models.layers import GroupNorm, SpatialNorm
+from kandinsky22.kernels.linear import apply_linear
+from kandinsky22.models.layers import GroupNorm, SpatialNorm, apply_norm
 
 
 class KeyValue(NamedTuple):
@@ -46,13 +46,13 @@ class Attention(nn.Module):
     def __init__(self, channels: int, *, head_dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = Linear(channels, channels)
-        self.to_k = Linear(channels, channels)
-        self.to_v = Linear(channels, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
         if context_dim is not None:
-            self.add_k_proj = Linear(context_dim, channels)
-            self.add_v_proj = Linear(context_dim, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
+            self.add_k_proj = nn.Linear(context_dim, channels)
+            self.add_v_proj = nn.Linear(context_dim, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.view(*tokens.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -63,7 +63,9 @@ class Attention(nn.Module):
         Args:
             context: Context tokens (batch, tokens, context_dim).
         """
-        return KeyValue(self._heads(self.add_k_proj(context)), self._heads(self.add_v_proj(context)))
+        return KeyValue(
+            self._heads(apply_linear(self.add_k_proj, context)), self._heads(apply_linear(self.add_v_proj, context))
+        )
 
     def key_value(self, tokens: Tensor) -> KeyValue:
         """Return keys and values of the sequence itself.
@@ -71,7 +73,7 @@ class Attention(nn.Module):
         Args:
             tokens: Tensor (batch, tokens, channels).
         """
-        return KeyValue(self._heads(self.to_k(tokens)), self._heads(self.to_v(tokens)))
+        return KeyValue(self._heads(apply_linear(self.to_k, tokens)), self._heads(apply_linear(self.to_v, tokens)))
 
     def attend(self, tokens: Tensor, kv: KeyValue, mask: Tensor | None = None) -> Tensor:
         """Return the output for tokens that attend to keys and values, (batch, tokens, channels).
@@ -81,21 +83,24 @@ class Attention(nn.Module):
             kv: Keys and values to attend to.
             mask: Additive or boolean mask, broadcastable to (batch, heads, tokens, keys); None masks nothing.
         """
-        query = self._heads(self.to_q(tokens))
+        query = self._heads(apply_linear(self.to_q, tokens))
         if mask is None and attention.is_supported(query, *kv):
             out = attention.attention(query, *kv)
         else:
             out = F.scaled_dot_product_attention(query, kv.key, kv.value, attn_mask=mask)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+        return apply_linear(self.to_out[0], out.transpose(1, 2).flatten(2))
 
-    def forward(self, tokens: Tensor, context: KeyValue | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, context: KeyValue | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the output for tokens that attend to the context and to each other, (batch, tokens, channels).
 
         Args:
             tokens: Tensor (batch, tokens, channels).
-            context: Additional keys and values, before those of the tokens; None for none.
+            context: Additional keys and values, before those of the tokens, or the context tokens (batch, tokens,
+                context_dim) to encode them from; None for none.
             mask: Additive or boolean mask, broadcastable to (batch, heads, tokens, keys); None masks nothing.
         """
+        if isinstance(context, Tensor):
+            context = self.encode_context(context)
         kv = self.key_value(tokens)
         return self.attend(tokens, kv if context is None else context.followed_by(kv), mask)
 
@@ -128,15 +133,17 @@ class ImageAttention(Attention):
         else:
             self.spatial_norm = SpatialNorm(channels, latent_channels)
 
-    def forward(self, features: Tensor, context: KeyValue | None = None, latents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, context: KeyValue | Tensor | None = None, latents: Tensor | None = None
+    ) -> Tensor:
         """Return features (batch, channels, H, W).
 
         Args:
             features: Tensor (batch, channels, H, W).
-            context: Additional keys and values; None for none.
+            context: Additional keys and values, or the context tokens to encode them from; None for none.
             latents: Tensor (batch, latent_channels, h, w); None for layers without `latent_channels`.
         """
-        normed = self.group_norm(features) if latents is None else self.spatial_norm(features, latents)
+        normed = apply_norm(self.group_norm if latents is None else self.spatial_norm, features, latents)
         tokens = normed.flatten(2).transpose(1, 2)
         out = super().forward(tokens, context)
         return features + out.transpose(1, 2).reshape(features.shape)

@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
+from kandinsky22.checkpoints.folder_save import FolderSave, folder_save, read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource, embedded_fallback_folder, model_folder
-from kandinsky22.checkpoints.weights import find_weight_files, read_tensors, select_weight_files, write_tensors
+from kandinsky22.checkpoints.load_arguments import LoadArguments, check_use_safetensors, check_variant_name
+from kandinsky22.checkpoints.weights import (
+    check_save_arguments,
+    check_stored_once,
+    find_weight_files,
+    read_tensors,
+    replaced_weight_files,
+    select_weight_files,
+    write_weight_files,
+)
 from kandinsky22.config import Config
-from kandinsky22.errors import CheckpointError, ConfigError, invalid
+from kandinsky22.errors import CheckpointError, ConfigError, invalid, printable
 from kandinsky22.kernels import host_memory
+from kandinsky22.kernels.linear import drop_packed
+from kandinsky22.models.checkpointing import Checkpointing
 from kandinsky22.runtime import quantize
+from kandinsky22.runtime.device import mapped_device
 
 M = TypeVar("M", bound="Model")
 LAYOUT_VERSION = "0.42.0"  # release of the reference whose checkpoint layout is written
 SHOWN_NAMES = 8  # names listed per kind of problem when weights do not fit
 
 
-class Model(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class WeightOptions:
+    """How the weights of a network are read.
+
+    Attributes:
+        dtype: Type to convert weights to; None for the stored type.
+        variant: Variant of the weight files; None for files without one.
+        use_safetensors: True reads only safetensors files, False only pickled ones; None prefers safetensors.
+        ignore_mismatched_sizes: Whether tensors of another shape are newly initialised.
+    """
+
+    dtype: torch.dtype | None
+    variant: str | None
+    use_safetensors: bool | None
+    ignore_mismatched_sizes: bool
+
+
+class Model(Checkpointing, nn.Module):
     """Network with a `config`. Subclasses set `config_class` and build their layers from `self.config`.
 
     Networks may be built on the meta device and filled afterwards, therefore a subclass computes nothing from tensor
@@ -40,6 +71,7 @@ class Model(nn.Module):
     config_class: ClassVar[type[Config]] = Config
     config_name: ClassVar[str] = "config.json"
     compiled_blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
+    hf_device_map: dict[str, str] | None = None  # the device, after `from_pretrained(device_map=...)`
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -85,6 +117,7 @@ class Model(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        **options: Any,
     ) -> M:
         """Load a network, in evaluation mode, on the CPU.
 
@@ -100,21 +133,50 @@ class Model(nn.Module):
             cache_dir: Folder of downloaded files; None for the default one of `huggingface_hub`.
             local_files_only: Whether to use only files that are already on this machine.
             token: Token for private Hub repositories; None or True for the stored one, False for none.
+            **options: Settings that replace those of the config file, and arguments of the reference. These act: `dtype`,
+                another name of `torch_dtype`; `force_download`; `device_map`, a device or "auto"; `output_loading_info`,
+                which returns a dict of tensor names too; `ignore_mismatched_sizes`, which initialises tensors of another
+                shape instead of refusing them. Others have no effect, which is logged, for unknown ones as a warning.
 
         Returns:
-            The network.
+            The network; with `output_loading_info=True` a tuple of the network and the dict.
 
         Raises:
             CheckpointError: A file is missing or damaged, or its tensors are not exactly those of the network.
             ConfigError: The config is not one of Kandinsky 2.2, or of another class.
-            InputError: `torch_dtype` is not a floating-point type.
+            InputError: An argument is invalid, such as a `torch_dtype` that is not a floating-point type.
         """
-        source = CheckpointSource(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
+        arguments = LoadArguments.of(cls.__name__, options)
+        settings = arguments.select(cls.__name__, {*cls.config_class.field_names(), *cls.config_class.supported_values})
+        check_variant_name(variant)
+        check_use_safetensors(use_safetensors)
+        dtype = checked_dtype(arguments.dtype_or(torch_dtype))
+        device = None if arguments.device_map is None else mapped_device(arguments.device_map)
+        source = CheckpointSource(
+            pretrained_model_name_or_path,
+            revision,
+            cache_dir,
+            arguments.token if token is None else token,
+            local_files_only,
+            force_download=arguments.force_download,
+        )
         folder = model_folder(
             source, subfolder, lambda names: [cls.config_name, *select_weight_files(names, variant, use_safetensors)]
         )
-        dtype = checked_dtype(torch_dtype)
-        config = read_json(folder / cls.config_name)
+        weights = WeightOptions(dtype, variant, use_safetensors, arguments.ignore_mismatched_sizes)
+        model, info = read_consistently(folder, lambda: cls._read(folder, settings, weights))
+        if device is not None:
+            model.to(device)
+            model.hf_device_map = {"": str(device)}
+        return cast(M, (model, info)) if arguments.output_loading_info else model
+
+    @classmethod
+    def _read(
+        cls: type[M], folder: Path, settings: Mapping[str, Any], weights: WeightOptions
+    ) -> tuple[M, dict[str, list[Any]]]:
+        """Load a network from its folder; `settings` replace those of the config file."""
+        dtype = weights.dtype
+        config = {**read_json(folder / cls.config_name), **settings}
         saved_as = config.get("_class_name", cls.__name__)
         if saved_as != cls.__name__:
             raise ConfigError(f"{folder / cls.config_name} is the config of a {saved_as}, not of a {cls.__name__}")
@@ -125,8 +187,10 @@ class Model(nn.Module):
                 quantize.prepare(model, quantization, dtype)
         except ConfigError as error:
             raise ConfigError(f"{folder / cls.config_name}: {error}") from error
-        model._fill(find_weight_files(folder, variant, use_safetensors, embedded_fallback_folder(folder)), dtype)
-        return model.eval()
+        fallback = embedded_fallback_folder(folder)
+        files = find_weight_files(folder, weights.variant, weights.use_safetensors, fallback)
+        info = model._fill(files, dtype, ignore_mismatched_sizes=weights.ignore_mismatched_sizes)
+        return model.eval(), info
 
     def save_pretrained(
         self,
@@ -136,7 +200,10 @@ class Model(nn.Module):
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write config and weights in the published layout. Each file is replaced atomically.
+        """Write config and weights in the published layout, all together or, if it fails, nothing.
+
+        A save that is interrupted, even by the end of the process, leaves the files as they were, or is completed by
+        the next load. Other files of the folder are left alone.
 
         Args:
             save_directory: Folder to write to; it may be the one that the network was loaded from.
@@ -146,50 +213,124 @@ class Model(nn.Module):
 
         Raises:
             CheckpointError: The folder cannot be written.
-            InputError: `variant` or `max_shard_size` is invalid.
+            InputError: An argument is invalid.
         """
-        folder, config = Path(save_directory), self.config
-        if folder.is_file():
-            raise CheckpointError(f"{folder} is a file; save_directory must be a folder")
-        quantization, tensors = quantize.stored_as(self)
-        write_tensors(folder, tensors, variant=variant, max_shard_size=max_shard_size, safe=safe_serialization)
-        fixed = {name: values[0] for name, values in config.supported_values.items()}
-        about = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        write_json(folder / self.config_name, {**fixed, **config, **quantization, **about})
+        folder = checked_save_path(save_directory)
+        check_save_arguments(variant, max_shard_size, safe_serialization)
+        with folder_save(folder) as save:
+            stage_network(self, save, "", variant=variant, max_shard_size=max_shard_size, safe=safe_serialization)
 
-    def _fill(self, files: Iterable[Path], dtype: torch.dtype | None) -> None:
-        """Replace the (meta) parameters by the tensors in `files`, which must be exactly the network's."""
+    def _fill(
+        self, files: Iterable[Path], dtype: torch.dtype | None, *, ignore_mismatched_sizes: bool = False
+    ) -> dict[str, list[Any]]:
+        """Replace the (meta) parameters by the tensors in `files`, which must be exactly the network's.
+
+        Tensors of another shape are refused, or newly initialised. The result lists them in the reference's form.
+        """
         files = list(files)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        expected = self.state_dict()
         tensors: dict[str, Tensor] = {}
+        sources: dict[str, Path] = {}
         unexpected: list[str] = []
         mismatched: list[str] = []
+        initialised: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        mistyped: list[str] = []
         for file in files:
             for name, tensor in read_tensors(file):
-                if name not in shapes:
-                    unexpected.append(name)
-                    continue
-                if tuple(tensor.shape) != shapes[name]:
-                    mismatched.append(f"{name} {tuple(tensor.shape)} instead of {shapes[name]}")
-                tensors[name] = tensor
-                if dtype is not None and tensor.is_floating_point():
-                    tensors[name] = host_memory.convert_and_drop(tensor, dtype)
-        missing = [name for name in shapes if name not in tensors]
+                check_stored_once(sources, name, file)
+                if name not in expected:
+                    unexpected.append(printable(name))
+                elif tensor.shape != expected[name].shape and ignore_mismatched_sizes:
+                    initialised.append((name, tuple(tensor.shape), tuple(expected[name].shape)))
+                elif tensor.shape != expected[name].shape:
+                    mismatched.append(f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}")
+                elif not _is_convertible(tensor, expected[name].dtype, dtype):
+                    mistyped.append(f"{name} {str(tensor.dtype).removeprefix('torch.')}")
+                else:
+                    tensors[name] = _converted(tensor, dtype)
+        missing = [name for name in expected if name not in sources]
+        kinds = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "of the wrong shape": mismatched,
+            "of the wrong type": mistyped,
+        }
         problems = [
             f"{len(names)} {kind}: {', '.join(names[:SHOWN_NAMES])}{', ...' if len(names) > SHOWN_NAMES else ''}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", mismatched))
+            for kind, names in kinds.items()
             if names
         ]
         if problems:
             path = files[0] if len(files) == 1 else files[0].parent
             raise CheckpointError(f"{path} does not fit {type(self).__name__}: tensors {'; '.join(problems)}")
+        if initialised:
+            with torch.device("cpu"):
+                fresh = type(self)(**self.config).state_dict()
+            tensors |= {name: fresh[name] if dtype is None else fresh[name].to(dtype) for name, _, _ in initialised}
         self.load_state_dict(tensors, assign=True)
         self.reset_buffers()
         quantize.arrange(self)
         assert not any(tensor.is_meta for tensor in self.buffers()), "a buffer is not set by reset_buffers"
+        return {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": initialised, "error_msgs": []}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        drop_packed(self)  # copies would stay in the CPU's memory after a move
+        return super()._apply(fn, recurse)
+
+    def has_own_structure(self) -> bool:
+        """Return whether no module was replaced that the methods besides `forward` rely on."""
+        return True
 
     def reset_buffers(self) -> None:
         """Set the buffers that are not part of a checkpoint. The base class has none."""
+
+
+def _is_convertible(tensor: Tensor, expected: torch.dtype, requested: torch.dtype | None) -> bool:
+    """Return whether a stored tensor can be used for one of the expected type, or converted to the requested one."""
+    if not expected.is_floating_point:  # weights of a quantized network
+        return tensor.dtype == expected
+    # Networks cannot compute with types of 8 bits; these are accepted if they are converted.
+    return tensor.is_floating_point() and (requested is not None or tensor.dtype.itemsize > 1)
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in the requested type; one whose elements share memory (`expand`) is copied."""
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        tensor = tensor.contiguous()
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    return host_memory.convert_and_drop(tensor, dtype)
+
+
+def stage_network(
+    network: Model,
+    save: FolderSave,
+    subfolder: str,
+    *,
+    variant: str | None,
+    max_shard_size: int | str,
+    safe: bool = True,
+) -> None:
+    """Write config and weights of a network as part of a save.
+
+    Args:
+        network: The network.
+        save: The save.
+        subfolder: Folder of the network in the saved folder; empty for that folder itself.
+        variant: Variant in the names of the weight files; None for none.
+        max_shard_size: Largest size of a weight file, in bytes or such as "10GB".
+        safe: Whether to write safetensors instead of pickled files.
+
+    Raises:
+        CheckpointError: If a file cannot be written.
+    """
+    folder, config = save.stage(subfolder), network.config
+    quantization, tensors = quantize.stored_as(network)
+    write_weight_files(folder, tensors, variant=variant, max_shard_size=max_shard_size, safe=safe)
+    save.replace(subfolder, replaced_weight_files(variant, safe))
+    fixed = {name: values[0] for name, values in config.supported_values.items()}
+    about = {"_class_name": type(network).__name__, "_diffusers_version": LAYOUT_VERSION}
+    write_json(folder / network.config_name, {**fixed, **config, **quantization, **about}, flush=False)
 
 
 def checked_dtype(torch_dtype: Any) -> torch.dtype | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import group_norm
-from kandinsky22.kernels.conv import Conv2d, conv_add, upsample2x
+from kandinsky22.kernels.conv import Conv2d, apply_conv, upsample2x
 from kandinsky22.kernels.group_norm import ScaleShift
-from kandinsky22.kernels.linear import Linear
+from kandinsky22.kernels.linear import apply_linear
+from kandinsky22.kernels.modules import has_foreign_hooks, runs_own_forward
 from kandinsky22.models.movq_tiling import RowSource, row_statistics
 
 
@@ -51,7 +53,7 @@ class GroupNorm(nn.GroupNorm):
         """
         if group_norm.is_supported(features):
             return _fused_norm(self, features, modulation, silu=silu, inplace=inplace)
-        return _modulate(super().forward(features), modulation, silu=silu)
+        return _modulate(super().forward(features), modulation, silu=silu, inplace=True)
 
     def scale_shift(self, rows: RowSource, latents: Tensor | None = None) -> ScaleShift:
         """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
@@ -88,9 +90,10 @@ class SpatialNorm(nn.Module):
             inplace: Whether `features` may be overwritten.
         """
         modulation = Modulation(self.conv_y(latents), self.conv_b(latents))
-        if group_norm.is_supported(features):
+        is_plain = _is_plain_norm(self.norm_layer)
+        if is_plain and group_norm.is_supported(features):
             return _fused_norm(self.norm_layer, features, modulation, silu=silu, inplace=inplace)
-        return _modulate(self.norm_layer(features), modulation, silu=silu)
+        return _modulate(self.norm_layer(features), modulation, silu=silu, inplace=is_plain)
 
     def scale_shift(self, rows: RowSource, latents: Tensor) -> ScaleShift:
         """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
@@ -100,6 +103,42 @@ class SpatialNorm(nn.Module):
             latents: Tensor (batch, latent_channels, h, w).
         """
         return _scale_shift(self.norm_layer, rows, Modulation(self.conv_y(latents), self.conv_b(latents)))
+
+
+def apply_norm(
+    norm: nn.Module,
+    features: Tensor,
+    latents: Tensor | None = None,
+    *,
+    modulation: Modulation | None = None,
+    silu: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """Return norm(features), or norm(features, latents) in MoVQ's decoder, with a modulation and SiLU after it.
+
+    A `GroupNorm` or `SpatialNorm` that nothing was attached to computes all of it in one pass. Any other norm is called
+    as torch's norms are, and its hooks receive the output of the norm alone.
+
+    Args:
+        norm: Any module in the position of a norm.
+        features: Tensor (batch, channels, H, W).
+        latents: Tensor (batch, latent_channels, h, w); None for norms that are not modulated by latents.
+        modulation: Scale and shift to apply after the norm; None applies none.
+        silu: Whether SiLU follows.
+        inplace: Whether `features` may be overwritten.
+    """
+    kind = type(norm)
+    is_ours = kind is GroupNorm or (kind is SpatialNorm and modulation is None)
+    if is_ours and (torch.compiler.is_compiling() or runs_own_forward(norm)):
+        options: dict[str, Any] = {"silu": silu, "inplace": inplace}
+        return norm(features, latents, **(options if modulation is None else {**options, "modulation": modulation}))
+    normed = norm(features) if latents is None else norm(features, latents)
+    return _modulate(normed, modulation, silu=silu, inplace=False)
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    """Return whether weight and bias of a norm may be read instead of calling it."""
+    return type(norm) is nn.GroupNorm and not torch.compiler.is_compiling() and runs_own_forward(norm)
 
 
 def _fused_norm(
@@ -126,8 +165,9 @@ def _affine(norm: nn.GroupNorm, modulation: Modulation | None) -> Modulation:
     )
 
 
-def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool) -> Tensor:
-    """Return silu(normed * scale + shift); `normed` may be overwritten where no gradient is needed."""
+def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool, inplace: bool) -> Tensor:
+    """Return silu(normed * scale + shift); `inplace` says whether `normed` may be overwritten without gradients."""
+    inplace = inplace and not torch.is_grad_enabled()
     if modulation is not None:
         height, width = normed.shape[-2:]
         rows, columns = modulation.scale.shape[-2:]
@@ -137,11 +177,12 @@ def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool) -> T
             scale, shift = (F.interpolate(part, (height, width), mode="nearest") for part in modulation)
             normed = torch.addcmul(shift, normed, scale)
         else:
-            normed = _modulate_tiles(normed, modulation)
-    return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
+            normed = _modulate_tiles(normed, modulation, inplace=inplace)
+        inplace = not torch.is_grad_enabled()  # a new tensor, or one that may be overwritten
+    return F.silu(normed, inplace=inplace) if silu else normed
 
 
-def _modulate_tiles(normed: Tensor, modulation: Modulation) -> Tensor:
+def _modulate_tiles(normed: Tensor, modulation: Modulation, *, inplace: bool) -> Tensor:
     """Return normed * scale + shift, each element of scale and shift broadcast over a tile of the features.
 
     GPUs are limited by memory traffic here: scale and shift are not expanded to the size of the features.
@@ -149,7 +190,7 @@ def _modulate_tiles(normed: Tensor, modulation: Modulation) -> Tensor:
     rows, columns = modulation.scale.shape[-2:]
     tiles = normed.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
     scale, shift = (part[:, :, :, None, :, None] for part in modulation)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or normed.dtype != scale.dtype:
+    if not inplace or torch.is_grad_enabled() or torch.compiler.is_compiling() or normed.dtype != scale.dtype:
         return torch.addcmul(shift, tiles, scale).reshape(normed.shape)
     torch.addcmul(shift, tiles, scale, out=tiles)
     return normed
@@ -197,7 +238,7 @@ class ResidualBlock(nn.Module):
 
         self.norm1 = norm(in_channels)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = None if time_dim is None else Linear(time_dim, 2 * out_channels)
+        self.time_emb_proj = None if time_dim is None else nn.Linear(time_dim, 2 * out_channels)
         self.norm2 = norm(out_channels)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
@@ -217,25 +258,52 @@ class ResidualBlock(nn.Module):
         """
         # compiled code never overwrites its inputs
         inplace = inplace and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        is_private = self._layers_are_private()
         shortcut = features
         if self.resample is not None:
             shortcut = upsample2x(features) if self.resample == "up" else downsample2x(features)
         if self.conv_shortcut is not None:
-            shortcut = self.conv_shortcut(shortcut)
+            shortcut = apply_conv(self.conv_shortcut, shortcut)
         is_new = shortcut is not features
-        hidden = self.norm1(features, latents, silu=True, inplace=inplace and is_new)
+        hidden = apply_norm(self.norm1, features, latents, silu=True, inplace=inplace and is_new and is_private)
         if self.resample == "down":
             hidden = downsample2x(hidden)
-        hidden = self.conv1(hidden, upsample=self.resample == "up")
+        hidden = apply_conv(self.conv1, hidden, upsample=self.resample == "up")
         if self.time_emb_proj is None:
-            hidden = self.norm2(hidden, latents, silu=True, inplace=True)
+            hidden = apply_norm(self.norm2, hidden, latents, silu=True, inplace=is_private)
         else:
-            scale, shift = self.time_emb_proj(time)[:, :, None, None].chunk(2, dim=1)
-            hidden = self.norm2(hidden, modulation=Modulation(1 + scale, shift), silu=True, inplace=True)
+            assert time is not None, "a block with time_dim is called with the time embedding"
+            scale, shift = apply_linear(self.time_emb_proj, time)[:, :, None, None].chunk(2, dim=1)
+            hidden = apply_norm(
+                self.norm2, hidden, modulation=Modulation(1 + scale, shift), silu=True, inplace=is_private
+            )
+        if not is_private:
+            return apply_conv(self.conv2, hidden) + shortcut
         if is_new or inplace:
-            return conv_add(self.conv2, hidden, shortcut)
-        hidden = self.conv2(hidden)
+            return apply_conv(self.conv2, hidden, residual=shortcut)
+        hidden = apply_conv(self.conv2, hidden)
         return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
+
+    def _layers_are_private(self) -> bool:
+        return all(layer is None or is_private(layer) for layer in self._modules.values())
+
+
+def is_private(module: nn.Module) -> bool:
+    """Return whether nothing but its caller holds the inputs and outputs of a module, so that they may be overwritten.
+
+    Hooks may store them, and so may modules of the user.
+
+    Args:
+        module: Any module.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return _is_known(type(module)) and "forward" not in module.__dict__ and not has_foreign_hooks(module)
+
+
+@functools.cache
+def _is_known(module_type: type) -> bool:
+    return module_type.__module__.startswith(("torch.nn.modules.", "kandinsky22."))
 
 
 def sinusoidal_embedding(timestep: Tensor | float, dim: int, device: torch.device) -> Tensor:
@@ -265,8 +333,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.in_dim = in_dim
-        self.linear_1 = Linear(in_dim, out_dim)
-        self.linear_2 = Linear(out_dim, out_dim)
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
 
     def forward(self, timestep: Tensor | float) -> Tensor:
         """Return embeddings (1, out_dim) for a single timestep, (batch, out_dim) for one per batch item.
@@ -274,6 +342,7 @@ class TimeEmbedding(nn.Module):
         Args:
             timestep: One timestep from 0 to 999, or a tensor (batch,).
         """
-        weight = self.linear_1.weight
+        # a layer that replaces ours, such as those of torch's own quantization, need not have a weight or a parameter
+        weight = next((p for p in self.linear_1.parameters() if p.is_floating_point()), torch.empty(0).float())
         sinusoids = sinusoidal_embedding(timestep, self.in_dim, weight.device).to(weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+        return apply_linear(self.linear_2, F.silu(apply_linear(self.linear_1, sinusoids)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.kernels import host_memory
-from kandinsky22.kernels.conv import Conv2d
+from kandinsky22.kernels.conv import Conv2d, apply_conv
+from kandinsky22.kernels.modules import runs_own_forward
 from kandinsky22.models import movq_tiling
 from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
-from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm
+from kandinsky22.models.checkpointing import Checkpointing
+from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm, apply_norm, is_private
+from kandinsky22.models.modifications import modified_part
 from kandinsky22.outputs import Output
 
+logger = logging.getLogger(__name__)
 EPS = 1e-6  # added to the variance in every norm of the published network
 
 
@@ -121,6 +126,7 @@ class VQModel(Model):
 
     config_class = VQModelConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
+    supports_gradient_checkpointing = True
     config: VQModelConfig
     use_tiling: bool = False
     use_slicing: bool = False
@@ -209,12 +215,21 @@ class VQModel(Model):
         return batch.split(1) if self.use_slicing else [batch]
 
     def _encode(self, sample: Tensor) -> Tensor:
-        is_tiled = self.use_tiling and not torch.is_grad_enabled()
-        return movq_tiling.encode(self.encoder, sample) if is_tiled else self.encoder(sample)
+        return movq_tiling.encode(self.encoder, sample) if self._is_tiled(self.encoder) else self.encoder(sample)
 
     def _decode(self, features: Tensor, latents: Tensor) -> Tensor:
-        is_tiled = self.use_tiling and not torch.is_grad_enabled()
-        return movq_tiling.decode(self.decoder, features, latents) if is_tiled else self.decoder(features, latents)
+        if self._is_tiled(self.decoder):
+            return movq_tiling.decode(self.decoder, features, latents)
+        return self.decoder(features, latents)
+
+    def _is_tiled(self, part: nn.Module) -> bool:
+        """Return whether the encoder or decoder runs by bands of rows, which only modules as they were built can."""
+        if not self.use_tiling or torch.is_grad_enabled():
+            return False
+        modification = modified_part(self, part)
+        if modification is not None:
+            logger.warning("tiling has no effect, because %s: images run as a whole", modification)
+        return modification is None
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
         """Encode, quantize and decode images.
@@ -314,7 +329,7 @@ class MoVQStage(nn.Module):
 def run_layers(layers: Iterable[nn.Module], features: Tensor, latents: Tensor | None, *, inplace: bool) -> Tensor:
     """Run layers one after the other.
 
-    A residual block may overwrite its input if the layer before it returned a new tensor that no forward hook received.
+    A residual block may overwrite its input if the layer before it returned a new tensor that no hook received.
 
     Args:
         layers: Blocks, attention layers, resamplers and stages.
@@ -326,9 +341,9 @@ def run_layers(layers: Iterable[nn.Module], features: Tensor, latents: Tensor | 
         Output of the last layer.
     """
     for layer in layers:
-        options = {"inplace": inplace} if isinstance(layer, ResidualBlock) else {}
+        options = {"inplace": True} if inplace and isinstance(layer, ResidualBlock) and is_private(layer) else {}
         features = layer(features, latents=latents, **options)
-        inplace = not (isinstance(layer, MoVQStage) or layer._forward_hooks)
+        inplace = not isinstance(layer, MoVQStage) and is_private(layer)
     return features
 
 
@@ -341,16 +356,37 @@ def stage_layers(stages: Iterable[nn.Module]) -> Iterator[nn.Module]:
         stages: Stages in the order of their use.
     """
     for stage in stages:
-        is_unmodified = (
-            type(stage) is MoVQStage
-            and "forward" not in stage.__dict__
-            and stage._compiled_call_impl is None
-            and not (stage._forward_hooks or stage._forward_pre_hooks)
-        )
-        if is_unmodified:
+        if type(stage) is MoVQStage and runs_own_forward(stage):
             yield from cast(MoVQStage, stage).layers()
         else:
             yield stage
+
+
+def run_stages(
+    network: Encoder | Decoder, stages: Iterable[nn.Module], features: Tensor, latents: Tensor | None
+) -> Tensor:
+    """Run the stages of an encoder or a decoder.
+
+    Args:
+        network: The encoder or decoder, with the layer `conv_in` that `features` come from.
+        stages: Stages in the order of their use.
+        features: Tensor (batch, channels, H, W).
+        latents: Tensor (batch, latent_channels, h, w) for the decoder's norms; None in the encoder.
+    """
+    if network.gradient_checkpointing and torch.is_grad_enabled():
+        for stage in stages:
+            features = network.run_block(stage, features, latents)
+        return features
+    return run_layers(stage_layers(stages), features, latents, inplace=is_private(network.conv_in))
+
+
+def has_private_layers(network: nn.Module) -> bool:
+    """Return whether nothing but its caller holds the outputs of all layers of an encoder or a decoder.
+
+    Args:
+        network: The encoder or decoder.
+    """
+    return torch.compiler.is_compiling() or all(is_private(module) for module in network.modules())
 
 
 class Downsample(nn.Module):
@@ -384,10 +420,10 @@ class Upsample(nn.Module):
             features: Tensor (batch, channels, H, W).
             latents: Ignored; all layers of a stage are called alike.
         """
-        return self.conv(features, upsample=True)
+        return apply_conv(self.conv, features, upsample=True)
 
 
-class Encoder(nn.Module):
+class Encoder(Checkpointing, nn.Module):
     """Images to features at latent size."""
 
     def __init__(self, cfg: VQModelConfig) -> None:
@@ -415,12 +451,11 @@ class Encoder(nn.Module):
         Args:
             sample: Images (batch, in_channels, H, W) in [-1, 1].
         """
-        layers = stage_layers((*self.down_blocks, self.mid_block))
-        features = run_layers(layers, self.conv_in(sample), None, inplace=not self.conv_in._forward_hooks)
-        return self.conv_out(self.conv_norm_out(features, silu=True, inplace=True))
+        features = run_stages(self, (*self.down_blocks, self.mid_block), self.conv_in(sample), None)
+        return self.conv_out(apply_norm(self.conv_norm_out, features, silu=True, inplace=has_private_layers(self)))
 
 
-class Decoder(nn.Module):
+class Decoder(Checkpointing, nn.Module):
     """Features at latent size to images; every norm is modulated by the latents."""
 
     def __init__(self, cfg: VQModelConfig, code_dim: int) -> None:
@@ -456,6 +491,6 @@ class Decoder(nn.Module):
         """
         if latents.device.type == "cpu":
             latents = latents.contiguous(memory_format=torch.channels_last)  # the layout of ScaleShift
-        layers = stage_layers((self.mid_block, *self.up_blocks))
-        features = run_layers(layers, self.conv_in(features), latents, inplace=not self.conv_in._forward_hooks)
-        return self.conv_out(self.conv_norm_out(features, latents, silu=True, inplace=True))
+        features = run_stages(self, (self.mid_block, *self.up_blocks), self.conv_in(features), latents)
+        normed = apply_norm(self.conv_norm_out, features, latents, silu=True, inplace=has_private_layers(self))
+        return self.conv_out(normed)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.kernels import settings
-from kandinsky22.kernels.linear import Linear
+from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.models.attention import Attention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.layers import TimeEmbedding
@@ -109,7 +109,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
+        self.net = nn.ModuleList([GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return tokens (batch, tokens, width).
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
         Args:
             tokens: Tensor (batch, tokens, width).
         """
-        return self.net[2](self.net[0](tokens))
+        return apply_linear(self.net[2], self.net[1](self.net[0](tokens)))
 
 
 class GELU(nn.Module):
@@ -125,7 +125,7 @@ class GELU(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.proj = Linear(in_dim, out_dim)
+        self.proj = nn.Linear(in_dim, out_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return tokens (batch, tokens, out_dim).
@@ -133,7 +133,7 @@ class GELU(nn.Module):
         Args:
             tokens: Tensor (batch, tokens, in_dim).
         """
-        return F.gelu(self.proj(tokens))
+        return F.gelu(apply_linear(self.proj, tokens))
 
 
 class TransformerBlock(nn.Module):
@@ -146,18 +146,26 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, tokens: Tensor, mask: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Run the block.
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, past: KeyValue | None = None, *, return_kv: bool = False
+    ) -> Tensor | tuple[Tensor, KeyValue]:
+        """Run the block, on a complete sequence or on its last tokens.
 
         Args:
             tokens: Tensor (batch, tokens, width).
-            mask: Added to the attention scores, broadcastable to (batch, heads, tokens, past tokens + tokens).
+            mask: Added to the attention scores, broadcastable to (batch, heads, tokens, past tokens + tokens); None
+                masks nothing.
             past: Keys and values of earlier tokens; None for none.
+            return_kv: Whether to return keys and values too; the attention layer is not called as a module then.
 
         Returns:
-            New tokens of the same shape, and the keys and values of this block's input, for later tokens.
+            New tokens of the same shape, and with `return_kv` the keys and values of this block's input, for later
+            tokens.
         """
         normed = self.norm1(tokens)
+        if not return_kv:
+            tokens = tokens + self.attn1(normed, past, mask)
+            return tokens + self.ff(self.norm3(tokens))
         kv = self.attn1.key_value(normed)
         tokens = tokens + self.attn1.attend(normed, kv if past is None else past.followed_by(kv), mask)
         return tokens + self.ff(self.norm3(tokens)), kv
@@ -168,6 +176,7 @@ class PriorTransformer(Model):
 
     config_class = PriorTransformerConfig
     compiled_blocks = (TransformerBlock,)
+    supports_gradient_checkpointing = True
     config: PriorTransformerConfig
 
     def __init__(self, **config: Any) -> None:
@@ -176,16 +185,16 @@ class PriorTransformer(Model):
         width = cfg.num_attention_heads * cfg.attention_head_dim
         length = cfg.num_embeddings + cfg.additional_embeddings
         self.time_embedding = TimeEmbedding(width, width)
-        self.proj_in = Linear(cfg.embedding_dim, width)
-        self.embedding_proj = Linear(cfg.embedding_dim, width)
-        self.encoder_hidden_states_proj = Linear(cfg.embedding_dim, width)
+        self.proj_in = nn.Linear(cfg.embedding_dim, width)
+        self.embedding_proj = nn.Linear(cfg.embedding_dim, width)
+        self.encoder_hidden_states_proj = nn.Linear(cfg.embedding_dim, width)
         self.positional_embedding = nn.Parameter(torch.zeros(1, length, width))
         self.prd_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(width, cfg.attention_head_dim) for _ in range(cfg.num_layers)
         )
         self.norm_out = nn.LayerNorm(width)
-        self.proj_to_clip_embeddings = Linear(width, cfg.embedding_dim)
+        self.proj_to_clip_embeddings = nn.Linear(width, cfg.embedding_dim)
         # zeros until training sets them, as in the reference
         self.clip_mean = nn.Parameter(torch.zeros(1, cfg.embedding_dim))
         self.clip_std = nn.Parameter(torch.zeros(1, cfg.embedding_dim))
@@ -212,8 +221,8 @@ class PriorTransformer(Model):
         used = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0
         tokens = torch.cat(
             [
-                self.encoder_hidden_states_proj(encoder_hidden_states[:, :used].to(self.dtype)),
-                self.embedding_proj(proj_embedding.to(self.dtype))[:, None],
+                apply_linear(self.encoder_hidden_states_proj, encoder_hidden_states[:, :used].to(self.dtype)),
+                apply_linear(self.embedding_proj, proj_embedding.to(self.dtype))[:, None],
             ],
             dim=1,
         )
@@ -224,7 +233,7 @@ class PriorTransformer(Model):
         scores = padding + self._causal(used + 1)
         layers = []
         for block in self.transformer_blocks:
-            tokens, kv = block(tokens, scores)
+            tokens, kv = block(tokens, scores, return_kv=True)
             layers.append(kv)
         return PriorCondition(tuple(layers), padding, schedule)
 
@@ -236,14 +245,15 @@ class PriorTransformer(Model):
             timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
             condition: Result of `encode_condition`.
         """
-        tokens = torch.stack([self.proj_in(sample), self.prd_embedding[0].expand(len(sample), -1)], dim=1)
+        query = self.prd_embedding[0].expand(len(sample), -1)
+        tokens = torch.stack([apply_linear(self.proj_in, sample), query], dim=1)
         tokens = tokens + self.positional_embedding[:, 1 - STEP_TOKENS :]
         causal = F.pad(self._causal(2), (1, 0))
         mask = torch.cat([condition.mask.expand(-1, -1, 2, -1), causal.expand(len(condition.mask), 1, -1, -1)], dim=3)
         timestep_kv = self._timestep_kv(timestep, condition)
         for block, text, time in zip(self.transformer_blocks, condition.layers, timestep_kv, strict=True):
-            tokens, _ = block(tokens, mask, text.followed_by(time))
-        return self.proj_to_clip_embeddings(self.norm_out(tokens[:, -1]))
+            tokens, _ = block(tokens, mask, text.followed_by(time), return_kv=True)
+        return apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens[:, -1]))
 
     def _causal(self, length: int) -> Tensor:
         """Return the additive mask (length, length) that hides later tokens."""
@@ -277,7 +287,7 @@ class PriorTransformer(Model):
         mask = torch.cat([text, others.expand(batch, 1, -1, -1)], dim=3)
         layers: list[KeyValue] = []
         for block, past in zip(self.transformer_blocks, condition.layers, strict=True):
-            tokens, kv = block(tokens, mask, past)
+            tokens, kv = block(tokens, mask, past, return_kv=True)
             layers.append(kv)
         return [[KeyValue(kv.key[:, :, i : i + 1], kv.value[:, :, i : i + 1]) for kv in layers] for i in range(steps)]
 
@@ -290,29 +300,57 @@ class PriorTransformer(Model):
         attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> PriorTransformerOutput | tuple[Tensor]:
-        """Run `encode_condition` and `denoise`.
+        """Predict the image embedding from the complete sequence, as the reference does.
+
+        Each module is called once with all tokens, so that hooks, adapters and gradient checkpointing act as on any
+        network. `encode_condition` and `denoise` compute the same in fewer operations.
 
         Args:
             hidden_states: Noisy image embedding (batch, embedding_dim).
             timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
             proj_embedding: Text embedding (batch, embedding_dim).
             encoder_hidden_states: Last hidden state of the text encoder (batch, num_embeddings, embedding_dim).
-            attention_mask: Which of its tokens are text (batch, num_embeddings), True or 1.
+            attention_mask: Which of its tokens are text (batch, num_embeddings), True or 1. None masks nothing: as in
+                the reference, every token then attends to all others, also to later ones.
             return_dict: Whether to return a `PriorTransformerOutput` instead of a tuple.
 
         Returns:
             The predicted image embedding (batch, embedding_dim), normalised.
 
         Raises:
-            InputError: `encoder_hidden_states` or `attention_mask` is None: this prior needs a text.
+            InputError: `encoder_hidden_states` is None: this prior needs a text.
         """
         if encoder_hidden_states is None:
             raise invalid("encoder_hidden_states", None, "a tensor (batch, num_embeddings, embedding_dim)")
-        if attention_mask is None:
-            raise invalid("attention_mask", None, "a tensor (batch, num_embeddings)")
-        condition = self.encode_condition(proj_embedding, encoder_hidden_states, attention_mask)
-        predicted = self.denoise(hidden_states, timestep, condition)
+        dtype, batch = self.dtype, len(hidden_states)
+        tokens = torch.cat(
+            [
+                apply_linear(self.encoder_hidden_states_proj, encoder_hidden_states.to(dtype)),
+                apply_linear(self.embedding_proj, proj_embedding.to(dtype)).view(batch, 1, -1),
+                self.time_embedding(timestep).expand(batch, -1)[:, None],
+                apply_linear(self.proj_in, hidden_states).view(batch, 1, -1),
+                self.prd_embedding.expand(batch, -1, -1),
+            ],
+            dim=1,
+        )
+        text, positions = encoder_hidden_states.shape[1], self.positional_embedding
+        tokens = tokens + torch.cat([positions[:, :text], positions[:, -STEP_TOKENS - 1 :]], dim=1)
+        mask = None
+        if attention_mask is not None:
+            padding = F.pad(MASKED * (1 - attention_mask.to(device=tokens.device, dtype=dtype)), (0, STEP_TOKENS + 1))
+            mask = padding[:, None, None, :] + self._causal(tokens.shape[1])
+        for block in self.transformer_blocks:
+            tokens = self.run_block(block, tokens, mask)
+        predicted = apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens)[:, -1])
         return PriorTransformerOutput(predicted) if return_dict else (predicted,)
+
+    defined_forward = forward  # a subclass or a library may replace it, and the replacement is called then
+
+    def has_own_structure(self) -> bool:
+        """Return whether `encode_condition` and `denoise` can run all blocks: none was replaced by another module."""
+        return all(
+            type(block) is TransformerBlock and type(block.attn1) is Attention for block in self.transformer_blocks
+        )
 
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
         """Return embeddings in CLIP's range; the prior works on embeddings of mean 0 and deviation 1 per element.

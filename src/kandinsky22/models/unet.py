@@ -7,7 +7,9 @@ embedding, and the features of the hint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, invalid
-from kandinsky22.kernels.conv import Conv2d
-from kandinsky22.kernels.linear import Linear
+from kandinsky22.kernels.conv import Conv2d, apply_conv
+from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.models.attention import ImageAttention, KeyValue
 from kandinsky22.models.base import Model
+from kandinsky22.models.checkpointing import Checkpointing
 from kandinsky22.models.feature_cache import FeatureCache, check_levels
-from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding
+from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding, apply_norm, is_private
 from kandinsky22.outputs import Output
 
 IMAGE_TOKENS = 32  # tokens that an image embedding becomes in the published network
@@ -132,12 +135,13 @@ class UNetCondition:
 
     Attributes:
         time: Tensor (batch, time_dim), added to the time embedding.
-        layers: Keys and values of the image embedding's tokens per attention layer, in the order of their use.
+        layers: Keys and values of the image embedding's tokens per attention layer, in the order of their use; or the
+            tokens themselves, for layers that encode them at each call.
         channels: Tensor (batch, n, h, w), concatenated to the noisy latents at the input; None for nothing.
     """
 
     time: Tensor
-    layers: tuple[KeyValue, ...]
+    layers: Iterable[KeyValue | Tensor]
     channels: Tensor | None = None
 
 
@@ -146,6 +150,7 @@ class UNet2DConditionModel(Model):
 
     config_class = UNet2DConditionConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
+    supports_gradient_checkpointing = True
     config: UNet2DConditionConfig
 
     def __init__(self, **config: Any) -> None:
@@ -202,19 +207,26 @@ class UNet2DConditionModel(Model):
         Raises:
             InputError: A hint is missing, or this UNet has no use for it.
         """
+        condition, tokens = self._condition_with_tokens(image_embeds, hint, channels)
+        layers = tuple(
+            cast(ImageAttention, layer).encode_context(tokens) for stage in self._stages() for layer in stage.attentions
+        )
+        return dataclasses.replace(condition, layers=layers)
+
+    def _condition_with_tokens(
+        self, image_embeds: Tensor, hint: Tensor | None, channels: Tensor | None
+    ) -> tuple[UNetCondition, Tensor]:
+        """Return a condition whose layers encode the image embedding's tokens at each call, and the tokens."""
         if (hint is None) == (self.config.addition_embed_type == "image_hint"):
             expected = "None" if hint is not None else "a tensor (batch, 3, height, width)"
             advice = f"this UNet has addition_embed_type={self.config.addition_embed_type!r}"
             raise invalid("hint", hint, expected, advice)
         embeds = image_embeds.to(self.dtype)
         tokens = self.encoder_hid_proj(embeds)
-        layers = tuple(
-            cast(ImageAttention, layer).encode_context(tokens) for stage in self._stages() for layer in stage.attentions
-        )
         if hint is not None:
             features = self.add_embedding.input_hint_block(hint.to(self.dtype))
             channels = features if channels is None else torch.cat([features, channels], dim=1)
-        return UNetCondition(self.add_embedding(embeds), layers, channels)
+        return UNetCondition(self.add_embedding(embeds), itertools.repeat(tokens), channels), tokens
 
     def denoise(
         self, sample: Tensor, timestep: Tensor | float, condition: UNetCondition, cache: FeatureCache | None = None
@@ -243,7 +255,7 @@ class UNet2DConditionModel(Model):
         time = F.silu(self.time_embedding(timestep) + condition.time)
         if condition.channels is not None:
             sample = torch.cat([sample, condition.channels.to(sample.dtype)], dim=1)
-        features = self.conv_in(sample)
+        features = apply_conv(self.conv_in, sample)
         skips = [features]
         down_stages, up_stages = self.down_blocks[:outer], self.up_blocks[-outer:]
         layers = iter(condition.layers)
@@ -256,14 +268,16 @@ class UNet2DConditionModel(Model):
                 cache.put(features)
         else:
             features = cached
-            skipped = len(condition.layers) - sum(len(cast(UNetStage, stage).attentions) for stage in up_stages)
-            layers = iter(condition.layers[skipped:])
+            encoded = tuple(condition.layers)
+            skipped = len(encoded) - sum(len(cast(UNetStage, stage).attentions) for stage in up_stages)
+            layers = iter(encoded[skipped:])
         for stage in up_stages:
             features = stage(features, time, layers, pop_skips=skips)
-        return self.conv_out(self.conv_norm_out(features, silu=True, inplace=True)).contiguous()
+        normed = apply_norm(self.conv_norm_out, features, silu=True, inplace=has_private_output(self.up_blocks[-1]))
+        return apply_conv(self.conv_out, normed).contiguous()
 
     def _inner_stages(
-        self, outer: int, features: Tensor, time: Tensor, layers: Iterator[KeyValue], skips: list[Tensor]
+        self, outer: int, features: Tensor, time: Tensor, layers: Iterator[KeyValue | Tensor], skips: list[Tensor]
     ) -> Tensor:
         """Return the input of the last `outer` stages on the way up, from the output of the first `outer` ones."""
         for stage in self.down_blocks[outer:]:
@@ -278,37 +292,80 @@ class UNet2DConditionModel(Model):
         sample: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: None = None,
-        *,
-        added_cond_kwargs: Mapping[str, Tensor],
+        class_labels: None = None,
+        timestep_cond: None = None,
+        attention_mask: None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: None = None,
+        mid_block_additional_residual: None = None,
+        down_intrablock_additional_residuals: None = None,
+        encoder_attention_mask: None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Run `encode_condition` and `denoise`.
+        """Predict the noise, with all that depends on the image embedding computed at each call.
+
+        Each module is called as a module, so that hooks, adapters and gradient checkpointing act as on any network.
+        `encode_condition` and `denoise` compute the same in fewer operations. Arguments that must be None are those of
+        the reference's class that Kandinsky 2.2 does not use.
 
         Args:
             sample: Noisy latents (batch, in_channels, h, w); in the hint variant (batch, 4, h, w).
             timestep: One timestep from 0 (clean) to 999, or a tensor (batch,) with one per batch item.
-            encoder_hidden_states: Must be None: Kandinsky's UNet reads no text. The reference has this argument.
+            encoder_hidden_states: Must be None: Kandinsky's UNet reads no text.
+            class_labels: Must be None.
+            timestep_cond: Must be None.
+            attention_mask: Must be None.
+            cross_attention_kwargs: Must be None or empty.
             added_cond_kwargs: "image_embeds" (batch, encoder_hid_dim) and, in the hint variant, "hint"
                 (batch, 3, 8 h, 8 w) in [-1, 1].
+            down_block_additional_residuals: Must be None.
+            mid_block_additional_residual: Must be None.
+            down_intrablock_additional_residuals: Must be None.
+            encoder_attention_mask: Must be None.
             return_dict: Whether to return a `UNet2DConditionOutput` instead of a tuple.
 
         Returns:
             The predicted noise, then the learned variance, (batch, out_channels, h, w).
 
         Raises:
-            InputError: "image_embeds" is missing, or `encoder_hidden_states` is not None.
+            InputError: "image_embeds" is missing, or an argument that must be None is not.
         """
-        if "image_embeds" not in added_cond_kwargs:
+        unused = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            "attention_mask": attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs or None,
+            "down_block_additional_residuals": down_block_additional_residuals,
+            "mid_block_additional_residual": mid_block_additional_residual,
+            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        for name, value in unused.items():
+            if value is not None:
+                raise invalid(name, value, "None", "this UNet reads added_cond_kwargs")
+        if not isinstance(added_cond_kwargs, Mapping) or "image_embeds" not in added_cond_kwargs:
+            value = sorted(added_cond_kwargs) if isinstance(added_cond_kwargs, Mapping) else added_cond_kwargs
             expected = "a mapping with image_embeds, a tensor (batch, encoder_hid_dim)"
-            raise invalid("added_cond_kwargs", sorted(added_cond_kwargs), expected)
-        if encoder_hidden_states is not None:
-            raise invalid("encoder_hidden_states", encoder_hidden_states, "None", "this UNet reads added_cond_kwargs")
-        condition = self.encode_condition(added_cond_kwargs["image_embeds"], added_cond_kwargs.get("hint"))
+            raise invalid("added_cond_kwargs", value, expected)
+        condition, _ = self._condition_with_tokens(
+            added_cond_kwargs["image_embeds"], added_cond_kwargs.get("hint"), channels=None
+        )
         out = self.denoise(sample, timestep, condition)
         return UNet2DConditionOutput(out) if return_dict else (out,)
 
+    defined_forward = forward  # a subclass or a library may replace it, and the replacement is called then
 
-class UNetStage(nn.Module):
+    def has_own_structure(self) -> bool:
+        """Return whether `encode_condition` and `denoise` can run all stages: none was replaced by another module."""
+        stages = list(self._stages())
+        return all(type(stage) is UNetStage for stage in stages) and all(
+            type(layer) is ImageAttention for stage in stages for layer in stage.attentions
+        )
+
+
+class UNetStage(Checkpointing, nn.Module):
     """Residual blocks at one resolution level, the first of them followed by attention, then a change of size.
 
     Down, middle and up are this one class: on the way down a stage appends its outputs to a list of skip connections,
@@ -354,7 +411,7 @@ class UNetStage(nn.Module):
         self,
         features: Tensor,
         time: Tensor,
-        layers: Iterator[KeyValue],
+        layers: Iterator[KeyValue | Tensor],
         *,
         push_skips: list[Tensor] | None = None,
         pop_skips: list[Tensor] | None = None,
@@ -365,23 +422,37 @@ class UNetStage(nn.Module):
         Args:
             features: Tensor (batch, channels, H, W).
             time: Activated time embedding (batch or 1, time_dim).
-            layers: The condition's keys and values for the next attention layers.
+            layers: The condition's keys and values, or its tokens, for the next attention layers.
             push_skips: List that the outputs of blocks and resampler are appended to, on the way down.
             pop_skips: List whose last entries are concatenated to the inputs of blocks, on the way up.
             resample: Whether to change the size at the end.
         """
         for index, block in enumerate(self.resnets):
             block_input = features if pop_skips is None else torch.cat([features, pop_skips.pop()], dim=1)
-            features = block(block_input, time, inplace=pop_skips is not None)
+            # the concatenation is a new tensor, which only hooks of the block could hold
+            options = {"inplace": True} if pop_skips is not None and is_private(block) else {}
+            features = self.run_block(block, block_input, time, **options)
             if index < len(self.attentions):
-                features = self.attentions[index](features, next(layers))
+                features = self.run_block(self.attentions[index], features, next(layers))
             if push_skips is not None:
                 push_skips.append(features)
         if self.resampler is not None and resample:
-            features = getattr(self, self.resampler)[0](features, time)
+            features = self.run_block(getattr(self, self.resampler)[0], features, time)
             if push_skips is not None:
                 push_skips.append(features)
         return features
+
+
+def has_private_output(stage: nn.Module) -> bool:
+    """Return whether the output of a stage may be overwritten: nothing but its caller holds it.
+
+    Args:
+        stage: Any module in the position of a stage.
+    """
+    if not (isinstance(stage, UNetStage) and is_private(stage)):
+        return False
+    last = [*stage.resnets, *stage.attentions] if stage.resampler is None else [getattr(stage, stage.resampler)[0]]
+    return all(is_private(layer) for layer in last)
 
 
 class ImageProjection(nn.Module):
@@ -389,7 +460,7 @@ class ImageProjection(nn.Module):
 
     def __init__(self, embed_dim: int, token_dim: int) -> None:
         super().__init__()
-        self.image_embeds = Linear(embed_dim, IMAGE_TOKENS * token_dim)
+        self.image_embeds = nn.Linear(embed_dim, IMAGE_TOKENS * token_dim)
         self.norm = nn.LayerNorm(token_dim)
 
     def forward(self, embeds: Tensor) -> Tensor:
@@ -398,7 +469,7 @@ class ImageProjection(nn.Module):
         Args:
             embeds: Image embeddings (batch, embed_dim).
         """
-        return self.norm(self.image_embeds(embeds).view(len(embeds), IMAGE_TOKENS, -1))
+        return self.norm(apply_linear(self.image_embeds, embeds).view(len(embeds), IMAGE_TOKENS, -1))
 
 
 class ImageTimeEmbedding(nn.Module):
@@ -412,7 +483,7 @@ class ImageTimeEmbedding(nn.Module):
 
     def __init__(self, embed_dim: int, time_dim: int, *, hint: bool) -> None:
         super().__init__()
-        self.image_proj = Linear(embed_dim, time_dim)
+        self.image_proj = nn.Linear(embed_dim, time_dim)
         self.image_norm = nn.LayerNorm(time_dim)
         if hint:
             # (in, out, stride) of the published network: three strides of two lead to latent size
@@ -428,4 +499,4 @@ class ImageTimeEmbedding(nn.Module):
         Args:
             embeds: Image embeddings (batch, embed_dim).
         """
-        return self.image_norm(self.image_proj(embeds))
+        return self.image_norm(apply_linear(self.image_proj, embeds))

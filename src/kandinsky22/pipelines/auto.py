@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.hub import CheckpointSource
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, describe
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.combined import (
     KandinskyV22CombinedPipeline,
@@ -61,12 +61,12 @@ class AutoPipeline(Generic[P]):
             InputError: If the checkpoint is for another task.
             CheckpointError: If files are missing or damaged.
         """
+        token = options.pop("use_auth_token", None) if token is None else token
         source = CheckpointSource(
             pretrained_model_name_or_path, revision, cache_dir, token, local_files_only, cls.embedded_subfolder
         )
         folder = source.fetch(lambda files: {DiffusionPipeline.config_name} & set(files))
-        name = str(read_json(folder / DiffusionPipeline.config_name).get("_class_name"))
-        return cls._pipeline_class(name).from_pretrained(
+        return cls._pipeline_class(read_json(folder / DiffusionPipeline.config_name).get("_class_name")).from_pretrained(
             pretrained_model_name_or_path,
             revision=revision,
             cache_dir=cache_dir,
@@ -89,9 +89,10 @@ class AutoPipeline(Generic[P]):
         return cls._pipeline_class(type(pipeline).__name__).from_pipe(pipeline, **components)
 
     @classmethod
-    def _pipeline_class(cls, name: str) -> type[P]:
+    def _pipeline_class(cls, name: Any) -> type[P]:
         if name not in cls.accepted_classes:
-            raise InputError(f"{name} cannot do {cls.task}: expected weights of {', '.join(cls.accepted_classes)}")
+            class_name = name if isinstance(name, str) and name.isidentifier() else describe(name)
+            raise InputError(f"{class_name} cannot do {cls.task}: expected weights of {', '.join(cls.accepted_classes)}")
         return cast(type[P], cls.pipeline_class)
 
 

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 import torch
 
 from kandinsky22._exports import MODULE_OF
-from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
+from kandinsky22.checkpoints.folder_save import folder_save, read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource
-from kandinsky22.errors import CheckpointError, InputError, invalid
-from kandinsky22.models.base import LAYOUT_VERSION, checked_dtype
+from kandinsky22.checkpoints.load_arguments import LoadArguments
+from kandinsky22.checkpoints.weights import check_save_arguments
+from kandinsky22.errors import CheckpointError, InputError, describe, invalid
+from kandinsky22.models.base import LAYOUT_VERSION
 from kandinsky22.pipelines.component_io import (
     LoadOptions,
     check_component,
@@ -26,13 +29,18 @@ from kandinsky22.pipelines.component_io import (
     needed_files,
     save_component,
 )
+from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
+from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
+from kandinsky22.runtime.calls import check_idle, record_use
 from kandinsky22.runtime.compile import CompileMixin
 from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
+from kandinsky22.runtime.device import STRATEGIES, mapped_device
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.placement import OffloadMixin
 from kandinsky22.runtime.quantize import QuantizeMixin
 from kandinsky22.sampling.presets import PRIOR_PREFIX
+from kandinsky22.verbosity import is_progress_bar_enabled
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -40,11 +48,14 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound="DiffusionPipeline")
 
 
-class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGraphMixin, QuantizeMixin):
+class DiffusionPipeline(
+    OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGraphMixin, QuantizeMixin, ReferenceMethodsMixin
+):
     """Base class of all pipelines.
 
     A subclass takes its components as constructor arguments and passes them to `register_modules`. Components are
-    attributes and may be replaced by assignment; one of the wrong kind raises InputError.
+    attributes and may be replaced by assignment; one of the wrong kind raises InputError. Components of different
+    checkpoints that do not fit each other are refused by the constructor, and by the next call after an assignment.
     `DiffusionPipeline.from_pretrained` gives the class that a checkpoint names.
 
     Attributes:
@@ -75,11 +86,12 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             **components: Objects by component name; None leaves one out.
 
         Raises:
-            InputError: If an object is of the wrong kind.
+            InputError: If an object is of the wrong kind, or if two components do not fit each other.
         """
         for name, component in components.items():
             self._components.setdefault(name, None)
             setattr(self, name, component)
+        check_consistency(type(self).__name__, self._components)
 
     def __setattr__(self, name: str, value: Any) -> None:
         components = self.__dict__.get("_components", {})
@@ -87,6 +99,8 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             super().__setattr__(name, value)
             return
         check_component(type(self).__name__, name, value)
+        if not _is_equal_scheduler(components[name], value):
+            check_idle(self, name)
         components[name] = value
         self._offload_like_others(name, value)
 
@@ -121,16 +135,21 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         return dict(self._components)
 
     @classmethod
-    def from_pipe(cls: type[P], pipeline: DiffusionPipeline, **components: Any) -> P:
+    def from_pipe(
+        cls: type[P], pipeline: DiffusionPipeline, *, torch_dtype: torch.dtype | None = None, **components: Any
+    ) -> P:
         """Return a pipeline of this class with the components of another one, shared and not copied.
 
         Args:
             pipeline: The other pipeline.
+            torch_dtype: Floating-point type that the networks, which both pipelines share, are converted to; None
+                leaves them as they are. `dtype` is another name of it.
             **components: Components that replace or complement those of `pipeline`.
 
         Raises:
             InputError: If a component is missing, or is not one of this class.
         """
+        torch_dtype = LoadArguments(dtype=components.pop("dtype", None)).dtype_or(torch_dtype)
         names = cls.component_names()
         if not names:
             raise InputError(f"{cls.__name__} is a base class: call from_pipe on the pipeline class you want")
@@ -147,7 +166,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             )
         pipe = cls(**shared, **components)
         pipe._copy_settings(pipeline, prefix)
-        return pipe
+        return pipe if torch_dtype is None else pipe.to(dtype=torch_dtype)
 
     def _copy_settings(self, other: DiffusionPipeline, prefix: str) -> None:
         """Copy origin, defaults, progress bar and feature caching of a pipeline whose components have this prefix."""
@@ -161,10 +180,11 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         )
 
     def _require(self, *components: str) -> None:
-        """Raise InputError if one of these components was left out when the pipeline was constructed."""
+        """Raise InputError if one of these components was left out, or if two components do not fit each other."""
         if missing := [name for name in components if self._components[name] is None]:
             missing_names = ", ".join(missing)
             raise InputError(f"{type(self).__name__} was constructed without {missing_names}, which this call requires")
+        check_consistency(type(self).__name__, self._components)
 
     def _require_add_noise(self) -> None:
         """Raise InputError if the scheduler cannot add noise to an encoded image."""
@@ -191,7 +211,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         cls: type[P],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        torch_dtype: torch.dtype | Literal["auto"] | None = None,
+        torch_dtype: torch.dtype | Literal["auto"] | Mapping[str, Any] | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -204,7 +224,8 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
 
         Args:
             pretrained_model_name_or_path: A folder, a Hub id, or "embedded".
-            torch_dtype: Floating-point type of the networks; None for float32, "auto" for what is stored.
+            torch_dtype: Floating-point type of the networks; None for float32, "auto" for what is stored. A mapping sets
+                the type per component name, where "default" stands for all others, which are float32 without it.
             variant: Variant of the weight files, such as "fp16", for the components that have it; None for the plain
                 files.
             revision: Branch, tag or commit on the Hub; None for the default branch.
@@ -214,7 +235,11 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             use_safetensors: Format of the weights: True for safetensors, False for .bin; None prefers safetensors.
             **components: Components that are used as they are instead of being loaded; None leaves one out. Classes
                 that hold prior and decoder also take `prior`: a folder, a Hub id, or a prior pipeline. Without it the
-                prior is found in the model card or in a neighbouring folder.
+                prior is found in the model card or in a neighbouring folder. These arguments of the reference act too:
+                `dtype`, another name of `torch_dtype`; `force_download` (bool), which downloads cached files again;
+                `device_map`, which moves the networks after loading to a device ("cuda"), or to the accelerator if
+                there is one ("balanced", "auto"), where they are offloaded if they do not fit. Others have no effect,
+                which is logged, for unknown ones as a warning.
 
         Returns:
             A pipeline of this class; called on `DiffusionPipeline`, one of the class that the checkpoint names.
@@ -223,23 +248,107 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             CheckpointError: If files are missing or damaged.
             InputError: If an argument or a component is invalid.
         """
-        checked_dtype(torch_dtype)
-        source = CheckpointSource(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
-        return cls._load(source, LoadOptions(torch_dtype, variant, use_safetensors), components)
+        arguments = LoadArguments.of(cls.__name__, components)
+        options = LoadOptions(arguments.dtype_or(torch_dtype), variant, use_safetensors).checked()
+        device = None if arguments.device_map is None else mapped_device(arguments.device_map)
+        source = CheckpointSource(
+            pretrained_model_name_or_path,
+            revision,
+            cache_dir,
+            arguments.token if token is None else token,
+            local_files_only,
+            force_download=arguments.force_download,
+        )
+        pipe = cls._load(source, options, arguments)
+        if device is not None:
+            pipe._place(device, may_offload=arguments.device_map in STRATEGIES)
+        return pipe
 
     @classmethod
-    def _load(cls: type[P], source: CheckpointSource, options: LoadOptions, passed: Mapping[str, Any]) -> P:
-        """Load everything that is not passed."""
-        source = replace(source, embedded_subfolder=cls.embedded_subfolder)
-        folder = source.fetch(lambda files: {cls.config_name, cls.defaults_name, "README.md"} & set(files))
+    def download(
+        cls,
+        pretrained_model_name: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        use_safetensors: bool | None = None,
+        **options: Any,
+    ) -> str:
+        """Download the files of a checkpoint that `from_pretrained` would read, without reading weights.
+
+        Args:
+            pretrained_model_name: A Hub id. A folder, or "embedded", has its files already.
+            variant: Variant of the weight files; None for the plain files.
+            revision: Branch, tag or commit on the Hub; None for the default branch.
+            cache_dir: Folder of the Hub cache; None for the default.
+            local_files_only: Make no network request and use only cached files.
+            token: Access token of the Hub; None for the stored one.
+            use_safetensors: Format of the weights: True for safetensors, False for .bin; None prefers safetensors.
+            **options: Other arguments of `from_pretrained`.
+
+        Returns:
+            Path of the folder that holds the files. Classes of prior and decoder download both, and return that of the
+            decoder.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be found or reached.
+            InputError: If an argument is invalid.
+        """
+        arguments = LoadArguments.of(cls.__name__, options)
+        load_options = LoadOptions(None, variant, use_safetensors).checked()
+        source = CheckpointSource(
+            pretrained_model_name,
+            revision,
+            cache_dir,
+            arguments.token if token is None else token,
+            local_files_only,
+            cls.embedded_subfolder,
+            arguments.force_download,
+        )
+        return str(cls._fetch_all(source, load_options, arguments.others))
+
+    @classmethod
+    def _fetch_all(cls, source: CheckpointSource, options: LoadOptions, passed: Mapping[str, Any]) -> Path:
+        """Download everything that is not passed, and return the folder."""
+        folder = source.fetch(cls._top_files)
         index = read_json(folder / cls.config_name)
         names = cls.component_names()
         if not names:
-            return cast(P, cls._class_in_index(index, folder)._load(source, options, passed))
-        components = dict(passed)
+            return cls._class_in_index(index, folder)._fetch_all(source, options, passed)
+        stored = [name for name in names if name not in passed and name in index]
+        folder = source.fetch(lambda files: [*cls._top_files(files), *needed_files(files, stored, options)])
+        if any(name.startswith(PRIOR_PREFIX) for name in set(names) - set(stored) - set(passed)):
+            DiffusionPipeline._fetch_all(source.matching_prior(passed.get("prior")), options, {})
+        return folder
+
+    @classmethod
+    def _top_files(cls, files: Iterable[str]) -> list[str]:
+        """Return the names of the files that describe a checkpoint."""
+        return sorted({cls.config_name, cls.defaults_name, "README.md"} & set(files))
+
+    @classmethod
+    def _load(cls: type[P], source: CheckpointSource, options: LoadOptions, arguments: LoadArguments) -> P:
+        """Load everything that is not passed."""
+        record_use()
+        if not os.path.isdir(source.name):
+            return cls._read(source, options, arguments)
+        return read_consistently(Path(source.name), lambda: cls._read(source, options, arguments))
+
+    @classmethod
+    def _read(cls: type[P], source: CheckpointSource, options: LoadOptions, arguments: LoadArguments) -> P:
+        """Load everything that is not passed, once."""
+        source = replace(source, embedded_subfolder=cls.embedded_subfolder)
+        folder = source.fetch(cls._top_files)
+        index = read_json(folder / cls.config_name)
+        names = cls.component_names()
+        if not names:
+            return cast(P, cls._class_in_index(index, folder)._load(source, options, arguments))
         holds_prior = "prior_prior" in names
+        components = arguments.select(cls.__name__, (*names, "prior") if holds_prior else names)
         prior = components.pop("prior", None) if holds_prior else None
-        cls._check_component_names(components)
 
         stored = [
             name
@@ -262,7 +371,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
 
         if missing := [name for name in names if name not in components and cls._is_required(name)]:
             raise CheckpointError(
-                f"{source.name} is a {index.get('_class_name')} without {', '.join(missing)}, which {cls.__name__} "
+                f"{source.name} is a {_text(index.get('_class_name'))} without {', '.join(missing)}, which {cls.__name__} "
                 "requires: pass it by name, or load another checkpoint"
             )
         pipe = cls(**components)
@@ -278,7 +387,9 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             pipeline_class = getattr(importlib.import_module(f"kandinsky22.{MODULE_OF[name]}"), name)
             if issubclass(pipeline_class, DiffusionPipeline) and pipeline_class.component_names():
                 return cast(type[DiffusionPipeline], pipeline_class)
-        raise CheckpointError(f"{folder / cls.config_name}: _class_name {name!r} is not a pipeline of kandinsky22")
+        raise CheckpointError(
+            f"{folder / cls.config_name}: _class_name {describe(name)} is not a pipeline of kandinsky22"
+        )
 
     @classmethod
     def _prior_pipeline(
@@ -290,7 +401,7 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
             folder = prior_source.fetch(lambda files: {cls.config_name} & set(files))
             prior_class = cls._class_in_index(read_json(folder / cls.config_name), folder)
             unused = {name: None for name in prior_class.component_names() if PRIOR_PREFIX + name not in required}
-            prior = prior_class._load(prior_source, options, unused)
+            prior = prior_class._load(prior_source, options.for_prior(), LoadArguments(others=unused))
         if "prior" not in prior._components:
             raise invalid("prior", type(prior), "a prior pipeline, or the folder or Hub id of one")
         return cast(DiffusionPipeline, prior)
@@ -305,29 +416,37 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
         variant: str | None = None,
         safe_serialization: bool = True,
     ) -> None:
-        """Write all components in the published layout, weights as safetensors, then the index that names them.
+        """Write all components in the published layout, and the index that names them.
+
+        Everything appears together or, if the save fails, nothing. A save that is interrupted, even by the end of the
+        process, leaves the pipeline in the folder as it was, or is completed by the next load. Other files of the
+        folder are left alone.
 
         Args:
             save_directory: Folder to write to.
             max_shard_size: Largest weight file, in bytes or as text such as "5GB".
             variant: Variant in the names of the weight files; None for none.
-            safe_serialization: Must be True: the other format can contain programs that run when it is read.
+            safe_serialization: Whether prior, UNet and MoVQ are written as safetensors instead of pickled files. Pickled
+                files replace safetensors of the same variant, which would be read first.
 
         Raises:
             CheckpointError: If the folder cannot be written.
             InputError: If an argument is invalid.
         """
-        if safe_serialization is not True:
-            raise invalid("safe_serialization", safe_serialization, "True, since pipelines are saved as safetensors")
-        folder = Path(save_directory)
-        for name, component in self._components.items():
-            if component is not None:
-                save_component(component, folder / name, variant=variant, max_shard_size=max_shard_size)
+        folder = checked_save_path(save_directory)
+        check_save_arguments(variant, max_shard_size, safe_serialization)
         entries = {name: index_entry(name, component) for name, component in self._components.items()}
         bookkeeping = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        if self._generation_defaults:
-            write_json(folder / self.defaults_name, self._generation_defaults)
-        write_json(folder / self.config_name, {**entries, **bookkeeping})
+        with folder_save(folder) as save:
+            for name, component in self._components.items():
+                if component is not None:
+                    save_component(
+                        component, save, name, variant=variant, max_shard_size=max_shard_size, safe=safe_serialization
+                    )
+            save.replace("", {self.defaults_name}.intersection)  # those of another pipeline
+            if self._generation_defaults:
+                write_json(save.stage() / self.defaults_name, self._generation_defaults, flush=False)
+            write_json(save.stage() / self.config_name, {**entries, **bookkeeping}, flush=False)
 
     # Settings of calls
 
@@ -378,12 +497,31 @@ class DiffusionPipeline(OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGra
 
         if (iterable is None) == (total is None):
             raise InputError("progress_bar: expected either an iterable or total=")
-        return auto_tqdm(iterable, total=total, **{"disable": None, **self._progress_bar_config})
+        options = {"disable": None, **self._progress_bar_config}
+        if not is_progress_bar_enabled():
+            options["disable"] = True
+        return auto_tqdm(iterable, total=total, **options)
 
     def __repr__(self) -> str:
         lines = [f"  {name}: {_class_name(component)}" for name, component in self._components.items()]
         origin = f" from {self.origin}" if self.origin else ""
         return "\n".join([f"{type(self).__name__}{origin}", *lines])
+
+
+def _text(name: Any) -> str:
+    """Return a class name of a file for a message."""
+    return name if isinstance(name, str) and name.isidentifier() else describe(name)
+
+
+def _is_equal_scheduler(current: Any, replacement: Any) -> bool:
+    """Return whether a scheduler, which calls only copy, is replaced by one that gives the same results."""
+    if current is replacement:
+        return True
+    try:
+        same = type(current) is type(replacement) and bool(current.config == replacement.config)
+    except (AttributeError, ValueError):  # a component without config, or a config that contains arrays
+        return False
+    return same and hasattr(current, "set_timesteps")
 
 
 def _class_name(component: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import prompts, validation
 from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
@@ -29,6 +29,7 @@ from kandinsky22.pipelines.decoder import (
 from kandinsky22.pipelines.denoising import LATENTS, Callbacks, LegacyCallback, SamplingOptions, StepEndCallback
 from kandinsky22.pipelines.outputs import pipeline_call
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
+from kandinsky22.runtime.calls import running_call
 from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.presets import PRIOR_PREFIX
 from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Timesteps
@@ -143,10 +144,22 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         """The prior as a separate pipeline with the current components and settings of this one."""
         return self._synchronised(self._prior_pipe, PRIOR_PREFIX)
 
+    @prior_pipe.setter
+    def prior_pipe(self, pipe: KandinskyV22PriorPipeline) -> None:
+        if not isinstance(pipe, KandinskyV22PriorPipeline):
+            raise invalid("prior_pipe", pipe, "a KandinskyV22PriorPipeline")
+        self._prior_pipe = pipe
+
     @property
     def decoder_pipe(self) -> D:
         """The decoder as a separate pipeline with the current components and settings of this one."""
         return self._synchronised(self._decoder_pipe)
+
+    @decoder_pipe.setter
+    def decoder_pipe(self, pipe: D) -> None:
+        if not isinstance(pipe, self.decoder_class):
+            raise invalid("decoder_pipe", pipe, f"a {self.decoder_class.__name__}")
+        self._decoder_pipe = pipe
 
     def _synchronised(self, pipe: P, prefix: str = "") -> P:
         """Return a stage with the current components and settings of this pipeline, all of which may be assigned to."""
@@ -159,7 +172,10 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         return pipe
 
     def interrupt(self) -> None:
-        """Stop the running call after its current step. It returns what the decoder has by then."""
+        """Stop running calls after their current step. They return what the decoder has by then.
+
+        A callback stops its own call. Any other thread stops all running calls of this pipeline.
+        """
         self._prior_pipe.interrupt()
         self._decoder_pipe.interrupt()
 
@@ -172,12 +188,27 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         output: OutputOptions,
         inputs: ImageOptions,
     ) -> Images:
-        """Run both stages: everything is planned first, then the prior runs, then the decoder."""
-        prior, decoder, latents = self.prior_pipe, self.decoder_pipe, sampling.latents
-        prior._interrupted = False
+        """Run both stages as one call."""
+        prior, decoder = self.prior_pipe, self.decoder_pipe
+        with running_call(prior), running_call(decoder):
+            return self._run_stages(
+                prior, decoder, prompts.prompt_pairs(prompt, negative_prompt), prior_options, sampling, output, inputs
+            )
+
+    @staticmethod
+    def _run_stages(
+        prior: KandinskyV22PriorPipeline,
+        decoder: D,
+        pairs: prompts.PromptPairs,
+        prior_options: PriorOptions,
+        sampling: SamplingOptions,
+        output: OutputOptions,
+        inputs: ImageOptions,
+    ) -> Images:
+        """Plan everything first, then run the prior, then the decoder."""
+        latents = sampling.latents
         # latents with two dimensions are initial noise of the prior, with four of the decoder
         for_prior = isinstance(latents, Tensor) and latents.ndim == 2
-        pairs = prompts.prompt_pairs(prompt, negative_prompt)
         images_per_prompt = validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
         with _prior_arguments():
             prior_sampling = prior_options.sampling(sampling.generator, latents if for_prior else None)
@@ -469,6 +500,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
         sigmas: Sigmas = None,
         prior_timesteps: Timesteps = None,
         prior_sigmas: Sigmas = None,
+        padding_mask_crop: int | None = None,
     ) -> Images:
         """Repaint `image` where `mask_image` is white, from prompts.
 
@@ -512,6 +544,9 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
             sigmas: Descending noise levels of the decoder instead of a number of steps.
             prior_timesteps: Descending timesteps of the prior.
             prior_sigmas: Descending noise levels of the prior.
+            padding_mask_crop: Pixels around the mask. The image is cropped to the mask with this padding, repainted at
+                height x width there, and pasted back, so that the result has the size of `image` and its other pixels
+                are exactly those of `image`. Requires output type "pil". None repaints the entire image.
 
         Returns:
             The images, prompts x num_images_per_prompt.
@@ -541,5 +576,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
                 latents,
             ),
             OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
-            ImageOptions(image=image, mask_image=mask_image, keep_pixels=keep_pixels),
+            ImageOptions(
+                image=image, mask_image=mask_image, keep_pixels=keep_pixels, padding_mask_crop=padding_mask_crop
+            ),
         )

@@ -7,40 +7,39 @@ transformers.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kandinsky22 import models, schedulers
+from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.folder_save import FolderSave
 from kandinsky22.checkpoints.hub import embedded_fallback_folder
-from kandinsky22.checkpoints.weights import STEM, select_weight_files
-from kandinsky22.errors import CheckpointError, InputError, describe
-from kandinsky22.kernels import host_memory, settings
+from kandinsky22.checkpoints.load_arguments import check_use_safetensors, check_variant_name
+from kandinsky22.checkpoints.pinned_files import PinnedFiles
+from kandinsky22.checkpoints.weights import STEM, replaced_weight_files, select_weight_files
+from kandinsky22.errors import CheckpointError, InputError, KandinskyError, describe, invalid, printable
+from kandinsky22.kernels import settings
+from kandinsky22.models.base import checked_dtype, stage_network
+from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.embedding_cache import encoder_files_digest
 from kandinsky22.runtime.lazy_component import LazyComponent, loaded
 from kandinsky22.runtime.network_state import record_source, unwrap_compiled
 from kandinsky22.sampling.presets import PRIOR_PREFIX
 
 OWN_CLASSES = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
-TRANSFORMERS_CLASSES = {
-    "text_encoder": "CLIPTextModelWithProjection",
-    "image_encoder": "CLIPVisionModelWithProjection",
-    "tokenizer": "CLIPTokenizer",
-    "image_processor": "CLIPImageProcessor",
-}
+TRANSFORMERS_CLASSES = {role: names[0] for role, names in clip_files.CLIP_CLASSES.items()}
 SCHEDULER_PROTOCOL = ("config", "set_timesteps", "step", "timesteps")
 STEMS = (STEM, "model", "pytorch_model")  # names of weight files: ours, then those of transformers
-LISTED_TENSORS = 8  # missing tensors that a message names
+TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class LoadOptions:
     """Options for loading weights.
 
     Attributes:
-        torch_dtype: Floating-point type; None for float32, "auto" for what is stored.
+        torch_dtype: Floating-point type; None for float32, "auto" for what is stored; or one of these per component
+            name, where "default" stands for all others.
         variant: Variant of the weight files; None for the plain files.
         use_safetensors: Format of the weights; None prefers safetensors.
     """
@@ -56,6 +56,46 @@ class LoadOptions:
     torch_dtype: Any = None
     variant: str | None = None
     use_safetensors: bool | None = None
+
+    def checked(self) -> LoadOptions:
+        """Return the options themselves.
+
+        Raises:
+            InputError: If one of them is invalid.
+        """
+        check_variant_name(self.variant)
+        check_use_safetensors(self.use_safetensors)
+        if not isinstance(self.torch_dtype, Mapping):
+            checked_dtype(self.torch_dtype)
+            return self
+        for name, dtype in self.torch_dtype.items():
+            if not isinstance(name, str):
+                raise invalid("a key of torch_dtype", name, "the name of a component, or 'default'")
+            try:
+                checked_dtype(dtype)
+            except InputError as error:
+                raise InputError(str(error).replace("torch_dtype=", f"torch_dtype[{name!r}]=", 1)) from None
+        return self
+
+    def for_component(self, name: str) -> LoadOptions:
+        """Return the options with the type of one component.
+
+        Args:
+            name: Name of the component.
+        """
+        dtypes = self.torch_dtype
+        if not isinstance(dtypes, Mapping):
+            return self
+        default = dtypes.get(component_role(name), dtypes.get("default"))
+        return replace(self, torch_dtype=dtypes.get(name, default))
+
+    def for_prior(self) -> LoadOptions:
+        """Return the options for the pipeline of the prior, whose component names have no prefix."""
+        dtypes = self.torch_dtype
+        if not isinstance(dtypes, Mapping):
+            return self
+        prefixed = {name.removeprefix(PRIOR_PREFIX): dtypes[name] for name in dtypes if name.startswith(PRIOR_PREFIX)}
+        return replace(self, torch_dtype={**dtypes, **prefixed})
 
     def weight_files(self, names: Iterable[str]) -> list[str]:
         """Return the weight files to read, out of the files of one component.
@@ -176,14 +216,16 @@ def check_variant(folder: Path, components: Iterable[str], options: LoadOptions)
     """
     if options.variant is None:
         return
-    plain = replace(options, variant=None)
-    networks = [name for name in components if plain.weight_files(_file_names(folder / name))]
+    networks = [name for name in components if options.weight_files(_file_names(folder / name))]
     if networks and not any(options.for_folder(folder / name).variant for name in networks):
         raise CheckpointError(f"{folder} has no weights of variant {options.variant!r} for {', '.join(networks)}")
 
 
 def _file_names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    try:
+        return os.listdir(folder) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
 def _component_folder(name: str, folder: Path) -> Path:
@@ -191,7 +233,7 @@ def _component_folder(name: str, folder: Path) -> Path:
     component_folder = folder / name
     return (
         component_folder
-        if component_folder.is_dir()
+        if os.path.isdir(component_folder)
         else embedded_fallback_folder(component_folder) or component_folder
     )
 
@@ -216,215 +258,198 @@ def load_component(name: str, entry: Any, folder: Path, options: LoadOptions) ->
         The component; for the image encoder a `LazyComponent`.
 
     Raises:
-        CheckpointError: If the class is unknown, or the files do not fit it.
+        CheckpointError: If the class is not one that this component can have, or the files do not fit it.
+        ConfigError: If a setting of a network or scheduler is invalid.
     """
-    if component_role(name) == "image_encoder" and settings.current().lazy_loading:
-        lazy = _lazy(name, entry, folder, options)
-        if lazy is not None:
-            return lazy
-    return _load_and_record(name, entry, folder, options)
+    component_class = _class_of_entry(name, entry, folder)
+    if component_class is None:
+        return None
+    component_folder, role = _component_folder(name, folder), component_role(name)
+    with clip_files.reading(name, component_folder):
+        if not os.path.isdir(component_folder):
+            raise CheckpointError(f"missing folder: {component_folder}")
+        if role == "tokenizer":
+            return clip_files.load_tokenizer(component_class, component_folder)
+        if role == "image_processor":
+            return clip_files.load_image_processor(component_class, component_folder)
+        if role == "scheduler":
+            return component_class.from_pretrained(component_folder)
+        reader = NetworkReader(component_class, component_folder, options.for_component(name))
+        if role == "image_encoder" and settings.current().lazy_loading:
+            lazy = reader.lazy()
+            if lazy is not None:
+                return lazy
+        return reader.load_and_record()
 
 
-def _load_and_record(name: str, entry: Any, folder: Path, options: LoadOptions) -> Any:
-    """Load a component now; a network's record then says how to read it again."""
-    component = _load(name, entry, folder, options)
-    if isinstance(component, nn.Module):
-        load = functools.partial(_load, name, entry, folder, options)
-        if component_role(name) == "image_encoder":
-            files = tuple(_weight_paths(_component_folder(name, folder), options))
-            dtype = next(component.parameters()).dtype
-            record_source(component, load, files_digest=encoder_files_digest(files), dtype=dtype)
-        else:
-            record_source(component, load)
-    return component
+def _class_of_entry(name: str, entry: Any, folder: Path) -> Any:
+    """Return the class that an entry of `model_index.json` names; None if it names none.
 
-
-def _lazy(name: str, entry: Any, folder: Path, options: LoadOptions) -> LazyComponent | None:
-    """Return a network of transformers that is loaded on first use.
-
-    The result is None if the files look damaged, so that eager loading reports the error.
+    Only the classes that the specification names are accepted. Other ones, even of the same libraries, could run code
+    of the checkpoint.
     """
-    import transformers
-
-    component_folder = _component_folder(name, folder)
-    library, class_name = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
-    network_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
-    files = tuple(_weight_paths(component_folder, options))
-    if not (isinstance(network_class, type) and issubclass(network_class, nn.Module) and files and _readable(files)):
-        return None
-    config_class: Any = getattr(network_class, "config_class", None)
-    try:
-        config = config_class.from_pretrained(os.fspath(component_folder), local_files_only=True)
-    except Exception:  # transformers raises many exception types here
-        return None
-    dtype = torch.float32 if options.torch_dtype is None else options.torch_dtype
-    if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    return LazyComponent(
-        network_class,
-        config,
-        functools.partial(_load_and_record, name, entry, folder, options),
-        files=files,
-        dtype=dtype if isinstance(dtype, torch.dtype) else None,
-    )
-
-
-def _readable(files: Iterable[Path]) -> bool:
-    """Return whether all files are safetensors with a valid header."""
-    try:
-        for file in files:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass
-            elif file.suffix != ".json":
-                return False
-    except (OSError, SafetensorError):
-        return False
-    return True
-
-
-def _load(name: str, entry: Any, folder: Path, options: LoadOptions) -> Any:
-    """Load a component by its entry in `model_index.json`."""
-    component_folder, index = _component_folder(name, folder), folder / "model_index.json"
+    index, role = folder / "model_index.json", component_role(name)
     if entry is None or entry == [None, None]:
         return None
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
-        raise CheckpointError(f"{index}: {name} is {entry!r}: expected [library, class], or null")
+        raise CheckpointError(f"{index}: {name} is {describe(entry)}: expected [library, class], or null")
     library, class_name = entry
-    if library == "transformers":
-        return _load_transformers(name, str(class_name), component_folder, options)
-    if library in ("diffusers", "kandinsky22") and class_name in models.__all__:
-        return getattr(models, class_name).from_pretrained(
-            component_folder, **vars(options.for_folder(component_folder))
+    if role in clip_files.CLIP_CLASSES:
+        library_names, class_names = ("transformers",), list(clip_files.CLIP_CLASSES[role])
+    else:
+        library_names = ("diffusers", "kandinsky22")
+        class_names = [OWN_CLASSES[role]] if role in OWN_CLASSES else _scheduler_names()
+    if library not in library_names or class_name not in class_names:
+        raise CheckpointError(
+            f"{index}: {name} is a {describe(f'{library}.{class_name}')}, which kandinsky22 does not have: expected "
+            f"{'one of ' if len(class_names) > 1 else ''}{', '.join(class_names)} of {library_names[0]}; "
+            f"pass {name}= to replace it"
         )
-    if library in ("diffusers", "kandinsky22") and class_name in schedulers.__all__:
-        return getattr(schedulers, class_name).from_pretrained(component_folder)
-    classes = ", ".join(sorted({*models.__all__, *schedulers.__all__} - {"Model", "Scheduler", "SchedulerOutput"}))
-    raise CheckpointError(
-        f"{index}: {name} is a {library}.{class_name}, which kandinsky22 does not have: expected one of {classes}; "
-        f"pass {name}= to replace it"
-    )
+    if role in clip_files.CLIP_CLASSES:
+        return clip_files.clip_class(role, class_name)
+    return getattr(models if role in OWN_CLASSES else schedulers, class_name)
 
 
-def _load_transformers(name: str, class_name: str, folder: Path, options: LoadOptions) -> Any:
-    """Load a CLIP tower, a tokenizer or an image processor."""
-    import transformers
-
-    if not folder.is_dir():
-        raise CheckpointError(f"missing folder: {folder}")
-    # Without torchvision the plain name prints a warning and then gives this class.
-    without_torchvision = f"{class_name}Pil"
-    if hasattr(transformers, without_torchvision) and importlib.util.find_spec("torchvision") is None:
-        class_name = without_torchvision
-    component_class = getattr(transformers, class_name, None)
-    if component_class is None:
-        raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no {class_name}; pass {name}=")
-    if isinstance(component_class, type) and issubclass(component_class, nn.Module):
-        return _load_tower(component_class, folder, options)
-    return _from_pretrained(component_class, folder)
+def _scheduler_names() -> list[str]:
+    return sorted(set(schedulers.__all__) - {"Scheduler", "SchedulerOutput"})
 
 
-def _load_tower(network_class: Any, folder: Path, options: LoadOptions) -> nn.Module:
-    """Load a CLIP tower, converted to the requested type, in evaluation mode."""
-    dtype = torch.float32 if options.torch_dtype is None else options.torch_dtype
-    # transformers would keep in memory what it has read of a float32 file that it converts
-    convert_here = (
-        isinstance(dtype, torch.dtype)
-        and dtype != torch.float32
-        and _stored_in_float32(_weight_paths(folder, options))
-        and not getattr(network_class, "_keep_in_fp32_modules", None)
-    )
-    stored = options.for_folder(folder)
-    network, report = _from_pretrained(
-        network_class,
-        folder,
-        **{_dtype_argument(): torch.float32 if convert_here else dtype},
-        variant=stored.variant,
-        use_safetensors=stored.use_safetensors,
-        output_loading_info=True,
-        **_low_memory_options(),
-    )
-    if missing := sorted(report["missing_keys"]):
-        listed = ", ".join(missing[:LISTED_TENSORS])
-        raise CheckpointError(f"{folder} does not fit {network_class.__name__}: {len(missing)} missing: {listed}")
-    if convert_here:
-        _convert(network, dtype)
-        setattr(network.config, _dtype_argument(), dtype)
-    tower: nn.Module = network.eval()
-    return tower
+class NetworkReader:
+    """Reads a network of a checkpoint, now and again later, from files that are opened when the reader is made.
+
+    Args:
+        network_class: Class of the network.
+        folder: Folder of the network.
+        options: How weights are loaded.
+
+    Raises:
+        CheckpointError: If a file is missing or cannot be opened.
+    """
+
+    def __init__(self, network_class: type[nn.Module], folder: Path, options: LoadOptions) -> None:
+        self._class = network_class
+        self._options = options.for_folder(folder)
+        # Without weights, the network's own reading reports what the folder has.
+        paths = _network_files(folder, self._options)
+        self._files = PinnedFiles(folder, paths) if paths else None
+        self._folder = folder
+        self._digest: str | None = None
+
+    def lazy(self) -> LazyComponent | None:
+        """Return the network as a component that is loaded on first use.
+
+        The result is None if the files look damaged, so that eager loading reports the error.
+        """
+        if self._files is None:
+            return None
+        network_class: Any = self._class
+        with self._files.folder() as folder:
+            try:
+                config = clip_files.tower_config(network_class, folder)
+            except KandinskyError:
+                return None
+            files = [folder / path.name for path in self._files.paths if path.name != "config.json"]
+            if not clip_files.is_readable_tower(network_class, config, files):
+                return None
+        self._name_origin(config)
+        dtype = torch.float32 if self._options.torch_dtype is None else self._options.torch_dtype
+        if dtype == "auto":
+            dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        return LazyComponent(
+            network_class,
+            config,
+            self.load_and_record,
+            files=tuple(path for path in self._files.paths if path.name != "config.json"),
+            dtype=dtype if isinstance(dtype, torch.dtype) else None,
+            files_digest=self.digest,
+        )
+
+    def load_and_record(self) -> nn.Module:
+        """Load the network; its record then says how to read it again."""
+        network = self.load()
+        if issubclass(self._class, models.Model):
+            record_source(network, self.load)
+        else:
+            dtype = next(network.parameters()).dtype
+            record_source(network, self.load, files_digest=self.digest(), dtype=dtype)
+        return network
+
+    def load(self) -> nn.Module:
+        """Load the network.
+
+        Raises:
+            CheckpointError: If the files do not fit the class.
+        """
+        if self._files is None:
+            return self._load_from(self._folder)
+        with self._files.folder() as folder, clip_files.reading(self._class.__name__, folder):
+            network = self._load_from(folder)
+        self._name_origin(network)
+        self._name_origin(getattr(network, "config", None))
+        return network
+
+    def _load_from(self, folder: Path) -> nn.Module:
+        options = vars(self._options)
+        if issubclass(self._class, models.Model):
+            return self._class.from_pretrained(folder, **options)
+        return clip_files.load_tower(self._class, folder, _weight_paths(folder, self._options), **options)
+
+    def digest(self) -> str | None:
+        """Return the digest of the weight files (`embedding_cache.encoder_files_digest`); None if they are small."""
+        if self._files is None:
+            return None
+        if self._digest is None:
+            with self._files.folder() as folder:
+                self._digest = encoder_files_digest(tuple(_weight_paths(folder, self._options)))
+        return self._digest
+
+    def _name_origin(self, named: Any) -> None:
+        """Replace the name of the temporary folder by that of the checkpoint."""
+        assert self._files is not None
+        for attribute in ("_name_or_path", "name_or_path"):
+            if isinstance(vars(named).get(attribute) if hasattr(named, "__dict__") else None, str):
+                setattr(named, attribute, str(self._files.origin))
 
 
-def _from_pretrained(component_class: Any, folder: Path, **options: Any) -> Any:
-    """Call transformers' `from_pretrained` on a local folder; its many exception types become CheckpointError."""
-    import transformers
+def _network_files(folder: Path, options: LoadOptions) -> list[Path]:
+    """Return the config and the weight files of a network; an empty list if it has no weights.
 
-    try:
-        with _without_progress_bars(transformers):
-            return component_class.from_pretrained(os.fspath(folder), local_files_only=True, **options)
-    except Exception as error:  # OSError, ValueError, SafetensorError, KeyError...
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"cannot load {component_class.__name__} from {folder}: {reason}") from error
-
-
-def _transformers_release() -> tuple[int, ...]:
-    import transformers
-
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
-
-def _dtype_argument() -> str:
-    return "dtype" if _transformers_release() >= (4, 56) else "torch_dtype"
-
-
-def _low_memory_options() -> dict[str, Any]:
-    """Return options that avoid a second copy of the weights; releases from 5.0 never make one."""
-    older = _transformers_release() < (5, 0) and importlib.util.find_spec("accelerate") is not None
-    return {"low_cpu_mem_usage": True} if older else {}
-
-
-def _stored_in_float32(files: Iterable[Path]) -> bool:
-    """Return whether all floating-point tensors of these safetensors files are float32."""
-    dtypes: set[str] = set()
-    for file in files:
-        if file.suffix == ".safetensors":
-            with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
-                dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-        elif file.suffix != ".json":
-            return False
-    return "F32" in dtypes and all(dtype == "F32" or not dtype.startswith(("F", "BF")) for dtype in dtypes)
-
-
-def _convert(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert parameters one tensor at a time and drop each mapped source, so that peak memory does not double."""
-    for module in network.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and tensor.is_floating_point():
-                tensor.data = host_memory.convert_and_drop(tensor.data, dtype)
-
-
-@contextlib.contextmanager
-def _without_progress_bars(transformers: Any) -> Iterator[None]:
-    """Hide the progress bars of transformers: reading local files does not need one per component."""
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers.utils.logging.enable_progress_bar()
+    Shards that the embedded model shares with its decoder are in the decoder's folder.
+    """
+    selected = options.weight_files(_file_names(folder))
+    if not selected:
+        return []
+    names = ["config.json", *selected]
+    if selected[0].endswith(".json"):
+        weight_map = read_json(folder / selected[0]).get("weight_map")
+        listed = weight_map.values() if isinstance(weight_map, dict) else []
+        names += [name for name in listed if isinstance(name, str) and Path(name).name == name]
+    folders = [folder, *filter(None, [embedded_fallback_folder(folder)])]
+    paths = (next((place / name for place in folders if os.path.isfile(place / name)), None) for name in names)
+    return list(dict.fromkeys(path for path in paths if path is not None))
 
 
 # Saving
 
 
-def save_component(component: Any, folder: Path, *, variant: str | None, max_shard_size: int | str) -> None:
-    """Write a component into its folder.
+def save_component(
+    component: Any,
+    save: FolderSave,
+    name: str,
+    *,
+    variant: str | None,
+    max_shard_size: int | str,
+    safe: bool = True,
+) -> None:
+    """Write a component as part of the save of a pipeline.
 
     Args:
         component: Any component except None; a lazy one is loaded.
-        folder: Folder of the component.
+        save: The save.
+        name: Name of the component, which is that of its folder.
         variant: Variant in the names of weight files; None for none.
         max_shard_size: Largest weight file, in bytes or as text such as "5GB".
+        safe: Whether our networks are written as safetensors instead of pickled files; transformers writes safetensors.
 
     Raises:
         CheckpointError: If it cannot be written.
@@ -433,16 +458,18 @@ def save_component(component: Any, folder: Path, *, variant: str | None, max_sha
     options: dict[str, Any] = {}
     if isinstance(component, nn.Module):
         component = unwrap_compiled(component)
+        if isinstance(component, models.Model):
+            stage_network(component, save, name, variant=variant, max_shard_size=max_shard_size, safe=safe)
+            save.replace(name, replaced_weight_files(variant, True))
+            return
         options = {"variant": variant, "max_shard_size": max_shard_size}
-    if isinstance(component, models.Model | schedulers.Scheduler):
-        component.save_pretrained(folder, **options)
-        return
-    # Written to a temporary folder and then moved: weights in use may be mapped from the files that are replaced.
+        save.replace(name, replaced_weight_files(variant, True, STEMS))
+    elif component_role(name) == "tokenizer":  # files of another tokenizer would be read too
+        save.replace(name, TOKENIZER_FILES.intersection)
+    folder = save.stage(name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-            component.save_pretrained(temporary, **options)
-            for file in Path(temporary).iterdir():
-                os.replace(file, folder / file.name)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error}") from error
+        component.save_pretrained(os.fspath(folder), **options)
+    except KandinskyError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many types of exceptions
+        raise CheckpointError(f"cannot write {folder}: {printable(str(error))}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images, masks, validation
+from kandinsky22.inputs.image_processor import VaeImageProcessor
 from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.kernels import winograd
 from kandinsky22.models import UNet2DConditionModel, VQModel
 from kandinsky22.noise import Generators
+from kandinsky22.pipelines.building_blocks import ImageStart, NoiseStart
 from kandinsky22.pipelines.denoising import (
     LATENTS,
     Callbacks,
@@ -24,7 +27,9 @@ from kandinsky22.pipelines.denoising import (
     SamplingPlan,
     StepEndCallback,
 )
+from kandinsky22.pipelines.network_calls import bind_unet
 from kandinsky22.pipelines.outputs import ImagePipelineOutput, pipeline_call
+from kandinsky22.runtime.calls import others_use
 from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.loop import Denoise, LoopState
 from kandinsky22.sampling.scheduler_adapter import (
@@ -84,6 +89,8 @@ class ImageOptions:
         hint: Hint of a ControlNet decoder.
         strength: Fraction of the steps that run, 0 to 1.
         keep_pixels: Whether inpainting copies the known pixels of the image into the result.
+        padding_mask_crop: Pixels around the mask, if inpainting repaints only the part of the image there; None
+            repaints the entire image.
     """
 
     image: ImageInputs | None = None
@@ -91,6 +98,7 @@ class ImageOptions:
     hint: ImageInputs | None = None
     strength: float = 1.0
     keep_pixels: bool = False
+    padding_mask_crop: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +110,14 @@ class DecoderPlan:
         images: Input images as tensors, by argument name: one row, or one per embedding.
         output: Form of the results.
         keep_pixels: Whether inpainting copies the known pixels into the result.
+        crops: Crops that the results are pasted back into, one or one per embedding; empty if images are not cropped.
     """
 
     sampling: SamplingPlan
     images: Mapping[str, Tensor]
     output: OutputOptions
     keep_pixels: bool = False
+    crops: tuple[masks.MaskCrop, ...] = ()
 
 
 class DecoderPipeline(DenoisingPipeline):
@@ -148,6 +158,21 @@ class DecoderPipeline(DenoisingPipeline):
         return int(2 ** (len(self.movq.config.block_out_channels) - 1))
 
     @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Processor that scripts use to convert images to tensors of MoVQ and back; the pipeline does not need it.
+
+        Raises:
+            InputError: If the pipeline was constructed without MoVQ.
+        """
+        self._require("movq")
+        return VaeImageProcessor(
+            vae_scale_factor=self.movq_scale_factor,
+            vae_latent_channels=self.movq.config.latent_channels,
+            resample="bicubic",
+            reducing_gap=1,
+        )
+
+    @property
     def default_size(self) -> int:
         """Side in pixels of the images that the UNet was trained for.
 
@@ -174,8 +199,7 @@ class DecoderPipeline(DenoisingPipeline):
     def _plan(
         self, embedding_count: int, sampling: SamplingOptions, output: OutputOptions, inputs: ImageOptions
     ) -> DecoderPlan:
-        """Validate a call for this number of embeddings, and read its images; clear an earlier `interrupt`."""
-        self._interrupted = False
+        """Validate a call for this number of embeddings, and read its images."""
         keep_pixels = validation.strict_bool("keep_pixels", inputs.keep_pixels)
         # latents hold no pixels that could be copied into
         output_types = images.OUTPUT_TYPES[:3] if keep_pixels else images.OUTPUT_TYPES
@@ -190,12 +214,28 @@ class DecoderPipeline(DenoisingPipeline):
         if self._accepts_strength:
             plan = plan.with_strength(inputs.strength)
         # Images are read last: they may be large files or downloads.
+        crops, inputs = self._crop(inputs, shape, output)
         tensors = {
             name: self._read_image(name, getattr(inputs, name), shape, embedding_count) for name in self._image_inputs
         }
         if keep_pixels and tensors["image"].shape[1] != 3:
             raise invalid("keep_pixels", True, "False if image holds latents, which have no pixels to keep")
-        return DecoderPlan(plan, tensors, output, keep_pixels)
+        return DecoderPlan(plan, tensors, output, keep_pixels, crops)
+
+    def _crop(
+        self, inputs: ImageOptions, shape: tuple[int, ...], output: OutputOptions
+    ) -> tuple[tuple[masks.MaskCrop, ...], ImageOptions]:
+        """Return the crops that the call repaints, and the inputs with those instead of the images."""
+        if inputs.padding_mask_crop is None:
+            return (), inputs
+        if output.output_type != "pil":
+            raise invalid(
+                "output_type", output.output_type, "'pil' with padding_mask_crop", "images may differ in size"
+            )
+        size = shape[2] * self.movq_scale_factor, shape[3] * self.movq_scale_factor
+        crops = tuple(masks.mask_crops(inputs.image, inputs.mask_image, size, inputs.padding_mask_crop))
+        pictures, repainted = zip(*((crop.cropped_picture(), crop.cropped_mask()) for crop in crops), strict=True)
+        return crops, dataclasses.replace(inputs, image=pictures, mask_image=repainted)
 
     def _read_image(self, name: str, value: ImageInputs, shape: tuple[int, ...], embedding_count: int) -> Tensor:
         """Return the image argument `name` as a tensor with one row, or one per embedding."""
@@ -296,21 +336,12 @@ class DecoderPipeline(DenoisingPipeline):
         """Return latents (batch, 4, h, w) of the image. Each is encoded once, or not at all if it holds latents."""
         image = plan.images["image"]
         if image.shape[1] == 3:
-            with winograd.weights_in_use_by(self.movq, after=self.unet):
+            with self._movq_after_unet():
                 image = self.movq.encode(image.to(device=self._execution_device, dtype=self.movq.dtype))[0]
         return self._expand_to_batch(plan, image)
 
     def _bind_condition(self, tensors: Mapping[str, Tensor], schedule: TimestepSchedule) -> Denoise:
-        masked = [tensors[name] for name in ("masked_image", "mask_image") if name in tensors]
-        condition = self.unet.encode_condition(
-            image_embeds=tensors["image_embeds"],
-            hint=tensors.get("hint"),
-            channels=torch.cat(masked, dim=1) if masked else None,
-        )
-        cache, graphs = self._new_feature_cache(), self._cuda_graphs
-        if graphs is not None and cache is None:
-            return graphs.bind(self.unet, condition)
-        return lambda sample, timestep: self.unet.denoise(sample, timestep, condition, cache)
+        return bind_unet(lambda: self.unet, tensors, self._new_feature_cache(), self._cuda_graphs)
 
     def _replace_tensors(self, state: LoopState, changes: Mapping[str, Tensor]) -> None:
         # The network reads negatives only as the first half of the guided batch: a new one must be put there.
@@ -320,16 +351,25 @@ class DecoderPipeline(DenoisingPipeline):
         if negative is not None and negative is not previous and len(guided_embeds) == 2 * len(negative):
             state.tensors["image_embeds"] = torch.cat([negative, guided_embeds[len(negative) :]])
 
+    def _movq_after_unet(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context manager for runs of MoVQ that frees weights which nothing uses meanwhile and afterwards."""
+        if others_use(self.unet) or others_use(self.movq):
+            return contextlib.nullcontext()
+        return winograd.weights_in_use_by(self.movq, after=self.unet)
+
     def _decode(self, plan: DecoderPlan, latents: Tensor) -> Images:
         """Return the result of a call from its final latents."""
         result: Any = latents
         if plan.output.output_type != "latent":
-            with self._freed_on_error(), winograd.weights_in_use_by(self.movq, after=self.unet):
+            with self._freed_on_error(), self._movq_after_unet():
                 pixels = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
             if plan.keep_pixels:
                 pixels = self._copy_known_pixels(plan, pixels)
             unit = self._pt_output_in_unit_range
             result = images.to_output_type(pixels, plan.output.output_type, unit_range=unit)
+        if plan.crops:
+            copies = len(result) // len(plan.crops)
+            result = [plan.crops[index // copies].paste(image) for index, image in enumerate(result)]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(result) if plan.output.return_dict else (result,)
 
@@ -344,7 +384,7 @@ class DecoderPipeline(DenoisingPipeline):
         return torch.where(mask > 0.5, pixels.float(), image)
 
 
-class KandinskyV22Pipeline(DecoderPipeline):
+class KandinskyV22Pipeline(NoiseStart, DecoderPipeline):
     """Generate images from image embeddings."""
 
     @pipeline_call
@@ -418,7 +458,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
         )
 
 
-class KandinskyV22Img2ImgPipeline(DecoderPipeline):
+class KandinskyV22Img2ImgPipeline(ImageStart, DecoderPipeline):
     """Generate images from image embeddings and an initial image."""
 
     _image_inputs = ("image",)
@@ -498,7 +538,7 @@ class KandinskyV22Img2ImgPipeline(DecoderPipeline):
         )
 
 
-class KandinskyV22InpaintPipeline(DecoderPipeline):
+class KandinskyV22InpaintPipeline(NoiseStart, DecoderPipeline):
     """Repaint the masked part of an image, from image embeddings."""
 
     _callback_tensor_inputs: ClassVar = [*DecoderPipeline._callback_tensor_inputs, "masked_image", "mask_image"]
@@ -533,6 +573,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         guidance_threshold: float | None = None,
         timesteps: Timesteps = None,
         sigmas: Sigmas = None,
+        padding_mask_crop: int | None = None,
     ) -> Images:
         """Repaint `image` where `mask_image` is white, from image embeddings.
 
@@ -567,6 +608,9 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
             guidance_threshold: See `Guidance.threshold`.
             timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
             sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+            padding_mask_crop: Pixels around the mask. The image is cropped to the mask with this padding, repainted at
+                height x width there, and pasted back, so that the result has the size of `image` and its other pixels
+                are exactly those of `image`. Requires output type "pil". None repaints the entire image.
 
         Returns:
             The images, batch x num_images_per_prompt.
@@ -584,7 +628,9 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
                 latents,
             ),
             OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
-            ImageOptions(image=image, mask_image=mask_image, keep_pixels=keep_pixels),
+            ImageOptions(
+                image=image, mask_image=mask_image, keep_pixels=keep_pixels, padding_mask_crop=padding_mask_crop
+            ),
         )
 
     def _generate(self, plan: DecoderPlan, tensors: dict[str, Tensor]) -> Images:
@@ -605,7 +651,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         return self._decode(plan, restore_known(latents, image))
 
 
-class KandinskyV22ControlnetPipeline(DecoderPipeline):
+class KandinskyV22ControlnetPipeline(NoiseStart, DecoderPipeline):
     """Generate images from image embeddings and a hint, such as a depth map."""
 
     _callback_tensor_inputs: ClassVar = [*DecoderPipeline._callback_tensor_inputs, "hint"]
@@ -688,7 +734,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         )
 
 
-class KandinskyV22ControlnetImg2ImgPipeline(DecoderPipeline):
+class KandinskyV22ControlnetImg2ImgPipeline(ImageStart, DecoderPipeline):
     """Generate images from image embeddings, an initial image and a hint."""
 
     _callback_tensor_inputs: ClassVar = KandinskyV22ControlnetPipeline._callback_tensor_inputs

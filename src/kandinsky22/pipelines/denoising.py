@@ -15,6 +15,7 @@ from kandinsky22.inputs import validation
 from kandinsky22.kernels import host_memory
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.pipelines.base import DiffusionPipeline
+from kandinsky22.runtime.calls import CallState, claim_generators, current_state, running_states
 from kandinsky22.sampling.guidance import Guidance
 from kandinsky22.sampling.loop import Denoise, LoopState, PostStep, sample
 from kandinsky22.sampling.scheduler_adapter import TimestepOptions, TimestepSchedule, schedule_timesteps
@@ -124,27 +125,47 @@ class DenoisingPipeline(DiffusionPipeline):
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
-    _guidance_scale: float = 1.0
-    _num_timesteps: int = 0
-    _running_calls: int = 0
-    _active_scheduler: Any = None
-    _interrupted: bool = False
+    _last_call: CallState | None = None
     scheduler: Any
+
+    @property
+    def _call_state(self) -> CallState:
+        """Values of the call that this thread runs, or else of the last call that began in any thread."""
+        state = current_state(self) or self._last_call
+        if state is None:
+            state = self._last_call = CallState()
+        return state
 
     @property
     def guidance_scale(self) -> float:
         """Guidance scale of the current or last call; a callback may set it for the remaining steps.
 
         Raises:
-            InputError: If it is set to something that is not a number, or while no call runs.
+            InputError: If it is set to something that is not a number, while no call runs, or while several threads run
+                calls and this is none of them.
         """
         return self._guidance_scale
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        if not self._running_calls:
+        running = running_states(self)
+        if not running:
             raise InputError("guidance_scale can be set only while a call runs: pass guidance_scale= to the call")
-        self._guidance_scale = validation.finite_float("guidance_scale", scale)
+        state = current_state(self) or (running[0] if len(running) == 1 else None)
+        if state is None:
+            raise InputError(
+                f"guidance_scale cannot be set from here: {len(running)} calls run in other threads; set it in a "
+                "callback of the call"
+            )
+        state.guidance_scale = validation.finite_float("guidance_scale", scale)
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call_state.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:
+        self._call_state.guidance_scale = scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -154,25 +175,40 @@ class DenoisingPipeline(DiffusionPipeline):
     @property
     def num_timesteps(self) -> int:
         """Number of network evaluations of the current or last call."""
-        return self._num_timesteps
+        return self._call_state.num_timesteps
 
     @property
     def active_scheduler(self) -> Any:
         """Scheduler of the running or last call: a copy of `scheduler` with its timesteps set; None before any call."""
-        return self._active_scheduler
+        return self._call_state.active_scheduler
 
     def interrupt(self) -> None:
-        """Stop the running call after its current step. It returns what it has by then.
+        """Stop running calls after their current step. They return what they have by then.
 
-        Call it from a callback or from another thread.
+        A callback stops its own call. Any other thread stops all running calls of this pipeline.
         """
-        self._interrupted = True
+        state = current_state(self)
+        for each in running_states(self) if state is None else (state,):
+            each.interrupted = True
+
+    @property
+    def _interrupt(self) -> bool:
+        """Whether the call stops after its current step: the name by which callbacks of the reference set it."""
+        return self._call_state.interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, interrupted: bool) -> None:
+        if interrupted:
+            self.interrupt()
+        else:
+            self._call_state.interrupted = False
 
     def _plan_sampling(self, options: SamplingOptions, *, shape: tuple[int, ...], images: int) -> SamplingPlan:
         """Validate the sampling options for latents of this shape, which `images` results come from."""
         if options.latents is not None:
             validation.initial_latents(options.latents, shape)
         generators = validation.generators_per_item(options.generator, images, shape[0])
+        claim_generators(self, generators if isinstance(generators, list | tuple) else [generators])
         callbacks = options.callbacks.checked(self._callback_tensor_inputs)
         schedule = schedule_timesteps(self.scheduler, options.timesteps, shape=shape, device=self._execution_device)
         options.guidance.check_scheduler(schedule.scheduler)
@@ -193,8 +229,9 @@ class DenoisingPipeline(DiffusionPipeline):
         self, plan: SamplingPlan, latents: Tensor, tensors: dict[str, Tensor], post_step: PostStep | None = None
     ) -> Tensor:
         """Run the loop with progress bar and callbacks, and return the final latents."""
-        self._guidance_scale, self._num_timesteps = plan.guidance.scale, len(plan.schedule.timesteps)
-        self._active_scheduler = plan.schedule.scheduler
+        call = self._last_call = current_state(self) or CallState()
+        call.guidance_scale, call.num_timesteps = plan.guidance.scale, len(plan.schedule.timesteps)
+        call.active_scheduler = plan.schedule.scheduler
         state = LoopState(latents, tensors, plan.guidance, tensors_exposed=plan.callbacks.tensors_exposed)
         steps = sample(
             state,
@@ -203,10 +240,10 @@ class DenoisingPipeline(DiffusionPipeline):
             plan.generators,
             post_step,
         )
-        with self._running(), host_memory.reuse_buffers(), self.progress_bar(total=self._num_timesteps) as bar:
-            while not self._interrupted and next(steps, None) is not None:
+        with self._freed_on_error(), host_memory.reuse_buffers(), self.progress_bar(total=call.num_timesteps) as bar:
+            while not call.interrupted and next(steps, None) is not None:
                 self._run_callbacks(state, plan)
-                state.guidance = dataclasses.replace(plan.guidance, scale=self._guidance_scale)
+                state.guidance = dataclasses.replace(plan.guidance, scale=call.guidance_scale)
                 if state.guidance.enabled and not plan.guidance.enabled:
                     raise InputError(
                         "guidance_scale was set above 1 by a callback: expected at most 1, since the call began "
@@ -214,16 +251,6 @@ class DenoisingPipeline(DiffusionPipeline):
                     )
                 bar.update()
         return state.latents
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """Mark a call as running; after an error, take offloaded networks off the device."""
-        self._running_calls += 1
-        try:
-            with self._freed_on_error():
-                yield
-        finally:
-            self._running_calls -= 1
 
     @contextlib.contextmanager
     def _freed_on_error(self) -> Iterator[None]:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.fingerprint import WeightFingerprint, files_digest
+from kandinsky22.checkpoints.weights import read_tensors
 from kandinsky22.kernels import settings
+from kandinsky22.kernels.locks import ObjectLock
 from kandinsky22.runtime.device_offload import Offloaded, offload_of
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, loaded
 from kandinsky22.runtime.network_state import state_of
@@ -54,14 +55,16 @@ def cached_zero_embed(encoder: AnyNetwork, dtype: torch.dtype, compute: Callable
         The embedding, on the CPU if it was cached.
     """
     path = _cache_path(encoder, dtype)
-    cached = _read(path, dtype)
+    cached = _read(path, dtype, (1, int(encoder.config.projection_dim)))
     if cached is not None:
         return cached
     is_lazy = isinstance(encoder, LazyComponent) and not encoder.is_loaded
     embed = compute()
     path = _cache_path(encoder, dtype, just_loaded=is_lazy)  # perhaps from newer files
     if path is not None and bool(embed.isfinite().all()):
-        with contextlib.suppress(OSError, SafetensorError):  # an unwritable cache folder disables the cache
+        with contextlib.suppress(
+            Exception
+        ):  # an unwritable cache folder, whatever is wrong with it, disables the cache
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
                 save_file({"embed": embed.detach().cpu().contiguous()}, temporary)
@@ -77,7 +80,7 @@ def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = 
     if not settings.current().zero_embed_cache or root == "":
         return None
     if isinstance(encoder, LazyComponent) and not encoder.is_loaded:
-        digest, weights_dtype = encoder_files_digest(encoder.files), encoder.dtype
+        digest, weights_dtype = encoder.files_digest(), encoder.dtype
     else:
         network = loaded(encoder)
         source = state_of(network).source
@@ -90,23 +93,37 @@ def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = 
         return None
     config: Any = encoder.config
     name = hashlib.sha256(f"{digest} {weights_dtype} {dtype} {config.image_size}".encode()).hexdigest()
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky22"
-    return (Path(root) if root else default) / "zero-image" / f"{name}.safetensors"
+    folder = Path(root) if root else _default_cache_folder()
+    return None if folder is None else folder / "zero-image" / f"{name}.safetensors"
 
 
-def _read(path: Path | None, dtype: torch.dtype) -> Tensor | None:
-    if path is not None and path.is_file():
-        with contextlib.suppress(OSError, SafetensorError, KeyError):
-            embed = load_file(path)["embed"]
-            if embed.dtype == dtype:
-                return embed
-    return None
+def _default_cache_folder() -> Path | None:
+    """Return the folder of cache files; None for a user without a home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky22"
+    except RuntimeError:
+        return None
+
+
+def _read(path: Path | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
+    """Return the embedding in a cache file; None if there is none, or if it is not an embedding of this encoder."""
+    if path is None:
+        return None
+    try:
+        tensors = dict(read_tensors(path))
+    except (OSError, ValueError):  # missing, unreadable, damaged; a name that no file can have
+        return None
+    embed = tensors.get("embed")
+    if embed is None or embed.dtype != dtype or embed.shape != shape or not bool(embed.isfinite().all()):
+        return None
+    return embed.clone()  # the file may be replaced, or changed in place
 
 
 class LastResults(Generic[R]):
-    """The last results of one network, discarded when its weights change."""
+    """The last results of one network, discarded when its weights change. Several threads may use it."""
 
     def __init__(self) -> None:
+        self._lock = ObjectLock()
         self._results: OrderedDict[Hashable, R] = OrderedDict()
         self._network: nn.Module | None = None
         self._state: WeightFingerprint | Offloaded | None = None
@@ -121,18 +138,25 @@ class LastResults(Generic[R]):
         """
         if not settings.current().text_cache:
             return compute()
+        with self._lock:
+            self._discard_stale(network)
+            result = self._results.get(key)
+        if result is None:
+            result = compute()  # without the lock: other threads may compute other results
+        with self._lock:
+            self._discard_stale(network)
+            if self._network is None:
+                self._network, self._state = network, _state(network)
+            self._results[key] = result
+            self._results.move_to_end(key)
+            while len(self._results) > TEXT_CACHE_SIZE:
+                self._results.popitem(last=False)
+        return result
+
+    def _discard_stale(self, network: nn.Module) -> None:
         if self._network is not network or not _is_unchanged(self._state, network):
             self._results.clear()
             self._network = None
-        if (result := self._results.get(key)) is None:
-            result = compute()
-        if self._network is None:
-            self._network, self._state = network, _state(network)
-        self._results[key] = result
-        self._results.move_to_end(key)
-        while len(self._results) > TEXT_CACHE_SIZE:
-            self._results.popitem(last=False)
-        return result
 
 
 def _state(network: nn.Module) -> WeightFingerprint | Offloaded | None:

@@ -8,6 +8,7 @@ from typing import Any
 from kandinsky22.errors import InputError
 from kandinsky22.inputs.validation import positive_int
 from kandinsky22.models.feature_cache import FeatureCache, check_levels
+from kandinsky22.runtime.calls import check_idle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,12 @@ class FeatureCachingMixin:
         if unet is None:
             raise InputError(f"{type(self).__name__} has no unet, the network whose features can be cached")
         check_levels(levels, len(unet.config.block_out_channels))
+        check_idle(self, "feature caching")
         self._feature_caching = settings
 
     def disable_feature_caching(self) -> None:
         """Run the whole UNet on each step again."""
+        check_idle(self, "feature caching")
         self._feature_caching = None
 
     def _new_feature_cache(self) -> FeatureCache | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -12,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from kandinsky22.outputs import Output
+from kandinsky22.runtime.calls import running_call
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -61,7 +63,7 @@ class _PipelineCall(Protocol[P, Result_co]):
 def pipeline_call(
     method: Callable[Concatenate[Any, P], Result | tuple[Any, ...]],
 ) -> _PipelineCall[P, Result]:
-    """Run a pipeline's `__call__` without gradients, typed by `return_dict`.
+    """Run a pipeline's `__call__` as a call (`runtime.calls`) and without gradients, typed by `return_dict`.
 
     Type checkers see the output class, or a tuple where `return_dict=False` is passed.
 
@@ -69,6 +71,12 @@ def pipeline_call(
         method: The method. It returns its output class, or a tuple if `return_dict` is False.
 
     Returns:
-        The method under `torch.no_grad`.
+        The method under `running_call` and `torch.no_grad`.
     """
-    return cast("_PipelineCall[P, Result]", torch.no_grad()(method))
+
+    @functools.wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> Result | tuple[Any, ...]:
+        with running_call(self), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return cast("_PipelineCall[P, Result]", call)

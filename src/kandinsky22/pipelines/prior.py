@@ -16,6 +16,7 @@ from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import onednn_linear_layers
 from kandinsky22.models import PriorTransformer
 from kandinsky22.noise import Generators
+from kandinsky22.pipelines.building_blocks import ImageStart, NoiseStart, PromptEncoding
 from kandinsky22.pipelines.denoising import (
     LATENTS,
     Callbacks,
@@ -26,7 +27,9 @@ from kandinsky22.pipelines.denoising import (
     StepEndCallback,
 )
 from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
+from kandinsky22.pipelines.network_calls import bind_prior
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, pipeline_call
+from kandinsky22.runtime.calls import as_call
 from kandinsky22.runtime.device import usable_device
 from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.loop import Denoise, LoopState, sample
@@ -95,7 +98,7 @@ class PriorPlan:
     images: list[Tensor]
 
 
-class PriorPipeline(DenoisingPipeline):
+class PriorPipeline(PromptEncoding, DenoisingPipeline):
     """Base of both prior pipelines.
 
     Args:
@@ -255,13 +258,7 @@ class PriorPipeline(DenoisingPipeline):
     # Sampling
 
     def _bind_condition(self, tensors: Mapping[str, Tensor], schedule: TimestepSchedule) -> Denoise:
-        condition = self.prior.encode_condition(
-            proj_embedding=tensors["prompt_embeds"],
-            encoder_hidden_states=tensors["text_encoder_hidden_states"],
-            attention_mask=tensors["text_mask"],
-            schedule=schedule.timesteps.tolist(),
-        )
-        return lambda latents, timestep: self.prior.denoise(latents, timestep, condition)
+        return bind_prior(lambda: self.prior, tensors, schedule.timesteps.tolist())
 
     def _sample_embeddings(self, plan: PriorPlan) -> ImageEmbeddings:
         """Run a plan."""
@@ -296,6 +293,7 @@ class PriorPipeline(DenoisingPipeline):
 
     # Interpolation
 
+    @as_call
     @torch.no_grad()
     def interpolate(
         self,
@@ -365,7 +363,6 @@ class PriorPipeline(DenoisingPipeline):
             generator,
             latents,
         )
-        self._interrupted = False
         negative_pairs = prompts.PromptPairs(negatives, against and against * len(negatives))
         negative_plan = self._plan(negative_pairs, copies // len(negatives), sampling)
         plans = [
@@ -375,14 +372,14 @@ class PriorPipeline(DenoisingPipeline):
         dim = self.prior.config.embedding_dim
         total = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
         for item, weight, plan in zip(items, weights, plans, strict=True):
-            if self._interrupted:
+            if self._call_state.interrupted:
                 break
             if plan is None:
                 assert isinstance(item, Tensor)
                 total = total + self.encode_picture(item) * weight
             else:
                 total = total + self._sample_embeddings(plan).positive * weight
-        if self._interrupted or (negative_prompt == "" and negative_prior_prompt is None):
+        if self._call_state.interrupted or (negative_prompt == "" and negative_prior_prompt is None):
             self._consume_noise(negative_plan.sampling)
             negative = self.get_zero_embed(copies)
         else:
@@ -404,7 +401,7 @@ class PriorPipeline(DenoisingPipeline):
             pass
 
 
-class KandinskyV22PriorPipeline(PriorPipeline):
+class KandinskyV22PriorPipeline(NoiseStart, PriorPipeline):
     """Generate image embeddings from prompts, by the unCLIP prior (Ramesh et al. 2022, https://arxiv.org/abs/2204.06125)."""
 
     @pipeline_call
@@ -471,13 +468,12 @@ class KandinskyV22PriorPipeline(PriorPipeline):
             generator,
             latents,
         )
-        self._interrupted = False
         pairs = prompts.prompt_pairs(prompt, negative_prompt)
         copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
         return self._result(self._sample_embeddings(self._plan(pairs, copies, sampling)), output_type, return_dict)
 
 
-class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
+class KandinskyV22PriorEmb2EmbPipeline(ImageStart, PriorPipeline):
     """Generate image embeddings from prompts, starting from those of images."""
 
     @pipeline_call
@@ -550,7 +546,6 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
             Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
             generator,
         )
-        self._interrupted = False
         pairs = prompts.prompt_pairs(prompt, negative_prompt)
         copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
         plan = self._plan(pairs, copies, sampling, image=image)
@@ -560,3 +555,14 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
             from_noise = self._sample_embeddings(dataclasses.replace(plan, images=[]))
             embeddings = ImageEmbeddings(embeddings.positive, from_noise.negative)
         return self._result(embeddings, output_type, return_dict)
+
+    def _encode_image(
+        self, image: ImageInputs | list[Tensor], device: torch.device | str | None, num_images_per_prompt: int
+    ) -> Tensor:
+        """Return the embeddings of images, each `num_images_per_prompt` times."""
+        parts = interpolation.image_items("image", image, **self._image_options())
+        embeds = torch.cat([self.encode_picture(part) for part in parts])
+        return embeds.repeat_interleave(num_images_per_prompt, dim=0).to(device)
+
+
+KandinskyPriorPipeline = KandinskyV22PriorPipeline  # the name by which older guides load the prior of Kandinsky 2.2

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError, MissingDependencyError, invalid
-from kandinsky22.kernels.linear import ONEDNN_DTYPES, PackedWeightMixin
+from kandinsky22.kernels.conv import apply_conv
+from kandinsky22.kernels.linear import ONEDNN_DTYPES, apply_linear, packing_layers
+from kandinsky22.kernels.modules import internal_hook
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import networks_in_memory
 from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
@@ -143,9 +145,9 @@ def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> N
             module.compile(**options)
             if overrides:
                 module._compiled_call_impl = functools.partial(_call_with, overrides, module._compiled_call_impl)
-        elif isinstance(module, PackedWeightMixin) and ONEDNN_DTYPES and device.type == "cpu":
-            # A partial, so that a copy of the module runs with its own weights.
-            module.__dict__["forward"] = functools.partial(_uncompiled_forward(), module)
+    if ONEDNN_DTYPES and device.type == "cpu":
+        for layer in packing_layers(network):
+            layer.__dict__["_outside_graphs"] = _outside_graphs(isinstance(layer, nn.Linear))
     if mode in CUDA_GRAPH_MODES:
         # Each step begins with this layer. The memory of earlier results of the graphs is reused from there on.
         first = [module for name, module in network.named_modules() if name.split(".")[-1] == "conv_in"]
@@ -173,13 +175,9 @@ def _call_with(overrides: list[tuple[Any, str, Any]], function: Callable[..., An
 
 
 @functools.cache
-def _uncompiled_forward() -> Any:
-    """Return a function that calls a layer's `forward`, and that torch.compile leaves alone."""
-
-    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return type(layer).forward(layer, *args, **kwargs)
-
-    return torch.compiler.disable(forward)
+def _outside_graphs(is_linear: bool) -> Any:
+    """Return `apply_linear` or `apply_conv` as a function that torch.compile leaves alone."""
+    return torch.compiler.disable(apply_linear if is_linear else apply_conv)
 
 
 def release_blocks(network: nn.Module) -> None:
@@ -190,8 +188,7 @@ def release_blocks(network: nn.Module) -> None:
     """
     for module in network.modules():
         module._compiled_call_impl = None
-        if isinstance(module, PackedWeightMixin):
-            module.__dict__.pop("forward", None)
+        module.__dict__.pop("_outside_graphs", None)
     state = state_of(network)
     for hook in state.compile_hooks:
         hook.remove()
@@ -231,5 +228,6 @@ def _supported_mode(mode: str, name: str) -> str:
     return mode
 
 
+@internal_hook
 def _begin_step(*_args: Any) -> None:
     torch.compiler.cudagraph_mark_step_begin()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
+from kandinsky22.kernels.locks import ObjectLock
+from kandinsky22.runtime.calls import check_idle
 from kandinsky22.runtime.device_offload import offload_of
 
 T = TypeVar("T")
@@ -46,10 +48,12 @@ class CudaGraphMixin:
         """
         if self.device.type != "cuda":
             raise InputError(f"CUDA graphs need a CUDA device, but the networks are on {self.device}: move them first")
+        check_idle(self, "CUDA graphs")
         self._cuda_graphs = DenoisingGraphs()
 
     def disable_cuda_graphs(self) -> None:
         """Run steps without CUDA graphs again, and free the memory of recorded ones."""
+        check_idle(self, "CUDA graphs")
         self._cuda_graphs = None
 
 
@@ -58,6 +62,7 @@ class DenoisingGraphs:
 
     def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._lock = ObjectLock()  # a graph has one set of inputs and outputs
 
     def bind(self, network: Any, condition: Any) -> Callable[[Tensor, Any], Tensor]:
         """Return the function (sample, timestep) -> prediction of a network with a condition.
@@ -80,13 +85,14 @@ class DenoisingGraphs:
                 return network.denoise(sample, timestep, condition)
             timestep = torch.as_tensor(timestep, device=sample.device)
             key = (id(network), addresses, shapes, sample.shape, sample.dtype, timestep.shape, timestep.dtype)
-            graph = self._graphs.get(key)
-            if graph is None:
-                while len(self._graphs) >= MAX_GRAPHS:
-                    self._graphs.popitem(last=False)
-                graph = self._graphs[key] = _Graph(network.denoise, sample, timestep, condition)
-            self._graphs.move_to_end(key)
-            return graph.replay(sample, timestep, condition)
+            with self._lock:
+                graph = self._graphs.get(key)
+                if graph is None:
+                    while len(self._graphs) >= MAX_GRAPHS:
+                        self._graphs.popitem(last=False)
+                    graph = self._graphs[key] = _Graph(network.denoise, sample, timestep, condition)
+                self._graphs.move_to_end(key)
+                return graph.replay(sample, timestep, condition)
 
         return denoise
 
@@ -106,11 +112,15 @@ class _Graph:
                 step(self._sample, self._timestep, self._condition)
         current.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self._replayed = torch.cuda.Event()
+        # Other threads may use the device while this one records.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._output = step(self._sample, self._timestep, self._condition)
 
     def replay(self, sample: Tensor, timestep: Tensor, condition: Any) -> Tensor:
         """Run the step on other values of the same shapes."""
+        stream = torch.cuda.current_stream(sample.device)
+        stream.wait_event(self._replayed)  # the last replay may have been on another stream
         if condition is not self._source:
             for target, source in zip(_tensors(self._condition), _tensors(condition), strict=True):
                 target.copy_(source)
@@ -118,7 +128,9 @@ class _Graph:
         self._sample.copy_(sample)
         self._timestep.copy_(timestep)
         self._graph.replay()
-        return self._output.clone()  # the next replay overwrites it
+        output = self._output.clone()  # the next replay overwrites it
+        self._replayed.record(stream)
+        return output
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

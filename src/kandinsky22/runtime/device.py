@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ _DTYPES = {
     "bf16": torch.bfloat16,
 }
 DTYPE_NAMES = ("auto", *_DTYPES)
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # values of `device_map` that name no device
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -57,6 +59,31 @@ def usable_device(device: torch.device | str | int) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise invalid("device", device, "a device that torch can use here", f"torch reports: {reason}") from error
+
+
+def mapped_device(device_map: Any) -> torch.device:
+    """Return the device of the argument `device_map`: all networks of a pipeline are on the same one.
+
+    Args:
+        device_map: A device, its name or index, or one of `STRATEGIES`, which take the accelerator if there is one. A
+            mapping is accepted if all its values are the same device.
+
+    Raises:
+        InputError: If it is anything else, or the device cannot be used here.
+    """
+    if isinstance(device_map, Mapping):
+        devices = {str(mapped_device(device)) for device in device_map.values()}
+        if len(devices) != 1:
+            raise invalid("device_map", device_map, "one device for all networks, or 'balanced'")
+        return torch.device(devices.pop())
+    if isinstance(device_map, str) and device_map in STRATEGIES:
+        return resolve_device()
+    if isinstance(device_map, bool) or not isinstance(device_map, str | int | torch.device):
+        raise invalid("device_map", device_map, f"a device, or one of {', '.join(STRATEGIES)}")
+    try:
+        return usable_device(device_map)
+    except InputError as error:
+        raise InputError(str(error).replace("device=", "device_map=", 1)) from error
 
 
 def select_accelerator(method: str, gpu_id: Any, device: torch.device | str | int | None) -> torch.device:

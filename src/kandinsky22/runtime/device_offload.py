@@ -8,6 +8,7 @@ pipelines run networks by more methods than that.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import MissingDependencyError
-from kandinsky22.kernels.linear import PackedWeightMixin, drop_packed
+from kandinsky22.kernels.locks import ObjectLock
+from kandinsky22.kernels.linear import drop_packed, packing_layers
 from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
@@ -37,6 +39,10 @@ class Offloaded(Protocol):
     @property
     def device(self) -> torch.device:
         """Device that the network runs on."""
+
+    @property
+    def lock(self) -> ObjectLock:
+        """Lock that a call holds: only one thread at a time may move weights."""
 
     def offload_alike(self, network: nn.Module) -> None:
         """Offload another network in the same way.
@@ -130,6 +136,7 @@ class ModelOffload:
     Attributes:
         method: Name of the pipeline's method that offloaded the networks.
         device: Device that the networks run on.
+        lock: Lock of the thread that uses the networks.
     """
 
     def __init__(
@@ -144,7 +151,7 @@ class ModelOffload:
             use_accelerate: Whether accelerate's hooks call ours, so that other users of accelerate recognise the
                 networks as offloaded.
         """
-        self.method, self.device = method, device
+        self.method, self.device, self.lock = method, device, ObjectLock()
         self._make_storage, self._use_accelerate = make_storage, use_accelerate
         self._onloaded: list[tuple[OffloadHook, nn.Module]] = []
 
@@ -232,6 +239,11 @@ class OffloadHook:
     def device(self) -> torch.device:
         """Device that the network runs on."""
         return self.group.device
+
+    @property
+    def lock(self) -> ObjectLock:
+        """Lock of the thread that uses the networks of the group."""
+        return self.group.lock
 
     @property
     def execution_device(self) -> torch.device:
@@ -350,6 +362,7 @@ class SequentialOffload:
     Attributes:
         method: Name of the pipeline's method that offloads networks like this.
         device: Device that the network runs on.
+        lock: Lock of the thread that uses the network.
     """
 
     method = "enable_sequential_cpu_offload"
@@ -364,7 +377,7 @@ class SequentialOffload:
         remove_offload(network)
         network = unwrap_compiled(network).to("cpu")
         drop_packed(network)
-        self.device = device
+        self.device, self.lock = device, ObjectLock()
         weights = dict(network.state_dict())
         hooks = accelerate_hooks()
         # The first steps of accelerate.cpu_offload, which would also store a second copy of the weights map.
@@ -377,8 +390,8 @@ class SequentialOffload:
             weights_map=weights,
             preload_module_classes=_classes_that_read_child_weights(network),
         )
-        for layer in _packing_layers(network):
-            layer.pack_weights = False  # a layer that leaves the device after each call would use its copy once
+        for layer in packing_layers(network):
+            layer.__dict__["pack_weights"] = False  # a layer that leaves the device after each call would use its copy once
         _hook_methods(network, network._hf_hook, ENTRY_POINTS)
         for module in network.modules():
             if hasattr(module, "_hf_hook"):
@@ -405,8 +418,8 @@ class SequentialOffload:
         """
         _unhook(network)
         network.to("cpu")  # buffers that no checkpoint contains were on the device all the time
-        for layer in _packing_layers(network):
-            del layer.pack_weights
+        for layer in packing_layers(network):
+            layer.__dict__.pop("pack_weights", None)
         empty_cache(self.device)
 
 
@@ -423,6 +436,19 @@ def reads_child_weights(module: nn.Module) -> bool:
         module: Any module.
     """
     return getattr(type(module), "reads_child_weights", False) is True
+
+
+def has_offload_forward(module: nn.Module) -> bool:
+    """Return whether the `forward` of an object is what offloading put there, around that of its class.
+
+    Args:
+        module: A module of a network that this module offloaded.
+    """
+    function = getattr(module.__dict__.get("forward"), "func", None)
+    if function is _call_with_hook:
+        return True
+    original = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    return getattr(function, "__module__", None) == "accelerate.hooks" and original is type(module).forward
 
 
 def empty_cache(device: torch.device) -> None:
@@ -445,8 +471,9 @@ def _hook_methods(network: nn.Module, hook: Any, names: Iterable[str]) -> None:
 
 
 def _call_with_hook(hook: Any, network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = hook.pre_forward(network, *args, **kwargs)
-    return hook.post_forward(network, getattr(type(network), name)(network, *args, **kwargs))
+    with hook.lock if isinstance(hook, OffloadHook) else contextlib.nullcontext():
+        args, kwargs = hook.pre_forward(network, *args, **kwargs)
+        return hook.post_forward(network, getattr(type(network), name)(network, *args, **kwargs))
 
 
 def _unhook(network: nn.Module) -> None:
@@ -463,10 +490,6 @@ def _unhook(network: nn.Module) -> None:
 def _copy_of(weights: dict[str, Tensor], *_args: Any, **_kwargs: Any) -> dict[str, Tensor]:
     """Replace `state_dict` for a network whose parameters are on the meta device."""
     return dict(weights)
-
-
-def _packing_layers(network: nn.Module) -> Iterator[PackedWeightMixin]:
-    return (module for module in network.modules() if isinstance(module, PackedWeightMixin))
 
 
 def _classes_that_read_child_weights(network: nn.Module) -> list[str]:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.fingerprint import WeightFingerprint
-from kandinsky22.checkpoints.weights import find_weight_files, read_tensors, write_tensors
+from kandinsky22.checkpoints.weights import find_weight_files, read_tensors, write_weight_files
 from kandinsky22.kernels import host_memory
-from kandinsky22.kernels.linear import PackedWeightMixin, drop_packed
+from kandinsky22.kernels.locks import global_rng_restored
+from kandinsky22.kernels.linear import drop_packed, packing_layers
+from kandinsky22.kernels.modules import internal_hook
 from kandinsky22.runtime.network_state import NetworkSource, attached_state, state_of, unwrap_compiled
 
 LARGE = 2**22  # smallest weight, in bytes, that is in memory only while its layer runs
@@ -43,10 +45,10 @@ class PerLayerLoading:
         layer_types = (nn.Linear, nn.Conv2d) if sys.platform.startswith("linux") else ()
         layers = [m for m in network.modules() if isinstance(m, layer_types) and m.weight.nbytes >= LARGE]
         self._handles = [layer.register_forward_hook(_drop_pages) for layer in layers]
-        packing = [layer for layer in layers if isinstance(layer, PackedWeightMixin)]
-        self._unpacked = [layer for layer in packing if "pack_weights" not in layer.__dict__]
+        packing = {id(layer) for layer in packing_layers(network)}
+        self._unpacked = [layer for layer in layers if id(layer) in packing and "pack_weights" not in layer.__dict__]
         for layer in self._unpacked:
-            layer.pack_weights = False
+            layer.__dict__["pack_weights"] = False
 
     def end(self) -> None:
         """Restore the layers."""
@@ -94,7 +96,7 @@ class DiskStorage:
             network: The network that owns the weights.
         """
         if self._source is not None:
-            with torch.random.fork_rng(devices=()):  # the user's random numbers must not depend on when this runs
+            with global_rng_restored():  # the user's random numbers must not depend on when this runs
                 weights = {path: p.detach() for _, _, path, p in _named_parameters(self._source.load())}
         else:
             assert self._temporary is not None
@@ -136,7 +138,7 @@ class DiskStorage:
         prefix = "kandinsky22-"
         self._temporary = tempfile.TemporaryDirectory(prefix=prefix, dir=self._folder, ignore_cleanup_errors=True)
         weights = {path: parameter for _, _, path, parameter in _named_parameters(network)}
-        write_tensors(Path(self._temporary.name), weights, variant=None, max_shard_size="10GB", safe=True)
+        write_weight_files(Path(self._temporary.name), weights, variant=None, max_shard_size="10GB", safe=True)
 
 
 def _named_parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
@@ -154,6 +156,7 @@ def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype).copy_(tensor)
 
 
+@internal_hook
 def _drop_pages(layer: nn.Module, *_args: object) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)

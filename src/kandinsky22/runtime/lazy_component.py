@@ -8,13 +8,14 @@ the network on first use.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import nn
+
+from kandinsky22.kernels.locks import ObjectLock, global_rng_restored
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ OWN_ATTRIBUTES = {
     "component_class",
     "config",
     "files",
+    "files_digest",
     "_dtype",
     "_load",
     "_network",
@@ -40,7 +42,9 @@ class LazyComponent:
     Attributes:
         component_class: Class of the network.
         config: Its configuration.
-        files: The weight files it will be read from.
+        files: The weight files it will be read from, as absolute paths. They are open already, so that moving, replacing
+            or deleting them changes nothing.
+        files_digest: Returns the digest of these files; None if they are too small for one.
     """
 
     def __init__(
@@ -51,14 +55,16 @@ class LazyComponent:
         *,
         files: tuple[Path, ...] = (),
         dtype: torch.dtype | None = None,
+        files_digest: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.component_class, self.config, self.files = component_class, config, files
+        self.files_digest = files_digest
         self._dtype = dtype
         self._load = load
         self._network: nn.Module | None = None
         self._conversions: list[dict[str, Any]] = []
         self._offload: Callable[[nn.Module], Any] | None = None
-        self._lock = threading.RLock()
+        self._lock = ObjectLock()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -85,7 +91,8 @@ class LazyComponent:
         """
         with self._lock:
             if self._network is None:
-                with torch.random.fork_rng(devices=()):  # the user's random numbers must not depend on when this runs
+                # The user's random numbers, and the mode of later calls, must not depend on when this runs.
+                with global_rng_restored(), torch.inference_mode(False):
                     network = self._load()
                 for conversion in self._conversions:
                     network.to(**conversion)
@@ -101,11 +108,12 @@ class LazyComponent:
             device: Where to move it; None leaves it where it is.
             dtype: Floating-point type to convert to; None leaves the type.
         """
-        if self._network is not None:
-            self._network.to(device=device, dtype=dtype)
-        else:
-            self._conversions.append({"device": device, "dtype": dtype})
-        self._dtype = dtype or self._dtype
+        with self._lock:
+            if self._network is not None:
+                self._network.to(device=device, dtype=dtype)
+            else:
+                self._conversions.append({"device": device, "dtype": dtype})
+            self._dtype = dtype or self._dtype
 
     def defer_offload(self, offload: Callable[[nn.Module], Any] | None) -> None:
         """Offload the network now, or right after loading.
@@ -113,10 +121,11 @@ class LazyComponent:
         Args:
             offload: Called with the network; None cancels what was requested before loading.
         """
-        if self._network is None:
-            self._offload = offload
-        elif offload is not None:
-            offload(self._network)
+        with self._lock:
+            if self._network is None:
+                self._offload = offload
+            elif offload is not None:
+                offload(self._network)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OWN_ATTRIBUTES:

@@ -12,6 +12,7 @@ from torch import nn
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.runtime import device_offload
+from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device import select_accelerator, usable_device
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
@@ -27,6 +28,7 @@ class OffloadMixin:
     the time if `_exclude_from_cpu_offload` names them.
     """
 
+    hf_device_map: dict[str, str] | None = None  # devices by network, after `from_pretrained(device_map=...)`
     model_cpu_offload_seq: ClassVar[str] = ""
     _exclude_from_cpu_offload: ClassVar[list[str]] = []
 
@@ -64,11 +66,13 @@ class OffloadMixin:
 
     # All networks together
 
+    @changes_networks
     def to(
         self: P,
-        *targets: torch.device | str | int | torch.dtype,
+        *targets: torch.device | str | int | torch.dtype | None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,
     ) -> P:
         """Move all networks to a device, convert them to a floating-point type, or both.
 
@@ -79,6 +83,7 @@ class OffloadMixin:
             *targets: A device, a dtype, or both, in any order.
             device: Device to move to; None leaves the networks where they are.
             dtype: Floating-point type to convert to; None leaves the type.
+            silence_dtype_warnings: Accepted for the reference's sake: there are no such warnings.
 
         Returns:
             The pipeline itself.
@@ -88,9 +93,12 @@ class OffloadMixin:
                 offloaded. Nothing has moved then.
         """
         for target in targets:
+            is_dtype = isinstance(target, torch.dtype)
+            if target is not None and (dtype if is_dtype else device) is not None:
+                raise invalid("to(...)", [*targets, device, dtype], "at most one device and one dtype")
             if isinstance(target, torch.dtype):
                 dtype = target
-            else:
+            elif target is not None:
                 device = target
         if dtype is not None and not getattr(dtype, "is_floating_point", False):
             raise invalid("dtype", dtype, "a floating-point torch.dtype")
@@ -121,6 +129,26 @@ class OffloadMixin:
         parameters = (p for network in self._networks().values() for p in network.parameters())
         return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
+    def _place(self, device: torch.device, *, may_offload: bool) -> None:
+        """Move all networks to the device of the argument `device_map`, or offload them to the CPU if they do not fit.
+
+        Args:
+            device: Where to move them.
+            may_offload: Whether they may be offloaded.
+        """
+        self.hf_device_map = {name: str(device) for name in self._all_networks()}
+        if may_offload and device.type == "cuda" and self._weight_bytes() > torch.cuda.mem_get_info(device)[0]:
+            self.enable_model_cpu_offload(device=device)
+        else:
+            self.to(device)
+
+    def _weight_bytes(self) -> int:
+        """Return the size of all weights; files stand for networks that are not loaded yet."""
+        networks = self._networks()
+        unloaded = [part for name, part in self._all_networks().items() if name not in networks]
+        files = sum(path.stat().st_size for part in unloaded for path in part.files if path.exists())
+        return files + sum(p.nbytes for network in networks.values() for p in network.parameters())
+
     # Offloading
 
     @property
@@ -128,6 +156,7 @@ class OffloadMixin:
         """Device that the networks run on, wherever their weights are now."""
         return next((offload.device for offload in self._offloads()), self.device)
 
+    @changes_networks
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | int | None = None
     ) -> None:
@@ -157,6 +186,7 @@ class OffloadMixin:
             else:
                 _move(network, accelerator, None)
 
+    @changes_networks
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | int | None = None
     ) -> None:
@@ -182,6 +212,7 @@ class OffloadMixin:
             else:
                 _offload(network, functools.partial(device_offload.SequentialOffload, device=accelerator))
 
+    @changes_networks
     def enable_low_memory(self, folder: str | os.PathLike[str] | None = None, *, by_layer: bool = True) -> None:
         """Offload networks to files, on a CPU without accelerator; each one is in memory only while it runs.
 
@@ -221,8 +252,10 @@ class OffloadMixin:
     def maybe_free_model_hooks(self) -> None:
         """Move offloaded networks that are still on the device back to their storage; every call ends with this."""
         for offload in self._offloads():
-            offload.free()
+            with offload.lock:  # waits for the call of another thread
+                offload.free()
 
+    @changes_networks
     def remove_all_hooks(self) -> None:
         """End all offloading: networks become ordinary ones on the CPU again."""
         for network in self._all_networks().values():

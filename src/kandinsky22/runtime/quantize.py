@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import ConfigError, InputError, MissingDependencyError, invalid
+from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
 from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
@@ -193,6 +194,7 @@ class QuantizeMixin:
         """All components by name."""
         raise NotImplementedError
 
+    @changes_networks
     def quantize(self, kind: str = "int8", components: Iterable[str] | None = None) -> None:
         """Convert networks in place to weights of 8 or 4 bits.
 

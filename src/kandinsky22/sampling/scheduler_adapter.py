@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError, KandinskyError, invalid
 from kandinsky22.inputs import validation
+from kandinsky22.kernels.locks import GLOBAL_RNG, global_rng_restored
 from kandinsky22.noise import Generators
 from kandinsky22.schedulers.base import Scheduler
 
@@ -128,7 +129,7 @@ def schedule_timesteps(
     with _scheduler_errors(scheduler, f"make {name}={value!r}"):
         scheduler.set_timesteps(**requested, device=device)
     if not isinstance(scheduler, Scheduler):
-        with _scheduler_errors(scheduler, "make a step"), torch.random.fork_rng(devices=[]):
+        with _scheduler_errors(scheduler, "make a step"), global_rng_restored():
             _dry_run(copy.deepcopy(scheduler), shape)
     return TimestepSchedule(scheduler, scheduler.timesteps)
 
@@ -148,6 +149,7 @@ class SchedulerAdapter:
         self._options: dict[str, Any] = {"return_dict": False}
         if "generator" in accepted:
             self._options["generator"] = generator
+        self._draws_globally = "generator" not in accepted or generator is None
         self._learned_variance = uses_learned_variance(schedule.scheduler)
         self._rgb_only = _drops_variance_for_rgb_only(schedule.scheduler)
 
@@ -168,7 +170,8 @@ class SchedulerAdapter:
         if self._rgb_only:
             # With a single channel nothing is mistaken for a variance; the arithmetic is elementwise.
             output, sample = output.flatten(1)[:, None], latents.flatten(1)[:, None]
-        stepped = self._schedule.scheduler.step(output, timesteps[index], sample, **self._options)[0]
+        with GLOBAL_RNG if self._draws_globally else contextlib.nullcontext():
+            stepped = self._schedule.scheduler.step(output, timesteps[index], sample, **self._options)[0]
         result: Tensor = stepped.reshape(latents.shape).to(latents.dtype)
         return result
 

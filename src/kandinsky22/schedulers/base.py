@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.checkpoints.atomic_files import read_json, write_json
-from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.errors import ConfigError, InputError, invalid
 from kandinsky22.outputs import Output
-from kandinsky22.schedulers.config import ClipConfig, SchedulerConfig, ThresholdConfig, as_int
+from kandinsky22.schedulers.config import BETA_ARGUMENTS, ClipConfig, SchedulerConfig, ThresholdConfig, as_int
+from kandinsky22.schedulers.configurable import Configurable
 from kandinsky22.schedulers.noise_schedules import spaced_timesteps, training_betas
 
-S = TypeVar("S", bound="Scheduler")
+SMALLEST_SIGNAL = 1e-30  # alpha_bar; its sigma, 1e15, can be squared in single precision
 
 
 @dataclasses.dataclass
@@ -148,18 +147,35 @@ def dynamic_threshold(sample: Tensor, ratio: float, maximum: float) -> Tensor:
     return (torch.clamp(values, -limit, limit) / limit).reshape(sample.shape).to(sample.dtype)
 
 
-def _validated_timesteps(timesteps: Sequence[int] | Tensor) -> list[int]:
-    values = list(timesteps) if isinstance(timesteps, Sequence) or getattr(timesteps, "ndim", 0) == 1 else []
-    integers = [step for step in map(as_int, values) if step is not None and step >= 0]
-    if not integers or len(integers) < len(values) or any(a <= b for a, b in itertools.pairwise(integers)):
-        raise invalid("timesteps", timesteps, "one or more integers, 0 or more, in descending order")
-    return integers
+def _validated_timesteps(timesteps: Sequence[float] | Tensor, fractional: bool) -> list[float]:
+    """Return timesteps as numbers: integers, or any numbers if `fractional`, in descending order."""
+    values = timesteps if isinstance(timesteps, Sequence) and not isinstance(timesteps, str | bytes) else ()
+    if getattr(timesteps, "ndim", 0) == 1 and hasattr(timesteps, "tolist"):
+        values = timesteps.tolist()
+    numbers = [number for number in (_timestep_number(value, fractional) for value in values) if number is not None]
+    if not numbers or len(numbers) < len(values) or any(a <= b for a, b in itertools.pairwise(numbers)):
+        kind = "numbers" if fractional else "integers"
+        raise invalid("timesteps", timesteps, f"one or more {kind}, 0 or more, in descending order")
+    return numbers
 
 
-class Scheduler:
+def _timestep_number(value: Any, fractional: bool) -> float | None:
+    """Return a timestep of a caller as a number; None if it is not a timestep."""
+    number: float | None = as_int(value)
+    if number is None and isinstance(value, float | Tensor | np.floating) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        number = number if fractional or number.is_integer() else None
+    return number if number is not None and 0 <= number < math.inf else None
+
+
+class Scheduler(Configurable):
     """Base class of our schedulers. It implements `SchedulerProtocol`, which describes the use, except `step`.
 
     Args:
+        *arguments: Settings by position, in the order of the reference's constructor.
         **settings: Settings by name, the fields of `config_class`. Those left out get their defaults.
 
     Attributes:
@@ -168,115 +184,44 @@ class Scheduler:
         alphas (Tensor): 1 - `betas`.
         alphas_cumprod (Tensor): alpha_bar, the cumulative products of `alphas`.
         final_alpha_cumprod (Tensor): alpha_bar after the last step; 1 means a clean sample.
-        init_noise_sigma (float): Standard deviation of the initial noise.
+        init_noise_sigma (float | Tensor): Standard deviation of the initial noise.
         num_inference_steps (int | None): Number of steps; None before `set_timesteps`.
         custom_timesteps (bool): Whether `set_timesteps` received timesteps or sigmas instead of a number of steps.
 
     Raises:
-        ConfigError: If a setting is unknown or invalid.
+        ConfigError: If a setting is unknown, invalid or passed twice.
     """
 
-    config_class: ClassVar[type[SchedulerConfig]] = SchedulerConfig
-    config_name: ClassVar[str] = "scheduler_config.json"
     order: ClassVar[int] = 1  # network evaluations per step
-    config: SchedulerConfig
-
-    def __init__(self, **settings: Any) -> None:
-        self._build(self.config_class.from_settings(settings))
+    fractional_timesteps: ClassVar[bool] = False  # whether timesteps need not be integers
 
     def _build(self, config: SchedulerConfig) -> None:
-        """Initialise from a config: the constructor's work, which `from_config` shares."""
-        self.config = config
+        super()._build(config)
         self.betas = training_betas(config)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self._check_signal(config)
         self.final_alpha_cumprod = torch.tensor(1.0)
-        self.init_noise_sigma = 1.0
+        self.init_noise_sigma: float | Tensor = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self.timesteps = torch.arange(config.num_train_timesteps).flip(0)
 
+    def _check_signal(self, config: SchedulerConfig) -> None:
+        """Raise ConfigError if the betas leave no signal before the last timestep, or are not numbers."""
+        before_last, last = float(self.alphas_cumprod[-2:][0]), float(self.alphas_cumprod[-1])
+        if not (0 <= last < 1 and before_last >= SMALLEST_SIGNAL and (last == 0 or last >= SMALLEST_SIGNAL)):
+            names = [name for name in (*BETA_ARGUMENTS, "rescale_betas_zero_snr") if config.get(name) is not None]
+            raise invalid(
+                f"{config.owner}: ({', '.join(names)})",
+                tuple(config[name] for name in names),
+                f"betas with products of 1 - beta, alpha_bar, above {SMALLEST_SIGNAL} before the last timestep",
+                "lower the betas or the number of timesteps",
+                error=ConfigError,
+            )
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={self.config[name]!r}' for name in self.config.names())})"
-
-    # Files and configs
-
-    @classmethod
-    def from_config(cls: type[S], config: Mapping[str, Any], **overrides: Any) -> S:
-        """Return a scheduler of this class with the config of another scheduler of any class, ours or not.
-
-        Settings that this class does not have are stored without effect. Settings that the other scheduler left at its
-        defaults get the defaults of this class, except those that describe the training of the network, which carry
-        over.
-
-        Args:
-            config: Config of a scheduler.
-            **overrides: Settings of this class that replace those of `config`.
-
-        Raises:
-            InputError: If `config` is not a mapping.
-            ConfigError: If an override is unknown or a setting is invalid.
-        """
-        if not hasattr(config, "items"):
-            raise invalid("config", config, "a mapping", "read files with from_pretrained")
-        names = cls.config_class.names()
-        unknown = sorted(overrides.keys() - names)
-        if unknown:
-            expected = f"known settings ({', '.join(names)})"
-            raise invalid(f"{cls.__name__}: overrides", unknown, expected, error=ConfigError)
-        stored = cls.config_class.inherited_settings(config)
-        foreign = {name: stored.pop(name) for name in stored.keys() - names}
-        scheduler = cls.__new__(cls)
-        scheduler._build(cls.config_class.from_settings({**stored, **overrides}, foreign))
-        return scheduler
-
-    @classmethod
-    def from_pretrained(
-        cls: type[S],
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        subfolder: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **overrides: Any,
-    ) -> S:
-        """Load a scheduler from the `scheduler_config.json` of a folder or of a checkpoint on the Hub.
-
-        Args:
-            pretrained_model_name_or_path: Folder, Hub id, or "embedded".
-            subfolder: Subfolder of the checkpoint with the file; None is its top folder.
-            cache_dir: Folder for downloads; None is the default cache of the Hub's client.
-            revision: Branch, tag or commit on the Hub; None is the default branch.
-            local_files_only: Whether to use cached files only, without network requests.
-            token: Access token for the Hub; None uses the stored one, if there is one; False sends none.
-            **overrides: Settings that replace those of the file.
-
-        Returns:
-            The scheduler, of this class whichever class the file names.
-
-        Raises:
-            CheckpointError: If the file is missing or damaged.
-            ConfigError: If an override is unknown or a setting is invalid.
-        """
-        source = CheckpointSource(pretrained_model_name_or_path, revision, cache_dir, token, local_files_only)
-        folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
-        return cls.from_config(read_json(folder / cls.config_name), **overrides)
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the config to `scheduler_config.json`.
-
-        Args:
-            save_directory: Folder, which is created if it does not exist.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-        """
-        write_json(Path(save_directory) / self.config_name, self.config.to_json())
 
     # Timesteps
 
@@ -306,7 +251,8 @@ class Scheduler:
             timesteps: Descending training timesteps, 0 to `num_train_timesteps` - 1; None spaces them as configured.
 
         Raises:
-            InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, or its value is invalid.
+            InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, its value is invalid, or
+                the first timestep is pure noise, from which a network that predicts noise cannot start.
         """
         values = self._requested_timesteps(num_inference_steps, timesteps)
         self.num_inference_steps = len(values)
@@ -330,7 +276,7 @@ class Scheduler:
                 raise invalid("num_inference_steps", num_inference_steps, f"an integer from 1 to {total}")
             values = self._spaced_timesteps(steps)
         else:
-            values = _validated_timesteps(timesteps)
+            values = _validated_timesteps(self._one_per_step(timesteps), self.fractional_timesteps)
         if values[0] >= total:
             raise invalid(
                 "timesteps[0]",
@@ -338,22 +284,34 @@ class Scheduler:
                 f"a timestep below num_train_timesteps={total}",
                 "choose lower timesteps or a smaller steps_offset",
             )
+        self._require_signal(float(self._alpha_bar(int(values[0]))))
         return values
+
+    def _one_per_step(self, timesteps: Any) -> Any:
+        """Return custom timesteps with one element per step. Methods with more evaluations remove the others."""
+        return timesteps
 
     def _spaced_timesteps(self, steps: int) -> Sequence[float]:
         """Return `steps` timesteps in descending order, spaced as configured."""
         return [int(step) for step in spaced_timesteps(self.config, steps).round()]
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """Return the timestep to which a step leads: the next less noisy one of `timesteps`, or -1 after the last.
 
         Args:
             timestep: Current timestep, an element of `timesteps`.
 
+        Returns:
+            The previous timestep, a tensor without dimensions if `timestep` is a tensor.
+
         Raises:
             InputError: If `timestep` is not an element of `timesteps`.
         """
-        t = self._validated_timestep(timestep)
+        previous = self._previous(self._validated_timestep(timestep))
+        return torch.tensor(previous) if isinstance(timestep, Tensor) else previous
+
+    def _previous(self, t: int) -> int:
+        """Return the timestep to which a step from `t` leads; -1 stands for the end of sampling."""
         if t not in self._previous_timesteps:
             raise invalid("timestep", t, f"one of the scheduler's timesteps, {list(self._previous_timesteps)}")
         return self._previous_timesteps[t]
@@ -416,6 +374,7 @@ class Scheduler:
         signal_scale, noise_scale = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         if self.config.prediction_type == "v_prediction":
             return signal_scale * sample - noise_scale * prediction
+        self._require_signal(float(alpha_bar))
         return (sample - noise_scale * prediction) / signal_scale
 
     def _predicted_epsilon(self, prediction: Tensor, sample: Tensor, x0: Tensor, alpha_bar: Tensor | float) -> Tensor:
@@ -434,6 +393,16 @@ class Scheduler:
         if isinstance(config, ClipConfig) and config.clip_sample:
             return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         return x0
+
+    def _require_signal(self, alpha_bar: float) -> None:
+        """Raise InputError at pure noise, where a prediction of the noise does not determine the clean sample."""
+        if alpha_bar == 0 and self.config.prediction_type == "epsilon":
+            raise invalid(
+                "prediction_type",
+                self.config.prediction_type,
+                "v_prediction or sample, because the timestep is pure noise, as with rescale_betas_zero_snr=True",
+                "start at a lower timestep, as timestep_spacing='leading' does, or use other betas",
+            )
 
     def _require_timesteps(self) -> int:
         """Return the number of steps; raise InputError before `set_timesteps`."""

@@ -26,6 +26,19 @@ TRAINING_SETTINGS = {
 }
 
 
+MAX_TIMESTEPS = 100_000  # a hundred times what networks are trained with
+SMALLEST_BETA = 1e-7  # 1 - beta is 1 in single precision below half of the machine epsilon, 6e-8
+LARGEST_BETA = 0.5
+# First positional arguments of most constructors.
+BETA_ARGUMENTS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+THRESHOLD_ARGUMENTS = ("prediction_type", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+SIGMA_ARGUMENTS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+# Settings whose default is that of every class: a default of another class is a default here.
+COMMON_DEFAULTS = {"num_train_timesteps", "trained_betas", "prediction_type"}
+
+
 def as_int(value: Any) -> int | None:
     """Return `value` as an int, or None if it is not an integer.
 
@@ -39,16 +52,26 @@ def as_int(value: Any) -> int | None:
         return None
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _is_between(value: Any, lowest: float, highest: float) -> bool:
+    """Return whether a value is a number, not a bool or NaN, in a closed range."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest
 
 
-def _is_fraction(value: Any) -> bool:
-    return _is_positive(value) and value <= 1
+def _is_beta(value: Any) -> bool:
+    return _is_between(value, SMALLEST_BETA, 1)
 
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
+
+
+def _is_integer(value: Any, lowest: int, highest: int = MAX_TIMESTEPS) -> bool:
+    number = as_int(value)
+    return number is not None and lowest <= number <= highest
+
+
+def _is_seed(value: Any) -> bool:
+    return _is_integer(value, 0, 2**63 - 1)
 
 
 class _Rule(NamedTuple):
@@ -59,21 +82,32 @@ class _Rule(NamedTuple):
 
 
 _BOOL = _Rule(_is_bool, "True or False")
-_POSITIVE = _Rule(_is_positive, "a number above 0")
-_FRACTION = _Rule(_is_fraction, "a number above 0, at most 1")
-_PROPER_FRACTION = _Rule(lambda value: _is_positive(value) and value < 1, "a number above 0, below 1")
-_COUNT = _Rule(lambda value: (as_int(value) or 0) > 0, "an integer above 0")
-_OPTIONAL_POSITIVE = _Rule(lambda value: value is None or _is_positive(value), "None, or a number above 0")
+# Numbers beyond these bounds overflow or vanish in single precision, in which samples are computed.
+_POSITIVE = _Rule(lambda value: _is_between(value, 1e-9, 1e9), "a number above 0 (1e-09 to 1e+09)")
+_SIGMA = _Rule(
+    lambda value: value is None or _is_between(value, 1e-6, 1e9), "None, or a number above 0 (1e-06 to 1e+09)"
+)
+_BETA = _Rule(
+    lambda value: _is_between(value, SMALLEST_BETA, LARGEST_BETA) and value < LARGEST_BETA,
+    f"a number above 0 ({SMALLEST_BETA} or more, smaller ones vanish in single precision) and below {LARGEST_BETA}, "
+    "which leaves no signal",
+)
+_COUNT = _Rule(
+    lambda value: _is_integer(value, 1),
+    f"an integer above 0, at most {MAX_TIMESTEPS} (tables have an element per timestep)",
+)
 _RULES: Mapping[str, _Rule] = {
     "num_train_timesteps": _COUNT,
-    "steps_offset": _Rule(lambda value: as_int(value) is not None and value >= 0, "an integer, 0 or more"),
+    "steps_offset": _Rule(lambda value: _is_integer(value, 0), f"an integer, 0 or more, at most {MAX_TIMESTEPS}"),
     "trained_betas": _Rule(
-        lambda value: value is None or (isinstance(value, tuple) and all(map(_is_fraction, value))),
-        "None, or a list of numbers above 0, at most 1",
+        lambda value: (
+            value is None or (isinstance(value, tuple) and len(value) <= MAX_TIMESTEPS and all(map(_is_beta, value)))
+        ),
+        f"None, or a list of numbers above 0 ({SMALLEST_BETA} or more), at most 1",
     ),
-    "beta_start": _PROPER_FRACTION,
-    "beta_end": _PROPER_FRACTION,
-    "dynamic_thresholding_ratio": _FRACTION,
+    "beta_start": _BETA,
+    "beta_end": _BETA,
+    "dynamic_thresholding_ratio": _Rule(lambda value: _is_between(value, 0, 1), "a number from 0 to 1"),
     "sample_max_value": _POSITIVE,
     "clip_sample_range": _POSITIVE,
     "clip_sample": _BOOL,
@@ -88,16 +122,20 @@ _RULES: Mapping[str, _Rule] = {
     "euler_at_final": _BOOL,
     "predict_x0": _BOOL,
     "skip_prk_steps": _BOOL,
-    "sigma_min": _OPTIONAL_POSITIVE,
-    "sigma_max": _OPTIONAL_POSITIVE,
+    "sigma_min": _SIGMA,
+    "sigma_max": _SIGMA,
     "timestep_scaling": _POSITIVE,
     "original_inference_steps": _COUNT,
     "lambda_min_clipped": _Rule(
-        lambda value: isinstance(value, int | float) and value < math.inf, "a finite number, or -inf"
+        lambda value: value == -math.inf or _is_between(value, -1e9, 1e9), "a finite number, or -inf"
     ),
     "disable_corrector": _Rule(
-        lambda value: isinstance(value, tuple) and all(as_int(step) is not None and step >= 0 for step in value),
+        lambda value: isinstance(value, tuple) and all(_is_integer(step, 0) for step in value),
         "a list of step indices, 0 or more",
+    ),
+    "noise_sampler_seed": _Rule(
+        lambda value: value is None or _is_seed(value) or (isinstance(value, tuple) and all(map(_is_seed, value))),
+        "None, an integer from 0 to 2**63 - 1, or a list of one per batch item",
     ),
 }
 
@@ -111,7 +149,7 @@ class SchedulerConfig(dict[str, Any], Config):
     passed to a class that has them.
 
     Attributes:
-        num_train_timesteps: Number of timesteps that the network was trained with, 1 or more.
+        num_train_timesteps: Number of timesteps that the network was trained with, 1 to 100,000.
         beta_schedule: Name of the noise schedule, see `noise_schedules.training_betas`.
         prediction_type: Quantity that the network predicts: "epsilon" (the noise), "sample" (the clean sample x_0) or
             "v_prediction" (the velocity of Salimans & Ho 2022, https://arxiv.org/abs/2202.00512).
@@ -124,6 +162,10 @@ class SchedulerConfig(dict[str, Any], Config):
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}  # accepted values by setting
     # Values of other classes that mean one of this class's choices: setting -> their value -> our value.
     synonyms: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    # Settings of files that have no effect with the only values of other settings that are accepted.
+    inert_settings: ClassVar[frozenset[str]] = frozenset()
+    # Order of the settings as positional arguments of the constructor, that of the reference.
+    positional: ClassVar[tuple[str, ...]] = ()
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
@@ -135,7 +177,8 @@ class SchedulerConfig(dict[str, Any], Config):
             if name in self.choices:
                 choices = ", ".join(map(str, self.choices[name]))
                 several = "one of " if len(self.choices[name]) > 1 else ""
-                self._require(value in self.choices[name], name, several + choices)
+                known = (value is None or isinstance(value, str)) and value in self.choices[name]
+                self._require(known, name, several + choices)
             elif name in _RULES:
                 self._require(_RULES[name].accepts(value), name, _RULES[name].expected)
             dict.__setitem__(self, name, value)
@@ -165,19 +208,61 @@ class SchedulerConfig(dict[str, Any], Config):
         Raises:
             ConfigError: If a setting is unknown or invalid.
         """
+        settings, foreign_settings = _to_builtins(cls.owner, settings), _to_builtins(cls.owner, foreign or {})
         if foreign is not None:
-            translated = {
-                name: values[settings[name]] for name, values in cls.synonyms.items() if settings.get(name) in values
-            }
-            settings = {**settings, **translated}
-            cls.parse({name: value for name, value in foreign.items() if name in cls.supported_values}, owner=cls.owner)
-        config = cls.parse(_to_builtins(settings), owner=cls.owner)
-        dict.update(config, _to_builtins(foreign or {}))
+            settings = {name: cls._translated(name, value) for name, value in settings.items()}
+            names = foreign_settings.keys() & cls.supported_values.keys() - cls.inert_settings
+            cls.parse({name: foreign_settings[name] for name in names}, owner=cls.owner)
+        config = cls.parse(settings, owner=cls.owner)
+        dict.update(config, foreign_settings)
         fixed = {name for name in TRAINING_SETTINGS if len(cls.choices.get(name, ())) == 1}  # never a choice of a user
         defaulted = sorted(set(cls.names()) - settings.keys() - fixed)
-        if defaulted:
+        if defaulted or foreign is None:
             dict.__setitem__(config, DEFAULTED_KEY, defaulted)
         return config
+
+    @classmethod
+    def _translated(cls, name: str, value: Any) -> Any:
+        return cls.synonyms.get(name, {}).get(value, value) if isinstance(value, str) else value
+
+    @classmethod
+    def adapted(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings of another class or of a file in the form of this class.
+
+        None, and 0 or 1 for a bool, become what the reference makes of them. None is False, or else the default.
+
+        Args:
+            settings: Settings by name.
+        """
+        adapted = {}
+        for name, value in settings.items():
+            is_bool = _RULES.get(name) is _BOOL
+            if is_bool and (value is None or (isinstance(value, int) and value in (0, 1))):
+                adapted[name] = bool(value)
+            elif value is not None or name not in cls.names() or cls._accepts_none(name):
+                adapted[name] = value
+        return adapted
+
+    @classmethod
+    def _accepts_none(cls, name: str) -> bool:
+        if name in cls.choices:
+            return None in cls.choices[name]
+        return name in _RULES and _RULES[name].accepts(None)
+
+    def with_settings(self: SC, settings: Mapping[str, Any]) -> SC:
+        """Return the config with other values of some settings. Names that this class does not have are stored.
+
+        Args:
+            settings: Settings by name.
+
+        Raises:
+            ConfigError: If a setting of this class is invalid.
+        """
+        names = set(self.names())
+        previous = {name: value for name, value in self.items() if not name.startswith("_")}
+        own = {name: previous[name] for name in names - set(self.get(DEFAULTED_KEY, ()))}
+        foreign = {name: value for name, value in (previous | dict(settings)).items() if name not in names}
+        return type(self).from_settings(own | {name: settings[name] for name in names & settings.keys()}, foreign)
 
     @classmethod
     def inherited_settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,9 +273,12 @@ class SchedulerConfig(dict[str, Any], Config):
         Args:
             config: Config of a scheduler of any class and library.
         """
-        skipped = set(config.get(DEFAULTED_KEY) or ())
+        defaulted = config.get(DEFAULTED_KEY)
+        listed = defaulted if isinstance(defaulted, list | tuple | set | frozenset) else ()
+        skipped = {name for name in listed if isinstance(name, str)}
         for name in skipped & TRAINING_SETTINGS & config.keys() & set(cls.names()):
-            if config[name] in cls.choices.get(name, (config[name],)):
+            is_default = name in COMMON_DEFAULTS and config[name] == cls.__dataclass_fields__[name].default
+            if not is_default and config[name] in cls.choices.get(name, (config[name],)):
                 skipped.remove(name)
         return {name: value for name, value in config.items() if not name.startswith("_") and name not in skipped}
 
@@ -216,9 +304,23 @@ class SchedulerConfig(dict[str, Any], Config):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse_change
 
 
-def _to_builtins(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _to_builtins(owner: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with arrays and tensors converted to lists and numbers, which files can store."""
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in settings.items()}
+    converted = {}
+    for name, value in settings.items():
+        if hasattr(value, "tolist") and not isinstance(value, type):
+            if _number_of_elements(value) > MAX_TIMESTEPS:
+                raise invalid(f"{owner}: {name}", value, f"at most {MAX_TIMESTEPS} elements", error=ConfigError)
+            try:
+                value = value.tolist()
+            except Exception as error:  # sparse and meta tensors have no elements to list
+                raise invalid(f"{owner}: {name}", value, "a list of numbers", error=ConfigError) from error
+        converted[name] = value
+    return converted
+
+
+def _number_of_elements(value: Any) -> int:
+    return math.prod(getattr(value, "shape", ()))
 
 
 def _restore(cls: type[SC], content: Mapping[str, Any]) -> SC:
@@ -245,9 +347,9 @@ class BetaScheduleConfig(SchedulerConfig):
     """Settings of methods that work with any schedule of betas.
 
     Attributes:
-        beta_start: First beta of the schedules linear, scaled_linear and sigmoid, above 0, below 1.
-        beta_end: Last beta of these schedules, above 0, below 1.
-        trained_betas: The betas themselves, one per training timestep, above 0, at most 1; None uses `beta_schedule`.
+        beta_start: First beta of the schedules linear, scaled_linear and sigmoid, 1e-7 to 0.5.
+        beta_end: Last beta of these schedules, 1e-7 to 0.5.
+        trained_betas: The betas themselves, one per training timestep, 1e-7 to 1; None uses `beta_schedule`.
     """
 
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
@@ -309,7 +411,7 @@ class ThresholdConfig(SchedulerConfig):
 
     Attributes:
         thresholding: Whether the predicted clean sample is thresholded. It then replaces clipping.
-        dynamic_thresholding_ratio: Quantile of magnitudes that serves as the threshold, above 0, at most 1.
+        dynamic_thresholding_ratio: Quantile of magnitudes that serves as the threshold, 0 to 1.
         sample_max_value: Upper bound of the threshold, above 0.
     """
 

@@ -13,7 +13,12 @@ from torch import Tensor
 from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, DiscreteTimeConfig, SchedulerConfig
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    ClipConfig,
+    DiscreteTimeConfig,
+    SchedulerConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +30,19 @@ class DDIMConfig(ClipConfig, DiscreteTimeConfig):
     """
 
     owner: ClassVar[str] = "DDIMScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "clip_sample",
+        "set_alpha_to_one",
+        "steps_offset",
+        "prediction_type",
+        "thresholding",
+        "dynamic_thresholding_ratio",
+        "clip_sample_range",
+        "sample_max_value",
+        "timestep_spacing",
+        "rescale_betas_zero_snr",
+    )
 
     set_alpha_to_one: bool = True
 
@@ -48,7 +66,7 @@ class DDIMScheduler(Scheduler):
         if not self.config.set_alpha_to_one:
             self.final_alpha_cumprod = self.alphas_cumprod[0]
 
-    def previous_timestep(self, timestep: int | Tensor) -> int:
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """Return the timestep to which a step leads.
 
         It is one stride of num_train_timesteps // num_inference_steps below `timestep`, whatever the spacing. With
@@ -58,14 +76,22 @@ class DDIMScheduler(Scheduler):
             timestep: Current timestep, 0 to `num_train_timesteps` - 1.
 
         Returns:
-            The previous timestep; a negative number stands for the end of sampling.
+            The previous timestep, a tensor if `timestep` is one; a negative number stands for the end of sampling.
 
         Raises:
             InputError: If `timestep` is invalid.
         """
+        return super().previous_timestep(timestep)
+
+    def _previous(self, t: int) -> int:
         if self.num_inference_steps is None or self.custom_timesteps:
-            return super().previous_timestep(timestep)
-        return self._validated_timestep(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+            return super()._previous(t)
+        return t - self.config.num_train_timesteps // self.num_inference_steps
+
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """Return the variance of the fresh noise with eta 1 (equation 16); scripts for the reference call it."""
+        alpha_bar, alpha_bar_prev = self._alpha_bar(int(timestep)), self._alpha_bar(int(prev_timestep))
+        return (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
 
     def step(
         self,
@@ -102,15 +128,14 @@ class DDIMScheduler(Scheduler):
         if generator is not None and variance_noise is not None:
             raise invalid("variance_noise", variance_noise, "None if a generator is passed; both determine the noise")
         t = self._validated_timestep(timestep)
-        alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(self.previous_timestep(t))
+        alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(self._previous(t))
         prediction = self._split_output(model_output, sample).prediction
         x0 = self._predicted_x0(prediction, sample, alpha_bar)
         epsilon = self._predicted_epsilon(prediction, sample, x0, alpha_bar)
         x0 = self._threshold(x0)
         if use_clipped_model_output:
             epsilon = (sample - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
-        # Equation 16: standard deviation of the fresh noise.
-        sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
+        sigma = eta * self._get_variance(t, self._previous(t)) ** 0.5  # standard deviation of the fresh noise
         # Equation 12. Rounding can make the radicand negative if eta is 1 and the sample is nearly pure noise.
         epsilon_scale = (1 - alpha_bar_prev - sigma**2).clamp(min=0) ** 0.5
         prev_sample = alpha_bar_prev**0.5 * x0 + epsilon_scale * epsilon

@@ -16,7 +16,11 @@ from torch import Tensor
 from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, DiscreteTimeConfig
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    ClipConfig,
+    DiscreteTimeConfig,
+)
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -66,7 +70,7 @@ class AncestralScheduler(Scheduler):
     ) -> SchedulerOutput:
         """Draw the previous sample from q(x_prev | x_t, x_0) (Ho et al. 2020, equations 6 and 7)."""
         prediction, variance = self._split_output(model_output, sample)
-        if variance is None and self.config.variance_type.startswith("learned"):
+        if variance is None and timestep > 0 and self.config.variance_type.startswith("learned"):
             raise invalid(
                 "model_output.shape",
                 tuple(model_output.shape),
@@ -81,10 +85,36 @@ class AncestralScheduler(Scheduler):
         prev_sample = prev_sample + (alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)) * sample
         if timestep > 0:
             noise = randn_tensor(prediction.shape, generator, prediction.device, prediction.dtype)
-            # The posterior variance is 0 after the last step. The bound keeps its logarithm finite.
-            posterior_variance = ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20)
+            posterior_variance = self._posterior_variance(timestep, prev_timestep)
             prev_sample = prev_sample + self._noise_scale(posterior_variance, beta, variance) * noise
         return SchedulerOutput(prev_sample, x0)
+
+    def _posterior_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """Return the variance of the posterior (equation 7), bounded so that its logarithm is finite at the end."""
+        alpha_bar, alpha_bar_prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
+        return ((1 - alpha_bar_prev) / (1 - alpha_bar) * self._transition(timestep, prev_timestep).beta).clamp(
+            min=1e-20
+        )
+
+    def _variance(
+        self, timestep: int, prev_timestep: int, predicted: Tensor | float | None, variance_type: str | None
+    ) -> Tensor:
+        """Return what the reference calls the variance: with a `_log` type its square root or its logarithm."""
+        posterior, beta = (
+            self._posterior_variance(timestep, prev_timestep),
+            self._transition(timestep, prev_timestep).beta,
+        )
+        kind = variance_type or self.config.variance_type
+        if predicted is not None and kind == "learned_range":
+            fraction = (predicted + 1) / 2
+            return fraction * torch.log(beta) + (1 - fraction) * torch.log(posterior)
+        if predicted is not None and kind == "learned":
+            return torch.as_tensor(predicted)
+        if kind == "fixed_small_log":
+            return torch.exp(0.5 * torch.log(posterior))
+        if kind.startswith("fixed_large"):
+            return torch.log(beta) if kind.endswith("log") else beta
+        return posterior
 
     def _noise_scale(self, posterior_variance: Tensor, beta: Tensor, learned: Tensor | None) -> Tensor:
         """Return the standard deviation of the fresh noise."""
@@ -103,6 +133,19 @@ class DDPMConfig(AncestralConfig, DiscreteTimeConfig):
     """Settings of `DDPMScheduler`."""
 
     owner: ClassVar[str] = "DDPMScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "variance_type",
+        "clip_sample",
+        "prediction_type",
+        "thresholding",
+        "dynamic_thresholding_ratio",
+        "clip_sample_range",
+        "sample_max_value",
+        "timestep_spacing",
+        "steps_offset",
+        "rescale_betas_zero_snr",
+    )
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         **DiscreteTimeConfig.choices,
         "variance_type": VARIANCE_TYPES,
@@ -123,6 +166,12 @@ class DDPMScheduler(AncestralScheduler):
 
     config_class = DDPMConfig
     config: DDPMConfig
+
+    def _get_variance(
+        self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """Return the variance of a step; scripts for the reference call it."""
+        return self._variance(int(t), self._previous(int(t)), predicted_variance, variance_type)
 
     def step(
         self,
@@ -149,5 +198,5 @@ class DDPMScheduler(AncestralScheduler):
             InputError: If `timestep` or the shape of `model_output` is invalid.
         """
         t = self._validated_timestep(timestep)
-        output = self._sample_posterior(model_output, t, self.previous_timestep(t), sample, generator)
+        output = self._sample_posterior(model_output, t, self._previous(t), sample, generator)
         return output if return_dict else output.to_tuple()

@@ -12,7 +12,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import BetaScheduleConfig, TimestepSpacingConfig
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    SIGMA_ARGUMENTS,
+    THRESHOLD_ARGUMENTS,
+    BetaScheduleConfig,
+    TimestepSpacingConfig,
+)
 from kandinsky22.schedulers.exponential_integrator import ExponentialScheduler, SolverConfig, Term, exponential_weights
 from kandinsky22.schedulers.noise_schedules import FloatArray
 
@@ -27,6 +33,21 @@ class DEISConfig(SolverConfig, TimestepSpacingConfig):
     """
 
     owner: ClassVar[str] = "DEISMultistepScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "solver_order",
+        *THRESHOLD_ARGUMENTS,
+        "algorithm_type",
+        "solver_type",
+        "lower_order_final",
+        *SIGMA_ARGUMENTS,
+        "use_flow_sigmas",
+        "flow_shift",
+        "timestep_spacing",
+        "steps_offset",
+        "use_dynamic_shifting",
+        "time_shift_type",
+    )
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         **BetaScheduleConfig.choices,
         "algorithm_type": ("deis",),

@@ -16,7 +16,14 @@ from torch import Tensor
 from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import BetaScheduleConfig, TimestepSpacingConfig, ZeroTerminalSNRConfig
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    SIGMA_ARGUMENTS,
+    THRESHOLD_ARGUMENTS,
+    BetaScheduleConfig,
+    TimestepSpacingConfig,
+    ZeroTerminalSNRConfig,
+)
 from kandinsky22.schedulers.ddpm import VARIANCE_TYPES
 from kandinsky22.schedulers.exponential_integrator import (
     ExponentialScheduler,
@@ -151,6 +158,27 @@ class DPMSolverMultistepConfig(DPMSolverConfig, TimestepSpacingConfig, ZeroTermi
     """
 
     owner: ClassVar[str] = "DPMSolverMultistepScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "solver_order",
+        *THRESHOLD_ARGUMENTS,
+        "algorithm_type",
+        "solver_type",
+        "lower_order_final",
+        "euler_at_final",
+        *SIGMA_ARGUMENTS,
+        "use_lu_lambdas",
+        "use_flow_sigmas",
+        "flow_shift",
+        "final_sigmas_type",
+        "lambda_min_clipped",
+        "variance_type",
+        "timestep_spacing",
+        "steps_offset",
+        "rescale_betas_zero_snr",
+        "use_dynamic_shifting",
+        "time_shift_type",
+    )
     sigma_schedules: ClassVar[tuple[str, ...]] = (*DPMSolverConfig.sigma_schedules, "use_lu_lambdas")
 
     timestep_spacing: str = "linspace"
@@ -241,6 +269,22 @@ class DPMSolverSinglestepConfig(DPMSolverConfig):
     """
 
     owner: ClassVar[str] = "DPMSolverSinglestepScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "solver_order",
+        *THRESHOLD_ARGUMENTS,
+        "algorithm_type",
+        "solver_type",
+        "lower_order_final",
+        *SIGMA_ARGUMENTS,
+        "use_flow_sigmas",
+        "flow_shift",
+        "final_sigmas_type",
+        "lambda_min_clipped",
+        "variance_type",
+        "use_dynamic_shifting",
+        "time_shift_type",
+    )
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         **DPMSolverConfig.choices,
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),

@@ -18,6 +18,8 @@ from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import SchedulerOutput
 from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    SIGMA_ARGUMENTS,
     BetaScheduleConfig,
     SigmaScheduleConfig,
     TimestepSpacingConfig,
@@ -41,6 +43,19 @@ class EulerConfig(SigmaScheduleConfig, TimestepSpacingConfig, ZeroTerminalSNRCon
     """
 
     owner: ClassVar[str] = "EulerDiscreteScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "prediction_type",
+        "interpolation_type",
+        *SIGMA_ARGUMENTS,
+        "sigma_min",
+        "sigma_max",
+        "timestep_spacing",
+        "timestep_type",
+        "steps_offset",
+        "rescale_betas_zero_snr",
+        "final_sigmas_type",
+    )
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         **BetaScheduleConfig.choices,
         "interpolation_type": ("linear", "log_linear"),
@@ -148,6 +163,13 @@ class EulerAncestralConfig(TimestepSpacingConfig, ZeroTerminalSNRConfig, BetaSch
     """Settings of `EulerAncestralDiscreteScheduler`."""
 
     owner: ClassVar[str] = "EulerAncestralDiscreteScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "prediction_type",
+        "timestep_spacing",
+        "steps_offset",
+        "rescale_betas_zero_snr",
+    )
 
     timestep_spacing: str = "linspace"
 

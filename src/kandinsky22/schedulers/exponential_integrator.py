@@ -171,6 +171,9 @@ class SolverConfig(ThresholdConfig, SigmaScheduleConfig, BetaScheduleConfig):
         "shift_terminal": (None,),
         "solver_p": (None,),
     }
+    inert_settings: ClassVar[frozenset[str]] = frozenset(
+        {"flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"}
+    )
     max_solver_order: ClassVar[int] = 3
 
     solver_order: int = 2
@@ -180,6 +183,19 @@ class SolverConfig(ThresholdConfig, SigmaScheduleConfig, BetaScheduleConfig):
         super().__post_init__()
         order, maximum = as_int(self.solver_order), self.max_solver_order
         self._require(order is not None and 1 <= order <= maximum, "solver_order", f"an integer from 1 to {maximum}")
+
+    @classmethod
+    def adapted(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings of another class or of a file in the form of this class.
+
+        Args:
+            settings: Settings by name.
+        """
+        adapted = super().adapted(settings)
+        order = as_int(adapted.get("solver_order"))
+        if order is not None and order > cls.max_solver_order:  # the reference uses its highest order then
+            adapted["solver_order"] = cls.max_solver_order
+        return adapted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 from kandinsky22.noise import Generators, randn_tensor
-from kandinsky22.schedulers.base import Scheduler, SchedulerOutput
-from kandinsky22.schedulers.config import ClipConfig, DiscreteTimeConfig, SchedulerConfig, as_int
+from kandinsky22.schedulers.base import SchedulerOutput
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    THRESHOLD_ARGUMENTS,
+    ClipConfig,
+    DiscreteTimeConfig,
+    SchedulerConfig,
+    as_int,
+)
+from kandinsky22.schedulers.sigmas import StatefulScheduler
 
 SIGMA_DATA = 0.5  # standard deviation of the data that the boundary conditions assume (section 4.1)
 
@@ -34,6 +42,18 @@ class LCMConfig(ClipConfig, DiscreteTimeConfig):
     """
 
     owner: ClassVar[str] = "LCMScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "original_inference_steps",
+        "clip_sample",
+        "clip_sample_range",
+        "set_alpha_to_one",
+        "steps_offset",
+        *THRESHOLD_ARGUMENTS,
+        "timestep_spacing",
+        "timestep_scaling",
+        "rescale_betas_zero_snr",
+    )
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -44,7 +64,7 @@ class LCMConfig(ClipConfig, DiscreteTimeConfig):
     timestep_scaling: float = 10.0
 
 
-class LCMScheduler(Scheduler):
+class LCMScheduler(StatefulScheduler):
     """Multistep consistency sampling in latent space.
 
     Sources: Luo et al. 2023, https://arxiv.org/abs/2310.04378; Song et al. 2023, algorithm 1,
@@ -117,8 +137,11 @@ class LCMScheduler(Scheduler):
                 raise invalid(
                     "strength", strength, f"a fraction that selects at least one of {count} timesteps", "raise it"
                 )
+        self._require_signal(float(self._alpha_bar(values[0])))
         self.num_inference_steps, self.custom_timesteps = count, timesteps is not None
         self.timesteps = torch.tensor(values, dtype=torch.int64, device=device)
+        self._begin_index = None
+        self._reset()
 
     def step(
         self,
@@ -144,9 +167,9 @@ class LCMScheduler(Scheduler):
         Raises:
             InputError: If timesteps are not set, or `timestep` or the shape of `model_output` is invalid.
         """
-        self._require_timesteps()
-        t = self._validated_timestep(timestep)
-        prev_t = self.previous_timestep(t)
+        index = self._index_for_timestep(timestep)
+        t = int(self._timestep_list[index])
+        prev_t = int(self._timestep_list[index + 1]) if index + 1 < len(self._timestep_list) else -1
         prediction = self._split_output(model_output, sample).prediction
         x0 = self._threshold(self._predicted_x0(prediction, sample, self._alpha_bar(t)))
         # Section 4.1: the consistency function c_skip(t) x_t + c_out(t) x_0 is the identity at t = 0.
@@ -159,4 +182,5 @@ class LCMScheduler(Scheduler):
             noise = randn_tensor(prediction.shape, generator, prediction.device, denoised.dtype)
             alpha_bar_prev = self._alpha_bar(prev_t)
             prev_sample = alpha_bar_prev**0.5 * denoised + (1 - alpha_bar_prev) ** 0.5 * noise
+        self._step_index = index + 1
         return self._output(prev_sample, denoised, return_dict)

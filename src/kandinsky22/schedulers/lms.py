@@ -12,7 +12,14 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import BetaScheduleConfig, SigmaScheduleConfig, TimestepSpacingConfig, as_int
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    SIGMA_ARGUMENTS,
+    BetaScheduleConfig,
+    SigmaScheduleConfig,
+    TimestepSpacingConfig,
+    as_int,
+)
 from kandinsky22.schedulers.exponential_integrator import quadrature_weights
 from kandinsky22.schedulers.sigmas import VarianceExplodingScheduler, to_float32
 
@@ -22,6 +29,13 @@ class LMSConfig(SigmaScheduleConfig, TimestepSpacingConfig, BetaScheduleConfig):
     """Settings of `LMSDiscreteScheduler`."""
 
     owner: ClassVar[str] = "LMSDiscreteScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        *SIGMA_ARGUMENTS,
+        "prediction_type",
+        "timestep_spacing",
+        "steps_offset",
+    )
 
     timestep_spacing: str = "linspace"
 
@@ -76,6 +90,9 @@ class LMSDiscreteScheduler(VarianceExplodingScheduler):
         denoised = self._denoised(self._split_output(model_output, sample).prediction, sample, sigma)
         self._derivatives = [(sample - denoised) / sigma, *self._derivatives][:max_order]
         length = sigma_next - sigma
+        if length == 0:  # a last step without length
+            self._step_index = index + 1
+            return self._output(sample.to(model_output.dtype), denoised, return_dict)
         nodes = [(self._sigma_list[index - back] - sigma) / length for back in range(len(self._derivatives))]
         weights = quadrature_weights(nodes, [1 / (k + 1) for k in range(len(nodes))])  # integrals of u^k over the step
         prev_sample = sample

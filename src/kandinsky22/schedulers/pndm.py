@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kandinsky22.errors import InputError
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import BetaScheduleConfig, SchedulerConfig, TimestepSpacingConfig
-from kandinsky22.schedulers.sigmas import StatefulScheduler
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    BetaScheduleConfig,
+    SchedulerConfig,
+    TimestepSpacingConfig,
+)
+from kandinsky22.schedulers.sigmas import StatefulScheduler, without_repetitions
 
 # Adams-Bashforth coefficients of order 1 to 4, newest derivative first (equations 9 and 12).
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -34,6 +40,14 @@ class PNDMConfig(TimestepSpacingConfig, BetaScheduleConfig):
     """
 
     owner: ClassVar[str] = "PNDMScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "skip_prk_steps",
+        "set_alpha_to_one",
+        "prediction_type",
+        "timestep_spacing",
+        "steps_offset",
+    )
 
     skip_prk_steps: bool = False
     set_alpha_to_one: bool = False
@@ -75,6 +89,8 @@ class PNDMScheduler(StatefulScheduler):
         super()._build(config)
         if not self.config.set_alpha_to_one:
             self.final_alpha_cumprod = self.alphas_cumprod[0]
+        self._evaluations: list[Evaluation] = []
+        self._reset()
 
     def _reset(self) -> None:
         super()._reset()
@@ -103,7 +119,7 @@ class PNDMScheduler(StatefulScheduler):
         stride = self.config.num_train_timesteps // len(starts)
         ends = [*starts[1:], -1] if self.custom_timesteps else [start - stride for start in starts]
         runge_kutta_steps = 0 if self.config.skip_prk_steps else min(3, len(starts) - 1)
-        self._evaluations: list[Evaluation] = []
+        self._evaluations = []
         evaluated_at: list[int] = []
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             if index < runge_kutta_steps:
@@ -121,6 +137,7 @@ class PNDMScheduler(StatefulScheduler):
                     evaluated_at.append(starts[1])
                     self._evaluations.append(Evaluation(starts[1] + (start - end), starts[1], repeats_step=True))
         self.num_inference_steps = len(starts)
+        self._begin_index = None
         self.timesteps = torch.from_numpy(np.asarray(evaluated_at, np.int64)).to(device)
         self._reset()
 
@@ -141,7 +158,12 @@ class PNDMScheduler(StatefulScheduler):
         Raises:
             InputError: If timesteps are not set, or `timestep` or the shape of `model_output` is invalid.
         """
-        index = self._index_for_timestep(timestep)
+        return self._step_at(self._index_for_timestep(timestep), model_output, sample, return_dict)
+
+    def _step_at(
+        self, index: int, model_output: Tensor, sample: Tensor, return_dict: bool
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Return the sample after the network evaluation at an index."""
         evaluation = self._evaluations[index]
         t = int(self._timestep_list[index])
         alpha_bar = float(self._alpha_bar(t))
@@ -158,6 +180,84 @@ class PNDMScheduler(StatefulScheduler):
         self._step_index = index + 1
         prev_sample = self._transfer(start, epsilon, evaluation.start, evaluation.end)
         return self._output(prev_sample, x0, return_dict)
+
+    @property
+    def _runge_kutta_count(self) -> int:
+        """Number of the first evaluations that belong to Runge-Kutta steps."""
+        return sum(evaluation.runge_kutta_stage is not None for evaluation in self._evaluations)
+
+    @property
+    def prk_timesteps(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Timesteps of the Runge-Kutta steps at the start, one per network evaluation."""
+        return np.asarray(self._timestep_list[: self._runge_kutta_count], np.int64)
+
+    @property
+    def plms_timesteps(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Timesteps of the multistep method, one per network evaluation."""
+        return np.asarray(self._timestep_list[self._runge_kutta_count :], np.int64)
+
+    @property
+    def ets(self) -> list[Tensor]:
+        """Predicted noise at the starts of the last steps, oldest first; assigning replaces it."""
+        return self._epsilons[::-1]
+
+    @ets.setter
+    def ets(self, predictions: Sequence[Tensor]) -> None:
+        self._epsilons = list(predictions)[::-1][:4]
+
+    def step_prk(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Return the sample after the next evaluation of a Runge-Kutta step: `step` without a search for the timestep.
+
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Timestep of the evaluation, which has no effect: the evaluations follow each other.
+            sample: Current sample, (B, C, ...).
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The next sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, or no evaluation of a Runge-Kutta step is left.
+        """
+        self._require_timesteps()
+        index = self._step_index or 0
+        if index >= self._runge_kutta_count:
+            raise InputError("step_prk was called after the last Runge-Kutta step: call step_plms, or step")
+        return self._step_at(index, model_output, sample, return_dict)
+
+    def step_plms(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Return the sample after the next evaluation of the multistep method: `step` without a search.
+
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Timestep of the evaluation, which has no effect: the evaluations follow each other.
+            sample: Current sample, (B, C, ...).
+            return_dict: Whether to return a `SchedulerOutput`, or the tuple of its fields.
+
+        Returns:
+            The next sample and the predicted clean sample, both (B, C, ...).
+
+        Raises:
+            InputError: If timesteps are not set, the Runge-Kutta steps are missing, or no evaluation is left.
+        """
+        self._require_timesteps()
+        first = self._runge_kutta_count
+        if len(self._epsilons) < first // 4:
+            raise InputError(f"step_plms was called before the Runge-Kutta steps: expected {first} calls of step_prk")
+        index = max(self._step_index or 0, first)
+        if index >= len(self._evaluations):
+            raise InputError("step_plms was called after the last step: call set_timesteps to start again")
+        if (self._step_index or 0) < first:
+            self._step_start = None  # an unfinished Runge-Kutta step is left
+        return self._step_at(index, model_output, sample, return_dict)
+
+    def _one_per_step(self, timesteps: Any) -> Any:
+        return without_repetitions(timesteps)
 
     def _runge_kutta(self, stage: int, epsilon: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sample to start from and the noise to step with, at one stage of a Runge-Kutta step."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 from kandinsky22.schedulers.base import Scheduler
-from kandinsky22.schedulers.config import SchedulerConfig, SigmaScheduleConfig
+from kandinsky22.schedulers.config import SchedulerConfig, SigmaScheduleConfig, as_int
 from kandinsky22.schedulers.noise_schedules import FloatArray, has_zero_terminal_snr, spaced_timesteps
 
+SMALLEST_SIGMA = 1e-6
 SMALLEST_ALPHA_BAR = 2.0**-24  # alpha_bar of pure noise, which makes its sigma finite; the smallest float16
 
 
@@ -153,12 +154,36 @@ def to_float32(sample: Tensor) -> Tensor:
 def _validated_sigmas(sigmas: Sequence[float] | Tensor) -> FloatArray:
     try:
         values = np.asarray(sigmas, dtype=np.float32).astype(np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         values = np.empty(0)
-    descending = values.ndim == 1 and all(a > b for a, b in itertools.pairwise(values.tolist()))
-    if len(values.shape) != 1 or len(values) < 2 or not descending or not 0 <= values[-1] < values[0] < math.inf:
+    descending = values.ndim == 1 and all(a > b for a, b in itertools.pairwise(values[:-1].tolist()))
+    # The last step may have no length, as that of a schedule that ends at the lowest sigma of training.
+    if not descending or len(values) < 2 or not values[-2] >= values[-1] >= 0 or not values[0] < math.inf:
         raise invalid("sigmas", sigmas, "two or more finite numbers in descending order, the last 0 or more")
+    if values[-2] < SMALLEST_SIGMA or 0 < values[-1] < SMALLEST_SIGMA:
+        expected = f"sigmas of {SMALLEST_SIGMA} or more, and at the end 0 if the sample is to be clean"
+        raise invalid("sigmas", sigmas, expected, "smaller ones vanish in single precision")
     return values
+
+
+def without_repetitions(values: Any) -> Any:
+    """Return timesteps or sigmas of a caller in which each value that repeats the one before is left out.
+
+    That makes the timesteps of a method with several network evaluations per step those of its steps.
+
+    Args:
+        values: A list, tuple, array or tensor with one dimension; anything else is returned unchanged.
+    """
+    if getattr(values, "ndim", 0) == 1 and hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        return values
+    return [value for index, value in enumerate(values) if index == 0 or not _equal(values[index - 1], value)]
+
+
+def _equal(first: Any, second: Any) -> bool:
+    numbers = isinstance(first, int | float) and isinstance(second, int | float)
+    return numbers and first == second
 
 
 class StatefulScheduler(Scheduler):
@@ -171,34 +196,84 @@ class StatefulScheduler(Scheduler):
         **settings: Settings, see `config_class`.
     """
 
+    steps_before_set_timesteps: ClassVar[bool] = False  # whether all training timesteps can be stepped along at first
     _step_index: int | None = None  # index of the next network evaluation; None at the start of a generation
+    _begin_index: int | None = None
 
     def _reset(self) -> None:
         """Drop the state of a generation."""
         self._step_index = None
 
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next network evaluation in `timesteps`; None before the first of a generation."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index in `timesteps` at which generations start, see `set_begin_index`; None leaves it to the timestep."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Set the index at which the next generation starts; it matters only if two timesteps are equal.
+
+        Args:
+            begin_index: Index in `timesteps`.
+
+        Raises:
+            InputError: If it is not an index.
+        """
+        index = as_int(begin_index)
+        if index is None or not 0 <= index < len(self._timestep_list):
+            raise invalid("begin_index", begin_index, f"an integer from 0 to {len(self._timestep_list) - 1}")
+        self._begin_index = index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Return the index of a timestep.
+
+        If a timestep is evaluated twice, that is the index of the second evaluation, which starts a step.
+
+        Args:
+            timestep: The timestep.
+            schedule_timesteps: The timesteps to search; None means `timesteps`.
+
+        Raises:
+            InputError: If the timestep is not one of them.
+        """
+        steps = self._timestep_list if schedule_timesteps is None else schedule_timesteps.tolist()
+        indices = [index for index, each in enumerate(steps) if each == _as_float(timestep)]
+        if not indices:
+            shown = steps if len(steps) < 20 else f"{steps[:3]} to {steps[-1]}"
+            raise invalid("timestep", timestep, f"one of the scheduler's timesteps, {shown}")
+        return indices[min(1, len(indices) - 1)]
+
     def _index_for_timestep(self, timestep: float | Tensor) -> int:
         """Return the index of a timestep in `timesteps`, and start a new generation if it is not the next one."""
-        self._require_timesteps()
-        try:
-            value = float(timestep)
-        except (TypeError, ValueError, RuntimeError):
-            value = math.nan
+        if not self.steps_before_set_timesteps:
+            self._require_timesteps()
+        value = _as_float(timestep)
         is_next = (
             self._step_index is not None
             and self._step_index < len(self._timestep_list)
             and self._timestep_list[self._step_index] == value
         )
         if self._step_index is None or not is_next:
-            indices = [index for index, each in enumerate(self._timestep_list) if each == value]
-            if not indices:
-                steps = self._timestep_list
-                shown = steps if len(steps) < 20 else f"{steps[:3]} to {steps[-1]}"
-                raise invalid("timestep", timestep, f"one of the scheduler's timesteps, {shown}")
+            index = self.index_for_timestep(timestep)
+            begin = self._begin_index
+            if begin is not None and begin < len(self._timestep_list) and self._timestep_list[begin] == value:
+                index = begin
+            elif self._timestep_list[0] == value:
+                index = 0  # here the first of two equal timesteps starts the step
             self._reset()
-            # If a timestep is evaluated twice, the second evaluation starts a step, except at the start of `timesteps`.
-            self._step_index = indices[0 if indices[0] == 0 else min(1, len(indices) - 1)]
+            self._step_index = index
         return self._step_index
+
+
+def _as_float(timestep: float | Tensor) -> float:
+    try:
+        return float(timestep)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
 
 
 class SigmaScheduler(StatefulScheduler):
@@ -213,13 +288,11 @@ class SigmaScheduler(StatefulScheduler):
     """
 
     extra_timesteps: ClassVar[int] = 0  # see `extra` of spaced_timesteps
-    fractional_timesteps: ClassVar[bool] = False  # whether timesteps need not be integers
 
     def _build(self, config: SchedulerConfig) -> None:
         super()._build(config)
-        if has_zero_terminal_snr(config):
+        if has_zero_terminal_snr(config) or self.alphas_cumprod[-1] == 0:  # the latter after a beta of 1
             self.alphas_cumprod[-1] = SMALLEST_ALPHA_BAR
-        self.alphas_cumprod[self.alphas_cumprod == 0] = SMALLEST_ALPHA_BAR  # after a beta of 1
         self._training_sigmas: FloatArray = (((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5).numpy()
         final = [self._final_sigma(self._training_sigmas)]
         self._set_sigmas(self._training_sigmas[::-1].copy(), final, self.timesteps.numpy(), None)
@@ -240,8 +313,8 @@ class SigmaScheduler(StatefulScheduler):
             num_inference_steps: Number of steps, 1 to `num_train_timesteps`; None if timesteps or sigmas are passed.
             device: Device of `timesteps`; None leaves them on the CPU.
             timesteps: Descending training timesteps, 0 to `num_train_timesteps` - 1; None spaces them as configured.
-            sigmas: Two or more descending noise levels. The last step ends at the last, which may be 0. None follows
-                the configured schedule.
+            sigmas: Two or more descending noise levels. The last step ends at the last, which may be 0 or equal the
+                one before. None follows the configured schedule.
 
         Raises:
             InputError: If not exactly one of `num_inference_steps`, `timesteps` and `sigmas` is passed, if its value is
@@ -261,7 +334,7 @@ class SigmaScheduler(StatefulScheduler):
                     (num_inference_steps, timesteps, sigmas),
                     "exactly one of them to differ from None",
                 )
-            values = _validated_sigmas(sigmas)
+            values = _validated_sigmas(self._one_per_step(sigmas))
             steps = self._sigmas_to_timesteps(values[:-1], "sigmas")
             self._set_sigmas(values[:-1], values[-1:].tolist(), steps, device)
             return
@@ -269,6 +342,12 @@ class SigmaScheduler(StatefulScheduler):
         values = self._interpolated_sigmas(steps)
         if schedule is not None:
             sigma_max, sigma_min = self._sigma_bounds(values)
+            if sigma_min > sigma_max:
+                raise invalid(
+                    "(sigma_min, sigma_max)",
+                    (sigma_min, sigma_max),
+                    f"sigma_min to be the smaller one; the sigmas of training are {values[-1]:.4g} to {values[0]:.4g}",
+                )
             values = SIGMA_SCHEDULES[schedule](sigma_max, sigma_min, len(steps))
             steps = self._sigmas_to_timesteps(values, schedule)
         self._set_sigmas(values, [self._final_sigma(values)], steps, device)
@@ -316,6 +395,7 @@ class SigmaScheduler(StatefulScheduler):
         dtype = torch.float32 if self.fractional_timesteps else torch.int64
         self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device=device, dtype=dtype)
         self.num_inference_steps = len(timesteps)
+        self._begin_index = None
         self._reset()
 
     # Noise
@@ -364,6 +444,7 @@ class VarianceExplodingScheduler(SigmaScheduler):
     """
 
     fractional_timesteps = True
+    steps_before_set_timesteps = True
 
     def _build(self, config: SchedulerConfig) -> None:
         super()._build(config)
@@ -376,7 +457,7 @@ class VarianceExplodingScheduler(SigmaScheduler):
         sigma_max = max(self._sigma_list)
         # The signal is negligible at the noisiest training timestep, but not where leading spacing starts.
         leading = self.config.get("timestep_spacing") == "leading"
-        self.init_noise_sigma = math.hypot(sigma_max, 1) if leading else sigma_max
+        self.init_noise_sigma = torch.tensor(math.hypot(sigma_max, 1) if leading else sigma_max, dtype=torch.float32)
 
     def _signal_scale(self, sigma: float) -> float:
         return 1.0

@@ -24,6 +24,14 @@ class UnCLIPConfig(AncestralConfig):
     """Settings of `UnCLIPScheduler`."""
 
     owner: ClassVar[str] = "UnCLIPScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        "num_train_timesteps",
+        "variance_type",
+        "clip_sample",
+        "clip_sample_range",
+        "prediction_type",
+        "beta_schedule",
+    )
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         "beta_schedule": ("squaredcos_cap_v2",),
         "prediction_type": ("epsilon", "sample"),
@@ -48,6 +56,17 @@ class UnCLIPScheduler(AncestralScheduler):
 
     config_class = UnCLIPConfig
     config: UnCLIPConfig
+
+    def _get_variance(
+        self,
+        t: int,
+        prev_timestep: int | None = None,
+        predicted_variance: Tensor | None = None,
+        variance_type: str | None = None,
+    ) -> Tensor:
+        """Return the variance of a step; scripts for the reference call it."""
+        previous = int(t) - 1 if prev_timestep is None else int(prev_timestep)
+        return self._variance(int(t), previous, predicted_variance, variance_type)
 
     def _spaced_timesteps(self, steps: int) -> list[int]:
         last = self.config.num_train_timesteps - 1

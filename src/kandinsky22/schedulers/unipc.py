@@ -13,7 +13,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from kandinsky22.schedulers.base import SchedulerOutput
-from kandinsky22.schedulers.config import BetaScheduleConfig, TimestepSpacingConfig, ZeroTerminalSNRConfig
+from kandinsky22.schedulers.config import (
+    BETA_ARGUMENTS,
+    SIGMA_ARGUMENTS,
+    THRESHOLD_ARGUMENTS,
+    BetaScheduleConfig,
+    TimestepSpacingConfig,
+    ZeroTerminalSNRConfig,
+)
 from kandinsky22.schedulers.exponential_integrator import (
     ExponentialScheduler,
     SolverConfig,
@@ -38,6 +45,28 @@ class UniPCConfig(SolverConfig, TimestepSpacingConfig, ZeroTerminalSNRConfig):
     """
 
     owner: ClassVar[str] = "UniPCMultistepScheduler"
+    positional: ClassVar[tuple[str, ...]] = (
+        *BETA_ARGUMENTS,
+        "solver_order",
+        *THRESHOLD_ARGUMENTS,
+        "predict_x0",
+        "solver_type",
+        "lower_order_final",
+        "disable_corrector",
+        "solver_p",
+        *SIGMA_ARGUMENTS,
+        "use_flow_sigmas",
+        "flow_shift",
+        "timestep_spacing",
+        "steps_offset",
+        "final_sigmas_type",
+        "rescale_betas_zero_snr",
+        "use_dynamic_shifting",
+        "time_shift_type",
+        "sigma_min",
+        "sigma_max",
+        "shift_terminal",
+    )
     max_solver_order: ClassVar[int] = 9
     choices: ClassVar[Mapping[str, tuple[str | None, ...]]] = {
         **BetaScheduleConfig.choices,

@@ -1,0 +1,124 @@
+"""Recipes from JSON. Image files come from anywhere, therefore types, ranges and sizes of all values are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kandinsky22.cli.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TORCH_SEED
+from kandinsky22.errors import describe, invalid
+
+MAX_CHARACTERS = 2**20  # of the JSON
+# Smallest and largest value by field, also of the items of a field.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "seeds": (0, MAX_TORCH_SEED),
+    "steps": (1, MAX_STEPS),
+    "prior_steps": (1, MAX_STEPS),
+    "cache_every": (1, MAX_STEPS),
+    "width": (1, MAX_SIDE),
+    "height": (1, MAX_SIDE),
+    "crop": (0, MAX_SIDE),
+    "extend": (0, MAX_SIDE),
+    "strength": (0, 1),
+    "guidance_interval": (0, 1),
+    "prior_guidance_interval": (0, 1),
+    "guidance_rescale": (0, 1),
+    "guidance_threshold": (0, 1),
+}
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Return the entries of a JSON object.
+
+    Args:
+        text: The JSON.
+
+    Raises:
+        ValueError: If the text is not a JSON object, is too long or nested too deeply, or repeats a name.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique_names, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(entries, dict):
+        raise ValueError("it is not a JSON object")
+    return entries
+
+
+def parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a dataclass.
+
+    Args:
+        kind: The dataclass. Its fields have the types str, int, float, bool, tuples, mappings and other dataclasses.
+        entries: JSON values by name; lists become tuples.
+
+    Raises:
+        ValueError: If a name is missing or unknown, or if a value has another type or is out of range.
+    """
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(entries.keys() - hints.keys()):
+        raise ValueError(f"unknown entries {describe(unknown)}")
+    required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in entries]:
+        raise ValueError(f"missing entries {', '.join(missing)}")
+    return {name: _parse(value, hints[name], name) for name, value in entries.items()}
+
+
+def _unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("it contains a name twice")
+    return entries
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _parse(value: Any, hint: Any, name: str) -> Any:
+    """Return a JSON value converted to the type of the dataclass field `name`."""
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _parse(value, typing.get_args(hint)[0], name)
+    origin, parameters = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list) and 0 < len(value) <= MAX_IMAGES:
+        return tuple(_parse(item, parameters[0], name) for item in value)
+    if origin is not None and origin is not tuple and isinstance(value, dict):
+        return {_parse(key, str, name): _parse(item, parameters[1], name) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return hint(**parse_fields(hint, value))
+    is_number = hint is float and type(value) is int
+    is_setting = hint is Any and isinstance(value, str | int | float)
+    if not (is_number or is_setting or (origin is None and type(value) is hint)):
+        raise invalid(name, value, _type_name(hint))
+    if isinstance(value, str):
+        return _checked_text(value, name)
+    _check_range(value, name)
+    return float(value) if is_number else value
+
+
+def _checked_text(value: str, name: str) -> str:
+    """Return a text that can be written and used as a file name."""
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise invalid(name, value, "text without null characters and lone surrogates")
+    return value
+
+
+def _check_range(value: float, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise invalid(name, value, "a finite number")
+    low, high = RANGES.get(name, (-MAX_TORCH_SEED, MAX_TORCH_SEED) if isinstance(value, int) else (-1e38, 1e38))
+    if not low <= value <= high:
+        raise invalid(name, value, f"a number from {low} to {high}")
+
+
+def _type_name(hint: Any) -> str:
+    if hint is Any:
+        return "a string or a number"
+    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else f"a non-empty {hint}"
