@@ -23,7 +23,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast lint format typecheck docs bench judge train-embedded clean
+.PHONY: help install run test test-fast kills lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -39,6 +39,9 @@ test: $(VENV)/.tools  ## run all tests, with one process per core: make test ARG
 
 test-fast: $(VENV)/.tools  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+
+kills: $(VENV)/.tools  ## interrupt saves and count what is left: make kills N=500 SEED=7
+	KANDINSKY22_KILLS=$(or $(N),500) KANDINSKY22_KILLS_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/kills $(ARGS)
 
 lint: $(VENV)/.tools  ## check style and spelling
 	$(BIN)/python -m ruff check $(CHECKED)

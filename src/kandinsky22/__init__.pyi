@@ -33,10 +33,12 @@ from kandinsky22.schedulers import DDIMScheduler as DDIMScheduler
 from kandinsky22.schedulers import DDPMScheduler as DDPMScheduler
 from kandinsky22.schedulers import DEISMultistepScheduler as DEISMultistepScheduler
 from kandinsky22.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+from kandinsky22.schedulers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
 from kandinsky22.schedulers import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
 from kandinsky22.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
 from kandinsky22.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
 from kandinsky22.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
+from kandinsky22.schedulers import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
 from kandinsky22.schedulers import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
 from kandinsky22.schedulers import LCMScheduler as LCMScheduler
 from kandinsky22.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler

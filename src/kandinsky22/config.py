@@ -10,6 +10,8 @@ from kandinsky22.errors import ConfigError, invalid
 
 C = TypeVar("C", bound="Config")
 
+MAX_DEPTH = 4  # of nested lists in a setting
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Mapping[str, Any]):
@@ -37,13 +39,15 @@ class Config(Mapping[str, Any]):
         names = cls.field_names()
         settings: dict[str, Any] = {}
         for name, value in values.items():
+            if not isinstance(name, str):
+                raise invalid(f"{owner}: name of a setting", name, "a string", error=ConfigError)
             if name.startswith("_"):
                 continue
             value = _lists_to_tuples(value)
             if name in names:
                 settings[name] = value
             elif name in cls.supported_values:
-                if value not in cls.supported_values[name]:
+                if not _is_among(value, cls.supported_values[name]):
                     expected = " or ".join(repr(supported) for supported in cls.supported_values[name])
                     advice = "Kandinsky 2.2 uses no other value"
                     raise invalid(f"{owner}: {name}", value, expected, advice, error=ConfigError)
@@ -54,7 +58,7 @@ class Config(Mapping[str, Any]):
             return cls(**settings)
         except ConfigError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise ConfigError(f"{owner}: {error}") from error
 
     def __getitem__(self, name: str) -> Any:
@@ -74,5 +78,14 @@ class Config(Mapping[str, Any]):
         return tuple(field.name for field in dataclasses.fields(cls))
 
 
-def _lists_to_tuples(value: Any) -> Any:
-    return tuple(_lists_to_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+def _lists_to_tuples(value: Any, depth: int = 0) -> Any:
+    if not isinstance(value, list | tuple) or depth > MAX_DEPTH:  # no setting is nested deeper: it is refused as it is
+        return value
+    return tuple(_lists_to_tuples(item, depth + 1) for item in value)
+
+
+def _is_among(value: Any, supported: tuple[Any, ...]) -> bool:
+    """Return whether a plain value is one of these; True and 1 are different."""
+    if not (value is None or isinstance(value, bool | int | float | str)):
+        return False
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in supported)

@@ -31,6 +31,10 @@ class CheckpointError(KandinskyError, OSError):
     """A checkpoint file or folder is missing, damaged, or does not fit the network."""
 
 
+class VariantError(CheckpointError, ValueError):
+    """A checkpoint has no weights of the requested variant. Scripts for the reference catch it as a ValueError."""
+
+
 class MissingDependencyError(KandinskyError, ImportError):
     """A feature needs an optional package that is not installed."""
 

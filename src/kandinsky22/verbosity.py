@@ -30,7 +30,6 @@ __all__ = [
     "set_verbosity_error",
     "set_verbosity_info",
     "set_verbosity_warning",
-    "warn_once",
 ]
 
 ROOT = "kandinsky22"

@@ -163,7 +163,7 @@ def test_a_folder_with_the_sheets_name_is_reported_before_loading(command: Comma
         (("img2img", "a cat", "--image", "text.png"), ("image", "text.png", "cannot")),
         (("img2img", "a cat", "--image", "half.png"), ("image", "half.png", "cannot be read")),
         (("img2img", "a cat", "--image", "photo.png", "-o", "photo.png"), ("photo.png", "would be overwritten")),
-        (("img2img", "a cat", "--image", "photo.png", "-o", "./a.png", "--seed", "1", "2"), ("a-seed1.png", "would be")),
+        (("variations", "photo.png", "-o", "./a.png", "--seed", "1", "2"), ("a-seed1.png", "would be overwritten")),
         (
             ("inpaint", "a cat", "--image", "photo.png", "--mask", "wide.png"),
             ("size of --mask='64x32' is invalid", "the aspect ratio of --image, which is 32x32"),

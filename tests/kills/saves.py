@@ -339,7 +339,7 @@ def main() -> None:
         cases = make_cases(Path(name))
         result = {
             "kills": interrupt_saves(cases, Path(name), arguments.count, arguments.seed),
-            "races": race(cases, Path(name), arguments.races or arguments.count // 10, arguments.seed),
+            "races": race(cases, Path(name), arguments.races or max(8, arguments.count // 10), arguments.seed),
         }
     print(json.dumps(result, indent=1))
 

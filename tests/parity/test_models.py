@@ -121,12 +121,34 @@ def test_prior_computes_timesteps_ahead() -> None:
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("missing", ["encoder_hidden_states", "attention_mask"])
-def test_prior_reads_a_text(missing: str) -> None:
-    inputs = {"encoder_hidden_states": torch.randn(1, 77, 32), "attention_mask": torch.ones(1, 77)}
-    inputs.pop(missing)
-    with pytest.raises(InputError, match=missing):
-        PriorTransformer(**PRIOR)(torch.randn(1, 32), 0, torch.randn(1, 32), **inputs)
+def test_prior_reads_a_text() -> None:
+    with pytest.raises(InputError, match="encoder_hidden_states"):
+        PriorTransformer(**PRIOR)(torch.randn(1, 32), 0, torch.randn(1, 32), attention_mask=torch.ones(1, 77))
+
+
+def test_prior_without_a_mask_attends_to_all_tokens() -> None:
+    theirs, ours = twins(diffusers.PriorTransformer, PriorTransformer, PRIOR)
+    inputs = torch.randn(2, 32), torch.tensor([7, 300]), torch.randn(2, 32), torch.randn(2, 77, 32)
+    with torch.no_grad():
+        expected = theirs(*inputs).predicted_image_embedding
+        assert error(ours(*inputs).predicted_image_embedding, expected) < 1e-5
+        masked = theirs(*inputs, torch.ones(2, 77)).predicted_image_embedding
+    assert error(masked, expected) > 1e-3, "a mask is also a causal one"
+
+
+@pytest.mark.parametrize("name", ["hint", "inpaint"])
+def test_unet_takes_positional_arguments_of_the_reference(name: str) -> None:
+    theirs, ours = twins(diffusers.UNet2DConditionModel, UNet2DConditionModel, UNET | UNET_VARIANTS[name])
+    sample, added = torch.randn(1, 4 if name == "hint" else 9, 8, 8), {"image_embeds": torch.randn(1, 32)}
+    if name == "hint":
+        added["hint"] = torch.randn(1, 3, 64, 64)
+    arguments = (sample, 5, None, None, None, None, None, added, None, None, None, None, False)
+    with torch.no_grad():
+        assert error(ours(*arguments)[0], theirs(*arguments)[0]) < 1e-5
+        for position, argument in ((2, "encoder_hidden_states"), (3, "class_labels"), (5, "attention_mask")):
+            changed = [*arguments[:position], torch.zeros(1), *arguments[position + 1 :]]
+            with pytest.raises(InputError, match=argument):
+                ours(*changed)
 
 
 @pytest.mark.parametrize("variant", UNET_VARIANTS)

@@ -32,7 +32,7 @@ def clipping() -> dict[str, st.SearchStrategy[Any]]:
 
 def discrete(draw: st.DrawFn, beta_schedules: list[str], **more: st.SearchStrategy[Any]) -> dict[str, Any]:
     """Draw any subset of the settings of the discrete schedulers."""
-    beta = st.floats(1e-5, 0.5)
+    beta = st.floats(1e-5, 0.05)
     config = draw(
         st.fixed_dictionaries(
             {"num_train_timesteps": st.sampled_from([1, 2, 10, 50, 100, 1000]) | st.integers(1, 400)},

@@ -30,7 +30,18 @@ WRONG_VALUES: tuple[Any, ...] = (
     {"height": "x"},
     {"x": [{}]},
 )
-HOSTILE_NAMES = ("self", "cls", "__class__", "to_dict", "auto_map", "from_pretrained", "", "\x1b[2J", "vocab_file", "_class_name")
+HOSTILE_NAMES = (
+    "self",
+    "cls",
+    "__class__",
+    "to_dict",
+    "auto_map",
+    "from_pretrained",
+    "",
+    "\x1b[2J",
+    "vocab_file",
+    "_class_name",
+)
 
 
 def nested(depth: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tests.pipelines.fake_accelerator import fake_accelerator
 from tests.pipelines.pictures import photo
 from tests.pipelines.tiny import difference, load_quietly, seeded
@@ -282,6 +283,93 @@ def test_damaged_or_unwritable_caches_are_ignored(
     blocker.write_text("in the way")
     monkeypatch.setenv("KANDINSKY22_CACHE", str(blocker))
     assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+WRONG: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {
+    "no embedding": lambda embed: {"other": embed},
+    "a wider embedding": lambda embed: {"embed": embed.repeat(1, 2)},
+    "two embeddings": lambda embed: {"embed": embed.repeat(2, 1)},
+    "no rows": lambda embed: {"embed": embed[0]},
+    "no values": lambda embed: {"embed": embed[:0]},
+    "NaN": lambda embed: {"embed": embed * float("nan")},
+    "infinity": lambda embed: {"embed": embed / 0},
+    "another type": lambda embed: {"embed": embed.double()},
+    "integers": lambda embed: {"embed": embed.long()},
+    "complex numbers": lambda embed: {"embed": embed.to(torch.complex64)},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_embeddings_in_the_cache_are_never_used(what: str, checkpoints: Path, cache: Path) -> None:
+    before = load(checkpoints / "prior").get_zero_embed()
+    (file,) = cache.iterdir()
+    save_file(WRONG[what](before), file)
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+    assert torch.equal(load_file(file)["embed"], before), "the file is replaced"
+
+
+OBSTACLES: dict[str, Callable[[Path], Any]] = {
+    "a folder": lambda file: file.mkdir(),
+    "a pipe": lambda file: os.mkfifo(file),
+    "a loop": lambda file: file.symlink_to(file.name),
+    "an endless device": lambda file: file.symlink_to("/dev/zero"),
+    "an empty file": lambda file: file.touch(),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX systems")
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_obstacles_in_the_cache_are_ignored(what: str, checkpoints: Path, cache: Path) -> None:
+    before = load(checkpoints / "prior").get_zero_embed()
+    (file,) = cache.iterdir()
+    file.unlink()
+    OBSTACLES[what](file)
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "/dev/null/folder", "/proc/self/nothing", "loop/inside", "\udcff"])
+def test_unusable_cache_folders_are_ignored(
+    folder: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    before = load(checkpoints / "prior").get_zero_embed()
+    monkeypatch.setenv("KANDINSKY22_CACHE", folder)
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+def test_unreadable_cache_folders_are_ignored(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load(checkpoints / "prior").get_zero_embed()
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(embedding_cache, "read_tensors", denied)
+    monkeypatch.setattr(embedding_cache, "atomic_write", denied)
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+def test_users_without_a_home_folder_have_no_cache(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load(checkpoints / "prior").get_zero_embed()
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("KANDINSKY22_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert torch.equal(load(checkpoints / "prior").get_zero_embed(), before)
+
+
+def test_cached_embeddings_do_not_change_with_their_file(checkpoints: Path, cache: Path) -> None:
+    load(checkpoints / "prior").get_zero_embed()
+    (file,) = cache.iterdir()
+    embed = load(checkpoints / "prior").get_zero_embed()
+    expected = embed.clone()
+    with open(file, "r+b") as opened:
+        opened.seek(-embed.nbytes, os.SEEK_END)
+        opened.write(bytes(embed.nbytes))
+    assert torch.equal(embed, expected)
 
 
 def test_zero_embeddings_of_small_encoders_are_not_stored(

@@ -17,7 +17,7 @@ ROOT = Path(kandinsky22.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # Packages and modules that each of them may import, besides itself. A name that is not listed may import nothing.
-GROUND = {"errors", "config", "outputs", "noise", "kernels"}
+GROUND = {"errors", "config", "outputs", "noise", "kernels", "verbosity"}
 FILES = GROUND | {"checkpoints", "inputs"}
 NETWORKS = FILES | {"runtime", "models", "schedulers"}
 PIPELINES = NETWORKS | {"sampling", "pipelines", "embedded", "_exports"}
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "config": {"errors"},
     "outputs": set(),
+    "verbosity": set(),
     "noise": {"errors", "kernels"},
     "checkpoints": GROUND,
     "inputs": GROUND,
@@ -38,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines": PIPELINES,
     "training": PIPELINES,
     "cli": PIPELINES | {"training"},
-    "__init__": {"_exports"},
+    "compat": PIPELINES,
+    "__init__": {"_exports", "compat"},
     "__main__": {"cli"},
 }
 

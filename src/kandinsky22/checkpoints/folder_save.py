@@ -35,7 +35,7 @@ from kandinsky22.errors import CheckpointError, ConfigError
 R = TypeVar("R")
 
 JOURNAL = ".kandinsky22-save.json"
-STAGING = re.compile(r"\.saving-\w{4,32}")
+STAGING = re.compile(r"\.saving-[0-9a-f]{16}")
 NEW, OLD = "new", "old"  # subfolders of a staging folder
 PIPELINE_INDEX = "model_index.json"
 HEADS = (PIPELINE_INDEX, "config.json", "scheduler_config.json")  # every save replaces at least one of them
@@ -449,7 +449,7 @@ def _state(folder: Path) -> list[tuple[int, ...]] | None:
     folders = [folder]
     with contextlib.suppress(OSError):
         if os.path.lexists(folder / PIPELINE_INDEX):
-            folders += sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+            folders += sorted(folder / name for name in os.listdir(folder) if os.path.isdir(folder / name))
     if any(map(_has_journal, [folder.parent, *folders])):
         return None
     state: list[tuple[int, ...]] = []

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kandinsky22.checkpoints.atomic_files import open_regular_file
 from kandinsky22.checkpoints.load_arguments import check_hub_options, checked_flag
@@ -51,7 +51,8 @@ class CheckpointSource:
     force_download: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str | os.PathLike) or not isinstance(os.fspath(self.name), str):
+        name: Any = self.name
+        if not isinstance(name, str | os.PathLike) or not isinstance(os.fspath(name), str):
             raise invalid("pretrained_model_name_or_path", self.name, MODEL_NAMES)
         check_hub_options(self.revision, self.cache_dir, self.token)
         # None is the reference's default for False

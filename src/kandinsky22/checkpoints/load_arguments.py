@@ -177,32 +177,41 @@ def checked_flag(name: str, value: Any) -> bool:
 
 
 def check_variant_name(variant: Any) -> None:
-    """Raise InputError unless a variant is None, or a part of file names.
+    """Check that a variant is None, or a part of file names.
 
     Args:
         variant: The argument.
+
+    Raises:
+        InputError: If it is anything else.
     """
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
         raise invalid("variant", variant, "letters, digits, - and _, because it is part of a file name, or None")
 
 
 def check_use_safetensors(value: Any) -> None:
-    """Raise InputError unless the argument `use_safetensors` is a bool or None.
+    """Check that the argument `use_safetensors` is a bool or None.
 
     Args:
         value: The argument.
+
+    Raises:
+        InputError: If it is anything else.
     """
     if value is not None and not isinstance(value, bool):
         raise invalid("use_safetensors", value, "True, False or None")
 
 
 def check_hub_options(revision: Any, cache_dir: Any, token: Any) -> None:
-    """Raise InputError unless these are options of the Hub.
+    """Check that these are options of the Hub.
 
     Args:
         revision: A string or None.
         cache_dir: A path or None.
         token: A string, a bool or None.
+
+    Raises:
+        InputError: If one of them is anything else.
     """
     if revision is not None and (not isinstance(revision, str) or not revision):
         raise invalid("revision", revision, "the name of a branch, a tag or a commit, or None")

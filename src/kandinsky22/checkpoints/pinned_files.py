@@ -169,5 +169,5 @@ def _memory_file() -> IO[bytes] | None:
     with contextlib.suppress(OSError):
         if hasattr(os, "memfd_create"):
             return os.fdopen(os.memfd_create("kandinsky22"), "w+b")
-        return tempfile.TemporaryFile()  # type: ignore[return-value]  # a wrapper with the same methods
+        return tempfile.TemporaryFile()
     return None

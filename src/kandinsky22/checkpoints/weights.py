@@ -105,7 +105,7 @@ def find_weight_files(
 
 def _regular_files(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in os.scandir(folder) if entry.is_file()]
+        return [name for name in os.listdir(folder) if os.path.isfile(folder / name)]
     except OSError:  # missing, unreadable, or not a folder
         return []
 
@@ -453,7 +453,20 @@ def _write_shard(path: Path, shard: Mapping[str, Tensor], count: int, safe: bool
     digest = tensors_digest(contiguous) if count > 1 else ""
     metadata = {"format": "pt", DIGEST: digest} if digest else {"format": "pt"}
     save_file(contiguous, path, metadata=metadata)
+    if digest:
+        _sort_metadata(path, digest)
     return digest
+
+
+def _sort_metadata(path: Path, digest: str) -> None:
+    """Order the metadata of a file, which safetensors writes in random order: equal weights give equal files."""
+    entries = [f'"{DIGEST}":"{digest}"', '"format":"pt"']
+    ordered, swapped = (f'{{"__metadata__":{{{",".join(order)}}}'.encode() for order in (entries, entries[::-1]))
+    with open(path, "r+b") as file:
+        file.seek(8)  # after the length of the header
+        if file.read(len(swapped)) == swapped:
+            file.seek(8)
+            file.write(ordered)
 
 
 def _write_index(path: Path, files: Mapping[str, Mapping[str, Tensor]], digests: Mapping[str, str]) -> None:

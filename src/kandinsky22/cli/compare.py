@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from kandinsky22 import __version__
 from kandinsky22.cli import generate, options
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
-from kandinsky22.cli.image_files import EXTENSIONS, PNG, find_format
+from kandinsky22.cli.image_files import EXTENSIONS, PNG, check_image, find_format
 from kandinsky22.cli.inputs import InputImages
 from kandinsky22.cli.loading import Networks, load_networks, prepare_networks
 from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension
 from kandinsky22.cli.recipe import Recipe
 from kandinsky22.cli.request import Request, read_request
 from kandinsky22.cli.run import ImageSaver, report_model
-from kandinsky22.cli.sheets import RowLabel, Sheet, render_sheet
+from kandinsky22.cli.sheets import MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
 from kandinsky22.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SCHEDULERS, DEFAULT_STEPS = "dpm,unipc,ddim,euler-ancestral,ddpm", "2,4,8,25"
 PRIOR_CLASS, DECODER_CLASS = "KandinskyV22PriorPipeline", "KandinskyV22Pipeline"
+MAX_DESCRIBED_CELLS = 200  # in the grid's description; the table has all cells
 NO_IMAGES = generate.DecoderImages({})
 PUBLISHED_MODEL = "kandinsky-community/kandinsky-2-2-decoder"
 TABLE_COLUMNS = ("scheduler", "steps", "guidance", "seconds", "evaluations", "row", "column", "file")
@@ -150,6 +151,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     recipe = generate.build_recipe("generate", request, networks)
     saver = ImageSaver(files, find_format(output) or PNG, with_recipes=args.recipe)
     saver.check(recipe, request)
+    check_image(saver.format, _largest_grid_size(cells[-1]), {})
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
     console.note(f"{len(cells)} images, seed {request.seeds[0]}")
 
@@ -186,6 +188,12 @@ def _cell_names(args: argparse.Namespace) -> list[OutputName]:
     row_count = len(args.grid_guidance or (None,)) * len(args.grid_scheduler)
     positions = itertools.product(range(1, row_count + 1), range(1, len(args.grid_steps) + 1))
     return [OutputName(f"-{row}-{column}") for row, column in positions]
+
+
+def _largest_grid_size(last: Cell) -> tuple[int, int]:
+    """Return an upper bound for the (width, height) of the grid: cells with captions, and texts around them."""
+    pitch = MAX_IMAGE_SIDE + 150
+    return last.column * pitch + 2000, last.row * pitch + 2000
 
 
 def _grid_cells(args: argparse.Namespace, request: Request, networks: Networks) -> list[Cell]:
@@ -302,7 +310,9 @@ def _grid_texts(results: Sequence[CellResult], recipe: Recipe) -> dict[str, str]
     """Return the texts of the grid's file: a description, because a grid has more than one recipe."""
     lines = [f"{recipe.prompt}, seed {recipe.seeds[0]}, model {recipe.model}, digest {recipe.model_digest}"]
     lines += [f"{name}: {value}" for name, value in recipe.approximations().items()]
-    description = "\n".join([*lines, _csv_table(results, {})])
+    # JPEG files hold 64 kB of texts.
+    table = [_csv_table(results, {})] if len(results) <= MAX_DESCRIBED_CELLS else []
+    description = "\n".join([*lines, *table])
     return {"Description": description, "Software": f"kandinsky22 {__version__}"}
 
 

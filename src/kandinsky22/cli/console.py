@@ -110,12 +110,29 @@ def safe_messages() -> Iterator[None]:
             return printable(super().getMessage())
 
     logging.setLogRecordFactory(PrintableRecord)
+    library, handler = logging.getLogger("kandinsky22"), _WarningHandler()
+    library.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
     finally:
+        library.removeHandler(handler)
         logging.setLogRecordFactory(factory)
+
+
+class _WarningHandler(logging.Handler):
+    """Printer of the library's warnings, each of them once: a series of images would repeat it for every image."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._printed:
+            self._printed.add(message)
+            print_message(f"kandinsky22: warning: {message}")
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *details: Any) -> None:

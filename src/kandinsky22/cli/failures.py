@@ -8,6 +8,8 @@ from kandinsky22.errors import KandinskyError, printable
 
 OUT_OF_MEMORY = "out of memory; try a smaller --size, --low-memory, --dtype bfloat16 or another --device"
 
+MIN_ADDRESS_SPACE = 10**9  # bytes; importing torch and transformers takes more
+
 # Parts of messages, in lower case, with which torch, oneDNN, CUDA, the dynamic linker and memory mapping report that
 # memory is exhausted. Most of them raise a plain RuntimeError, ImportError or OSError.
 MEMORY_MESSAGES = (
@@ -40,11 +42,12 @@ def failure_message(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        filename = error.filename if isinstance(error.filename, str | bytes) else str(error.filename)
-        name = filename.decode(errors="backslashreplace") if isinstance(filename, bytes) else filename
-        return printable(f"{name}: {error.strerror}")
+        name = error.filename
+        text = name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name)
+        return printable(f"{text}: {error.strerror}")
     if isinstance(error, KandinskyError | OSError):
-        return printable(" ".join(str(error).split())) or type(error).__name__
+        message = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return printable(" ".join(message.split())) or type(error).__name__
     return None
 
 
@@ -72,3 +75,17 @@ def _says_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, KandinskyError) or not isinstance(error, RuntimeError | ImportError | OSError):
         return False
     return any(message in str(error).lower() for message in MEMORY_MESSAGES)
+
+
+def check_address_space() -> None:
+    """Raise MemoryError if the address space of this process is limited to less than importing torch takes.
+
+    Below the limit, the C++ runtime may end the process before Python can report anything.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < MIN_ADDRESS_SPACE:
+        raise MemoryError

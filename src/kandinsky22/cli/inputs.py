@@ -134,20 +134,19 @@ def _sha256(content: bytes) -> str:
 
 
 def check_text(name: str, text: str) -> str:
-    """Return a text from the command line unchanged.
+    """Return a text from the command line, decoded as UTF-8 where the locale's encoding could not decode it.
 
     Args:
         name: Name of the option, for error messages.
         text: The text.
 
     Raises:
-        InputError: If the text contains bytes that the terminal's encoding could not decode (lone surrogates).
+        InputError: If the text contains bytes that neither encoding can decode (lone surrogates).
     """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise invalid(name, text, "text in the encoding of the terminal") from None
-    return text
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise invalid(name, text, "text in the encoding of the terminal, or in UTF-8") from None
 
 
 def check_aspect_ratios(images: Mapping[str, Image]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from kandinsky22 import __version__
 from kandinsky22.cli import compare, info
 from kandinsky22.cli.console import print_message, safe_messages
-from kandinsky22.cli.failures import failure_message
+from kandinsky22.cli.failures import check_address_space, failure_message
 from kandinsky22.cli.modes import MODES
 from kandinsky22.cli.options import join_values
 from kandinsky22.cli.run import run_mode
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Run a subcommand and return the exit code."""
     try:
+        if args.run is not info.run:
+            check_address_space()
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:

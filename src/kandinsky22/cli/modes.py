@@ -124,7 +124,7 @@ def _add_inpaint_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--crop",
         type=options.integer(0),
-        metavar="PADDING",
+        metavar="[PADDING]",
         help="repaint only the part around the mask, with PADDING pixels around it "
         f"(default: {options.DEFAULT_CROP_PADDING}), and keep the image's own size and all its other pixels",
     )

@@ -30,6 +30,8 @@ SCHEDULERS = {
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
+    "dpm-sde": "DPMSolverSDEScheduler",
     "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "lcm": "LCMScheduler",

@@ -11,13 +11,16 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from kandinsky22.errors import InputError, invalid
 
 STDOUT = Path("-")  # value of --output that means standard output
 WRITE_BITS = 0o222
+OLD_TEMPORARY_SECONDS = 3600.0  # no file takes as long to write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,15 @@ class OutputFiles:
     with `force` existing files are replaced. Links are followed. A FIFO or a device receives the bytes.
     """
 
-    def __init__(self, output: Path, names: Sequence[OutputName], *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        output: Path,
+        names: Sequence[OutputName],
+        *,
+        force: bool,
+        inputs: Sequence[Path] = (),
+        stdout: TextIO | None = None,
+    ) -> None:
         """Choose names, and check that files can be written. Called before minutes of sampling, not after.
 
         Args:
@@ -51,11 +62,12 @@ class OutputFiles:
             names: Names of all files that the command writes.
             force: Whether existing files are replaced.
             inputs: Files that are never replaced.
+            stdout: Standard output; None if it is closed.
 
         Raises:
             InputError: If a file cannot be written, is an input, or exists and must not be replaced.
         """
-        self._output, self._force = output, force
+        self._output, self._force, self._stdout = output, force, stdout
         self._inputs = [identity for path in inputs if (identity := _identity(path)) is not None]
         self._number = 1
         self.is_stream = is_stdout(output) or _is_stream(output)
@@ -68,6 +80,8 @@ class OutputFiles:
                 self._check_path(name)
             while not force and any(_exists(self.path(name)) for name in names):
                 self._number += 1
+            for name in names if self._number > 1 else ():
+                self._check_path(name)  # the longer name may be too long
 
     def path(self, name: OutputName) -> Path:
         """Return the current path of a file. It changes if another program takes the name before it is written.
@@ -112,15 +126,16 @@ class OutputFiles:
         if not is_stdout(self._output):
             if not os.access(self._output, os.W_OK):
                 raise InputError(f"{self._output} cannot be written: it is write-protected")
-        elif sys.stdout is None:
+        elif self._stdout is None:
             raise InputError("the image cannot be written to standard output, which is closed")
-        elif sys.stdout.isatty():
+        elif self._stdout.isatty():
             raise InputError("the image is not written to a terminal; redirect standard output to a file or a program")
 
     def _write_stream(self, content: bytes) -> Path | None:
-        if is_stdout(self._output):
-            sys.stdout.buffer.write(content)
-            sys.stdout.buffer.flush()
+        if is_stdout(self._output) and self._stdout is not None:
+            with _errors_about(Path("standard output")):
+                self._stdout.buffer.write(content)
+                self._stdout.buffer.flush()
             return None
         with _errors_about(self._output), open(self._output, "wb") as stream:
             stream.write(content)
@@ -136,7 +151,7 @@ class OutputFiles:
             if not place.stat().st_mode & WRITE_BITS:
                 raise InputError(f"{self._output} cannot be written: the folder {place} is write-protected")
             with _temporary_file(place, b""):
-                pass
+                _remove_old_temporaries(place)
 
     def _check_path(self, name: OutputName) -> None:
         """Raise an error if the path of a file is a folder or an input, or if `--force` must not replace the file."""
@@ -275,6 +290,14 @@ def _temporary_file(folder: Path, content: bytes) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _remove_old_temporaries(folder: Path) -> None:
+    """Delete the temporary files of killed commands."""
+    for path in folder.glob(".kandinsky22-*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > OLD_TEMPORARY_SECONDS:
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from kandinsky22 import __version__
 from kandinsky22.cli.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD, embedded_recipe
+from kandinsky22.cli.limits import check_size
 from kandinsky22.cli.recipe_json import parse_fields, parse_object
 from kandinsky22.errors import InputError
 
@@ -157,7 +158,9 @@ class Recipe:
             entries = parse_object(text)
             if entries.pop("format", None) != RECIPE_FORMAT:
                 raise ValueError("another version of kandinsky22 wrote it in another format")
-            return cls(**parse_fields(cls, entries))
+            recipe = cls(**parse_fields(cls, entries))
+            check_size("size", (recipe.width, recipe.height))
+            return recipe
         except ValueError as error:
             raise InputError(f"the recipe in {origin} cannot be read: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -107,6 +108,8 @@ def _checked_text(value: str, name: str) -> str:
     """Return a text that can be written and used as a file name."""
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
         raise invalid(name, value, "text without null characters and lone surrogates")
+    if name == "command" and not re.fullmatch(r"[a-z][a-z0-9-]*", value):
+        raise invalid(name, value, "the name of a subcommand")
     return value
 
 

@@ -113,7 +113,7 @@ def read_request(
     derived["prior_location"] = derived["prior"] and model_location(derived["prior"], prior_source)
     direct = {field.name: resolve(field.name) for field in dataclasses.fields(Request) if field.name not in derived}
     for name in TEXT_OPTIONS:
-        check_text(name, direct[name] or "")
+        direct[name] = None if direct[name] is None else check_text(name, direct[name])
     # Values without effect are left out of recipes.
     direct["crop"] = None if direct["crop"] is False else direct["crop"]
     direct["extend"] = _margins(direct["extend"])

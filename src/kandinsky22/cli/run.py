@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli import generate
@@ -52,16 +52,17 @@ def run_mode(mode: Mode, args: argparse.Namespace) -> None:
         OSError: If a file cannot be read or written.
     """
     with contextlib.ExitStack() as stack:
-        console = Console(quiet=args.quiet)
+        # Where the process has no standard output, the command has replaced it by the null device.
+        console, stdout = Console(quiet=args.quiet), None if sys.__stdout__ is None else sys.stdout
         if args.quiet:
             stack.enter_context(silenced_libraries())
         if is_stdout(output_path(args)):
             # Whatever a library prints must not end up in the image.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        _run(mode, args, console)
+        _run(mode, args, console, stdout)
 
 
-def _run(mode: Mode, args: argparse.Namespace, console: Console) -> None:
+def _run(mode: Mode, args: argparse.Namespace, console: Console, stdout: TextIO | None) -> None:
     inputs = InputImages(args.source)
     check_extension(output_path(args), EXTENSIONS)
     old_recipe = _recipe_to_repeat(mode, args.source)
@@ -76,7 +77,7 @@ def _run(mode: Mode, args: argparse.Namespace, console: Console) -> None:
     _check_derived_size(mode, request, inputs)
     names = output_names(request.seeds)
     protected = [*inputs.paths, *([] if args.source is None else [args.source])]
-    files = OutputFiles(output_path(args), names, force=args.force, inputs=protected)
+    files = OutputFiles(output_path(args), names, force=args.force, inputs=protected, stdout=stdout)
     if not files.is_stream and files.path(names[0]) != output_path(args) and len(names) == 1:
         console.note(f"{output_path(args)} exists; the image will be {files.path(names[0])}; --force replaces files")
     report_model(mode.published_model, request, console)

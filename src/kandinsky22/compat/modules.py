@@ -22,7 +22,7 @@ ROOT = "kandinsky22"
 # Modules that define names which are not public names of kandinsky22.
 _FUNCTIONS = f"{ROOT}.compat.functions"
 _TRAINING = f"{ROOT}.compat.training"
-_PROCESSORS = f"{ROOT}.models.attention_processors"
+_PROCESSORS = f"{ROOT}.compat.attention"
 SOURCE_OF = {
     "BaseOutput": f"{ROOT}.compat.functions",
     "CLIPImageProcessor": "transformers",
@@ -63,14 +63,16 @@ FUNCTIONS = (
     "pt_to_pil",
     "replace_example_docstring",
 )
-AVAILABILITY = tuple(name for name in FUNCTIONS if name.startswith("is_"))
+_OF_PIPELINES = "downscale_height_and_width prepare_image prepare_mask prepare_mask_and_masked_image"
+_UTILS = " ".join(name for name in FUNCTIONS if name not in (*_OF_PIPELINES.split(), "is_compiled_module"))
+_AVAILABILITY = " ".join(name for name in _UTILS.split() if name.startswith("is_"))
 
 _PRIOR_PARTS = (
     "CLIPImageProcessor CLIPTextModelWithProjection CLIPTokenizer CLIPVisionModelWithProjection "
     "KandinskyPriorPipelineOutput PriorTransformer UnCLIPScheduler"
 )
 _DECODER_PARTS = "DDPMScheduler ImagePipelineOutput UNet2DConditionModel VQModel downscale_height_and_width"
-_PIPELINES = " ".join(name for name, module in MODULE_OF.items() if module.startswith("pipelines."))
+_PIPELINES = " ".join(name for name in MODULE_OF if name.startswith("KandinskyV22"))
 _SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -95,9 +97,9 @@ NAMES: dict[str, str] = {
     "image_processor": "VaeImageProcessor",
     "optimization": "get_scheduler",
     "training_utils": "EMAModel compute_snr",
-    "utils": " ".join((*FUNCTIONS, "BaseOutput load_image logging make_image_grid randn_tensor")),
+    "utils": f"{_UTILS} BaseOutput load_image logging make_image_grid randn_tensor",
     "utils.export_utils": "export_to_gif export_to_video",
-    "utils.import_utils": " ".join(AVAILABILITY),
+    "utils.import_utils": _AVAILABILITY,
     "utils.loading_utils": "load_image",
     "utils.logging": "*",
     "utils.outputs": "BaseOutput",

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
+from kandinsky22.checkpoints.folder_save import folder_save
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.models.base import Model
+from kandinsky22.models.base import Model, stage_network
 
 SETTINGS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
@@ -196,9 +197,10 @@ class EMAModel:
             raise InputError("save_pretrained: pass model_cls= and model_config= to EMAModel")
         network = self.model_cls(**dict(self.model_config))
         self.copy_to(network.parameters())
-        network.save_pretrained(path)
-        file = Path(path) / "config.json"
-        write_json(file, {**read_json(file), **{name: getattr(self, name) for name in SETTINGS}})
+        with folder_save(checked_save_path(path, "path")) as save:
+            stage_network(network, save, "", variant=None, max_shard_size="10GB")
+            file = save.stage() / network.config_name
+            write_json(file, {**read_json(file), **{name: getattr(self, name) for name in SETTINGS}}, flush=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model_cls: type[Model], foreach: bool = False) -> EMAModel:

@@ -262,8 +262,8 @@ def _pictures(argument: str, item: Any) -> list[Image]:
         return array_to_pil(array_to_rgb(argument, item))
     if not isinstance(item, Tensor):
         return [convert_mode(argument, open_image(argument, item))]
-    size = item.shape[-2:]
-    pixels, unit_range = _tensor_pixels(argument, item, size, True)
+    height, width = item.shape[-2:] if item.ndim >= 2 else (0, 0)
+    pixels, unit_range = _tensor_pixels(argument, item, (height, width), True)
     unit_pixels = pixels if unit_range else (pixels * 0.5 + 0.5).clamp(0, 1)
     return array_to_pil(unit_pixels.permute(0, 2, 3, 1).numpy())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 from kandinsky22.inputs import images, validation
+
+logger = logging.getLogger(__name__)
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in brightness (ITU-R BT.601), as in PIL
 
@@ -27,8 +30,8 @@ MASK_KINDS = "booleans, integers or floats of shape (H, W), (N, H, W), (N, 1, H,
 def masks_to_tensor(argument: str, value: Any, size: tuple[int, int]) -> Tensor:
     """Return masks as a tensor (batch, 1, height, width), float32: 1 where the image is repainted, 0 elsewhere.
 
-    Masks are white (repaint) and black; half brightness and above counts as white. Masks of another size are
-    resized: PIL images with a Lanczos filter, arrays and tensors to the nearest pixel.
+    Masks are white (repaint) and black; half brightness and above counts as white. Transparent parts are black: masks
+    are laid over black. A mask that is black everywhere is reported by a warning. Masks of another size are resized: PIL images with a Lanczos filter, arrays and tensors to the nearest pixel.
 
     Args:
         argument: Name of the argument, for messages.
@@ -48,22 +51,40 @@ def _mask(argument: str, item: Any, size: tuple[int, int]) -> Tensor:
     """One item as a mask (n, 1, *size) of zeros and ones."""
     if isinstance(item, np.ndarray | Tensor):
         brightness = _brightness(argument, _channels_first(argument, item))
-        return images.resize_tensor((brightness >= 0.5).float(), size)
-    mask = resize_mask(_open_mask(argument, item), size)
-    return torch.from_numpy(np.asarray(mask) >= 127.5).float()[None, None]
+        mask, maximum = images.resize_tensor((brightness >= 0.5).float(), size), float(brightness.max())
+    else:
+        image = _open_mask(argument, item)
+        resized = np.asarray(resize_mask(image, size))
+        mask, maximum = torch.from_numpy(resized >= 127.5).float()[None, None], np.asarray(image).max() / 255
+    if not mask.any():
+        _warn_about_black_mask(argument, maximum)
+    return mask
+
+
+def _warn_about_black_mask(argument: str, maximum: float) -> None:
+    """Log that a mask repaints nothing, which is rarely intended."""
+    advice = ""
+    if 0 < maximum < 2 / 255:
+        advice = "; its values are 0 and 1 of 255, multiply them by 255"
+    elif 0 < maximum < 0.5:
+        advice = f"; its largest value is {maximum:.0%} of white, and white begins at 50%"
+    logger.warning("%s is black everywhere: nothing is repainted%s", argument, advice)
 
 
 def _open_mask(argument: str, item: Any) -> Image:
-    """The mask at a path or URL, or a PIL image, in a mode that `resize_mask` accepts."""
+    """Return the mask at a path or URL, or a PIL image, in mode "1", "L" or "RGB". Transparent parts become black."""
     image = images.open_image(argument, item)
-    return image if image.mode in ("1", "RGB", "RGBA") else images.convert_mode(argument, image, "L")
+    if image.has_transparency_data and image.mode[0] not in "IF":
+        visible = images.convert_mode(argument, image, "RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", visible.size, "black"), visible).convert("RGB")
+    return image if image.mode in ("1", "RGB") else images.convert_mode(argument, image, "L")
 
 
 def resize_mask(mask: Image, size: tuple[int, int]) -> Image:
     """Return a mask resized by PIL's Lanczos filter, in 8 bits of grey.
 
     Args:
-        mask: PIL image of mode "1", "L", "RGB" or "RGBA".
+        mask: PIL image of mode "1", "L" or "RGB".
         size: Height and width of the result in pixels.
     """
     return mask.resize(size[::-1], PIL.Image.Resampling.LANCZOS).convert("L")
@@ -100,7 +121,8 @@ def _brightness(argument: str, masks: Tensor) -> Tensor:
     top = 255 if not masks.is_floating_point() and high > 1 else 1
     validation.values_in_range(argument, low, high, (0, top), "floats in [0, 1] or integers from 0 to 255")
     if masks.shape[1] > 1:
-        values = (values[:, :3] * torch.tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
+        alpha = values[:, 3:] / top if masks.shape[1] == 4 else 1
+        values = (values[:, :3] * torch.tensor(LUMA, dtype=values.dtype).view(3, 1, 1)).sum(dim=1, keepdim=True) * alpha
     return values / top
 
 
@@ -184,14 +206,14 @@ class MaskCrop:
         return result
 
     def _window(self) -> CropRegion:
-        """The rectangle of an image of `size` that the region fills, centred, with its proportions."""
+        """Return the rectangle of an image of `size` that the region fills, centred, with its proportions."""
         height, width = self.size
         fitted = fitted_size(self.region.size, (width, height))
         left, top = width // 2 - fitted[0] // 2, height // 2 - fitted[1] // 2
         return CropRegion(left, top, left + fitted[0], top + fitted[1])
 
     def _fitted(self, image: Image) -> Image:
-        """The region of an image at `size`; a margin repeats the pixels of the border."""
+        """Return the region of an image at `size`; a margin repeats the pixels of the border."""
         window = self._window()
         part = image.crop(self.region).resize(window.size, PIL.Image.Resampling.LANCZOS)
         return with_margins(part, (window.left, window.top), self.size[::-1])
@@ -235,8 +257,7 @@ def crop_region(mask: Image, size: tuple[int, int], padding: int = 0) -> CropReg
     Raises:
         InputError: If the mask is black everywhere, or if `padding` is not an integer of at least 0.
     """
-    if isinstance(padding, bool) or not isinstance(padding, int | np.integer) or padding < 0:
-        raise invalid("padding_mask_crop", padding, "an integer of at least 0, in pixels")
+    validation.non_negative_int("padding_mask_crop", padding)
     box = mask.convert("L").getbbox()
     if box is None:
         raise invalid("mask_image", mask, "a mask with white pixels", "nothing would be repainted")
@@ -249,7 +270,7 @@ def crop_region(mask: Image, size: tuple[int, int], padding: int = 0) -> CropReg
 
 
 def _widened(start: int, stop: int, length: int, limit: int) -> tuple[int, int]:
-    """An interval of at least this length around another one, moved and cut to lie between 0 and `limit`."""
+    """Return an interval of at least this length around another one, moved and cut to lie between 0 and `limit`."""
     missing = max(length - (stop - start), 0)
     start = max(min(start - missing // 2, limit - max(length, stop - start)), 0)
     return start, min(start + max(length, stop - start), limit)
@@ -283,7 +304,7 @@ def mask_crops(image: Any, mask_image: Any, size: tuple[int, int], padding: int)
 
 
 def _grey(argument: str, item: Any) -> list[Image]:
-    """The masks of one item at their own size, mode "L"."""
+    """Return the masks of one item at their own size, mode "L"."""
     if not isinstance(item, np.ndarray | Tensor):
         mask = _open_mask(argument, item)
         return [resize_mask(mask, (mask.height, mask.width))]

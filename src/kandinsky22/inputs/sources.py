@@ -134,7 +134,7 @@ def _one_error_family(argument: str, source: Any) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):  # its message shows only an object in memory
             reason = "it is not an image in a format that PIL reads"
         raise InputError(f"{argument}={describe(source)} cannot be read: {reason}") from error

@@ -33,6 +33,21 @@ def positive_int(argument: str, value: Any) -> int:
     return int(value)
 
 
+def non_negative_int(argument: str, value: Any) -> int:
+    """Return an integer of at least 0.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Its value. NumPy integers are accepted, booleans and floats are not.
+
+    Raises:
+        InputError: If `value` is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 0:
+        raise invalid(argument, value, "an integer of at least 0")
+    return int(value)
+
+
 def finite_float(argument: str, value: Any) -> float:
     """Return a finite number.
 

@@ -164,9 +164,7 @@ def _padded_rows(features: Tensor, first: int, last: int) -> Tensor:
     return rows.contiguous(memory_format=CHANNELS_LAST)
 
 
-def apply_conv(
-    layer: nn.Module, features: Tensor, *, upsample: bool = False, residual: Tensor | None = None
-) -> Tensor:
+def apply_conv(layer: nn.Module, features: Tensor, *, upsample: bool = False, residual: Tensor | None = None) -> Tensor:
     """Return layer(features), of upsampled features and with a residual added if these are requested.
 
     The layer itself does both if it is a `Conv2d` that nothing was attached to. Any other layer is called as torch's

@@ -2,8 +2,9 @@
 
 There are two ways, both equal to torch's product except for rounding:
 
-- `apply_linear` multiplies by a *packed* copy of a layer's weight, in a layout of oneDNN's choice. The prior reads gigabytes
-  of weights for a few rows of features, and the usual row-major layout makes poor use of memory and caches for that.
+- `apply_linear` multiplies by a *packed* copy of a layer's weight, in a layout of oneDNN's choice. The prior reads
+  gigabytes of weights for a few rows of features, and the usual row-major layout makes poor use of memory and caches
+  for that.
 - `onednn_linear_layers` makes all linear layers, also those of other libraries, multiply by oneDNN without a copy. In
   float32 this takes half the time of torch's product on some processors.
 

@@ -58,8 +58,8 @@ def transforms() -> Transforms:
     for j, point in enumerate(points):
         others = torch.cat([points[:j], points[j + 1 :]])
         inputs[j, :count] = _coefficients(others)
-        weights[j] = point ** torch.arange(3) / (point - others).prod()
-        results[:, j] = point ** torch.arange(OUTPUT_TILE)
+        weights[j] = point ** torch.arange(3, dtype=torch.float64) / (point - others).prod()
+        results[:, j] = point ** torch.arange(OUTPUT_TILE, dtype=torch.float64)
     inputs[count] = _coefficients(points)
     weights[count, 2] = results[OUTPUT_TILE - 1, count] = 1
     return Transforms(torch.kron(inputs, inputs), torch.kron(weights, weights), torch.kron(results, results))

@@ -24,16 +24,15 @@ from kandinsky22.checkpoints.weights import (
     select_weight_files,
     write_weight_files,
 )
-from kandinsky22.config import Config
 from kandinsky22.errors import CheckpointError, ConfigError, invalid, printable
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import drop_packed
-from kandinsky22.models.checkpointing import Checkpointing
+from kandinsky22.models.reference_methods import LAYOUT_VERSION as LAYOUT_VERSION
+from kandinsky22.models.reference_methods import ReferenceMethods
 from kandinsky22.runtime import quantize
 from kandinsky22.runtime.device import mapped_device
 
 M = TypeVar("M", bound="Model")
-LAYOUT_VERSION = "0.42.0"  # release of the reference whose checkpoint layout is written
 SHOWN_NAMES = 8  # names listed per kind of problem when weights do not fit
 
 
@@ -54,7 +53,7 @@ class WeightOptions:
     ignore_mismatched_sizes: bool
 
 
-class Model(Checkpointing, nn.Module):
+class Model(ReferenceMethods):
     """Network with a `config`. Subclasses set `config_class` and build their layers from `self.config`.
 
     Networks may be built on the meta device and filled afterwards, therefore a subclass computes nothing from tensor
@@ -62,29 +61,15 @@ class Model(Checkpointing, nn.Module):
     again once the weights are loaded.
 
     Attributes:
-        config_class: Class of the config.
-        config_name: File name of the config in a checkpoint folder.
         compiled_blocks: Classes of the modules that `compile` of a pipeline compiles one by one.
-        config: The constructor's arguments, an instance of `config_class`.
     """
 
-    config_class: ClassVar[type[Config]] = Config
-    config_name: ClassVar[str] = "config.json"
     compiled_blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
     hf_device_map: dict[str, str] | None = None  # the device, after `from_pretrained(device_map=...)`
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, /, *arguments: Any, **config: Any) -> None:
         super().__init__()
-        self.config: Any = self.config_class.parse(config, owner=type(self).__name__)
-
-    @classmethod
-    def from_config(cls: type[M], config: Mapping[str, Any]) -> M:
-        """Return a newly initialised network.
-
-        Args:
-            config: Constructor arguments by name, or another network's `config`.
-        """
-        return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+        self.config: Any = self._parsed(arguments, config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,13 +81,17 @@ class Model(Checkpointing, nn.Module):
         """Device of the parameters."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def num_parameters(self, *, only_trainable: bool = False) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameter elements.
 
         Args:
             only_trainable: Whether to count only parameters that require gradients.
+            exclude_embeddings: Whether to leave out the tables of `nn.Embedding` layers.
         """
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        tables = [module.weight for module in self.modules() if exclude_embeddings and isinstance(module, nn.Embedding)]
+        left_out = {id(table) for table in tables}
+        counted = [p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)]
+        return sum(p.numel() for p in counted)
 
     @classmethod
     def from_pretrained(
@@ -133,10 +122,11 @@ class Model(Checkpointing, nn.Module):
             cache_dir: Folder of downloaded files; None for the default one of `huggingface_hub`.
             local_files_only: Whether to use only files that are already on this machine.
             token: Token for private Hub repositories; None or True for the stored one, False for none.
-            **options: Settings that replace those of the config file, and arguments of the reference. These act: `dtype`,
-                another name of `torch_dtype`; `force_download`; `device_map`, a device or "auto"; `output_loading_info`,
-                which returns a dict of tensor names too; `ignore_mismatched_sizes`, which initialises tensors of another
-                shape instead of refusing them. Others have no effect, which is logged, for unknown ones as a warning.
+            **options: Settings that replace those of the config file, and arguments of the reference. These act:
+                `dtype`, another name of `torch_dtype`; `force_download`; `device_map`, a device or "auto";
+                `output_loading_info`, which returns a dict of tensor names too; `ignore_mismatched_sizes`, which
+                initialises tensors of another shape instead of refusing them. Others have no effect, which is logged,
+                for unknown ones as a warning.
 
         Returns:
             The network; with `output_loading_info=True` a tuple of the network and the dict.
@@ -324,13 +314,11 @@ def stage_network(
     Raises:
         CheckpointError: If a file cannot be written.
     """
-    folder, config = save.stage(subfolder), network.config
+    folder = save.stage(subfolder)
     quantization, tensors = quantize.stored_as(network)
     write_weight_files(folder, tensors, variant=variant, max_shard_size=max_shard_size, safe=safe)
     save.replace(subfolder, replaced_weight_files(variant, safe))
-    fixed = {name: values[0] for name, values in config.supported_values.items()}
-    about = {"_class_name": type(network).__name__, "_diffusers_version": LAYOUT_VERSION}
-    write_json(folder / network.config_name, {**fixed, **config, **quantization, **about}, flush=False)
+    write_json(folder / network.config_name, {**network.stored_config(), **quantization}, flush=False)
 
 
 def checked_dtype(torch_dtype: Any) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from kandinsky22.kernels.group_norm import ScaleShift
 from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.kernels.modules import has_foreign_hooks, runs_own_forward
 from kandinsky22.models.movq_tiling import RowSource, row_statistics
+from kandinsky22.runtime.device_offload import has_offload_forward
 
 
 class Modulation(NamedTuple):
@@ -129,7 +130,7 @@ def apply_norm(
     """
     kind = type(norm)
     is_ours = kind is GroupNorm or (kind is SpatialNorm and modulation is None)
-    if is_ours and (torch.compiler.is_compiling() or runs_own_forward(norm)):
+    if is_ours and (torch.compiler.is_compiling() or runs_own_forward(norm) or has_offload_forward(norm)):
         options: dict[str, Any] = {"silu": silu, "inplace": inplace}
         return norm(features, latents, **(options if modulation is None else {**options, "modulation": modulation}))
     normed = norm(features) if latents is None else norm(features, latents)
@@ -298,7 +299,10 @@ def is_private(module: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return _is_known(type(module)) and "forward" not in module.__dict__ and not has_foreign_hooks(module)
+    is_replaced = "forward" in module.__dict__ and not has_offload_forward(module)
+    if is_replaced or not _is_known(type(module)) or has_foreign_hooks(module):
+        return False
+    return not isinstance(module, SpatialNorm) or is_private(module.norm_layer)
 
 
 @functools.cache
@@ -321,7 +325,7 @@ def sinusoidal_embedding(timestep: Tensor | float, dim: int, device: torch.devic
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
-    angles = torch.as_tensor(timestep, device=device).reshape(-1, 1).float() * frequencies
+    angles = torch.as_tensor(timestep, dtype=torch.float32, device=device).reshape(-1, 1) * frequencies
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 

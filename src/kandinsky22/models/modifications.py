@@ -16,13 +16,14 @@ from kandinsky22.kernels.modules import has_foreign_hooks
 from kandinsky22.runtime.device_offload import has_offload_forward, offload_of
 
 
-def find_modification(network: Any) -> str | None:
+def find_modification(network: Any, *, inside: bool = True) -> str | None:
     """Return what was attached to a network or to one of its modules, as a phrase for messages.
 
     Offloading, quantization and the compilation of a pipeline's blocks are not modifications.
 
     Args:
         network: A network, or any object that a user put in its position.
+        inside: Whether modules inside count, too.
 
     Returns:
         The phrase; None for a network that `encode_condition` and `denoise` may run.
@@ -35,20 +36,21 @@ def find_modification(network: Any) -> str | None:
         return f"{kind.__name__} has another forward"
     if not network.has_own_structure():
         return "one of its blocks was replaced"
-    return modified_part(network, network)
+    return modified_part(network, network, inside=inside)
 
 
-def modified_part(network: Any, part: nn.Module) -> str | None:
+def modified_part(network: Any, part: nn.Module, *, inside: bool = True) -> str | None:
     """Return what was attached to a part of a network, as a phrase for messages; None for nothing.
 
     Args:
         network: The network.
         part: The network itself, or one of its modules.
+        inside: Whether modules inside of the part count, too.
     """
     if torch.compiler.is_compiling():  # hooks and forms are part of what is compiled
         return None
     is_offloaded = offload_of(network) is not None
-    for module in part.modules():
+    for module in part.modules() if inside else (part,):
         phrase = None
         if "forward" in module.__dict__ and not (is_offloaded and has_offload_forward(module)):
             phrase = "another forward"

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.config import Config
-from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.conv import Conv2d, apply_conv
 from kandinsky22.kernels.modules import runs_own_forward
@@ -21,6 +20,7 @@ from kandinsky22.models import movq_tiling
 from kandinsky22.models.attention import ImageAttention
 from kandinsky22.models.base import Model
 from kandinsky22.models.checkpointing import Checkpointing
+from kandinsky22.models.config_rules import MAX_CODES, MAX_LAYERS_PER_BLOCK, MAX_SIDE, Settings
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm, apply_norm, is_private
 from kandinsky22.models.modifications import modified_part
 from kandinsky22.outputs import Output
@@ -95,25 +95,28 @@ class VQModelConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        if self.norm_type != "spatial":
-            raise invalid("VQModel: norm_type", self.norm_type, "'spatial'", error=ConfigError)
+        settings = Settings("VQModel", self)
+        settings.check("norm_type", self.norm_type == "spatial", "'spatial'")
+        settings.integers(("sample_size",), MAX_SIDE)
+        settings.integers(("layers_per_block",), MAX_LAYERS_PER_BLOCK)
+        settings.integers(("in_channels", "out_channels", "latent_channels", "norm_num_groups"))
+        # the reference takes the channels of its norms' input from latent_channels, so the two must agree
+        code_dim = self.vq_embed_dim
+        is_equal = code_dim is None or (type(code_dim) is int and code_dim == self.latent_channels)
+        expected = f"latent_channels={self.latent_channels}, for which the decoder's norms are built, or None"
+        settings.check("vq_embed_dim", is_equal, expected)
+        settings.integers(("num_vq_embeddings",), MAX_CODES)
+        settings.number("scaling_factor", highest=1e6)
+        groups = self.norm_num_groups
+        divisors = {"32 (the groups of the spatial norm)": 32, f"norm_num_groups={groups}": groups}
+        settings.widths("block_out_channels", multiple_of=divisors)
         for name, kinds in (
             ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
             ("up_block_types", ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
         ):
-            types = getattr(self, name)
-            for index, kind in enumerate(types):
-                if kind not in kinds:
-                    raise invalid(f"VQModel: {name}[{index}]", kind, " or ".join(map(repr, kinds)), error=ConfigError)
-            if len(types) != len(self.block_out_channels):
-                expected = f"{len(self.block_out_channels)}, one per entry of block_out_channels"
-                raise invalid(f"VQModel: len({name})", len(types), expected, error=ConfigError)
-        for index, width in enumerate(self.block_out_channels):
-            if width % 32 or width % self.norm_num_groups:
-                expected = (
-                    f"a multiple of 32 (the groups of the spatial norm) and of norm_num_groups={self.norm_num_groups}"
-                )
-                raise invalid(f"VQModel: block_out_channels[{index}]", width, expected, error=ConfigError)
+            settings.stages(name, kinds, len(self.block_out_channels))
+        channels, blocks = sum(width * width for width in self.block_out_channels), self.layers_per_block + 2
+        settings.parameters(40 * blocks * channels + self.num_vq_embeddings * (self.vq_embed_dim or 1))
 
 
 class VQModel(Model):
@@ -126,13 +129,32 @@ class VQModel(Model):
 
     config_class = VQModelConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
+    positional = (
+        "in_channels",
+        "out_channels",
+        "down_block_types",
+        "up_block_types",
+        "block_out_channels",
+        "layers_per_block",
+        "act_fn",
+        "latent_channels",
+        "sample_size",
+        "num_vq_embeddings",
+        "norm_num_groups",
+        "vq_embed_dim",
+        "scaling_factor",
+        "norm_type",
+        "mid_block_add_attention",
+        "lookup_from_codebook",
+        "force_upcast",
+    )
     supports_gradient_checkpointing = True
     config: VQModelConfig
     use_tiling: bool = False
     use_slicing: bool = False
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__(**config)
+    def __init__(self, /, *arguments: Any, **config: Any) -> None:
+        super().__init__(*arguments, **config)
         cfg = self.config
         code_dim = cfg.latent_channels if cfg.vq_embed_dim is None else cfg.vq_embed_dim
         self.encoder = Encoder(cfg)
@@ -343,7 +365,7 @@ def run_layers(layers: Iterable[nn.Module], features: Tensor, latents: Tensor | 
     for layer in layers:
         options = {"inplace": True} if inplace and isinstance(layer, ResidualBlock) and is_private(layer) else {}
         features = layer(features, latents=latents, **options)
-        inplace = not isinstance(layer, MoVQStage) and is_private(layer)
+        inplace = not isinstance(layer, MoVQStage) and is_private(layer) and is_private(getattr(layer, "conv", layer))
     return features
 
 
@@ -461,10 +483,6 @@ class Decoder(Checkpointing, nn.Module):
     def __init__(self, cfg: VQModelConfig, code_dim: int) -> None:
         super().__init__()
         widths, groups = cfg.block_out_channels[::-1], cfg.norm_num_groups
-        # the reference takes the channels of its norms' input from latent_channels, so the two must agree
-        if code_dim != cfg.latent_channels:
-            expected = f"latent_channels={cfg.latent_channels}, for which the decoder's norms are built, or None"
-            raise invalid("VQModel: vq_embed_dim", code_dim, expected, error=ConfigError)
         self.conv_in = Conv2d(cfg.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MoVQStage([widths[0]] * 3, attentions=1, groups=groups, latent_channels=code_dim)
         self.up_blocks = nn.ModuleList(

@@ -22,7 +22,9 @@ from kandinsky22.kernels import settings
 from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.models.attention import Attention, KeyValue
 from kandinsky22.models.base import Model
+from kandinsky22.models.config_rules import MAX_LAYERS, MAX_WIDTH, Settings
 from kandinsky22.models.layers import TimeEmbedding
+from kandinsky22.models.modifications import find_modification
 from kandinsky22.outputs import Output
 
 STEP_TOKENS = 3  # timestep, noisy image embedding, query
@@ -63,17 +65,20 @@ class PriorTransformerConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        for name in self:
-            if not isinstance(self[name], int) or self[name] < 1:
-                raise invalid(f"PriorTransformer: {name}", self[name], "an integer from 1", error=ConfigError)
+        settings = Settings("PriorTransformer", self)
+        settings.integers(("num_layers",), MAX_LAYERS)
+        settings.integers([name for name in self if name != "num_layers"])
         if self.additional_embeddings != STEP_TOKENS + 1:
             expected = f"{STEP_TOKENS + 1} (text embedding, timestep, image embedding, query)"
             name = "PriorTransformer: additional_embeddings"
             raise invalid(name, self.additional_embeddings, expected, error=ConfigError)
-        if self.num_attention_heads * self.attention_head_dim % 2:
+        width = self.num_attention_heads * self.attention_head_dim
+        if width % 2 or width > MAX_WIDTH:
             name = "PriorTransformer: num_attention_heads * attention_head_dim"
-            width = self.num_attention_heads * self.attention_head_dim
-            raise invalid(name, width, "an even number", error=ConfigError)
+            raise invalid(name, width, f"an even number, at most {MAX_WIDTH}", error=ConfigError)
+        # attention and feed-forward have 12 matrices of this width; then the projections and the positions
+        tokens = self.num_embeddings + self.additional_embeddings
+        settings.parameters(width * (12 * self.num_layers * width + 4 * self.embedding_dim + tokens))
 
 
 @dataclass
@@ -176,11 +181,28 @@ class PriorTransformer(Model):
 
     config_class = PriorTransformerConfig
     compiled_blocks = (TransformerBlock,)
+    positional = (
+        "num_attention_heads",
+        "attention_head_dim",
+        "num_layers",
+        "embedding_dim",
+        "num_embeddings",
+        "additional_embeddings",
+        "dropout",
+        "time_embed_act_fn",
+        "norm_in_type",
+        "embedding_proj_norm_type",
+        "encoder_hid_proj_type",
+        "added_emb_type",
+        "time_embed_dim",
+        "embedding_proj_dim",
+        "clip_embed_dim",
+    )
     supports_gradient_checkpointing = True
     config: PriorTransformerConfig
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__(**config)
+    def __init__(self, /, *arguments: Any, **config: Any) -> None:
+        super().__init__(*arguments, **config)
         cfg = self.config
         width = cfg.num_attention_heads * cfg.attention_head_dim
         length = cfg.num_embeddings + cfg.additional_embeddings
@@ -269,7 +291,7 @@ class PriorTransformer(Model):
             if step in schedule and (torch.compiler.is_compiling() or settings.current().batched_timesteps):
                 index = list(schedule).index(step)
                 steps = [float(t) for t in schedule[index : index + TIMESTEPS_PER_BATCH]]
-            encoded = self._encode_timesteps(torch.tensor([steps], device=self.device), condition)
+            encoded = self._encode_timesteps(torch.tensor([steps], dtype=torch.float32, device=self.device), condition)
             condition.timestep_kv.clear()
             condition.timestep_kv.update(zip(steps, encoded, strict=True))
         return condition.timestep_kv[step]
@@ -300,10 +322,10 @@ class PriorTransformer(Model):
         attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> PriorTransformerOutput | tuple[Tensor]:
-        """Predict the image embedding from the complete sequence, as the reference does.
+        """Predict the image embedding.
 
-        Each module is called once with all tokens, so that hooks, adapters and gradient checkpointing act as on any
-        network. `encode_condition` and `denoise` compute the same in fewer operations.
+        With gradients, hooks, compiled forms or replaced forwards, each module is called once with all tokens, as in
+        the reference. Otherwise `encode_condition` and `denoise` compute the same in fewer operations.
 
         Args:
             hidden_states: Noisy image embedding (batch, embedding_dim).
@@ -322,6 +344,28 @@ class PriorTransformer(Model):
         """
         if encoder_hidden_states is None:
             raise invalid("encoder_hidden_states", None, "a tensor (batch, num_embeddings, embedding_dim)")
+        if attention_mask is not None and self._is_fast():
+            condition = self.encode_condition(proj_embedding, encoder_hidden_states, attention_mask)
+            predicted = self.denoise(hidden_states, timestep, condition)
+        else:
+            predicted = self._complete_sequence(
+                hidden_states, timestep, proj_embedding, encoder_hidden_states, attention_mask
+            )
+        return PriorTransformerOutput(predicted) if return_dict else (predicted,)
+
+    def _is_fast(self) -> bool:
+        """Return whether a call may leave out what no result depends on, because nothing could see the difference."""
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and find_modification(self) is None
+
+    def _complete_sequence(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Return the prediction from all tokens at once, with each module called once."""
         dtype, batch = self.dtype, len(hidden_states)
         tokens = torch.cat(
             [
@@ -341,8 +385,7 @@ class PriorTransformer(Model):
             mask = padding[:, None, None, :] + self._causal(tokens.shape[1])
         for block in self.transformer_blocks:
             tokens = self.run_block(block, tokens, mask)
-        predicted = apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens)[:, -1])
-        return PriorTransformerOutput(predicted) if return_dict else (predicted,)
+        return apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens)[:, -1])
 
     defined_forward = forward  # a subclass or a library may replace it, and the replacement is called then
 

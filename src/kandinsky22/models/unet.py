@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.config import Config
-from kandinsky22.errors import ConfigError, invalid
+from kandinsky22.errors import invalid
 from kandinsky22.kernels.conv import Conv2d, apply_conv
 from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.models.attention import ImageAttention, KeyValue
 from kandinsky22.models.base import Model
 from kandinsky22.models.checkpointing import Checkpointing
+from kandinsky22.models.config_rules import MAX_LAYERS_PER_BLOCK, MAX_SIDE, Settings
 from kandinsky22.models.feature_cache import FeatureCache, check_levels
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, TimeEmbedding, apply_norm, is_private
 from kandinsky22.outputs import Output
@@ -95,27 +96,26 @@ class UNet2DConditionConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        widths, groups, head = self.block_out_channels, self.norm_num_groups, self.attention_head_dim
-        owner = "UNet2DConditionModel"
-        if self.addition_embed_type not in ("image", "image_hint"):
-            expected = "'image' or 'image_hint'"
-            raise invalid(f"{owner}: addition_embed_type", self.addition_embed_type, expected, error=ConfigError)
+        settings = Settings("UNet2DConditionModel", self)
+        settings.integers(("sample_size",), MAX_SIDE, optional=True)
+        settings.integers(("layers_per_block",), MAX_LAYERS_PER_BLOCK)
+        settings.integers(("in_channels", "out_channels", "norm_num_groups", "attention_head_dim"))
+        settings.integers(("cross_attention_dim", "encoder_hid_dim"))
+        settings.number("norm_eps", highest=1.0)
+        hints = ("image", "image_hint")
+        is_hint = isinstance(self.addition_embed_type, str) and self.addition_embed_type in hints
+        settings.check("addition_embed_type", is_hint, " or ".join(map(repr, hints)))
+        groups, head = self.norm_num_groups, self.attention_head_dim
+        divisors = {"2": 2, f"norm_num_groups={groups}": groups, f"attention_head_dim={head}": head}
+        settings.widths("block_out_channels", multiple_of=divisors)
         for name, direction in (("down_block_types", "Down"), ("up_block_types", "Up")):
-            types = getattr(self, name)
-            known = [kind for kind in CROSS_ATTENTION if direction in kind]
-            for index, kind in enumerate(types):
-                if kind not in known:
-                    raise invalid(f"{owner}: {name}[{index}]", kind, " or ".join(map(repr, known)), error=ConfigError)
-            if len(types) != len(widths):
-                expected = f"{len(widths)}, one per entry of block_out_channels"
-                raise invalid(f"{owner}: len({name})", len(types), expected, error=ConfigError)
-        for name in ("layers_per_block", "attention_head_dim", "cross_attention_dim", "encoder_hid_dim"):
-            if not isinstance(self[name], int) or self[name] < 1:
-                raise invalid(f"{owner}: {name}", self[name], "an integer from 1", error=ConfigError)
-        for index, width in enumerate(widths):
-            if width % groups or width % head or width % 2:
-                expected = f"an even multiple of norm_num_groups={groups} and of attention_head_dim={head}"
-                raise invalid(f"{owner}: block_out_channels[{index}]", width, expected, error=ConfigError)
+            kinds = [kind for kind in CROSS_ATTENTION if direction in kind]
+            settings.stages(name, kinds, len(self.block_out_channels))
+        # a residual block has about 18 matrices of its width, on the way up twice as many; there are two of them with
+        # one attention layer and the projection of the time embedding per layer of a stage
+        channels, blocks = sum(width * width for width in self.block_out_channels), self.layers_per_block + 2
+        projections = IMAGE_TOKENS * self.encoder_hid_dim * self.cross_attention_dim
+        settings.parameters(60 * blocks * channels + projections)
 
 
 @dataclass
@@ -150,11 +150,32 @@ class UNet2DConditionModel(Model):
 
     config_class = UNet2DConditionConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
+    positional = (
+        "sample_size",
+        "in_channels",
+        "out_channels",
+        "center_input_sample",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "down_block_types",
+        "mid_block_type",
+        "up_block_types",
+        "only_cross_attention",
+        "block_out_channels",
+        "layers_per_block",
+        "downsample_padding",
+        "mid_block_scale_factor",
+        "dropout",
+        "act_fn",
+        "norm_num_groups",
+        "norm_eps",
+        "cross_attention_dim",
+    )
     supports_gradient_checkpointing = True
     config: UNet2DConditionConfig
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__(**config)
+    def __init__(self, /, *arguments: Any, **config: Any) -> None:
+        super().__init__(*arguments, **config)
         cfg = self.config
         widths, depth = cfg.block_out_channels, cfg.layers_per_block
         time_dim = 4 * widths[0]

@@ -66,7 +66,9 @@ class AutoPipeline(Generic[P]):
             pretrained_model_name_or_path, revision, cache_dir, token, local_files_only, cls.embedded_subfolder
         )
         folder = source.fetch(lambda files: {DiffusionPipeline.config_name} & set(files))
-        return cls._pipeline_class(read_json(folder / DiffusionPipeline.config_name).get("_class_name")).from_pretrained(
+        return cls._pipeline_class(
+            read_json(folder / DiffusionPipeline.config_name).get("_class_name")
+        ).from_pretrained(
             pretrained_model_name_or_path,
             revision=revision,
             cache_dir=cache_dir,
@@ -92,7 +94,9 @@ class AutoPipeline(Generic[P]):
     def _pipeline_class(cls, name: Any) -> type[P]:
         if name not in cls.accepted_classes:
             class_name = name if isinstance(name, str) and name.isidentifier() else describe(name)
-            raise InputError(f"{class_name} cannot do {cls.task}: expected weights of {', '.join(cls.accepted_classes)}")
+            raise InputError(
+                f"{class_name} cannot do {cls.task}: expected weights of {', '.join(cls.accepted_classes)}"
+            )
         return cast(type[P], cls.pipeline_class)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -32,7 +33,7 @@ from kandinsky22.pipelines.component_io import (
 from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
-from kandinsky22.runtime.calls import check_idle, record_use
+from kandinsky22.runtime.calls import check_idle, loading_networks
 from kandinsky22.runtime.compile import CompileMixin
 from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
 from kandinsky22.runtime.device import STRATEGIES, mapped_device
@@ -44,6 +45,8 @@ from kandinsky22.verbosity import is_progress_bar_enabled
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 P = TypeVar("P", bound="DiffusionPipeline")
 
@@ -224,8 +227,8 @@ class DiffusionPipeline(
 
         Args:
             pretrained_model_name_or_path: A folder, a Hub id, or "embedded".
-            torch_dtype: Floating-point type of the networks; None for float32, "auto" for what is stored. A mapping sets
-                the type per component name, where "default" stands for all others, which are float32 without it.
+            torch_dtype: Floating-point type of the networks; None for float32, "auto" for what is stored. A mapping
+                sets the type per component name, where "default" stands for all others, which are float32 without it.
             variant: Variant of the weight files, such as "fp16", for the components that have it; None for the plain
                 files.
             revision: Branch, tag or commit on the Hub; None for the default branch.
@@ -332,10 +335,10 @@ class DiffusionPipeline(
     @classmethod
     def _load(cls: type[P], source: CheckpointSource, options: LoadOptions, arguments: LoadArguments) -> P:
         """Load everything that is not passed."""
-        record_use()
-        if not os.path.isdir(source.name):
-            return cls._read(source, options, arguments)
-        return read_consistently(Path(source.name), lambda: cls._read(source, options, arguments))
+        with loading_networks():
+            if not os.path.isdir(source.name):
+                return cls._read(source, options, arguments)
+            return read_consistently(Path(source.name), lambda: cls._read(source, options, arguments))
 
     @classmethod
     def _read(cls: type[P], source: CheckpointSource, options: LoadOptions, arguments: LoadArguments) -> P:
@@ -357,7 +360,9 @@ class DiffusionPipeline(
         ]
         folder = source.fetch(lambda files: needed_files(files, stored, options))
         check_variant(folder, stored, options)
-        components |= {name: load_component(name, index[name], folder, options) for name in stored}
+        for name in stored:
+            components[name] = load_component(name, index[name], folder, options)
+            logger.info("loaded %s as %s from %s", name, _class_name(components[name]), folder / name)
         defaults = _read_defaults(folder / cls.defaults_name)
 
         from_prior = [name for name in names if name.startswith(PRIOR_PREFIX) and name not in components]
@@ -370,9 +375,10 @@ class DiffusionPipeline(
             } | defaults
 
         if missing := [name for name in names if name not in components and cls._is_required(name)]:
+            stored_class = _text(index.get("_class_name"))
             raise CheckpointError(
-                f"{source.name} is a {_text(index.get('_class_name'))} without {', '.join(missing)}, which {cls.__name__} "
-                "requires: pass it by name, or load another checkpoint"
+                f"{source.name} is a {stored_class} without {', '.join(missing)}, which {cls.__name__} requires: "
+                "pass it by name, or load another checkpoint"
             )
         pipe = cls(**components)
         pipe.origin = os.fspath(source.name)

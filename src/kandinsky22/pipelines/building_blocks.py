@@ -14,6 +14,7 @@ from torch import Tensor
 from kandinsky22.errors import invalid
 from kandinsky22.inputs import prompts, validation
 from kandinsky22.noise import Generators, randn_tensor
+from kandinsky22.runtime.network_state import unwrapped
 
 
 class NoiseStart:
@@ -106,7 +107,7 @@ class ImageStart:
         return noisy
 
     def _encoded(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = self.movq.encode(pixels)[0]  # type: ignore[attr-defined]  # of the decoders
+        latents: Tensor = unwrapped(self.movq).encode(pixels)[0]  # type: ignore[attr-defined]  # of the decoders
         return latents
 
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -183,12 +182,16 @@ def check_settings(path: Path, settings: Mapping[str, Any], rules: Mapping[str, 
 
 
 def _check_tower_settings(path: Path, network_class: Any) -> None:
+    from transformers import activations
+
     settings, config_class = read_json(path), getattr(network_class, "config_class", None)
     parts = [settings, *(settings[name] for name in ("text_config", "vision_config") if name in settings)]
     for part in parts:
         if not isinstance(part, Mapping):
             raise CheckpointError(f"{path}: text_config and vision_config are objects, not {describe(part)}")
         check_settings(path, part, _TOWER_RULES, config_class)
+        if "hidden_act" in part and part["hidden_act"] not in activations.ACT2FN:
+            raise CheckpointError(f"{path}: hidden_act is {describe(part['hidden_act'])}: expected a function of torch")
         width, heads = part.get("hidden_size"), part.get("num_attention_heads")
         if width is not None and heads is not None and width % heads:
             raise CheckpointError(f"{path}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
@@ -202,11 +205,17 @@ def _check_tower_settings(path: Path, network_class: Any) -> None:
 
 @contextlib.contextmanager
 def reading(name: str, folder: Path) -> Iterator[None]:
-    """Convert every exception into `CheckpointError`: transformers and its Rust parts raise many types for damaged files.
+    """Convert every exception into `CheckpointError`: transformers raises many types for damaged files.
 
     Args:
         name: What is loaded, for messages.
         folder: Where it is.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        CheckpointError: For any exception of the block except interruptions and those of kandinsky22.
     """
     try:
         yield
@@ -253,9 +262,9 @@ def load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
         CheckpointError: If a file is missing or damaged.
     """
     present = {name: os.path.isfile(folder / name) for name in ("tokenizer.json", "vocab.json", "merges.txt")}
-    if not present["tokenizer.json"]:
-        if missing := [name for name in ("vocab.json", "merges.txt") if not present[name]]:
-            raise CheckpointError(f"missing file: {folder / missing[0]} (the tokenizer's vocabulary)")
+    missing = [name for name in ("vocab.json", "merges.txt") if not present[name]]
+    if missing and not present["tokenizer.json"]:
+        raise CheckpointError(f"missing file: {folder / missing[0]} (the tokenizer's vocabulary)")
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"):
         if os.path.lexists(folder / name):
             content = read_json(folder / name)
@@ -327,6 +336,9 @@ def load_tower(network_class: Any, folder: Path, files: Iterable[Path], torch_dt
         torch_dtype: Type of the weights: None for float32, "auto" for the stored one.
         **options: The options `variant` and `use_safetensors` of transformers.
 
+    Returns:
+        The tower.
+
     Raises:
         CheckpointError: If files are missing or damaged, or do not fit the class.
     """
@@ -373,7 +385,8 @@ def is_readable_tower(network_class: Any, config: Any, files: Iterable[Path]) ->
         config: Its config.
         files: The files.
     """
-    files, shapes = list(files), {}
+    files = list(files)
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
         check_weights(files)
         for file in files:

@@ -15,6 +15,7 @@ from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.noise import Generators
 from kandinsky22.pipelines.base import DiffusionPipeline
+from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.decoder import (
     DecoderPipeline,
     EmbeddingOptions,
@@ -187,13 +188,14 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         sampling: SamplingOptions,
         output: OutputOptions,
         inputs: ImageOptions,
+        prompt_weights: bool,
     ) -> Images:
         """Run both stages as one call."""
+        check_consistency(type(self).__name__, self._components)
         prior, decoder = self.prior_pipe, self.decoder_pipe
         with running_call(prior), running_call(decoder):
-            return self._run_stages(
-                prior, decoder, prompts.prompt_pairs(prompt, negative_prompt), prior_options, sampling, output, inputs
-            )
+            pairs = prompts.prompt_pairs(prompt, negative_prompt, prompt_weights)
+            return self._run_stages(prior, decoder, pairs, prior_options, sampling, output, inputs)
 
     @staticmethod
     def _run_stages(
@@ -215,9 +217,6 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
             prior_plan = prior._plan(pairs, images_per_prompt, prior_sampling)
         sampling = dataclasses.replace(sampling, latents=None if for_prior else latents)
         plan = decoder._plan(len(pairs.prompts), sampling, output, inputs)
-        width, expected = prior.prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
-        if width != expected:
-            raise InputError(f"the prior makes embeddings of {width} values, but the unet expects {expected}")
         with _prior_arguments():
             embeds = prior._sample_embeddings(prior_plan)
         prior.maybe_free_model_hooks()
@@ -277,6 +276,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
         sigmas: Sigmas = None,
         prior_timesteps: Timesteps = None,
         prior_sigmas: Sigmas = None,
+        prompt_weights: bool = False,
     ) -> Images:
         """Generate images from prompts.
 
@@ -314,6 +314,8 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
             sigmas: Descending noise levels of the decoder instead of a number of steps.
             prior_timesteps: Descending timesteps of the prior.
             prior_sigmas: Descending noise levels of the prior.
+            prompt_weights: Whether brackets in the prompts are weights: (words), (words:1.5) and [words]. See
+                `inputs.weighted_prompts`.
 
         Returns:
             The images, prompts x num_images_per_prompt.
@@ -344,6 +346,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline[KandinskyV22Pipeline]):
             ),
             OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
             ImageOptions(),
+            prompt_weights,
         )
 
 
@@ -386,6 +389,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
         sigmas: Sigmas = None,
         prior_timesteps: Timesteps = None,
         prior_sigmas: Sigmas = None,
+        prompt_weights: bool = False,
     ) -> Images:
         """Generate images from prompts, starting from `image`.
 
@@ -426,6 +430,8 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
             sigmas: Descending noise levels of the decoder instead of a number of steps.
             prior_timesteps: Descending timesteps of the prior.
             prior_sigmas: Descending noise levels of the prior.
+            prompt_weights: Whether brackets in the prompts are weights: (words), (words:1.5) and [words]. See
+                `inputs.weighted_prompts`.
 
         Returns:
             The images, prompts x num_images_per_prompt.
@@ -456,6 +462,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline[KandinskyV22Img2ImgPi
             ),
             OutputOptions(height, width, num_images_per_prompt, output_type, return_dict),
             ImageOptions(image=image, strength=strength),
+            prompt_weights,
         )
 
 
@@ -501,6 +508,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
         prior_timesteps: Timesteps = None,
         prior_sigmas: Sigmas = None,
         padding_mask_crop: int | None = None,
+        prompt_weights: bool = False,
     ) -> Images:
         """Repaint `image` where `mask_image` is white, from prompts.
 
@@ -547,6 +555,8 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
             padding_mask_crop: Pixels around the mask. The image is cropped to the mask with this padding, repainted at
                 height x width there, and pasted back, so that the result has the size of `image` and its other pixels
                 are exactly those of `image`. Requires output type "pil". None repaints the entire image.
+            prompt_weights: Whether brackets in the prompts are weights: (words), (words:1.5) and [words]. See
+                `inputs.weighted_prompts`.
 
         Returns:
             The images, prompts x num_images_per_prompt.
@@ -579,4 +589,5 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline[KandinskyV22InpaintPi
             ImageOptions(
                 image=image, mask_image=mask_image, keep_pixels=keep_pixels, padding_mask_crop=padding_mask_crop
             ),
+            prompt_weights,
         )

@@ -23,14 +23,24 @@ from kandinsky22.checkpoints.hub import embedded_fallback_folder
 from kandinsky22.checkpoints.load_arguments import check_use_safetensors, check_variant_name
 from kandinsky22.checkpoints.pinned_files import PinnedFiles
 from kandinsky22.checkpoints.weights import STEM, replaced_weight_files, select_weight_files
-from kandinsky22.errors import CheckpointError, InputError, KandinskyError, describe, invalid, printable
+from kandinsky22.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    KandinskyError,
+    VariantError,
+    describe,
+    invalid,
+    printable,
+)
 from kandinsky22.kernels import settings
 from kandinsky22.models.base import checked_dtype, stage_network
 from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.embedding_cache import encoder_files_digest
 from kandinsky22.runtime.lazy_component import LazyComponent, loaded
-from kandinsky22.runtime.network_state import record_source, unwrap_compiled
+from kandinsky22.runtime.network_state import record_source, unwrapped
 from kandinsky22.sampling.presets import PRIOR_PREFIX
+from kandinsky22.schedulers import substitutes
 
 OWN_CLASSES = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
 TRANSFORMERS_CLASSES = {role: names[0] for role, names in clip_files.CLIP_CLASSES.items()}
@@ -180,7 +190,7 @@ def index_entry(name: str, component: Any) -> list[str | None]:
 def _component_class(component: Any) -> type:
     if isinstance(component, LazyComponent):
         return component.component_class
-    return type(getattr(component, "_orig_mod", component))
+    return type(unwrapped(component))
 
 
 # Files
@@ -212,13 +222,13 @@ def check_variant(folder: Path, components: Iterable[str], options: LoadOptions)
         options: How weights are loaded.
 
     Raises:
-        CheckpointError: If none has, although some have weights.
+        VariantError: If none has, although some are networks.
     """
     if options.variant is None:
         return
-    networks = [name for name in components if options.weight_files(_file_names(folder / name))]
+    networks = [name for name in components if component_role(name) in (*OWN_CLASSES, *clip_files.TOWERS)]
     if networks and not any(options.for_folder(folder / name).variant for name in networks):
-        raise CheckpointError(f"{folder} has no weights of variant {options.variant!r} for {', '.join(networks)}")
+        raise VariantError(f"{folder} has no weights of variant {options.variant!r} for {', '.join(networks)}")
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -273,13 +283,20 @@ def load_component(name: str, entry: Any, folder: Path, options: LoadOptions) ->
         if role == "image_processor":
             return clip_files.load_image_processor(component_class, component_folder)
         if role == "scheduler":
-            return component_class.from_pretrained(component_folder)
+            return _load_scheduler(component_class, component_folder)
         reader = NetworkReader(component_class, component_folder, options.for_component(name))
         if role == "image_encoder" and settings.current().lazy_loading:
             lazy = reader.lazy()
             if lazy is not None:
                 return lazy
         return reader.load_and_record()
+
+
+def _load_scheduler(scheduler_class: Any, folder: Path) -> Any:
+    try:
+        return scheduler_class.from_pretrained(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / scheduler_class.config_name}: {error}") from error
 
 
 def _class_of_entry(name: str, entry: Any, folder: Path) -> Any:
@@ -295,13 +312,17 @@ def _class_of_entry(name: str, entry: Any, folder: Path) -> Any:
         raise CheckpointError(f"{index}: {name} is {describe(entry)}: expected [library, class], or null")
     library, class_name = entry
     if role in clip_files.CLIP_CLASSES:
-        library_names, class_names = ("transformers",), list(clip_files.CLIP_CLASSES[role])
+        library_names, class_names = ["transformers"], list(clip_files.CLIP_CLASSES[role])
     else:
-        library_names = ("diffusers", "kandinsky22")
+        library_names = ["diffusers", "kandinsky22"]
         class_names = [OWN_CLASSES[role]] if role in OWN_CLASSES else _scheduler_names()
+    if role == "scheduler" and library in library_names and (reader := substitutes.substitute_reader(class_name)):
+        return reader
     if library not in library_names or class_name not in class_names:
+        reason = substitutes.reason_against(class_name) if role == "scheduler" else None
         raise CheckpointError(
-            f"{index}: {name} is a {describe(f'{library}.{class_name}')}, which kandinsky22 does not have: expected "
+            f"{index}: {name} is a {describe(f'{library}.{class_name}')}, which kandinsky22 does not have"
+            f"{f', because {reason}' if reason else ''}: expected "
             f"{'one of ' if len(class_names) > 1 else ''}{', '.join(class_names)} of {library_names[0]}; "
             f"pass {name}= to replace it"
         )
@@ -365,7 +386,11 @@ class NetworkReader:
         )
 
     def load_and_record(self) -> nn.Module:
-        """Load the network; its record then says how to read it again."""
+        """Load the network, and record how it is read again.
+
+        Returns:
+            The network.
+        """
         network = self.load()
         if issubclass(self._class, models.Model):
             record_source(network, self.load)
@@ -376,6 +401,9 @@ class NetworkReader:
 
     def load(self) -> nn.Module:
         """Load the network.
+
+        Returns:
+            The network.
 
         Raises:
             CheckpointError: If the files do not fit the class.
@@ -457,7 +485,7 @@ def save_component(
     component = loaded(component)
     options: dict[str, Any] = {}
     if isinstance(component, nn.Module):
-        component = unwrap_compiled(component)
+        component = unwrapped(component)
         if isinstance(component, models.Model):
             stage_network(component, save, name, variant=variant, max_shard_size=max_shard_size, safe=safe)
             save.replace(name, replaced_weight_files(variant, True))

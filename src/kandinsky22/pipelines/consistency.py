@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kandinsky22.errors import InputError
+from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.sampling.presets import PRIOR_PREFIX
 
 # A vocabulary may be padded: the text tower then has more rows than the tokenizer has tokens, up to such a multiple.
@@ -82,7 +83,7 @@ class _Component:
 
     def __init__(self, name: str, component: Any) -> None:
         self.name, self.component = name, component
-        self.config = getattr(getattr(component, "_orig_mod", component), "config", None)
+        self.config = getattr(unwrapped(component), "config", None)
 
     def number(self, setting: str) -> int | None:
         """Return a setting that is an integer, or None."""

@@ -30,6 +30,7 @@ from kandinsky22.pipelines.denoising import (
 from kandinsky22.pipelines.network_calls import bind_unet
 from kandinsky22.pipelines.outputs import ImagePipelineOutput, pipeline_call
 from kandinsky22.runtime.calls import others_use
+from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.loop import Denoise, LoopState
 from kandinsky22.sampling.scheduler_adapter import (
@@ -155,7 +156,7 @@ class DecoderPipeline(DenoisingPipeline):
             InputError: If the pipeline was constructed without MoVQ.
         """
         self._require("movq")
-        return int(2 ** (len(self.movq.config.block_out_channels) - 1))
+        return int(2 ** (len(unwrapped(self.movq).config.block_out_channels) - 1))
 
     @property
     def image_processor(self) -> VaeImageProcessor:
@@ -167,7 +168,7 @@ class DecoderPipeline(DenoisingPipeline):
         self._require("movq")
         return VaeImageProcessor(
             vae_scale_factor=self.movq_scale_factor,
-            vae_latent_channels=self.movq.config.latent_channels,
+            vae_latent_channels=unwrapped(self.movq).config.latent_channels,
             resample="bicubic",
             reducing_gap=1,
         )
@@ -180,9 +181,9 @@ class DecoderPipeline(DenoisingPipeline):
             InputError: If the UNet's config has no `sample_size`, or if the UNet is missing.
         """
         self._require("unet")
-        if self.unet.config.sample_size is None:
+        if unwrapped(self.unet).config.sample_size is None:
             raise InputError("height and width are required: the config of the unet has no sample_size")
-        return int(self.unet.config.sample_size * self.movq_scale_factor)
+        return int(unwrapped(self.unet).config.sample_size * self.movq_scale_factor)
 
     # Planning
 
@@ -259,11 +260,11 @@ class DecoderPipeline(DenoisingPipeline):
         for name, side in (("height", output.height), ("width", output.width)):
             pixels = self.default_size if side is None else validation.positive_int(name, side)
             sides.append(-(-pixels // factor**2) * factor)
-        return batch, self.movq.config.latent_channels, sides[0], sides[1]
+        return batch, unwrapped(self.movq).config.latent_channels, sides[0], sides[1]
 
     def _check_unet(self) -> None:
         """Raise InputError unless the UNet fits this mode, and predicts a variance if the scheduler uses it."""
-        config, latent_channels = self.unet.config, self.movq.config.latent_channels
+        config, latent_channels = unwrapped(self.unet).config, unwrapped(self.movq).config.latent_channels
         in_channels = latent_channels + self._extra_unet_channels
         if config.in_channels != in_channels or config.addition_embed_type != self._addition_embed_type:
             raise InputError(
@@ -279,8 +280,8 @@ class DecoderPipeline(DenoisingPipeline):
 
     def _condition_tensors(self, embeddings: EmbeddingOptions, copies: int, *, guided: bool) -> dict[str, Tensor]:
         """Return the embeddings as callbacks see them, repeated; `image_embeds` holds both halves, negative first."""
-        width = self.unet.config.encoder_hid_dim
-        device_and_dtype: dict[str, Any] = {"device": self._execution_device, "dtype": self.unet.dtype}
+        width = unwrapped(self.unet).config.encoder_hid_dim
+        device_and_dtype: dict[str, Any] = {"device": self._execution_device, "dtype": unwrapped(self.unet).dtype}
         positive = validation.image_embeddings("image_embeds", embeddings.positive, width)
         tensors = {"image_embeds": positive.to(**device_and_dtype).repeat_interleave(copies, dim=0)}
         if embeddings.negative is not None:
@@ -307,7 +308,7 @@ class DecoderPipeline(DenoisingPipeline):
     def _initial_latents(self, plan: DecoderPlan) -> Tensor:
         """Return noise, or the encoded image with the noise that the first step expects."""
         image = self._encode_image(plan) if "image" in plan.images else None
-        noise = self._standard_noise(plan.sampling, self.unet.dtype)
+        noise = self._standard_noise(plan.sampling, unwrapped(self.unet).dtype)
         if image is None:
             return noise * plan.sampling.schedule.scheduler.init_noise_sigma
         return self._add_noise(plan, image, noise, step=0)
@@ -329,7 +330,7 @@ class DecoderPipeline(DenoisingPipeline):
 
     def _expand_to_batch(self, plan: DecoderPlan, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return an input image with one row per result, on the execution device, in the UNet's type by default."""
-        image = image.to(device=self._execution_device, dtype=self.unet.dtype if dtype is None else dtype)
+        image = image.to(device=self._execution_device, dtype=unwrapped(self.unet).dtype if dtype is None else dtype)
         return image.repeat_interleave(plan.sampling.shape[0] // len(image), dim=0)
 
     def _encode_image(self, plan: DecoderPlan) -> Tensor:
@@ -337,7 +338,9 @@ class DecoderPipeline(DenoisingPipeline):
         image = plan.images["image"]
         if image.shape[1] == 3:
             with self._movq_after_unet():
-                image = self.movq.encode(image.to(device=self._execution_device, dtype=self.movq.dtype))[0]
+                image = unwrapped(self.movq).encode(
+                    image.to(device=self._execution_device, dtype=unwrapped(self.movq).dtype)
+                )[0]
         return self._expand_to_batch(plan, image)
 
     def _bind_condition(self, tensors: Mapping[str, Tensor], schedule: TimestepSchedule) -> Denoise:
@@ -362,7 +365,7 @@ class DecoderPipeline(DenoisingPipeline):
         result: Any = latents
         if plan.output.output_type != "latent":
             with self._freed_on_error(), self._movq_after_unet():
-                pixels = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True)[0]
+                pixels = unwrapped(self.movq).decode(latents.to(unwrapped(self.movq).dtype), force_not_quantize=True)[0]
             if plan.keep_pixels:
                 pixels = self._copy_known_pixels(plan, pixels)
             unit = self._pt_output_in_unit_range
@@ -634,7 +637,7 @@ class KandinskyV22InpaintPipeline(NoiseStart, DecoderPipeline):
         )
 
     def _generate(self, plan: DecoderPlan, tensors: dict[str, Tensor]) -> Images:
-        image, noise = self._encode_image(plan), self._standard_noise(plan.sampling, self.unet.dtype)
+        image, noise = self._encode_image(plan), self._standard_noise(plan.sampling, unwrapped(self.unet).dtype)
         height, width = plan.sampling.shape[2:]
         known = self._expand_to_batch(plan, masks.unmasked_latents(plan.images["mask_image"], (height, width)))
         tensors = self._with_conditioning(plan, tensors, masked_image=image * known, mask_image=known)

@@ -55,7 +55,8 @@ def cached_zero_embed(encoder: AnyNetwork, dtype: torch.dtype, compute: Callable
         The embedding, on the CPU if it was cached.
     """
     path = _cache_path(encoder, dtype)
-    cached = _read(path, dtype, (1, int(encoder.config.projection_dim)))
+    config: Any = encoder.config
+    cached = _read(path, dtype, (1, config.projection_dim))
     if cached is not None:
         return cached
     is_lazy = isinstance(encoder, LazyComponent) and not encoder.is_loaded

@@ -9,6 +9,7 @@ from kandinsky22.errors import InputError
 from kandinsky22.inputs.validation import positive_int
 from kandinsky22.models.feature_cache import FeatureCache, check_levels
 from kandinsky22.runtime.calls import check_idle
+from kandinsky22.runtime.network_state import unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FeatureCachingMixin:
         unet: Any = getattr(self, "unet", None)
         if unet is None:
             raise InputError(f"{type(self).__name__} has no unet, the network whose features can be cached")
-        check_levels(levels, len(unet.config.block_out_channels))
+        check_levels(levels, len(unwrapped(unet).config.block_out_channels))
         check_idle(self, "feature caching")
         self._feature_caching = settings
 

@@ -1,8 +1,8 @@
 """How pipelines run their networks: by fast methods where nothing was attached to them, by calls otherwise.
 
 Both compute the same. `encode_condition` and `denoise` are `forward` with everything that depends on neither the sample
-nor the timestep moved out of the steps; the UNet's operations are the very same, the prior's differ by rounding. But only
-a call runs hooks, compiled forms, wrappers such as `nn.DataParallel` and whatever replaced `forward`.
+nor the timestep moved out of the steps; the UNet's operations are the very same, the prior's differ by rounding. But
+only a call runs hooks, compiled forms, wrappers such as `nn.DataParallel` and whatever replaced `forward`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ def bind_unet(
     def call(sample: Tensor, timestep: Any) -> Tensor:
         added = {"image_embeds": embeds} if hint is None else {"image_embeds": embeds, "hint": hint}
         inputs = torch.cat([sample, *channels], dim=1) if channels else sample
-        output = current()(
-            inputs, timestep, encoder_hidden_states=None, added_cond_kwargs=added, return_dict=False
-        )
+        output = current()(inputs, timestep, encoder_hidden_states=None, added_cond_kwargs=added, return_dict=False)
         return _owned(output[0])
 
-    if (modification := find_modification(unet)) is not None:
+    # Feature caching leaves modules out, so that hooks inside run on the other steps only.
+    if (modification := find_modification(unet, inside=cache is None)) is not None:
         for feature, enabled in (("feature caching", cache), ("recording of CUDA graphs", graphs)):
             if enabled is not None:
                 logger.warning("unet: %s has no effect, because %s", feature, modification)
@@ -89,9 +88,7 @@ def bind_prior(current: Callable[[], Any], tensors: Mapping[str, Tensor], timest
     if find_modification(prior) is not None:
         return call
     condition = prior.encode_condition(**inputs, schedule=timesteps)
-    return _unless_modified(
-        prior, current, lambda sample, timestep: prior.denoise(sample, timestep, condition), call
-    )
+    return _unless_modified(prior, current, lambda sample, timestep: prior.denoise(sample, timestep, condition), call)
 
 
 def _unless_modified(network: Any, current: Callable[[], Any], step: Denoise, call: Denoise) -> Denoise:

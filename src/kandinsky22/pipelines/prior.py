@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import invalid
-from kandinsky22.inputs import interpolation, prompts, validation
+from kandinsky22.inputs import interpolation, prompts, validation, weighted_prompts
 from kandinsky22.inputs.images import ImageInputs
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import onednn_linear_layers
@@ -31,6 +31,7 @@ from kandinsky22.pipelines.network_calls import bind_prior
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, pipeline_call
 from kandinsky22.runtime.calls import as_call
 from kandinsky22.runtime.device import usable_device
+from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.loop import Denoise, LoopState, sample
 from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Timesteps, TimestepSchedule
@@ -86,6 +87,7 @@ class PriorPlan:
         unconditional_texts: As many texts for the unconditional half of guided steps.
         copies: Embeddings per text.
         has_negatives: Whether the second half of `texts` are negative prompts.
+        weighted: Whether brackets in the texts are weights.
         sampling: Plan of the denoising loop.
         images: Images and embeddings to start from: one, or one per prompt; empty starts from noise.
     """
@@ -96,6 +98,7 @@ class PriorPlan:
     has_negatives: bool
     sampling: SamplingPlan
     images: list[Tensor]
+    weighted: bool = False
 
 
 class PriorPipeline(PromptEncoding, DenoisingPipeline):
@@ -147,30 +150,75 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
     # Encoding
 
     @torch.no_grad()  # the cache would hold the encoder's graph
-    def encode_text(self, texts: Sequence[str]) -> TextEncoding:
+    def encode_text(self, texts: Sequence[str], *, prompt_weights: bool = False) -> TextEncoding:
         """Encode texts with the CLIP text tower.
 
         Args:
             texts: The texts. Tokens beyond the context length are cut off, with a warning.
+            prompt_weights: Whether brackets in the texts are weights, see `inputs.weighted_prompts`.
 
         Returns:
             One row per text.
+
+        Raises:
+            InputError: If weights are invalid.
         """
-        device, dtype = self._execution_device, self.prior.dtype
+        if prompt_weights:
+            return self._encode_weighted(texts)
+        device, dtype = self._execution_device, unwrapped(self.prior).dtype
 
         def encode() -> TextEncoding:
             tokens = prompts.tokenize(self.tokenizer, texts)
-            with onednn_linear_layers():
-                encoded = self.text_encoder(tokens.ids.to(device))
-            host_memory.drop_large_mapped_pages(self.text_encoder.parameters())  # the prior runs without them
+            encoded = self._run_text_encoder(tokens.ids)
             return TextEncoding(
                 encoded.text_embeds.to(dtype), encoded.last_hidden_state.to(dtype), tokens.mask.to(device)
             )
 
         return self._text_encodings.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)
 
+    def _run_text_encoder(self, ids: Tensor) -> Any:
+        """Return the output of the text tower for token ids, (batch, length)."""
+        with onednn_linear_layers():
+            encoded = self.text_encoder(ids.to(self._execution_device))
+        host_memory.drop_large_mapped_pages(self.text_encoder.parameters())  # the prior runs without them
+        return encoded
+
+    def _encode_weighted(self, texts: Sequence[str]) -> TextEncoding:
+        """Encode texts whose brackets are weights. Texts without weights are encoded together as usual."""
+        parsed = [weighted_prompts.parse("prompt", text) for text in texts]
+        simple = {index: "".join(part.text for part in parts) for index, parts in enumerate(parsed)}
+        simple = {index: text for index, text in simple.items() if all(part.weight == 1 for part in parsed[index])}
+        rows: dict[int, dict[str, Tensor]] = {}
+        if simple:
+            encoding = self.encode_text(list(simple.values()))
+            rows = {index: encoding.rows([row]) for row, index in enumerate(simple)}
+        for index, parts in enumerate(parsed):
+            if index not in simple:
+                rows[index] = vars(self._encode_weighted_prompt(parts))
+        return TextEncoding(**{name: torch.cat([rows[index][name] for index in range(len(texts))]) for name in rows[0]})
+
+    def _encode_weighted_prompt(self, parts: list[weighted_prompts.WeightedPart]) -> TextEncoding:
+        """Encode one prompt, and the prompt without each of its weighted parts, and combine them."""
+        device, dtype = self._execution_device, unwrapped(self.prior).dtype
+
+        def encode() -> TextEncoding:
+            weighted = weighted_prompts.tokenize_weighted(self.tokenizer, parts)
+            encoded = self._run_text_encoder(weighted.tokens.ids)
+            states, pooled = weighted_prompts.apply_weights(
+                weighted, encoded.last_hidden_state.float(), encoded.text_embeds.float()
+            )
+            return TextEncoding(pooled.to(dtype)[None], states.to(dtype)[None], weighted.tokens.mask[:1].to(device))
+
+        return self._text_encodings.get(self.text_encoder, (tuple(parts), device, dtype, self.tokenizer), encode)
+
     def encode_prompts(
-        self, prompt: Sequence[str], negative: Sequence[str], copies: int, *, guided: bool
+        self,
+        prompt: Sequence[str],
+        negative: Sequence[str],
+        copies: int,
+        *,
+        guided: bool,
+        prompt_weights: bool = False,
     ) -> dict[str, Tensor]:
         """Encode the condition of the loop. Each distinct text is encoded once.
 
@@ -179,6 +227,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             negative: As many texts of the unconditional half.
             copies: Rows per text.
             guided: Whether both halves are returned, the unconditional one first.
+            prompt_weights: Whether brackets in the texts are weights, see `inputs.weighted_prompts`.
 
         Returns:
             The fields of `TextEncoding` by name.
@@ -186,7 +235,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         texts = [*negative, *prompt] if guided else list(prompt)
         distinct = list(dict.fromkeys(texts))
         rows = [distinct.index(text) for text in texts for _ in range(copies)]
-        return self.encode_text(distinct).rows(rows)
+        return self.encode_text(distinct, prompt_weights=prompt_weights).rows(rows)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Encode preprocessed images with the CLIP vision tower.
@@ -200,7 +249,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         pixels = pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
         with onednn_linear_layers():
             embeds: Tensor = self.image_encoder(pixels).image_embeds
-        return embeds.to(self.prior.dtype)
+        return embeds.to(unwrapped(self.prior).dtype)
 
     def encode_picture(self, picture: Tensor) -> Tensor:
         """Return image embeddings, (batch, embedding_dim).
@@ -210,7 +259,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         """
         if picture.ndim == 4:
             return self.encode_pixels(picture)
-        return picture.to(device=self._execution_device, dtype=self.prior.dtype)
+        return picture.to(device=self._execution_device, dtype=unwrapped(self.prior).dtype)
 
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | str | None = None) -> Tensor:
         """Return the embedding of an all-zero image, which stands for "no condition", (batch_size, embedding_dim).
@@ -221,16 +270,27 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         """
         encoder = self._components["image_encoder"]
         size = encoder.config.image_size
-        embed = cached_zero_embed(encoder, self.prior.dtype, lambda: self.encode_pixels(torch.zeros(1, 3, size, size)))
+        embed = cached_zero_embed(
+            encoder, unwrapped(self.prior).dtype, lambda: self.encode_pixels(torch.zeros(1, 3, size, size, dtype=torch.float32))
+        )
         return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
 
     # Planning
 
     def _plan(
-        self, pairs: prompts.PromptPairs, copies: int, sampling: SamplingOptions, *, image: Any = None
+        self,
+        pairs: prompts.PromptPairs,
+        copies: int,
+        sampling: SamplingOptions,
+        *,
+        image: Any = None,
     ) -> PriorPlan:
         """Validate a call, and read its images; `image` None starts from noise."""
         positive, negative = pairs.prompts, pairs.negative_prompts
+        if pairs.weighted:
+            for name, listed in (("prompt", positive), ("negative_prompt", negative or [])):
+                for text in listed:
+                    weighted_prompts.parse(name, text)
         images = [] if image is None else interpolation.image_items("image", image, **self._image_options())
         self._require("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
         if images:
@@ -242,15 +302,15 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             raise invalid("len(image)", count, f"1 or {len(positive)}, the number of prompts")
         texts = positive + (negative or [])
         unconditional = negative * 2 if negative else [""] * len(texts)
-        shape = (len(texts) * copies, self.prior.config.embedding_dim)
+        shape = (len(texts) * copies, unwrapped(self.prior).config.embedding_dim)
         plan = self._plan_sampling(sampling, shape=shape, images=len(positive) * copies)
-        return PriorPlan(texts, unconditional, copies, negative is not None, plan, images)
+        return PriorPlan(texts, unconditional, copies, negative is not None, plan, images, pairs.weighted)
 
     def _image_options(self) -> dict[str, Any]:
         """Return the options with which `inputs.interpolation` reads images and recognises embeddings."""
         self._require("prior", "image_encoder", "image_processor")
         return {
-            "embedding_dim": self.prior.config.embedding_dim,
+            "embedding_dim": unwrapped(self.prior).config.embedding_dim,
             "image_size": self._components["image_encoder"].config.image_size,
             "image_processor": self.image_processor,
         }
@@ -262,9 +322,13 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
 
     def _sample_embeddings(self, plan: PriorPlan) -> ImageEmbeddings:
         """Run a plan."""
-        sampling, dtype = plan.sampling, self.prior.dtype
+        sampling, dtype = plan.sampling, unwrapped(self.prior).dtype
         tensors = self.encode_prompts(
-            plan.texts, plan.unconditional_texts, plan.copies, guided=sampling.guidance.enabled
+            plan.texts,
+            plan.unconditional_texts,
+            plan.copies,
+            guided=sampling.guidance.enabled,
+            prompt_weights=plan.weighted,
         )
         if plan.images:
             embeds = torch.cat([self.encode_picture(part) for part in plan.images])
@@ -276,7 +340,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
                 latents = scheduler.add_noise(embeds, noise, sampling.schedule.timesteps[:1].repeat(len(embeds)))
             else:
                 latents = noise * scheduler.init_noise_sigma
-            embeds = self.prior.post_process_latents(self._denoise(sampling, latents, tensors))
+            embeds = unwrapped(self.prior).post_process_latents(self._denoise(sampling, latents, tensors))
         if plan.has_negatives:
             positive, negative = embeds.chunk(2)
             return ImageEmbeddings(positive, negative)
@@ -369,8 +433,8 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             self._plan(prompts.PromptPairs([item], against), copies, sampling) if isinstance(item, str) else None
             for item in items
         ]
-        dim = self.prior.config.embedding_dim
-        total = torch.zeros(copies, dim, device=self._execution_device, dtype=self.prior.dtype)
+        dim = unwrapped(self.prior).config.embedding_dim
+        total = torch.zeros(copies, dim, device=self._execution_device, dtype=unwrapped(self.prior).dtype)
         for item, weight, plan in zip(items, weights, plans, strict=True):
             if self._call_state.interrupted:
                 break
@@ -395,7 +459,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         The reference runs the prior here and discards the result. Drawing the same noise leaves the generator in the
         same state, so that the next image from it is the same.
         """
-        latents = self._standard_noise(plan, self.prior.dtype) * plan.schedule.scheduler.init_noise_sigma
+        latents = self._standard_noise(plan, unwrapped(self.prior).dtype) * plan.schedule.scheduler.init_noise_sigma
         state = LoopState(latents, {}, Guidance(1.0))
         for _ in sample(state, plan.schedule, lambda _: lambda latents, _: latents, plan.generators):
             pass
@@ -425,6 +489,7 @@ class KandinskyV22PriorPipeline(NoiseStart, PriorPipeline):
         guidance_threshold: float | None = None,
         timesteps: Timesteps = None,
         sigmas: Sigmas = None,
+        prompt_weights: bool = False,
     ) -> PriorResult:
         """Generate image embeddings and negative image embeddings from prompts.
 
@@ -453,6 +518,8 @@ class KandinskyV22PriorPipeline(NoiseStart, PriorPipeline):
             guidance_threshold: See `Guidance.threshold`.
             timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
             sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+            prompt_weights: Whether brackets in the prompts are weights: (words), (words:1.5) and [words]. See
+                `inputs.weighted_prompts`.
 
         Returns:
             The embeddings, each (prompts x num_images_per_prompt, embedding_dim).
@@ -468,9 +535,10 @@ class KandinskyV22PriorPipeline(NoiseStart, PriorPipeline):
             generator,
             latents,
         )
-        pairs = prompts.prompt_pairs(prompt, negative_prompt)
+        pairs = prompts.prompt_pairs(prompt, negative_prompt, prompt_weights)
         copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
-        return self._result(self._sample_embeddings(self._plan(pairs, copies, sampling)), output_type, return_dict)
+        plan = self._plan(pairs, copies, sampling)
+        return self._result(self._sample_embeddings(plan), output_type, return_dict)
 
 
 class KandinskyV22PriorEmb2EmbPipeline(ImageStart, PriorPipeline):
@@ -498,6 +566,7 @@ class KandinskyV22PriorEmb2EmbPipeline(ImageStart, PriorPipeline):
         guidance_threshold: float | None = None,
         timesteps: Timesteps = None,
         sigmas: Sigmas = None,
+        prompt_weights: bool = False,
     ) -> PriorResult:
         """Generate image embeddings from prompts, starting from those of `image`.
 
@@ -530,6 +599,8 @@ class KandinskyV22PriorEmb2EmbPipeline(ImageStart, PriorPipeline):
             guidance_threshold: See `Guidance.threshold`.
             timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
             sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+            prompt_weights: Whether brackets in the prompts are weights: (words), (words:1.5) and [words]. See
+                `inputs.weighted_prompts`.
 
         Returns:
             The embeddings, each (prompts x num_images_per_prompt, embedding_dim).
@@ -546,7 +617,7 @@ class KandinskyV22PriorEmb2EmbPipeline(ImageStart, PriorPipeline):
             Callbacks(callback_on_step_end, callback_on_step_end_tensor_inputs, callback, callback_steps),
             generator,
         )
-        pairs = prompts.prompt_pairs(prompt, negative_prompt)
+        pairs = prompts.prompt_pairs(prompt, negative_prompt, prompt_weights)
         copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
         plan = self._plan(pairs, copies, sampling, image=image)
         shortened = dataclasses.replace(plan, sampling=plan.sampling.with_strength(strength))

@@ -149,15 +149,10 @@ class ReferenceMethodsMixin:
         """Undo `from_pretrained(device_map=...)`: end offloading and move all networks to the CPU."""
         if self.hf_device_map is None:
             return
-        self.remove_all_hooks()
-        self.to("cpu")
+        pipe: Any = self  # the methods are those of OffloadMixin
+        pipe.remove_all_hooks()
+        pipe.to("cpu")
         self.hf_device_map = None
-
-    if TYPE_CHECKING:  # of the pipeline
-
-        def remove_all_hooks(self) -> None: ...
-        def to(self, *targets: Any) -> Any: ...
-        def save_pretrained(self, save_directory: str, **options: Any) -> None: ...
 
     # Images and the Hub
 
@@ -202,12 +197,11 @@ class ReferenceMethodsMixin:
             CheckpointError: If the upload fails.
             MissingDependencyError: If huggingface_hub is not installed.
         """
-        if not isinstance(repo_id, str) or not repo_id:
-            raise invalid("repo_id", repo_id, "a repository such as 'owner/name'")
         validation.strict_bool("create_pr", create_pr)
         revision = options.pop("revision", None)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant, **options)
+            pipe: Any = self  # the method is that of DiffusionPipeline
+            pipe.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant, **options)
             return upload_folder(
                 folder,
                 repo_id,

@@ -26,7 +26,7 @@ from torch import nn
 from kandinsky22.errors import ForkError, InputError, invalid
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import LazyComponent, networks_in_memory
-from kandinsky22.runtime.network_state import unwrap_compiled
+from kandinsky22.runtime.network_state import unwrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -166,7 +166,7 @@ def others_use(network: nn.Module) -> bool:
     Args:
         network: A network of the call in this thread.
     """
-    thread, key = threading.get_ident(), id(unwrap_compiled(network))
+    thread, key = threading.get_ident(), id(unwrapped(network))
     with _registry.condition:
         return any(call.thread != thread and key in call.networks for call in _registry.calls)
 
@@ -285,7 +285,7 @@ def _shared_name(use: _Use, other: _Use) -> str:
 
 def _networks(components: Mapping[str, Any]) -> dict[int, str]:
     """Return the names of networks by identity. One that is loaded later is identified by its `LazyComponent` too."""
-    networks = {id(unwrap_compiled(network)): name for name, network in networks_in_memory(components).items()}
+    networks = {id(unwrapped(network)): name for name, network in networks_in_memory(components).items()}
     return networks | {id(part): name for name, part in components.items() if isinstance(part, LazyComponent)}
 
 
@@ -308,10 +308,16 @@ def _host_device() -> contextlib.AbstractContextManager[Any]:
 # Forked processes
 
 
-def record_use() -> None:
-    """Record that this thread loaded or ran networks, in which OpenMP may have started threads for it."""
+@contextlib.contextmanager
+def loading_networks() -> Iterator[None]:
+    """Return a context manager for reading networks into the CPU's memory, whatever torch's default device is.
+
+    OpenMP may start threads for this one meanwhile, see `check_fork`.
+    """
     with _registry.condition:
         _registry.users.add(threading.get_ident())
+    with _host_device():
+        yield
 
 
 def check_fork() -> None:

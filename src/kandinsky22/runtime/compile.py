@@ -26,7 +26,7 @@ from kandinsky22.kernels.linear import ONEDNN_DTYPES, apply_linear, packing_laye
 from kandinsky22.kernels.modules import internal_hook
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import networks_in_memory
-from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
@@ -89,10 +89,10 @@ class CompileMixin:
     def uncompile(self) -> None:
         """Undo `compile`."""
         for network in networks_in_memory(self.components).values():
-            release_blocks(unwrap_compiled(network))
+            release_blocks(unwrapped(network))
 
     def _networks_to_compile(self, components: Iterable[str] | None, mode: str) -> dict[str, nn.Module]:
-        networks = {name: unwrap_compiled(part) for name, part in networks_in_memory(self.components).items()}
+        networks = {name: unwrapped(part) for name, part in networks_in_memory(self.components).items()}
         networks = {name: network for name, network in networks.items() if getattr(network, "compiled_blocks", ())}
         names = list(networks) if components is None else list(components)
         if unknown := [name for name in names if name not in networks]:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import MissingDependencyError
-from kandinsky22.kernels.locks import ObjectLock
 from kandinsky22.kernels.linear import drop_packed, packing_layers
-from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
+from kandinsky22.kernels.locks import ObjectLock
+from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
 """Methods besides `forward` that run a network's layers or read its weights."""
@@ -104,7 +104,7 @@ def remove_offload(network: nn.Module) -> None:
     """
     state = state_of(network)
     if state.offload is not None:
-        state.offload.remove(unwrap_compiled(network))
+        state.offload.remove(unwrapped(network))
         state.offload = None
 
 
@@ -169,7 +169,7 @@ class ModelOffload:
                 evict other networks then.
         """
         remove_offload(network)
-        network = unwrap_compiled(network)
+        network = unwrapped(network)
         hook = OffloadHook(self, self._make_storage(), stays_until_freed)
         hook.storage.offload(network)
         attached_state(network).offload = hook
@@ -375,7 +375,7 @@ class SequentialOffload:
             device: Device that the network runs on.
         """
         remove_offload(network)
-        network = unwrap_compiled(network).to("cpu")
+        network = unwrapped(network).to("cpu")
         drop_packed(network)
         self.device, self.lock = device, ObjectLock()
         weights = dict(network.state_dict())
@@ -391,7 +391,8 @@ class SequentialOffload:
             preload_module_classes=_classes_that_read_child_weights(network),
         )
         for layer in packing_layers(network):
-            layer.__dict__["pack_weights"] = False  # a layer that leaves the device after each call would use its copy once
+            # a layer that leaves the device after each call would use its copy once
+            layer.__dict__["pack_weights"] = False
         _hook_methods(network, network._hf_hook, ENTRY_POINTS)
         for module in network.modules():
             if hasattr(module, "_hf_hook"):

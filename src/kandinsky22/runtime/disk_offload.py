@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from kandinsky22.checkpoints.fingerprint import WeightFingerprint
 from kandinsky22.checkpoints.weights import find_weight_files, read_tensors, write_weight_files
 from kandinsky22.kernels import host_memory
-from kandinsky22.kernels.locks import global_rng_restored
 from kandinsky22.kernels.linear import drop_packed, packing_layers
+from kandinsky22.kernels.locks import global_rng_restored
 from kandinsky22.kernels.modules import internal_hook
-from kandinsky22.runtime.network_state import NetworkSource, attached_state, state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import NetworkSource, attached_state, state_of, unwrapped
 
 LARGE = 2**22  # smallest weight, in bytes, that is in memory only while its layer runs
 
@@ -143,7 +143,7 @@ class DiskStorage:
 
 def _named_parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
     """Yield each parameter with the module that owns it, its name there, and its path from the network."""
-    for prefix, module in unwrap_compiled(network).named_modules():
+    for prefix, module in unwrapped(network).named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 yield module, name, f"{prefix}.{name}" if prefix else name, parameter

@@ -42,8 +42,8 @@ class LazyComponent:
     Attributes:
         component_class: Class of the network.
         config: Its configuration.
-        files: The weight files it will be read from, as absolute paths. They are open already, so that moving, replacing
-            or deleting them changes nothing.
+        files: The weight files it will be read from, as absolute paths. They are open already, so that moving,
+            replacing or deleting them changes nothing.
         files_digest: Returns the digest of these files; None if they are too small for one.
     """
 

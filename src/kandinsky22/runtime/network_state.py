@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kandinsky22.runtime.device_offload import Offloaded
 
 _ATTRIBUTE = "_kandinsky22_state"
+PARALLEL_WRAPPERS = ("DataParallel", "DistributedDataParallel")
+
+N = TypeVar("N")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +72,23 @@ class NetworkState:
         return {**vars(self), "source": None}
 
 
-def unwrap_compiled(network: nn.Module) -> nn.Module:
-    """Return the network inside a wrapper made by `torch.compile`, or the network itself.
+def unwrapped(network: N) -> N:
+    """Return the network inside wrappers: those of `torch.compile`, of data parallelism and of adapter libraries.
 
     Args:
-        network: Any module.
+        network: Any module, or another component of a pipeline, which is returned as it is.
     """
-    inner: nn.Module = getattr(network, "_orig_mod", network)
-    return inner
+    inner: Any = network
+    while isinstance(inner, nn.Module):
+        wrapped = inner.__dict__.get("_orig_mod", inner._modules.get("_orig_mod"))
+        if wrapped is None and type(inner).__name__ in PARALLEL_WRAPPERS:
+            wrapped = inner._modules.get("module")
+        if wrapped is None and hasattr(type(inner), "get_base_model"):  # a PeftModel
+            wrapped = inner.get_base_model()
+        if not isinstance(wrapped, nn.Module) or wrapped is inner:
+            break
+        inner = wrapped
+    return cast(N, inner)
 
 
 def state_of(network: nn.Module) -> NetworkState:
@@ -85,7 +97,7 @@ def state_of(network: nn.Module) -> NetworkState:
     Args:
         network: Any module; the wrapper of a compiled network shares the record of the network inside.
     """
-    state: NetworkState | None = unwrap_compiled(network).__dict__.get(_ATTRIBUTE)
+    state: NetworkState | None = unwrapped(network).__dict__.get(_ATTRIBUTE)
     return NetworkState() if state is None else state
 
 
@@ -95,7 +107,7 @@ def attached_state(network: nn.Module) -> NetworkState:
     Args:
         network: Any module; the wrapper of a compiled network shares the record of the network inside.
     """
-    state: NetworkState = unwrap_compiled(network).__dict__.setdefault(_ATTRIBUTE, NetworkState())
+    state: NetworkState = unwrapped(network).__dict__.setdefault(_ATTRIBUTE, NetworkState())
     return state
 
 
@@ -115,5 +127,5 @@ def record_source(
             they have none.
         dtype: Type of the weights after loading; None if unknown.
     """
-    network = unwrap_compiled(network)
+    network = unwrapped(network)
     attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype)

@@ -146,7 +146,8 @@ class OffloadMixin:
         """Return the size of all weights; files stand for networks that are not loaded yet."""
         networks = self._networks()
         unloaded = [part for name, part in self._all_networks().items() if name not in networks]
-        files = sum(path.stat().st_size for part in unloaded for path in part.files if path.exists())
+        paths = [path for part in unloaded if isinstance(part, LazyComponent) for path in part.files]
+        files = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
         return files + sum(p.nbytes for network in networks.values() for p in network.parameters())
 
     # Offloading

@@ -18,7 +18,7 @@ from kandinsky22.errors import ConfigError, InputError, MissingDependencyError, 
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
-from kandinsky22.runtime.network_state import attached_state, state_of, unwrap_compiled
+from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
 
 KINDS: Mapping[str, str] = {
     "int8": "weights of 8 bits, activations and products in the network's dtype",
@@ -43,7 +43,7 @@ def quantize(network: nn.Module, kind: str) -> None:
         MissingDependencyError: If torchao is not installed.
     """
     check_quantizable(network, kind)
-    _replace_layers(unwrap_compiled(network), kind)
+    _replace_layers(unwrapped(network), kind)
     attached_state(network).quantization = kind
 
 
@@ -60,7 +60,7 @@ def check_quantizable(network: nn.Module, kind: str) -> None:
         MissingDependencyError: If torchao is not installed.
     """
     _check_kind(kind)
-    network = unwrap_compiled(network)
+    network = unwrapped(network)
     name = type(network).__name__
     if kind_of(network) is not None:
         raise InputError(f"{name} is quantized already ({kind_of(network)}); load it again to quantize it differently")

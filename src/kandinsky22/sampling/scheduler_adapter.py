@@ -99,7 +99,8 @@ def schedule_timesteps(
 ) -> TimestepSchedule:
     """Set timesteps on a copy of the scheduler. The only place where a call sets timesteps.
 
-    The copy belongs to the call: calls in other threads and later calls do not see its state.
+    The copy belongs to the call: calls in other threads and later calls do not see its state. A scheduler with a method
+    that was replaced on the object itself is not copied, because such a function usually calls the original's methods.
 
     Args:
         scheduler: Any object with the scheduler protocol. It is not changed.
@@ -125,13 +126,44 @@ def schedule_timesteps(
     if name not in inspect.signature(scheduler.set_timesteps).parameters:
         raise invalid(name, value, f"None, since {type(scheduler).__name__}.set_timesteps does not accept it")
     with _scheduler_errors(scheduler, "be copied"):
-        scheduler = copy.deepcopy(scheduler)
+        scheduler = scheduler if _has_replaced_methods(scheduler) else copied(scheduler)
     with _scheduler_errors(scheduler, f"make {name}={value!r}"):
         scheduler.set_timesteps(**requested, device=device)
     if not isinstance(scheduler, Scheduler):
         with _scheduler_errors(scheduler, "make a step"), global_rng_restored():
-            _dry_run(copy.deepcopy(scheduler), shape)
+            _dry_run(copied(scheduler), shape)
     return TimestepSchedule(scheduler, scheduler.timesteps)
+
+
+def copied(scheduler: Any) -> Any:
+    """Return a deep copy of a scheduler, ours or one of another library.
+
+    Args:
+        scheduler: Any object. Tensors in its state that depend on parameters, which Python cannot copy, are detached.
+    """
+    memo: dict[int, Any] = {}
+    remaining, visited = [scheduler], {id(scheduler)}
+    while remaining:
+        value = remaining.pop()
+        parts: list[Any] = []
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        elif isinstance(value, list | tuple):
+            parts = list(value)
+        elif isinstance(value, dict):
+            parts = list(value.values())
+        elif not callable(value):
+            parts = list(getattr(value, "__dict__", {}).values())
+        remaining += [part for part in parts if id(part) not in visited]
+        visited.update(map(id, parts))
+    return copy.deepcopy(scheduler, memo)
+
+
+def _has_replaced_methods(scheduler: Any) -> bool:
+    """Return whether a method of the protocol is an attribute of the object instead of its class."""
+    names = ("set_timesteps", "scale_model_input", "step", "add_noise")
+    return any(name in getattr(scheduler, "__dict__", {}) for name in names)
 
 
 class SchedulerAdapter:
@@ -211,7 +243,8 @@ def _scheduler_errors(scheduler: Any, task: str) -> Iterator[None]:
 def _dry_run(scheduler: Any, shape: tuple[int, ...]) -> None:
     """Make the first step of a tiny sample."""
     timestep = scheduler.timesteps[0]
-    sample = torch.zeros(1, shape[1], *[2] * (len(shape) - 2), device=timestep.device) * scheduler.init_noise_sigma
+    size = 1, shape[1], *[2] * (len(shape) - 2)
+    sample = torch.zeros(size, dtype=torch.float32, device=timestep.device) * scheduler.init_noise_sigma
     model_input = scheduler.scale_model_input(sample, timestep)
     output = torch.cat([model_input, model_input], dim=1)
     adapter = SchedulerAdapter(TimestepSchedule(scheduler, scheduler.timesteps), torch.Generator().manual_seed(0))

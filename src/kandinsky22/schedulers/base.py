@@ -201,11 +201,11 @@ class Scheduler(Configurable):
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self._check_signal(config)
-        self.final_alpha_cumprod = torch.tensor(1.0)
+        self.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float32, device="cpu")
         self.init_noise_sigma: float | Tensor = 1.0
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
-        self.timesteps = torch.arange(config.num_train_timesteps).flip(0)
+        self.timesteps = torch.arange(config.num_train_timesteps, device="cpu").flip(0)
 
     def _check_signal(self, config: SchedulerConfig) -> None:
         """Raise ConfigError if the betas leave no signal before the last timestep, or are not numbers."""

@@ -217,7 +217,7 @@ class SchedulerConfig(dict[str, Any], Config):
         dict.update(config, foreign_settings)
         fixed = {name for name in TRAINING_SETTINGS if len(cls.choices.get(name, ())) == 1}  # never a choice of a user
         defaulted = sorted(set(cls.names()) - settings.keys() - fixed)
-        if defaulted or foreign is None:
+        if defaulted:
             dict.__setitem__(config, DEFAULTED_KEY, defaulted)
         return config
 

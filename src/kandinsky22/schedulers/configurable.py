@@ -11,10 +11,9 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.checkpoints.load_arguments import LoadArguments, checked_flag
 from kandinsky22.errors import ConfigError, MissingDependencyError, invalid
@@ -279,9 +278,10 @@ class Configurable:
         uploads = checked_flag("push_to_hub", push_to_hub)
         if hub_options and not uploads:
             raise invalid("arguments", sorted(hub_options), "none without push_to_hub=True")
-        write_json(Path(save_directory) / self.config_name, self.config.to_json())
+        folder = checked_save_path(save_directory)
+        write_json(folder / self.config_name, self.config.to_json())
         if uploads:
-            self.push_to_hub(hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
+            self.push_to_hub(hub_options.pop("repo_id", folder.name), **hub_options)
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_options: Any

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class NoisePath:
         """
         increments = [path.increment(sigma_from, sigma_to) for path in self._paths]
         noise = torch.stack(increments) if self._per_item else increments[0]
-        return noise / math.sqrt(sigma_from - sigma_to)
+        return noise / math.sqrt(abs(sigma_from - sigma_to))
 
 
 class DPMSolverSDEScheduler(TwoStageScheduler):
@@ -87,6 +87,7 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         **settings: Settings, see `DPMSolverSDEConfig`.
     """
 
+    spacing_type: ClassVar[type[np.floating[Any]]] = np.float64
     config_class = DPMSolverSDEConfig
     config: DPMSolverSDEConfig
 
@@ -132,23 +133,26 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
             self._noise = self._make_noise(sample, generator)
         if index % 2 == 0 or self._first_stage is None:
             self._first_stage = FirstStage(sample, denoised)
-            times = (_log_time(sigma), _log_time(sigma_next) if index % 2 or not sigma_next else self._middle(index))
         else:
             # The second stage takes the step again from its start, with the prediction of the middle.
             sigma, sample = self._sigma_list[index - 1], self._first_stage.sample
             self._first_stage = None
-            times = (_log_time(sigma), _log_time(sigma_next))
         prev_sample = denoised
         if sigma_next > 0:
             step = AncestralStep.between(sigma, sigma_next)
-            noise = self._noise.between(*(float((-time).exp()) for time in times)) if sigma > sigma_next else 0.0
-            prev_sample = denoised + (sample - denoised) * (step.sigma_down / sigma) + (s_noise * step.noise) * noise
+            prev_sample = denoised + (sample - denoised) * (step.sigma_down / sigma)
+            if step.noise > 0:
+                noise = self._noise.between(_rounded(sigma), self._rounded_end(index))
+                prev_sample = prev_sample + noise * (s_noise * step.noise)
         self._step_index = index + 1
         return self._output(prev_sample.to(model_output.dtype), denoised, return_dict)
 
-    def _middle(self, index: int) -> Tensor:
+    def _rounded_end(self, index: int) -> float:
+        """Return the sigma at which the stage of an evaluation ends, rounded as in the reference."""
+        if index % 2 or index + 2 == len(self._sigma_list):  # the last step, which has one stage
+            return _rounded(self._sigma_list[index + 1])
         start, end = _log_time(self._sigma_list[index]), _log_time(self._sigma_list[index + 2])
-        return start + (end - start) * 0.5
+        return float((-(start + (end - start) * 0.5)).exp())
 
     def _make_noise(self, like: Tensor, generator: Generators) -> NoisePath:
         """Return the noise of a generation that starts with a sample."""
@@ -166,9 +170,13 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
 
 
 def _log_time(sigma: float) -> Tensor:
-    """Return -log sigma in single precision.
-
-    Noise is a function of sigmas with six decimals. Those of the reference went through single-precision logarithms,
-    which changes the last ones, and through them the noise.
-    """
     return -torch.tensor(sigma, dtype=torch.float32).log()
+
+
+def _rounded(sigma: float) -> float:
+    """Return a sigma after a logarithm and an exponential in single precision.
+
+    Noise is a function of sigmas with six decimals. Those of the reference go through logarithms, which changes the
+    last decimals, and through them the noise.
+    """
+    return float((-_log_time(sigma)).exp())

@@ -99,7 +99,11 @@ class EulerDiscreteScheduler(VarianceExplodingScheduler):
         if self.config.interpolation_type == "linear":
             return super()._interpolated_sigmas(timesteps)
         first, last = np.log(self._training_sigmas[-1]), np.log(self._training_sigmas[0])
-        return torch.linspace(float(first), float(last), len(timesteps) + 1).exp().numpy()
+        return (
+            torch.linspace(float(first), float(last), len(timesteps) + 1, dtype=torch.float32, device="cpu")
+            .exp()
+            .numpy()
+        )
 
     def _set_sigmas(
         self, sigmas: FloatArray, final: list[float], timesteps: FloatArray, device: torch.device | str | None

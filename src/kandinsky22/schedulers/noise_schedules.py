@@ -35,7 +35,8 @@ def betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_timesteps: int
         Betas, (num_timesteps,) float32.
     """
     curve = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
-    return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(curve)])
+    betas = [min(1 - after / before, 0.999) for before, after in itertools.pairwise(curve)]
+    return torch.tensor(betas, dtype=torch.float32, device="cpu")
 
 
 def _cosine(time: float) -> float:
@@ -78,13 +79,13 @@ def training_betas(config: SchedulerConfig) -> Tensor:
         return betas_from_alpha_bar(_ALPHA_BARS[config.beta_schedule], steps)
     start, end = config.beta_start, config.beta_end
     if config.trained_betas is not None:
-        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float32)
+        betas = torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
     elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32, device="cpu") ** 2
     elif config.beta_schedule == "sigmoid":
-        betas = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32)) * (end - start) + start
+        betas = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32, device="cpu")) * (end - start) + start
     else:
         betas = betas_from_alpha_bar(_ALPHA_BARS[config.beta_schedule], steps)
     return rescale_zero_terminal_snr(betas) if has_zero_terminal_snr(config) else betas

@@ -167,23 +167,27 @@ def _validated_sigmas(sigmas: Sequence[float] | Tensor) -> FloatArray:
 
 
 def without_repetitions(values: Any) -> Any:
-    """Return timesteps or sigmas of a caller in which each value that repeats the one before is left out.
+    """Return timesteps or sigmas of a caller in which a value that repeats the one before is left out.
 
     That makes the timesteps of a method with several network evaluations per step those of its steps.
 
     Args:
-        values: A list, tuple, array or tensor with one dimension; anything else is returned unchanged.
+        values: A list, tuple, array or tensor with one dimension. It is returned unchanged if the first value is
+            repeated, or another one twice, which no such method does; and so is anything else.
     """
     if getattr(values, "ndim", 0) == 1 and hasattr(values, "tolist"):
         values = values.tolist()
     if not isinstance(values, list | tuple):
         return values
-    return [value for index, value in enumerate(values) if index == 0 or not _equal(values[index - 1], value)]
+    repeats = [index > 0 and _equal(values[index - 1], value) for index, value in enumerate(values)]
+    if any(repeats[:2]) or any(first and second for first, second in itertools.pairwise(repeats)):
+        return values
+    return [value for value, repeated in zip(values, repeats, strict=True) if not repeated]
 
 
 def _equal(first: Any, second: Any) -> bool:
-    numbers = isinstance(first, int | float) and isinstance(second, int | float)
-    return numbers and first == second
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (first, second))
+    return bool(numbers and first == second)
 
 
 class StatefulScheduler(Scheduler):
@@ -288,6 +292,7 @@ class SigmaScheduler(StatefulScheduler):
     """
 
     extra_timesteps: ClassVar[int] = 0  # see `extra` of spaced_timesteps
+    spacing_type: ClassVar[type[np.floating[Any]]] = np.float32  # of timesteps before their sigmas are interpolated
 
     def _build(self, config: SchedulerConfig) -> None:
         super()._build(config)
@@ -338,7 +343,7 @@ class SigmaScheduler(StatefulScheduler):
             steps = self._sigmas_to_timesteps(values[:-1], "sigmas")
             self._set_sigmas(values[:-1], values[-1:].tolist(), steps, device)
             return
-        steps = np.asarray(self._requested_timesteps(num_inference_steps, timesteps), np.float32)
+        steps = np.asarray(self._requested_timesteps(num_inference_steps, timesteps), self.spacing_type)
         values = self._interpolated_sigmas(steps)
         if schedule is not None:
             sigma_max, sigma_min = self._sigma_bounds(values)
@@ -354,7 +359,7 @@ class SigmaScheduler(StatefulScheduler):
 
     def _spaced_timesteps(self, steps: int) -> Sequence[float]:
         spaced = spaced_timesteps(self.config, steps, extra=self.extra_timesteps)
-        return spaced.astype(np.float32).tolist()
+        return spaced.astype(self.spacing_type).tolist()
 
     def _interpolated_sigmas(self, timesteps: FloatArray) -> FloatArray:
         """Return the sigmas of timesteps, by linear interpolation between those of training."""

@@ -1,0 +1,284 @@
+"""Methods of networks that scripts for the reference call: configs, gradient checkpointing, attention processors."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import nn
+
+from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
+from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
+from kandinsky22.checkpoints.load_arguments import LoadArguments, checked_flag
+from kandinsky22.config import Config
+from kandinsky22.errors import ConfigError, InputError, describe, invalid
+from kandinsky22.models.attention_processors import STANDARD_PROCESSORS, StandardAttention
+from kandinsky22.models.checkpointing import Checkpointing
+from kandinsky22.verbosity import warn_once
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound="ReferenceMethods")
+
+LAYOUT_VERSION = "0.42.0"  # release of the reference whose checkpoint layout is written
+# Keys that moving averages (the reference's `EMAModel`) add to the config of the network that they save.
+EMA_KEYS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+
+
+class ReferenceMethods(Checkpointing, nn.Module):
+    """Base of networks with a config: what the reference's networks have in common.
+
+    Attributes:
+        config_class: Class of the config.
+        config_name: File name of the config in a checkpoint folder.
+        positional: Names of the constructor's arguments in the order of the reference's class.
+        supports_gradient_checkpointing: Whether `enable_gradient_checkpointing` is available.
+        config: The constructor's arguments, an instance of `config_class`.
+    """
+
+    config_class: ClassVar[type[Config]] = Config
+    config_name: ClassVar[str] = "config.json"
+    positional: ClassVar[tuple[str, ...]] = ()
+    supports_gradient_checkpointing: ClassVar[bool] = False
+    config: Any
+
+    def _parsed(self, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> Any:
+        """Return the config of a constructor's arguments; keys of moving averages are stored beside it."""
+        owner = type(self).__name__
+        if len(arguments) > len(self.positional):
+            expected = f"at most {len(self.positional)}: {', '.join(self.positional)}"
+            raise invalid(f"{owner}: number of positional arguments", len(arguments), expected, error=ConfigError)
+        by_position = dict(zip(self.positional, arguments, strict=False))
+        if repeated := sorted(by_position.keys() & settings.keys()):
+            raise ConfigError(f"{owner}: {', '.join(repeated)} passed both by position and by name: expected once")
+        settings = {**by_position, **settings}
+        self._bookkeeping: dict[str, Any] = {name: settings.pop(name) for name in EMA_KEYS if name in settings}
+        return self.config_class.parse(settings, owner=owner)
+
+    # Configs
+
+    @classmethod
+    def from_config(cls: type[M], config: Mapping[str, Any] | str | os.PathLike[str], **overrides: Any) -> M:
+        """Return a newly initialised network.
+
+        Args:
+            config: Constructor arguments by name, another network's `config`, or a folder with a config.
+            **overrides: Settings that replace those of `config`. `return_unused_kwargs=True` returns entries that are
+                not settings, too.
+
+        Returns:
+            The network; with `return_unused_kwargs=True` a tuple of the network and a dict.
+
+        Raises:
+            ConfigError: A setting is unknown or invalid.
+            InputError: `config` is not a mapping.
+        """
+        returns_unused = checked_flag("return_unused_kwargs", overrides.pop("return_unused_kwargs", None))
+        if isinstance(config, str | os.PathLike):
+            config = cls.load_config(config)
+        if not isinstance(config, Mapping):
+            raise invalid("config", config, "a mapping of settings by name, or a folder")
+        settings = {**config, **overrides}
+        if unnamed := [name for name in settings if not isinstance(name, str)]:
+            raise invalid(f"{cls.__name__}: name of a setting", unnamed[0], "a string", error=ConfigError)
+        unused = {name: value for name, value in settings.items() if name.startswith("_") or name in EMA_KEYS}
+        network = cls(**{name: value for name, value in settings.items() if not name.startswith("_")})
+        return cast(M, (network, unused)) if returns_unused else network
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the content of a `config.json`, for `from_config`.
+
+        Args:
+            pretrained_model_name_or_path: Folder, Hub id, "embedded", or the file itself.
+            subfolder: Folder of the network inside the checkpoint; None for the checkpoint's top folder.
+            cache_dir: Folder of downloaded files; None for the default one of `huggingface_hub`.
+            revision: Branch, tag or commit of a Hub repository; None for the default branch.
+            local_files_only: Whether to use only files that are already on this machine.
+            token: Token for private Hub repositories; None or True for the stored one, False for none.
+            **options: Arguments of the reference: `force_download`; `return_unused_kwargs` returns the other arguments
+                too, `return_commit_hash` None instead of a commit.
+
+        Returns:
+            The config, a dict; a tuple of it and what the two options name, if they are True.
+
+        Raises:
+            CheckpointError: The file is missing or damaged.
+            InputError: An argument is invalid.
+        """
+        returns_unused = checked_flag("return_unused_kwargs", options.pop("return_unused_kwargs", None))
+        returns_commit = checked_flag("return_commit_hash", options.pop("return_commit_hash", None))
+        arguments = LoadArguments.of(cls.__name__, options)
+        token = arguments.token if token is None else token
+        source = CheckpointSource(
+            pretrained_model_name_or_path,
+            revision,
+            cache_dir,
+            token,
+            local_files_only,
+            force_download=arguments.force_download,
+        )
+        if isinstance(pretrained_model_name_or_path, str | os.PathLike) and os.path.isfile(
+            pretrained_model_name_or_path
+        ):
+            config = read_json(pretrained_model_name_or_path)
+        else:
+            folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
+            config = read_json(folder / cls.config_name)
+        extras = [arguments.others] * returns_unused + [None] * returns_commit
+        return (config, *extras) if extras else config
+
+    def save_config(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `config.json` alone.
+
+        Args:
+            save_directory: Folder, which is created if it does not exist.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+            InputError: `save_directory` is not a path.
+        """
+        write_json(checked_save_path(save_directory) / self.config_name, self.stored_config())
+
+    def stored_config(self) -> dict[str, Any]:
+        """Return the entries of `config.json`: settings, and those that have one value in Kandinsky 2.2."""
+        fixed = {name: values[0] for name, values in self.config.supported_values.items()}
+        about = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
+        return {**fixed, **self.config, **self._bookkeeping, **about}
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Replace settings in the config, without changing the layers, as training scripts do after replacing some.
+
+        Args:
+            **settings: Settings by name. Keys of moving averages are stored with the config, names that start with an
+                underscore are skipped.
+
+        Raises:
+            ConfigError: A setting is unknown or invalid. The config has not changed then.
+        """
+        bookkeeping = {name: settings.pop(name) for name in EMA_KEYS if name in settings}
+        self.config = self.config_class.parse({**self.config, **settings}, owner=type(self).__name__)
+        self._bookkeeping = {**self._bookkeeping, **bookkeeping}
+
+    # Training
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is enabled."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Store only the inputs of blocks in training steps, and compute the rest again for the gradients.
+
+        Gradients stay the same; a step needs a fraction of the memory and takes about a third longer. It acts on calls
+        of the network with gradients.
+
+        Args:
+            gradient_checkpointing_func: Called as (module, *args) to run a block; None for torch's.
+
+        Raises:
+            InputError: This network has no blocks to checkpoint, or the function is not callable.
+        """
+        if not self.supports_gradient_checkpointing:
+            raise InputError(f"{type(self).__name__} has no blocks whose gradients can be checkpointed")
+        if gradient_checkpointing_func is not None and not callable(gradient_checkpointing_func):
+            expected = "a function (module, *args) -> output, or None"
+            raise invalid("gradient_checkpointing_func", gradient_checkpointing_func, expected)
+        for module in self.modules():
+            if isinstance(module, Checkpointing):
+                module._gradient_checkpointing_func = gradient_checkpointing_func
+                module.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Store all features of training steps again."""
+        for module in self.modules():
+            if isinstance(module, Checkpointing):
+                module._gradient_checkpointing_func = None
+                module.gradient_checkpointing = False
+
+    # Attention
+
+    @property
+    def attn_processors(self) -> dict[str, Any]:
+        """Attention processors by path. All are alike: torch's fused attention, which cannot be replaced."""
+        return {f"{path}.processor": self._processor() for path in self._attention_paths()}
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Accept the standard attention processors of the reference, which compute what is computed here anyway.
+
+        Args:
+            processor: An object of one of the standard classes, recognised by name, or a dict of such objects with
+                the keys of `attn_processors`.
+
+        Raises:
+            InputError: The processor is of another class, whose computation would be ignored, or a dict has other keys.
+        """
+        paths = list(self.attn_processors)
+        if not isinstance(processor, Mapping) and type(processor).__name__ in STANDARD_PROCESSORS:
+            warn_once(logger, "attention processors have no effect: attention is always torch's fused one here")
+        if isinstance(processor, Mapping) and processor.keys() != set(paths):
+            expected = f"a dict with the {len(paths)} keys of attn_processors"
+            raise invalid("processor", processor, expected)
+        for each in processor.values() if isinstance(processor, Mapping) else [processor]:
+            if type(each).__name__ not in STANDARD_PROCESSORS:
+                expected = f"one of {', '.join(STANDARD_PROCESSORS)}"
+                advice = "attention is always torch's fused one here: replace an attention layer by a module instead"
+                raise invalid("processor", describe(type(each)), expected, advice)
+
+    def set_default_attn_processor(self) -> None:
+        """Do nothing: the default attention processor is the only one."""
+
+    def fuse_qkv_projections(self) -> None:
+        """Do nothing: products here are as fast without fusing the weights of query, key and value."""
+        warn_once(logger, "fuse_qkv_projections() has no effect: results and speed are the same without it")
+
+    def unfuse_qkv_projections(self) -> None:
+        """Do nothing, see `fuse_qkv_projections`."""
+
+    def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
+        """Do nothing: attention here never holds the scores of all tokens, which slicing would avoid.
+
+        Args:
+            slice_size: Ignored.
+        """
+        if slice_size is not None:
+            warn_once(logger, "attention slicing has no effect: attention here never holds all scores in memory")
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Do nothing: torch's fused attention, which is always used here, needs as little memory.
+
+        Args:
+            attention_op: Ignored.
+        """
+        warn_once(logger, "xformers has no effect: torch's fused attention is used, which needs as little memory")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Do nothing, see `enable_xformers_memory_efficient_attention`."""
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Do nothing, see `enable_xformers_memory_efficient_attention`.
+
+        Args:
+            valid: Whether xformers should be used.
+            attention_op: Ignored.
+        """
+        if valid:
+            self.enable_xformers_memory_efficient_attention(attention_op)
+
+    def _attention_paths(self) -> Iterator[str]:
+        return (path for path, module in self.named_modules() if hasattr(module, "to_q"))
+
+    def _processor(self) -> StandardAttention:
+        is_unet = any(hasattr(module, "add_k_proj") for module in self.modules())
+        return STANDARD_PROCESSORS["AttnAddedKVProcessor2_0" if is_unet else "AttnProcessor2_0"]()
