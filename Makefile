@@ -5,6 +5,7 @@ VENV ?= .venv
 PROMPT ?= a red circle to the left of a blue square on a yellow background
 OUTPUT ?= $(CURDIR)/picture.png
 SEED ?= 7
+N ?= 1000
 BENCH ?= bench
 ARGS ?=
 export PROMPT OUTPUT
@@ -23,7 +24,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast kills lint format typecheck docs bench judge train-embedded clean
+.PHONY: help install run test test-fast threads kills lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -42,6 +43,10 @@ test-fast: $(VENV)/.tools  ## run the tests that are not marked slow
 
 kills: $(VENV)/.tools  ## interrupt saves and count what is left: make kills N=500 SEED=7
 	KANDINSKY22_KILLS=$(or $(N),500) KANDINSKY22_KILLS_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/kills $(ARGS)
+
+threads: $(VENV)/.tools  ## compare random parallel calls with serial ones: make threads N=1000 SEED=1
+	KANDINSKY22_THREAD_CALLS=$(N) KANDINSKY22_THREAD_SEED=$(SEED) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/threads $(ARGS)
 
 lint: $(VENV)/.tools  ## check style and spelling
 	$(BIN)/python -m ruff check $(CHECKED)

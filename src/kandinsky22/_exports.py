@@ -38,6 +38,7 @@ MODULE_OF = {
     "LCMScheduler": "schedulers",
     "LMSDiscreteScheduler": "schedulers",
     "MissingDependencyError": "errors",
+    "NotFiniteError": "errors",
     "PNDMScheduler": "schedulers",
     "PriorTransformer": "models.prior",
     "UNet2DConditionModel": "models.unet",

@@ -35,6 +35,10 @@ class VariantError(CheckpointError, ValueError):
     """A checkpoint has no weights of the requested variant. Scripts for the reference catch it as a ValueError."""
 
 
+class NotFiniteError(KandinskyError, ArithmeticError):
+    """A network or a scheduler produced NaN or infinity. There is no image that could be returned."""
+
+
 class MissingDependencyError(KandinskyError, ImportError):
     """A feature needs an optional package that is not installed."""
 

@@ -54,3 +54,8 @@ class Output:
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return self._entries()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in {field.name for field in dataclasses.fields(self)}:
+            raise KeyError(key)
+        setattr(self, key, value)

@@ -46,7 +46,7 @@ class Console:
 
 @contextlib.contextmanager
 def silenced_libraries() -> Iterator[None]:
-    """Context in which no library warns, logs or shows progress bars: only errors of the command are printed."""
+    """Return a context in which no library warns, logs or shows progress bars; errors are still printed."""
     variables = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     previous = {name: os.environ.get(name) for name in variables}
     disabled_level = logging.root.manager.disable

@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
         Args:
             args: Arguments without the program name; None reads those of the process.
             namespace: Object that receives the values; None creates one.
+
+        Returns:
+            The namespace, and the list of arguments that were not recognised.
         """
         return super().parse_known_args(join_values(sys.argv[1:] if args is None else args), namespace)
 

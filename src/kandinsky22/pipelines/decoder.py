@@ -28,7 +28,7 @@ from kandinsky22.pipelines.denoising import (
     StepEndCallback,
 )
 from kandinsky22.pipelines.network_calls import bind_unet
-from kandinsky22.pipelines.outputs import ImagePipelineOutput, pipeline_call
+from kandinsky22.pipelines.outputs import ImagePipelineOutput, finite_result, pipeline_call
 from kandinsky22.runtime.calls import others_use
 from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.sampling.guidance import Guidance, Interval
@@ -363,9 +363,13 @@ class DecoderPipeline(DenoisingPipeline):
     def _decode(self, plan: DecoderPlan, latents: Tensor) -> Images:
         """Return the result of a call from its final latents."""
         result: Any = latents
-        if plan.output.output_type != "latent":
+        if plan.output.output_type == "latent":
+            with self._freed_on_error():
+                finite_result("latents", latents)
+        else:
             with self._freed_on_error(), self._movq_after_unet():
                 pixels = unwrapped(self.movq).decode(latents.to(unwrapped(self.movq).dtype), force_not_quantize=True)[0]
+                finite_result("images", pixels)
             if plan.keep_pixels:
                 pixels = self._copy_known_pixels(plan, pixels)
             unit = self._pt_output_in_unit_range

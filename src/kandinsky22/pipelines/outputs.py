@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from kandinsky22.errors import NotFiniteError
 from kandinsky22.outputs import Output
 from kandinsky22.runtime.calls import running_call
 
@@ -43,6 +44,26 @@ class KandinskyPriorPipelineOutput(Output):
 
     image_embeds: Tensor | np.ndarray[Any, Any]
     negative_image_embeds: Tensor | np.ndarray[Any, Any]
+
+
+def finite_result(name: str, values: Tensor) -> Tensor:
+    """Return a result without NaN and infinity: such a result would be a black image without an explanation.
+
+    Args:
+        name: Name of the result, for the message.
+        values: Values, (batch, ...).
+
+    Raises:
+        NotFiniteError: If a batch item holds NaN or infinity.
+    """
+    finite = values.flatten(1).isfinite().all(dim=1)
+    if bool(finite.all()):
+        return values
+    count = int(finite.logical_not().sum())
+    advice = "check the weights, guidance_scale and the settings of the scheduler"
+    if values.dtype == torch.float16:
+        advice = "float16 overflows in this network: load it with torch_dtype=torch.bfloat16 or torch.float32"
+    raise NotFiniteError(f"{name}: {count} of {len(values)} are not finite (NaN or infinity); {advice}")
 
 
 class _BoundCall(Protocol[P, Result_co]):

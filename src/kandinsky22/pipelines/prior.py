@@ -28,7 +28,7 @@ from kandinsky22.pipelines.denoising import (
 )
 from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
 from kandinsky22.pipelines.network_calls import bind_prior
-from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, pipeline_call
+from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, finite_result, pipeline_call
 from kandinsky22.runtime.calls import as_call
 from kandinsky22.runtime.device import usable_device
 from kandinsky22.runtime.network_state import unwrapped
@@ -273,6 +273,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         embed = cached_zero_embed(
             encoder, unwrapped(self.prior).dtype, lambda: self.encode_pixels(torch.zeros(1, 3, size, size, dtype=torch.float32))
         )
+        finite_result("the embedding of the all-zero image", embed)
         return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
 
     # Planning
@@ -341,6 +342,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             else:
                 latents = noise * scheduler.init_noise_sigma
             embeds = unwrapped(self.prior).post_process_latents(self._denoise(sampling, latents, tensors))
+        finite_result("image_embeds", embeds)
         if plan.has_negatives:
             positive, negative = embeds.chunk(2)
             return ImageEmbeddings(positive, negative)
@@ -449,6 +451,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         else:
             embeddings = self._sample_embeddings(negative_plan)
             negative = embeddings.negative if negative_prompt == "" else embeddings.positive
+        finite_result("image_embeds", total)
         self.maybe_free_model_hooks()
         target = target or total.device
         return KandinskyPriorPipelineOutput(total.to(target), negative.to(target))
