@@ -20,11 +20,13 @@ BIN := $(VENV)/bin
 EXE :=
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Tests that need neither the reference nor optional packages.
+OLDEST_TESTS := $(addprefix tests/unit/test_,$(addsuffix .py,oldest_versions kernels packed_linear fingerprint settings feature_caching))
 CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast threads kills lint format typecheck docs bench judge train-embedded clean
+.PHONY: help install run test test-fast test-oldest threads kills lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -47,6 +49,11 @@ kills: $(VENV)/.tools  ## interrupt saves and count what is left: make kills N=5
 threads: $(VENV)/.tools  ## compare random parallel calls with serial ones: make threads N=1000 SEED=1
 	KANDINSKY22_THREAD_CALLS=$(N) KANDINSKY22_THREAD_SEED=$(SEED) OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest tests/threads $(ARGS)
+
+test-oldest:  ## run the tests of kernels and files with the oldest accepted packages, in .venv-oldest
+	@$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/$(notdir $(BIN))/python -m pip --disable-pip-version-check --quiet install -c constraints-oldest.txt -e . pytest hypothesis
+	.venv-oldest/$(notdir $(BIN))/python -m pytest $(OLDEST_TESTS)
 
 lint: $(VENV)/.tools  ## check style and spelling
 	$(BIN)/python -m ruff check $(CHECKED)
@@ -77,7 +84,7 @@ train-embedded: $(VENV)/.package  ## train the embedded model from scratch, or r
 	$(BIN)/python -m kandinsky22.training $(ARGS)
 
 clean:  ## remove .venv, caches and the built documentation
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python$(EXE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -57,6 +57,8 @@ def discrete(draw: st.DrawFn, beta_schedules: list[str], **more: st.SearchStrate
         config["trained_betas"] = draw(st.lists(beta, min_size=count, max_size=count))
     if config["num_train_timesteps"] == 1:
         config.pop("rescale_betas_zero_snr", None)  # one step cannot be both the first and pure noise: 0 / 0
+    if config.get("prediction_type", "epsilon") == "epsilon" and not config.get("clip_sample", True):
+        config.pop("rescale_betas_zero_snr", None)  # from pure noise the reference divides by 0
     return config
 
 

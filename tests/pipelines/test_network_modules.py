@@ -27,6 +27,7 @@ from kandinsky22 import (
     PriorTransformer,
     UNet2DConditionModel,
 )
+from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import conv, linear
 from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.kernels.linear import apply_linear
@@ -517,3 +518,37 @@ def test_networks_are_recognised(decoder: KandinskyV22Pipeline, prior: Kandinsky
     decoder.unet.mid_block.compile(backend="eager")
     assert find_modification(decoder.unet) == "mid_block has a compiled form"
     assert isinstance(prior.prior, PriorTransformer)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("attached", ["parametrization", "pruning", "adapters", "wrapped block", "wrapped network"])
+def test_saving_writes_tensors_that_load(attached: str, prior: KandinskyV22PriorPipeline, tmp_path: Path) -> None:
+    network = prior.prior
+    expected = dict(network.state_dict())
+    weight = "transformer_blocks.0.attn1.to_v.weight"
+    layer = network.transformer_blocks[0].attn1.to_v
+    if attached == "parametrization":
+        parametrize.register_parametrization(layer, "weight", Halved())
+        expected[weight] = expected[weight] / 2
+    elif attached == "pruning":
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+        expected[weight] = layer.weight
+    elif attached == "adapters":
+        replace(network, (nn.Linear,), LoRA)
+    elif attached == "wrapped block":
+        network.transformer_blocks[0] = Wrapper(network.transformer_blocks[0])
+    else:
+        prior.prior = torch.compile(network, backend="eager")
+    prior.save_pretrained(tmp_path)
+    saved = PriorTransformer.from_pretrained(tmp_path / "prior").state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in expected.items())
+
+
+def test_a_network_without_weights_of_its_own_is_not_saved(prior: KandinskyV22PriorPipeline, tmp_path: Path) -> None:
+    prior.prior = torch.ao.quantization.quantize_dynamic(prior.prior, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(CheckpointError, match="PriorTransformer cannot be saved: .*weight"):
+        prior.prior.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.rglob("*.safetensors"))

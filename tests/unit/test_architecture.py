@@ -17,7 +17,7 @@ ROOT = Path(kandinsky22.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # Packages and modules that each of them may import, besides itself. A name that is not listed may import nothing.
-GROUND = {"errors", "config", "outputs", "noise", "kernels", "verbosity"}
+GROUND = {"errors", "config", "outputs", "noise", "kernels", "verbosity", "requirements"}
 FILES = GROUND | {"checkpoints", "inputs"}
 NETWORKS = FILES | {"runtime", "models", "schedulers"}
 PIPELINES = NETWORKS | {"sampling", "pipelines", "embedded", "_exports"}
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "outputs": set(),
     "verbosity": set(),
+    "requirements": {"errors"},
     "noise": {"errors", "kernels"},
     "checkpoints": GROUND,
     "inputs": GROUND,

@@ -204,6 +204,8 @@ def test_a_damaged_list_of_defaults_is_ignored(defaulted: Any) -> None:
 
 def test_pure_noise_and_predicted_noise_exclude_each_other() -> None:
     scheduler = schedulers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert torch.isfinite(walk(scheduler)).all()  # samples are clipped
+    scheduler = schedulers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     with pytest.raises(InputError, match=r"prediction_type='epsilon'.*pure noise"):
         scheduler.set_timesteps(5)
     assert torch.isfinite(

@@ -160,10 +160,13 @@ def checked_save_path(save_directory: Any, argument: str = "save_directory") -> 
 
 @contextlib.contextmanager
 def open_regular_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a regular file for reading; a pipe, a device or a folder raises an OSError and never blocks.
+    """Yield a regular file, open for reading; a pipe or a device never blocks.
 
     Args:
         path: The file, or a link to one.
+
+    Raises:
+        OSError: If the file is missing, or is a pipe, a device or a folder.
     """
     descriptor = os.open(path, os.O_RDONLY | NON_BLOCKING)
     with open(descriptor, "rb") as file:

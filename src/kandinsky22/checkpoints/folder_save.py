@@ -76,7 +76,11 @@ class FolderSave:
         self._replaced: dict[str, list[ReplacedFiles]] = {}
         self._locks: list[int] = []
         self._created: list[Path] = []
-        self._stage_folder("")
+        try:
+            self._stage_folder("")
+        except BaseException:
+            self.close()
+            raise
 
     def stage(self, subfolder: str = "") -> Path:
         """Return the staging folder of a destination folder, for new files to be written to.

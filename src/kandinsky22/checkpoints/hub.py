@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from kandinsky22.checkpoints.atomic_files import open_regular_file
 from kandinsky22.checkpoints.load_arguments import check_hub_options, checked_flag
 from kandinsky22.errors import CheckpointError, MissingDependencyError, invalid
+from kandinsky22.requirements import OLDEST_VERSIONS
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
@@ -88,7 +89,8 @@ class CheckpointSource:
             from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
         except ImportError as error:
             raise MissingDependencyError(
-                f"{self.name} is not a local folder; loading it from the Hub requires huggingface_hub"
+                f"{self.name} is not a local folder; loading it from the Hub requires huggingface_hub "
+                f"{OLDEST_VERSIONS['huggingface_hub']} or newer"
             ) from error
         repository, selected, connection_error = str(self.name), None, None
         if not self.local_files_only:

@@ -92,7 +92,7 @@ def abandoned(path: str | os.PathLike[str]) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def locked_folders(folders: Iterable[str | os.PathLike[str]]) -> Iterator[bool]:
-    """Hold the locks of folders, waiting for other processes; yield whether there are locks here.
+    """Yield whether there are locks here, holding those of folders in the block and waiting for other processes.
 
     Args:
         folders: The folders, in an order that all processes share: a parent before its subfolders.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kandinsky22.requirements import check_versions
+
 if TYPE_CHECKING:
     from kandinsky22.models.base import Model
     from kandinsky22.models.movq import VQModel
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from kandinsky22.models.unet import UNet2DConditionModel
 
 __all__ = ["Model", "PriorTransformer", "UNet2DConditionModel", "VQModel"]
+
+check_versions()
 
 _MODULE_OF = {"Model": "base", "PriorTransformer": "prior", "UNet2DConditionModel": "unet", "VQModel": "movq"}
 

@@ -29,6 +29,7 @@ from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import drop_packed
 from kandinsky22.models.reference_methods import LAYOUT_VERSION as LAYOUT_VERSION
 from kandinsky22.models.reference_methods import ReferenceMethods
+from kandinsky22.models.stored_tensors import stored_tensors
 from kandinsky22.runtime import quantize
 from kandinsky22.runtime.device import mapped_device
 
@@ -265,7 +266,7 @@ class Model(ReferenceMethods):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         drop_packed(self)  # copies would stay in the CPU's memory after a move
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def has_own_structure(self) -> bool:
         """Return whether no module was replaced that the methods besides `forward` rely on."""
@@ -316,6 +317,7 @@ def stage_network(
     """
     folder = save.stage(subfolder)
     quantization, tensors = quantize.stored_as(network)
+    tensors = tensors if quantization else stored_tensors(network, tensors)
     write_weight_files(folder, tensors, variant=variant, max_shard_size=max_shard_size, safe=safe)
     save.replace(subfolder, replaced_weight_files(variant, safe))
     write_json(folder / network.config_name, {**network.stored_config(), **quantization}, flush=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -300,13 +301,14 @@ def is_private(module: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         return True
     is_replaced = "forward" in module.__dict__ and not has_offload_forward(module)
-    if is_replaced or not _is_known(type(module)) or has_foreign_hooks(module):
+    if is_replaced or not _is_known(cast(Hashable, type(module))) or has_foreign_hooks(module):
         return False
     return not isinstance(module, SpatialNorm) or is_private(module.norm_layer)
 
 
 @functools.cache
-def _is_known(module_type: type) -> bool:
+def _is_known(module_type: Hashable) -> bool:
+    assert isinstance(module_type, type)
     return module_type.__module__.startswith(("torch.nn.modules.", "kandinsky22."))
 
 

@@ -379,7 +379,7 @@ def stage_layers(stages: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """
     for stage in stages:
         if type(stage) is MoVQStage and runs_own_forward(stage):
-            yield from cast(MoVQStage, stage).layers()
+            yield from stage.layers()
         else:
             yield stage
 

@@ -80,7 +80,8 @@ class ReferenceMethods(Checkpointing, nn.Module):
         if not isinstance(config, Mapping):
             raise invalid("config", config, "a mapping of settings by name, or a folder")
         settings = {**config, **overrides}
-        if unnamed := [name for name in settings if not isinstance(name, str)]:
+        names: list[Any] = list(settings)
+        if unnamed := [name for name in names if not isinstance(name, str)]:
             raise invalid(f"{cls.__name__}: name of a setting", unnamed[0], "a string", error=ConfigError)
         unused = {name: value for name, value in settings.items() if name.startswith("_") or name in EMA_KEYS}
         network = cls(**{name: value for name, value in settings.items() if not name.startswith("_")})
@@ -129,10 +130,9 @@ class ReferenceMethods(Checkpointing, nn.Module):
             local_files_only,
             force_download=arguments.force_download,
         )
-        if isinstance(pretrained_model_name_or_path, str | os.PathLike) and os.path.isfile(
-            pretrained_model_name_or_path
-        ):
-            config = read_json(pretrained_model_name_or_path)
+        name: Any = pretrained_model_name_or_path
+        if isinstance(name, str | os.PathLike) and os.path.isfile(name):
+            config = read_json(name)
         else:
             folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
             config = read_json(folder / cls.config_name)
@@ -192,9 +192,9 @@ class ReferenceMethods(Checkpointing, nn.Module):
         """
         if not self.supports_gradient_checkpointing:
             raise InputError(f"{type(self).__name__} has no blocks whose gradients can be checkpointed")
-        if gradient_checkpointing_func is not None and not callable(gradient_checkpointing_func):
-            expected = "a function (module, *args) -> output, or None"
-            raise invalid("gradient_checkpointing_func", gradient_checkpointing_func, expected)
+        function: Any = gradient_checkpointing_func
+        if function is not None and not callable(function):
+            raise invalid("gradient_checkpointing_func", function, "a function (module, *args) -> output, or None")
         for module in self.modules():
             if isinstance(module, Checkpointing):
                 module._gradient_checkpointing_func = gradient_checkpointing_func

@@ -103,8 +103,10 @@ class UNet2DConditionConfig(Config):
         settings.integers(("cross_attention_dim", "encoder_hid_dim"))
         settings.number("norm_eps", highest=1.0)
         hints = ("image", "image_hint")
-        is_hint = isinstance(self.addition_embed_type, str) and self.addition_embed_type in hints
-        settings.check("addition_embed_type", is_hint, " or ".join(map(repr, hints)))
+        addition: Any = self.addition_embed_type
+        settings.check(
+            "addition_embed_type", isinstance(addition, str) and addition in hints, " or ".join(map(repr, hints))
+        )
         groups, head = self.norm_num_groups, self.attention_head_dim
         divisors = {"2": 2, f"norm_num_groups={groups}": groups, f"attention_head_dim={head}": head}
         settings.widths("block_out_channels", multiple_of=divisors)
@@ -367,9 +369,9 @@ class UNet2DConditionModel(Model):
             if value is not None:
                 raise invalid(name, value, "None", "this UNet reads added_cond_kwargs")
         if not isinstance(added_cond_kwargs, Mapping) or "image_embeds" not in added_cond_kwargs:
-            value = sorted(added_cond_kwargs) if isinstance(added_cond_kwargs, Mapping) else added_cond_kwargs
+            names = sorted(added_cond_kwargs) if isinstance(added_cond_kwargs, Mapping) else added_cond_kwargs
             expected = "a mapping with image_embeds, a tensor (batch, encoder_hid_dim)"
-            raise invalid("added_cond_kwargs", value, expected)
+            raise invalid("added_cond_kwargs", names, expected)
         condition, _ = self._condition_with_tokens(
             added_cond_kwargs["image_embeds"], added_cond_kwargs.get("hint"), channels=None
         )

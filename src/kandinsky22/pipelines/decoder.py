@@ -181,9 +181,10 @@ class DecoderPipeline(DenoisingPipeline):
             InputError: If the UNet's config has no `sample_size`, or if the UNet is missing.
         """
         self._require("unet")
-        if unwrapped(self.unet).config.sample_size is None:
+        sample_size = unwrapped(self.unet).config.sample_size
+        if sample_size is None:
             raise InputError("height and width are required: the config of the unet has no sample_size")
-        return int(unwrapped(self.unet).config.sample_size * self.movq_scale_factor)
+        return int(sample_size * self.movq_scale_factor)
 
     # Planning
 

@@ -132,8 +132,9 @@ def compile_blocks(network: Any, *, mode: str, dynamic: bool, backend: str) -> N
     options: dict[str, Any] = {"dynamic": dynamic, "backend": backend}
     options |= {} if mode == "default" or backend != "inductor" else {"mode": mode}
     overrides: list[tuple[Any, str, Any]] = []  # torch's settings during calls of the blocks: module, name, value
-    if dynamic:  # otherwise, sides that are equal at the first call would have to be equal at all calls
-        overrides.append((importlib.import_module("torch.fx.experimental._config"), "use_duck_shape", False))
+    shapes: Any = importlib.import_module("torch.fx.experimental._config")
+    if dynamic and hasattr(shapes, "use_duck_shape"):  # from torch 2.5 on
+        overrides.append((shapes, "use_duck_shape", False))  # else equal sides would have to be equal at all calls
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = RECOMPILE_LIMIT
     else:

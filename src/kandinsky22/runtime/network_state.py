@@ -83,8 +83,9 @@ def unwrapped(network: N) -> N:
         wrapped = inner.__dict__.get("_orig_mod", inner._modules.get("_orig_mod"))
         if wrapped is None and type(inner).__name__ in PARALLEL_WRAPPERS:
             wrapped = inner._modules.get("module")
-        if wrapped is None and hasattr(type(inner), "get_base_model"):  # a PeftModel
-            wrapped = inner.get_base_model()
+        base_model: Any = getattr(type(inner), "get_base_model", None)
+        if wrapped is None and base_model is not None:  # a PeftModel
+            wrapped = base_model(inner)
         if not isinstance(wrapped, nn.Module) or wrapped is inner:
             break
         inner = wrapped

@@ -83,13 +83,11 @@ def quantized_matrix(weight: Tensor, kind: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _tensor_layout(
-    kind: str, out_features: int, in_features: int
-) -> tuple[type, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return class, attributes and shapes of the parts of torchao's tensor for a matrix of this shape."""
+def _tensor_layout(kind: str, out_features: int, in_features: int) -> tuple[type, dict[str, Any], dict[str, Tensor]]:
+    """Return class and attributes of torchao's tensor for a matrix of this shape, and its parts without values."""
     example = quantized_matrix(torch.zeros(out_features, in_features, dtype=torch.bfloat16), kind)
     names, attributes = example.__tensor_flatten__()  # type: ignore[attr-defined]
-    return type(example), dict(attributes), {name: tuple(getattr(example, name).shape) for name in names}
+    return type(example), dict(attributes), {name: getattr(example, name).to("meta") for name in names}
 
 
 class QuantizedLinear(nn.Module):
@@ -109,10 +107,9 @@ class QuantizedLinear(nn.Module):
         """
         super().__init__()
         self.kind, self.in_features, self.out_features = kind, in_features, out_features
-        _, _, shapes = _tensor_layout(kind, out_features, in_features)
-        for name, shape in shapes.items():
-            empty = torch.empty(shape, device="meta", dtype=torch.uint8)
-            self.register_parameter(f"weight_{name}", nn.Parameter(empty, requires_grad=False))
+        _, _, parts = _tensor_layout(kind, out_features, in_features)
+        for name, part in parts.items():
+            self.register_parameter(f"weight_{name}", nn.Parameter(torch.empty_like(part), requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod

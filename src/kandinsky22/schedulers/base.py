@@ -395,13 +395,20 @@ class Scheduler(Configurable):
         return x0
 
     def _require_signal(self, alpha_bar: float) -> None:
-        """Raise InputError at pure noise, where a prediction of the noise does not determine the clean sample."""
-        if alpha_bar == 0 and self.config.prediction_type == "epsilon":
+        """Raise InputError at pure noise, where a prediction of the noise does not determine the clean sample.
+
+        It determines the sign of each value, which is enough if samples are clipped.
+        """
+        config = self.config
+        is_bounded = (isinstance(config, ClipConfig) and config.clip_sample) or (
+            isinstance(config, ThresholdConfig) and config.thresholding
+        )
+        if alpha_bar == 0 and config.prediction_type == "epsilon" and not is_bounded:
             raise invalid(
                 "prediction_type",
                 self.config.prediction_type,
                 "v_prediction or sample, because the timestep is pure noise, as with rescale_betas_zero_snr=True",
-                "start at a lower timestep, as timestep_spacing='leading' does, or use other betas",
+                "start at a lower timestep, as timestep_spacing='leading' does, or set clip_sample=True",
             )
 
     def _require_timesteps(self) -> int:

@@ -134,7 +134,11 @@ _RULES: Mapping[str, _Rule] = {
         "a list of step indices, 0 or more",
     ),
     "noise_sampler_seed": _Rule(
-        lambda value: value is None or _is_seed(value) or (isinstance(value, tuple) and all(map(_is_seed, value))),
+        lambda value: (
+            value is None
+            or _is_seed(value)
+            or (isinstance(value, tuple) and len(value) > 0 and all(map(_is_seed, value)))
+        ),
         "None, an integer from 0 to 2**63 - 1, or a list of one per batch item",
     ),
 }

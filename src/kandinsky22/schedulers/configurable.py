@@ -261,10 +261,23 @@ class Configurable:
         folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
         return read_json(folder / cls.config_name)
 
-    def save_pretrained(
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the config to `scheduler_config.json`.
+
+        Args:
+            save_directory: Folder, which is created if it does not exist.
+
+        Raises:
+            CheckpointError: If the file cannot be written.
+            InputError: If `save_directory` is not a path.
+        """
+        folder = checked_save_path(save_directory)
+        write_json(folder / self.config_name, self.config.to_json())
+
+    def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_options: Any
     ) -> None:
-        """Write the config to `scheduler_config.json`.
+        """Write the config to `scheduler_config.json` as `save_pretrained` does, and upload it on request.
 
         Args:
             save_directory: Folder, which is created if it does not exist.
@@ -278,26 +291,9 @@ class Configurable:
         uploads = checked_flag("push_to_hub", push_to_hub)
         if hub_options and not uploads:
             raise invalid("arguments", sorted(hub_options), "none without push_to_hub=True")
-        folder = checked_save_path(save_directory)
-        write_json(folder / self.config_name, self.config.to_json())
+        self.save_pretrained(save_directory)
         if uploads:
-            self.push_to_hub(hub_options.pop("repo_id", folder.name), **hub_options)
-
-    def save_config(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_options: Any
-    ) -> None:
-        """Write the config to `scheduler_config.json`: the same as `save_pretrained`.
-
-        Args:
-            save_directory: Folder, which is created if it does not exist.
-            push_to_hub: Whether the file is uploaded as well.
-            **hub_options: Arguments of `push_to_hub`.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-            InputError: If an argument is invalid.
-        """
-        self.save_pretrained(save_directory, push_to_hub, **hub_options)
+            self.push_to_hub(hub_options.pop("repo_id", checked_save_path(save_directory).name), **hub_options)
 
     def push_to_hub(
         self,
