@@ -86,6 +86,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+VOCABULARY = 49408  # tokens of CLIP
 PARTS = ("prior", "prior-full", "decoder")
 SIZES = {"published": 512, "tiny": 64}  # default side of the image in pixels
 
@@ -199,6 +200,8 @@ def make_towers(config: dict[str, dict[str, Any]], layers: int | None = None) ->
 def make_tokenizer(folder: Path) -> Any:
     """Return a CLIP tokenizer with one token per byte, since the published vocabulary cannot be shipped.
 
+    Tokens that no text has fill the vocabulary up to the rows of the published text tower.
+
     Args:
         folder: Folder to write.
     """
@@ -206,7 +209,9 @@ def make_tokenizer(folder: Path) -> Any:
 
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(code) for code in range(33, 127)]
-    vocabulary = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = letters + [f"{letter}</w>" for letter in letters]
+    vocabulary += [f"unused {index}</w>" for index in range(VOCABULARY - 2 - len(vocabulary))]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.cli.helpers import SIZE, Command, assert_one_line, pixels, stored
 
 from kandinsky22.cli import generate
+from kandinsky22.errors import NotFiniteError
 from kandinsky22.cli.request import Request
 from kandinsky22.cli.sheets import GAP, MARGIN, MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
 
@@ -69,12 +70,15 @@ def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
 def test_a_cell_of_nan_is_marked_and_the_others_are_saved(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = generate._check_not_nan
+    run_decoder = generate.run_decoder
 
-    def fail_at_two(values: Any, pipe: Any, steps: int | None) -> None:
-        check(values * float("nan") if steps == 2 else values, pipe, steps)
+    def fail_at_two(decoder: Any, request: Any, *arguments: Any) -> Any:
+        if request.steps != 2:
+            return run_decoder(decoder, request, *arguments)
+        with generate._nan_errors(decoder, request.steps):
+            raise NotFiniteError("images: 1 of 1 are not finite")
 
-    monkeypatch.setattr(generate, "_check_not_nan", fail_at_two)
+    monkeypatch.setattr(generate, "run_decoder", fail_at_two)
     options = ("--model", model, "--scheduler", "ddim", "--steps", "2,4", "--prior-steps", 3, "--pictures")
     result = command("compare", "a cat", *options)
     assert result.out.splitlines() == ["compare-1-2.png", "compare.png", "compare.csv"]

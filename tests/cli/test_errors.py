@@ -242,7 +242,7 @@ def test_a_prior_of_another_width_is_reported_before_networks_run(
     decoder.unet = kandinsky22.UNet2DConditionModel(**options)
     decoder.save_pretrained(tmp_path / "other")
     result = command("generate", "a cat", "--model", "other", "--prior", models / "b/prior")
-    assert_one_line(result, 1, "prior.config.embedding_dim=32 is invalid: expected 24", "encoder_hid_dim", "--prior")
+    assert_one_line(result, 1, "prior_prior.config.embedding_dim=32 does not fit unet.config.encoder_hid_dim=24")
 
 
 @pytest.mark.parametrize(("name", "needs"), [("inpaint", "--mask"), ("control", "--hint")])
@@ -302,7 +302,14 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), 130, ("interrupted",)),
         (OSError(28, "No space left on device", "picture.png"), 1, ("picture.png", "No space left")),
         (OutOfMemoryError("CUDA out of memory"), 1, ("out of memory", "--size")),
-        (MemoryError(), 1, ("MemoryError",)),
+        (MemoryError(), 1, ("out of memory", "--size")),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, ("out of memory", "--size")),
+        (RuntimeError("could not create a primitive"), 1, ("out of memory",)),
+        (RuntimeError("could not create a memory object"), 1, ("out of memory",)),
+        (RuntimeError("std::bad_alloc"), 1, ("out of memory",)),
+        (OSError(12, "Cannot allocate memory"), 1, ("out of memory",)),
+        (ImportError("libtorch.so: failed to map segment from shared object"), 1, ("out of memory",)),
+        (OSError("libtorch.so: cannot allocate memory in static TLS block"), 1, ("out of memory",)),
     ],
 )
 def test_errors_while_generating_leave_no_file(
@@ -348,7 +355,7 @@ def test_bugs_raise_a_traceback(command: Command, model: Path, monkeypatch: pyte
             ("seeds=[] is invalid: expected a non-empty tuple[int, ...]",),
         ),
         ({"kandinsky22": json.dumps({"format": 1, "brush": "thin"})}, ("brush",)),
-        ({"kandinsky22": json.dumps({"format": 1, "prompt": "a cat"})}, ("cannot be read",)),
+        ({"kandinsky22": json.dumps({"format": 1, "prompt": "a cat"})}, ("cannot be read", "missing entries seeds")),
     ],
 )
 @pytest.mark.parametrize("arguments", [("info",), ("generate", "--from")])

@@ -66,6 +66,7 @@ def test_library_defaults_apply_when_a_model_has_none(command: Command, models: 
         (("--prior-guidance-interval", "0.5", "1"), {"prior_guidance_interval": [0.5, 1.0]}),
         (("--guidance-rescale", "0.7"), {"guidance_rescale": 0.7}),
         (("--guidance-threshold", "0.5"), {"guidance_threshold": 0.5}),
+        (("--prompt-weights", "--negative-prompt", "(a:2) dog"), {"prompt_weights": True}),
         (("--dtype", "bf16"), {"dtype": "bfloat16"}),
         (("--seed", "6"), {"seeds": [6]}),
     ],
@@ -80,6 +81,21 @@ def test_every_option_acts_and_is_recorded(
     assert not np.array_equal(pixels(Path("plain.png")), pixels(Path("other.png")))
     assert command("generate", "--from", "other.png").paths == [Path("other-again.png")]
     assert Path("other-again.png").read_bytes() == Path("other.png").read_bytes()
+
+
+def test_prompt_weights(command: Command, model: Path) -> None:
+    def image(prompt: str, *arguments: str) -> Any:
+        assert (
+            command("generate", prompt, "--model", model, "--seed", 5, "-o", "a.png", "--force", *arguments).code == 0
+        )
+        return pixels(Path("a.png"))
+
+    assert not np.array_equal(image("a (cat:2)", "--prompt-weights"), image("a (cat:2)"))
+    assert np.array_equal(image("a (cat:1)", "--prompt-weights"), image("a cat"))
+    assert "prompt_weights" not in stored(Path("a.png"))
+    result = command("generate", "a (cat", "--model", model, "--prompt-weights")
+    assert result.code == 1
+    assert "expected brackets in pairs" in result.err
 
 
 @pytest.mark.parametrize(("device", "recorded"), [("cpu", "cpu"), ("auto", None)])

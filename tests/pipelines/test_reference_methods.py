@@ -185,7 +185,7 @@ def test_progress_bars_can_be_disabled_everywhere(decoder: KandinskyV22Pipeline)
 
 def test_loaded_components_are_logged(decoder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     decoder.save_pretrained(tmp_path)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="kandinsky22"):
         KandinskyV22Pipeline.from_pretrained(tmp_path)
     assert f"loaded unet as UNet2DConditionModel from {tmp_path / 'unet'}" in caplog.text
 

@@ -173,7 +173,7 @@ def test_a_preset_may_be_applied_again_while_calls_run(decoder: Any) -> None:
 
 def test_one_generator_serves_one_call_at_a_time(decoder: Any) -> None:
     generator = seeded(3)
-    with paused(decoder, generator=generator), pytest.raises(InputError, match="^generator=.* in another thread"):
+    with paused(decoder, generator=generator), pytest.raises(InputError, match=r"^generator=.* in another thread"):
         latents(decoder, generator=[generator])
     latents(decoder, generator=generator)
 
@@ -236,4 +236,6 @@ def test_global_random_numbers_are_drawn_once(decoder: Any) -> None:
 def test_copies_and_pickles_have_locks_of_their_own(prior: Any) -> None:
     for copied in (copy.deepcopy(prior), pickle.loads(pickle.dumps(prior))):
         assert copied._text_encodings._lock is not prior._text_encodings._lock
-        assert torch.equal(copied("cat", generator=seeded(0)).image_embeds, prior("cat", generator=seeded(0)).image_embeds)
+        assert torch.equal(
+            copied("cat", generator=seeded(0)).image_embeds, prior("cat", generator=seeded(0)).image_embeds
+        )

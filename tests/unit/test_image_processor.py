@@ -9,9 +9,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor as Oracle
+from kandinsky22.image_processor import VaeImageProcessor
 
 from kandinsky22 import InputError
-from kandinsky22.image_processor import VaeImageProcessor
 
 
 def picture(width: int = 70, height: int = 50, mode: str = "RGB", seed: int = 0) -> PIL.Image.Image:

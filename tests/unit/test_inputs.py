@@ -81,12 +81,27 @@ def test_make_image_grid() -> None:
     assert grid.size == (12, 4)
     assert [grid.getpixel((x, y))[0] for y in (0, 3) for x in (0, 5, 11)] == [0, 40, 80, 120, 160, 200]
     assert make_image_grid(images, 3, 2, resize=8).size == (16, 24)
-    for rows, cols in ((2, 2), (0, 0)):
-        message = (
-            rf"len\(images\)=6 is invalid: expected rows x cols = {rows} x {cols}, and at least one, to fill the grid"
-        )
-        with pytest.raises(InputError, match=message):
-            make_image_grid(images, rows, cols)
+    message = r"len\(images\)=6 is invalid: expected rows x cols = 2 x 2, and at least one, to fill the grid"
+    with pytest.raises(InputError, match=message):
+        make_image_grid(images, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": 0, "cols": 0}, "rows=0"),
+        ({"rows": 2**70}, "rows=1180591620717411303424"),
+        ({"cols": "3"}, "cols='3'"),
+        ({"resize": 10**9}, "resize=1000000000"),
+        ({"resize": True}, "resize=True"),
+        ({"images": "abcdef"}, "images='abcdef'"),
+        ({"images": [1, 2, 3, 4, 5, 6]}, "images="),
+    ],
+)
+def test_make_image_grid_refuses_other_arguments(arguments: dict[str, Any], message: str) -> None:
+    images = [PIL.Image.new("RGB", (4, 2))] * 6
+    with pytest.raises(InputError, match=f"^{re.escape(message)}.* is invalid: expected "):
+        make_image_grid(**{"images": images, "rows": 2, "cols": 3, **arguments})
 
 
 def test_to_output_type() -> None:

@@ -15,7 +15,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kandinsky22.errors import CheckpointError, KandinskyError
 
@@ -89,6 +89,9 @@ class PinnedFiles:
         self.origin = Path(os.path.abspath(origin))
         self._files = [_pin(Path(os.path.abspath(file))) for file in files]
         self.paths = tuple(file.path for file in self._files)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PinnedFiles:
+        return self  # copies of a network read the same files
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[Path]:

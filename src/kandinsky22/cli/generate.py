@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22.cli.canvas import Canvas, crop_around_mask, decoder_size, extend
@@ -13,7 +14,7 @@ from kandinsky22.cli.inputs import InputImages
 from kandinsky22.cli.loading import Networks, hardware_name, model_digest, software_versions
 from kandinsky22.cli.recipe import MixtureItem, Recipe
 from kandinsky22.cli.request import Request
-from kandinsky22.errors import KandinskyError
+from kandinsky22.errors import KandinskyError, NotFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -144,21 +145,20 @@ def run_prior(
     options = {
         argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
     }
+    options["prompt_weights"] = bool(request.prompt_weights)
     if request.prompt is None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = request.parts or (MixtureItem(1.0, image=request.image),)
         items = [item.text if item.image is None else inputs.images[item.image] for item in mixture]
         weights = [item.weight for item in mixture]
         options |= {"negative_prior_prompt": request.negative_prompt}
-        embeddings = prior.interpolate(items, weights, generator=generator, **options)
-    else:
-        options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        if request.image is not None and "image" in parameters:
-            options["image"] = inputs.images[request.image]
-        embeddings = prior(generator=generator, **options)
-    for embedding in (embeddings.image_embeds, embeddings.negative_image_embeds):
-        _check_not_nan(embedding, prior, request.prior_steps)
-    return embeddings
+        with _nan_errors(prior, request.prior_steps):
+            return prior.interpolate(items, weights, generator=generator, **options)
+    options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    if request.image is not None and "image" in parameters:
+        options["image"] = inputs.images[request.image]
+    with _nan_errors(prior, request.prior_steps):
+        return prior(generator=generator, **options)
 
 
 def steps_after_strength(pipe: Any, steps: int, strength: float) -> int:
@@ -237,22 +237,25 @@ def run_decoder(
     options = {
         argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
     }
-    pixels = decoder(
-        image_embeds=embeddings.image_embeds,
-        negative_image_embeds=embeddings.negative_image_embeds,
-        generator=generator,
-        output_type="np",
-        **options,
-        **images.arguments,
-    ).images
-    _check_not_nan(pixels, decoder, request.steps)
+    with _nan_errors(decoder, request.steps):
+        pixels = decoder(
+            image_embeds=embeddings.image_embeds,
+            negative_image_embeds=embeddings.negative_image_embeds,
+            generator=generator,
+            output_type="np",
+            **options,
+            **images.arguments,
+        ).images
     return images.finish(array_to_pil(pixels)[0])
 
 
-def _check_not_nan(values: Any, pipe: Any, steps: int | None) -> None:
-    """Raise NanError if a tensor or an array contains NaN, which would be saved as a black image without a warning."""
-    if bool((values != values).any()):  # only NaN differs from itself
+@contextlib.contextmanager
+def _nan_errors(pipe: Any, steps: int | None) -> Iterator[None]:
+    """Raise NanError if a pipeline reports a result with NaN or infinity, which would be saved as a black image."""
+    try:
+        yield
+    except NotFiniteError as error:
         raise NanError(
             f"{type(pipe).__name__} produced NaN with {type(pipe.scheduler).__name__}, steps: {steps}; the result was "
             "not saved. Try --dtype float32 or another scheduler; if both give NaN, the weights are damaged"
-        )
+        ) from error

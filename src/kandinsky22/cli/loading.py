@@ -68,10 +68,6 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
     # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
     components = decoder.components | ({} if request.prior is None else {"prior": request.prior_location})
     combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
-    prior_dim, decoder_dim = combined.prior_prior.config.embedding_dim, decoder.unet.config.encoder_hid_dim
-    if prior_dim != decoder_dim:
-        expected = f"{decoder_dim}, the encoder_hid_dim of {model}"
-        raise invalid("prior.config.embedding_dim", prior_dim, expected, "choose a prior that fits with --prior")
     prior = prior_type.from_pipe(combined)
     set_scheduler(prior, request.prior_scheduler, request.prior_scheduler_settings)
     return Networks(prior=prior, decoder=decoder, combined=combined, device=device)

@@ -426,6 +426,11 @@ def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: st
 def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str) -> None:
     """Add the sampling options that have one value both for a single setting and for a grid."""
     group.add_argument("--negative-prompt", metavar="TEXT", help="description of what the image must not show")
+    group.add_argument(
+        "--prompt-weights",
+        action=argparse.BooleanOptionalAction,
+        help=r"brackets in prompts are weights: (stronger), (words:1.5), [weaker]; \( is a bracket",
+    )
     _add_interval(
         group,
         "--guidance-interval",

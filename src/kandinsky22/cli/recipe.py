@@ -94,6 +94,7 @@ class Recipe:
         scheduler_settings: Scheduler settings that replace those of the checkpoint.
         prior_scheduler: Class name of the prior's scheduler.
         prior_scheduler_settings: Like `scheduler_settings`, for the prior.
+        prompt_weights: Whether brackets in texts are weights.
         guidance_interval: (start, end) of guidance, as fractions of the denoising process.
         guidance_rescale: Guidance rescale factor, from 0 to 1.
         guidance_threshold: Quantile of dynamic thresholding.
@@ -131,6 +132,7 @@ class Recipe:
     scheduler_settings: Mapping[str, Any] | None = None
     prior_scheduler: str | None = None
     prior_scheduler_settings: Mapping[str, Any] | None = None
+    prompt_weights: bool | None = None
     guidance_interval: tuple[float, ...] | None = None
     guidance_rescale: float | None = None
     guidance_threshold: float | None = None
@@ -177,6 +179,7 @@ class Recipe:
         inputs = {
             "prompt": self.prompt,
             "negative prompt": self.negative_prompt,
+            "prompt weights": "yes" if self.prompt_weights else None,
             "image": self.image,
             "mask": self.mask,
             "hint": self.hint,

@@ -66,10 +66,11 @@ def parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     if unknown := sorted(entries.keys() - hints.keys()):
         raise ValueError(f"unknown entries {describe(unknown)}")
+    values = {name: _parse(value, hints[name], name) for name, value in entries.items()}
     required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in entries]:
         raise ValueError(f"missing entries {', '.join(missing)}")
-    return {name: _parse(value, hints[name], name) for name, value in entries.items()}
+    return values
 
 
 def _unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

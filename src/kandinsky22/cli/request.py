@@ -56,6 +56,7 @@ class Request:
     prior_steps: int | None
     guidance: float | None
     prior_guidance: float | None
+    prompt_weights: bool | None
     guidance_interval: tuple[float, ...] | None
     guidance_rescale: float | None
     guidance_threshold: float | None
@@ -115,6 +116,7 @@ def read_request(
     for name in TEXT_OPTIONS:
         direct[name] = None if direct[name] is None else check_text(name, direct[name])
     # Values without effect are left out of recipes.
+    direct["prompt_weights"] = direct["prompt_weights"] or None
     direct["crop"] = None if direct["crop"] is False else direct["crop"]
     direct["extend"] = _margins(direct["extend"])
     direct["quantize"] = None if direct["quantize"] == "none" else direct["quantize"]

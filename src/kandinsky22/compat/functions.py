@@ -136,12 +136,15 @@ def prepare_mask_and_masked_image(image: Any, mask: Any, height: int, width: int
 
 
 def export_to_gif(image: Sequence[Image], output_gif_path: str | os.PathLike[str] | None = None, fps: int = 10) -> str:
-    """Write images as an animation and return its path.
+    """Write images as an animation.
 
     Args:
         image: PIL images, at least one.
         output_gif_path: File to write; None for a new temporary file.
         fps: Images per second.
+
+    Returns:
+        Path of the file.
 
     Raises:
         InputError: If there is no image, or `fps` is not a positive integer.
@@ -157,12 +160,15 @@ def export_to_gif(image: Sequence[Image], output_gif_path: str | os.PathLike[str
 def export_to_video(
     video_frames: Sequence[Any], output_video_path: str | os.PathLike[str] | None = None, fps: int = 10
 ) -> str:
-    """Write images as a video and return its path.
+    """Write images as a video.
 
     Args:
         video_frames: PIL images, or arrays (H, W, 3) in [0, 1].
         output_video_path: File to write; None for a new temporary file.
         fps: Images per second.
+
+    Returns:
+        Path of the file.
 
     Raises:
         MissingDependencyError: If imageio is not installed.
@@ -213,7 +219,7 @@ def is_wandb_available() -> bool:
 
 
 def is_torch_version(operation: str, version: str) -> bool:
-    """Compare the version of torch.
+    """Return whether the version of torch compares to another one as stated.
 
     Args:
         operation: "<", "<=", "==", "!=", ">=" or ">".
@@ -223,7 +229,7 @@ def is_torch_version(operation: str, version: str) -> bool:
 
 
 def is_accelerate_version(operation: str, version: str) -> bool:
-    """Compare the version of accelerate; False if it is not installed.
+    """Return whether the version of accelerate compares as stated; False if it is not installed.
 
     Args:
         operation: "<", "<=", "==", "!=", ">=" or ">".

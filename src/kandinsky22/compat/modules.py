@@ -22,8 +22,12 @@ ROOT = "kandinsky22"
 # Modules that define names which are not public names of kandinsky22.
 _FUNCTIONS = f"{ROOT}.compat.functions"
 _TRAINING = f"{ROOT}.compat.training"
-_PROCESSORS = f"{ROOT}.compat.attention"
+_ATTENTION = (
+    "AttnAddedKVProcessor AttnAddedKVProcessor2_0 AttnProcessor AttnProcessor2_0 SlicedAttnAddedKVProcessor "
+    "SlicedAttnProcessor XFormersAttnAddedKVProcessor XFormersAttnProcessor"
+)
 SOURCE_OF = {
+    **dict.fromkeys(_ATTENTION.split(), f"{ROOT}.models.attention_processors"),
     "BaseOutput": f"{ROOT}.compat.functions",
     "CLIPImageProcessor": "transformers",
     "CLIPTextModelWithProjection": "transformers",
@@ -92,7 +96,7 @@ _SCHEDULERS = {
 }
 _22 = "pipelines.kandinsky2_2"
 
-# The names of each path. A path that ends in ".*" has the names of a whole module.
+# The names of each path; "*" stands for those of a whole module.
 NAMES: dict[str, str] = {
     "image_processor": "VaeImageProcessor",
     "optimization": "get_scheduler",
@@ -105,7 +109,7 @@ NAMES: dict[str, str] = {
     "utils.outputs": "BaseOutput",
     "utils.pil_utils": "PIL_INTERPOLATION make_image_grid numpy_to_pil pt_to_pil",
     "utils.torch_utils": "is_compiled_module randn_tensor",
-    "models.attention_processor": "*",
+    "models.attention_processor": _ATTENTION,
     "models.autoencoders": "VQModel",
     "models.autoencoders.vq_model": "VQModel",
     "models.modeling_utils": "ModelMixin",
@@ -143,7 +147,7 @@ NAMES: dict[str, str] = {
     f"{_22}.pipeline_kandinsky2_2_prior_emb2emb": f"KandinskyV22PriorEmb2EmbPipeline {_PRIOR_PARTS}",
     **{f"schedulers.scheduling_{file}": names for file, names in _SCHEDULERS.items()},
 }
-WHOLE_MODULES = {"utils.logging": f"{ROOT}.verbosity", "models.attention_processor": _PROCESSORS}
+WHOLE_MODULES = {"utils.logging": f"{ROOT}.verbosity"}
 
 PACKAGES = {"models", "pipelines", "schedulers", *(path.partition(".")[0] for path in NAMES)}  # attributes of the root
 

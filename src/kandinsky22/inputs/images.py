@@ -213,12 +213,14 @@ def array_to_rgb(argument: str, array: Array) -> Array:
             [0, 1]. A fourth channel (alpha) is dropped, a single one is repeated.
 
     Raises:
-        InputError: If the array has another shape, dtype or range.
+        InputError: If the array has another shape, dtype or range, or masked values.
     """
+    array = validation.plain_array(argument, array)
     batch = array[..., None] if array.ndim == 2 else array
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or 0 in batch.shape or batch.shape[3] not in (1, 3, 4):
         raise invalid(argument, array, ARRAY_KINDS)
+    validation.pixel_count(argument, array, batch.shape[:3])
     if batch.dtype != np.uint8:
         if not np.issubdtype(batch.dtype, np.floating):
             raise invalid(argument, array, ARRAY_KINDS)
@@ -235,6 +237,7 @@ def _tensor_pixels(argument: str, item: Tensor, size: tuple[int, int], signed: b
         raise invalid(argument, item, TENSOR_KINDS)
     if batch.dtype != torch.uint8 and not batch.is_floating_point():
         raise invalid(argument, item, TENSOR_KINDS)
+    validation.pixel_count(argument, item, (batch.shape[0], *batch.shape[2:]))
     pixels = validation.finite_tensor(argument, batch.detach().float().cpu())
     pixels = pixels / 255 if batch.dtype == torch.uint8 else pixels
     low, high = (float(extreme) for extreme in pixels.aminmax())
@@ -262,6 +265,7 @@ def _pictures(argument: str, item: Any) -> list[Image]:
         return array_to_pil(array_to_rgb(argument, item))
     if not isinstance(item, Tensor):
         return [convert_mode(argument, open_image(argument, item))]
+    validation.dense(argument, item)
     height, width = item.shape[-2:] if item.ndim >= 2 else (0, 0)
     pixels, unit_range = _tensor_pixels(argument, item, (height, width), True)
     unit_pixels = pixels if unit_range else (pixels * 0.5 + 0.5).clamp(0, 1)
@@ -348,10 +352,14 @@ def make_image_grid(images: Sequence[Image], rows: int, cols: int, resize: int |
     Raises:
         InputError: If the number of images does not fill the grid, or is 0.
     """
-    if not images or len(images) != rows * cols:
+    rows, cols = (validation.positive_int(name, value) for name, value in (("rows", rows), ("cols", cols)))
+    if not isinstance(images, Sequence) or not all(isinstance(image, Image) for image in images):
+        raise invalid("images", images, "a list of PIL images")
+    if len(images) != rows * cols:
         raise invalid("len(images)", len(images), f"rows x cols = {rows} x {cols}, and at least one, to fill the grid")
     if resize is not None:
-        images = [image.resize((resize, resize)) for image in images]
+        side = validation.positive_int("resize", resize, validation.MAX_SIDE)
+        images = [image.resize((side, side)) for image in images]
     width, height = images[0].size
     grid = PIL.Image.new("RGB", size=(cols * width, rows * height))
     for index, image in enumerate(images):

@@ -90,6 +90,8 @@ def interpolation_items(
 def _pixels_or_embeddings(
     argument: str, item: Any, *, embedding_dim: int, image_size: int, image_processor: Any
 ) -> Tensor:
+    if isinstance(item, Tensor):
+        validation.dense(argument, item)
     if isinstance(item, np.ndarray | Tensor) and item.ndim <= 2 and item.dtype != np.uint8:
         return validation.image_embeddings(argument, item, embedding_dim)
     if isinstance(item, Tensor):

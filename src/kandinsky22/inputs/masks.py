@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ def masks_to_tensor(argument: str, value: Any, size: tuple[int, int]) -> Tensor:
     """Return masks as a tensor (batch, 1, height, width), float32: 1 where the image is repainted, 0 elsewhere.
 
     Masks are white (repaint) and black; half brightness and above counts as white. Transparent parts are black: masks
-    are laid over black. A mask that is black everywhere is reported by a warning. Masks of another size are resized: PIL images with a Lanczos filter, arrays and tensors to the nearest pixel.
+    are laid over black. A mask that is black everywhere is reported by a warning.
+    Masks of another size are resized: PIL images with a Lanczos filter, arrays and tensors to the nearest pixel.
 
     Args:
         argument: Name of the argument, for messages.
@@ -92,12 +94,17 @@ def resize_mask(mask: Image, size: tuple[int, int]) -> Image:
 
 def _channels_first(argument: str, item: Any) -> Tensor:
     """One or more masks, an array or a tensor, as a tensor (n, C, H, W)."""
+    if isinstance(item, Tensor):
+        validation.dense(argument, item)
+    validation.pixel_count(argument, item, item.shape)
     is_array = isinstance(item, np.ndarray)
     try:
         masks: Tensor = (
-            torch.from_numpy(np.array(item, dtype=item.dtype.newbyteorder("=")))
+            torch.from_numpy(
+                np.array(validation.plain_array(argument, item, MASK_KINDS), dtype=item.dtype.newbyteorder("="))
+            )
             if is_array
-            else validation.dense(argument, item).detach().cpu()
+            else item.detach().cpu()
         )
     except TypeError as error:
         raise invalid(argument, item, MASK_KINDS) from error
@@ -257,16 +264,22 @@ def crop_region(mask: Image, size: tuple[int, int], padding: int = 0) -> CropReg
     Raises:
         InputError: If the mask is black everywhere, or if `padding` is not an integer of at least 0.
     """
-    validation.non_negative_int("padding_mask_crop", padding)
+    padding = _checked_padding(padding)
     box = mask.convert("L").getbbox()
     if box is None:
         raise invalid("mask_image", mask, "a mask with white pixels", "nothing would be repainted")
-    padding = min(int(padding), max(mask.size))  # more would change nothing
+    padding = min(padding, max(mask.size))  # more would change nothing
     left, right = max(box[0] - padding, 0), min(box[2] + padding, mask.width)
     top, bottom = max(box[1] - padding, 0), min(box[3] + padding, mask.height)
     left, right = _widened(left, right, (bottom - top) * size[1] // size[0], mask.width)
     top, bottom = _widened(top, bottom, (right - left) * size[0] // size[1], mask.height)
     return CropRegion(left, top, right, bottom)
+
+
+def _checked_padding(padding: Any) -> int:
+    if isinstance(padding, bool) or not isinstance(padding, numbers.Integral) or int(padding) < 0:
+        raise invalid("padding_mask_crop", padding, "an integer of at least 0")
+    return int(padding)
 
 
 def _widened(start: int, stop: int, length: int, limit: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ names the argument, its value and what is accepted.
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -17,35 +18,40 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 
+MAX_INTEGER = 2**31 - 1  # torch's kernels count in 32 bits
+MAX_COPIES = 10_000  # images per prompt: more do not fit into any memory
+MAX_BATCH_PIXELS = 2**30
+MAX_SIDE = 16_384  # pixels: attention over more does not fit into any memory
 
-def positive_int(argument: str, value: Any) -> int:
+
+def positive_int(argument: str, value: Any, highest: int = MAX_INTEGER) -> int:
     """Return an integer of at least 1.
 
     Args:
         argument: Name of the argument, for the message.
         value: Its value. NumPy integers are accepted, booleans and floats are not.
+        highest: Largest accepted integer.
 
     Raises:
         InputError: If `value` is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
         raise invalid(argument, value, "an integer of at least 1")
+    if int(value) > highest:
+        raise invalid(argument, value, f"an integer of at most {highest}")
     return int(value)
 
 
-def non_negative_int(argument: str, value: Any) -> int:
-    """Return an integer of at least 0.
+def copy_count(value: Any) -> int:
+    """Return a valid `num_images_per_prompt`.
 
     Args:
-        argument: Name of the argument, for the message.
-        value: Its value. NumPy integers are accepted, booleans and floats are not.
+        value: Its value.
 
     Raises:
-        InputError: If `value` is anything else.
+        InputError: If `value` is not an integer from 1 to `MAX_COPIES`.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 0:
-        raise invalid(argument, value, "an integer of at least 0")
-    return int(value)
+    return positive_int("num_images_per_prompt", value, MAX_COPIES)
 
 
 def finite_float(argument: str, value: Any) -> float:
@@ -56,11 +62,15 @@ def finite_float(argument: str, value: Any) -> float:
         value: Its value. NumPy numbers are accepted, booleans are not.
 
     Raises:
-        InputError: If `value` is anything else, NaN or infinite.
+        InputError: If `value` is anything else, NaN, infinite or beyond the range of floating-point numbers.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+    except OverflowError:  # an integer or a fraction may be larger than any float
+        number = math.inf
+    if not math.isfinite(number):
         raise invalid(argument, value, "a finite number")
-    return float(value)
+    return number
 
 
 def strict_bool(argument: str, value: Any) -> bool:
@@ -127,19 +137,35 @@ def output_format(output_type: Any, return_dict: Any, accepted: Sequence[str]) -
     strict_bool("return_dict", return_dict)
 
 
-def optional_callable(argument: str, value: Any) -> Callable[..., Any] | None:
+def optional_callable(argument: str, value: Any, parameters: Sequence[str] = ()) -> Callable[..., Any] | None:
     """Return a callable or None.
 
     Args:
         argument: Name of the argument, for the message.
         value: Its value.
+        parameters: Names of the positional arguments that the callable receives; none are not checked.
 
     Raises:
-        InputError: If `value` is neither.
+        InputError: If `value` is neither, or if the callable does not take these arguments.
     """
     if value is not None and not callable(value):
         raise invalid(argument, value, "a function or None")
-    return value
+    if value is not None and parameters and not _takes(value, len(parameters)):
+        raise invalid(argument, value, f"a function of {len(parameters)} arguments ({', '.join(parameters)})")
+    return value  # type: ignore[no-any-return]
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Return whether a function can be called with this number of positional arguments, as far as Python knows."""
+    try:
+        signature = inspect.signature(function)
+    except Exception:  # functions of extension modules, and objects with a broken `__signature__`
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def generators_per_item(value: Any, num_images: int, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
@@ -177,7 +203,7 @@ def initial_latents(value: Any, shape: tuple[int, ...]) -> Tensor:
     Raises:
         InputError: If `value` is not such a tensor.
     """
-    if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) != shape:
+    if not isinstance(value, Tensor) or dense("latents", value).is_complex() or tuple(value.shape) != shape:
         raise invalid("latents", value, f"a tensor of real numbers of shape {shape}")
     return finite_tensor("latents", value)
 
@@ -199,9 +225,14 @@ def image_embeddings(argument: str, value: Any, width: int) -> Tensor:
         items = [image_embeddings(f"{argument}[{index}]", item, width) for index, item in enumerate(value)]
         return torch.cat(items)
     embeds = value
-    if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
-        native_dtype = f"=f{min(value.dtype.itemsize, 8)}"  # torch reads neither foreign byte orders nor long doubles
-        embeds = torch.from_numpy(value.astype(native_dtype))
+    if isinstance(value, np.ndarray):
+        array = plain_array(argument, value)
+        if np.issubdtype(array.dtype, np.floating) and array.size <= MAX_COPIES * width:
+            native_dtype = f"=f{min(array.dtype.itemsize, 8)}"  # torch reads neither other byte orders nor long doubles
+            with np.errstate(over="ignore"):  # infinity is reported below
+                embeds = torch.from_numpy(array.astype(native_dtype))
+    if isinstance(embeds, Tensor):
+        dense(argument, embeds)
     if isinstance(embeds, Tensor) and embeds.ndim == 1:
         embeds = embeds[None]
     if (
@@ -209,42 +240,87 @@ def image_embeddings(argument: str, value: Any, width: int) -> Tensor:
         or not embeds.is_floating_point()
         or embeds.ndim != 2
         or embeds.shape[1] != width
-        or embeds.shape[0] == 0
+        or not 1 <= embeds.shape[0] <= MAX_COPIES
     ):
         raise invalid(argument, value, f"a floating-point tensor or array of shape (batch, {width}), or a list of them")
-    return finite_tensor(argument, embeds)
+    finite_tensor(argument, embeds)
+    return embeds.float() if embeds.dtype.itemsize == 1 else embeds  # types of 8 bits cannot be concatenated
 
 
 def dense(argument: str, value: Tensor) -> Tensor:
-    """Return a tensor that stores all of its values.
+    """Return a tensor that stores all of its values, one number each.
 
     Args:
         argument: Name of the argument, for the message.
         value: The tensor.
 
     Raises:
-        InputError: If the tensor is sparse or on the meta device.
+        InputError: If the tensor is nested, sparse, quantized or on the meta device.
     """
+    if value.is_nested:
+        raise invalid(argument, value, "a tensor with one shape", "call to_padded_tensor(0.0) first")
     if value.layout != torch.strided:
         raise invalid(f"{argument}.layout", value.layout, "torch.strided", "call to_dense() first")
-    if value.is_meta and type(value) is Tensor:  # a subclass may report the meta device and store values of its own
+    if value.is_quantized:
+        raise invalid(f"{argument}.dtype", value.dtype, "a type that is not quantized", "call dequantize() first")
+    # Other subclasses may report the meta device and store values of their own.
+    if value.is_meta and type(value) in (Tensor, torch.nn.Parameter):
         raise invalid(f"{argument}.device", value.device, "a device that stores values, which 'meta' does not")
     return value
 
 
 def finite_tensor(argument: str, value: Tensor) -> Tensor:
-    """Return a dense tensor without NaN or infinity.
+    """Return a dense tensor whose values are finite as float32 too, which the networks' types do not exceed.
 
     Args:
         argument: Name of the argument, for the message.
         value: The tensor.
 
     Raises:
-        InputError: If the tensor is sparse, on the meta device, or holds NaN or infinity.
+        InputError: If the tensor is not `dense`, or holds NaN, infinity or values beyond the range of float32.
     """
-    if not bool(torch.isfinite(dense(argument, value)).all()):
+    # Types of 8 bits have no functions of their own.
+    values = dense(argument, value)
+    is_narrow = values.is_floating_point() and values.dtype.itemsize == 1
+    values = values.float() if is_narrow or values.dtype == torch.float64 else values
+    if not bool(torch.isfinite(values).all()):
         raise invalid(argument, value, "finite values, without NaN and infinity")
     return value
+
+
+def plain_array(
+    argument: str, value: np.ndarray[Any, Any], expected: str = "an array of numbers"
+) -> np.ndarray[Any, Any]:
+    """Return an array of numbers or booleans as an instance of `np.ndarray` itself, whose slices have its dimensions.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: An array, possibly of a subclass such as `np.matrix`.
+        expected: Description of the accepted arrays, for the message.
+
+    Raises:
+        InputError: If values are masked, or if the values are objects, texts, dates or records.
+    """
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise invalid(argument, value, "an array without masked values", "call filled() first")
+    if value.dtype.kind not in "biufc":
+        raise invalid(argument, value, expected)
+    return np.asarray(value)
+
+
+def pixel_count(argument: str, value: Any, shape: Sequence[int]) -> None:
+    """Check that a batch of images is not larger than any memory.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: A tensor or an array, which may repeat few values without storing them.
+        shape: Its number of images, height and width.
+
+    Raises:
+        InputError: If the images have more than `MAX_BATCH_PIXELS` pixels in total.
+    """
+    if math.prod(shape) > MAX_BATCH_PIXELS:
+        raise invalid(argument, value, f"at most {MAX_BATCH_PIXELS} pixels in total")
 
 
 def values_in_range(argument: str, low: float, high: float, limits: tuple[float, float], expected: str) -> None:
@@ -284,7 +360,7 @@ def replacement_tensor(
         raise invalid(argument, value, "no tensor of this name", "this call has no such tensor to replace")
     batch_sizes = dict.fromkeys((len(current), other_batch_size))
     shapes = [(batch_size, *current.shape[1:]) for batch_size in batch_sizes if batch_size is not None]
-    if not isinstance(value, Tensor) or value.is_complex() or tuple(value.shape) not in shapes:
+    if not isinstance(value, Tensor) or dense(argument, value).is_complex() or tuple(value.shape) not in shapes:
         raise invalid(argument, value, f"a real tensor of shape {' or '.join(map(str, shapes))}")
     return dense(argument, value).to(current)
 

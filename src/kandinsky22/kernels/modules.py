@@ -29,9 +29,17 @@ def internal_hook(hook: H) -> H:
 
     Args:
         hook: Hook of a module.
+
+    Returns:
+        The same function.
     """
     _INTERNAL_HOOKS.add(hook)
     return hook
+
+
+def has_global_hooks() -> bool:
+    """Return whether there are hooks of all modules of the process."""
+    return any(_GLOBAL_HOOKS)
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
@@ -40,15 +48,10 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    return any(_GLOBAL_HOOKS) or any(
-        hooks and not _INTERNAL_HOOKS.issuperset(hooks.values())
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if not any(own):
+        return any(_GLOBAL_HOOKS)
+    return any(_GLOBAL_HOOKS) or not all(_INTERNAL_HOOKS.issuperset(hooks.values()) for hooks in own)
 
 
 def runs_own_forward(module: nn.Module) -> bool:

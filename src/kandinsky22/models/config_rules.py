@@ -40,6 +40,9 @@ class Settings:
             name: Name of the setting, or an expression such as ``block_out_channels[1]``.
             accepted: Whether its value is accepted.
             expected: Description of accepted values.
+
+        Raises:
+            ConfigError: If it is not.
         """
         if not accepted:
             value = self._values[name] if name in self._values else self._element(name)
@@ -97,6 +100,9 @@ class Settings:
             name: Name of the setting.
             kinds: Names of accepted types.
             levels: Number of resolution levels.
+
+        Raises:
+            ConfigError: If a type is unknown, or their number differs.
         """
         types = self._values[name]
         self.check(name, isinstance(types, tuple), f"a list of {levels} names of stages")
@@ -112,6 +118,9 @@ class Settings:
 
         Args:
             count: Parameters of the network, to within a factor of two.
+
+        Raises:
+            ConfigError: If there are too many.
         """
         if count > MAX_PARAMETERS:
             expected = f"about {MAX_PARAMETERS:.1e} at most (16 GiB in float32)"

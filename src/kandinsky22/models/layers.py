@@ -15,7 +15,7 @@ from kandinsky22.kernels import group_norm
 from kandinsky22.kernels.conv import Conv2d, apply_conv, upsample2x
 from kandinsky22.kernels.group_norm import ScaleShift
 from kandinsky22.kernels.linear import apply_linear
-from kandinsky22.kernels.modules import has_foreign_hooks, runs_own_forward
+from kandinsky22.kernels.modules import has_foreign_hooks, has_global_hooks, runs_own_forward
 from kandinsky22.models.movq_tiling import RowSource, row_statistics
 from kandinsky22.runtime.device_offload import has_offload_forward
 
@@ -198,6 +198,9 @@ def _modulate_tiles(normed: Tensor, modulation: Modulation, *, inplace: bool) ->
     return normed
 
 
+PLAIN_LAYERS = frozenset((Conv2d, GroupNorm, nn.Linear))
+
+
 def downsample2x(features: Tensor) -> Tensor:
     """Return features (batch, channels, H / 2, W / 2): the mean of each 2x2 square.
 
@@ -287,7 +290,20 @@ class ResidualBlock(nn.Module):
         return hidden + shortcut if torch.is_grad_enabled() else hidden.add_(shortcut)
 
     def _layers_are_private(self) -> bool:
-        return all(layer is None or is_private(layer) for layer in self._modules.values())
+        """Return whether all layers are private; for those that usually are, with few operations."""
+        if torch.compiler.is_compiling():
+            return True
+        if has_global_hooks():
+            return False
+        for layer in self._modules.values():
+            if layer is None:
+                continue
+            is_plain = type(layer) in PLAIN_LAYERS and "forward" not in layer.__dict__
+            if is_plain and not (layer._forward_hooks or layer._forward_pre_hooks):
+                continue
+            if not is_private(layer):
+                return False
+        return True
 
 
 def is_private(module: nn.Module) -> bool:

@@ -394,6 +394,9 @@ def run_stages(
         stages: Stages in the order of their use.
         features: Tensor (batch, channels, H, W).
         latents: Tensor (batch, latent_channels, h, w) for the decoder's norms; None in the encoder.
+
+    Returns:
+        Output of the last stage.
     """
     if network.gradient_checkpointing and torch.is_grad_enabled():
         for stage in stages:

@@ -432,8 +432,8 @@ class DiffusionPipeline(
             save_directory: Folder to write to.
             max_shard_size: Largest weight file, in bytes or as text such as "5GB".
             variant: Variant in the names of the weight files; None for none.
-            safe_serialization: Whether prior, UNet and MoVQ are written as safetensors instead of pickled files. Pickled
-                files replace safetensors of the same variant, which would be read first.
+            safe_serialization: Whether prior, UNet and MoVQ are written as safetensors instead of pickled files. The
+                latter replace safetensors of the same variant, which would be read first.
 
         Raises:
             CheckpointError: If the folder cannot be written.

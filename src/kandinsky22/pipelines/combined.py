@@ -211,7 +211,7 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         latents = sampling.latents
         # latents with two dimensions are initial noise of the prior, with four of the decoder
         for_prior = isinstance(latents, Tensor) and latents.ndim == 2
-        images_per_prompt = validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
+        images_per_prompt = validation.copy_count(output.num_images_per_prompt)
         with _prior_arguments():
             prior_sampling = prior_options.sampling(sampling.generator, latents if for_prior else None)
             prior_plan = prior._plan(pairs, images_per_prompt, prior_sampling)

@@ -193,7 +193,7 @@ class DecoderPipeline(DenoisingPipeline):
     ) -> Images:
         """Run a whole call from image embeddings."""
         self._require("unet", "scheduler", "movq")
-        copies = validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
+        copies = validation.copy_count(output.num_images_per_prompt)
         tensors = self._condition_tensors(embeddings, copies, guided=sampling.guidance.enabled)
         batch = len(tensors["image_embeds"]) // (2 if sampling.guidance.enabled else 1)
         return self._generate(self._plan(batch // copies, sampling, output, inputs), tensors)
@@ -210,7 +210,7 @@ class DecoderPipeline(DenoisingPipeline):
         self._check_unet()
         if "image" in self._image_inputs:
             self._require_add_noise()
-        batch = embedding_count * validation.positive_int("num_images_per_prompt", output.num_images_per_prompt)
+        batch = embedding_count * validation.copy_count(output.num_images_per_prompt)
         shape = self._latent_shape(batch, output)
         plan = self._plan_sampling(sampling, shape=shape, images=batch)
         if self._accepts_strength:
@@ -259,7 +259,7 @@ class DecoderPipeline(DenoisingPipeline):
         factor = self.movq_scale_factor
         sides = []
         for name, side in (("height", output.height), ("width", output.width)):
-            pixels = self.default_size if side is None else validation.positive_int(name, side)
+            pixels = self.default_size if side is None else validation.positive_int(name, side, validation.MAX_SIDE)
             sides.append(-(-pixels // factor**2) * factor)
         return batch, unwrapped(self.movq).config.latent_channels, sides[0], sides[1]
 

@@ -26,6 +26,9 @@ StepEndCallback: TypeAlias = Callable[[Any, int, Any, dict[str, Any]], "Mapping[
 LegacyCallback: TypeAlias = Callable[[int, Any, Tensor], Any]
 """`callback`: (step, timestep, latents)."""
 
+STEP_END_PARAMETERS = ("pipe", "step", "timestep", "tensors")
+CALLBACK_PARAMETERS = ("step", "timestep", "latents")
+
 LATENTS = ["latents"]  # tensors that `callback_on_step_end` receives by default
 
 
@@ -60,9 +63,9 @@ class Callbacks:
             InputError: If a callback is not callable, or another field is invalid.
         """
         return Callbacks(
-            validation.optional_callable("callback_on_step_end", self.on_step_end),
+            validation.optional_callable("callback_on_step_end", self.on_step_end, STEP_END_PARAMETERS),
             validation.subset_of("callback_on_step_end_tensor_inputs", self.tensor_inputs, accepted_tensors),
-            validation.optional_callable("callback", self.callback),
+            validation.optional_callable("callback", self.callback, CALLBACK_PARAMETERS),
             1 if self.callback_steps is None else validation.positive_int("callback_steps", self.callback_steps),
         )
 

@@ -270,9 +270,8 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         """
         encoder = self._components["image_encoder"]
         size = encoder.config.image_size
-        embed = cached_zero_embed(
-            encoder, unwrapped(self.prior).dtype, lambda: self.encode_pixels(torch.zeros(1, 3, size, size, dtype=torch.float32))
-        )
+        black = torch.zeros(1, 3, size, size, dtype=torch.float32)
+        embed = cached_zero_embed(encoder, unwrapped(self.prior).dtype, lambda: self.encode_pixels(black))
         finite_result("the embedding of the all-zero image", embed)
         return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
 
@@ -378,6 +377,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         guidance_threshold: float | None = None,
         timesteps: Timesteps = None,
         sigmas: Sigmas = None,
+        prompt_weights: bool = False,
     ) -> KandinskyPriorPipelineOutput:
         """Return the weighted sum of the embeddings of texts and images.
 
@@ -402,6 +402,8 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             guidance_threshold: See `Guidance.threshold`.
             timesteps: Descending timesteps instead of a number of steps, for schedulers that accept them.
             sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
+            prompt_weights: Whether brackets in the texts are weights: (words), (words:1.5) and [words]. See
+                `inputs.weighted_prompts`.
 
         Returns:
             The interpolated embeddings and their negatives, each (num_images_per_prompt, embedding_dim).
@@ -409,7 +411,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         Raises:
             InputError: If an argument is invalid; raised before any network runs.
         """
-        copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
+        copies = validation.copy_count(num_images_per_prompt)
         items = interpolation.interpolation_items(
             images_and_prompts, weights, batch_size=copies, **self._image_options()
         )
@@ -429,10 +431,12 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             generator,
             latents,
         )
-        negative_pairs = prompts.PromptPairs(negatives, against and against * len(negatives))
+        negative_pairs = prompts.PromptPairs(negatives, against and against * len(negatives), prompt_weights)
         negative_plan = self._plan(negative_pairs, copies // len(negatives), sampling)
         plans = [
-            self._plan(prompts.PromptPairs([item], against), copies, sampling) if isinstance(item, str) else None
+            self._plan(prompts.PromptPairs([item], against, prompt_weights), copies, sampling)
+            if isinstance(item, str)
+            else None
             for item in items
         ]
         dim = unwrapped(self.prior).config.embedding_dim
@@ -539,7 +543,7 @@ class KandinskyV22PriorPipeline(NoiseStart, PriorPipeline):
             latents,
         )
         pairs = prompts.prompt_pairs(prompt, negative_prompt, prompt_weights)
-        copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
+        copies = validation.copy_count(num_images_per_prompt)
         plan = self._plan(pairs, copies, sampling)
         return self._result(self._sample_embeddings(plan), output_type, return_dict)
 
@@ -621,7 +625,7 @@ class KandinskyV22PriorEmb2EmbPipeline(ImageStart, PriorPipeline):
             generator,
         )
         pairs = prompts.prompt_pairs(prompt, negative_prompt, prompt_weights)
-        copies = validation.positive_int("num_images_per_prompt", num_images_per_prompt)
+        copies = validation.copy_count(num_images_per_prompt)
         plan = self._plan(pairs, copies, sampling, image=image)
         shortened = dataclasses.replace(plan, sampling=plan.sampling.with_strength(strength))
         embeddings = self._sample_embeddings(shortened)

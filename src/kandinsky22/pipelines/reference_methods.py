@@ -223,7 +223,7 @@ def upload_folder(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> str:
-    """Upload a folder to a repository on the Hub, and return the address of the commit.
+    """Upload a folder to a repository on the Hub.
 
     Args:
         folder: The folder.
@@ -233,6 +233,9 @@ def upload_folder(
         token: Access token of the Hub; None for the stored one.
         create_pr: Whether the commit opens a pull request.
         revision: Branch to write to; None for the default branch.
+
+    Returns:
+        Address of the commit.
 
     Raises:
         InputError: If the repository's name is no name.

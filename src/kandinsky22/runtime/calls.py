@@ -301,7 +301,9 @@ def _host_device() -> contextlib.AbstractContextManager[Any]:
 
     Networks and inputs name their device; everything else is computed on the CPU.
     """
-    default: torch.device = torch.get_default_device() if hasattr(torch, "get_default_device") else torch.empty(0).device
+    default: torch.device = (
+        torch.get_default_device() if hasattr(torch, "get_default_device") else torch.empty(0).device
+    )
     return contextlib.nullcontext() if default.type == "cpu" else torch.device("cpu")
 
 
@@ -328,7 +330,7 @@ def check_fork() -> None:
     thread that was started after the fork.
 
     Raises:
-        ForkError: If this thread used networks, forked, and now runs in the new process, and torch uses several threads.
+        ForkError: If this thread used networks, forked, and runs in the new process, and torch uses several threads.
     """
     # torch initialises the number of threads here. Otherwise a new thread's first operation would do so, unless that is
     # one of oneDNN, which would run with another number of threads and round differently.

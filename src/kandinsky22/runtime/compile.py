@@ -24,6 +24,7 @@ from kandinsky22.errors import InputError, MissingDependencyError, invalid
 from kandinsky22.kernels.conv import apply_conv
 from kandinsky22.kernels.linear import ONEDNN_DTYPES, apply_linear, packing_layers
 from kandinsky22.kernels.modules import internal_hook
+from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import networks_in_memory
 from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
@@ -41,6 +42,7 @@ class CompileMixin:
         """All components by name."""
         raise NotImplementedError
 
+    @changes_networks
     def compile(
         self,
         *,
@@ -86,6 +88,7 @@ class CompileMixin:
             varied = dynamic or name.endswith("prior")
             compile_blocks(network, mode=_supported_mode(mode, name), dynamic=varied, backend=backend)
 
+    @changes_networks
     def uncompile(self) -> None:
         """Undo `compile`."""
         for network in networks_in_memory(self.components).values():

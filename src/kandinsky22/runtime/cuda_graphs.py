@@ -40,7 +40,7 @@ class CudaGraphMixin:
 
         The first call with a new size or batch size records a graph, which takes as long as three steps and holds the
         memory of a step's features. Later calls replay it. Results do not change. Feature caching and offloading
-        exclude graphs: steps run as usual then. Forward hooks run while a graph is recorded, not when it is replayed.
+        exclude graphs, and so do hooks: steps run as usual then.
         Weights may change between calls, but must not be moved during one.
 
         Raises:
