@@ -12,9 +12,9 @@ from PIL import Image
 from tests.cli.helpers import SIZE, Command, assert_one_line, pixels, stored
 
 from kandinsky22.cli import generate
-from kandinsky22.errors import NotFiniteError
 from kandinsky22.cli.request import Request
 from kandinsky22.cli.sheets import GAP, MARGIN, MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
+from kandinsky22.errors import NotFiniteError
 
 GRID = ("--scheduler", "dpm,heun", "--steps", "2,3", "--guidance", "1,3", "--seed", 5)
 

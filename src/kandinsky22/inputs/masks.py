@@ -264,7 +264,7 @@ def crop_region(mask: Image, size: tuple[int, int], padding: int = 0) -> CropReg
     Raises:
         InputError: If the mask is black everywhere, or if `padding` is not an integer of at least 0.
     """
-    padding = _checked_padding(padding)
+    padding = crop_padding(padding)
     box = mask.convert("L").getbbox()
     if box is None:
         raise invalid("mask_image", mask, "a mask with white pixels", "nothing would be repainted")
@@ -276,7 +276,15 @@ def crop_region(mask: Image, size: tuple[int, int], padding: int = 0) -> CropReg
     return CropRegion(left, top, right, bottom)
 
 
-def _checked_padding(padding: Any) -> int:
+def crop_padding(padding: Any) -> int:
+    """Return a valid `padding_mask_crop`.
+
+    Args:
+        padding: Its value.
+
+    Raises:
+        InputError: If it is not an integer of at least 0.
+    """
     if isinstance(padding, bool) or not isinstance(padding, numbers.Integral) or int(padding) < 0:
         raise invalid("padding_mask_crop", padding, "an integer of at least 0")
     return int(padding)

@@ -58,13 +58,14 @@ def text_list(argument: str, value: Any) -> list[str]:
     if isinstance(value, str):
         _check_surrogates(argument, value)
         return [value]
-    if not isinstance(value, list | tuple) or not value:
+    texts = validation.listed(argument, value) if isinstance(value, list | tuple) else []
+    if not texts:
         raise invalid(argument, value, "a string or a list of at least one string")
-    for index, item in enumerate(value):
+    for index, item in enumerate(texts):
         if not isinstance(item, str):
             raise invalid(f"{argument}[{index}]", item, "a string")
         _check_surrogates(f"{argument}[{index}]", item)
-    return list(value)
+    return texts
 
 
 def prompt_pairs(prompt: Any, negative_prompt: Any, prompt_weights: Any = False) -> PromptPairs:

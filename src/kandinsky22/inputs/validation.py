@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import invalid
+from kandinsky22.errors import InputError, invalid
 
 MAX_INTEGER = 2**31 - 1  # torch's kernels count in 32 bits
 MAX_COPIES = 10_000  # images per prompt: more do not fit into any memory
@@ -122,6 +123,108 @@ def subset_of(argument: str, value: Any, accepted: Sequence[str]) -> tuple[str, 
     return tuple(one_of(argument, item, accepted) for item in value)
 
 
+def names_among(argument: str, value: Any, accepted: Sequence[str], what: str) -> list[str]:
+    """Return names of a list, a set or any other iterable, each once and in their order.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The names.
+        accepted: The names that are accepted.
+        what: Description of what they name, for the message, such as "networks that can be compiled".
+
+    Raises:
+        InputError: If `value` is a single string or no iterable, or if one of its items is not accepted.
+    """
+    expected = f"a list of names of {what} ({', '.join(accepted) or 'this pipeline has none'})"
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise invalid(argument, value, expected)
+    names: dict[str, None] = {}
+    try:
+        for name in value:
+            if not isinstance(name, str) or name not in accepted:
+                raise invalid(argument, [name], expected)
+            names[str(name)] = None
+    except InputError:
+        raise
+    except Exception as error:  # an iterator may fail in any way
+        raise invalid(argument, value, expected) from error
+    return list(names)
+
+
+def listed(argument: str, value: Any) -> list[Any]:
+    """Return the items of a list or a tuple as a plain list.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: An instance of a subclass of list or tuple, which somebody may have written.
+
+    Raises:
+        InputError: If the items cannot be read.
+    """
+    try:
+        return list(value)
+    except Exception as error:
+        raise invalid(argument, value, "a list whose items can be read") from error
+
+
+def existing_folder(argument: str, value: Any) -> str:
+    """Return the path of an existing folder.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The path.
+
+    Raises:
+        InputError: If `value` is no path, or no folder is there.
+    """
+    path: Any = None
+    try:
+        path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+        is_folder = isinstance(path, str) and os.path.isdir(path)
+    except Exception:  # a path-like object may fail in any way, and some characters are in no path
+        is_folder = False
+    if not is_folder:
+        raise invalid(argument, value, "an existing folder")
+    return str(path)
+
+
+def usable_device(device: torch.device | str | int, argument: str = "device") -> torch.device:
+    """Return a device after placing an empty tensor on it.
+
+    Args:
+        device: Any device of torch, or its name or index.
+        argument: Name of the argument, for messages.
+
+    Raises:
+        InputError: If it is anything else, or tensors cannot be placed there.
+    """
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise invalid(argument, device, "a torch.device, or the name or index of one")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except Exception as error:  # the type depends on the backend
+        reason = str(error).strip().split("\n")[0]
+        raise invalid(argument, device, "a device that torch can use here", f"torch reports: {reason}") from error
+
+
+def storing_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return a device on which tensors have values, or None.
+
+    Args:
+        device: Any device of torch but the meta device, or its name or index; None is the usual device.
+
+    Raises:
+        InputError: If it is anything else, or tensors cannot be placed there.
+    """
+    if device is None:
+        return None
+    usable = usable_device(device)
+    if usable.type == "meta":
+        raise invalid("device", device, "a device that stores values, which 'meta' does not")
+    return usable
+
+
 def output_format(output_type: Any, return_dict: Any, accepted: Sequence[str]) -> None:
     """Check the two arguments that select the form of a pipeline's result.
 
@@ -186,11 +289,12 @@ def generators_per_item(value: Any, num_images: int, batch_size: int) -> torch.G
     """
     if value is None or isinstance(value, torch.Generator):
         return value
-    if not isinstance(value, list | tuple) or not all(isinstance(item, torch.Generator) for item in value):
+    generators = listed("generator", value) if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(item, torch.Generator) for item in generators):
         raise invalid("generator", value, "a torch.Generator, a list of them, or None")
-    if len(value) not in (1, num_images, batch_size):
-        raise invalid("len(generator)", len(value), f"1 or {num_images}, one generator per image")
-    return value[0] if len(value) == 1 else [*value] * (batch_size // len(value))
+    if len(generators) not in (1, num_images, batch_size):
+        raise invalid("len(generator)", len(generators), f"1 or {num_images}, one generator per image")
+    return generators[0] if len(generators) == 1 else generators * (batch_size // len(generators))
 
 
 def initial_latents(value: Any, shape: tuple[int, ...]) -> Tensor:
@@ -220,9 +324,10 @@ def image_embeddings(argument: str, value: Any, width: int) -> Tensor:
         InputError: If `value` has another type or shape, or holds NaN or infinity.
     """
     if isinstance(value, list | tuple):
-        if not value:
+        rows = listed(argument, value)
+        if not rows:
             raise invalid(argument, value, "at least one embedding")
-        items = [image_embeddings(f"{argument}[{index}]", item, width) for index, item in enumerate(value)]
+        items = [image_embeddings(f"{argument}[{index}]", item, width) for index, item in enumerate(rows)]
         return torch.cat(items)
     embeds = value
     if isinstance(value, np.ndarray):

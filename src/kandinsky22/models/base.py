@@ -337,7 +337,7 @@ def checked_dtype(torch_dtype: Any) -> torch.dtype | None:
     """
     if torch_dtype is None:
         return torch.float32
-    if torch_dtype == "auto":
+    if isinstance(torch_dtype, str) and torch_dtype == "auto":
         return None
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise invalid("torch_dtype", torch_dtype, "a floating-point torch.dtype, 'auto' or None (float32)")

@@ -32,16 +32,16 @@ from kandinsky22.pipelines.component_io import (
 )
 from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
+from kandinsky22.pipelines.progress_bars import checked_options, new_bar
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
 from kandinsky22.runtime.calls import check_idle, loading_networks
 from kandinsky22.runtime.compile import CompileMixin
 from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
-from kandinsky22.runtime.device import STRATEGIES, mapped_device
+from kandinsky22.runtime.device import STRATEGIES, floating_dtype, mapped_device
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.placement import OffloadMixin
 from kandinsky22.runtime.quantize import QuantizeMixin
 from kandinsky22.sampling.presets import PRIOR_PREFIX
-from kandinsky22.verbosity import is_progress_bar_enabled
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -153,6 +153,8 @@ class DiffusionPipeline(
             InputError: If a component is missing, or is not one of this class.
         """
         torch_dtype = LoadArguments(dtype=components.pop("dtype", None)).dtype_or(torch_dtype)
+        if torch_dtype is not None:
+            floating_dtype(torch_dtype, "torch_dtype")
         names = cls.component_names()
         if not names:
             raise InputError(f"{cls.__name__} is a base class: call from_pipe on the pipeline class you want")
@@ -467,7 +469,12 @@ class DiffusionPipeline(
 
     @generation_defaults.setter
     def generation_defaults(self, arguments: Mapping[str, Any]) -> None:
-        if unknown := sorted(set(arguments) - self._call_arguments()):
+        if not isinstance(arguments, Mapping):
+            raise invalid("generation_defaults", arguments, "a mapping of call arguments by name")
+        names: list[Any] = list(arguments)
+        if unnamed := [name for name in names if not isinstance(name, str)]:
+            raise invalid("a key of generation_defaults", unnamed[0], "the name of an argument")
+        if unknown := sorted(set(names) - self._call_arguments()):
             raise InputError(f"generation_defaults: {type(self).__name__} does not accept {', '.join(unknown)}")
         self._generation_defaults = dict(arguments)
 
@@ -486,8 +493,11 @@ class DiffusionPipeline(
 
         Args:
             **options: Arguments of tqdm. Without `disable`, bars show if standard error is a terminal.
+
+        Raises:
+            InputError: If tqdm does not accept them. The options have not changed then.
         """
-        self._progress_bar_config = options
+        self._progress_bar_config = checked_options(options)
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """Return a tqdm progress bar.
@@ -497,16 +507,9 @@ class DiffusionPipeline(
             total: Number of steps of a bar without iterable; None with one.
 
         Raises:
-            InputError: Unless exactly one of the arguments is given.
+            InputError: Unless exactly one of the arguments is given, and valid.
         """
-        from tqdm.auto import tqdm as auto_tqdm
-
-        if (iterable is None) == (total is None):
-            raise InputError("progress_bar: expected either an iterable or total=")
-        options = {"disable": None, **self._progress_bar_config}
-        if not is_progress_bar_enabled():
-            options["disable"] = True
-        return auto_tqdm(iterable, total=total, **options)
+        return new_bar(iterable, total, self._progress_bar_config)
 
     def __repr__(self) -> str:
         lines = [f"  {name}: {_class_name(component)}" for name, component in self._components.items()]

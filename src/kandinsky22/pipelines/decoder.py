@@ -230,12 +230,13 @@ class DecoderPipeline(DenoisingPipeline):
         """Return the crops that the call repaints, and the inputs with those instead of the images."""
         if inputs.padding_mask_crop is None:
             return (), inputs
+        padding = masks.crop_padding(inputs.padding_mask_crop)
         if output.output_type != "pil":
             raise invalid(
                 "output_type", output.output_type, "'pil' with padding_mask_crop", "images may differ in size"
             )
         size = shape[2] * self.movq_scale_factor, shape[3] * self.movq_scale_factor
-        crops = tuple(masks.mask_crops(inputs.image, inputs.mask_image, size, inputs.padding_mask_crop))
+        crops = tuple(masks.mask_crops(inputs.image, inputs.mask_image, size, padding))
         pictures, repainted = zip(*((crop.cropped_picture(), crop.cropped_mask()) for crop in crops), strict=True)
         return crops, dataclasses.replace(inputs, image=pictures, mask_image=repainted)
 

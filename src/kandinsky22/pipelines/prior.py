@@ -267,13 +267,19 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         Args:
             batch_size: Number of rows.
             device: Device of the result; None for the execution device.
+
+        Raises:
+            InputError: If an argument is invalid, or the pipeline has no image encoder.
         """
+        validation.positive_int("batch_size", batch_size, validation.MAX_COPIES)
+        target = None if device is None else usable_device(device)
+        self._require("prior", "image_encoder")
         encoder = self._components["image_encoder"]
         size = encoder.config.image_size
         black = torch.zeros(1, 3, size, size, dtype=torch.float32)
         embed = cached_zero_embed(encoder, unwrapped(self.prior).dtype, lambda: self.encode_pixels(black))
         finite_result("the embedding of the all-zero image", embed)
-        return embed.repeat(batch_size, 1).to(self._execution_device if device is None else device)
+        return embed.repeat(int(batch_size), 1).to(self._execution_device if target is None else target)
 
     # Planning
 

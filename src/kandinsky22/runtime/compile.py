@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from kandinsky22.checkpoints.atomic_files import checked_save_path
 from kandinsky22.errors import InputError, MissingDependencyError, invalid
+from kandinsky22.inputs import validation
 from kandinsky22.kernels.conv import apply_conv
 from kandinsky22.kernels.linear import ONEDNN_DTYPES, apply_linear, packing_layers
 from kandinsky22.kernels.modules import internal_hook
@@ -70,19 +72,16 @@ class CompileMixin:
             MissingDependencyError: If the backend needs something that is not installed: a C++ compiler on CPUs, triton
                 on CUDA.
         """
-        if mode not in MODES:
-            raise invalid("mode", mode, f"one of {', '.join(MODES)}")
-        if not isinstance(dynamic, bool):
-            raise invalid("dynamic", dynamic, "True or False")
-        backends = torch.compiler.list_backends(exclude_tags=())
-        if backend not in backends:
-            raise invalid("backend", backend, f"one of {', '.join(backends)}")
+        validation.one_of("mode", mode, MODES)
+        validation.strict_bool("dynamic", dynamic)
+        validation.one_of("backend", backend, torch.compiler.list_backends(exclude_tags=()))
+        code_folder = None if cache_dir is None else checked_save_path(cache_dir, "cache_dir")
         networks = self._networks_to_compile(components, mode)
         if backend == "inductor":
             for device_type in {_device(network).type for network in networks.values()}:
                 check_tools(device_type)
-        if cache_dir is not None:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.fspath(cache_dir)
+        if code_folder is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code_folder)
         for name, network in networks.items():
             # Prompts differ in length, and with them the prior's sizes.
             varied = dynamic or name.endswith("prior")
@@ -97,10 +96,9 @@ class CompileMixin:
     def _networks_to_compile(self, components: Iterable[str] | None, mode: str) -> dict[str, nn.Module]:
         networks = {name: unwrapped(part) for name, part in networks_in_memory(self.components).items()}
         networks = {name: network for name, network in networks.items() if getattr(network, "compiled_blocks", ())}
-        names = list(networks) if components is None else list(components)
-        if unknown := [name for name in names if name not in networks]:
-            accepted = f"names of networks that can be compiled ({', '.join(networks) or 'this pipeline has none'})"
-            raise invalid("components", unknown, accepted)
+        names = list(networks)
+        if components is not None:
+            names = validation.names_among("components", components, names, "networks that can be compiled")
         for name in names:
             offload = offload_of(networks[name])
             if offload is not None and offload.method == "enable_sequential_cpu_offload":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.inputs.validation import usable_device
 
 _DTYPES = {
     "float32": torch.float32,
@@ -44,23 +45,6 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
-def usable_device(device: torch.device | str | int) -> torch.device:
-    """Return a device after placing an empty tensor on it.
-
-    Args:
-        device: Any device of torch, or its name or index.
-
-    Raises:
-        InputError: If tensors cannot be placed there.
-    """
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise invalid("device", device, "a device that torch can use here", f"torch reports: {reason}") from error
-
-
 def mapped_device(device_map: Any) -> torch.device:
     """Return the device of the argument `device_map`: all networks of a pipeline are on the same one.
 
@@ -80,10 +64,7 @@ def mapped_device(device_map: Any) -> torch.device:
         return resolve_device()
     if isinstance(device_map, bool) or not isinstance(device_map, str | int | torch.device):
         raise invalid("device_map", device_map, f"a device, or one of {', '.join(STRATEGIES)}")
-    try:
-        return usable_device(device_map)
-    except InputError as error:
-        raise InputError(str(error).replace("device=", "device_map=", 1)) from error
+    return usable_device(device_map, "device_map")
 
 
 def select_accelerator(method: str, gpu_id: Any, device: torch.device | str | int | None) -> torch.device:
@@ -135,6 +116,21 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise invalid("dtype", name, f"one of {', '.join(DTYPE_NAMES)}")
     return _DTYPES[name]
+
+
+def floating_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
+    """Return a floating-point type of torch.
+
+    Args:
+        dtype: The type.
+        argument: Name of the argument, for the message.
+
+    Raises:
+        InputError: If it is anything else.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise invalid(argument, dtype, "a floating-point torch.dtype")
+    return dtype
 
 
 def computes_bfloat16() -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.inputs.validation import existing_folder, strict_bool
 from kandinsky22.runtime import device_offload
 from kandinsky22.runtime.calls import changes_networks
-from kandinsky22.runtime.device import select_accelerator, usable_device
+from kandinsky22.runtime.device import floating_dtype, select_accelerator
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
 
@@ -100,8 +101,8 @@ class OffloadMixin:
                 dtype = target
             elif target is not None:
                 device = target
-        if dtype is not None and not getattr(dtype, "is_floating_point", False):
-            raise invalid("dtype", dtype, "a floating-point torch.dtype")
+        if dtype is not None:
+            floating_dtype(dtype)
         target_device = None if device is None else usable_device(device)
         moves_off_cpu = target_device is not None and target_device.type != "cpu"
         for offload in self._offloads():
@@ -234,10 +235,8 @@ class OffloadMixin:
             InputError: If the networks are on an accelerator, `folder` does not exist, or `by_layer` is not a bool.
             CheckpointError: If the temporary file cannot be written.
         """
-        if not isinstance(by_layer, bool):
-            raise invalid("by_layer", by_layer, "True or False")
-        if folder is not None and not os.path.isdir(folder):
-            raise invalid("folder", folder, "an existing folder to write to, or None")
+        strict_bool("by_layer", by_layer)
+        folder = None if folder is None else existing_folder("folder", folder)
         self.remove_all_hooks()
         if self.device.type != "cpu":
             raise InputError(

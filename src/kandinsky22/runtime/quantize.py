@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import ConfigError, InputError, MissingDependencyError, invalid
+from kandinsky22.inputs.validation import names_among, one_of
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
@@ -143,8 +144,7 @@ def arrange(network: nn.Module) -> None:
 
 
 def _check_kind(kind: Any) -> None:
-    if kind not in KINDS:
-        raise invalid("kind", kind, f"one of {', '.join(KINDS)}")
+    one_of("kind", kind, tuple(KINDS))
     if importlib.util.find_spec("torchao") is None:
         raise MissingDependencyError(
             f"{kind} weights need torchao, which is not installed: pip install 'kandinsky22[quantize]'"
@@ -213,13 +213,12 @@ class QuantizeMixin:
         _check_kind(kind)
         networks: dict[str, Any] = {name: loaded(self.components.get(name)) for name in NETWORKS}
         networks = {name: network for name, network in networks.items() if network is not None}
-        names = list(networks) if components is None else list(components)
-        if unknown := [name for name in names if name not in networks]:
-            accepted = f"names of networks that can be quantized ({', '.join(networks) or 'this pipeline has none'})"
-            raise invalid("components", unknown, accepted)
+        names = list(networks)
+        if components is not None:
+            names = names_among("components", components, names, "networks that can be quantized")
         for name in names:
             if (offload := offload_of(networks[name])) is not None:
                 raise InputError(f"{name} is offloaded by {offload.method}(); call remove_all_hooks() first")
             check_quantizable(networks[name], kind)
-        for name in dict.fromkeys(names):
+        for name in names:
             quantize(networks[name], kind)
