@@ -228,7 +228,7 @@ def keep_variant(folder: Path, pipe: Any, networks: set[str]) -> None:
                 file.unlink()
 
 
-@pytest.mark.parametrize("networks", [{"unet"}, {"movq"}, {"unet", "movq"}], ids=str)
+@pytest.mark.parametrize("networks", [{"unet"}, {"movq"}, {"unet", "movq"}], ids=lambda names: "-".join(sorted(names)))
 def test_variants_may_be_mixed(networks: set[str], oracles: dict[str, Any], tmp_path: Path, checkpoints: Path) -> None:
     """Some networks have only fp16 files and the others only plain ones, as the reference loads."""
     keep_variant(tmp_path, oracles["decoder"], networks)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from tests.pipelines.tiny import DECODER_SCHEDULER, difference, seeded
+from torch import nn
 
 import kandinsky22
 from kandinsky22.errors import InputError

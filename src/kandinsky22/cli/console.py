@@ -114,7 +114,7 @@ def safe_messages() -> Iterator[None]:
     library.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]  # typeshed names six arguments
             yield
     finally:
         library.removeHandler(handler)
@@ -135,7 +135,7 @@ class _WarningHandler(logging.Handler):
             print_message(f"kandinsky22: warning: {message}")
 
 
-def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *details: Any) -> None:
+def _show_warning(message: Any, *details: Any) -> None:
     """Print a warning without the line of source code that caused it."""
     print_message(f"kandinsky22: warning: {message}")
 

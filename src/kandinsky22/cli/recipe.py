@@ -285,7 +285,7 @@ def read_recipe(path: Path) -> Recipe:
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image file") from None
     except Exception as error:  # PIL raises almost any class for damaged files
-        raise InputError(f"{path} is damaged: {error or type(error).__name__}") from error
+        raise InputError(f"{path} is damaged: {str(error) or type(error).__name__}") from error
     if text is None:
         raise InputError(f"{path} contains no recipe; kandinsky22 writes recipes into the images that it generates")
     if content.startswith(PNG_SIGNATURE) and _count_recipe_chunks(content) > 1:

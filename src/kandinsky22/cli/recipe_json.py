@@ -115,7 +115,7 @@ def _checked_text(value: str, name: str) -> str:
 
 
 def _check_range(value: float, name: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
+    if value != value or value in (math.inf, -math.inf):  # `math.isfinite` cannot take large integers
         raise invalid(name, value, "a finite number")
     low, high = RANGES.get(name, (-MAX_TORCH_SEED, MAX_TORCH_SEED) if isinstance(value, int) else (-1e38, 1e38))
     if not low <= value <= high:

@@ -354,7 +354,8 @@ def make_image_grid(images: Sequence[Image], rows: int, cols: int, resize: int |
         InputError: If the number of images does not fill the grid, or is 0.
     """
     rows, cols = (validation.positive_int(name, value) for name, value in (("rows", rows), ("cols", cols)))
-    if not isinstance(images, Sequence) or not all(isinstance(image, Image) for image in images):
+    items: Any = images
+    if not isinstance(items, list | tuple) or not all(isinstance(item, Image) for item in items):
         raise invalid("images", images, "a list of PIL images")
     if len(images) != rows * cols:
         raise invalid("len(images)", len(images), f"rows x cols = {rows} x {cols}, and at least one, to fill the grid")

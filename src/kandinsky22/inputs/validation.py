@@ -255,7 +255,7 @@ def optional_callable(argument: str, value: Any, parameters: Sequence[str] = ())
         raise invalid(argument, value, "a function or None")
     if value is not None and parameters and not _takes(value, len(parameters)):
         raise invalid(argument, value, f"a function of {len(parameters)} arguments ({', '.join(parameters)})")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

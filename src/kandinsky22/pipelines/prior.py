@@ -30,7 +30,6 @@ from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
 from kandinsky22.pipelines.network_calls import bind_prior
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, finite_result, pipeline_call
 from kandinsky22.runtime.calls import as_call
-from kandinsky22.runtime.device import usable_device
 from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.sampling.guidance import Guidance, Interval
 from kandinsky22.sampling.loop import Denoise, LoopState, sample
@@ -272,7 +271,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             InputError: If an argument is invalid, or the pipeline has no image encoder.
         """
         validation.positive_int("batch_size", batch_size, validation.MAX_COPIES)
-        target = None if device is None else usable_device(device)
+        target = None if device is None else validation.usable_device(device)
         self._require("prior", "image_encoder")
         encoder = self._components["image_encoder"]
         size = encoder.config.image_size
@@ -421,7 +420,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         items = interpolation.interpolation_items(
             images_and_prompts, weights, batch_size=copies, **self._image_options()
         )
-        target = None if device is None else usable_device(device)
+        target = None if device is None else validation.usable_device(device)
         if negative_prior_prompt is not None and not isinstance(negative_prior_prompt, str):
             raise invalid("negative_prior_prompt", negative_prior_prompt, "a string or None")
         against = (

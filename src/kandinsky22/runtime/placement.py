@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.inputs.validation import existing_folder, strict_bool
+from kandinsky22.inputs.validation import existing_folder, strict_bool, usable_device
 from kandinsky22.runtime import device_offload
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device import floating_dtype, select_accelerator

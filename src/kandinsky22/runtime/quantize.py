@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.errors import ConfigError, InputError, MissingDependencyError, invalid
-from kandinsky22.inputs.validation import names_among, one_of
+from kandinsky22.inputs.validation import names_among
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
@@ -144,7 +144,8 @@ def arrange(network: nn.Module) -> None:
 
 
 def _check_kind(kind: Any) -> None:
-    one_of("kind", kind, tuple(KINDS))
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise invalid("kind", kind, f"one of {', '.join(KINDS)}")
     if importlib.util.find_spec("torchao") is None:
         raise MissingDependencyError(
             f"{kind} weights need torchao, which is not installed: pip install 'kandinsky22[quantize]'"

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import ConfigError, InputError, invalid
+from kandinsky22.inputs.validation import storing_device
 from kandinsky22.outputs import Output
-from kandinsky22.schedulers.config import BETA_ARGUMENTS, ClipConfig, SchedulerConfig, ThresholdConfig, as_int
+from kandinsky22.schedulers.config import BETA_ARGUMENTS, ClipConfig, SchedulerConfig, ThresholdConfig, as_int, as_items
 from kandinsky22.schedulers.configurable import Configurable
 from kandinsky22.schedulers.noise_schedules import spaced_timesteps, training_betas
 
@@ -149,18 +150,21 @@ def dynamic_threshold(sample: Tensor, ratio: float, maximum: float) -> Tensor:
 
 def _validated_timesteps(timesteps: Sequence[float] | Tensor, fractional: bool) -> list[float]:
     """Return timesteps as numbers: integers, or any numbers if `fractional`, in descending order."""
-    values = timesteps if isinstance(timesteps, Sequence) and not isinstance(timesteps, str | bytes) else ()
-    if getattr(timesteps, "ndim", 0) == 1 and hasattr(timesteps, "tolist"):
-        values = timesteps.tolist()
-    numbers = [number for number in (_timestep_number(value, fractional) for value in values) if number is not None]
+    values = as_items(timesteps) or []
+    numbers = [number for number in (as_number(value, fractional) for value in values) if number is not None]
     if not numbers or len(numbers) < len(values) or any(a <= b for a, b in itertools.pairwise(numbers)):
         kind = "numbers" if fractional else "integers"
         raise invalid("timesteps", timesteps, f"one or more {kind}, 0 or more, in descending order")
     return numbers
 
 
-def _timestep_number(value: Any, fractional: bool) -> float | None:
-    """Return a timestep of a caller as a number; None if it is not a timestep."""
+def as_number(value: Any, fractional: bool) -> float | None:
+    """Return a timestep or a sigma of a caller as a number; None if it is not a finite number, 0 or more.
+
+    Args:
+        value: Any object.
+        fractional: Whether it may lie between integers.
+    """
     number: float | None = as_int(value)
     if number is None and isinstance(value, float | Tensor | np.floating) and not isinstance(value, bool):
         try:
@@ -254,6 +258,7 @@ class Scheduler(Configurable):
             InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, its value is invalid, or
                 the first timestep is pure noise, from which a network that predicts noise cannot start.
         """
+        device = storing_device(device)
         values = self._requested_timesteps(num_inference_steps, timesteps)
         self.num_inference_steps = len(values)
         self.custom_timesteps = timesteps is not None

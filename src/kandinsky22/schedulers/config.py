@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from kandinsky22.config import Config
@@ -27,6 +27,7 @@ TRAINING_SETTINGS = {
 
 
 MAX_TIMESTEPS = 100_000  # a hundred times what networks are trained with
+MAX_ITEMS = 4 * MAX_TIMESTEPS  # elements of a schedule: a step has up to 4 network evaluations
 SMALLEST_BETA = 1e-7  # 1 - beta is 1 in single precision below half of the machine epsilon, 6e-8
 LARGEST_BETA = 0.5
 # First positional arguments of most constructors.
@@ -48,7 +49,24 @@ def as_int(value: Any) -> int | None:
     """
     try:
         return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except Exception:  # besides TypeError: tensors without values
+        return None
+
+
+def as_items(values: Any) -> list[Any] | None:
+    """Return the elements of a sequence, or of an array or tensor with one dimension; None for anything else.
+
+    Args:
+        values: Any object. Those with more elements than any schedule are not accepted.
+    """
+    try:
+        has_elements = getattr(values, "ndim", 0) == 1 and hasattr(values, "tolist")
+        if not has_elements and (not isinstance(values, Sequence) or isinstance(values, str | bytes)):
+            return None
+        if len(values) > MAX_ITEMS:
+            return None
+        return list(values.tolist() if has_elements else values)
+    except Exception:  # sparse and meta tensors have no elements, and sequences of a caller may fail in any way
         return None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import invalid
+from kandinsky22.inputs.validation import finite_float, storing_device
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.schedulers.base import SchedulerOutput
 from kandinsky22.schedulers.config import (
@@ -109,6 +110,7 @@ class LCMScheduler(StatefulScheduler):
         Raises:
             InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, or a value is invalid.
         """
+        device, strength = storing_device(device), finite_float("strength", strength)
         total = self.config.num_train_timesteps
         requested = (
             self.config.original_inference_steps if original_inference_steps is None else original_inference_steps

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import InputError
+from kandinsky22.inputs.validation import storing_device
 from kandinsky22.schedulers.base import SchedulerOutput
 from kandinsky22.schedulers.config import (
     BETA_ARGUMENTS,
@@ -114,6 +115,7 @@ class PNDMScheduler(StatefulScheduler):
         Raises:
             InputError: If not exactly one of `num_inference_steps` and `timesteps` is passed, or its value is invalid.
         """
+        device = storing_device(device)
         starts = [int(step) for step in self._requested_timesteps(num_inference_steps, timesteps)]
         self.custom_timesteps = timesteps is not None
         stride = self.config.num_train_timesteps // len(starts)

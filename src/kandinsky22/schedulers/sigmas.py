@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from kandinsky22.errors import invalid
-from kandinsky22.schedulers.base import Scheduler
-from kandinsky22.schedulers.config import SchedulerConfig, SigmaScheduleConfig, as_int
+from kandinsky22.inputs.validation import storing_device
+from kandinsky22.schedulers.base import Scheduler, as_number
+from kandinsky22.schedulers.config import SchedulerConfig, SigmaScheduleConfig, as_int, as_items
 from kandinsky22.schedulers.noise_schedules import FloatArray, has_zero_terminal_snr, spaced_timesteps
 
 SMALLEST_SIGMA = 1e-6
@@ -152,11 +153,13 @@ def to_float32(sample: Tensor) -> Tensor:
 
 
 def _validated_sigmas(sigmas: Sequence[float] | Tensor) -> FloatArray:
+    numbers = [as_number(value, fractional=True) for value in as_items(sigmas) or []]
     try:
-        values = np.asarray(sigmas, dtype=np.float32).astype(np.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        with np.errstate(over="ignore"):  # infinity is refused below, as is NaN, which None becomes
+            values = np.asarray(numbers, dtype=np.float32).astype(np.float64)
+    except OverflowError:
         values = np.empty(0)
-    descending = values.ndim == 1 and all(a > b for a, b in itertools.pairwise(values[:-1].tolist()))
+    descending = all(a > b for a, b in itertools.pairwise(values[:-1].tolist()))
     # The last step may have no length, as that of a schedule that ends at the lowest sigma of training.
     if not descending or len(values) < 2 or not values[-2] >= values[-1] >= 0 or not values[0] < math.inf:
         raise invalid("sigmas", sigmas, "two or more finite numbers in descending order, the last 0 or more")
@@ -175,14 +178,13 @@ def without_repetitions(values: Any) -> Any:
         values: A list, tuple, array or tensor with one dimension. It is returned unchanged if the first value is
             repeated, or another one twice, which no such method does; and so is anything else.
     """
-    if getattr(values, "ndim", 0) == 1 and hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
+    items = as_items(values)
+    if items is None:
         return values
-    repeats = [index > 0 and _equal(values[index - 1], value) for index, value in enumerate(values)]
+    repeats = [index > 0 and _equal(items[index - 1], item) for index, item in enumerate(items)]
     if any(repeats[:2]) or any(first and second for first, second in itertools.pairwise(repeats)):
         return values
-    return [value for value, repeated in zip(values, repeats, strict=True) if not repeated]
+    return [item for item, repeated in zip(items, repeats, strict=True) if not repeated]
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -325,13 +327,13 @@ class SigmaScheduler(StatefulScheduler):
             InputError: If not exactly one of `num_inference_steps`, `timesteps` and `sigmas` is passed, if its value is
                 invalid, or if timesteps or sigmas are passed and the config has a schedule of sigmas.
         """
+        device = storing_device(device)
         schedule = self._sigma_schedule()
         if schedule is not None and (timesteps is not None or sigmas is not None):
             name, value = ("sigmas", sigmas) if sigmas is not None else ("timesteps", timesteps)
             raise invalid(
                 name, value, f"None, because the config has {schedule}=True", "pass num_inference_steps instead"
             )
-        self.custom_timesteps = timesteps is not None or sigmas is not None
         if sigmas is not None:
             if num_inference_steps is not None or timesteps is not None:
                 raise invalid(
@@ -342,6 +344,7 @@ class SigmaScheduler(StatefulScheduler):
             values = _validated_sigmas(self._one_per_step(sigmas))
             steps = self._sigmas_to_timesteps(values[:-1], "sigmas")
             self._set_sigmas(values[:-1], values[-1:].tolist(), steps, device)
+            self.custom_timesteps = True
             return
         steps = np.asarray(self._requested_timesteps(num_inference_steps, timesteps), self.spacing_type)
         values = self._interpolated_sigmas(steps)
@@ -356,6 +359,7 @@ class SigmaScheduler(StatefulScheduler):
             values = SIGMA_SCHEDULES[schedule](sigma_max, sigma_min, len(steps))
             steps = self._sigmas_to_timesteps(values, schedule)
         self._set_sigmas(values, [self._final_sigma(values)], steps, device)
+        self.custom_timesteps = timesteps is not None
 
     def _spaced_timesteps(self, steps: int) -> Sequence[float]:
         spaced = spaced_timesteps(self.config, steps, extra=self.extra_timesteps)
