@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from kandinsky22.errors import ConfigError, invalid
+from kandinsky22.errors import SHOWN_CHARACTERS, ConfigError, invalid
 
 C = TypeVar("C", bound="Config")
 
@@ -53,7 +53,7 @@ class Config(Mapping[str, Any]):
                     raise invalid(f"{owner}: {name}", value, expected, advice, error=ConfigError)
             elif value is not None and value is not False:
                 expected = f"a known setting ({', '.join(sorted(names))})"
-                raise invalid(f"{owner}: {name}", value, expected, error=ConfigError)
+                raise invalid(f"{owner}: {name[:SHOWN_CHARACTERS]}", value, expected, error=ConfigError)
         try:
             return cls(**settings)
         except ConfigError:

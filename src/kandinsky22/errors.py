@@ -10,13 +10,21 @@ from typing import TypeVar
 E = TypeVar("E", bound="KandinskyError")
 
 SHOWN_CHARACTERS = 120  # longest value that a message repeats
+LONGEST_MESSAGE = 3000  # characters
 
 
 class KandinskyError(Exception):
-    """Base class of all errors that kandinsky22 raises on purpose. Their messages are one line of printable text."""
+    """Base class of all errors that kandinsky22 raises on purpose.
+
+    Their messages are one line of printable text of at most `LONGEST_MESSAGE` characters; longer ones, which repeat
+    what another library says, lose their middle.
+    """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        if len(text) <= LONGEST_MESSAGE:
+            return text
+        return f"{text[: LONGEST_MESSAGE * 2 // 3]} ... {text[-LONGEST_MESSAGE // 4 :]}"
 
 
 class InputError(KandinskyError, ValueError):

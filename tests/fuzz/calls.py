@@ -44,7 +44,26 @@ LIKELY: dict[str, list[Any]] = {
     "keep_pixels": [True, False],
     "callback_steps": [1, 2],
     "callback_on_step_end_tensor_inputs": [["latents"], []],
-    "padding_mask_crop": [0, 4, 10**6],
+    "padding_mask_crop": [0, 1, 4, 10**6, 2**40, -1],
+    "prompt_weights": [True, False],
+    "weights": [[0.5, 0.5], [1], [1e308, 1e308], [-1.0, 2.0]],
+    "images_and_prompts": [["a red cat", "blue"], ["a (red:1.5) cat"], []],
+    "latents": [[[0.0]]],
+}
+# Names of values that may be right for an argument.
+LIKELY_VALUES: dict[str, list[str]] = {
+    "image": ["picture RGB", "picture LA", "pictures", "picture tall", "tensor picture", "tensor latents"],
+    "mask_image": ["mask", "picture L", "picture 1", "picture of one pixel", "array bool", "pictures"],
+    "hint": ["tensor picture", "picture RGB", "pictures", "array big-endian"],
+    "image_embeds": ["tensor valid embeds", "tensor float16", "tensor huge values", "tensor transposed"],
+    "negative_image_embeds": ["tensor valid embeds", "tensor float64", "tensor huge values", "parameter"],
+    "latents": ["tensor latents", "tensor huge latents", "tensor valid embeds", "tensor huge values"],
+    "callback_on_step_end": ["lambda of everything", "lambda", "function"],
+    "callback": ["lambda of everything", "lambda", "function"],
+    "generator": ["generator of torch", "none"],
+    "device": ["torch device", "text", "2**63", "zero", "surrogate"],
+    "dtype": ["dtype", "class"],
+    "torch_dtype": ["dtype", "class", "empty dict"],
 }
 
 
@@ -90,6 +109,19 @@ def no_error_after_a_network(pipe: Any) -> Iterator[None]:
             hook.remove()
 
 
+def any_argument(rng: random.Random, argument: str) -> Any:
+    """Return a choice for an argument: a value of JSON (``{"json": value}``) or the name of a value."""
+    name = argument.removeprefix("prior_")
+    likely: list[Any] = [{"json": value} for value in LIKELY.get(argument) or LIKELY.get(name, [])]
+    likely += LIKELY_VALUES.get(name, [])
+    return rng.choice(likely) if likely and rng.random() < 0.4 else any_value(rng)
+
+
+def value_of(choice: Any) -> Any:
+    """Return the value of a choice."""
+    return choice["json"] if isinstance(choice, dict) else VALUES[choice]()
+
+
 class Calls:
     """Calls with one to three unexpected arguments.
 
@@ -106,21 +138,15 @@ class Calls:
         """Return a case: a class, and arguments as JSON (``{"json": value}``) or as names of values."""
         name = rng.choice(TEN)
         accepted = list(inspect.signature(getattr(kandinsky22, name).__call__).parameters)[1:]
-        arguments: dict[str, Any] = {}
-        for argument in rng.sample(accepted, rng.randrange(1, 4)):
-            likely = LIKELY.get(argument)
-            if likely and rng.random() < 0.4:
-                arguments[argument] = {"json": rng.choice(likely)}
-            else:
-                arguments[argument] = any_value(rng)
-        return {"class": name, "arguments": arguments}
+        chosen = rng.sample(accepted, rng.randrange(1, 5))
+        return {"class": name, "arguments": {argument: any_argument(rng, argument) for argument in chosen}}
 
     def run(self, case: Case) -> None:
         """Call a pipeline and check that the result is finite."""
         name, pipe = case["class"], self.world.pipeline(case["class"])
         call = self.valid_call(name)
         for argument, choice in case["arguments"].items():
-            call[argument] = choice["json"] if isinstance(choice, dict) else VALUES[choice]()
+            call[argument] = value_of(choice)
         with no_error_after_a_network(pipe):
             assert_finite(pipe(**call))
 
@@ -139,20 +165,47 @@ class Calls:
 # Methods and the arguments that cases may pass, all by name. Networks and folders replace what would touch the disk.
 METHODS: dict[str, tuple[str, ...]] = {
     "to": ("device", "dtype"),
-    "interpolate": ("images_and_prompts", "weights", "num_images_per_prompt", "num_inference_steps", "generator"),
+    "interpolate": (
+        "images_and_prompts",
+        "weights",
+        "num_images_per_prompt",
+        "num_inference_steps",
+        "generator",
+        "latents",
+        "negative_prior_prompt",
+        "negative_prompt",
+        "guidance_scale",
+        "device",
+        "guidance_interval",
+        "timesteps",
+        "sigmas",
+        "prompt_weights",
+    ),
     "get_zero_embed": ("batch_size", "device"),
-    "enable_feature_caching": ("every",),
+    "enable_feature_caching": ("every", "levels"),
     "enable_model_cpu_offload": ("gpu_id", "device"),
     "enable_sequential_cpu_offload": ("gpu_id", "device"),
-    "enable_low_memory": ("folder",),
+    "enable_low_memory": ("folder", "by_layer"),
     "enable_cuda_graphs": (),
     "compile": ("mode", "dynamic", "components", "backend", "cache_dir"),
     "quantize": ("kind", "components"),
     "from_pipe": ("pipeline", "torch_dtype", "unet", "prior"),
     "register_modules": ("unet", "scheduler", "movq", "prior", "tokenizer"),
     "progress_bar": ("iterable", "total"),
+    "set_progress_bar_config": ("disable", "desc", "leave", "file", "ncols", "unit", "colour", "bar_format", "display"),
     "save_pretrained": ("save_directory", "max_shard_size", "variant", "safe_serialization"),
-    "from_pretrained": ("torch_dtype", "dtype", "variant", "revision", "cache_dir", "token", "unet", "device_map"),
+    "from_pretrained": (
+        "torch_dtype",
+        "dtype",
+        "variant",
+        "revision",
+        "cache_dir",
+        "token",
+        "unet",
+        "device_map",
+        "prior",
+    ),
+    "download": ("variant", "revision", "cache_dir", "local_files_only", "token", "use_safetensors"),
     "numpy_to_pil": ("images",),
 }
 # Methods that change networks run on copies of them.
@@ -187,7 +240,11 @@ class Methods:
         method = rng.choice(list(METHODS))
         accepted = METHODS[method]
         chosen = rng.sample(accepted, rng.randrange(min(3, len(accepted)) + 1))
-        return {"class": name, "method": method, "arguments": {argument: any_value(rng) for argument in chosen}}
+        return {
+            "class": name,
+            "method": method,
+            "arguments": {argument: any_argument(rng, argument) for argument in chosen},
+        }
 
     def run(self, case: Case) -> None:
         """Call the method, or assign the attribute and make a call."""
@@ -202,14 +259,19 @@ class Methods:
             return
         if method in CHANGING:
             pipe = type(pipe)(**{key: copy.deepcopy(part) for key, part in pipe.components.items()})
-        arguments = {argument: VALUES[value]() for argument, value in case["arguments"].items()}
+        arguments = {argument: value_of(choice) for argument, choice in case["arguments"].items()}
         for argument in ("save_directory", "folder", "cache_dir"):
             if isinstance(arguments.get(argument), str | bytes | os.PathLike):
                 arguments[argument] = self.world.folder / "saved"
-        if method == "from_pretrained":
-            arguments = {"pretrained_model_name_or_path": self.world.folder / "decoder", **arguments}
+        if method in ("from_pretrained", "download"):
+            accepted = inspect.signature(getattr(pipe, method)).parameters
+            arguments = {next(iter(accepted)): self.world.folder / "decoder", **arguments}
+        if method == "interpolate":
+            arguments = {"images_and_prompts": ["a cat", "red"], "weights": [0.5, 0.5], **arguments}
+            arguments = {"num_inference_steps": 2, **arguments}
         try:
             inspect.signature(getattr(pipe, method)).bind(**arguments)
         except TypeError:
             return  # Python itself refuses missing and unknown arguments
-        getattr(pipe, method)(**arguments)
+        with no_error_after_a_network(pipe):
+            assert_finite(getattr(pipe, method)(**arguments))

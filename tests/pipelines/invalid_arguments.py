@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import fractions
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,17 @@ SHARED: list[tuple[str, dict[str, Any]]] = [
     ("latents", {"latents": [0.0]}),
     ("return_dict", {"return_dict": None}),
     ("return_dict", {"return_dict": "no"}),
+    ("num_images_per_prompt", {"num_images_per_prompt": 2**70}),
+    ("num_images_per_prompt", {"num_images_per_prompt": np.int64(2**62)}),
+    ("num_inference_steps", {"num_inference_steps": 2**70}),
+    ("num_inference_steps", {"num_inference_steps": np.bool_(True)}),
+    ("guidance_scale", {"guidance_scale": 10**400}),
+    ("guidance_scale", {"guidance_scale": fractions.Fraction(10**400, 3)}),
+    ("guidance_scale", {"guidance_scale": decimal.Decimal("0.5")}),
+    ("callback_on_step_end", {"callback_on_step_end": lambda pipe, step: None}),
+    ("callback_on_step_end", {"callback_on_step_end": lambda: None}),
+    ("callback_on_step_end", {"callback_on_step_end": lambda a, b, c, d, e: None}),
+    ("callback_on_step_end", {"callback_on_step_end": dict}),
 ]
 PROMPTS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": []}),
@@ -50,11 +63,26 @@ SIZES: list[tuple[str, dict[str, Any]]] = [
     ("width", {"width": 64.5}),
     ("callback_steps", {"callback_steps": 0}),
     ("callback", {"callback": 1}),
+    ("callback", {"callback": lambda step, timestep: None}),
+    ("height", {"height": 2**70}),
+    ("width", {"width": 10**400}),
+    ("width", {"width": 10**6}),
+    ("callback_steps", {"callback_steps": 2**70}),
 ]
 EMBEDDINGS: list[tuple[str, dict[str, Any]]] = [
     ("image_embeds", {"image_embeds": torch.cat([NAN, NAN])}),
     ("negative_image_embeds", {"negative_image_embeds": torch.cat([NAN, NAN])}),
     ("image_embeds", {"image_embeds": torch.full((1, DIM), float("inf"))}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, DIM).to_sparse()}),
+    ("image_embeds", {"image_embeds": torch.nn.Parameter(torch.zeros(1, DIM, device="meta"))}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, DIM, dtype=torch.int64)}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, DIM, dtype=torch.complex64)}),
+    ("image_embeds", {"image_embeds": torch.full((1, DIM), 1e300, dtype=torch.float64)}),
+    ("image_embeds", {"image_embeds": torch.zeros(1, 1).expand(10**8, DIM)}),
+    ("image_embeds", {"image_embeds": np.full((1, DIM), None)}),
+    ("image_embeds", {"image_embeds": np.ma.masked_all((1, DIM))}),
+    ("image_embeds", {"image_embeds": np.zeros((1, DIM), [("a", "f4")])}),
+    ("image_embeds", {"image_embeds": np.full((1, DIM), np.longdouble("1e4000"))}),
     ("image_embeds", {"image_embeds": "a cat"}),
     ("image_embeds", {"image_embeds": None}),
     ("image_embeds", {"image_embeds": []}),

@@ -139,6 +139,62 @@ def test_messages_name_argument_value_and_what_is_accepted(call: Callable[[], An
     assert str(raised.value).startswith(message)
 
 
+QUANTIZED = torch.quantize_per_tensor(torch.zeros(3, 8, 8), 0.1, 0, torch.quint8)
+UNUSUAL: dict[str, Any] = {
+    "sparse": torch.zeros(3, 8, 8).to_sparse(),
+    "meta": torch.zeros(3, 8, 8, device="meta"),
+    "parameter on meta": torch.nn.Parameter(torch.zeros(3, 8, 8, device="meta")),
+    "quantized": QUANTIZED,
+    "complex": torch.zeros(3, 8, 8, dtype=torch.complex64),
+    "beyond float32": torch.full((3, 8, 8), 1e300, dtype=torch.float64),
+    "repeated": torch.zeros(1, 1, 1).expand(3, 10**6, 10**6),
+    "repeated array": np.broadcast_to(np.float32(0.5), (10**6, 10**6)),
+    "objects": np.full((8, 8), None),
+    "masked": np.ma.masked_all((8, 8)),
+    "records": np.zeros((8, 8), [("a", "f4")]),
+    "void": np.zeros((8, 8), "V8"),
+    "dates": np.zeros((8, 8), "M8[s]"),
+    "empty": np.zeros((0, 8)),
+    "scalar": np.array(3),
+    "long double": np.full((8, 8), np.longdouble("1e4000")),
+}
+
+
+@pytest.mark.parametrize("value", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_tensors_and_arrays_are_refused_everywhere(value: Any) -> None:
+    readers = [
+        read_image,
+        read_mask,
+        lambda item: images.hints_to_tensor("hint", item, (8, 8)),
+        lambda item: validation.initial_latents(item, (3, 8, 8)),
+        lambda item: validation.image_embeddings("image_embeds", item, 8),
+        lambda item: read_items([item], [1.0]),
+    ]
+    for read in readers:
+        with pytest.raises(InputError):
+            read(value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    value = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    for read in (read_image, read_mask, lambda item: validation.initial_latents(item, (2, 3))):
+        with pytest.raises(InputError, match="a tensor with one shape"):
+            read(value)
+
+
+def test_matrices_masked_arrays_without_masks_and_narrow_floats_are_accepted() -> None:
+    expected = read_image(np.full((8, 8), 0.5))
+    for value in (np.matrix(np.full((8, 8), 0.5)), np.ma.array(np.full((8, 8), 0.5))):
+        assert torch.equal(read_image(value), expected)
+        assert torch.equal(read_mask(value), torch.ones(1, 1, 8, 8))
+    assert torch.equal(read_image(torch.full((3, 8, 8), 0.5).to(torch.float8_e4m3fn)), expected)
+    embeds = torch.full((1, 8), 0.5)
+    narrow = embeds.to(torch.float8_e5m2)
+    assert torch.equal(validation.image_embeddings("image_embeds", [narrow, embeds], 8), torch.cat([embeds, embeds]))
+
+
 def test_accepted_values_are_normalised() -> None:
     assert validation.positive_int("steps", np.int64(3)) == 3
     assert validation.finite_float("eta", np.float32(0.5)) == 0.5

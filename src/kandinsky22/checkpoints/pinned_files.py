@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -69,7 +70,7 @@ class _PinnedFile:
 
 
 class PinnedFiles:
-    """The files of one component, held open.
+    """The files of one component, open until the object is deleted.
 
     Attributes:
         origin: Folder of the component, as an absolute path.
@@ -87,7 +88,9 @@ class PinnedFiles:
             CheckpointError: If a file is missing, not readable, or not a regular file.
         """
         self.origin = Path(os.path.abspath(origin))
-        self._files = [_pin(Path(os.path.abspath(file))) for file in files]
+        self._files: list[_PinnedFile] = []
+        weakref.finalize(self, _close, self._files)
+        self._files.extend(_pin(Path(os.path.abspath(file))) for file in files)
         self.paths = tuple(file.path for file in self._files)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PinnedFiles:
@@ -159,12 +162,18 @@ def _pin(path: Path) -> _PinnedFile:
         copy = _memory_file()
         if copy is None:
             handle = open(path, "rb")  # noqa: SIM115 - held open on purpose
-            return _PinnedFile(path, _Identity.of(status), handle, is_copy=False)
+            return _PinnedFile(path, _Identity.of(os.fstat(handle.fileno())), handle, is_copy=False)
         shutil.copyfileobj(handle, copy)
     copy.flush()
     with contextlib.suppress(OSError, NotImplementedError):  # digests of files include their times
         os.utime(copy.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
     return _PinnedFile(path, _Identity.of(status), copy, is_copy=True)
+
+
+def _close(files: list[_PinnedFile]) -> None:
+    for file in files:
+        if file.handle is not None:
+            file.handle.close()
 
 
 def _memory_file() -> IO[bytes] | None:

@@ -94,10 +94,13 @@ def print_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def safe_messages() -> Iterator[None]:
-    """Context in which log records and warnings of any library are printed as one line of printable text.
+    """Print log records and warnings of any library as one line of printable text while the context is open.
 
-    Outside of it, the process logs and warns as before. On entry, missing standard streams are replaced by the null
-    device, and characters that the encoding of stdout or stderr lacks become escapes.
+    On entry, missing standard streams are replaced by the null device, and characters that the encoding of stdout or
+    stderr lacks become escapes.
+
+    Returns:
+        The context.
     """
     _repair_streams()
     factory = logging.getLogRecordFactory()

@@ -78,9 +78,12 @@ def _says_out_of_memory(error: BaseException) -> bool:
 
 
 def check_address_space() -> None:
-    """Raise MemoryError if the address space of this process is limited to less than importing torch takes.
+    """Raise an error if the address space of this process is limited to less than importing torch takes.
 
     Below the limit, the C++ runtime may end the process before Python can report anything.
+
+    Raises:
+        MemoryError: If the limit is that low.
     """
     try:
         import resource

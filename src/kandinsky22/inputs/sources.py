@@ -77,6 +77,9 @@ def decoded(argument: str, content: bytes) -> Iterator[Image]:
         argument: Name of the argument, for messages.
         content: Bytes of the file.
 
+    Returns:
+        A context with the image, in its original orientation and mode.
+
     Raises:
         InputError: If it has no pixels or more than `MAX_IMAGE_PIXELS`.
         Exception: If PIL cannot decode it, or if another program would have to decode it.

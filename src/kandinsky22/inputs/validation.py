@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError, invalid
+from kandinsky22.errors import SHOWN_CHARACTERS, InputError, invalid
 
 MAX_INTEGER = 2**31 - 1  # torch's kernels count in 32 bits
 MAX_COPIES = 10_000  # images per prompt: more do not fit into any memory
@@ -204,7 +204,7 @@ def usable_device(device: torch.device | str | int, argument: str = "device") ->
         torch.empty(0, device=device)
         return torch.device(device)
     except Exception as error:  # the type depends on the backend
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0][:SHOWN_CHARACTERS]
         raise invalid(argument, device, "a device that torch can use here", f"torch reports: {reason}") from error
 
 
@@ -263,7 +263,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     try:
         signature = inspect.signature(function)
     except Exception:  # functions of extension modules, and objects with a broken `__signature__`
-        return True
+        return not isinstance(function, type)
     try:
         signature.bind(*[None] * count)
     except TypeError:
@@ -327,8 +327,11 @@ def image_embeddings(argument: str, value: Any, width: int) -> Tensor:
         rows = listed(argument, value)
         if not rows:
             raise invalid(argument, value, "at least one embedding")
-        items = [image_embeddings(f"{argument}[{index}]", item, width) for index, item in enumerate(rows)]
-        return torch.cat(items)
+        for index, item in enumerate(rows):
+            if isinstance(item, list | tuple):
+                expected = f"a floating-point tensor or array of shape (batch, {width})"
+                raise invalid(f"{argument}[{index}]", item, expected)
+        return torch.cat([image_embeddings(f"{argument}[{index}]", item, width) for index, item in enumerate(rows)])
     embeds = value
     if isinstance(value, np.ndarray):
         array = plain_array(argument, value)

@@ -427,6 +427,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             None if negative_prior_prompt is None else prompts.text_list("negative_prior_prompt", negative_prior_prompt)
         )
         negatives = prompts.text_list("negative_prompt", negative_prompt)
+        validation.strict_bool("prompt_weights", prompt_weights)
         if len(negatives) not in (1, copies):
             raise invalid("len(negative_prompt)", len(negatives), f"1 or {copies}, the number of embeddings")
         sampling = SamplingOptions(

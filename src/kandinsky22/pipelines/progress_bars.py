@@ -29,7 +29,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     accepted = {*inspect.signature(plain_tqdm.__init__).parameters, "display"} - {"self", "iterable", "total", "kwargs"}
     if unknown := sorted(set(options) - accepted):
         raise invalid("a progress bar's option", unknown[0], f"one of {', '.join(sorted(accepted - {'gui'}))}")
-    if not hasattr(options.get("file") or io.StringIO(), "write"):
+    if options.get("file") is not None and not hasattr(options["file"], "write"):
         raise invalid("file", options["file"], "a file that is open for writing, or None")
     tried = {name: value for name, value in options.items() if name not in ("disable", "display", "file", "gui")}
     try:

@@ -186,8 +186,9 @@ def _standard_deviation(prediction: Tensor) -> Tensor:
 
 
 def _checked_interval(interval: Any) -> tuple[float, float]:
-    if isinstance(interval, tuple | list) and len(interval) == 2:
-        start, end = (validation.finite_float("guidance_interval", each) for each in interval)
+    ends = validation.listed("guidance_interval", interval) if isinstance(interval, tuple | list) else []
+    if len(ends) == 2:
+        start, end = (validation.finite_float("guidance_interval", each) for each in ends)
         if 0 <= start < end <= 1:
             return start, end
     raise invalid("guidance_interval", interval, "two numbers from 0 to 1, the first below the second")

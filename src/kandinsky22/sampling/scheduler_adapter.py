@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kandinsky22.errors import InputError, KandinskyError, invalid
+from kandinsky22.errors import InputError, KandinskyError, describe, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.kernels.locks import GLOBAL_RNG, global_rng_restored
 from kandinsky22.noise import Generators
@@ -127,7 +127,7 @@ def schedule_timesteps(
         raise invalid(name, value, f"None, since {type(scheduler).__name__}.set_timesteps does not accept it")
     with _scheduler_errors(scheduler, "be copied"):
         scheduler = scheduler if _has_replaced_methods(scheduler) else copied(scheduler)
-    with _scheduler_errors(scheduler, f"make {name}={value!r}"):
+    with _scheduler_errors(scheduler, f"make {name}={describe(value)}"):
         scheduler.set_timesteps(**requested, device=device)
     if not isinstance(scheduler, Scheduler):
         with _scheduler_errors(scheduler, "make a step"), global_rng_restored():

@@ -100,7 +100,7 @@ def denoise_timesteps(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor,
     text = condition.mask.expand(-1, -1, count * STEP_TOKENS, -1)
     mask = torch.cat([text, within_timestep.expand(batch, 1, -1, -1)], dim=3)
     for block, past in zip(prior.transformer_blocks, condition.layers, strict=True):
-        tokens, _ = block(tokens, mask, past)
+        tokens = block(tokens, mask, past)
     last = tokens.view(batch, count, STEP_TOKENS, -1)[:, :, -1]
     return cast(Tensor, prior.proj_to_clip_embeddings(prior.norm_out(last)))
 
