@@ -26,7 +26,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-oldest threads kills lint format typecheck docs bench judge train-embedded clean
+.PHONY: help install run test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -44,7 +44,10 @@ test-fast: $(VENV)/.tools  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 kills: $(VENV)/.tools  ## interrupt saves and count what is left: make kills N=500 SEED=7
-	KANDINSKY22_KILLS=$(or $(N),500) KANDINSKY22_KILLS_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/kills $(ARGS)
+	KANDINSKY22_KILLS=$(N) KANDINSKY22_KILLS_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/kills $(ARGS)
+
+fuzz: $(VENV)/.tools  ## generate calls, files and command lines, and report what escapes: make fuzz N=20000 SEED=1
+	$(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) $(ARGS)
 
 threads: $(VENV)/.tools  ## compare random parallel calls with serial ones: make threads N=1000 SEED=1
 	KANDINSKY22_THREAD_CALLS=$(N) KANDINSKY22_THREAD_SEED=$(SEED) OMP_NUM_THREADS=1 \

@@ -98,6 +98,8 @@ def supervise(job: int, plan: list[tuple[str, int]], options: argparse.Namespace
         ):
             assert process.stdout is not None
             for line in process.stdout:
+                if not line.startswith("{"):
+                    continue  # native code of the tokenizer prints about keywords that it does not know
                 message = json.loads(line)
                 last, ended = message.get("at", last), ended or "end" in message
                 if "line" in message:

@@ -69,6 +69,8 @@ LIKELY_VALUES: dict[str, list[str]] = {
 
 def outcome_tensors(value: Any) -> Iterator[Any]:
     """Yield all arrays and tensors of a result."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return  # asked for, by a device argument
     if isinstance(value, torch.Tensor | np.ndarray):
         yield value
     elif isinstance(value, PIL.Image.Image):

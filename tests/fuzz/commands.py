@@ -337,9 +337,9 @@ def run_in_folder(line: list[str]) -> None:
     code = run_command(line).code
     changed = [name for name, data in before.items() if not Path(name).exists() or Path(name).read_bytes() != data]
     if changed and (code or "--force" not in line):
-        raise Escape(f"{line}: {', '.join(changed)} changed")
+        raise Escape(f"{', '.join(changed)} changed")
     if left := [path.name for path in Path().iterdir() if path.name.startswith(".") or not path.is_file()]:
-        raise Escape(f"{line}: {', '.join(left)} left")
+        raise Escape(f"{', '.join(left)} left")
 
 
 @contextlib.contextmanager
@@ -423,7 +423,9 @@ def run_command(line: list[str]) -> Outcome:
             code = stop.code if isinstance(stop.code, int) else 1
     outcome = Outcome(line, code, out.data, err.data.decode())
     if outcome.problem:
-        raise Escape(f"{line}: {outcome.problem}: {outcome.errors[-1500:]!r}, stdout {outcome.output[:300]!r}")
+        raise Escape(
+            f"{outcome.problem}: {outcome.errors[:300]!r} ... {outcome.errors[-700:]!r}, {outcome.output[:300]!r}"
+        )
     return outcome
 
 

@@ -21,6 +21,7 @@ from tests.unit.tiny_models import TINY_MOVQ, assert_same_weights
 from kandinsky22 import CheckpointError, InputError, KandinskyV22Pipeline, VQModel
 from kandinsky22.checkpoints import atomic_files, folder_save, locks
 from kandinsky22.checkpoints.folder_save import JOURNAL, complete_saves, read_consistently
+from kandinsky22.checkpoints.hub import CheckpointSource
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX systems")
 SHARDED = {"max_shard_size": "100KB"}
@@ -121,6 +122,41 @@ def test_committed_saves_are_completed(moves: int, tmp_path: Path, monkeypatch: 
     assert content(tmp_path) == {**OLD, **NEW}
 
 
+@pytest.mark.parametrize("moves", range(5))
+def test_a_folder_is_found_after_an_interrupted_save(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("decoder", "prior"):
+        write(tmp_path / name, OLD)
+        with killed_after(moves, monkeypatch):
+            save_files(tmp_path / name, NEW)
+    source = CheckpointSource(tmp_path / "decoder")
+    assert (source.fetch(lambda names: names) / "model_index.json").read_text() == "new"
+    assert Path(source.matching_prior().name) == tmp_path / "prior"
+
+
+def test_new_files_have_the_permissions_of_the_umask_which_does_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    umask = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("other threads would create files with this mask"))
+            atomic_files.write_json(tmp_path / "file.json", {})
+        assert atomic_files.permissions(tmp_path / "file.json") == 0o640
+        (tmp_path / "file.json").chmod(0o600)
+        with atomic_files.atomic_write(tmp_path / "file.json") as temporary:
+            assert atomic_files.permissions(temporary) == 0o600
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.parametrize("name", ["\N{GREEK SMALL LETTER ALPHA}" * 125 + ".json", "\N{PARTY POPPER}" * 62 + ".json"])
+def test_names_of_the_greatest_length(name: str, tmp_path: Path) -> None:
+    atomic_files.write_json(tmp_path / name, {})
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_a_save_completes_an_earlier_one_of_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with killed_after(1, monkeypatch):
         save_files(tmp_path, NEW)
@@ -140,7 +176,8 @@ def test_permissions_are_those_of_the_replaced_file(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").chmod(0o600)
     save_files(tmp_path, NEW)
     assert (tmp_path / "model_index.json").stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "movq" / "config.json").stat().st_mode & 0o777 == atomic_files.permissions(tmp_path / "absent")
+    (tmp_path / "plain").touch()
+    assert atomic_files.permissions(tmp_path / "movq" / "config.json") == atomic_files.permissions(tmp_path / "plain")
 
 
 def test_component_folders_may_be_links(tmp_path: Path) -> None:

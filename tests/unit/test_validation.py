@@ -204,3 +204,42 @@ def test_accepted_values_are_normalised() -> None:
     assert validation.generators_per_item(generators, 2, 4) == generators * 2
     assert validation.generators_per_item(generators[:1], 2, 4) is generators[0]
     assert validation.batch_of_size("embeds", torch.ones(1, 2), 3, "others").shape == (3, 2)
+
+
+@pytest.mark.parametrize("value", [None, 3, "unet", len, np.array(0), [["unet"]], {"x"}, iter([1]), torch.ones(())])
+def test_names_are_a_list_of_accepted_names(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^components=.*: expected a list of names of networks \(unet, movq\)$"):
+        validation.names_among("components", value, ["unet", "movq"], "networks")
+
+
+def test_names_are_taken_once_from_any_iterable() -> None:
+    for value in (["movq", "unet", "movq"], ("movq", "unet"), {"movq": 1, "unet": 2}, iter(["movq", "unet"])):
+        assert validation.names_among("components", value, ["unet", "movq"], "networks") == ["movq", "unet"]
+
+
+@pytest.mark.parametrize("value", [3, True, len, b"/", "", "\0", "\ud800", "no/such/folder", __file__, 2**63, 1.5])
+def test_folders_exist(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^folder=.*: expected an existing folder$"):
+        validation.existing_folder("folder", value)
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, 2**64, -(2**70), "\ud800", "nothing", "cat " * 9999, torch.ones(1)])
+def test_devices_are_those_of_torch(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^gpu=.* is invalid: expected a") as caught:
+        validation.usable_device(value, "gpu")
+    assert len(str(caught.value)) < 4000
+
+
+def test_lists_that_cannot_be_read_are_refused() -> None:
+    class Broken(list[Any]):
+        def __len__(self) -> int:
+            raise RuntimeError("no length")
+
+    for read in (
+        lambda value: validation.listed("image", value),
+        lambda value: validation.image_embeddings("image", value, 3),
+        lambda value: images.labelled_items("image", value),
+        lambda value: prompts.text_list("image", value),
+    ):
+        with pytest.raises(InputError, match=r"^image=\[\] is invalid: expected a list whose items can be read$"):
+            read(Broken())

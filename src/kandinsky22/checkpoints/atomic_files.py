@@ -40,7 +40,8 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
     temporary, lock = _create_temporary(final)
     try:
         yield temporary
-        os.chmod(temporary, permissions(final))
+        if (mode := permissions(final)) is not None:
+            os.chmod(temporary, mode)
         if flush:
             flush_to_disk(temporary)
         os.replace(temporary, final)
@@ -54,15 +55,17 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
 
 
 def _temporary_name(final: Path, token: str) -> str:
-    return f".{final.name[:80]}.saving-{token}{final.suffix[:20]}"
+    # A name may have 255 bytes, and a character four.
+    return f".{final.name[:40]}.saving-{token}{final.suffix[:12]}"
 
 
 def _create_temporary(final: Path) -> tuple[Path, int | None]:
     """Create an empty file with a new name next to the final one, locked as long as its descriptor is open."""
+    mode = 0o666 if permissions(final) is None else 0o600  # the replaced file may be private
     while True:
         temporary = final.parent / _temporary_name(final, secrets.token_hex(6))
         try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NON_BLOCKING, 0o600)
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NON_BLOCKING, mode)
         except FileExistsError:
             continue
         if os.name != "posix":  # Windows renames no open file
@@ -84,22 +87,20 @@ def _delete_abandoned(final: Path) -> None:
                     os.unlink(entry.path)
 
 
-def permissions(path: Path) -> int:
-    """Return the permissions of a file that will be replaced, or those of a new file.
+def permissions(path: Path) -> int | None:
+    """Return the permissions of a file that will be replaced; None if there is none.
 
     Args:
-        path: The file. Temporary files are private, therefore their permissions are changed before they are renamed.
+        path: The file.
     """
     try:
         return path.stat().st_mode & 0o777
     except OSError:
-        umask = os.umask(0)
-        os.umask(umask)
-        return 0o666 & ~umask
+        return None
 
 
 def flush_to_disk(path: str | os.PathLike[str]) -> None:
-    """Wait until the content of a file is on the disk, whoever wrote it.
+    """Wait until the content of a file is on the disk, including what other programs wrote.
 
     Args:
         path: The file.

@@ -176,8 +176,8 @@ class FolderSave:
             for name in destination.new:
                 if (folder / name).is_dir():
                     raise CheckpointError(f"{folder / name} is a folder: a file of this name must be written")
-                if (folder / name).exists():
-                    os.chmod(folder / destination.staging / NEW / name, permissions(folder / name))
+                if (mode := permissions(folder / name)) is not None:
+                    os.chmod(folder / destination.staging / NEW / name, mode)
         staged = self.folder / self._destinations[""].staging / "journal.json"
         content = {"version": 1, "destinations": [dataclasses.asdict(destination) for destination in destinations]}
         staged.write_text(json.dumps(content), encoding="utf-8")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from kandinsky22.checkpoints.atomic_files import open_regular_file
+from kandinsky22.checkpoints.folder_save import complete_saves
 from kandinsky22.checkpoints.load_arguments import check_hub_options, checked_flag
 from kandinsky22.errors import CheckpointError, MissingDependencyError, invalid
 from kandinsky22.requirements import OLDEST_VERSIONS
@@ -60,7 +61,7 @@ class CheckpointSource:
         object.__setattr__(self, "local_files_only", checked_flag("local_files_only", self.local_files_only))
 
     def fetch(self, select_files: SelectFiles) -> Path:
-        """Return the checkpoint's folder, after downloading files if it is on the Hub.
+        """Return the checkpoint's folder, after downloading files if it is on the Hub, or completing a save into it.
 
         Args:
             select_files: Selects the files to download from the names of all files of the repository. It is not
@@ -73,6 +74,7 @@ class CheckpointSource:
         if self.name == EMBEDDED:
             return embedded_folder(self.embedded_subfolder)
         if os.path.isdir(self.name):
+            complete_saves(Path(self.name))  # an interrupted one leaves no model_index.json
             return Path(self.name)
         if os.path.exists(self.name):
             raise CheckpointError(f"{str(self.name)!r} is a file; a model is {MODEL_NAMES}")
@@ -156,6 +158,7 @@ class CheckpointSource:
             folder = Path(os.path.realpath(folder))
             sibling = re.sub(r"(decoder|controlnet).*", "prior", folder.name)
             for candidate in (folder / "prior", folder.parent / "prior", folder.parent / sibling):
+                complete_saves(candidate)
                 if os.path.isfile(candidate / "model_index.json"):
                     return replace(self, name=candidate)
         raise CheckpointError(

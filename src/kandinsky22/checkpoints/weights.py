@@ -153,7 +153,7 @@ def _shard_path(index: Path, shard: str, extension: str, fallback_folder: Path |
 
 
 def _check_digest(index: Path, path: Path, expected: Any) -> None:
-    """Check that a shard and its index are of one save; those of other programs hold no digests and are not judged."""
+    """Check that a shard and its index are of one save. Files of other programs hold no digests and are not checked."""
     if expected is None or path.suffix != ".safetensors":
         return
     with _opened_safetensors(path) as file:

@@ -14,6 +14,8 @@ from typing import Any
 
 from kandinsky22.errors import printable
 
+MAX_LINE = 2000  # characters of a message; texts and paths on the command line may be longer
+
 
 class Console:
     """Printer of notes and warnings on stderr."""
@@ -69,10 +71,13 @@ def print_message(message: str) -> None:
     """Print one line on stderr, with control characters escaped. A stderr that cannot be written to is ignored.
 
     Args:
-        message: The text.
+        message: The text. The middle of a text with more than `MAX_LINE` characters is left out.
     """
+    line = printable(message)
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE // 2]} ... {line[5 - MAX_LINE // 2 :]}"
     with contextlib.suppress(OSError):
-        print(printable(message), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def print_path(path: Path) -> None:

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: kandinsky22 info picture.png",
         allow_abbrev=False,
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="PNG file written by kandinsky22")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP file written by kandinsky22")
     parser.add_argument("--json", action="store_true", help="print the recipe as the JSON that the file contains")
     parser.set_defaults(run=run)
 

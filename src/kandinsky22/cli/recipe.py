@@ -16,7 +16,7 @@ from kandinsky22 import __version__
 from kandinsky22.cli.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD, embedded_recipe
 from kandinsky22.cli.limits import check_size
 from kandinsky22.cli.recipe_json import parse_fields, parse_object
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RECIPE_FORMAT = 1  # format number in the JSON
@@ -162,6 +162,8 @@ class Recipe:
                 raise ValueError("another version of kandinsky22 wrote it in another format")
             recipe = cls(**parse_fields(cls, entries))
             check_size("size", (recipe.width, recipe.height))
+            if len(set(recipe.seeds)) < len(recipe.seeds):  # their images would have the same name
+                raise invalid("seeds", recipe.seeds, "different seeds")
             return recipe
         except ValueError as error:
             raise InputError(f"the recipe in {origin} cannot be read: {error}") from error

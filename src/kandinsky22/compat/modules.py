@@ -86,6 +86,8 @@ _SCHEDULERS = {
     "euler_ancestral_discrete": "EulerAncestralDiscreteScheduler",
     "euler_discrete": "EulerDiscreteScheduler",
     "heun_discrete": "HeunDiscreteScheduler",
+    "dpmsolver_sde": "DPMSolverSDEScheduler",
+    "k_dpm_2_ancestral_discrete": "KDPM2AncestralDiscreteScheduler",
     "k_dpm_2_discrete": "KDPM2DiscreteScheduler",
     "lcm": "LCMScheduler",
     "lms_discrete": "LMSDiscreteScheduler",

@@ -260,6 +260,8 @@ def optional_callable(argument: str, value: Any, parameters: Sequence[str] = ())
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
     """Return whether a function can be called with this number of positional arguments, as far as Python knows."""
+    if isinstance(function, torch.nn.Module):
+        function = function.forward  # the class accepts anything
     try:
         signature = inspect.signature(function)
     except Exception:  # functions of extension modules, and objects with a broken `__signature__`

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
-
 _numbers = itertools.count()
 
 
@@ -60,6 +58,8 @@ Otherwise a call would draw numbers again that another thread drew between savin
 @contextlib.contextmanager
 def global_rng_restored() -> Iterator[None]:
     """Return a context manager after which torch's global generator of the CPU is in the state that it had before."""
+    import torch  # the locks alone serve the command before it needs torch
+
     with GLOBAL_RNG, torch.random.fork_rng(devices=()):
         yield
 

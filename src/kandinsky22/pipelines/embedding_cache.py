@@ -63,9 +63,8 @@ def cached_zero_embed(encoder: AnyNetwork, dtype: torch.dtype, compute: Callable
     embed = compute()
     path = _cache_path(encoder, dtype, just_loaded=is_lazy)  # perhaps from newer files
     if path is not None and bool(embed.isfinite().all()):
-        with contextlib.suppress(
-            Exception
-        ):  # an unwritable cache folder, whatever is wrong with it, disables the cache
+        # An unwritable cache folder, whatever is wrong with it, disables the cache.
+        with contextlib.suppress(Exception):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
                 save_file({"embed": embed.detach().cpu().contiguous()}, temporary)
@@ -142,8 +141,10 @@ class LastResults(Generic[R]):
         with self._lock:
             self._discard_stale(network)
             result = self._results.get(key)
-        if result is None:
-            result = compute()  # without the lock: other threads may compute other results
+            if result is not None:
+                self._results.move_to_end(key)
+                return result
+        result = compute()  # without the lock: other threads may compute other results
         with self._lock:
             self._discard_stale(network)
             if self._network is None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of tqdm after trying them on a bar that nobody sees.
+    """Return options of tqdm after trying them on a bar that is not shown.
 
     Args:
         options: Arguments of tqdm.

@@ -65,7 +65,7 @@ class _Registry:
 
     def __init__(self) -> None:
         self.reset()
-        self.users: set[int] = set()  # threads that loaded or ran networks
+        self.threads = threading.local()  # `used_networks` in threads that loaded or ran networks
         self.stale_thread: int | None = None  # the thread that forked, if it was one of these
 
     def reset(self) -> None:
@@ -74,12 +74,12 @@ class _Registry:
         self.changes: list[_Use] = []
 
     def after_fork(self) -> None:
-        """Only the forking thread lives on in the child, with its calls."""
-        calls, thread = self.calls, threading.get_ident()
+        """Keep the uses of the forking thread, the only one that exists in the new process."""
+        calls, changes, thread = self.calls, self.changes, threading.get_ident()
         self.reset()
         self.calls = [call for call in calls if call.thread == thread]
-        self.stale_thread = thread if thread in self.users else None
-        self.users.intersection_update({thread})
+        self.changes = [change for change in changes if change.thread == thread]
+        self.stale_thread = thread if getattr(self.threads, "used_networks", False) else None
 
 
 _registry = _Registry()
@@ -99,12 +99,12 @@ def running_call(pipeline: Any) -> Iterator[CallState]:
         ForkError: See `check_fork`.
     """
     check_fork()
+    _registry.threads.used_networks = True
     call = _Use(pipeline, "a call", threading.get_ident(), _networks(pipeline.components))
     with _registry.condition:
         while _blocking(call, _registry.changes) is not None:
             _registry.condition.wait()
         _registry.calls.append(call)
-        _registry.users.add(call.thread)
     try:
         with contextlib.ExitStack() as stack:
             for lock in _offload_locks(pipeline.components):
@@ -174,7 +174,7 @@ def others_use(network: nn.Module) -> bool:
 def claim_generators(pipeline: Any, generators: Iterable[Any]) -> None:
     """Reserve generators for the call of a pipeline that this thread runs, until it ends.
 
-    The numbers that a call draws would otherwise depend on how the threads take turns.
+    The numbers that a call draws would otherwise depend on the timing of the threads.
 
     Args:
         pipeline: The pipeline.
@@ -316,8 +316,7 @@ def loading_networks() -> Iterator[None]:
 
     OpenMP may start threads for this one meanwhile, see `check_fork`.
     """
-    with _registry.condition:
-        _registry.users.add(threading.get_ident())
+    _registry.threads.used_networks = True
     with _host_device():
         yield
 
