@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tests.cli.helpers import Command, assert_one_line
 
 import kandinsky22
-from kandinsky22.cli.console import safe_messages
+from kandinsky22.cli.console import MAX_LINE, safe_messages
 from kandinsky22.cli.failures import check_address_space, is_out_of_memory
 from kandinsky22.cli.limits import MAX_ASPECT_RATIO, MAX_PIXELS, MAX_SIDE, is_allowed_size
 from kandinsky22.errors import CheckpointError, InputError, describe, printable
@@ -182,6 +182,35 @@ def test_two_recipes_and_bombs_are_one_line(command: Command) -> None:
     assert_one_line(command("info", "picture.png"), 1, "several recipes")
     write("a" * 3_000_000, compressed=True)
     assert_one_line(command("info", "picture.png"), 1, "damaged", "too large")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("extend", [8, 0, 0, 0]),
+        ("crop", 1),
+        ("hint", {"name": "-", "sha256": ""}),
+        ("parts", [{"weight": 1, "text": "a"}]),
+        ("keep_pixels", True),
+    ],
+)
+def test_recipes_with_inputs_that_the_subcommand_lacks_are_refused(command: Command, entry: str, value: Any) -> None:
+    write(json.dumps(RECIPE | {entry: value}))
+    assert_one_line(command("variations", "--from", "picture.png"), 1, "picture.png", f"variations has no {entry}")
+
+
+def test_recipes_with_equal_seeds_are_refused(command: Command) -> None:
+    write(json.dumps(RECIPE | {"seeds": [1, 2, 1]}))
+    assert_one_line(command("info", "picture.png"), 1, "picture.png", "seeds=(1, 2, 1)", "different seeds")
+
+
+@pytest.mark.parametrize("option", ["--quantize", "--output", "--scheduler", "--model"])
+def test_messages_that_repeat_long_values_are_shortened(command: Command, option: str) -> None:
+    result = command("generate", "a cat", option, "a" * 5000)
+    assert result.code in (1, 2)
+    assert result.err.startswith("kandinsky22: error: ")
+    assert result.err.count("\n") == 1
+    assert len(result.err) <= MAX_LINE + 1
 
 
 def test_the_command_to_run_is_quoted(command: Command) -> None:

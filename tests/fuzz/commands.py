@@ -236,7 +236,10 @@ class Commands:
                 values = rng.choice(VALUES[option])
             else:
                 count = nargs if isinstance(nargs, int) else rng.randrange(1, 4) if nargs == "+" else 1
-                values = rng.choices(WORDS, k=count)
+                words = (
+                    [word for word in WORDS if word != "1_000"] if option == "-n" else WORDS
+                )  # 1000 pictures take long
+                values = rng.choices(words, k=count)
             if name == "compare" and option in ("--output", "--force") and rng.random() < 0.5:
                 values = [*values, "--pictures"]
             line += [option, *values]

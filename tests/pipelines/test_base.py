@@ -386,6 +386,22 @@ def test_progress_bars(decoder: Any, capsys: pytest.CaptureFixture[str], monkeyp
     for wrong in ({}, {"iterable": [1], "total": 1}):
         with pytest.raises(InputError, match="progress_bar"):
             decoder.progress_bar(**wrong)
+    for wrong in ({"iterable": 3}, {"total": -1}, {"total": 1.5}, {"total": True}, {"total": "3"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            decoder.progress_bar(**wrong)
+    decoder.set_progress_bar_config(desc="drawing")
+    for wrong in ({"unknown": 1}, {"total": 3}, {"file": 3}, {"ncols": "wide"}, {"disable": np.zeros(2)}):
+        with pytest.raises(InputError, match=f"option|{next(iter(wrong))}"):
+            decoder.set_progress_bar_config(**wrong)
+    assert decoder.progress_bar(total=1).desc.startswith("drawing")
+
+
+@pytest.mark.parametrize("value", [None, 3, "height", ["height"], {1: 2}, {"no_such": 1}, torch.ones(1, 3), iter("a")])
+def test_defaults_are_arguments_by_name(decoder: Any, value: Any) -> None:
+    before = decoder.generation_defaults
+    with pytest.raises(InputError, match="generation_defaults"):
+        decoder.generation_defaults = value
+    assert decoder.generation_defaults == before
 
 
 def test_repr_names_the_parts(decoder: Any, checkpoints: Path) -> None:

@@ -210,6 +210,7 @@ def test_our_arguments_follow_those_of_the_specification(mode: str) -> None:
     own_arguments = [*OPTIONS, *STEPS]
     if mode in COMBINED:
         own_arguments = [*OPTIONS, *(f"prior_{name}" for name in OPTIONS), *STEPS, *(f"prior_{name}" for name in STEPS)]
+    own_arguments += [name for name in ("padding_mask_crop", "prompt_weights") if name in names]
     assert names[-len(own_arguments) :] == own_arguments
 
 

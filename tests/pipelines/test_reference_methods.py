@@ -172,6 +172,32 @@ def test_numpy_to_pil(decoder: KandinskyV22Pipeline) -> None:
         assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
 
 
+PICTURE = np.ones((4, 5, 3))
+
+
+NO_PICTURES = [
+    None,
+    [PICTURE],
+    torch.ones(4, 5, 3),
+    PICTURE[0],
+    PICTURE * np.nan,
+    PICTURE * 1.1,
+    -PICTURE,
+    np.full((4, 5, 3), 9, np.uint8),
+    np.ones((4, 5, 5)),
+    np.ones((4, 0, 3)),
+    PICTURE.astype(object),
+    PICTURE.astype(complex),
+    np.broadcast_to(0.5, (10**5, 10**5, 3)),
+]
+
+
+@pytest.mark.parametrize("images", NO_PICTURES)
+def test_numpy_to_pil_refuses_what_is_no_image(decoder: KandinskyV22Pipeline, images: Any) -> None:
+    with pytest.raises(InputError, match=r"^images"):
+        decoder.numpy_to_pil(images)
+
+
 def test_progress_bars_can_be_disabled_everywhere(decoder: KandinskyV22Pipeline) -> None:
     decoder.set_progress_bar_config(disable=False)
     try:

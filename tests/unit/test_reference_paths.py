@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers.optimization import get_scheduler as oracle_get_scheduler
 from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as oracle_inpainting
 from diffusers.pipelines.kandinsky2_2.pipeline_kandinsky2_2 import downscale_height_and_width as oracle_downscale
 from diffusers.training_utils import EMAModel as OracleEMA
@@ -22,7 +23,7 @@ from tests.unit.tiny_models import TINY_MOVQ
 import kandinsky22
 from kandinsky22 import DDPMScheduler, InputError, MissingDependencyError, VQModel
 from kandinsky22.compat import functions, modules
-from kandinsky22.compat.training import EMAModel, compute_snr
+from kandinsky22.compat.training import SCHEDULES, EMAModel, compute_snr, get_scheduler
 
 # What the newest version of the reference has no longer, and scripts of its earlier versions import.
 OLDER_PATHS = {"models.prior_transformer", "models.unet_2d_condition"}
@@ -243,3 +244,29 @@ def test_invalid_moving_averages() -> None:
     ]:
         with pytest.raises(InputError, match=f"^{message}"):
             call()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_are_those_of_the_reference(name: str) -> None:
+    rates = []
+    for get in (get_scheduler, oracle_get_scheduler):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        steps: Any = {"num_warmup_steps": 3, "num_training_steps": 12, "num_cycles": 2, "power": 1.5}
+        schedule = get(name, optimizer=optimizer, **steps)
+        rates.append([(optimizer.step(), schedule.step(), schedule.get_last_lr()[0])[-1] for _ in range(12)])
+    assert rates[0] == pytest.approx(rates[1])
+
+
+def test_learning_rates_that_cannot_be_made_are_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    with pytest.raises(InputError, match="name='steep' is invalid"):
+        get_scheduler("steep", optimizer)
+    with pytest.raises(InputError, match="num_training_steps=None is invalid"):
+        get_scheduler("cosine", optimizer, num_warmup_steps=0)
+    with pytest.raises(InputError, match="step_rules='1:10' is invalid"):
+        get_scheduler("constant", optimizer, step_rules="1:10")
+
+
+def test_every_public_scheduler_has_a_path() -> None:
+    names = {name for names in modules._SCHEDULERS.values() for name in names.split()}
+    assert names >= {name for name in kandinsky22.__all__ if name.endswith("Scheduler")}

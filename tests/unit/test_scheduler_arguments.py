@@ -213,3 +213,53 @@ def test_outputs_that_do_not_fit(name: str) -> None:
         scheduler.scale_model_input(sample, scheduler.timesteps[0])
         with pytest.raises(InputError, match=r"model_output\.shape="):
             scheduler.step(wrong, scheduler.timesteps[0], sample)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "device", ["meta", "", "nowhere", "cuda:99", -1, 2**70, True, 0.5, ["cpu"], np.zeros(2)], ids=repr
+)
+def test_invalid_devices_are_refused_and_change_nothing(name: str, device: Any) -> None:
+    scheduler = make(name)
+    scheduler.set_timesteps(4)
+    before = scheduler.timesteps.tolist(), scheduler.num_inference_steps, scheduler.custom_timesteps
+    with pytest.raises(InputError, match="device="):
+        scheduler.set_timesteps(2, device=device)
+    assert (scheduler.timesteps.tolist(), scheduler.num_inference_steps, scheduler.custom_timesteps) == before
+
+
+@pytest.mark.parametrize("name", OF_LEVELS)
+@pytest.mark.parametrize("argument", ["timesteps", "sigmas"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.broadcast_to(np.float32(0.5), (1, 10**6, 10**6)),
+        torch.zeros(1).expand(10**12),
+        torch.zeros(3, device="meta"),
+        range(10**12, 0, -1),
+        ["2", "1"],
+        [10**400, 0],
+    ],
+    ids=["three dimensions", "endless tensor", "meta", "endless range", "texts", "large"],
+)
+def test_schedules_of_any_size_and_kind_are_refused(name: str, argument: str, value: Any) -> None:
+    scheduler = make(name)
+    scheduler.set_timesteps(4)
+    with pytest.raises(InputError, match=argument):
+        scheduler.set_timesteps(**{argument: value})
+    assert not scheduler.custom_timesteps
+    assert scheduler.num_inference_steps == 4
+
+
+@pytest.mark.parametrize(
+    "strength", ["", "x", None, True, math.nan, 0, 1.5, np.zeros(2), torch.zeros(0), 10**400], ids=repr
+)
+def test_consistency_models_refuse_invalid_strengths(strength: Any) -> None:
+    with pytest.raises(InputError, match="strength="):
+        make("LCMScheduler").set_timesteps(2, strength=strength)
+
+
+def test_long_names_of_settings_are_shortened() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make("DDIMScheduler", **{"n" * 10**5: 1})
+    assert len(str(caught.value)) < 4000

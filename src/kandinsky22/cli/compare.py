@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("prompt", metavar="PROMPT", help=f"description of the images{options.TEXT_SOURCES}")
     group = parser.add_argument_group("output")
-    options.add_output_options(group, "compare.png")
+    options.add_output_options(group, "compare.png", stream=False)
     group.add_argument(
         "--pictures", action="store_true", help="also save each image of the grid as a file with its recipe"
     )

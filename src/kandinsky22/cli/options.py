@@ -391,7 +391,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance", type=guidance_scale, metavar="X", help="decoder guidance scale; up to 1, guidance is off"
     )
-    _add_common_sampling_options(group, "seed of the noise; with -n, each following image uses the next integer")
+    _add_common_sampling_options(
+        group,
+        "seed of the noise; several seeds give one image each, and with -n each following image uses the next integer",
+    )
 
 
 def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: str) -> None:
@@ -474,19 +477,21 @@ def _add_interval(group: argparse._ArgumentGroup, name: str, help: str) -> None:
     group.add_argument(name, nargs=2, type=fraction, action=_StoreInterval, metavar=("START", "END"), help=help)
 
 
-def add_output_options(group: argparse._ArgumentGroup, default: str) -> None:
+def add_output_options(group: argparse._ArgumentGroup, default: str, *, stream: bool = True) -> None:
     """Add the options for the output file, its recipe and the messages.
 
     Args:
         group: Option group of the subcommand.
         default: Description of the default output file.
+        stream: Whether the subcommand may write its image to standard output.
     """
+    stdout = ", or - for standard output" if stream else ""
     group.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FILE",
-        help=f"a .png, .jpg or .webp file, or - for standard output (default: {default}). If it exists, the new file "
+        help=f"a .png, .jpg or .webp file{stdout} (default: {default}). If it exists, the new file "
         "is NAME-2, NAME-3, ...",
     )
     group.add_argument("--force", action="store_true", help="replace existing files")

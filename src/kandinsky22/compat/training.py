@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
 from kandinsky22.checkpoints.folder_save import folder_save
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.inputs import validation
 from kandinsky22.models.base import Model, stage_network
 
+_STEPS = ("num_warmup_steps", "num_training_steps")
+# Schedules of learning rates: name -> (function of transformers, its arguments).
+SCHEDULES = {
+    "constant": ("get_constant_schedule", ()),
+    "constant_with_warmup": ("get_constant_schedule_with_warmup", _STEPS[:1]),
+    "linear": ("get_linear_schedule_with_warmup", _STEPS),
+    "cosine": ("get_cosine_schedule_with_warmup", _STEPS),
+    "cosine_with_restarts": ("get_cosine_with_hard_restarts_schedule_with_warmup", (*_STEPS, "num_cycles")),
+    "polynomial": ("get_polynomial_decay_schedule_with_warmup", (*_STEPS, "power")),
+}
 SETTINGS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 
@@ -29,6 +41,52 @@ def compute_snr(noise_scheduler: Any, timesteps: Tensor) -> Tensor:
     """
     alphas_cumprod: Tensor = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def get_scheduler(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    step_rules: str | None = None,
+    num_warmup_steps: int | None = None,
+    num_training_steps: int | None = None,
+    num_cycles: int = 1,
+    power: float = 1.0,
+    last_epoch: int = -1,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a schedule of learning rates, one of those of transformers.
+
+    Args:
+        name: "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts" or "polynomial".
+        optimizer: The optimizer.
+        step_rules: Must be None: the reference's "piecewise_constant" does not exist here.
+        num_warmup_steps: Steps in which the rate grows from 0; None is accepted for "constant" only.
+        num_training_steps: All steps; None is accepted for "constant" and "constant_with_warmup".
+        num_cycles: Restarts of "cosine_with_restarts".
+        power: Exponent of "polynomial".
+        last_epoch: Step to resume after; -1 starts.
+
+    Raises:
+        InputError: If the name is unknown, or a number of steps is missing.
+    """
+    name = str(getattr(name, "value", name))
+    validation.one_of("name", name, tuple(SCHEDULES))
+    if step_rules is not None:
+        raise invalid("step_rules", step_rules, "None", "use torch.optim.lr_scheduler.LambdaLR for rates in pieces")
+    function, arguments = SCHEDULES[name]
+    values = {
+        "num_warmup_steps": num_warmup_steps,
+        "num_training_steps": num_training_steps,
+        "num_cycles": num_cycles,
+        "power": power,
+    }
+    for argument in arguments:
+        if values[argument] is None:
+            raise invalid(argument, None, f"a number of steps, which the schedule {name!r} needs")
+    options = {argument: values[argument] for argument in arguments}
+    schedule: torch.optim.lr_scheduler.LambdaLR = getattr(transformers, function)(
+        optimizer, last_epoch=last_epoch, **options
+    )
+    return schedule
 
 
 class EMAModel:

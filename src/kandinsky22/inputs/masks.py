@@ -57,7 +57,10 @@ def _mask(argument: str, item: Any, size: tuple[int, int]) -> Tensor:
     else:
         image = _open_mask(argument, item)
         resized = np.asarray(resize_mask(image, size))
-        mask, maximum = torch.from_numpy(resized >= 127.5).float()[None, None], image.convert("L").getextrema()[1] / 255
+        mask, maximum = (
+            torch.from_numpy(resized >= 127.5).float()[None, None],
+            np.asarray(image.convert("L")).max() / 255,
+        )
     if not mask.any():
         _warn_about_black_mask(argument, maximum)
     return mask

@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -220,7 +220,8 @@ def storing_device(device: torch.device | str | int | None) -> torch.device | No
     if device is None:
         return None
     usable = usable_device(device)
-    if usable.type == "meta":
+    # Subclasses of Tensor may report the meta device and store values of their own.
+    if usable.type == "meta" and type(torch.empty(0, device=usable)) is Tensor:
         raise invalid("device", device, "a device that stores values, which 'meta' does not")
     return usable
 
@@ -289,14 +290,18 @@ def generators_per_item(value: Any, num_images: int, batch_size: int) -> torch.G
     Raises:
         InputError: If `value` is not a generator, a list of the right length, or None.
     """
-    if value is None or isinstance(value, torch.Generator):
+    if value is None:
+        return None
+    if isinstance(value, torch.Generator):
         return value
-    generators = listed("generator", value) if isinstance(value, list | tuple) else [None]
+    generators: list[Any] = listed("generator", value) if isinstance(value, list | tuple) else [None]
     if not all(isinstance(item, torch.Generator) for item in generators):
         raise invalid("generator", value, "a torch.Generator, a list of them, or None")
     if len(generators) not in (1, num_images, batch_size):
         raise invalid("len(generator)", len(generators), f"1 or {num_images}, one generator per image")
-    return generators[0] if len(generators) == 1 else generators * (batch_size // len(generators))
+    if len(generators) == 1:
+        return cast(torch.Generator, generators[0])
+    return generators * (batch_size // len(generators))
 
 
 def initial_latents(value: Any, shape: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, w
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.checkpoints.load_arguments import LoadArguments, checked_flag
 from kandinsky22.config import Config
-from kandinsky22.errors import ConfigError, InputError, describe, invalid
+from kandinsky22.errors import ConfigError, InputError, invalid
 from kandinsky22.models.attention_processors import STANDARD_PROCESSORS, StandardAttention
 from kandinsky22.models.checkpointing import Checkpointing
 from kandinsky22.verbosity import warn_once
@@ -44,7 +44,7 @@ class ReferenceMethods(Checkpointing, nn.Module):
     config: Any
 
     def _parsed(self, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> Any:
-        """Return the config of a constructor's arguments; keys of moving averages are stored beside it."""
+        """Return the config of a constructor's arguments; keys of moving averages are stored next to it."""
         owner = type(self).__name__
         if len(arguments) > len(self.positional):
             expected = f"at most {len(self.positional)}: {', '.join(self.positional)}"
@@ -234,7 +234,7 @@ class ReferenceMethods(Checkpointing, nn.Module):
             if type(each).__name__ not in STANDARD_PROCESSORS:
                 expected = f"one of {', '.join(STANDARD_PROCESSORS)}"
                 advice = "attention is always torch's fused one here: replace an attention layer by a module instead"
-                raise invalid("processor", describe(type(each)), expected, advice)
+                raise invalid("processor", type(each), expected, advice)
 
     def set_default_attn_processor(self) -> None:
         """Do nothing: the default attention processor is the only one."""

@@ -213,8 +213,8 @@ class DenoisingPipeline(DiffusionPipeline):
         generators = validation.generators_per_item(options.generator, images, shape[0])
         claim_generators(self, generators if isinstance(generators, list | tuple) else [generators])
         callbacks = options.callbacks.checked(self._callback_tensor_inputs)
+        options.guidance.check_scheduler(self.scheduler)
         schedule = schedule_timesteps(self.scheduler, options.timesteps, shape=shape, device=self._execution_device)
-        options.guidance.check_scheduler(schedule.scheduler)
         return SamplingPlan(shape, schedule, options.guidance, callbacks, generators, options.latents)
 
     def _standard_noise(self, plan: SamplingPlan, dtype: torch.dtype) -> Tensor:

@@ -59,7 +59,8 @@ def new_bar(iterable: Iterable[Any] | None, total: int | None, options: Mapping[
 
     if (iterable is None) == (total is None):
         raise InputError("progress_bar: expected either an iterable or total=")
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 0):
+    steps: Any = total
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise invalid("total", total, "a number of steps, an integer from 0")
     shown = {"disable": None, **options}
     if not is_progress_bar_enabled():

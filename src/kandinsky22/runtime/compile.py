@@ -72,11 +72,12 @@ class CompileMixin:
             MissingDependencyError: If the backend needs something that is not installed: a C++ compiler on CPUs, triton
                 on CUDA.
         """
-        if not isinstance(mode, str) or mode not in MODES:
+        given: Any = mode
+        if not isinstance(given, str) or given not in MODES:
             raise invalid("mode", mode, f"one of {', '.join(MODES)}")
         validation.strict_bool("dynamic", dynamic)
-        backends = torch.compiler.list_backends(exclude_tags=())
-        if not isinstance(backend, str) or backend not in backends:
+        backends, given = torch.compiler.list_backends(exclude_tags=()), backend
+        if not isinstance(given, str) or given not in backends:
             raise invalid("backend", backend, f"one of {', '.join(backends)}")
         code_folder = None if cache_dir is None else checked_save_path(cache_dir, "cache_dir")
         networks = self._networks_to_compile(components, mode)

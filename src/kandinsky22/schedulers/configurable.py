@@ -229,7 +229,7 @@ class Configurable:
             local_files_only: Whether to use cached files only, without network requests.
             token: Access token for the Hub; None uses the stored one, if there is one; False sends none.
             **options: Arguments of the reference: `force_download`; `return_unused_kwargs` returns the other arguments
-                too, `return_commit_hash` None in the place of a commit.
+                too, `return_commit_hash` None instead of a commit.
 
         Returns:
             The config, a dict; a tuple of it and what the two options name, if they are True.
