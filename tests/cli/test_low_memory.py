@@ -66,7 +66,7 @@ def test_the_same_picture_with_other_options(
 def test_weights_are_read_from_the_models_own_files(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_offload, "write_weight_files", lambda *_, **__: pytest.fail("a temporary file was written"))
+    monkeypatch.setattr(disk_offload, "write_weight_files", lambda *_, **__: pytest.fail("a file was written"))
     for dtype in ("float32", "bfloat16"):
         assert command("generate", "a cat", "--model", model, "--low-memory", "--dtype", dtype, "-n", 2).code == 0
 

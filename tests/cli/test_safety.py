@@ -199,6 +199,11 @@ def test_recipes_with_inputs_that_the_subcommand_lacks_are_refused(command: Comm
     assert_one_line(command("variations", "--from", "picture.png"), 1, "picture.png", f"variations has no {entry}")
 
 
+@pytest.mark.parametrize("source", ["/", ".", "..", "", "//"])
+def test_folders_have_no_recipe(command: Command, source: str) -> None:
+    assert_one_line(command("generate", "--from", source), 1, "directory")
+
+
 def test_recipes_with_equal_seeds_are_refused(command: Command) -> None:
     write(json.dumps(RECIPE | {"seeds": [1, 2, 1]}))
     assert_one_line(command("info", "picture.png"), 1, "picture.png", "seeds=(1, 2, 1)", "different seeds")

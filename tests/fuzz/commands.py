@@ -62,7 +62,7 @@ SUBCOMMANDS: dict[str, tuple[str, list[str]]] = {
     "generate": ("combined", ["a cat"]),
     "img2img": ("combined", ["a cat", "--image", "photo.png", "--strength", "0.6"]),
     "inpaint": ("inpaint", ["a cat", "--image", "photo.png", "--mask", "mask.png"]),
-    "control": ("control/decoder", ["a cat", "--hint", "photo.png", "--prior-steps", "2"]),
+    "control": ("control/decoder", ["a cat", "--hint", "photo.png", "--prior-steps", "2", "--steps", "2"]),
     "mix": ("combined", ["--text", "a cat", "0.6", "--image", "photo.png", "0.4"]),
     "variations": ("combined", ["photo.png"]),
     "compare": ("combined", ["a cat", "--steps", "1,2"]),

@@ -111,6 +111,9 @@ SPACES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "original_inference_steps": st.integers(1, 50),
     },
 }
+TOLERANCE = 1e-5
+# The reference splits sigmas into noise added and removed in float32, where their difference cancels.
+FLOAT32_TOLERANCES = {"KDPM2AncestralDiscreteScheduler": 1e-3}
 WITHOUT_GRIDS = ["EulerAncestralDiscreteScheduler", "PNDMScheduler", "LCMScheduler"]
 WITHOUT_SAMPLE = [
     "EulerAncestralDiscreteScheduler",
@@ -160,6 +163,8 @@ def start(ours: Any, theirs: Any, steps: int) -> bool:
     except (ValueError, IndexError):
         return False
     expected = theirs.timesteps.double()
+    if not expected.isfinite().all():
+        return False  # the reference takes the logarithm of a sigma of zero
     try:
         ours.set_timesteps(steps)
     except InputError as error:
@@ -172,9 +177,11 @@ def start(ours: Any, theirs: Any, steps: int) -> bool:
         return False  # the reference adds a timestep -1 for some step counts
     assert ours.timesteps.shape == expected.shape
     tolerance = 0 if ours.timesteps.dtype == torch.int64 else 1e-3
+    if isinstance(ours, ours_all.KDPM2AncestralDiscreteScheduler):
+        tolerance = 0.2  # the reference interpolates between logarithms of float32 sigmas, which cancels
     assert (ours.timesteps.double() - expected).abs().max() <= tolerance
     assert float(ours.init_noise_sigma) == pytest.approx(float(theirs.init_noise_sigma), rel=1e-6)
-    for name in ("sigmas", "sigmas_interpol"):
+    for name in ("sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down"):
         if hasattr(theirs, name):
             setattr(theirs, name, getattr(theirs, name).double())
     return True
@@ -192,8 +199,10 @@ def step_of_reference(theirs: Any, *arguments: Any, **options: Any) -> Any:
         return None
 
 
-def same(ours: Tensor, theirs: Tensor, sample: Tensor, before: Tensor | None = None) -> bool:
-    """Assert equality to 1e-5 of the largest value of a step, including the sample `before`, from which two-stage
+def same(
+    ours: Tensor, theirs: Tensor, sample: Tensor, before: Tensor | None = None, tolerance: float = TOLERANCE
+) -> bool:
+    """Assert equality relative to the largest value of a step, including the sample `before`, from which two-stage
     methods start again; return False if the reference is not finite."""
     assert ours.shape == theirs.shape
     assert torch.isfinite(ours).all()
@@ -201,7 +210,7 @@ def same(ours: Tensor, theirs: Tensor, sample: Tensor, before: Tensor | None = N
         return False
     assert ours.dtype == sample.dtype
     scale = max(1.0, *(float(x.abs().max()) for x in (theirs, sample, sample if before is None else before)))
-    assert float((ours.double() - theirs.double()).abs().max()) <= 1e-5 * scale
+    assert float((ours.double() - theirs.double()).abs().max()) <= tolerance * scale
     return True
 
 
@@ -241,9 +250,9 @@ def run(ours: Any, theirs: Any, visits: range, seed: int, **options: Any) -> Non
         result = ours.step(output, mine, sample, **step_options[0])
         expected = step_of_reference(theirs, output, reference, sample, **step_options[1])
         assert torch.equal(sample, unchanged)
-        if expected is None or not same(
-            result.prev_sample, expected.prev_sample, sample, before * cancelled(ours, visit)
-        ):
+        earlier = before * cancelled(ours, visit)
+        tolerance = FLOAT32_TOLERANCES.get(type(ours).__name__, TOLERANCE)
+        if expected is None or not same(result.prev_sample, expected.prev_sample, sample, earlier, tolerance):
             return
         if "pred_original_sample" in expected and expected.pred_original_sample is not None:
             assert same(result.pred_original_sample, expected.pred_original_sample, sample)

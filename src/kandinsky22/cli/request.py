@@ -161,7 +161,7 @@ def output_path(args: argparse.Namespace) -> Path:
     """
     if args.output is not None:
         return Path(args.output)
-    if args.source is None:
+    if args.source is None or not args.source.name:  # a folder without a name, such as "/", has no recipe
         return Path("picture.png")
     extension = PNG.extensions[0] if find_format(args.source) is None else args.source.suffix
     return Path(args.source.with_name(f"{args.source.stem}-again{extension}"))
