@@ -310,8 +310,11 @@ def commands() -> Iterator[tuple[str, Call]]:
     yield "generate, int8", lambda: run("generate", PROMPT, "--quantize", "int8", *steps)
     yield "generate, low memory", lambda: run("generate", PROMPT, "--low-memory", *steps)
     yield "generate, cached", lambda: run("generate", PROMPT, "--cache-every", "2", *steps)
-    yield "generate --quality balanced", lambda: run("generate", PROMPT, "--quality", "balanced", "--seed", "7")
-    yield "generate --from", lambda: run("generate", "--from", "picture.png", "-o", "again.png")
+    yield (
+        "generate --quality balanced",
+        lambda: run("generate", PROMPT, "--quality", "balanced", "--seed", "7", "-o", "balanced.png"),
+    )
+    yield "generate --from", lambda: run("generate", "--from", "balanced.png", "-o", "again.png")
     yield "img2img", lambda: run("img2img", OTHER, "--image", "photo.png", "--strength", "0.6", *steps)
     inpaint = ("inpaint", "a green triangle", "--image", "photo.png", "--mask", "mask.png", "--keep-pixels")
     yield "inpaint", lambda: run(*inpaint, *steps)
