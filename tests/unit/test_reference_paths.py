@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,21 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as
 from diffusers.pipelines.kandinsky2_2.pipeline_kandinsky2_2 import downscale_height_and_width as oracle_downscale
 from diffusers.training_utils import EMAModel as OracleEMA
 from diffusers.training_utils import compute_snr as oracle_snr
+from diffusers.training_utils import set_seed as oracle_set_seed
 from tests.unit.tiny_models import TINY_MOVQ
 
 import kandinsky22
 from kandinsky22 import DDPMScheduler, InputError, MissingDependencyError, VQModel
 from kandinsky22.compat import functions, modules
-from kandinsky22.compat.training import SCHEDULES, EMAModel, compute_snr, get_scheduler
+from kandinsky22.compat.training import (
+    SCHEDULES,
+    EMAModel,
+    cast_training_params,
+    compute_snr,
+    free_memory,
+    get_scheduler,
+    set_seed,
+)
 
 # What the newest version of the reference has no longer, and scripts of its earlier versions import.
 OLDER_PATHS = {"models.prior_transformer", "models.unet_2d_condition"}
@@ -270,3 +280,24 @@ def test_learning_rates_that_cannot_be_made_are_refused() -> None:
 def test_every_public_scheduler_has_a_path() -> None:
     names = {name for names in modules._SCHEDULERS.values() for name in names.split()}
     assert names >= {name for name in kandinsky22.__all__ if name.endswith("Scheduler")}
+
+
+def test_seeds_are_those_of_all_generators() -> None:
+    def draws() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(1))]
+
+    set_seed(3)
+    first = draws()
+    oracle_set_seed(3)
+    assert draws() == first
+    for seed in (-1, 2**32, 1.0, True):
+        with pytest.raises(InputError, match=r"^seed="):
+            set_seed(seed)  # type: ignore[arg-type]
+
+
+def test_only_trained_parameters_are_cast() -> None:
+    network = torch.nn.Linear(2, 2).half()
+    network.bias.requires_grad_(False)
+    cast_training_params([network])
+    assert (network.weight.dtype, network.bias.dtype) == (torch.float32, torch.float16)
+    free_memory()

@@ -218,6 +218,26 @@ def is_wandb_available() -> bool:
     return importlib.util.find_spec("wandb") is not None
 
 
+def is_peft_available() -> bool:
+    """Return whether peft is installed."""
+    return importlib.util.find_spec("peft") is not None
+
+
+def is_safetensors_available() -> bool:
+    """Return whether safetensors is installed, which kandinsky22 requires."""
+    return True
+
+
+def is_torch_npu_available() -> bool:
+    """Return whether torch_npu is installed; kandinsky22 is not tested with it."""
+    return importlib.util.find_spec("torch_npu") is not None
+
+
+def is_torch_xla_available() -> bool:
+    """Return whether torch_xla is installed; kandinsky22 is not tested with it."""
+    return importlib.util.find_spec("torch_xla") is not None
+
+
 def is_torch_version(operation: str, version: str) -> bool:
     """Return whether the version of torch compares to another one as stated.
 

@@ -26,6 +26,11 @@ _ATTENTION = (
     "AttnAddedKVProcessor AttnAddedKVProcessor2_0 AttnProcessor AttnProcessor2_0 SlicedAttnAddedKVProcessor "
     "SlicedAttnProcessor XFormersAttnAddedKVProcessor XFormersAttnProcessor"
 )
+_SCHEDULES = (
+    "SchedulerType get_constant_schedule get_constant_schedule_with_warmup get_cosine_schedule_with_warmup "
+    "get_cosine_with_hard_restarts_schedule_with_warmup get_linear_schedule_with_warmup "
+    "get_polynomial_decay_schedule_with_warmup"
+)
 SOURCE_OF = {
     **dict.fromkeys(_ATTENTION.split(), f"{ROOT}.models.attention_processors"),
     "BaseOutput": f"{ROOT}.compat.functions",
@@ -42,10 +47,14 @@ SOURCE_OF = {
     "SchedulerMixin": _FUNCTIONS,
     "SchedulerOutput": _FUNCTIONS,
     "VaeImageProcessor": f"{ROOT}.inputs.image_processor",
+    "cast_training_params": _TRAINING,
     "compute_snr": _TRAINING,
+    "free_memory": _TRAINING,
+    **dict.fromkeys(_SCHEDULES.split(), "transformers"),
     "get_scheduler": _TRAINING,
     "logging": f"{ROOT}.verbosity",
     "randn_tensor": f"{ROOT}.noise",
+    "set_seed": _TRAINING,
 }
 FUNCTIONS = (
     "CONFIG_NAME",
@@ -59,8 +68,12 @@ FUNCTIONS = (
     "is_accelerate_available",
     "is_accelerate_version",
     "is_compiled_module",
+    "is_peft_available",
+    "is_safetensors_available",
     "is_torch_available",
+    "is_torch_npu_available",
     "is_torch_version",
+    "is_torch_xla_available",
     "is_transformers_available",
     "is_wandb_available",
     "is_xformers_available",
@@ -105,8 +118,8 @@ _22 = "pipelines.kandinsky2_2"
 # The names of each path; "*" stands for those of a whole module.
 NAMES: dict[str, str] = {
     "image_processor": "VaeImageProcessor",
-    "optimization": "get_scheduler",
-    "training_utils": "EMAModel compute_snr",
+    "optimization": f"{_SCHEDULES} get_scheduler",
+    "training_utils": "EMAModel cast_training_params compute_snr free_memory set_seed",
     "utils": f"{_UTILS} BaseOutput load_image logging make_image_grid randn_tensor",
     "utils.export_utils": "export_to_gif export_to_video",
     "utils.import_utils": _AVAILABILITY,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -87,6 +90,42 @@ def get_scheduler(
         optimizer, last_epoch=last_epoch, **options
     )
     return schedule
+
+
+def set_seed(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch, on all devices.
+
+    Args:
+        seed: From 0 to 2**32 - 1, the range of numpy.
+
+    Raises:
+        InputError: If the seed is not such an integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise invalid("seed", seed, "an integer from 0 to 4294967295")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def cast_training_params(model: nn.Module | list[nn.Module], dtype: torch.dtype = torch.float32) -> None:
+    """Convert the parameters of modules that are trained, in place; the others keep their dtype.
+
+    Args:
+        model: A module, or a list of modules.
+        dtype: The new dtype.
+    """
+    for module in model if isinstance(model, list) else [model]:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.to(dtype)
+
+
+def free_memory() -> None:
+    """Collect unreachable objects, and return unused memory of CUDA devices to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class EMAModel:
