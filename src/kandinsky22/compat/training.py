@@ -101,7 +101,8 @@ def set_seed(seed: int) -> None:
     Raises:
         InputError: If the seed is not such an integer.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    number: object = seed
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32:
         raise invalid("seed", seed, "an integer from 0 to 4294967295")
     random.seed(seed)
     np.random.seed(seed)
