@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 # Helper modules assert too: their failures must show the compared values, as those of test modules do.
 pytest.register_assert_rewrite("tests.cli", "tests.pipelines", "tests.unit")
@@ -13,6 +15,8 @@ pytest.register_assert_rewrite("tests.cli", "tests.pipelines", "tests.unit")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would block all tests.
+    tqdm.set_lock(threading.RLock())
     os.environ["KANDINSKY22_CACHE"] = ""  # no cache on disk: tests share nothing, and the user's cache stays untouched
 
 
