@@ -44,7 +44,7 @@ class VariantError(CheckpointError, ValueError):
 
 
 class NotFiniteError(KandinskyError, ArithmeticError):
-    """A network or a scheduler produced NaN or infinity. There is no image that could be returned."""
+    """A network or a scheduler produced NaN or infinity. No image is returned."""
 
 
 class MissingDependencyError(KandinskyError, ImportError):

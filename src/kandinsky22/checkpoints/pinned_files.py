@@ -30,7 +30,7 @@ OPEN_FILES = next((folder for folder in ("/proc/self/fd", "/dev/fd") if os.path.
 
 @dataclasses.dataclass(frozen=True)
 class _Identity:
-    """Which file it is, and when its content last changed."""
+    """Inode, size and modification time of a file, one of which changes with its content."""
 
     inode: int
     size: int

@@ -16,7 +16,7 @@ Margins = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """What the decoder repaints for one image and mask, and how its result becomes the image that is saved.
+    """Image and mask for the decoder, and the conversion of its result to the image that is saved.
 
     Attributes:
         image: Image that the decoder receives.

@@ -34,7 +34,7 @@ class ImageFormat:
     Attributes:
         name: Name of the format for Pillow.
         extensions: File name extensions in lower case.
-        max_side: Largest side in pixels; None if there is no limit below 2**31.
+        max_side: Largest side in pixels that the format can store; None for 2**31 - 1.
         options: Options of Pillow's encoder.
     """
 

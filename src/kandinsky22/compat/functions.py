@@ -147,7 +147,7 @@ def export_to_gif(image: Sequence[Image], output_gif_path: str | os.PathLike[str
         Path of the file.
 
     Raises:
-        InputError: If there is no image, or `fps` is not a positive integer.
+        InputError: If `image` is empty, or `fps` is not a positive integer.
     """
     if not image:
         raise invalid("image", image, "at least one PIL image")

@@ -86,7 +86,7 @@ class VaeImageProcessor:
             images: One image (H, W, C) or several (N, H, W, C) in [0, 1], with C = 1 or 3.
 
         Raises:
-            InputError: If it is no such array, or if values are not finite or outside of [0, 1].
+            InputError: If `images` is not such an array, or has values that are not finite or outside [0, 1].
         """
         batch = _checked_pixels(images)
         pixels = (batch * 255).round().astype(np.uint8)
@@ -318,7 +318,7 @@ class VaeImageProcessor:
             do_denormalize: Whether each image is in [-1, 1]; None for `do_normalize` of all.
 
         Raises:
-            InputError: If `image` is no tensor, or the type is unknown.
+            InputError: If `image` is not a tensor, or the type is unknown.
         """
         if not isinstance(image, Tensor):
             raise invalid("image", image, "a tensor (N, C, H, W)")

@@ -175,7 +175,7 @@ def existing_folder(argument: str, value: Any) -> str:
         value: The path.
 
     Raises:
-        InputError: If `value` is no path, or no folder is there.
+        InputError: If `value` is not a path, or the folder does not exist.
     """
     path: Any = None
     try:

@@ -28,6 +28,19 @@ class ObjectLock:
         self._lock, self.number = threading.RLock(), next(_numbers)
         _locks.add(self)
 
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take the lock, and return whether it was taken.
+
+        Args:
+            blocking: Whether to wait while another thread holds the lock.
+            timeout: Longest wait in seconds; -1 for no limit.
+        """
+        return self._lock.acquire(blocking, timeout)
+
+    def release(self) -> None:
+        """Release the lock, which this thread holds."""
+        self._lock.release()
+
     def __enter__(self) -> None:
         self._lock.acquire()
 

@@ -39,7 +39,7 @@ SHOWN_NAMES = 8  # names listed per kind of problem when weights do not fit
 
 @dataclasses.dataclass(frozen=True)
 class WeightOptions:
-    """How the weights of a network are read.
+    """Options for reading the weights of a network.
 
     Attributes:
         dtype: Type to convert weights to; None for the stored type.

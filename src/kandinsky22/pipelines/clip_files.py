@@ -222,7 +222,9 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     except KandinskyError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic is no Exception
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # raised by Rust code; it derives from BaseException
             raise
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"cannot load {name} from {folder}: {reason or type(error).__name__}") from error

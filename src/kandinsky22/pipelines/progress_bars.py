@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.kernels.locks import ObjectLock
 from kandinsky22.verbosity import is_progress_bar_enabled
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     tried = {name: value for name, value in options.items() if name not in ("disable", "display", "file", "gui")}
     try:
         bool(options.get("disable"))
-        with plain_tqdm(total=1, file=io.StringIO(), **tried) as bar:
+        with _with_own_lock(plain_tqdm)(total=1, file=io.StringIO(), **tried) as bar:
             bar.update(1)
     except Exception as error:  # tqdm itself checks nothing
         reason = " ".join(str(error).split())
@@ -68,6 +70,18 @@ def new_bar(iterable: Iterable[Any] | None, total: int | None, options: Mapping[
     try:
         if iterable is not None:
             iter(iterable)
-        return auto_tqdm(iterable, total=total, **shown)
+        return _with_own_lock(auto_tqdm)(iterable, total=total, **shown)
     except Exception as error:
         raise invalid("iterable", iterable, "an iterable whose length, if it has one, can be read") from error
+
+
+@functools.cache
+def _with_own_lock(bars: type[tqdm[Any]]) -> type[tqdm[Any]]:
+    """Return a class of tqdm's bars with a lock that only bars of this library share.
+
+    tqdm's own lock is shared with forked processes. One that is killed while it holds the lock would block every bar,
+    also hidden ones.
+    """
+    own: Any = type("Bar", (bars,), {})
+    own.set_lock(ObjectLock())
+    return cast("type[tqdm[Any]]", own)
