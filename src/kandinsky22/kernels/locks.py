@@ -29,11 +29,14 @@ class ObjectLock:
         _locks.add(self)
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take the lock, and return whether it was taken.
+        """Acquire the lock.
 
         Args:
             blocking: Whether to wait while another thread holds the lock.
             timeout: Longest wait in seconds; -1 for no limit.
+
+        Returns:
+            Whether the lock was acquired.
         """
         return self._lock.acquire(blocking, timeout)
 

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
 
-from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
-from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
-from kandinsky22.checkpoints.load_arguments import LoadArguments, checked_flag
+from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
+from kandinsky22.checkpoints.config_file import ConfigFile
+from kandinsky22.checkpoints.load_arguments import checked_flag
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, InputError, invalid
 from kandinsky22.models.attention_processors import STANDARD_PROCESSORS, StandardAttention
+from kandinsky22.models.attention_settings import AttentionSettings
 from kandinsky22.models.checkpointing import Checkpointing
 from kandinsky22.verbosity import warn_once
 
@@ -26,7 +27,7 @@ LAYOUT_VERSION = "0.42.0"  # release of the reference whose checkpoint layout is
 EMA_KEYS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 
 
-class ReferenceMethods(Checkpointing, nn.Module):
+class ReferenceMethods(ConfigFile, AttentionSettings, Checkpointing, nn.Module):
     """Base of networks with a config: what the reference's networks have in common.
 
     Attributes:
@@ -86,58 +87,6 @@ class ReferenceMethods(Checkpointing, nn.Module):
         unused = {name: value for name, value in settings.items() if name.startswith("_") or name in EMA_KEYS}
         network = cls(**{name: value for name, value in settings.items() if not name.startswith("_")})
         return cast(M, (network, unused)) if returns_unused else network
-
-    @classmethod
-    def load_config(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        subfolder: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **options: Any,
-    ) -> Any:
-        """Return the content of a `config.json`, for `from_config`.
-
-        Args:
-            pretrained_model_name_or_path: Folder, Hub id, "embedded", or the file itself.
-            subfolder: Folder of the network inside the checkpoint; None for the checkpoint's top folder.
-            cache_dir: Folder of downloaded files; None for the default one of `huggingface_hub`.
-            revision: Branch, tag or commit of a Hub repository; None for the default branch.
-            local_files_only: Whether to use only files that are already on this machine.
-            token: Token for private Hub repositories; None or True for the stored one, False for none.
-            **options: Arguments of the reference: `force_download`; `return_unused_kwargs` returns the other arguments
-                too, `return_commit_hash` None instead of a commit.
-
-        Returns:
-            The config, a dict; a tuple of it and what the two options name, if they are True.
-
-        Raises:
-            CheckpointError: The file is missing or damaged.
-            InputError: An argument is invalid.
-        """
-        returns_unused = checked_flag("return_unused_kwargs", options.pop("return_unused_kwargs", None))
-        returns_commit = checked_flag("return_commit_hash", options.pop("return_commit_hash", None))
-        arguments = LoadArguments.of(cls.__name__, options)
-        token = arguments.token if token is None else token
-        source = CheckpointSource(
-            pretrained_model_name_or_path,
-            revision,
-            cache_dir,
-            token,
-            local_files_only,
-            force_download=arguments.force_download,
-        )
-        name: Any = pretrained_model_name_or_path
-        if isinstance(name, str | os.PathLike) and os.path.isfile(name):
-            config = read_json(name)
-        else:
-            folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
-            config = read_json(folder / cls.config_name)
-        extras = [arguments.others] * returns_unused + [None] * returns_commit
-        return (config, *extras) if extras else config
 
     def save_config(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `config.json` alone.
@@ -245,36 +194,6 @@ class ReferenceMethods(Checkpointing, nn.Module):
 
     def unfuse_qkv_projections(self) -> None:
         """Do nothing, see `fuse_qkv_projections`."""
-
-    def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
-        """Do nothing: attention here never holds the scores of all tokens, which slicing would avoid.
-
-        Args:
-            slice_size: Ignored.
-        """
-        if slice_size is not None:
-            warn_once(logger, "attention slicing has no effect: attention here never holds all scores in memory")
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Do nothing: torch's fused attention, which is always used here, needs as little memory.
-
-        Args:
-            attention_op: Ignored.
-        """
-        warn_once(logger, "xformers has no effect: torch's fused attention is used, which needs as little memory")
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Do nothing, see `enable_xformers_memory_efficient_attention`."""
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """Do nothing, see `enable_xformers_memory_efficient_attention`.
-
-        Args:
-            valid: Whether xformers should be used.
-            attention_op: Ignored.
-        """
-        if valid:
-            self.enable_xformers_memory_efficient_attention(attention_op)
 
     def _attention_paths(self) -> Iterator[str]:
         return (path for path, module in self.named_modules() if hasattr(module, "to_q"))

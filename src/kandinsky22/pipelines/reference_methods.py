@@ -5,7 +5,6 @@ Some act, some have nothing to do here and say so once.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,18 +16,16 @@ from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.inputs.image_processor import VaeImageProcessor
 from kandinsky22.inputs.images import Array
+from kandinsky22.models.attention_settings import AttentionSettings
 from kandinsky22.models.base import LAYOUT_VERSION
 from kandinsky22.pipelines.component_io import index_entry
-from kandinsky22.verbosity import warn_once
 
 if TYPE_CHECKING:
     from kandinsky22.models import VQModel
 
-logger = logging.getLogger(__name__)
-
 
 class PipelineConfig(Mapping[str, Any]):
-    """What `model_index.json` says about a pipeline: `config.name`, `config["name"]` and `dict(config)` all work.
+    """Entries of the `model_index.json` of a pipeline: `config.name`, `config["name"]` and `dict(config)` all work.
 
     Args:
         entries: The entries of the file.
@@ -55,7 +52,7 @@ class PipelineConfig(Mapping[str, Any]):
         return f"{type(self).__name__}({self._entries!r})"
 
 
-class ReferenceMethodsMixin:
+class ReferenceMethodsMixin(AttentionSettings):
     """Mixin with the reference's generic methods."""
 
     _optional_components: ClassVar[list[str]] = []
@@ -91,36 +88,6 @@ class ReferenceMethodsMixin:
 
     def disable_attention_slicing(self) -> None:
         """Do nothing, see `enable_attention_slicing`."""
-
-    def set_attention_slice(self, slice_size: str | int | None) -> None:
-        """Do nothing, see `enable_attention_slicing`.
-
-        Args:
-            slice_size: Ignored.
-        """
-        if slice_size is not None:
-            warn_once(logger, "attention slicing has no effect: attention here never holds all scores in memory")
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Do nothing: torch's fused attention, which is always used here, needs as little memory.
-
-        Args:
-            attention_op: Ignored.
-        """
-        warn_once(logger, "xformers has no effect: torch's fused attention is used, which needs as little memory")
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Do nothing, see `enable_xformers_memory_efficient_attention`."""
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """Do nothing, see `enable_xformers_memory_efficient_attention`.
-
-        Args:
-            valid: Whether xformers should be used.
-            attention_op: Ignored.
-        """
-        if valid:
-            self.enable_xformers_memory_efficient_attention(attention_op)
 
     def enable_vae_slicing(self) -> None:
         """Decode images of a batch one at a time, see `VQModel.enable_slicing`."""

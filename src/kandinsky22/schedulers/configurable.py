@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
-from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
+from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
+from kandinsky22.checkpoints.config_file import ConfigFile
+from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.checkpoints.load_arguments import LoadArguments, checked_flag
 from kandinsky22.errors import ConfigError, MissingDependencyError, invalid
 from kandinsky22.schedulers.config import SchedulerConfig
@@ -41,7 +42,7 @@ COMPATIBLE_CLASSES = (
 )
 
 
-class Configurable:
+class Configurable(ConfigFile):
     """Base class of objects with a scheduler's config.
 
     Args:
@@ -206,60 +207,6 @@ class Configurable:
         settings = {name: value for name, value in settings.items() if name in names}
         scheduler = cls.from_config(cls._read_config(source, subfolder), **settings)
         return cast(S, (scheduler, unused)) if returns_unused else scheduler
-
-    @classmethod
-    def load_config(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        subfolder: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **options: Any,
-    ) -> Any:
-        """Return the content of a `scheduler_config.json`, for `from_config`.
-
-        Args:
-            pretrained_model_name_or_path: Folder, Hub id, "embedded", or the file itself.
-            subfolder: Subfolder of the checkpoint with the file; None is its top folder.
-            cache_dir: Folder for downloads; None is the default cache of the Hub's client.
-            revision: Branch, tag or commit on the Hub; None is the default branch.
-            local_files_only: Whether to use cached files only, without network requests.
-            token: Access token for the Hub; None uses the stored one, if there is one; False sends none.
-            **options: Arguments of the reference: `force_download`; `return_unused_kwargs` returns the other arguments
-                too, `return_commit_hash` None instead of a commit.
-
-        Returns:
-            The config, a dict; a tuple of it and what the two options name, if they are True.
-
-        Raises:
-            CheckpointError: If the file is missing or damaged.
-            InputError: If an argument is invalid.
-        """
-        returns_unused = checked_flag("return_unused_kwargs", options.pop("return_unused_kwargs", None))
-        returns_commit = checked_flag("return_commit_hash", options.pop("return_commit_hash", None))
-        arguments = LoadArguments.of(cls.__name__, options)
-        source = CheckpointSource(
-            pretrained_model_name_or_path,
-            revision,
-            cache_dir,
-            arguments.token if token is None else token,
-            local_files_only,
-            force_download=arguments.force_download,
-        )
-        if os.path.isfile(pretrained_model_name_or_path):
-            config = read_json(pretrained_model_name_or_path)
-        else:
-            config = cls._read_config(source, subfolder)
-        extras = [arguments.others] * returns_unused + [None] * returns_commit
-        return (config, *extras) if extras else config
-
-    @classmethod
-    def _read_config(cls, source: CheckpointSource, subfolder: str | None) -> dict[str, Any]:
-        folder = model_folder(source, subfolder, lambda names: [name for name in names if name == cls.config_name])
-        return read_json(folder / cls.config_name)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the config to `scheduler_config.json`.
