@@ -151,6 +151,6 @@ def test_invalid_callback_results_are_refused(
     decoder: KandinskyV22Pipeline, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
     denoise = lambda noisy, *_: torch.cat([noisy, noisy], dim=1)  # noqa: E731
-    monkeypatch.setattr("kandinsky22.pipelines.decoder.bind_unet", lambda *_: denoise)
+    monkeypatch.setattr("kandinsky22.pipelines.decoder_base.bind_unet", lambda *_: denoise)
     with pytest.raises(KandinskyError, match=r"callback_on_step_end\(\.\.\.\).*=.* is invalid: expected "):
         decoder(**GOOD, callback_on_step_end=lambda *_: answer)

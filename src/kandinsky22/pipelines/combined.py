@@ -17,13 +17,15 @@ from kandinsky22.noise import Generators
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.decoder import (
+    KandinskyV22Img2ImgPipeline,
+    KandinskyV22InpaintPipeline,
+    KandinskyV22Pipeline,
+)
+from kandinsky22.pipelines.decoder_base import (
     DecoderPipeline,
     EmbeddingOptions,
     ImageOptions,
     Images,
-    KandinskyV22Img2ImgPipeline,
-    KandinskyV22InpaintPipeline,
-    KandinskyV22Pipeline,
     OutputOptions,
     TensorNames,
 )

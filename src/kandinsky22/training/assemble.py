@@ -21,11 +21,11 @@ from kandinsky22.models.movq import VQModel
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.pipelines.decoder import (
-    DecoderPipeline,
     KandinskyV22ControlnetPipeline,
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
 )
+from kandinsky22.pipelines.decoder_base import DecoderPipeline
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky22.training import decoder, prior, shared_unet
