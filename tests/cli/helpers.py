@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kandinsky22.cli.image_files import PNG, encode_image
+
 SIZE = 32  # side of the tiny model's pictures
 # Generation defaults that the tiny models are saved with.
 DEFAULTS = {
@@ -54,6 +56,11 @@ def assert_one_line(result: Result, code: int, *words: str) -> None:
     assert all(word in last for word in words), last
     assert "Traceback" not in result.err
     assert result.out == ""
+
+
+def save_png(image: Image.Image, path: Path, text_chunks: dict[str, str]) -> None:
+    """Write a PNG file with text chunks; an existing file is replaced."""
+    path.write_bytes(encode_image(image, PNG, text_chunks))
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tests.cli.helpers import Command, Result, assert_one_line
+from tests.cli.helpers import Command, Result, assert_one_line, save_png
 
 import kandinsky22
-from kandinsky22.cli.image_files import save_png
 from kandinsky22.cli.main import build_parser
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.cli.helpers import DEFAULTS, SIZE, Command, pixels, stored
+from tests.cli.helpers import DEFAULTS, SIZE, Command, pixels, save_png, stored
 
 import kandinsky22
-from kandinsky22.cli.image_files import save_png
 
 
 def test_a_picture_with_the_models_own_defaults(command: Command, model: Path) -> None:

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.cli.helpers import SIZE, SUBCOMMANDS, Command, pixels, stored
+from tests.cli.helpers import SIZE, SUBCOMMANDS, Command, pixels, save_png, stored
 
 import kandinsky22
-from kandinsky22.cli.image_files import save_png
 from kandinsky22.cli.inputs import fitting_size
 
 DECODER = {"num_inference_steps": 2, "guidance_scale": 2.0}

@@ -17,6 +17,8 @@ from kandinsky22.errors import InputError, describe, invalid
 
 logger = logging.getLogger(__name__)
 
+MAX_VARIANT = 64  # characters
+
 # How files are read, or which runtime reads them: nothing here depends on them.
 WITHOUT_EFFECT = frozenset(
     {
@@ -192,8 +194,9 @@ def check_variant_name(variant: Any) -> None:
     Raises:
         InputError: If it is anything else.
     """
-    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
-        raise invalid("variant", variant, "letters, digits, - and _, because it is part of a file name, or None")
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(rf"[\w-]{{1,{MAX_VARIANT}}}", variant)):
+        expected = f"1 to {MAX_VARIANT} letters, digits, - and _, because it is part of a file name, or None"
+        raise invalid("variant", variant, expected)
 
 
 def check_use_safetensors(value: Any) -> None:

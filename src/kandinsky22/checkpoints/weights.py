@@ -24,11 +24,11 @@ from torch import Tensor
 from kandinsky22.checkpoints.atomic_files import open_regular_file, read_json, write_json
 from kandinsky22.checkpoints.fingerprint import tensors_digest
 from kandinsky22.checkpoints.folder_save import ReplacedFiles, folder_save
+from kandinsky22.checkpoints.load_arguments import check_variant_name
 from kandinsky22.errors import CheckpointError, describe, invalid, printable
 
 STEM = "diffusion_pytorch_model"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-MAX_VARIANT = 64  # characters
 DIGEST = "digest"  # entry of a shard's metadata, equal to that in the index if both are of one save
 STORED_FLOATS = {"float16", "bfloat16", "float32", "float64"} | {
     f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
@@ -366,13 +366,7 @@ def check_save_arguments(variant: Any, max_shard_size: Any, safe_serialization: 
     Raises:
         InputError: If one of them is invalid.
     """
-    if variant is not None and not (
-        isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant) and len(variant) <= MAX_VARIANT
-    ):
-        expected = (
-            f"letters, digits, - and _, because it is part of a file name, at most {MAX_VARIANT} of them, or None"
-        )
-        raise invalid("variant", variant, expected)
+    check_variant_name(variant)
     byte_count(max_shard_size)
     if not isinstance(safe_serialization, bool):
         raise invalid("safe_serialization", safe_serialization, "True or False")

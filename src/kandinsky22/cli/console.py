@@ -107,7 +107,6 @@ def safe_messages() -> Iterator[None]:
     Returns:
         The context.
     """
-    _repair_streams()
     factory = logging.getLogRecordFactory()
 
     class PrintableRecord(logging.LogRecord):
@@ -121,7 +120,8 @@ def safe_messages() -> Iterator[None]:
     library, handler = logging.getLogger("kandinsky22"), _WarningHandler()
     library.addHandler(handler)
     try:
-        with warnings.catch_warnings():
+        with contextlib.ExitStack() as context, warnings.catch_warnings():
+            _repair_streams(context)
             warnings.showwarning = _show_warning  # type: ignore[assignment]  # typeshed names six arguments
             yield
     finally:
@@ -148,7 +148,13 @@ def _show_warning(message: Any, *details: Any) -> None:
     print_message(f"kandinsky22: warning: {message}")
 
 
-def _repair_streams() -> None:
+def _set_errors(stream: io.TextIOWrapper, errors: str | None) -> None:
+    with contextlib.suppress(OSError, ValueError):  # changing it flushes the stream, whose reader may be gone
+        stream.reconfigure(errors=errors)
+
+
+def _repair_streams(context: contextlib.ExitStack) -> None:
+    """Prepare the standard streams; `context` restores how they treat characters that their encoding lacks."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -161,4 +167,5 @@ def _repair_streams() -> None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            context.callback(_set_errors, stream, stream.errors)
             stream.reconfigure(errors="backslashreplace")

@@ -180,17 +180,3 @@ def _grid(count: int) -> tuple[int, int]:
     """Return the columns and rows of a contact sheet."""
     columns = math.ceil(math.sqrt(count))
     return columns, math.ceil(count / columns)
-
-
-def save_png(image: Image.Image, path: Path, text_chunks: Mapping[str, str]) -> None:
-    """Write a PNG file with text chunks; an existing file is replaced.
-
-    Args:
-        image: The image.
-        path: The PNG file.
-        text_chunks: Texts by keyword.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    path.write_bytes(encode_image(image, PNG, text_chunks))

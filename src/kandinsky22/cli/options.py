@@ -423,10 +423,10 @@ def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: st
     ):
         group.add_argument(f"--{name}", type=parse, dest=f"grid_{name}", default=default, metavar="A,B,...", help=help)
     description = "Options that are not set use the model's own defaults."
-    _add_common_sampling_options(parser.add_argument_group("sampling", description), "seed of the noise")
+    _add_common_sampling_options(parser.add_argument_group("sampling", description), "seed of the noise", several=False)
 
 
-def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str) -> None:
+def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str, *, several: bool = True) -> None:
     """Add the sampling options that have one value both for a single setting and for a grid."""
     group.add_argument("--negative-prompt", metavar="TEXT", help="description of what the image must not show")
     group.add_argument(
@@ -460,17 +460,18 @@ def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str)
     )
     _add_interval(group, "--prior-guidance-interval", "guide the prior only in this part of its denoising process")
     group.add_argument("--size", type=image_size, metavar="WxH", help="image size in pixels")
-    add_seed(group, seed_help)
+    add_seed(group, seed_help, several=several)
 
 
-def add_seed(group: argparse._ArgumentGroup, help: str) -> None:
-    """Add `--seed` with one seed or several, stored as a tuple.
+def add_seed(group: argparse._ArgumentGroup, help: str, *, several: bool = True) -> None:
+    """Add `--seed`, stored as a tuple.
 
     Args:
         group: Option group of the subcommand.
         help: Help text; the default is appended.
+        several: Whether the help shows that several seeds are accepted.
     """
-    group.add_argument("--seed", type=seeds, metavar="N [N ...]", help=f"{help} (default: random)")
+    group.add_argument("--seed", type=seeds, metavar="N [N ...]" if several else "N", help=f"{help} (default: random)")
 
 
 def _add_interval(group: argparse._ArgumentGroup, name: str, help: str) -> None:

@@ -24,6 +24,7 @@ from kandinsky22.models.config_rules import MAX_CODES, MAX_LAYERS_PER_BLOCK, MAX
 from kandinsky22.models.layers import GroupNorm, ResidualBlock, SpatialNorm, apply_norm, is_private
 from kandinsky22.models.modifications import modified_part
 from kandinsky22.outputs import Output
+from kandinsky22.verbosity import warn_once
 
 logger = logging.getLogger(__name__)
 EPS = 1e-6  # added to the variance in every norm of the published network
@@ -250,7 +251,7 @@ class VQModel(Model):
             return False
         modification = modified_part(self, part)
         if modification is not None:
-            logger.warning("tiling has no effect, because %s: images run as a whole", modification)
+            warn_once(logger, f"tiling has no effect, because {modification}: images run as a whole")
         return modification is None
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:

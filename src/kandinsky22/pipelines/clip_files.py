@@ -185,7 +185,7 @@ def _check_tower_settings(path: Path, network_class: Any) -> None:
     from transformers import activations
 
     settings, config_class = read_json(path), getattr(network_class, "config_class", None)
-    parts = [settings, *(settings[name] for name in ("text_config", "vision_config") if name in settings)]
+    parts = [settings, *(settings[name] for name in ("text_config", "vision_config") if settings.get(name) is not None)]
     for part in parts:
         if not isinstance(part, Mapping):
             raise CheckpointError(f"{path}: text_config and vision_config are objects, not {describe(part)}")
@@ -222,9 +222,8 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     except KandinskyError:
         raise
     except BaseException as error:
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # raised by Rust code; it derives from BaseException
+        # Rust code raises PanicException, which derives from BaseException.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"cannot load {name} from {folder}: {reason or type(error).__name__}") from error

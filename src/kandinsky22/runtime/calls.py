@@ -290,9 +290,14 @@ def _networks(components: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _offload_locks(components: Mapping[str, Any]) -> list[Any]:
-    """Return the locks of offloaded networks, in an order that is the same in all threads."""
+    """Return the locks of offloaded networks, in an order that is the same in all threads.
+
+    The lock of a network that will be offloaded when it is loaded stands for that of the network.
+    """
     offloads = [offload_of(network) for network in networks_in_memory(components).values()]
     locks = {offload.lock.number: offload.lock for offload in offloads if offload is not None}
+    lazy = [part for part in components.values() if isinstance(part, LazyComponent) and part.will_be_offloaded]
+    locks |= {part.lock.number: part.lock for part in lazy}
     return [locks[number] for number in sorted(locks)]
 
 

@@ -30,7 +30,8 @@ OWN_ATTRIBUTES = {
     "_network",
     "_conversions",
     "_offload",
-    "_lock",
+    "lock",
+    "will_be_offloaded",
 }
 
 
@@ -45,6 +46,7 @@ class LazyComponent:
         files: The weight files it will be read from, as absolute paths. They are open already, so that moving,
             replacing or deleting them changes nothing.
         files_digest: Returns the digest of these files; None if they are too small for one.
+        lock: Held while the network is loaded, moved or offloaded.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class LazyComponent:
         self._network: nn.Module | None = None
         self._conversions: list[dict[str, Any]] = []
         self._offload: Callable[[nn.Module], Any] | None = None
-        self._lock = ObjectLock()
+        self.lock = ObjectLock()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -72,6 +74,11 @@ class LazyComponent:
         if self._network is None:
             return self._dtype
         return next((p.dtype for p in self._network.parameters() if p.is_floating_point()), self._dtype)
+
+    @property
+    def will_be_offloaded(self) -> bool:
+        """Whether loading the network offloads it."""
+        return self._network is None and self._offload is not None
 
     @property
     def is_loaded(self) -> bool:
@@ -89,7 +96,7 @@ class LazyComponent:
         Raises:
             CheckpointError: If the files cannot be read.
         """
-        with self._lock:
+        with self.lock:
             if self._network is None:
                 # The user's random numbers, and the mode of later calls, must not depend on when this runs.
                 with global_rng_restored(), torch.inference_mode(False):
@@ -108,7 +115,7 @@ class LazyComponent:
             device: Where to move it; None leaves it where it is.
             dtype: Floating-point type to convert to; None leaves the type.
         """
-        with self._lock:
+        with self.lock:
             if self._network is not None:
                 self._network.to(device=device, dtype=dtype)
             else:
@@ -121,7 +128,7 @@ class LazyComponent:
         Args:
             offload: Called with the network; None cancels what was requested before loading.
         """
-        with self._lock:
+        with self.lock:
             if self._network is None:
                 self._offload = offload
             elif offload is not None:
