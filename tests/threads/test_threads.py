@@ -27,6 +27,8 @@ from tests.threads.random_calls import differing, in_threads, random_call
 from kandinsky22 import DDIMScheduler, InputError, apply_quality
 from kandinsky22.inputs import images, prompts
 from kandinsky22.kernels import conv, linear
+from kandinsky22.runtime import calls
+from kandinsky22.runtime.lazy_component import LazyComponent
 
 CALLS = int(os.environ.get("KANDINSKY22_THREAD_CALLS", "24"))
 SEED = int(os.environ.get("KANDINSKY22_THREAD_SEED", "1"))
@@ -239,3 +241,15 @@ def test_copies_and_pickles_have_locks_of_their_own(prior: Any) -> None:
         assert torch.equal(
             copied("cat", generator=seeded(0)).image_embeds, prior("cat", generator=seeded(0)).image_embeds
         )
+
+
+def test_an_encoder_that_is_loaded_and_offloaded_during_a_call_is_locked(prior: Any) -> None:
+    encoder = prior.components["image_encoder"]
+    assert isinstance(encoder, LazyComponent)
+    assert not encoder.is_loaded
+    assert encoder.lock not in calls._offload_locks(prior.components)
+    prior.enable_sequential_cpu_offload(device="cpu")
+    assert encoder.lock in calls._offload_locks(prior.components)
+    results = in_threads([lambda: prior("a cat", generator=seeded(0)).negative_image_embeds for _ in range(2)])
+    assert encoder.is_loaded
+    assert torch.equal(*results)
