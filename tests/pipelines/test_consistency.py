@@ -76,6 +76,11 @@ PRIOR_CASES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda pipe: text_tower(eos_token_id=80),
         r"tokenizer.eos_token_id=86 does not fit text_encoder.config.eos_token_id=80",
     ),
+    "no end token": (
+        "text_encoder",
+        lambda pipe: text_tower(eos_token_id=None),
+        r"tokenizer.eos_token_id=86 does not fit text_encoder.config.eos_token_id=None",
+    ),
     "length without a limit": (
         "tokenizer",
         lambda pipe: tokenizer(pipe, model_max_length=10**30),

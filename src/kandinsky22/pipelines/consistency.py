@@ -114,8 +114,10 @@ def _tokenizer_mismatches(tokenizer: _Component, text: _Component, prior: _Compo
     tokens, rows = _token_count(tokenizer.component), text.number("vocab_size")
     if tokens is not None and rows is not None and not _is_vocabulary(tokens, rows):
         yield Mismatch(f"len({tokenizer.name})", tokens, text.path("vocab_size"), rows)
-    end, expected_end = getattr(tokenizer.component, "eos_token_id", None), text.number("eos_token_id")
-    if end is not None and expected_end not in (None, LEGACY_END_TOKEN, end):
+    end = getattr(tokenizer.component, "eos_token_id", None)
+    # The tower pools the hidden state of this token, thus null is refused too.
+    expected_end = getattr(text.config, "eos_token_id", end)
+    if end is not None and expected_end not in (LEGACY_END_TOKEN, end):
         yield Mismatch(f"{tokenizer.name}.eos_token_id", end, text.path("eos_token_id"), expected_end)
 
 
