@@ -55,7 +55,7 @@ class GroupNorm(nn.GroupNorm):
         """
         if group_norm.is_supported(features):
             return _fused_norm(self, features, modulation, silu=silu, inplace=inplace)
-        return _modulate(super().forward(features), modulation, silu=silu, inplace=True)
+        return _modulate(super().forward(layout_for_backward(features)), modulation, silu=silu, inplace=True)
 
     def scale_shift(self, rows: RowSource, latents: Tensor | None = None) -> ScaleShift:
         """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
@@ -95,7 +95,7 @@ class SpatialNorm(nn.Module):
         is_plain = _is_plain_norm(self.norm_layer)
         if is_plain and group_norm.is_supported(features):
             return _fused_norm(self.norm_layer, features, modulation, silu=silu, inplace=inplace)
-        return _modulate(self.norm_layer(features), modulation, silu=silu, inplace=is_plain)
+        return _modulate(self.norm_layer(layout_for_backward(features)), modulation, silu=silu, inplace=is_plain)
 
     def scale_shift(self, rows: RowSource, latents: Tensor) -> ScaleShift:
         """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
@@ -138,6 +138,17 @@ def apply_norm(
     return _modulate(normed, modulation, silu=silu, inplace=False)
 
 
+def layout_for_backward(features: Tensor) -> Tensor:
+    """Return features in the layout in which torch's norms have a fast backward pass, for training on a CPU.
+
+    For channels last features it takes up to sixty times as long: 119 instead of 2 ms for (8, 32, 128, 128) in bfloat16.
+
+    Args:
+        features: Tensor (batch, channels, H, W).
+    """
+    return features.contiguous() if torch.is_grad_enabled() and features.device.type == "cpu" else features
+
+
 def _is_plain_norm(norm: nn.Module) -> bool:
     """Return whether weight and bias of a norm may be read instead of calling it."""
     return type(norm) is nn.GroupNorm and not torch.compiler.is_compiling() and runs_own_forward(norm)
@@ -176,7 +187,8 @@ def _modulate(normed: Tensor, modulation: Modulation | None, *, silu: bool, inpl
         if (rows, columns) in ((height, width), (1, 1)):
             normed = torch.addcmul(modulation.shift, normed, modulation.scale)
         elif normed.device.type == "cpu" or height % rows or width % columns:
-            scale, shift = (F.interpolate(part, (height, width), mode="nearest") for part in modulation)
+            parts = (layout_for_backward(part) for part in modulation)
+            scale, shift = (F.interpolate(part, (height, width), mode="nearest") for part in parts)
             normed = torch.addcmul(shift, normed, scale)
         else:
             normed = _modulate_tiles(normed, modulation, inplace=inplace)
