@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.errors import CheckpointError, invalid
+from kandinsky22.training.muon import Muon
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 SUMMARY = "summary.json"
+MIN_MUON_SIDE = 16  # smaller matrices, such as those of RGB values, are trained by AdamW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Settings:
         average: Decay rate of the running average of the parameters, from 0 to below 1.
         seed: Seed of all random numbers of the stage.
         bf16: Whether the objective runs under bfloat16 autocast.
+        muon: Whether Muon instead of AdamW trains weight matrices and kernels.
         log_every: Number of steps per line of the log.
         save_seconds: Time between two checkpoints, in seconds.
 
@@ -58,6 +61,7 @@ class Settings:
     average: float = 0.999
     seed: int = 0
     bf16: bool = False
+    muon: bool = False
     log_every: int = 50
     save_seconds: float = 120.0
 
@@ -195,12 +199,7 @@ class _TrainingRun:
         self.parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise invalid("network", type(network), "a module with at least one parameter that requires gradients")
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.parameters.values(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            fused=True,
-        )
+        self.optimizers = _optimizers(self.parameters, settings)
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.step, self.seconds = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,14 +214,16 @@ class _TrainingRun:
         settings = self.settings
         randomness = StepRandomness.of(settings.seed, self.step)
         torch.manual_seed(int(randomness.numpy.integers(2**62)))  # dropout uses the global generator
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group["lr"] = settings.learning_rate_at(self.step)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             values = objective(randomness)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         values["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip, error_if_nonfinite=True)
-        self.optimizer.step()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
         self.step += 1
         # An early average would be dominated by the random initial values, thus its decay rate grows with the step.
         decay_rate = min(settings.average, self.step / (self.step + 10.0))
@@ -237,7 +238,7 @@ class _TrainingRun:
             "seconds": self._elapsed_seconds(),
             "average": self.average,
             "parameters": {name: value.detach() for name, value in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
         with atomic_write(self.folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
@@ -265,7 +266,8 @@ class _TrainingRun:
             raise CheckpointError(f"{self.folder / CHECKPOINT} belongs to another network; parameters differ: {names}")
         self.network.load_state_dict(stored, strict=False)
         self.average = dict(checkpoint["average"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
         self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
 
     def _elapsed_seconds(self) -> float:
@@ -284,13 +286,23 @@ class _TrainingRun:
         self.sums, self.summed_steps = {}, 0
 
 
-def _parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay is for matrices; gains and biases are left out, since they have a scale of their own."""
-    parameters = list(parameters)
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def _optimizers(parameters: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers by name: AdamW, and Muon for matrices if requested.
+
+    Weight decay is for matrices; gains and biases are left out, since they have a scale of their own.
+    """
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    for_muon = [p for p in matrices if settings.muon and min(p.shape[0], p[0].numel()) >= MIN_MUON_SIDE]
+    others = [p for p in matrices if all(p is not other for other in for_muon)]
+    groups = [
+        {"params": others, "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
+    adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    if not for_muon:
+        return {"adamw": adamw}
+    muon = Muon(for_muon, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return {"adamw": adamw, "muon": muon}
 
 
 def _read(path: Path) -> dict[str, Any]:

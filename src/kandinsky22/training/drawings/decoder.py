@@ -1,0 +1,187 @@
+"""Recipe of the embedded decoder UNet: from noise to the latents of an image, conditioned on its CLIP embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kandinsky22.checkpoints.atomic_files import atomic_write
+from kandinsky22.models.movq import VQModel
+from kandinsky22.models.unet import UNet2DConditionModel
+from kandinsky22.schedulers import DDPMScheduler
+from kandinsky22.training import autoencoder
+from kandinsky22.training.denoising import Examples, denoising_objective, perturb_embeddings
+from kandinsky22.training.drawings import clip as clip_recipe
+from kandinsky22.training.drawings.clip import Clip
+from kandinsky22.training.drawings.movq import FACTOR, LATENT_CHANNELS, SIZE
+from kandinsky22.training.drawings.probe import SceneLabels
+from kandinsky22.training.drawings.rendering import render
+from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
+from kandinsky22.training.drawings.sprites import Sprites
+from kandinsky22.training.loop import Settings, StepRandomness, load_average, train
+
+CONFIG: Mapping[str, Any] = {
+    "sample_size": SIZE // FACTOR,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": 2 * LATENT_CHANNELS,
+    "block_out_channels": (96, 160, 256),
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 128,
+    "encoder_hid_dim": clip_recipe.SIZES.embedding,
+    "attention_head_dim": 32,
+}
+# The published noise schedule, with velocity instead of noise prediction.
+SCHEDULER: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "variance_type": "fixed_small",
+    "clip_sample": False,
+}
+BATCH = 32
+CHUNK = 64  # number of images that are encoded together
+# Number of images in the bank before the first step, new images per step, and largest number of images.
+BANK_START, BANK_GROWTH, BANK_SIZE = 4096, 2, 65536
+COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which are exact, instead of the vision tower's
+EMPTY_SHARE = 0.08
+EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
+MIXTURE = Mixture()
+SETTINGS = Settings(steps=60000, learning_rate=1e-3, warmup=500, decay=20000, average=0.9995, bf16=True, seed=2)
+
+
+def train_decoder(
+    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Settings = SETTINGS
+) -> UNet2DConditionModel:
+    """Train the UNet, or resume its training.
+
+    Args:
+        folder: Folder of the stage.
+        movq: Trained MoVQ, whose encoder gives the latents.
+        clip: Trained CLIP.
+        sprites: Pixels of all things.
+        settings: Hyperparameters.
+
+    Returns:
+        The trained network.
+    """
+    torch.manual_seed(settings.seed)
+    unet = UNet2DConditionModel(**CONFIG)
+    nn.init.zeros_(unet.conv_out.weight)
+    bank = Bank(folder / "bank", movq, clip, sprites, seed=settings.seed)
+    train(unet, denoising_objective(unet, DDPMScheduler(**SCHEDULER), [bank]), settings, folder)
+    return unet
+
+
+def load_decoder(folder: Path) -> UNet2DConditionModel:
+    """Return the network in its current state of training, frozen.
+
+    Args:
+        folder: Folder of the stage.
+    """
+    unet = UNet2DConditionModel(**CONFIG)
+    load_average(unet, folder)
+    return unet.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def zero_embedding(clip: Clip) -> Tensor:
+    """Return the image embedding (1, D) of the image whose processed values are 0, the negative one of guidance.
+
+    Args:
+        clip: Trained CLIP.
+    """
+    size = clip.towers.image_size
+    return clip.towers.embed_images(torch.full((1, 3, size, size), 0.5)).float()
+
+
+class Bank:
+    """Latents and embeddings of rendered images, stored on disk, where a resumed run reads them again.
+
+    The bank grows during training, thus training starts at once. Each image depends on the seed and on its index alone,
+    and the size of the bank depends on the step alone. Each image has two embeddings: the sum of the parts of its
+    attributes, and that of the vision tower.
+
+    Args:
+        folder: Folder of the files.
+        movq: Trained MoVQ.
+        clip: Trained CLIP.
+        sprites: Pixels of all things.
+        seed: Seed of the images.
+        size: Largest number of images.
+    """
+
+    name = "decoder"
+    timesteps_per_example = 1
+
+    def __init__(
+        self, folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, *, seed: int, size: int = BANK_SIZE
+    ) -> None:
+        self.movq, self.clip, self.sprites, self.seed, self.size = movq, clip, sprites, seed, size
+        folder.mkdir(parents=True, exist_ok=True)
+        side = SIZE // FACTOR
+        self.latents = _open_array(folder / "latents.npy", (size, LATENT_CHANNELS, side, side))
+        self.embeds = _open_array(folder / "embeds.npy", (size, 2, clip_recipe.SIZES.embedding))
+        self.count_file = folder / "count"
+        self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
+        self._grow(BANK_START)
+        self.std = torch.from_numpy(self.embeds[:BANK_START, 0]).float().std(0)
+        self.negative = zero_embedding(clip)
+
+    def examples(self, randomness: StepRandomness) -> Examples:
+        """Return the examples of a step.
+
+        Args:
+            randomness: Random generators of the step.
+        """
+        size = min(BANK_START + BANK_GROWTH * randomness.step, self.size) // CHUNK * CHUNK
+        self._grow(size)
+        indices = np.sort(randomness.numpy.integers(0, size, BATCH))
+        kinds = (randomness.numpy.random(BATCH) >= COMPOSED_SHARE).astype(int)
+        embeds = torch.from_numpy(self.embeds[indices, kinds]).float()
+        return Examples(
+            torch.from_numpy(self.latents[indices]).float(),
+            perturb_embeddings(
+                embeds, self.std, self.negative, randomness, noise=EMBEDDING_NOISE, empty_share=EMPTY_SHARE
+            ),
+        )
+
+    def _grow(self, size: int) -> None:
+        """Add images until there are `size`."""
+        if self.count >= size:
+            return
+        for first in range(self.count, size, CHUNK):
+            self._fill(first)
+        self.latents.flush()
+        self.embeds.flush()
+        self.count = size
+        with atomic_write(self.count_file) as temporary:
+            temporary.write_text(str(size), encoding="utf-8")
+
+    @torch.no_grad()
+    def _fill(self, first: int) -> None:
+        rng = np.random.default_rng([self.seed, 2**31, first])
+        scenes: Sequence[Scene] = [sample_scene(rng, MIXTURE) for _ in range(CHUNK)]
+        images = render(self.sprites, scenes, SIZE)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = autoencoder.encode(self.movq, images * 2 - 1)
+            seen = self.clip.towers.embed_images(images).float()
+        composed = self.clip.probe.compose(SceneLabels.of(scenes)).float()
+        self.latents[first : first + CHUNK] = latents.half().numpy()
+        self.embeds[first : first + CHUNK] = torch.stack([composed, seen], dim=1).half().numpy()
+
+
+def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
+    if path.is_file():
+        return np.lib.format.open_memmap(path, mode="r+")
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+
+

@@ -1,0 +1,72 @@
+"""Muon: momentum whose matrices are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Coefficients of the Newton-Schulz iteration, from the source above. They drive singular values to between 0.7 and 1.2.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+# Factor that gives updates the root mean square of AdamW's, thus both use one learning rate (Liu et al. 2025,
+# https://arxiv.org/abs/2502.16982, equation 4).
+_SCALE = 0.2
+
+
+class Muon(torch.optim.Optimizer):
+    """Optimizer for weight matrices and the kernels of convolutions, which count as matrices (out, in x height x width).
+
+    Each step costs several matrix products per matrix: it is worth it where they are small against the batch.
+
+    Args:
+        params: Parameters with at least two dimensions, or groups of them.
+        lr: Learning rate, as for AdamW.
+        momentum: Decay rate of the momentum.
+        weight_decay: Decoupled weight decay.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Not supported; None.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum: Tensor = state["momentum"]
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                update = orthogonalise(torch.lerp(parameter.grad, momentum, group["momentum"]).flatten(1))
+                scale = _SCALE * max(update.shape) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return a matrix with the same singular vectors, and singular values near 1.
+
+    Args:
+        matrix: Tensor (rows, columns).
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrix.bfloat16()
+    x = x / (x.norm() + 1e-7)
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.mT
+    for _ in range(_ITERATIONS):
+        product = x @ x.mT
+        x = a * x + (b * product + c * product @ product) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
