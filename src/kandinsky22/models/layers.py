@@ -141,7 +141,7 @@ def apply_norm(
 def layout_for_backward(features: Tensor) -> Tensor:
     """Return features in the layout in which torch's norms have a fast backward pass, for training on a CPU.
 
-    For channels last features it takes up to sixty times as long: 119 instead of 2 ms for (8, 32, 128, 128) in bfloat16.
+    In channels last it takes up to sixty times as long: 119 instead of 2 ms for (8, 32, 128, 128) in bfloat16.
 
     Args:
         features: Tensor (batch, channels, H, W).

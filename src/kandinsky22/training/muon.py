@@ -17,7 +17,7 @@ _SCALE = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimizer for weight matrices and the kernels of convolutions, which count as matrices (out, in x height x width).
+    """Optimizer for weight matrices, and for kernels of convolutions as matrices (out, in x height x width).
 
     Each step costs several matrix products per matrix: it is worth it where they are small against the batch.
 

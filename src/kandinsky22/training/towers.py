@@ -194,7 +194,9 @@ class Towers(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of the images that the vision tower reads, in pixels."""
-        return int(self.vision.config.image_size)
+        size = self.vision.config.image_size
+        assert isinstance(size, int)
+        return size
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return image embeddings (N, D).

@@ -1,6 +1,6 @@
 """Captions of scenes in many wordings, each with a record of the attributes that it states.
 
-A caption that names no colour of a thing means its natural colours. Everything else that it leaves open may be anything.
+A caption that names no colour of a thing means its natural colours. Everything else that is left open may be anything.
 The vocabulary is closed (`VOCABULARY`), thus words of a prompt that the model has never been trained on can be listed.
 """
 
@@ -28,7 +28,12 @@ from kandinsky22.training.drawings.vocabulary import (
 )
 
 PLAIN_PHRASES = (*("on a {} background",) * 3, "on {}", "against a {} background", "over a {} background")
-GRADIENT_PHRASES = ("on a {} gradient", "on a {} gradient background", "on a shaded {} background", "against a {} gradient")
+GRADIENT_PHRASES = (
+    "on a {} gradient",
+    "on a {} gradient background",
+    "on a shaded {} background",
+    "against a {} gradient",
+)
 ARTICLES = ("a", "a", "a", "a", "the", "one", "")
 OPENINGS = (*("",) * 9, "a picture of", "a picture with", "an image of", "an image with", "there is")
 # Places of the style in a caption: "{}" is its word, and the subject follows or precedes.
@@ -48,7 +53,10 @@ ENDINGS = (
     ", hd",
     ", cute",
 )
-FANTASY, LANDSCAPE = ("castle", "dragon", "unicorn"), ("mountain", "house", "tree", "castle", "church", "volcano", "fir")
+FANTASY, LANDSCAPE = (
+    ("castle", "dragon", "unicorn"),
+    ("mountain", "house", "tree", "castle", "church", "volcano", "fir"),
+)
 LANDSCAPE_PHRASES = ("a landscape", "a beautiful landscape", "a landscape painting")
 FANTASY_PHRASES = ("a fantasy landscape", "a fantasy scene", "fantasy landscape")
 
@@ -253,7 +261,7 @@ def caption(scene: Scene, rng: np.random.Generator, detail: Detail | None = None
 
 
 def _stated_size(scene: Scene, size: str, rng: np.random.Generator, probability: Detail) -> str | None:
-    """Return the size that a caption states: a medium size has no word, and some arrangements have sizes of their own."""
+    """Return the size that a caption states: a medium one has no word, and some arrangements have fixed sizes."""
     varies = scene.arrangement in (None, "beside", "above")
     return size if varies and size in SIZE_WORDS and rng.random() < probability.size else None
 
@@ -293,15 +301,26 @@ def words(text: str) -> list[str]:
 
 def _vocabulary(phrases: Iterable[str]) -> tuple[str, ...]:
     # The tokenizer splits "t-shirt" into its letters, the hyphen and a word.
-    return tuple(sorted({part for phrase in phrases for part in re.findall(r"[a-z]+", phrase.lower().replace("{}", " "))}))
+    return tuple(
+        sorted({part for phrase in phrases for part in re.findall(r"[a-z]+", phrase.lower().replace("{}", " "))})
+    )
 
 
 VOCABULARY = _vocabulary(
     [
-        *(word for table in (SYNONYMS, SIZE_WORDS, STYLE_WORDS, PAINTED_PHRASES) for row in table.values() for word in row),
+        *(
+            word
+            for table in (SYNONYMS, SIZE_WORDS, STYLE_WORDS, PAINTED_PHRASES)
+            for row in table.values()
+            for word in row
+        ),
         *(word for table in (POSITION_PHRASES, RELATION_PHRASES) for row in table.values() for word in row),
         *(phrase for phrases in (PLAIN_PHRASES, GRADIENT_PHRASES, OPENINGS, ENDINGS) for phrase in phrases),
-        *(phrase for phrases in (STYLE_OPENINGS, STYLE_ENDINGS, LANDSCAPE_PHRASES, FANTASY_PHRASES) for phrase in phrases),
+        *(
+            phrase
+            for phrases in (STYLE_OPENINGS, STYLE_ENDINGS, LANDSCAPE_PHRASES, FANTASY_PHRASES)
+            for phrase in phrases
+        ),
         *(name for kind, name in BACKGROUNDS if kind not in (PLAIN, GRADIENT)),
         *COLORS,
         *ARTICLES,

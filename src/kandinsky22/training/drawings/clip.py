@@ -29,7 +29,9 @@ from kandinsky22.training.towers import Towers, TowerSizes, build_tokenizer, ini
 SIZES = TowerSizes()
 BATCH = 128
 GROUP = 2  # scenes per group of a batch; those of a group differ in one attribute each
-SETTINGS = Settings(steps=6000, learning_rate=1e-3, warmup=300, decay=3000, weight_decay=0.05, average=0.998, bf16=True)
+SETTINGS = Settings(
+    steps=4000, learning_rate=1e-3, warmup=200, decay=2500, weight_decay=0.05, average=0.998, bf16=True, muon=True
+)
 
 
 class Clip(nn.Module):
@@ -200,16 +202,26 @@ def evaluate(clip: Clip, sprites: Sprites, *, count: int = 500, seed: int = 1234
         scenes = [sample_scene(rng, arrangement=arrangement, held_out=held_out) for _ in range(count)]
         captions = [caption(scene, rng, FULL) for scene in scenes]
         embeds = {
-            "image": torch.cat([clip.towers.embed_images(render(sprites, scenes[i : i + 100], SIZES.image)) for i in range(0, count, 100)]),
+            "image": torch.cat(
+                [
+                    clip.towers.embed_images(render(sprites, scenes[i : i + 100], SIZES.image))
+                    for i in range(0, count, 100)
+                ]
+            ),
             "text": clip.towers.embed_texts([c.text for c in captions]).embeds,
         }
-        answers = {"image": SceneLabels.of(scenes).answers, "text": torch.tensor([caption_answers(c.description) for c in captions])}
+        answers = {
+            "image": SceneLabels.of(scenes).answers,
+            "text": torch.tensor([caption_answers(c.description) for c in captions]),
+        }
         for source, embeddings in embeds.items():
             correct = clip.probe.correct(embeddings, answers[source])
             prefix = f"{name}{'_held_out' if held_out else ''}/{source}"
             known = (answers[source] != UNKNOWN).any(0).tolist()
             shares = correct.float().mean(0).tolist()
-            report |= {f"{prefix}/{q}": share for q, share, is_known in zip(QUESTIONS, shares, known, strict=True) if is_known}
+            report |= {
+                f"{prefix}/{q}": share for q, share, is_known in zip(QUESTIONS, shares, known, strict=True) if is_known
+            }
             report[prefix] = float(correct.all(1).float().mean())
     return {key: round(value, 4) for key, value in report.items()}
 
@@ -227,9 +239,13 @@ def train_clip(folder: Path, sprites: Sprites, settings: Settings = SETTINGS, *,
         Towers and probe, frozen.
     """
     torch.manual_seed(settings.seed)
-    clip = Clip(Towers.create(build_tokenizer(folder / "model" / "tokenizer", VOCABULARY), SIZES), Probe(SIZES.embedding))
+    clip = Clip(
+        Towers.create(build_tokenizer(folder / "model" / "tokenizer", VOCABULARY), SIZES), Probe(SIZES.embedding)
+    )
     rng = np.random.default_rng([settings.seed, 1])
-    initialise_patches(clip.towers, render(sprites, [sample_scene(rng) for _ in range(512)], SIZES.image), settings.seed)
+    initialise_patches(
+        clip.towers, render(sprites, [sample_scene(rng) for _ in range(512)], SIZES.image), settings.seed
+    )
     train(clip, lambda randomness: clip_losses(clip, sprites, randomness, count), settings, folder)
     clip.save(folder)
     report = evaluate(clip.requires_grad_(False), sprites)

@@ -183,5 +183,3 @@ def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[n
     if path.is_file():
         return np.lib.format.open_memmap(path, mode="r+")
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-
-

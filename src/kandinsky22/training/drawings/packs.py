@@ -38,9 +38,15 @@ PACKAGES = {
     "@iconify-json/fluent-emoji-flat": Package(
         "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175", "MIT"
     ),
-    "@iconify-json/fluent-emoji": Package("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT"),
-    "@iconify-json/noto": Package("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0"),
-    "@iconify-json/twemoji": Package("1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0"),
+    "@iconify-json/fluent-emoji": Package(
+        "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b", "MIT"
+    ),
+    "@iconify-json/noto": Package(
+        "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0"
+    ),
+    "@iconify-json/twemoji": Package(
+        "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", "CC-BY-4.0"
+    ),
 }
 
 
@@ -95,7 +101,8 @@ def _svg(icons: Mapping[str, Any], name: str) -> str:
     """Return the document of an icon in iconify's format: a body, and a view box with defaults for all icons."""
     icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
     left, top, width, height = (
-        icon.get(key, icons.get(key, default)) for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+        icon.get(key, icons.get(key, default))
+        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
     )
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '

@@ -152,9 +152,7 @@ def evaluate(
             scenes = [sample_scene(rng, arrangement=arrangement, held_out=held_out) for _ in range(count)]
             captions = [caption(scene, rng) for scene in scenes]
             texts = [c.text for c in captions]
-            embeds = sample_embeddings(
-                prior, scheduler, clip.towers, texts, steps=steps, guidance=guidance, seed=seed
-            )
+            embeds = sample_embeddings(prior, scheduler, clip.towers, texts, steps=steps, guidance=guidance, seed=seed)
             correct = clip.probe.correct(embeds, torch.tensor([caption_answers(c.description) for c in captions]))
             name = f"{arrangement or 'one'}{', held out' if held_out else ''}"
             report[name] = round(float(correct.all(1).float().mean()), 4)

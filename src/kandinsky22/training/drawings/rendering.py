@@ -71,7 +71,9 @@ def _window(placement: Placement, side: int) -> tuple[slice, slice, Pixels]:
     size = len(placement.pixels)
     top, left = max(0, placement.top), max(0, placement.left)
     bottom, right = min(side, placement.top + size), min(side, placement.left + size)
-    part = placement.pixels[top - placement.top : bottom - placement.top, left - placement.left : right - placement.left]
+    part = placement.pixels[
+        top - placement.top : bottom - placement.top, left - placement.left : right - placement.left
+    ]
     return slice(top, bottom), slice(left, right), part
 
 
@@ -145,7 +147,9 @@ def edge_map(sprites: Sprites, scene: Scene, side: int) -> npt.NDArray[np.float3
         rows, columns, part = _window(placement, side)
         width = max(1, round(side / 100))
         padded = Image.fromarray(np.pad(part[..., 3], width))  # the filter repeats the pixels at the border
-        inner = np.asarray(padded.filter(ImageFilter.MinFilter(2 * width + 1)))[width:-width, width:-width] / np.float32(255)
+        inner = np.asarray(padded.filter(ImageFilter.MinFilter(2 * width + 1)))[
+            width:-width, width:-width
+        ] / np.float32(255)
         opacity = part[..., 3] / np.float32(255)
         edges[rows, columns] *= 1 - opacity
         edges[rows, columns] = np.maximum(edges[rows, columns], opacity * (1 - inner))

