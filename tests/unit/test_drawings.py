@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky22.errors import CheckpointError
+from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.training.drawings import packs, sprites
 from kandinsky22.training.drawings.backgrounds import paint
 from kandinsky22.training.drawings.captions import (
@@ -39,7 +39,9 @@ from kandinsky22.training.drawings.vocabulary import (
     THINGS,
 )
 
-ORANGE_DISC = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><circle cx="20" cy="20" r="8" fill="#f28c1d"/>'
+ORANGE_DISC = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><circle cx="20" cy="20" r="8" fill="#f28c1d"/>'
+)
 LEAF = '<rect x="18" y="8" width="4" height="5" fill="#3a9d3a"/></svg>'
 
 
@@ -58,9 +60,7 @@ class SolidSprites(Sprites):
 
 
 def scene_of(*things: Thing, arrangement: str | None = None) -> Scene:
-    return Scene(
-        "flat", Background("plain", "white"), things, arrangement, None if len(things) > 1 else "center"
-    )
+    return Scene("flat", Background("plain", "white"), things, arrangement, None if len(things) > 1 else "center")
 
 
 def thing(name: str, color: str, x: float, y: float, extent: float = 0.4) -> Thing:
@@ -121,7 +121,8 @@ def test_backgrounds(background: tuple[str, str]) -> None:
     kind, name = background
     small, large = (paint(Background(kind, name), side) for side in (64, 128))
     assert small.shape == (64, 64, 3)
-    assert large.reshape(64, 2, 64, 2, 3).mean((1, 3)) == pytest.approx(small, abs=40)
+    difference = large.reshape(64, 2, 64, 2, 3).mean((1, 3)) - small
+    assert np.abs(difference).mean() < 1, "a background is the same at any size"
     if kind == "plain":
         assert len(np.unique(small.reshape(-1, 3), axis=0)) == 1
     assert Background(kind, name).index == BACKGROUNDS.index(background)
@@ -176,11 +177,17 @@ def test_scenes(arrangement: str | None, held_out: bool) -> None:
 
 def test_mixtures_of_scenes() -> None:
     rng = np.random.default_rng(0)
-    mixture = Mixture(arrangements=(0, 0, 0, 0, 1), styles=("3D",), things=("cat", "dog", "fox"), shapes=0, natural=1)
+    names = ("cat", "dog", "fox", "cow", "pig", "bee")
+    mixture = Mixture(arrangements=(0, 0, 0, 0, 1), styles=("3D",), things=names, shapes=0, natural=1)
     scene = sample_scene(rng, mixture)
     assert (scene.style, scene.arrangement) == ("3D", "row")
-    assert {thing.name for thing in scene.things} == {"cat", "dog", "fox"}
+    assert {thing.name for thing in scene.things} <= set(names)
     assert {thing.color for thing in scene.things} == {NATURAL}
+
+
+def test_mixtures_without_valid_scenes_are_refused() -> None:
+    with pytest.raises(InputError, match="mixture="):  # three things of two names
+        sample_scene(np.random.default_rng(0), Mixture(things=("cat", "dog"), shapes=0), arrangement="row")
 
 
 def test_captions_state_what_is_true_in_known_words() -> None:
@@ -259,7 +266,7 @@ def test_composed_embeddings_are_sums_of_parts() -> None:
 def test_packages_with_another_digest_are_refused(tmp_path: Path) -> None:
     for name, package in packs.PACKAGES.items():
         (tmp_path / f"{name.lstrip('@').replace('/', '-')}-{package.version}.tgz").write_bytes(b"other")
-    with pytest.raises(CheckpointError, match="has the SHA-256 digest .* expected"):
+    with pytest.raises(CheckpointError, match=r"has the SHA-256 digest \w+, expected \w+"):
         packs.fetch(tmp_path)
 
 

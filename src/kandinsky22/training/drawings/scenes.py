@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kandinsky22.errors import invalid
 from kandinsky22.training.drawings.vocabulary import (
     ARRANGEMENTS,
     BACKGROUNDS,
@@ -49,6 +50,7 @@ HELD_OUT_COLORS = 12
 HELD_OUT_STYLES = 24
 HELD_OUT_PAIRS = 8
 VARIANTS = 4  # of painted backgrounds
+ATTEMPTS = 10_000  # a mixture that has no valid scene after so many attempts is refused
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,12 @@ def _sample_scene(rng: np.random.Generator, mixture: Mixture, arrangement: str |
         sizes, centers, extents = ["medium", "medium"], [(0.42, 0.41), (0.64, 0.68)], list(FRONT_EXTENTS)
     else:
         sizes, centers, extents = ["small"] * 3, [(0.19, 0.5), (0.5, 0.5), (0.81, 0.5)], [ROW_EXTENT] * 3
-    while True:
+    for _ in range(ATTEMPTS):
         parts = zip(sizes, centers, extents, strict=True)
         things = tuple(_thing(rng, background, mixture, size, center, extent) for size, center, extent in parts)
         if len({thing.name for thing in things}) == len(things):
             return Scene(style, background, things, arrangement)
+    raise invalid("mixture", mixture, "one with more different things")
 
 
 def sample_scene(
@@ -230,13 +233,17 @@ def sample_scene(
         mixture: Shares of what scenes consist of; None takes the defaults.
         arrangement: One of ARRANGEMENTS; None for one thing, "any" for a random one.
         held_out: Whether the scene is one that is left out of training, or one that is not.
+
+    Raises:
+        InputError: The mixture has no such scene.
     """
     mixture = mixture or Mixture()
     if arrangement == "any":
         edges = np.cumsum(mixture.arrangements)
         index = int(np.searchsorted(edges, rng.random(), side="right"))
         arrangement = ARRANGEMENTS[index] if index < len(ARRANGEMENTS) else None
-    while True:
+    for _ in range(ATTEMPTS):
         scene = _sample_scene(rng, mixture, arrangement)
         if is_held_out(scene) == held_out:
             return scene
+    raise invalid("mixture", mixture, f"one that has scenes which are {'' if held_out else 'not '}held out")
