@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.unit.solid_sprites import SolidSprites
 
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.training.drawings import packs, sprites
@@ -25,7 +26,7 @@ from kandinsky22.training.drawings.probe import QUESTIONS, UNKNOWN, Probe, Scene
 from kandinsky22.training.drawings.recoloring import from_oklab, recolor, to_oklab
 from kandinsky22.training.drawings.rendering import edge_map, layer_map, render, render_pixels
 from kandinsky22.training.drawings.scenes import Background, Mixture, Scene, Thing, is_held_out, sample_scene
-from kandinsky22.training.drawings.sprites import SIDE, Sprites
+from kandinsky22.training.drawings.sprites import SIDE
 from kandinsky22.training.drawings.vocabulary import (
     ARRANGEMENTS,
     BACKGROUNDS,
@@ -43,20 +44,6 @@ ORANGE_DISC = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><circle cx="20" cy="20" r="8" fill="#f28c1d"/>'
 )
 LEAF = '<rect x="18" y="8" width="4" height="5" fill="#3a9d3a"/></svg>'
-
-
-class SolidSprites(Sprites):
-    """Every thing is a square in its colour, or grey if it is natural; a quarter of the side is empty at the top."""
-
-    def __init__(self) -> None:
-        pass
-
-    def pixels(self, thing: str, style: str, color: str) -> np.ndarray:
-        """Return a square with an empty part at the top."""
-        pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
-        pixels[SIDE // 4 :, :, :3] = np.round(np.array(COLORS.get(color, (0.5, 0.5, 0.5))) * 255)
-        pixels[SIDE // 4 :, :, 3] = 255
-        return pixels
 
 
 def scene_of(*things: Thing, arrangement: str | None = None) -> Scene:

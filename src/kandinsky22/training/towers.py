@@ -29,20 +29,22 @@ class TowerSizes:
     """Sizes of both towers.
 
     Attributes:
-        width: Width of the hidden states.
-        embedding: Dimension D of the embeddings.
+        embedding: Dimension D of the embeddings, and width of the text tower: the prior reads both alike.
+        vision_width: Width of the vision tower.
         text_layers: Number of layers of the text tower.
         vision_layers: Number of layers of the vision tower.
-        heads: Number of attention heads.
+        text_heads: Number of attention heads of the text tower.
+        vision_heads: Number of attention heads of the vision tower.
         image: Side of the images that the vision tower reads, in pixels.
         patch: Side of its patches, in pixels.
     """
 
-    width: int = 192
     embedding: int = 256
-    text_layers: int = 4
+    vision_width: int = 192
+    text_layers: int = 3
     vision_layers: int = 6
-    heads: int = 6
+    text_heads: int = 4
+    vision_heads: int = 6
     image: int = 128
     patch: int = 16
 
@@ -141,11 +143,11 @@ class Towers(nn.Module):
         text = CLIPTextModelWithProjection(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=sizes.width,
-                intermediate_size=4 * sizes.width,
+                hidden_size=sizes.embedding,
+                intermediate_size=4 * sizes.embedding,
                 projection_dim=sizes.embedding,
                 num_hidden_layers=sizes.text_layers,
-                num_attention_heads=sizes.heads,
+                num_attention_heads=sizes.text_heads,
                 max_position_embeddings=CONTEXT,
                 hidden_act="gelu",
                 bos_token_id=tokenizer.bos_token_id,
@@ -155,11 +157,11 @@ class Towers(nn.Module):
         )
         vision = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
-                hidden_size=sizes.width,
-                intermediate_size=4 * sizes.width,
+                hidden_size=sizes.vision_width,
+                intermediate_size=4 * sizes.vision_width,
                 projection_dim=sizes.embedding,
                 num_hidden_layers=sizes.vision_layers,
-                num_attention_heads=sizes.heads,
+                num_attention_heads=sizes.vision_heads,
                 image_size=sizes.image,
                 patch_size=sizes.patch,
                 hidden_act="gelu",

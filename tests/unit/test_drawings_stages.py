@@ -1,0 +1,150 @@
+"""Stages of the embedded model's training on drawings, for a step or two each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.solid_sprites import SolidSprites
+from torch import Tensor
+
+from kandinsky22 import DDPMScheduler, UNet2DConditionModel, VQModel
+from kandinsky22.errors import CheckpointError
+from kandinsky22.training import autoencoder
+from kandinsky22.training.denoising import denoising_objective
+from kandinsky22.training.drawings import __main__ as stages
+from kandinsky22.training.drawings import clip as clip_recipe
+from kandinsky22.training.drawings import decoder, movq, prior
+from kandinsky22.training.drawings.captions import VOCABULARY
+from kandinsky22.training.drawings.clip import Clip
+from kandinsky22.training.drawings.probe import Probe
+from kandinsky22.training.loop import Settings, StepRandomness
+from kandinsky22.training.towers import Towers, build_tokenizer
+
+ONE_STEP = Settings(steps=1, warmup=1, average=0.0)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
+    return Clip(Towers.create(tokenizer, clip_recipe.SIZES), Probe(clip_recipe.SIZES.embedding))
+
+
+def test_each_word_is_one_token(clip: Clip) -> None:
+    for word in VOCABULARY:
+        assert clip.towers.tokenizer.tokenize(word) == [word + "</w>"]
+
+
+def test_clip_is_trained_and_read_again(tmp_path: Path) -> None:
+    trained = clip_recipe.train_clip(tmp_path, SolidSprites(), ONE_STEP, count=4)
+    loaded = Clip.load(tmp_path)
+    image = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(loaded.towers.embed_images(image), trained.towers.embed_images(image))
+    for name, value in trained.probe.state_dict().items():
+        torch.testing.assert_close(loaded.probe.state_dict()[name], value)
+    assert (tmp_path / "evaluation.json").is_file()
+
+
+def test_neighbours_differ_in_one_attribute() -> None:
+    rng = StepRandomness.of(0, 0).numpy
+    for _ in range(50):
+        scene = clip_recipe.sample_scene(rng)
+        first, second = clip_recipe.neighbours(scene, 2, rng)
+        assert first == scene
+        assert second != scene
+        assert second.arrangement == scene.arrangement
+
+
+def test_autoencoder_sees_crops_and_full_images() -> None:
+    sprites = SolidSprites()
+    crops = movq.training_images(sprites, StepRandomness.of(0, 0))
+    full = movq.training_images(sprites, StepRandomness.of(0, movq.FULL_SIZE_EVERY - 1))
+    assert crops.shape == (movq.BATCH, 3, movq.CROP, movq.CROP)
+    assert full.shape[1:] == (3, movq.SIZE, movq.SIZE)
+    assert crops.numel() == full.numel()
+
+
+def test_normalised_latents_decode_to_the_same_images() -> None:
+    torch.manual_seed(0)
+    network = VQModel(**{**movq.CONFIG, "num_vq_embeddings": 16})
+    images = torch.rand(4, 3, 64, 64) * 2 - 1
+    latents = autoencoder.encode(network, images)
+    with torch.no_grad():
+        before = network.decode(latents, force_not_quantize=True).sample
+    autoencoder.normalise_latents(network, images, seed=0)
+    normalised = autoencoder.encode(network, images)
+    torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    with torch.no_grad():
+        after = network.decode(normalised, force_not_quantize=True).sample
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+
+
+def test_stage_of_the_decoder_trains_the_decoder_alone() -> None:
+    network = VQModel(**movq.CONFIG)
+
+    def images(randomness: StepRandomness) -> Tensor:
+        return torch.rand(2, 3, 32, 32, generator=randomness.torch) * 2 - 1
+
+    losses = autoencoder.decoder_objective(network, images)(StepRandomness.of(0, 7))
+    losses["loss"].backward()
+    trained = {name.split(".")[0] for name, value in network.named_parameters() if value.grad is not None}
+    assert trained == {"decoder", "post_quant_conv"}
+    first = autoencoder.autoencoder_objective(VQModel(**movq.CONFIG), images)(StepRandomness.of(0, 0))
+    assert first["loss"].isfinite()
+
+
+def test_prior_learns_sums_of_parts(clip: Clip) -> None:
+    network = prior.create_prior(clip, seed=0)
+    rng = StepRandomness.of(0, 0).numpy
+    pairs = [prior.sample_pair(rng) for _ in range(300)]
+    assert any(caption.text == "" for caption, _ in pairs)
+    assert any(scene.things[0].color == scene.background.name for _, scene in pairs), "as prompts ask for it"
+    report = prior.evaluate(network, clip, count=2, steps=2)
+    assert {"one", "row, held out"} <= report.keys()
+
+
+def test_bank_of_the_decoder_is_resumed(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CHUNK": 2, "BANK_START": 4, "BANK_GROWTH": 2, "BATCH": 2}.items():
+        monkeypatch.setattr(decoder, name, value)
+    network, sprites = VQModel(**movq.CONFIG), SolidSprites()
+    bank = decoder.Bank(tmp_path, network, clip, sprites, seed=0, size=8)
+    first, later = bank.examples(StepRandomness.of(0, 0)), bank.examples(StepRandomness.of(0, 2))
+    assert (bank.count, first.latents.shape) == (8, (2, 4, 32, 32))
+    again = decoder.Bank(tmp_path, network, clip, sprites, seed=0, size=8)
+    assert again.count == 8
+    torch.testing.assert_close(again.examples(StepRandomness.of(0, 2)).latents, later.latents)
+    unet = UNet2DConditionModel(**decoder.CONFIG)
+    objective = denoising_objective(unet, DDPMScheduler(**decoder.SCHEDULER), [bank])
+    losses = objective(StepRandomness.of(0, 0))
+    losses["loss"].backward()
+    assert losses["velocity"].isfinite()
+    assert all(value.grad is not None for value in unet.parameters())
+
+
+def test_stages_need_the_ones_before_them(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="clip is not finished"):
+        stages.STAGES["prior"](tmp_path, SolidSprites())
+
+
+def test_norms_see_contiguous_features_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's group norm has a slow backward pass for channels last features."""
+    layouts: list[bool] = []
+    group_norm = torch.nn.functional.group_norm
+
+    def recording(features: Tensor, *arguments: Any) -> Tensor:
+        layouts.append(features.is_contiguous())
+        return group_norm(features, *arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "group_norm", recording)
+    image = torch.rand(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    VQModel(**movq.CONFIG)(image).sample.sum().backward()
+    unet = UNet2DConditionModel(**decoder.CONFIG)
+    condition = unet.encode_condition(torch.rand(1, clip_recipe.SIZES.embedding))
+    latents = torch.rand(1, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+    unet.denoise(latents, torch.tensor([3]), condition).sum().backward()
+    assert len(layouts) > 60
+    assert all(layouts)
