@@ -55,7 +55,9 @@ COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which ar
 EMPTY_SHARE = 0.08
 EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
 MIXTURE = Mixture()
-SETTINGS = Settings(steps=60000, learning_rate=1e-3, warmup=500, decay=20000, average=0.9995, bf16=True, seed=2)
+SETTINGS = Settings(
+    steps=30000, learning_rate=1e-3, warmup=300, decay=10000, average=0.9995, bf16=True, muon=True, seed=2
+)
 
 
 def train_decoder(

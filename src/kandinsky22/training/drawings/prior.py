@@ -53,7 +53,9 @@ EMPTY_SHARE = 0.1
 # Share of scenes with a thing in the colour of its background. Images do not show them, but prompts ask for them.
 INVISIBLE_SHARE = 0.04
 DETAILS, DETAIL_SHARES = (FULL, Detail(), SPARSE), (0.3, 0.4, 0.3)
-SETTINGS = Settings(steps=12000, learning_rate=1e-3, warmup=300, decay=6000, weight_decay=0.1, average=0.999, bf16=True)
+SETTINGS = Settings(
+    steps=8000, learning_rate=1e-3, warmup=300, decay=5000, weight_decay=0.1, average=0.999, bf16=True, muon=True
+)
 
 
 def create_prior(clip: Clip, seed: int) -> PriorTransformer:
