@@ -245,13 +245,13 @@ def caption(scene: Scene, rng: np.random.Generator, detail: Detail | None = None
         arrangement = None
     nouns = [_noun_phrase(thing, rng) for thing in things]
     subject = nouns[0] if len(nouns) == 1 else _pair_phrase(nouns, arrangement, rng)
-    place = f"{_choose(rng, POSITION_PHRASES[position])}" if position else ""
+    place = _choose(rng, POSITION_PHRASES[position]) if position else ""
     ground = background_phrase(background, rng) if background else ""
     word = _choose(rng, STYLE_WORDS[style]) if style else None
-    words = any(phrase in subject for phrase in RELATION_PHRASES["beside"])
+    is_symmetric = any(f" {phrase} " in subject for phrase in RELATION_PHRASES["beside"])
     description = SceneDescription(
         things,
-        ordered=len(things) == 1 or (arrangement is not None and not words),
+        ordered=len(things) == 1 or (arrangement is not None and not is_symmetric),
         arrangement=arrangement,
         style=style,
         background=background.index if background else None,
