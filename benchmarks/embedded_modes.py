@@ -37,7 +37,7 @@ from benchmarks.mode_cases import (
     to_image,
 )
 from benchmarks.pixel_judge import judge, to_array
-from kandinsky22.training import shared_banks, shared_unet
+from kandinsky22.training import shared_banks, shared_network, shared_unet
 from kandinsky22.training.assemble import DECODER_DEFAULTS, PRIOR_DEFAULTS
 from kandinsky22.training.captions import FULL, Detail, caption
 from kandinsky22.training.scenes import COLORS, Scene, render_hints, sample_scene
@@ -155,7 +155,7 @@ class Models:
         """
         kind = {"inpaint": "KandinskyV22InpaintPipeline", "control": "KandinskyV22ControlnetPipeline"}[name]
         if self.training is not None:
-            changes = {"inpaint": shared_unet.INPAINT_CONFIG, "control": shared_unet.HINT_CONFIG}[name]
+            changes = {"inpaint": shared_network.INPAINT_CONFIG, "control": shared_network.HINT_CONFIG}[name]
             unet = shared_unet.load_shared(self.training / "shared").variant(changes)
             pipe = getattr(self.package, kind)(unet, self.decoder.scheduler, self.decoder.movq)
         else:

@@ -16,11 +16,12 @@ from kandinsky22.training import autoencoder
 from kandinsky22.training.denoising import denoising_objective
 from kandinsky22.training.drawings import __main__ as stages
 from kandinsky22.training.drawings import clip as clip_recipe
-from kandinsky22.training.drawings import decoder, movq, prior
+from kandinsky22.training.drawings import decoder, movq, prior, shared
 from kandinsky22.training.drawings.captions import VOCABULARY
 from kandinsky22.training.drawings.clip import Clip
 from kandinsky22.training.drawings.probe import Probe
 from kandinsky22.training.loop import Settings, StepRandomness
+from kandinsky22.training.shared_network import INPAINT_CONFIG, SharedUNet
 from kandinsky22.training.towers import Towers, build_tokenizer
 
 ONE_STEP = Settings(steps=1, warmup=1, average=0.0)
@@ -148,3 +149,47 @@ def test_norms_see_contiguous_features_in_training(monkeypatch: pytest.MonkeyPat
     unet.denoise(latents, torch.tensor([3]), condition).sum().backward()
     assert len(layouts) > 60
     assert all(layouts)
+
+
+def test_shared_network_sees_all_kinds_of_examples(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CHUNK": 2, "BANK_START": 4, "BATCH": 2}.items():
+        monkeypatch.setattr(decoder, name, value)
+    monkeypatch.setattr(shared, "CHUNK", 2)
+    monkeypatch.setattr(shared, "BATCHES", {"strong_signal": 2, "inpaint": 2, "hints": 2})
+    bank = decoder.Bank(tmp_path, VQModel(**movq.CONFIG), clip, SolidSprites(), seed=0, size=4)
+    network = SharedUNet(UNet2DConditionModel(**decoder.CONFIG), shared.example_hints(SolidSprites()))
+    sources = [shared.StrongSignalBank(bank), shared.InpaintBank(bank), shared.HintBank(bank)]
+    losses = denoising_objective(network, DDPMScheduler(**decoder.SCHEDULER), sources)(StepRandomness.of(0, 0))
+    losses["loss"].backward()
+    assert {"strong_signal", "inpaint", "hints"} <= losses.keys()
+    assert all(value.grad is not None for value in network.parameters())
+    inpaint = network.variant(INPAINT_CONFIG)
+    assert inpaint.config.in_channels == 9
+
+
+def test_masks_surround_things_and_embeddings_may_show_them_alone() -> None:
+    rng = StepRandomness.of(0, 0).numpy
+    slots = []
+    for _ in range(60):
+        scene = clip_recipe.sample_scene(rng)
+        mask = shared.sample_mask(scene, rng)
+        known, slot = mask.known, mask.slot
+        slots.append(slot)
+        described = shared.single_thing(scene, slot, rng)
+        assert known.shape == (1, 1, 32, 32)
+        if slot is None:
+            assert described == scene
+            continue
+        thing = scene.things[slot]
+        assert known[0, 0, int(thing.y * 32), int(thing.x * 32)] == 0
+        assert described == scene or described.things[0].name == thing.name
+    assert {None, 0, 1} <= set(slots)
+
+
+def test_other_layouts_keep_what_things_are() -> None:
+    rng = StepRandomness.of(0, 0).numpy
+    for _ in range(20):
+        scene = clip_recipe.sample_scene(rng)
+        other = shared.other_layout(scene, rng)
+        assert [(t.name, t.color) for t in other.things] == [(t.name, t.color) for t in scene.things]
+        assert other.background == scene.background

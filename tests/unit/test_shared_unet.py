@@ -17,7 +17,7 @@ from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.training import assemble, decoder, movq, shared_banks, shared_unet
+from kandinsky22.training import assemble, decoder, movq, shared_banks, shared_network, shared_unet
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Settings, StepRandomness
 from kandinsky22.training.scenes import (
@@ -30,11 +30,12 @@ from kandinsky22.training.scenes import (
     render_hints,
     sample_scene,
 )
+from kandinsky22.training.shared_network import SharedUNet
 
 TINY: dict[str, Any] = {**decoder.CONFIG, "block_out_channels": (32, 32, 32), "attention_head_dim": 32}
 TINY |= {"cross_attention_dim": 32}
 FEW = Settings(steps=2, warmup=1, log_every=1)
-CHANGES = {"inpaint": shared_unet.INPAINT_CONFIG, "hint": shared_unet.HINT_CONFIG}
+CHANGES = {"inpaint": shared_network.INPAINT_CONFIG, "hint": shared_network.HINT_CONFIG}
 BANKS = (shared_banks.InterpolationBank, shared_banks.InpaintBank, shared_banks.HintBank)
 BOTH = pytest.mark.parametrize("name", list(CHANGES))
 
@@ -73,7 +74,7 @@ def seen(name: str) -> dict[str, Any]:
 
 
 def test_the_shared_network_and_its_parts_start_equal_to_the_decoder(plain: UNet2DConditionModel) -> None:
-    shared = shared_unet.SharedUNet(plain).requires_grad_(False)
+    shared = SharedUNet(plain, shared_unet.example_hints()).requires_grad_(False)
     latents, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, EMBEDDING)
     expected = plain.denoise(latents, 500, plain.encode_condition(embeds))
     for extra in ({}, seen("hint"), seen("inpaint"), {**seen("hint"), **seen("inpaint")}):
@@ -82,9 +83,9 @@ def test_the_shared_network_and_its_parts_start_equal_to_the_decoder(plain: UNet
     torch.testing.assert_close(part.denoise(latents, 500, part.encode_condition(embeds)), expected)
 
 
-def awake(plain: UNet2DConditionModel) -> shared_unet.SharedUNet:
+def awake(plain: UNet2DConditionModel) -> SharedUNet:
     """A shared network whose new inputs count."""
-    shared = shared_unet.SharedUNet(plain).requires_grad_(False)
+    shared = SharedUNet(plain, shared_unet.example_hints()).requires_grad_(False)
     torch.nn.init.normal_(shared.unet.conv_in.weight, std=0.2)
     return shared
 
@@ -99,7 +100,7 @@ def test_a_part_equals_the_shared_network_without_the_other_inputs(name: str, pl
     alone = shared.variant({})
     assert not torch.allclose(answer, alone.denoise(latents, 500, alone.encode_condition(embeds)))
     for key, value in part.state_dict().items():
-        if not key.startswith(shared_unet.UNSHARED_PREFIXES):
+        if not key.startswith(shared_network.UNSHARED_PREFIXES):
             assert torch.equal(value, alone.state_dict()[key]), key
 
 
@@ -111,7 +112,7 @@ def banks_in(folder: Path, autoencoder: VQModel, towers: Towers) -> list[decoder
 def test_gradients_reach_every_weight(
     plain: UNet2DConditionModel, autoencoder: VQModel, towers: Towers, tmp_path: Path
 ) -> None:
-    shared = shared_unet.SharedUNet(plain.requires_grad_(True))
+    shared = SharedUNet(plain.requires_grad_(True), shared_unet.example_hints())
     objective = decoder.denoising_objective(
         shared, banks_in(tmp_path, autoencoder, towers), decoder.zero_embedding(towers)
     )
@@ -139,12 +140,12 @@ def test_training_lowers_the_loss_and_can_be_resumed(
     decoder.train_decoder(tmp_path / "decoder", autoencoder, towers, FEW, bank_size=64)
     banks = banks_in(tmp_path / "judging", autoencoder, towers)
 
-    def loss(shared: shared_unet.SharedUNet) -> float:
+    def loss(shared: SharedUNet) -> float:
         objective = decoder.denoising_objective(shared, banks, decoder.zero_embedding(towers))
         with torch.no_grad():
             return sum(float(objective(StepRandomness.of(9, step))["loss"]) for step in range(4))
 
-    before = loss(shared_unet.SharedUNet(decoder.load_decoder(tmp_path / "decoder")))
+    before = loss(SharedUNet(decoder.load_decoder(tmp_path / "decoder"), shared_unet.example_hints()))
     settings = Settings(steps=8, warmup=2, learning_rate=3e-3, average=0.5)
     halves = dataclasses.replace(settings, steps=4, decay=4), dataclasses.replace(settings, decay=4)
     for part in halves:
@@ -202,7 +203,7 @@ def test_mixtures_lie_between_their_ends_and_are_never_held_out() -> None:
 
 def test_hint_block_passes_hints_at_the_start(plain: UNet2DConditionModel) -> None:
     torch.manual_seed(1)
-    block = shared_unet.SharedUNet(plain).hint
+    block = SharedUNet(plain, shared_unet.example_hints()).hint
     scenes = [Scene("red", (Shape("circle", "blue", "large", x, 0.5, 0.18),)) for x in (0.3, 0.7)]
     with torch.no_grad():
         left, right = block(render_hints(scenes))
@@ -224,7 +225,7 @@ def test_variant_pipelines_share_files_with_the_decoder(
     }
     kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
     for name, kind in kinds.items():
-        unet = shared.variant(shared_unet.INPAINT_CONFIG if name == "inpaint" else shared_unet.HINT_CONFIG)
+        unet = shared.variant(shared_network.INPAINT_CONFIG if name == "inpaint" else shared_network.HINT_CONFIG)
         assemble._save_decoder(kind, unet, autoencoder, tmp_path / name)
         assemble.remove_shared_files(tmp_path / "decoder", tmp_path / name)
         assert sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) == ["unet"]

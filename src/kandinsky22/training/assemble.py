@@ -28,7 +28,7 @@ from kandinsky22.pipelines.decoder import (
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import DDPMScheduler, UnCLIPScheduler
-from kandinsky22.training import decoder, prior, shared_unet
+from kandinsky22.training import decoder, prior, shared_network, shared_unet
 from kandinsky22.training.clip import Towers, build_tokenizer, image_processor
 from kandinsky22.training.loop import SUMMARY, is_finished
 from kandinsky22.training.movq import load_movq
@@ -73,7 +73,7 @@ def assemble(out: Path, folder: Path | None = None) -> None:
     if is_finished(out / "shared"):
         shared = shared_unet.load_shared(out / "shared")
         text_to_image = shared.variant({})
-        inpaint, hint = shared.variant(shared_unet.INPAINT_CONFIG), shared.variant(shared_unet.HINT_CONFIG)
+        inpaint, hint = shared.variant(shared_network.INPAINT_CONFIG), shared.variant(shared_network.HINT_CONFIG)
     else:
         text_to_image = decoder.load_decoder(out / "decoder")
     _save_decoder(KandinskyV22Pipeline, text_to_image, movq, folder / "decoder")
@@ -97,7 +97,7 @@ def _save_decoder(kind: type[DecoderPipeline], unet: UNet2DConditionModel | None
     unshared: dict[str, Tensor] = {}
     shared: dict[str, Tensor] = {}
     for name, tensor in unet.state_dict().items():
-        (unshared if name.startswith(shared_unet.UNSHARED_PREFIXES) else shared)[name] = tensor
+        (unshared if name.startswith(shared_network.UNSHARED_PREFIXES) else shared)[name] = tensor
     size = sum(tensor.nbytes for tensor in shared.values())
     write_tensors(folder / "unet", shared | unshared, variant=None, max_shard_size=size, safe=True)
     (folder / "README.md").write_text(CARD, encoding="utf-8")

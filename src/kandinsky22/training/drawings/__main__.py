@@ -17,6 +17,7 @@ from kandinsky22.training.drawings.clip import Clip, train_clip
 from kandinsky22.training.drawings.decoder import train_decoder
 from kandinsky22.training.drawings.movq import load_movq, train_autoencoder, train_movq
 from kandinsky22.training.drawings.prior import train_prior
+from kandinsky22.training.drawings.shared import train_shared
 from kandinsky22.training.drawings.sprites import Sprites
 from kandinsky22.training.loop import is_finished
 
@@ -36,12 +37,18 @@ def _decoder(out: Path, sprites: Sprites) -> None:
     train_decoder(out / "decoder", load_movq(out / "movq", sprites), _clip(out), sprites)
 
 
+def _shared(out: Path, sprites: Sprites) -> None:
+    _require(out / "decoder")
+    train_shared(out / "shared", out / "decoder", load_movq(out / "movq", sprites), _clip(out), sprites)
+
+
 # In order of dependency.
 STAGES: dict[str, Callable[[Path, Sprites], object]] = {
     "clip": lambda out, sprites: train_clip(out / "clip", sprites),
     "autoencoder": lambda out, sprites: train_autoencoder(out / "movq", sprites),
     "prior": lambda out, sprites: train_prior(out / "prior", _clip(out)),
     "decoder": _decoder,
+    "shared": _shared,
     "movq": lambda out, sprites: train_movq(out / "movq", sprites),
 }
 

@@ -156,6 +156,15 @@ class Bank:
             ),
         )
 
+    def chunk_scenes(self, first: int) -> Sequence[Scene]:
+        """Return the scenes of CHUNK images that were encoded together.
+
+        Args:
+            first: Index of the first image.
+        """
+        rng = np.random.default_rng([self.seed, 2**31, first])
+        return [sample_scene(rng, MIXTURE) for _ in range(CHUNK)]
+
     def _grow(self, size: int) -> None:
         """Add images until there are `size`."""
         if self.count >= size:
@@ -170,8 +179,7 @@ class Bank:
 
     @torch.no_grad()
     def _fill(self, first: int) -> None:
-        rng = np.random.default_rng([self.seed, 2**31, first])
-        scenes: Sequence[Scene] = [sample_scene(rng, MIXTURE) for _ in range(CHUNK)]
+        scenes = self.chunk_scenes(first)
         images = render(self.sprites, scenes, SIZE)
         with torch.autocast("cpu", torch.bfloat16):
             latents = autoencoder.encode(self.movq, images * 2 - 1)
