@@ -93,6 +93,9 @@ def dominant_color(rgb: Floats, opacity: Floats) -> Dominant:
     Args:
         rgb: Colours (h, w, 3) in [0, 1].
         opacity: Opacity (h, w) in [0, 1].
+
+    Returns:
+        The dominant colour, and the pixels that belong to it.
     """
     lightness, chroma, hue = _polar(to_oklab(rgb))
     weight = np.clip((chroma - MIN_CHROMA) / 0.03, 0, 1) * np.minimum(chroma, 0.15) * opacity
