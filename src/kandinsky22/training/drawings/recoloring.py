@@ -72,7 +72,7 @@ def _polar(lab: Floats) -> _Polar:
 
 
 class Dominant(NamedTuple):
-    """What a drawing mostly consists of.
+    """The dominant colour of a drawing, and the pixels that have it.
 
     Attributes:
         membership: How much each pixel belongs to it, (h, w) in [0, 1].
