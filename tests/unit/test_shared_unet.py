@@ -17,7 +17,7 @@ from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.training import assemble, decoder, movq, shared_banks, shared_network, shared_unet
+from kandinsky22.training import assemble, decoder, denoising, movq, shared_banks, shared_network, shared_unet
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Settings, StepRandomness
 from kandinsky22.training.scenes import (
@@ -170,12 +170,12 @@ def test_pictures_and_embeddings_contradict_each_other_only_where_there_is_littl
         shown = bank.examples(StepRandomness.of(1, step))
         for row, (latents, embeds) in enumerate(zip(shown.latents, shown.embeds, strict=True)):
             wrong[row] += not torch.equal(own[tuple(latents.flatten().tolist())], embeds)
-    table = decoder.timestep_distribution(decoder.DDPMScheduler(**decoder.SCHEDULER).alphas_cumprod)
+    table = denoising.timestep_distribution(decoder.DDPMScheduler(**decoder.SCHEDULER).alphas_cumprod)
     clear = int(32 * table[shared_banks.STRONG_SIGNAL_TIMESTEP])
     assert 0 < clear < 32 and not wrong[clear:].any()
     assert abs(float(wrong[:clear].mean()) / 40 - shared_banks.MISMATCH_SHARE) < 0.1
     assert (
-        int(decoder.stratified_timesteps(table, 32, StepRandomness.of(1, 0))[:clear].max())
+        int(denoising.stratified_timesteps(table, 32, StepRandomness.of(1, 0))[:clear].max())
         <= shared_banks.STRONG_SIGNAL_TIMESTEP
     )
 

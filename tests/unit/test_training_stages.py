@@ -10,7 +10,7 @@ import torch
 
 from kandinsky22.models.movq import VQModel
 from kandinsky22.schedulers import DDPMScheduler
-from kandinsky22.training import decoder, movq
+from kandinsky22.training import decoder, denoising, movq
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Settings, StepRandomness
 from kandinsky22.training.scenes import render, sample_scene
@@ -96,7 +96,7 @@ def test_a_decoder_can_be_trained_and_loaded(tmp_path: Path, autoencoder: VQMode
 
 def test_timesteps_near_the_clean_end_are_rare() -> None:
     scheduler = DDPMScheduler(**decoder.SCHEDULER)
-    distribution = decoder.timestep_distribution(scheduler.alphas_cumprod)
+    distribution = denoising.timestep_distribution(scheduler.alphas_cumprod)
     density = torch.cat([distribution[:1], distribution.diff()])
     assert distribution[-1] == pytest.approx(1, abs=1e-4)
     assert density[0] < density[500] / 20
@@ -108,10 +108,10 @@ def test_the_variance_loss_prefers_the_variance_that_explains_the_error() -> Non
     timesteps, shape = torch.full((2,), 30), (2, 4, 4, 4)
     small, large = torch.full(shape, -1.0), torch.full(shape, 1.0)
     none, much = torch.zeros(shape), torch.full(shape, 50.0)
-    assert decoder.variance_loss(small, none, timesteps, scheduler) == pytest.approx(0, abs=1e-6)
-    assert decoder.variance_loss(small, none, timesteps, scheduler) < decoder.variance_loss(
+    assert denoising.variance_loss(small, none, timesteps, scheduler) == pytest.approx(0, abs=1e-6)
+    assert denoising.variance_loss(small, none, timesteps, scheduler) < denoising.variance_loss(
         large, none, timesteps, scheduler
     )
-    assert decoder.variance_loss(large, much, timesteps, scheduler) < decoder.variance_loss(
+    assert denoising.variance_loss(large, much, timesteps, scheduler) < denoising.variance_loss(
         small, much, timesteps, scheduler
     )

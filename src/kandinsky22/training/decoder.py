@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
-from kandinsky22.models.attention import KeyValue
 from kandinsky22.models.movq import VQModel
-from kandinsky22.models.unet import UNet2DConditionModel, UNetCondition
+from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
+from kandinsky22.training.denoising import (
+    Denoiser,
+    Examples,
+    concatenate_conditions,
+    denoising_losses,
+    stratified_timesteps,
+    timestep_distribution,
+)
 from kandinsky22.training.loop import Objective, Settings, StepRandomness, load_average, train
 from kandinsky22.training.movq import SIZE
 from kandinsky22.training.scenes import Palette, Scene, mixed_palettes, render, sample_scene
@@ -51,7 +56,6 @@ BANK_START, BANK_GROWTH, BANK_SIZE = 6144, 2, 32768
 EMPTY_SHARE = 0.08  # probability of the embedding of the zero image, which guidance needs
 EMBEDDING_NOISE = 0.2  # largest noise on embeddings, in their standard deviations: those of the prior are inexact too
 RECOLORED_SHARE = 0.25  # share of images in arbitrary colours, which make any combination of shape and colour familiar
-SNR_CAP = 5.0
 SETTINGS = Settings(steps=14000, learning_rate=1e-3, warmup=300, decay=6000, bf16=True, seed=2)
 
 
@@ -97,25 +101,6 @@ def zero_embedding(towers: Towers) -> Tensor:
         towers: Trained CLIP towers.
     """
     return towers.embed_images(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5))
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Training examples of a UNet.
-
-    Attributes:
-        latents: Clean latents (n, 4, h, w).
-        embeds: Image embeddings (n, D).
-        hint: Hints (n, 3, H, W), or None.
-        channels: Further input channels (n, c, h, w), or None.
-        weight: Weight of the velocity's error at each spatial position, a number or (n, 1, h, w).
-    """
-
-    latents: Tensor
-    embeds: Tensor
-    hint: Tensor | None = None
-    channels: Tensor | None = None
-    weight: Tensor | float = 1.0
 
 
 class Bank:
@@ -246,50 +231,10 @@ class Bank:
         self.embeds[first : first + self.chunk] = embeds.half().numpy()
 
 
-class Denoiser(Protocol):
-    """Network that can be trained to denoise latents: a UNet, or several UNets in one."""
-
-    def encode_condition(
-        self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
-    ) -> UNetCondition:
-        """Return everything that does not depend on the noisy latents.
-
-        Args:
-            image_embeds: Image embeddings (batch, D).
-            hint: Hints (batch, 3, H, W), or None.
-            channels: Further input channels (batch, c, h, w), or None.
-        """
-        ...
-
-    def denoise(self, sample: Tensor, timestep: Tensor, condition: UNetCondition) -> Tensor:
-        """Return velocity and learned variance (batch, 8, h, w).
-
-        Args:
-            sample: Noisy latents (batch, 4, h, w).
-            timestep: Timesteps (batch,).
-            condition: Result of `encode_condition`.
-        """
-        ...
-
-
 def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
     if path.is_file():
         return np.lib.format.open_memmap(path, mode="r+")
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-
-
-def timestep_distribution(alphas_cumprod: Tensor) -> Tensor:
-    """Return cumulative probabilities of the timesteps: nearly clean samples, which teach little, are rare.
-
-    Velocity errors weigh clean-sample errors by SNR + 1. The density limits this weight to SNR_CAP + 1: this is min-SNR
-    weighting (https://arxiv.org/abs/2303.09556) for velocity prediction.
-
-    Args:
-        alphas_cumprod: Cumulative products of alphas, one per timestep.
-    """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    density = (snr + 1).clamp(max=SNR_CAP + 1) / (snr + 1)
-    return (density / density.sum()).cumsum(0)
 
 
 def denoising_objective(network: Denoiser, banks: Sequence[Bank], negative: Tensor) -> Objective:
@@ -345,89 +290,3 @@ def perturb_embeddings(embeds: Tensor, std: Tensor, negative: Tensor, randomness
     amount = EMBEDDING_NOISE * torch.rand(len(embeds), 1, generator=randomness.torch)
     embeds = embeds + amount * std * torch.randn(embeds.shape, generator=randomness.torch)
     return torch.where(torch.rand(len(embeds), 1, generator=randomness.torch) < EMPTY_SHARE, negative, embeds)
-
-
-def concatenate_conditions(conditions: Sequence[UNetCondition]) -> UNetCondition:
-    """Return the condition of a batch that consists of several batches.
-
-    Args:
-        conditions: Conditions of the batches.
-    """
-    if len(conditions) == 1:
-        return conditions[0]
-    layers = (
-        KeyValue(*(torch.cat(tensors) for tensors in zip(*layer, strict=True)))
-        for layer in zip(*(condition.layers for condition in conditions), strict=True)
-    )
-    channels = [condition.channels for condition in conditions if condition.channels is not None]
-    time = torch.cat([condition.time for condition in conditions])
-    return UNetCondition(time, tuple(layers), torch.cat(channels) if channels else None)
-
-
-def stratified_timesteps(distribution: Tensor, count: int, randomness: StepRandomness) -> Tensor:
-    """Return one timestep from each of equally probable intervals, in order, thus batches differ less.
-
-    Args:
-        distribution: Cumulative probabilities of the timesteps.
-        count: Number of intervals.
-        randomness: Random generators of the step.
-    """
-    quantiles = (torch.arange(count) + torch.rand(count, generator=randomness.torch)) / count
-    return torch.searchsorted(distribution, quantiles).clamp(max=len(distribution) - 1)
-
-
-def denoising_losses(
-    output: Tensor,
-    latents: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    scheduler: DDPMScheduler,
-    weight: Tensor | float = 1.0,
-) -> dict[str, Tensor]:
-    """Return the losses of a UNet's output.
-
-    Args:
-        output: Velocity and learned variance (batch, 8, h, w).
-        latents: Clean latents (batch, 4, h, w).
-        noise: Noise of the same shape.
-        timesteps: Timesteps (batch,).
-        scheduler: Noise schedule.
-        weight: Weight of the velocity's error, a number or (batch, 1, h, w).
-
-    Returns:
-        Scalars: "velocity", "area" (averages over areas, weighted towards high noise), "variance", and their weighted
-        sum "loss".
-    """
-    velocity, coordinate = output.chunk(2, dim=1)
-    error = velocity - scheduler.get_velocity(latents, noise, timesteps)
-    variance = variance_loss(coordinate, error.detach(), timesteps, scheduler)
-    error = error * weight
-    # The factor 1 - alphas_cumprod turns squared errors of the velocity into those of the clean sample.
-    clean = (1 - scheduler.alphas_cumprod[timesteps])[:, None, None, None]
-    area = (clean * F.avg_pool2d(error, 4).square()).mean() + (clean * error.mean((2, 3), True).square()).mean()
-    squared = error.square().mean()
-    return {"loss": squared + 2 * area + 0.1 * variance, "velocity": squared, "area": area, "variance": variance}
-
-
-def variance_loss(coordinate: Tensor, error: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
-    """Return the Kullback-Leibler divergence between the true and the predicted step of one timestep.
-
-    It is the training loss of the learned variance (Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672,
-    equations 15 and 16).
-
-    Args:
-        coordinate: Learned-variance coordinate (batch, channels, h, w): -1 is the smallest and 1 the largest logarithm
-            of the variance.
-        error: Error of the velocity, of the same shape, without gradient.
-        timesteps: Timesteps (batch,).
-        scheduler: Noise schedule.
-    """
-    alphas_cumprod = scheduler.alphas_cumprod
-    previous = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
-    smallest = scheduler.betas * (1 - previous) / (1 - alphas_cumprod)
-    smallest = torch.cat([smallest[1:2], smallest[1:]])  # it is zero at timestep 0
-    to_mean = previous.sqrt() * scheduler.betas / (1 - alphas_cumprod).sqrt()  # from velocity to the mean of the step
-    low, high, factor = (v[timesteps][:, None, None, None] for v in (smallest.log(), scheduler.betas.log(), to_mean))
-    log_variance = low + (coordinate + 1) / 2 * (high - low)
-    divergence = log_variance - low - 1 + (low - log_variance).exp()
-    return 0.5 * (divergence + (factor * error).square() * (-log_variance).exp()).mean()

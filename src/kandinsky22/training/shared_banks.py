@@ -18,7 +18,8 @@ from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.clip import EMBEDDING, IMAGE_SIZE, Towers
-from kandinsky22.training.decoder import SCHEDULER, Bank, Examples, timestep_distribution
+from kandinsky22.training.decoder import SCHEDULER, Bank
+from kandinsky22.training.denoising import Examples, timestep_distribution
 from kandinsky22.training.loop import StepRandomness
 from kandinsky22.training.movq import SIZE
 from kandinsky22.training.scenes import (
