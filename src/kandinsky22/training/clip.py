@@ -39,6 +39,7 @@ from kandinsky22.training.scenes import (
     render,
     sample_scene,
 )
+from kandinsky22.training.towers import TextEmbedding
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 16
@@ -99,21 +100,6 @@ def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
         else:
             merged.append(part)
     return merged
-
-
-@dataclasses.dataclass(frozen=True)
-class TextEmbedding:
-    """Text embeddings of N prompts, as the prior takes them.
-
-    Attributes:
-        embeds: Projected embeddings (N, D).
-        hidden: Last hidden states (N, L, width).
-        mask: Attention mask (N, L), True for tokens of the prompt.
-    """
-
-    embeds: Tensor
-    hidden: Tensor
-    mask: Tensor
 
 
 class Towers(nn.Module):

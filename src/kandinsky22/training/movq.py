@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kandinsky22.models.layers import SpatialNorm
 from kandinsky22.models.movq import VQModel
+from kandinsky22.training.autoencoder import latent_penalty
 from kandinsky22.training.loop import CHECKPOINT, Objective, Settings, StepRandomness, load_average, train
 from kandinsky22.training.scenes import Scene, mixed_palettes, render, sample_scene
 
@@ -149,19 +150,6 @@ def image_loss(output: Tensor, target: Tensor) -> dict[str, Tensor]:
         edge = (error * outline).sum() / (channels * outline.sum()).clamp_min(1)
         flat = (error * (1 - outline)).sum() / (channels * (1 - outline).sum()).clamp_min(1)
     return {"loss": (error * (1 + EDGE_WEIGHT * outline)).mean() + 2 * slope, "edge": edge, "flat": flat}
-
-
-def latent_penalty(latents: Tensor) -> Tensor:
-    """Return the squared deviation of latents from zero mean, unit variance and uncorrelated channels.
-
-    Args:
-        latents: Latents (batch, channels, h, w).
-    """
-    vectors = latents.float().movedim(1, -1).flatten(0, -2)
-    mean = vectors.mean(0)
-    centered = vectors - mean
-    covariance = centered.mT @ centered / len(vectors)
-    return mean.square().sum() + (covariance - torch.eye(len(mean))).square().sum()
 
 
 def autoencoder_objective(movq: VQModel) -> Objective:

@@ -11,18 +11,19 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kandinsky22.models.prior import MASKED, STEP_TOKENS, PriorCondition, PriorTransformer
+from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.schedulers import UnCLIPScheduler
 from kandinsky22.training.captions import EMPTY_CAPTION, FULL, Caption, Detail, add_nonsense_word, caption, matches
 from kandinsky22.training.clip import CONTEXT, EMBEDDING, IMAGE_SIZE, Towers
 from kandinsky22.training.loop import Settings, StepRandomness, train
+from kandinsky22.training.prior_objective import denoise_timesteps
 from kandinsky22.training.scenes import COLORS, render, sample_scene
 
 CONFIG: Mapping[str, Any] = {
@@ -73,36 +74,6 @@ def create_prior(towers: Towers, seed: int) -> PriorTransformer:
     prior.clip_mean.requires_grad_(False)
     prior.clip_std.requires_grad_(False)
     return prior
-
-
-def denoise_timesteps(prior: PriorTransformer, noisy: Tensor, timesteps: Tensor, condition: PriorCondition) -> Tensor:
-    """Denoise several noisy embeddings for each text of a batch, like as many calls of `prior.denoise`.
-
-    The tokens of all timesteps are in one sequence and do not attend to those of other timesteps, thus they share keys
-    and values of the text.
-
-    Args:
-        prior: The network.
-        noisy: Noisy embeddings (batch, count, D).
-        timesteps: Timesteps (batch, count).
-        condition: Condition of the texts.
-
-    Returns:
-        Predicted clean embeddings (batch, count, D).
-    """
-    batch, count, _ = noisy.shape
-    time = prior.time_embedding(timesteps.flatten())
-    query = prior.prd_embedding[0].expand(len(time), -1)
-    tokens = torch.stack([time, prior.proj_in(noisy.flatten(0, 1)), query], dim=1)
-    tokens = (tokens + prior.positional_embedding[:, -STEP_TOKENS:]).view(batch, count * STEP_TOKENS, -1)
-    causal = torch.full((STEP_TOKENS, STEP_TOKENS), MASKED).triu(1)
-    within_timestep = torch.block_diag(*[causal - MASKED] * count) + MASKED
-    text = condition.mask.expand(-1, -1, count * STEP_TOKENS, -1)
-    mask = torch.cat([text, within_timestep.expand(batch, 1, -1, -1)], dim=3)
-    for block, past in zip(prior.transformer_blocks, condition.layers, strict=True):
-        tokens = block(tokens, mask, past)
-    last = tokens.view(batch, count, STEP_TOKENS, -1)[:, :, -1]
-    return cast(Tensor, prior.proj_to_clip_embeddings(prior.norm_out(last)))
 
 
 def _sample_pairs(towers: Towers, background_parts: Tensor, rng: np.random.Generator) -> tuple[list[Caption], Tensor]:
