@@ -8,7 +8,9 @@ compared and not their rounding.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import operator
 import warnings
 from pathlib import Path
 from typing import Any
@@ -348,14 +350,20 @@ SOLVERS = [name for name in SPACES if name.startswith(("DPM", "UniPC", "DEIS"))]
 
 @pytest.mark.parametrize("name", [*SOLVERS, "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"])
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(data=st.data(), logs=st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=7, unique_by=lambda log: round(log, 2)))
-def test_steps_between_custom_sigmas_equal_the_reference(name: str, data: st.DataObject, logs: list[float]) -> None:
-    """The reference accepts no custom sigmas here, so its own are replaced."""
+@given(data=st.data(), largest=st.floats(0.0, 3.0), gaps=st.lists(st.floats(0.1, 1.0), max_size=6))
+def test_steps_between_custom_sigmas_equal_the_reference(
+    name: str, data: st.DataObject, largest: float, gaps: list[float]
+) -> None:
+    """The reference accepts no custom sigmas here, so its own are replaced.
+
+    Multistep methods divide by differences of log(sigma). Sigmas are stored in single precision, thus two that differ by
+    less than a few percent turn its rounding into errors above the tolerance.
+    """
     config = data.draw(configs(name))
     for key in (*GRIDS, "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr", "lambda_min_clipped"):
         config.pop(key, None)
     ours, theirs = pair(name, config)
-    sigmas = [math.exp(log) for log in sorted(logs, reverse=True)]
+    sigmas = [math.exp(log) for log in itertools.accumulate(gaps, operator.sub, initial=largest)]
     last = 0.0 if config.get("final_sigmas_type", "zero") == "zero" else sigmas[-1] / 2
     ours.set_timesteps(sigmas=[*sigmas, last])
     theirs.set_timesteps(len(sigmas))

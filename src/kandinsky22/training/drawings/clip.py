@@ -30,7 +30,7 @@ SIZES = TowerSizes()
 BATCH = 128
 GROUP = 2  # scenes per group of a batch; those of a group differ in one attribute each
 SETTINGS = Settings(
-    steps=4000, learning_rate=1e-3, warmup=200, decay=2500, weight_decay=0.05, average=0.998, bf16=True, muon=True
+    steps=2200, learning_rate=1e-3, warmup=200, decay=1300, weight_decay=0.05, average=0.998, bf16=True, muon=True
 )
 
 
