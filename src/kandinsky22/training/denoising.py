@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky22.models.attention import KeyValue
 from kandinsky22.models.unet import UNetCondition
-from kandinsky22.schedulers import DDPMScheduler
+from kandinsky22.schedulers import DDPMScheduler, Scheduler
 from kandinsky22.training.loop import Objective, StepRandomness
 
 SNR_CAP = 5.0
@@ -223,16 +223,28 @@ def denoising_losses(
 
 
 def variance_loss(coordinate: Tensor, error: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
-    """Return the Kullback-Leibler divergence between the true and the predicted step of one timestep.
+    """Return the mean of `variance_divergence`.
+
+    Args:
+        coordinate: Learned-variance coordinate (batch, channels, h, w).
+        error: Error of the velocity, of the same shape, without gradient.
+        timesteps: Timesteps (batch,).
+        scheduler: Noise schedule.
+    """
+    return variance_divergence(coordinate, error, timesteps, scheduler).mean()
+
+
+def variance_divergence(coordinate: Tensor, error: Tensor, timesteps: Tensor, scheduler: Scheduler) -> Tensor:
+    """Return the Kullback-Leibler divergence between the true and the predicted step of one timestep, per element.
 
     It is the training loss of the learned variance (Nichol and Dhariwal 2021, https://arxiv.org/abs/2102.09672,
-    equations 15 and 16).
+    equations 15 and 16), in nats.
 
     Args:
         coordinate: Learned-variance coordinate (batch, channels, h, w): -1 is the smallest and 1 the largest logarithm
             of the variance.
         error: Error of the velocity, of the same shape, without gradient.
-        timesteps: Timesteps (batch,).
+        timesteps: Timesteps (batch,), on the CPU.
         scheduler: Noise schedule.
     """
     alphas_cumprod = scheduler.alphas_cumprod
@@ -240,7 +252,10 @@ def variance_loss(coordinate: Tensor, error: Tensor, timesteps: Tensor, schedule
     smallest = scheduler.betas * (1 - previous) / (1 - alphas_cumprod)
     smallest = torch.cat([smallest[1:2], smallest[1:]])  # it is zero at timestep 0
     to_mean = previous.sqrt() * scheduler.betas / (1 - alphas_cumprod).sqrt()  # from velocity to the mean of the step
-    low, high, factor = (v[timesteps][:, None, None, None] for v in (smallest.log(), scheduler.betas.log(), to_mean))
+    low, high, factor = (
+        values[timesteps][:, None, None, None].to(error.device)
+        for values in (smallest.log(), scheduler.betas.log(), to_mean)
+    )
     log_variance = low + (coordinate + 1) / 2 * (high - low)
     divergence = log_variance - low - 1 + (low - log_variance).exp()
-    return 0.5 * (divergence + (factor * error).square() * (-log_variance).exp()).mean()
+    return 0.5 * (divergence + (factor * error).square() * (-log_variance).exp())

@@ -1,0 +1,361 @@
+"""Options of fine-tuning: one table for Python, the command, YAML files and the reference page."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.errors import InputError, invalid
+
+STAGES = ("prior", "decoder", "both")
+MODES = ("plain", "inpaint", "hint")
+PRECISIONS = ("no", "fp16", "bf16")
+LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+HINT_KINDS = ("file", "edges")
+REPORTS = ("none", "tensorboard")
+SUBJECT_METHODS = ("inversion", "dreambooth")
+LARGEST_INTEGER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: Name of the field; the command writes it with hyphens.
+        kind: Type of the value, of each value for a repeatable option: int, float, str or bool.
+        default: Value if the option is left out.
+        help: What it does, as a phrase.
+        group: Title of the group that help texts list it in.
+        lowest: Smallest accepted number.
+        highest: Largest accepted number.
+        choices: Accepted strings; empty accepts all.
+        repeatable: Whether the value is a tuple of values.
+        above: Whether `lowest` itself is not accepted.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    group: str
+    lowest: float = -math.inf
+    highest: float = math.inf
+    choices: tuple[str, ...] = ()
+    repeatable: bool = False
+    above: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The option as the command writes it."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def expected(self) -> str:
+        """Description of the accepted values, for messages."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.kind is bool:
+            return "True or False"
+        if self.kind is str:
+            return "a list of texts" if self.repeatable else "a text that is not empty"
+        name = "an integer" if self.kind is int else "a finite number"
+        bounds = [f"above {self.lowest:g}" if self.above else f"of at least {self.lowest:g}"] * (self.lowest > -math.inf)
+        bounds += [f"at most {self.highest:g}"] * (self.highest < LARGEST_INTEGER)
+        return f"{name} {' and '.join(bounds)}".strip()
+
+    def checked(self, value: Any) -> Any:
+        """Return a value of the option's type.
+
+        Args:
+            value: Value from Python, YAML or the command line; None is accepted where the default is None.
+
+        Raises:
+            InputError: The value is not accepted.
+        """
+        if value is None and self.default is None:
+            return None
+        if self.repeatable:
+            values = [value] if isinstance(value, str) else value
+            if not isinstance(values, list | tuple) or not all(isinstance(item, str) and item for item in values):
+                raise invalid(self.flag, value, self.expected)
+            return tuple(values)
+        if self.kind is str and isinstance(value, Path):
+            value = str(value)
+        if self.kind is float and isinstance(value, str):  # YAML reads 1e-4 as a text
+            value = _as_number(value)
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.kind or not self._accepts(value):
+            raise invalid(self.flag, value, self.expected)
+        return value
+
+    def _accepts(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if self.kind is str:
+            return bool(value)
+        if self.kind is bool:
+            return True
+        above = value > self.lowest if self.above else value >= self.lowest
+        return bool(math.isfinite(value) and above and value <= min(self.highest, LARGEST_INTEGER))
+
+
+def _as_number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _option(
+    kind: type,
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    lowest: float = -math.inf,
+    highest: float = math.inf,
+    choices: tuple[str, ...] = (),
+    repeatable: bool = False,
+    above: bool = False,
+) -> Any:
+    about = {
+        "kind": kind,
+        "group": group,
+        "help": help,
+        "lowest": lowest,
+        "highest": highest,
+        "choices": choices,
+        "repeatable": repeatable,
+        "above": above,
+    }
+    return dataclasses.field(default=default, metadata=about)
+
+
+_MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
+_OPTIMIZER, _RUN, _CHECK, _SUBJECT = "optimizer", "run", "validation", "subject"
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of `kandinsky22 train lora` and `train full`. `options()` describes them.
+
+    Raises:
+        InputError: A value is not accepted, or two options contradict each other.
+    """
+
+    model: str = _option(str, "embedded", _MODEL, "folder or Hub id of a decoder")
+    prior: str | None = _option(str, None, _MODEL, "folder or Hub id of a prior; by default the one of the model")
+    variant: str | None = _option(str, None, _MODEL, "variant of the weight files, such as fp16")
+    revision: str | None = _option(str, None, _MODEL, "branch, tag or commit on the Hub")
+    stage: str = _option(str, "decoder", _MODEL, "networks to train", choices=STAGES)
+    mode: str | None = _option(
+        str, None, _MODEL, "kind of decoder; by default the one of the checkpoint", choices=MODES
+    )
+
+    train_data_dir: str | None = _option(
+        str, None, _DATA, "folder of pictures, CSV file, or .tar shard or folder of shards (webdataset)"
+    )
+    dataset_name: str | None = _option(str, None, _DATA, "data set on the Hub, instead of --train-data-dir")
+    dataset_config_name: str | None = _option(str, None, _DATA, "configuration of the data set on the Hub")
+    split: str = _option(str, "train", _DATA, "split of the data set on the Hub")
+    image_column: str | None = _option(str, None, _DATA, "column of pictures or file names")
+    caption_column: str | None = _option(str, None, _DATA, "column of captions")
+    max_train_samples: int | None = _option(int, None, _DATA, "number of pictures that are used", lowest=1)
+    resolution: int | None = _option(
+        int, None, _DATA, "side of the pictures in pixels; by default that of the model", lowest=8, highest=4096
+    )
+    aspect_buckets: bool = _option(bool, False, _DATA, "keep the proportions of pictures, at about the same area")
+    random_flip: bool = _option(bool, False, _DATA, "mirror half of the pictures")
+    random_crop: bool = _option(bool, False, _DATA, "cut out random parts instead of the centre")
+    crops_per_image: int = _option(
+        int, 4, _DATA, "number of different random parts per picture", lowest=1, highest=256
+    )
+    hint_type: str = _option(
+        str, "file", _DATA, "hints of a hint decoder: files named NAME.hint.png, or edges", choices=HINT_KINDS
+    )
+    cache_dir: str | None = _option(
+        str, None, _DATA, "folder of stored embeddings and latents; by default OUTPUT_DIR/cache"
+    )
+
+    caption_dropout: float = _option(
+        float, 0.1, _CONDITION, "share of captions replaced by the empty text (prior)", lowest=0, highest=1
+    )
+    condition_dropout: float = _option(
+        float, 0.1, _CONDITION, "share of image embeddings replaced by that of the zero image (decoder)", lowest=0, highest=1
+    )
+    snr_gamma: float | None = _option(
+        float, None, _CONDITION, "gamma of min-SNR weights, 5 is usual; by default unweighted", lowest=0, above=True
+    )
+    vlb_weight: float = _option(
+        float, 0.001, _CONDITION, "weight of the learned variance's loss, for decoders that predict one", lowest=0
+    )
+
+    rank: int = _option(int, 16, _LORA, "rank of the adapters", lowest=1, highest=4096)
+    lora_alpha: float | None = _option(
+        float, None, _LORA, "adapters are scaled by lora_alpha / rank; by default by 1", lowest=0, above=True
+    )
+    target_modules: tuple[str, ...] = _option(
+        str, (), _LORA, "names of the layers that get adapters; by default all of the attention", repeatable=True
+    )
+
+    learning_rate: float = _option(float, 1e-4, _OPTIMIZER, "largest learning rate", lowest=0, above=True)
+    lr_scheduler: str = _option(
+        str, "constant", _OPTIMIZER, "course of the learning rate after the warm-up", choices=LR_SCHEDULES
+    )
+    lr_warmup_steps: int = _option(int, 0, _OPTIMIZER, "steps in which the learning rate grows", lowest=0)
+    train_batch_size: int = _option(int, 1, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
+    gradient_accumulation_steps: int = _option(
+        int, 1, _OPTIMIZER, "passes whose gradients are added up per step", lowest=1, highest=65536
+    )
+    max_train_steps: int = _option(int, 1000, _OPTIMIZER, "number of steps", lowest=1)
+    adam_beta1: float = _option(float, 0.9, _OPTIMIZER, "decay of AdamW's first moment", lowest=0, highest=0.99999)
+    adam_beta2: float = _option(float, 0.999, _OPTIMIZER, "decay of AdamW's second moment", lowest=0, highest=0.99999)
+    adam_weight_decay: float = _option(float, 0.01, _OPTIMIZER, "weight decay of matrices", lowest=0)
+    adam_epsilon: float = _option(float, 1e-8, _OPTIMIZER, "epsilon of AdamW", lowest=0, above=True)
+    max_grad_norm: float = _option(float, 1.0, _OPTIMIZER, "largest norm of the gradients", lowest=0, above=True)
+    use_8bit_adam: bool = _option(bool, False, _OPTIMIZER, "AdamW with moments of 8 bits (bitsandbytes, CUDA)")
+    use_ema: bool = _option(bool, False, _OPTIMIZER, "save the moving average of the weights")
+    ema_decay: float = _option(float, 0.999, _OPTIMIZER, "decay of the moving average", lowest=0, highest=0.999999)
+
+    output_dir: str = _option(str, "kandinsky22-training", _RUN, "folder of results and checkpoints")
+    seed: int = _option(int, 0, _RUN, "seed of all random numbers", lowest=0)
+    mixed_precision: str = _option(str, "no", _RUN, "type that networks compute in", choices=PRECISIONS)
+    gradient_checkpointing: bool = _option(bool, False, _RUN, "less memory, a third more time")
+    checkpointing_steps: int = _option(int, 500, _RUN, "steps between two checkpoints", lowest=1)
+    checkpoints_total_limit: int | None = _option(int, None, _RUN, "number of checkpoints that are kept", lowest=1)
+    resume: str | None = _option(str, None, _RUN, "checkpoint to continue, or 'latest'")
+    report_to: str = _option(str, "none", _RUN, "where the log is written besides log.jsonl", choices=REPORTS)
+    log_every: int = _option(int, 10, _RUN, "steps per line of the log", lowest=1)
+
+    validation_prompt: tuple[str, ...] = _option(
+        str, (), _CHECK, "prompt of a sample picture; may be repeated", repeatable=True
+    )
+    validation_steps: int = _option(int, 100, _CHECK, "steps between two sheets of samples", lowest=1)
+    validation_images: int | None = _option(
+        int, None, _CHECK, "pictures held out for the validation loss; by default a tenth, at most 16", lowest=0
+    )
+
+    def __post_init__(self) -> None:
+        for option in self.options():
+            object.__setattr__(self, option.name, option.checked(getattr(self, option.name)))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            count = "neither" if self.train_data_dir is None else "both"
+            raise InputError(f"pictures: {count} of --train-data-dir and --dataset-name set: expected exactly one")
+        if self.mode in ("inpaint", "hint") and self.stage == "prior":
+            raise invalid("--mode", self.mode, "no mode with --stage prior", "modes are those of decoders")
+        if self.lr_warmup_steps > self.max_train_steps:
+            expected = f"at most --max-train-steps={self.max_train_steps}"
+            raise invalid("--lr-warmup-steps", self.lr_warmup_steps, expected)
+
+    @classmethod
+    def options(cls) -> Iterator[Option]:
+        """Yield the descriptions of all options, in the order of their groups."""
+        for field in dataclasses.fields(cls):
+            yield Option(name=field.name, default=field.default, **field.metadata)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "options") -> TrainingOptions:
+        """Return the options of a mapping; hyphens and underscores in names are the same.
+
+        Args:
+            values: Values by name.
+            source: Where they come from, for messages.
+
+        Raises:
+            InputError: A name is unknown, or a value is not accepted.
+        """
+        names = [option.name for option in cls.options()]
+        by_name = {str(name).replace("-", "_"): value for name, value in values.items()}
+        if unknown := sorted(set(by_name) - set(names)):
+            raise InputError(f"{source}: no option is named {', '.join(unknown)}: expected names such as {names[0]}")
+        return cls(**by_name)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step.
+
+        Args:
+            step: Number of the step, counted from 0.
+        """
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(self.max_train_steps - self.lr_warmup_steps, 1)
+        if self.lr_scheduler == "linear":
+            return self.learning_rate * max(1.0 - progress, 0.0)
+        if self.lr_scheduler == "cosine":
+            return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate
+
+
+@dataclass(frozen=True)
+class SubjectOptions(TrainingOptions):
+    """Options of `kandinsky22 train subject`.
+
+    Raises:
+        InputError: A value is not accepted, or two options contradict each other.
+    """
+
+    method: str = _option(
+        str, "inversion", _SUBJECT, "learn one image embedding, or an adapter of the decoder", choices=SUBJECT_METHODS
+    )
+    class_data_dir: str | None = _option(
+        str, None, _SUBJECT, "dreambooth: folder of other pictures of the subject's kind"
+    )
+    class_prompt: str | None = _option(
+        str, None, _SUBJECT, "dreambooth: prompt of the pictures that are drawn if there is no folder"
+    )
+    num_class_images: int = _option(
+        int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000
+    )
+    prior_loss_weight: float = _option(
+        float, 1.0, _SUBJECT, "dreambooth: weight of the loss on those pictures", lowest=0
+    )
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        if self.stage != "decoder":
+            raise invalid("--stage", self.stage, "decoder", "subjects are learned with the decoder alone")
+        has_class = self.class_data_dir is not None or self.class_prompt is not None
+        if self.method == "inversion" and has_class:
+            raise InputError("--class-data-dir and --class-prompt have no effect with --method inversion")
+        if self.method == "inversion" and self.mode not in (None, "plain"):
+            raise invalid("--mode", self.mode, "plain", "embeddings are learned with the plain decoder")
+        if self.method == "dreambooth" and self.prior_loss_weight > 0 and not has_class:
+            raise InputError(
+                "--method dreambooth: neither --class-data-dir nor --class-prompt set: expected one of them, or "
+                "--prior-loss-weight 0 to train without prior preservation"
+            )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the options in a YAML file.
+
+    Args:
+        path: The file: one mapping of option names to values.
+
+    Raises:
+        InputError: The file cannot be read, or is not such a mapping.
+        MissingDependencyError: PyYAML is not installed.
+    """
+    from kandinsky22.training.finetuning.packages import require
+
+    yaml = require("yaml", "--config", package="pyyaml")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected one mapping of option names to values")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
