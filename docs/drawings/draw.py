@@ -123,14 +123,15 @@ def package_layout() -> Drawing:
     drawing = Drawing(
         "package-layout",
         "Layout of the package",
-        "From top to bottom: cli; training; pipelines; sampling; models and runtime; schedulers, inputs and "
+        "From top to bottom: cli; training; generation; pipelines; sampling; models and runtime; schedulers, inputs and "
         "checkpoints; kernels and the common modules. A folder imports only from the same or lower rows.",
         width=640,
-        height=592,
+        height=661,
     )
     rows = (
         (("cli", "the command kandinsky22 and its subcommands"),),
         (("training", "training loop, and the embedded model's recipe"),),
+        (("generation", "one request: modes, recipes, input images, both stages"),),
         (("pipelines", "join everything below: prior, decoder, combined, auto"),),
         (("sampling", "one generation: loop, guidance, scheduler adapter, presets"),),
         (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kandinsky22.cli.image_files import PNG, encode_image
+from kandinsky22.generation.image_files import PNG, encode_image
 
 SIZE = 32  # side of the tiny model's pictures
 # Generation defaults that the tiny models are saved with.

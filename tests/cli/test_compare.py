@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from tests.cli.helpers import SIZE, Command, assert_one_line, pixels, stored
 
-from kandinsky22.cli import generate
 from kandinsky22.cli.request import Request
 from kandinsky22.cli.sheets import GAP, MARGIN, MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
 from kandinsky22.errors import NotFiniteError
+from kandinsky22.generation import stages
 
 GRID = ("--scheduler", "dpm,heun", "--steps", "2,3", "--guidance", "1,3", "--seed", 5)
 
@@ -70,15 +70,15 @@ def holds(sheet: np.ndarray[Any, Any], picture: np.ndarray[Any, Any]) -> bool:
 def test_a_cell_of_nan_is_marked_and_the_others_are_saved(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_decoder = generate.run_decoder
+    run_decoder = stages.run_decoder
 
     def fail_at_two(decoder: Any, request: Any, *arguments: Any) -> Any:
         if request.steps != 2:
             return run_decoder(decoder, request, *arguments)
-        with generate._nan_errors(decoder, request.steps):
+        with stages._nan_errors(decoder, request.steps):
             raise NotFiniteError("images: 1 of 1 are not finite")
 
-    monkeypatch.setattr(generate, "run_decoder", fail_at_two)
+    monkeypatch.setattr(stages, "run_decoder", fail_at_two)
     options = ("--model", model, "--scheduler", "ddim", "--steps", "2,4", "--prior-steps", 3, "--pictures")
     result = command("compare", "a cat", *options)
     assert result.out.splitlines() == ["compare-1-2.png", "compare.png", "compare.csv"]
@@ -103,13 +103,13 @@ def test_only_the_grid_is_saved_by_default(command: Command, model: Path) -> Non
 def test_times_exclude_the_warm_up(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One guided and one unguided step are run before the grid."""
     drawn: list[tuple[float | None, int | None]] = []
-    draw = generate.run_decoder
+    draw = stages.run_decoder
 
     def record(decoder: Any, request: Request, *rest: Any) -> Any:
         drawn.append((request.guidance, request.steps))
         return draw(decoder, request, *rest)
 
-    monkeypatch.setattr(generate, "run_decoder", record)
+    monkeypatch.setattr(stages, "run_decoder", record)
     arguments = ("--scheduler", "ddim", "--steps", "2", "--guidance", "1,3,4")
     assert command("compare", "a cat", "--model", model, *arguments).code == 0
     assert sorted(drawn[:2]) == [(1.0, 1), (3.0, 1)]
@@ -144,7 +144,7 @@ def test_invalid_grids_are_reported_before_anything_is_generated(
     arguments: tuple[str, ...],
     words: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.generate.run_prior", None)
+    monkeypatch.setattr("kandinsky22.generation.stages.run_prior", None)
     for folder in ("taken.csv", "kept-1-1.png"):
         Path(folder).mkdir()
     assert_one_line(command("compare", "a cat", "--model", model, *arguments), 1, *words)

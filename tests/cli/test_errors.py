@@ -319,7 +319,7 @@ def test_errors_while_generating_leave_no_file(
     code: int,
     words: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.run._generate_image", failing(error))
+    monkeypatch.setattr("kandinsky22.generation.stages.generate_image", failing(error))
     assert_one_line(command("generate", "a cat", "--model", model), code, *words)
     assert not list(Path().iterdir())
 
@@ -334,7 +334,7 @@ def test_errors_while_writing_leave_the_old_picture(
 
 
 def test_bugs_raise_a_traceback(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kandinsky22.cli.run._generate_image", failing(RuntimeError("a bug")))
+    monkeypatch.setattr("kandinsky22.generation.stages.generate_image", failing(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         command("generate", "a cat", "--model", model)
 

@@ -167,7 +167,7 @@ def test_other_formats_contain_the_recipe(command: Command, generate: Callable[.
 def test_a_recipe_that_a_jpeg_file_cannot_hold_is_reported(
     generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kandinsky22.cli.run._generate_image", None)
+    monkeypatch.setattr("kandinsky22.generation.stages.generate_image", None)
     result = generate("cat " * 9000, "-o", "cat.jpg")
     assert_one_line(result, 1, "at most", "JPEG", "--no-recipe")
 
@@ -283,7 +283,7 @@ def test_a_strength_without_steps_is_reported_before_networks_run(
     def run(*arguments: object) -> None:
         raise InputError("a network runs")
 
-    monkeypatch.setattr("kandinsky22.cli.run._generate_image", run)
+    monkeypatch.setattr("kandinsky22.generation.stages.generate_image", run)
     result = command(*arguments, "--model", model).err
     assert result.endswith("error: a network runs\n")
     assert ("leaves no step" in result) == (effect is not None)

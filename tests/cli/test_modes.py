@@ -15,7 +15,7 @@ from PIL import Image
 from tests.cli.helpers import SIZE, SUBCOMMANDS, Command, pixels, save_png, stored
 
 import kandinsky22
-from kandinsky22.cli.inputs import fitting_size
+from kandinsky22.generation.sizes import fitting_size
 
 DECODER = {"num_inference_steps": 2, "guidance_scale": 2.0}
 PRIOR = {"num_inference_steps": 3, "guidance_scale": 1.5}

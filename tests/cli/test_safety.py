@@ -20,8 +20,8 @@ from tests.cli.helpers import Command, assert_one_line
 import kandinsky22
 from kandinsky22.cli.console import MAX_LINE, safe_messages
 from kandinsky22.cli.failures import check_address_space, is_out_of_memory
-from kandinsky22.cli.limits import MAX_ASPECT_RATIO, MAX_PIXELS, MAX_SIDE, is_allowed_size
 from kandinsky22.errors import CheckpointError, InputError, describe, printable
+from kandinsky22.generation.limits import MAX_ASPECT_RATIO, MAX_PIXELS, MAX_SIDE, is_allowed_size
 
 HOSTILE = "a\x1b[31m cat\u202e\x9b2J\nfake: line\x07"
 RECIPE: dict[str, Any] = {
@@ -346,7 +346,7 @@ def test_other_encodings_lose_nothing(tmp_path: Path, variables: dict[str, str])
 
 
 def test_prompts_in_utf_8_are_read_in_a_locale_without_it() -> None:
-    from kandinsky22.cli.inputs import check_text
+    from kandinsky22.generation.input_images import check_text
 
     assert check_text("prompt", "кот".encode().decode("ascii", "surrogateescape")) == "кот"
     with pytest.raises(InputError, match="encoding"):

@@ -11,8 +11,9 @@ from PIL import Image
 from tests.cli.helpers import Command
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline
-from kandinsky22.cli import options, run
-from kandinsky22.cli.recipe import read_recipe
+from kandinsky22.cli import options
+from kandinsky22.generation import stages
+from kandinsky22.generation.recipe import read_recipe
 from kandinsky22.runtime.quantize import KINDS, kind_of
 
 
@@ -31,13 +32,13 @@ def test_quantize_acts_and_is_recorded(
     call = ("generate", "a cat", "--model", model, "--seed", 5)
     assert command(*call, "-o", "plain.png").code == 0
     kinds: list[Any] = []
-    original = run._generate_image
+    original = stages.generate_image
 
     def recorded(networks: Any, *option: Any) -> Any:
         kinds.append((kind_of(networks.prior.prior), kind_of(networks.decoder.unet), kind_of(networks.decoder.movq)))
         return original(networks, *option)
 
-    monkeypatch.setattr(run, "_generate_image", recorded)
+    monkeypatch.setattr(stages, "generate_image", recorded)
     assert command(*call, "-o", "small.png", "--quantize", kind).code == 0
     assert kinds == [(kind, kind, None)]
     assert 0 < np.abs(pixels("small.png") - pixels("plain.png")).mean() < 40

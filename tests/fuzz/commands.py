@@ -20,9 +20,9 @@ from tests.fuzz.mutations import byte_edits, json_edits, mutate_bytes, mutate_js
 from tests.fuzz.world import World
 from tests.pipelines.pictures import box_mask_image, photo
 
-from kandinsky22.cli.image_files import FORMATS, RECIPE_KEYWORD, encode_image
 from kandinsky22.cli.main import build_parser, main
-from kandinsky22.cli.recipe import read_recipe
+from kandinsky22.generation.image_files import FORMATS, RECIPE_KEYWORD, encode_image
+from kandinsky22.generation.recipe import read_recipe
 
 NUMBERS = [
     "1",

@@ -356,8 +356,8 @@ def test_steps_between_custom_sigmas_equal_the_reference(
 ) -> None:
     """The reference accepts no custom sigmas here, so its own are replaced.
 
-    Multistep methods divide by differences of log(sigma). Sigmas are stored in single precision, thus two that differ by
-    less than a few percent turn its rounding into errors above the tolerance.
+    Multistep methods divide by differences of log(sigma). Sigmas are stored in single precision: if two differ by less
+    than a few percent, errors from rounding exceed the tolerance.
     """
     config = data.draw(configs(name))
     for key in (*GRIDS, "use_beta_sigmas", "use_lu_lambdas", "rescale_betas_zero_snr", "lambda_min_clipped"):

@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # Packages and modules that each of them may import, besides itself. A name that is not listed may import nothing.
 GROUND = {"errors", "config", "outputs", "noise", "kernels", "verbosity", "requirements"}
 FILES = GROUND | {"checkpoints", "inputs"}
-NETWORKS = FILES | {"runtime", "models", "schedulers"}
+NETWORKS = FILES | {"runtime", "adapters", "models", "schedulers"}
 PIPELINES = NETWORKS | {"sampling", "pipelines", "embedded", "_exports"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -35,11 +35,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inputs": GROUND,
     "schedulers": FILES,
     "runtime": FILES,
-    "models": FILES | {"runtime"},
+    "adapters": FILES | {"runtime"},
+    "models": FILES | {"runtime", "adapters"},
     "sampling": FILES | {"schedulers"},
     "pipelines": PIPELINES,
     "training": PIPELINES,
-    "cli": PIPELINES | {"training"},
+    "generation": PIPELINES,
+    "cli": PIPELINES | {"generation", "training"},
     "compat": PIPELINES,
     "__init__": {"_exports", "compat"},
     "__main__": {"cli"},

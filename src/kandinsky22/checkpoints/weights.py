@@ -177,6 +177,21 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch_file(path)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file; none for a file of another format.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    with _opened_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
 @contextlib.contextmanager
 def _opened_safetensors(path: Path) -> Iterator[Any]:
     try:

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
-from kandinsky22.cli import generate, options
+from kandinsky22.cli import options
+from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
-from kandinsky22.cli.image_files import EXTENSIONS, PNG, check_image, find_format
-from kandinsky22.cli.inputs import InputImages
-from kandinsky22.cli.loading import Networks, load_networks, prepare_networks
 from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension
-from kandinsky22.cli.recipe import Recipe
-from kandinsky22.cli.request import Request, read_request
+from kandinsky22.cli.request import read_request
 from kandinsky22.cli.run import ImageSaver, report_model
 from kandinsky22.cli.sheets import MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
 from kandinsky22.errors import InputError
+from kandinsky22.generation import stages
+from kandinsky22.generation.image_files import EXTENSIONS, PNG, check_image, find_format
+from kandinsky22.generation.loading import Networks, load_networks, prepare_networks
+from kandinsky22.generation.recipe import Recipe
+from kandinsky22.generation.request import Request
+from kandinsky22.generation.scheduler_names import SCHEDULERS
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_SCHEDULERS, DEFAULT_STEPS = "dpm,unipc,ddim,euler-ancestral,ddpm", "2,4,8,25"
 PRIOR_CLASS, DECODER_CLASS = "KandinskyV22PriorPipeline", "KandinskyV22Pipeline"
 MAX_DESCRIBED_CELLS = 200  # in the grid's description; the table has all cells
-NO_IMAGES = generate.DecoderImages({})
+NO_IMAGES = stages.DecoderImages({})
 PUBLISHED_MODEL = "kandinsky-community/kandinsky-2-2-decoder"
 TABLE_COLUMNS = ("scheduler", "steps", "guidance", "seconds", "evaluations", "row", "column", "file")
 
@@ -91,7 +94,7 @@ class Cell:
     def scheduler_name(self) -> str:
         """Short name of the scheduler, as on the command line."""
         class_name = type(self.scheduler).__name__
-        return next(short_name for short_name, name in options.SCHEDULERS.items() if name == class_name)
+        return next(short_name for short_name, name in SCHEDULERS.items() if name == class_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ class CellResult:
 
     cell: Cell
     image: Image | None
-    error: generate.NanError | None
+    error: stages.NanError | None
     seconds: float
     evaluations: int
 
@@ -131,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    inputs = InputImages(None)
+    inputs = CommandInputs(None)
     if len(args.seed or ()) > 1:
         args.fail("--seed takes one seed here: all images are generated from the same noise")
     output = Path("compare.png") if args.output is None else args.output
@@ -146,9 +149,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     networks = load_networks(request, prior_class=PRIOR_CLASS, decoder_class=DECODER_CLASS)
     for pipe in (networks.prior, networks.decoder):
         pipe.set_progress_bar_config(disable=True)
-    request = generate.with_model_defaults(request, networks)
+    request = stages.with_model_defaults(request, networks)
     cells = _grid_cells(args, request, networks)
-    recipe = generate.build_recipe("generate", request, networks)
+    recipe = stages.build_recipe("generate", request, networks)
     saver = ImageSaver(files, find_format(output) or PNG, with_recipes=args.recipe)
     saver.check(recipe, request)
     check_image(saver.format, _largest_grid_size(cells[-1]), {})
@@ -169,7 +172,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if (path := files.write(TABLE, _csv_table(results, saved).encode())) is not None:
         print_path(path)
     if errors:
-        raise generate.NanError(f"{len(errors)} of {len(results)} cells are marked NaN; the first: {errors[0]}")
+        raise stages.NanError(f"{len(errors)} of {len(results)} cells are marked NaN; the first: {errors[0]}")
 
 
 def _check_table(path: Path) -> None:
@@ -216,7 +219,7 @@ def _grid_cells(args: argparse.Namespace, request: Request, networks: Networks) 
 
 
 def _generate_cells(
-    networks: Networks, request: Request, inputs: InputImages, cells: Sequence[Cell], console: Console
+    networks: Networks, request: Request, inputs: CommandInputs, cells: Sequence[Cell], console: Console
 ) -> list[CellResult]:
     """Return the results of all cells. Each image equals that of `generate` with the same settings and seed.
 
@@ -225,7 +228,7 @@ def _generate_cells(
     import torch
 
     generator = torch.Generator().manual_seed(request.seeds[0])
-    embeddings = generate.run_prior(networks.prior, request, inputs, generator)
+    embeddings = stages.run_prior(networks.prior, request, inputs.images, generator)
     state_after_prior = generator.get_state()
     _warm_up(networks, cells, embeddings, generator)
     decoder = networks.decoder
@@ -236,8 +239,8 @@ def _generate_cells(
         image, error = None, None
         start = time.perf_counter()
         try:
-            image = generate.run_decoder(decoder, cell.request, NO_IMAGES, embeddings, generator)
-        except generate.NanError as nan_error:
+            image = stages.run_decoder(decoder, cell.request, NO_IMAGES, embeddings, generator)
+        except stages.NanError as nan_error:
             error = nan_error
         seconds = time.perf_counter() - start
         results.append(CellResult(cell, image, error, seconds, evaluations=decoder.num_timesteps))
@@ -258,8 +261,8 @@ def _warm_up(
     for cell in first_cells.values():
         networks.decoder.scheduler = cell.scheduler
         one_step = dataclasses.replace(cell.request, steps=1)
-        with contextlib.suppress(generate.NanError):
-            generate.run_decoder(networks.decoder, one_step, NO_IMAGES, embeddings, generator)
+        with contextlib.suppress(stages.NanError):
+            stages.run_decoder(networks.decoder, one_step, NO_IMAGES, embeddings, generator)
 
 
 def _cell_recipe(recipe: Recipe, cell: Cell, image: Image) -> Recipe:

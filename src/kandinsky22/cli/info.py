@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from kandinsky22.cli.recipe import read_recipe
 from kandinsky22.errors import printable
+from kandinsky22.generation.recipe import read_recipe
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -14,7 +14,7 @@ from kandinsky22 import __version__
 from kandinsky22.cli import compare, info
 from kandinsky22.cli.console import print_message, safe_messages
 from kandinsky22.cli.failures import check_address_space, failure_message
-from kandinsky22.cli.modes import MODES
+from kandinsky22.cli.modes import SUBCOMMANDS
 from kandinsky22.cli.options import join_values
 from kandinsky22.cli.run import run_mode
 
@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"kandinsky22 {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for mode in MODES:
-        mode.add_parser(subparsers, run_mode)
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_parser(subparsers, run_mode)
     compare.add_parser(subparsers)
     info.add_parser(subparsers)
     return parser

@@ -1,4 +1,4 @@
-"""The subcommands that generate images, each declared by its inputs and its pipeline classes."""
+"""The subcommands that generate images, each declared by its mode, its help and its options."""
 
 from __future__ import annotations
 
@@ -9,49 +9,35 @@ from pathlib import Path
 from typing import NoReturn
 
 from kandinsky22.cli import options
-from kandinsky22.cli.limits import MAX_IMAGES
-from kandinsky22.cli.request import Request
-
-PRIOR, PRIOR_EMB2EMB = "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"
+from kandinsky22.generation.limits import MAX_IMAGES
+from kandinsky22.generation.modes import MODES, Mode
+from kandinsky22.generation.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
-class Mode:
+class Subcommand:
     """One subcommand.
 
     Attributes:
-        name: Name on the command line.
+        mode: Mode of generation, whose name is that of the subcommand.
         summary: Line in the list of subcommands.
         description: Sentence at the top of the subcommand's help.
         example: Arguments of the example at the end of the help.
         add_inputs: Function that adds the subcommand's own options to a group.
-        required: Required settings by field of `Request`, as error messages call them.
-        decoder_class: Function from the request to the name of the decoder's pipeline class.
-        prior_class: Function from the request to the name of the prior's pipeline class.
-        alternatives: Required settings that another setting replaces: field to field of the other one.
-        depends_on: Options that have an effect only with another option: name to name of the other one.
-        base_images: Options of the images that the result is generated over, pixel on pixel. The first one that is set
-            determines the default size.
-        published_model: Hub id of the published weights.
+        labels: Names of required settings in usage errors, by field of `Request`.
     """
 
-    name: str
+    mode: Mode
     summary: str
     description: str
     example: str
     add_inputs: Callable[[argparse._ArgumentGroup], None]
-    required: Mapping[str, str]
-    decoder_class: Callable[[Request], str]
-    prior_class: Callable[[Request], str] = lambda request: PRIOR
-    alternatives: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    depends_on: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    base_images: tuple[str, ...] = ()
-    published_model: str = "kandinsky-community/kandinsky-2-2-decoder"
+    labels: Mapping[str, str]
 
     def add_parser(
         self,
         subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
-        run: Callable[[Mode, argparse.Namespace], None],
+        run: Callable[[Subcommand, argparse.Namespace], None],
     ) -> None:
         """Add the subcommand.
 
@@ -60,10 +46,10 @@ class Mode:
             run: Function that runs the subcommand.
         """
         parser = subparsers.add_parser(
-            self.name,
+            self.mode.name,
             help=self.summary,
             description=f"{self.description}\nEach image contains its recipe: see `kandinsky22 info`.",
-            epilog=f"example:\n  kandinsky22 {self.name} {self.example}",
+            epilog=f"example:\n  kandinsky22 {self.mode.name} {self.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -92,12 +78,10 @@ class Mode:
             request: Settings of the command.
             fail: Function that reports a usage error and exits.
         """
-        for field, label in self.required.items():
-            if getattr(request, field) is None and getattr(request, self.alternatives.get(field, field)) is None:
-                fail(f"{label} is required, unless --from names an image whose recipe is repeated")
-        for name, other in self.depends_on.items():
-            if getattr(request, name) is not None and getattr(request, other) is None:
-                fail(f"--{name} requires --{other}")
+        if (field := self.mode.missing_setting(request)) is not None:
+            fail(f"{self.labels[field]} is required, unless --from names an image whose recipe is repeated")
+        if (pair := self.mode.ineffective_setting(request)) is not None:
+            fail(f"--{pair.name} requires --{pair.other}")
 
 
 def _add_generate_inputs(group: argparse._ArgumentGroup) -> None:
@@ -152,70 +136,53 @@ def _add_variations_inputs(group: argparse._ArgumentGroup) -> None:
     options.add_strength(group, "with --prompt, how far: 0 not at all, 1 until little of the image is left")
 
 
-PROMPT, IMAGE = {"prompt": "PROMPT"}, {"image": "--image"}
-
-MODES = (
-    Mode(
-        name="generate",
+SUBCOMMANDS = (
+    Subcommand(
+        mode=MODES["generate"],
         summary="generate images from a prompt",
         description="Generate images from a prompt.",
         example='"a red circle to the left of a blue square on a yellow background" -o picture.png',
         add_inputs=_add_generate_inputs,
-        required=PROMPT,
-        decoder_class=lambda request: "KandinskyV22Pipeline",
+        labels={"prompt": "PROMPT"},
     ),
-    Mode(
-        name="img2img",
+    Subcommand(
+        mode=MODES["img2img"],
         summary="generate images from a prompt and an image to start from",
         description="Generate images from a prompt, starting from an image instead of pure noise.",
         example='"a red star on a blue background" --image photo.png --strength 0.6 -o star.png',
         add_inputs=_add_img2img_inputs,
-        required=PROMPT | IMAGE,
-        decoder_class=lambda request: "KandinskyV22Img2ImgPipeline",
-        base_images=("image",),
+        labels={"prompt": "PROMPT", "image": "--image"},
     ),
-    Mode(
-        name="inpaint",
+    Subcommand(
+        mode=MODES["inpaint"],
         summary="repaint the masked part of an image",
         description="Repaint the part of an image that is white in a mask.",
         example='"a green triangle" --image photo.png --mask mask.png --keep-pixels -o repainted.png',
         add_inputs=_add_inpaint_inputs,
-        required=PROMPT | IMAGE | {"mask": "--mask or --extend"},
-        alternatives={"mask": "extend"},
-        decoder_class=lambda request: "KandinskyV22InpaintPipeline",
-        base_images=("image", "mask"),
-        published_model="kandinsky-community/kandinsky-2-2-decoder-inpaint",
+        labels={"prompt": "PROMPT", "image": "--image", "mask": "--mask or --extend"},
     ),
-    Mode(
-        name="control",
+    Subcommand(
+        mode=MODES["control"],
         summary="generate images from a prompt with the composition of a hint",
         description="Generate images from a prompt with the composition of a ControlNet hint, such as a depth map.",
         example='"a white circle on a purple background" --hint depth.png -o composed.png',
         add_inputs=_add_control_inputs,
-        required=PROMPT | {"hint": "--hint"},
-        decoder_class=lambda request: f"KandinskyV22Controlnet{'' if request.image is None else 'Img2Img'}Pipeline",
-        depends_on={"strength": "image"},
-        base_images=("hint", "image"),
-        published_model="kandinsky-community/kandinsky-2-2-controlnet-depth",
+        labels={"prompt": "PROMPT", "hint": "--hint"},
     ),
-    Mode(
-        name="mix",
+    Subcommand(
+        mode=MODES["mix"],
         summary="generate images from a weighted mixture of texts and images",
         description="Generate images from a mixture of texts and images: the weighted sum of their embeddings.",
         example='--text "a red circle on a white background" 0.6 --image photo.png 0.4 -o between.png',
         add_inputs=options.add_mixture,
-        required={"parts": "at least one --text or --image"},
-        decoder_class=lambda request: "KandinskyV22Pipeline",
+        labels={"parts": "at least one --text or --image"},
     ),
-    Mode(
-        name="variations",
+    Subcommand(
+        mode=MODES["variations"],
         summary="generate variations of an image",
         description="Generate variations of an image from its embedding.",
         example="photo.png -n 4 -o variation.png",
         add_inputs=_add_variations_inputs,
-        required={"image": "IMAGE"},
-        decoder_class=lambda request: "KandinskyV22Pipeline",
-        prior_class=lambda request: PRIOR if request.prompt is None else PRIOR_EMB2EMB,
-        depends_on={"strength": "prompt"},
+        labels={"image": "IMAGE"},
     ),
 )

@@ -13,30 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kandinsky22.cli.limits import MAX_SEED, MAX_SIDE, MAX_STEPS, SIZE_LIMITS, is_allowed_size
 from kandinsky22.errors import describe
+from kandinsky22.generation.limits import MAX_SEED, MAX_SIDE, MAX_STEPS, SIZE_LIMITS, is_allowed_size
+from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_class
 from kandinsky22.sampling.presets import PRESETS
 
 T = TypeVar("T")
 
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "dpm-single": "DPMSolverSinglestepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "kdpm2": "KDPM2DiscreteScheduler",
-    "kdpm2-ancestral": "KDPM2AncestralDiscreteScheduler",
-    "dpm-sde": "DPMSolverSDEScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "lcm": "LCMScheduler",
-    "unclip": "UnCLIPScheduler",
-}
 DEFAULT_CROP_PADDING = 32  # pixels around the mask
 TEXT_SOURCES = "; - reads standard input, @FILE a file, @@ begins a text with @"
 # Repeats kandinsky22.runtime.quantize.KINDS: importing that module would import torch.
@@ -139,10 +122,9 @@ def scheduler_class(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: If no scheduler has this name.
     """
-    class_names = {key.lower(): name for short_name, name in SCHEDULERS.items() for key in (short_name, name)}
-    if text.lower() not in class_names:
+    if (class_name := find_scheduler_class(text)) is None:
         raise _invalid(text, f"one of {', '.join(SCHEDULERS)}")
-    return class_names[text.lower()]
+    return class_name
 
 
 def preset_name(text: str) -> str:

@@ -5,75 +5,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.cli.image_files import PNG, find_format
-from kandinsky22.cli.inputs import InputImages, check_text
-from kandinsky22.cli.limits import MAX_SIDE
+from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.options import MixtureOption
-from kandinsky22.cli.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.sampling.presets import find_preset
+from kandinsky22.generation.image_files import PNG, find_format
+from kandinsky22.generation.input_images import check_text
+from kandinsky22.generation.limits import MAX_SIDE
+from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
+from kandinsky22.generation.request import Request, preset_settings
 
 IMAGE_OPTIONS = ("image", "mask", "hint")
 TEXT_OPTIONS = ("prompt", "negative_prompt")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Settings of one command.
-
-    Attributes: those of `Recipe` with the same names. None means that the model's default is used, or that the
-    subcommand does not have the setting. `model_location` and `prior_location` are the folders or Hub ids that the
-    names `model` and `prior` stand for.
-    """
-
-    prompt: str | None
-    negative_prompt: str | None
-    image: InputFile | None
-    mask: InputFile | None
-    hint: InputFile | None
-    parts: tuple[MixtureItem, ...] | None
-    strength: float | None
-    keep_pixels: bool | None
-    crop: int | None
-    extend: tuple[int, ...] | None
-    seeds: tuple[int, ...]
-    model: str
-    prior: str | None
-    model_location: str
-    prior_location: str | None
-    scheduler: str | None
-    scheduler_settings: Mapping[str, Any] | None
-    prior_scheduler: str | None
-    prior_scheduler_settings: Mapping[str, Any] | None
-    device: str
-    dtype: str | None
-    steps: int | None
-    prior_steps: int | None
-    guidance: float | None
-    prior_guidance: float | None
-    prompt_weights: bool | None
-    guidance_interval: tuple[float, ...] | None
-    guidance_rescale: float | None
-    guidance_threshold: float | None
-    prior_guidance_interval: tuple[float, ...] | None
-    width: int | None
-    height: int | None
-    quantize: str | None
-    cache_every: int | None
-
-    def texts(self) -> list[str]:
-        """Return all texts that the text encoder encodes."""
-        mixed = [item.text for item in self.parts or ()]
-        return [text for text in (self.prompt, self.negative_prompt, *mixed) if text is not None]
-
-
 def read_request(
-    args: argparse.Namespace, recipe: Recipe | None, inputs: InputImages, *, size_option: str | None = None
+    args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs, *, size_option: str | None = None
 ) -> Request:
     """Return the settings of a command line. Options override the preset, and the preset overrides the recipe.
 
@@ -167,7 +118,7 @@ def output_path(args: argparse.Namespace) -> Path:
     return Path(args.source.with_name(f"{args.source.stem}-again{extension}"))
 
 
-def _texts(args: argparse.Namespace, inputs: InputImages) -> dict[str, str]:
+def _texts(args: argparse.Namespace, inputs: CommandInputs) -> dict[str, str]:
     """Return the texts of the command line by option, read from standard input and files where it says so."""
     values = {name: getattr(args, name, None) for name in TEXT_OPTIONS}
     return {name: inputs.read_text(name, value) for name, value in values.items() if value is not None}
@@ -178,13 +129,8 @@ def _preset_values(args: argparse.Namespace) -> dict[str, Any]:
 
     Scheduler settings belong to one scheduler class, so an explicit `--scheduler` resets them.
     """
-    values: dict[str, Any] = {}
-    if (name := getattr(args, "quality", None)) is not None:
-        chosen_preset = find_preset(name)
-        values |= {field: getattr(chosen_preset, field) for field in ("guidance_interval", "prior_guidance_interval")}
-        for prefix, sampler in (("", chosen_preset.decoder), ("prior_", chosen_preset.prior)):
-            values |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
-            values[f"{prefix}steps"] = sampler.steps
+    name = getattr(args, "quality", None)
+    values = {} if name is None else preset_settings(name)
     for option in ("scheduler", "prior_scheduler"):
         if getattr(args, option, None) is not None:
             values[f"{option}_settings"] = None
@@ -204,13 +150,13 @@ def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
     return tuple(range(first, first + count))
 
 
-def _open_image(name: str, source: Path | InputFile | None, inputs: InputImages) -> InputFile | None:
+def _open_image(name: str, source: Path | InputFile | None, inputs: CommandInputs) -> InputFile | None:
     if isinstance(source, InputFile):
         return inputs.open_recorded(name, source)
     return None if source is None else inputs.open(name, source)
 
 
-def _mixture(args: argparse.Namespace, recipe: Recipe | None, inputs: InputImages) -> tuple[MixtureItem, ...] | None:
+def _mixture(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs) -> tuple[MixtureItem, ...] | None:
     """Return the items of `mix`; without weights, all items have the same weight."""
     options: Sequence[MixtureOption] | None = getattr(args, "parts", None)
     if options is None:

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.cli import generate
-from kandinsky22.cli.canvas import extended_size
+from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
-from kandinsky22.cli.image_files import (
+from kandinsky22.cli.modes import Subcommand
+from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension, is_stdout
+from kandinsky22.cli.request import output_path, read_request
+from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation import stages
+from kandinsky22.generation.canvas import extended_size
+from kandinsky22.generation.image_files import (
     EXTENSIONS,
     PNG,
     ImageFormat,
@@ -25,14 +30,13 @@ from kandinsky22.cli.image_files import (
     encode_image,
     find_format,
 )
-from kandinsky22.cli.inputs import InputImages, check_aspect_ratios, fitting_size
-from kandinsky22.cli.limits import check_aspect_ratio, check_size
-from kandinsky22.cli.loading import Networks, load_networks, prepare_networks
-from kandinsky22.cli.modes import MODES, Mode
-from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension, is_stdout
-from kandinsky22.cli.recipe import Recipe, read_recipe
-from kandinsky22.cli.request import Request, output_path, read_request
-from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.input_images import InputImages
+from kandinsky22.generation.limits import check_aspect_ratio, check_size
+from kandinsky22.generation.loading import Networks, load_networks, prepare_networks
+from kandinsky22.generation.modes import MODES, Mode
+from kandinsky22.generation.recipe import Recipe, read_recipe
+from kandinsky22.generation.request import Request
+from kandinsky22.generation.sizes import check_aspect_ratios, result_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,11 +46,11 @@ SHEET = OutputName("-sheet")
 INPUTS = ("prompt", "image", "mask", "hint", "parts", "strength", "keep_pixels", "crop", "extend")
 
 
-def run_mode(mode: Mode, args: argparse.Namespace) -> None:
+def run_mode(subcommand: Subcommand, args: argparse.Namespace) -> None:
     """Generate and save the images of a command line. Paths of finished files go to stdout, everything else to stderr.
 
     Args:
-        mode: The subcommand.
+        subcommand: The subcommand.
         args: Parsed command line.
 
     Raises:
@@ -61,16 +65,16 @@ def run_mode(mode: Mode, args: argparse.Namespace) -> None:
         if is_stdout(output_path(args)):
             # Whatever a library prints must not end up in the image.
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        _run(mode, args, console, stdout)
+        _run(subcommand, args, console, stdout)
 
 
-def _run(mode: Mode, args: argparse.Namespace, console: Console, stdout: TextIO | None) -> None:
-    inputs = InputImages(args.source)
+def _run(subcommand: Subcommand, args: argparse.Namespace, console: Console, stdout: TextIO | None) -> None:
+    mode, inputs = subcommand.mode, CommandInputs(args.source)
     check_extension(output_path(args), EXTENSIONS)
     old_recipe = _recipe_to_repeat(mode, args)
     size_option = mode.base_images[0] if mode.base_images else None
     request = read_request(args, old_recipe, inputs, size_option=size_option)
-    mode.check(request, args.fail)
+    subcommand.check(request, args.fail)
     _check_options(args, request)
     base_images = {
         name: inputs.images[record] for name in mode.base_images if (record := getattr(request, name)) is not None
@@ -90,10 +94,10 @@ def _run(mode: Mode, args: argparse.Namespace, console: Console, stdout: TextIO 
         pipe.set_progress_bar_config(disable=True if args.quiet else None)
     if base_images:
         request = _with_size(request, networks.decoder, next(iter(base_images.values())).size, console)
-    request = generate.with_model_defaults(request, networks)
+    request = stages.with_model_defaults(request, networks)
     _report_missing_steps(mode, networks, request, console)
-    recipe = generate.build_recipe(mode.name, request, networks)
-    images = generate.prepare_images(networks.decoder, request, inputs)
+    recipe = stages.build_recipe(mode.name, request, networks)
+    images = stages.prepare_images(networks.decoder, request, inputs.images)
     saver = ImageSaver(files, find_format(output_path(args)) or PNG, with_recipes=args.recipe)
     saver.check(recipe, request)
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
@@ -103,11 +107,13 @@ def _run(mode: Mode, args: argparse.Namespace, console: Console, stdout: TextIO 
     results = []
     for number, (seed, name) in enumerate(zip(request.seeds, names, strict=False), start=1):
         console.note(f"image {number} of {len(request.seeds)}, seed {seed}" if len(names) > 1 else f"seed {seed}")
-        result = _generate_image(networks, request, inputs, images, seed)
-        saver.save(result, name, _sized(recipe, (seed,), result, request).texts())
+        result = stages.generate_image(networks, request, inputs.images, images, seed)
+        saver.save(result, name, stages.sized_recipe(recipe, (seed,), result, request).texts())
         results.append(result)
     if len(results) > 1:
-        saver.save(contact_sheet(results), SHEET, _sized(recipe, request.seeds, results[0], request).texts())
+        saver.save(
+            contact_sheet(results), SHEET, stages.sized_recipe(recipe, request.seeds, results[0], request).texts()
+        )
 
 
 # Checks before the networks are loaded
@@ -130,7 +136,7 @@ def _recipe_to_repeat(mode: Mode, args: argparse.Namespace) -> Recipe | None:
         return None
     recipe = read_recipe(source)
     if recipe.command != mode.name:
-        if recipe.command not in {known.name for known in MODES}:
+        if recipe.command not in MODES:
             raise invalid(f"command in the recipe of {source}", recipe.command, "the name of a subcommand")
         # The message is a command to run: nothing in a file's name may be more than an argument.
         advice = shlex.join(["kandinsky22", recipe.command, "--from", str(source)])
@@ -187,22 +193,12 @@ def report_model(published_model: str, request: Request, console: Console) -> No
 
 
 def _with_size(request: Request, decoder: Any, base_size: tuple[int, int], console: Console) -> Request:
-    """Return the request with the size that is generated for a base image, unless the request sets a size."""
-    if request.crop is not None:
-        side = decoder.default_size
-        size = (request.width or side, request.height or side)
-    elif request.extend is not None:
-        size = extended_size(base_size, request.extend)
-    elif request.width is not None and request.height is not None:
-        size = (request.width, request.height)
-    else:
-        size = fitting_size(base_size, decoder.default_size, decoder.movq_scale_factor**2)
-        check_size("size of the result", size, "add --size")
-    request = dataclasses.replace(request, width=size[0], height=size[1])
+    """Return the request with the size that is generated for a base image, and print it if it is another one."""
+    size = result_size(request, decoder, base_size)
     if request.crop is None and request.extend is None and base_size != size:
         sizes = f"input size {base_size[0]}x{base_size[1]}, output size {size[0]}x{size[1]}"
         console.note(f"{sizes}; --size sets another one")
-    return request
+    return dataclasses.replace(request, width=size[0], height=size[1])
 
 
 def _report_missing_steps(mode: Mode, networks: Networks, request: Request, console: Console) -> None:
@@ -210,9 +206,9 @@ def _report_missing_steps(mode: Mode, networks: Networks, request: Request, cons
     pipe, steps = networks.decoder, request.steps
     if request.strength is None or steps is None:
         return
-    if "strength" not in generate.call_parameters(pipe):
+    if "strength" not in stages.call_parameters(pipe):
         pipe, steps = networks.prior, request.prior_steps
-    if steps is None or generate.steps_after_strength(pipe, steps, request.strength):
+    if steps is None or stages.steps_after_strength(pipe, steps, request.strength):
         return
     effect = "the image is only encoded and decoded" if pipe is networks.decoder else "the prompt has no effect"
     console.warn(f"--strength {request.strength:g} leaves no step of {steps}: {effect}")
@@ -234,23 +230,6 @@ def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:
 
 
 # Generating and saving
-
-
-def _generate_image(
-    networks: Networks, request: Request, inputs: InputImages, images: generate.DecoderImages, seed: int
-) -> Image:
-    """Return the image of one seed. The prior and then the decoder draw their noise from one generator."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = generate.run_prior(networks.prior, request, inputs, generator)
-    return generate.run_decoder(networks.decoder, request, images, embeddings, generator)
-
-
-def _sized(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: Request) -> Recipe:
-    """Return the recipe of an image: with its seeds, and its size unless a part of it was generated at another size."""
-    width, height = image.size if request.crop is None else (request.width or 0, request.height or 0)
-    return dataclasses.replace(recipe, seeds=seeds, width=width, height=height)
 
 
 @dataclasses.dataclass(frozen=True)

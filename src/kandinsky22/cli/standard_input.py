@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.input_images import STDIN
 
-STDIN = "-"
 MAX_TEXT_BYTES = 1 << 20  # of a prompt; longer files are no prompts
 MAX_IMAGE_BYTES = 1 << 29
 

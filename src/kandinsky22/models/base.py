@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from kandinsky22.adapters.merging import adapters_of, own_weights
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
 from kandinsky22.checkpoints.folder_save import FolderSave, folder_save, read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource, embedded_fallback_folder, model_folder
@@ -264,9 +265,41 @@ class Model(ReferenceMethods):
         assert not any(tensor.is_meta for tensor in self.buffers()), "a buffer is not set by reset_buffers"
         return {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": initialised, "error_msgs": []}
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the network's own weights by name: fused adapters are part of them, applied ones are not.
+
+        Args:
+            *args: Arguments of torch's method.
+            **kwargs: Arguments of torch's method.
+
+        Returns:
+            The weights by name.
+        """
+        tensors: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        own = adapters_of(self).stored_tensors(self)
+        tensors.update({prefix + name: tensor for name, tensor in own.items()})
+        return tensors
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Replace the network's own weights. Adapters stay applied; fused ones are no longer distinguished.
+
+        Args:
+            state_dict: Weights by name.
+            strict: Whether missing and unexpected names are an error.
+            assign: Whether the tensors themselves become the weights, instead of their values.
+
+        Returns:
+            The names that are missing or unexpected, as torch's method returns them.
+        """
+        with own_weights(self):
+            return super().load_state_dict(state_dict, strict, assign)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         drop_packed(self)  # copies would stay in the CPU's memory after a move
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        adapters_of(self).follow(self)
+        return result
 
     def has_own_structure(self) -> bool:
         """Return whether no module was replaced that the methods besides `forward` rely on."""

@@ -21,6 +21,7 @@ from kandinsky22.checkpoints.load_arguments import LoadArguments
 from kandinsky22.checkpoints.weights import check_save_arguments
 from kandinsky22.errors import CheckpointError, InputError, describe, invalid
 from kandinsky22.models.base import LAYOUT_VERSION
+from kandinsky22.pipelines.adapters import AdapterMixin
 from kandinsky22.pipelines.component_io import (
     LoadOptions,
     check_component,
@@ -52,7 +53,7 @@ P = TypeVar("P", bound="DiffusionPipeline")
 
 
 class DiffusionPipeline(
-    OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGraphMixin, QuantizeMixin, ReferenceMethodsMixin
+    OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGraphMixin, QuantizeMixin, AdapterMixin, ReferenceMethodsMixin
 ):
     """Base class of all pipelines.
 

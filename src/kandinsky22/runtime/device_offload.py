@@ -378,7 +378,9 @@ class SequentialOffload:
         network = unwrapped(network).to("cpu")
         drop_packed(network)
         self.device, self.lock = device, ObjectLock()
-        weights = dict(network.state_dict())
+        stored = dict(network.state_dict())
+        # what the network computes with: its state dict has no adapters
+        weights = {**stored, **{name: parameter.detach() for name, parameter in network.named_parameters()}}
         hooks = accelerate_hooks()
         # The first steps of accelerate.cpu_offload, which would also store a second copy of the weights map.
         hooks.add_hook_to_module(network, hooks.AlignDevicesHook(io_same_device=True))
@@ -397,7 +399,7 @@ class SequentialOffload:
         for module in network.modules():
             if hasattr(module, "_hf_hook"):
                 _hook_methods(module, module._hf_hook, LAYER_ENTRY_POINTS)
-        network.__dict__["state_dict"] = functools.partial(_copy_of, weights)
+        network.__dict__["state_dict"] = functools.partial(_copy_of, stored)
         attached_state(network).offload = self
 
     def offload_alike(self, network: nn.Module) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -51,18 +51,28 @@ class NetworkSource:
         return self.fingerprint.matches(network)
 
 
+class LoadedAdapters(Protocol):
+    """The adapters of one network, as far as the runtime has to know of them."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the loaded adapters, applied or not."""
+
+
 @dataclasses.dataclass
 class NetworkState:
     """Everything that the runtime knows about one network besides its weights.
 
     Attributes:
         source: The checkpoint it was read from; None for a network that was created in memory.
+        adapters: Its adapters; None for a network that never had one.
         offload: How it is offloaded; None for a network that is not.
         quantization: One of `runtime.quantize.KINDS`; None for a network with its original weights.
         compile_hooks: Hooks that mark the beginning of a step for CUDA graphs.
     """
 
     source: NetworkSource | None = None
+    adapters: LoadedAdapters | None = None
     offload: Offloaded | None = None
     quantization: str | None = None
     compile_hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)

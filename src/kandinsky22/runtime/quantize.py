@@ -56,8 +56,8 @@ def check_quantizable(network: nn.Module, kind: str) -> None:
         kind: One of `KINDS`.
 
     Raises:
-        InputError: If the kind is unknown, the network is quantized already, or the kind is "int4" and the network is
-            not in bfloat16 on a CPU.
+        InputError: If the kind is unknown, the network is quantized already or has adapters, or the kind is "int4" and
+            the network is not in bfloat16 on a CPU.
         MissingDependencyError: If torchao is not installed.
     """
     _check_kind(kind)
@@ -65,6 +65,12 @@ def check_quantizable(network: nn.Module, kind: str) -> None:
     name = type(network).__name__
     if kind_of(network) is not None:
         raise InputError(f"{name} is quantized already ({kind_of(network)}); load it again to quantize it differently")
+    adapters = state_of(network).adapters
+    if adapters is not None and adapters.names:
+        raise InputError(
+            f"{name} has adapters ({', '.join(adapters.names)}): quantize it before loading them, or make them part of "
+            "its weights first: fuse_lora(), then unload_lora_weights()"
+        )
     dtypes = {str(p.dtype) for p in network.parameters()}
     devices = {p.device.type for p in network.parameters()}
     if kind == "int4" and (dtypes != {"torch.bfloat16"} or devices != {"cpu"}):

@@ -90,7 +90,36 @@ def _tensor_layout(kind: str, out_features: int, in_features: int) -> tuple[type
     return type(example), dict(attributes), {name: getattr(example, name).to("meta") for name in names}
 
 
-class QuantizedLinear(nn.Module):
+class LowRankMixin:
+    """Mixin for quantized layers, which take no updates into their weights: they add a low-rank product to their own.
+
+    The factors are buffers that no checkpoint contains, and move and convert with the layer.
+    """
+
+    def set_low_rank(self, factors: tuple[Tensor, Tensor] | None) -> None:
+        """Set the factors of the product.
+
+        Args:
+            factors: Down (rank, in) or kernels (rank, in, height, width), and up (out, rank); None for no product.
+        """
+        layer: Any = self
+        floating = next(tensor for tensor in (layer.bias, *layer.parameters()) if _is_floating(tensor))
+        for name, factor in zip(("low_rank_down", "low_rank_up"), factors or (None, None), strict=True):
+            value = None if factor is None else factor.to(floating.device, floating.dtype)
+            layer.register_buffer(name, value, persistent=False)
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Factors of the product; None if there is none."""
+        down: Tensor | None = getattr(self, "low_rank_down", None)
+        return None if down is None else (down, getattr(self, "low_rank_up"))  # noqa: B009 - a buffer
+
+
+def _is_floating(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+class QuantizedLinear(LowRankMixin, nn.Module):
     """`nn.Linear` whose weight is stored as the parts of torchao's quantized tensor."""
 
     bias: Tensor | None
@@ -150,7 +179,16 @@ class QuantizedLinear(nn.Module):
         parts = {name: getattr(self, f"weight_{name}").detach() for name in self._part_names()}
         shape, stride = torch.Size((self.out_features, self.in_features)), (self.in_features, 1)
         weight = tensor_class.__tensor_unflatten__(parts, attributes, shape, stride)  # type: ignore[attr-defined]
-        return F.linear(features, weight, self.bias)
+        out = F.linear(features, weight, self.bias)
+        if (low_rank := self.low_rank) is not None:
+            down, up = (factor.to(features.dtype) for factor in low_rank)
+            out = out + F.linear(F.linear(features, down), up)
+        return out
+
+    @property
+    def unquantized_shape(self) -> tuple[int, ...]:
+        """Shape of the weight that the parts stand for."""
+        return self.out_features, self.in_features
 
     def portable_weight(self) -> Tensor:
         """Return the 4-bit values row by row, two per byte, from the order that suits this kind of CPU."""
@@ -184,7 +222,7 @@ def _packed_order(rows: int, columns: int) -> Tensor:
     return order
 
 
-class QuantizedConv2d(PackedWeightMixin, nn.Module):
+class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
     """`nn.Conv2d` with 8-bit weights and one scale per output channel."""
 
     bias: Tensor | None
@@ -221,6 +259,18 @@ class QuantizedConv2d(PackedWeightMixin, nn.Module):
         """
         if upsample:
             features = F.interpolate(features, scale_factor=2.0, mode="nearest")
+        out = self._convolve(features)
+        if (low_rank := self.low_rank) is not None:
+            down, up = (factor.to(features.dtype) for factor in low_rank)
+            out = out + F.conv2d(F.conv2d(features, down, None, self.stride, self.padding), up[:, :, None, None])
+        return out
+
+    @property
+    def unquantized_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.weight.shape)
+
+    def _convolve(self, features: Tensor) -> Tensor:
         if self.dynamic and HAS_INTEGER_CONVOLUTION and features.device.type == "cpu":
             # Item by item, so that an image does not depend on the others of its batch.
             return torch.cat([self._integer_convolution(item) for item in features.split(1)])

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22 import __version__
-from kandinsky22.cli.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD, embedded_recipe
-from kandinsky22.cli.limits import check_size
-from kandinsky22.cli.recipe_json import parse_fields, parse_object
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD, embedded_recipe
+from kandinsky22.generation.limits import check_size
+from kandinsky22.generation.recipe_json import parse_fields, parse_object
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RECIPE_FORMAT = 1  # format number in the JSON

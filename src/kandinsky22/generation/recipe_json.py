@@ -11,8 +11,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kandinsky22.cli.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TORCH_SEED
 from kandinsky22.errors import describe, invalid
+from kandinsky22.generation.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MAX_TORCH_SEED
 
 MAX_CHARACTERS = 2**20  # of the JSON
 # Smallest and largest value by field, also of the items of a field.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
 from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource
-from kandinsky22.cli.options import SCHEDULERS
-from kandinsky22.cli.request import Request
 from kandinsky22.errors import invalid
+from kandinsky22.generation.request import Request
+from kandinsky22.generation.scheduler_names import SCHEDULERS
 from kandinsky22.sampling.presets import make_scheduler
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kandinsky22.cli.canvas import Canvas, crop_around_mask, decoder_size, extend
-from kandinsky22.cli.inputs import InputImages
-from kandinsky22.cli.loading import Networks, hardware_name, model_digest, software_versions
-from kandinsky22.cli.recipe import MixtureItem, Recipe
-from kandinsky22.cli.request import Request
 from kandinsky22.errors import KandinskyError, NotFiniteError
+from kandinsky22.generation.canvas import Canvas, crop_around_mask, decoder_size, extend
+from kandinsky22.generation.loading import Networks, hardware_name, model_digest, software_versions
+from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
+from kandinsky22.generation.request import Request
 
 if TYPE_CHECKING:
     import torch
@@ -128,14 +127,14 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
 
 
 def run_prior(
-    prior: Any, request: Request, inputs: InputImages, generator: torch.Generator
+    prior: Any, request: Request, images: Mapping[InputFile, Image], generator: torch.Generator
 ) -> KandinskyPriorPipelineOutput:
     """Return the image embedding of a prompt, a mixture or an image, and the negative image embedding.
 
     Args:
         prior: Prior pipeline.
         request: Settings of the command, from `with_model_defaults`.
-        inputs: The opened input images.
+        images: The opened input images by record.
         generator: Source of the noise.
 
     Raises:
@@ -149,14 +148,14 @@ def run_prior(
     if request.prompt is None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = request.parts or (MixtureItem(1.0, image=request.image),)
-        items = [item.text if item.image is None else inputs.images[item.image] for item in mixture]
+        items = [item.text if item.image is None else images[item.image] for item in mixture]
         weights = [item.weight for item in mixture]
         options |= {"negative_prior_prompt": request.negative_prompt}
         with _nan_errors(prior, request.prior_steps):
             return prior.interpolate(items, weights, generator=generator, **options)
     options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     if request.image is not None and "image" in parameters:
-        options["image"] = inputs.images[request.image]
+        options["image"] = images[request.image]
     with _nan_errors(prior, request.prior_steps):
         return prior(generator=generator, **options)
 
@@ -179,20 +178,20 @@ def steps_after_strength(pipe: Any, steps: int, strength: float) -> int:
     return len(TimestepSchedule(scheduler, scheduler.timesteps).after_strength(strength).timesteps)
 
 
-def prepare_images(decoder: Any, request: Request, inputs: InputImages) -> DecoderImages:
+def prepare_images(decoder: Any, request: Request, inputs: Mapping[InputFile, Image]) -> DecoderImages:
     """Return the images that the decoder receives: those of the command, extended or cropped as requested.
 
     Args:
         decoder: Decoder pipeline.
         request: Settings of the command with width and height.
-        inputs: The opened input images.
+        inputs: The opened input images by record.
 
     Raises:
         InputError: If a mask is black everywhere and the image is cropped around it.
     """
     parameters = call_parameters(decoder)
     images = {
-        field: inputs.images[record]
+        field: inputs[record]
         for field, argument in DECODER_IMAGES.items()
         if argument in parameters and (record := getattr(request, field)) is not None
     }
@@ -247,6 +246,45 @@ def run_decoder(
             **images.arguments,
         ).images
     return images.finish(array_to_pil(pixels)[0])
+
+
+def generate_image(
+    networks: Networks,
+    request: Request,
+    inputs: Mapping[InputFile, Image],
+    images: DecoderImages,
+    seed: int,
+) -> Image:
+    """Return the image of one seed. The prior and then the decoder draw their noise from one generator.
+
+    Args:
+        networks: The loaded networks.
+        request: Settings of the generation, from `with_model_defaults`.
+        inputs: The opened input images by record.
+        images: Result of `prepare_images`.
+        seed: Seed of the generator.
+
+    Raises:
+        NanError: If an embedding or the image contains NaN.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = run_prior(networks.prior, request, inputs, generator)
+    return run_decoder(networks.decoder, request, images, embeddings, generator)
+
+
+def sized_recipe(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: Request) -> Recipe:
+    """Return the recipe of an image: with its seeds, and its size unless a part of it was generated at another size.
+
+    Args:
+        recipe: Recipe of the request.
+        seeds: Seeds of the image, or of all images of a contact sheet.
+        image: The image, or the first one of a contact sheet.
+        request: Settings of the generation.
+    """
+    width, height = image.size if request.crop is None else (request.width or 0, request.height or 0)
+    return dataclasses.replace(recipe, seeds=seeds, width=width, height=height)
 
 
 @contextlib.contextmanager

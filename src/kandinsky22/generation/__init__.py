@@ -1,0 +1,1 @@
+"""One generation of images from a request: modes, requests, recipes, input images, and the two stages."""
