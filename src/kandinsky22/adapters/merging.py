@@ -141,9 +141,7 @@ class NetworkAdapters:
 
     def _merge(self, network: nn.Module, updates: Mapping[str, WeightedUpdates], check_finite: bool) -> None:
         """Give the parameters their values with these updates; nothing has changed if that fails."""
-        changed = [
-            name for name in {**self._applied, **updates} if updates.get(name) != self._applied.get(name)
-        ]
+        changed = [name for name in {**self._applied, **updates} if updates.get(name) != self._applied.get(name)]
         previous: list[tuple[nn.Module, str, nn.Parameter]] = []
         quantized: list[tuple[Any, Any]] = []
         base = dict(self._base)

@@ -67,8 +67,8 @@ def resumed_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
         if existing:
             raise InputError(
-                f"{folder} has checkpoints up to {existing[-1].name}: add --resume latest to continue, or choose another "
-                "--output-dir"
+                f"{folder} has checkpoints up to {existing[-1].name}: add --resume latest to continue, or choose "
+                "another --output-dir"
             )
         return None
     if resume == "latest":

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from PIL.Image import Image
 
-from kandinsky22.errors import InputError, MissingDependencyError, invalid
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images, sources
 from kandinsky22.training.finetuning.options import TrainingOptions
+from kandinsky22.training.finetuning.packages import require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_COLUMNS = ("file_name", "image", "img", "picture", "path", "jpg", "png", "webp", "jpeg")
@@ -288,9 +290,7 @@ def _shard_picture(parts: Mapping[str, PictureBytes], image_column: str | None) 
     return next((parts[name] for name in names if name in parts), None)
 
 
-def _shard_example(
-    parts: Mapping[str, PictureBytes], image_column: str | None, caption_column: str | None
-) -> Example:
+def _shard_example(parts: Mapping[str, PictureBytes], image_column: str | None, caption_column: str | None) -> Example:
     picture = _shard_picture(parts, image_column)
     assert picture is not None
     caption = None
@@ -319,10 +319,7 @@ def _read_range(path: Path, offset: int, size: int) -> bytes:
 
 
 def _hub_examples(options: TrainingOptions) -> list[Example]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError("--dataset-name needs the package datasets: pip install datasets") from error
+    datasets = require("datasets", "--dataset-name")
     name = options.dataset_name
     try:
         table = datasets.load_dataset(name, options.dataset_config_name, split=options.split)
@@ -340,7 +337,7 @@ def _hub_examples(options: TrainingOptions) -> list[Example]:
     captions = table[caption] if caption else [None] * len(table)
 
     def source(column: str | None, row: int) -> PictureBytes | None:
-        if column not in pictures:
+        if column is None or column not in pictures:
             return None
         return PictureBytes(f"{name}[{row}]", functools.partial(_cell_bytes, table, column, row))
 
@@ -369,14 +366,13 @@ def picture_size(source: PictureBytes) -> tuple[int, int]:
         InputError: The bytes are no picture.
         OSError: They cannot be read.
     """
-    import PIL.Image
-
+    content = source.read()
     try:
-        with PIL.Image.open(io.BytesIO(source.read())) as image:
+        with PIL.Image.open(io.BytesIO(content)) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # orientations that exchange the sides
-    except OSError:
-        raise
+    except PIL.UnidentifiedImageError as error:
+        raise InputError(f"{source.name} is not a picture of a known format") from error
     except Exception as error:  # PIL raises many types for damaged files
         raise InputError(f"{source.name} is not a picture: {error}") from error
     return (height, width) if turned else (width, height)

@@ -6,7 +6,7 @@ import functools
 import gc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 import kandinsky22
+from kandinsky22.adapters.files import WEIGHT_NAME, write_adapter
+from kandinsky22.adapters.updates import Adapter
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.errors import InputError, invalid
@@ -42,7 +44,7 @@ from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Stream, new_accelerator, train_stage
 
 LORA, FULL = "lora", "full"
-COMPONENTS = ("prior", "image_encoder", "text_encoder", "tokenizer", "scheduler", "image_processor")
+COMPONENTS = kandinsky22.KandinskyV22PriorPipeline.component_names()
 
 
 def finetune(options: TrainingOptions, kind: str, report: Report) -> list[Path]:
@@ -67,32 +69,21 @@ def finetune(options: TrainingOptions, kind: str, report: Report) -> list[Path]:
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
     if "prior" in stages:
         preparation.require_captions(examples)
-    adapters: dict[str, Mapping[str, Tensor]] = {}
+    adapters: dict[str, Adapter] = {}
     for name in stages:
         stage = training.prior_stage(examples, kind) if name == "prior" else training.decoder_stage(examples, kind)
         train_stage(stage, options, training.folder / name, training.accelerator, training.report)
         if kind == LORA:
-            adapters["unet" if name == "decoder" else "prior"] = lora.adapter_tensors(stage.network)
+            adapters["unet" if name == "decoder" else "prior"] = lora.trained_adapter(stage.network)
         elif training.is_main:
             training.save_pipeline(name, stage.network)
         del stage
         gc.collect()
     if kind == FULL:
         return [training.folder / name for name in stages]
-    path = training.folder / lora.FILE
     if training.is_main:
-        lora.save_adapters(path, adapters, adapter_settings(options))
-    return [path]
-
-
-def adapter_settings(options: TrainingOptions) -> dict[str, Any]:
-    """Return the settings of adapters as PEFT names them.
-
-    Args:
-        options: Options of the training.
-    """
-    alpha = float(options.rank) if options.lora_alpha is None else options.lora_alpha
-    return {"r": options.rank, "lora_alpha": alpha}
+        write_adapter(training.folder, adapters)
+    return [training.folder / WEIGHT_NAME]
 
 
 @dataclass(frozen=True)
@@ -107,6 +98,7 @@ class DecoderData:
         latent_channels: Channels of the latents.
         prompts: Image embedding and negative embedding per validation prompt.
         image_digest: Fingerprint of the image encoder.
+        preserved: Pictures that keep the decoder as it is otherwise.
     """
 
     entries: list[Entry]
@@ -116,6 +108,7 @@ class DecoderData:
     latent_channels: int
     prompts: list[tuple[Tensor, Tensor]]
     image_digest: str
+    preserved: list[Entry] = field(default_factory=list)
 
 
 class Training:
@@ -187,44 +180,47 @@ class Training:
 
     # Decoders
 
-    def decoder_data(self, examples: Sequence[Example], mode: str, *, prompts: bool = True) -> DecoderData:
+    def decoder_data(self, examples: Sequence[Example], mode: str, preserved: Sequence[Example] = ()) -> DecoderData:
         """Encode pictures for a decoder, and unload the encoders.
 
         Args:
             examples: The pictures.
             mode: Kind of decoder.
-            prompts: Whether validation prompts are encoded.
+            preserved: Pictures that keep the decoder as it is otherwise.
 
         Raises:
             InputError: A size does not fit the network, or no picture can be read.
             CheckpointError: Files are missing or damaged.
         """
         options = self.options
-        embeddings = self._prompt_embeddings() if prompts and options.validation_prompt and mode == "plain" else []
+        embeddings = self._prompt_embeddings() if options.validation_prompt and mode == "plain" else []
         encoders = Encoders.load(options, mode, self.device, self.low_dtype, latents=True, texts=False)
         assert encoders.movq is not None
         side, sizes = self._sizes(mode, encoders.movq.downscale_factor)
         job = preparation.DecoderJob(encoders, options, mode, sizes)
         entries = preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
-        channels, digest, zero_embed = encoders.movq.config.latent_channels, encoders.image_digest, encoders.zero_embed()
+        others = preparation.prepare(preserved, job, self.cache, self.accelerator, self.report) if preserved else []
+        channels, digest, zero_embed = (
+            encoders.movq.config.latent_channels,
+            encoders.image_digest,
+            encoders.zero_embed(),
+        )
         del encoders, job
         self._free()
         training, held_out = split_held_out(entries, options.validation_images, options.seed)
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
-        return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest)
+        return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others)
 
     def _sizes(self, mode: str, factor: int) -> tuple[int, list[tuple[int, int]]]:
         """Return the side of the square bucket, and all buckets."""
         options = self.options
-        source = CheckpointSource(
-            options.model, options.revision, embedded_subfolder=EMBEDDED_SUBFOLDERS[mode]
-        )
+        source = CheckpointSource(options.model, options.revision, embedded_subfolder=EMBEDDED_SUBFOLDERS[mode])
         config = read_json(model_folder(source, "unet", lambda names: ["config.json"]) / "config.json")
         multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
         sample_size = config.get("sample_size")
         if options.resolution is None and sample_size is None:
             raise InputError("--resolution is required: the config of the unet has no sample_size")
-        side = options.resolution or int(sample_size) * factor
+        side = options.resolution or int(sample_size or 0) * factor
         if side % multiple:
             raise invalid("--resolution", side, f"a multiple of {multiple} for this model")
         return side, buckets(side, multiple, aspects=options.aspect_buckets)
@@ -281,8 +277,8 @@ class Training:
         width = data.zero_embed.shape[1]
         if unet.config.encoder_hid_dim != width:
             raise InputError(
-                f"--prior has image embeddings of {width} elements, and the decoder reads {unet.config.encoder_hid_dim}: "
-                "expected the prior that belongs to --model"
+                f"--prior has image embeddings of {width} elements, and the decoder reads "
+                f"{unet.config.encoder_hid_dim}: expected the prior that belongs to --model"
             )
         return pipe
 
@@ -411,8 +407,7 @@ class Training:
 
         def write(folder: Path, values: Mapping[str, Tensor]) -> None:
             if kind == LORA:
-                tensors = lora.adapter_tensors(network, values)
-                lora.save_adapters(folder / lora.FILE, {role: tensors}, adapter_settings(self.options))
+                write_adapter(folder, {role: lora.trained_adapter(network, values)})
             else:
                 with _values(network, values):
                     network.save_pretrained(folder / role)  # type: ignore[operator]  # a Model

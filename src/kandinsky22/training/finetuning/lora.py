@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kandinsky22.checkpoints.atomic_files import atomic_write
-from kandinsky22.errors import CheckpointError, invalid
+from kandinsky22.adapters.updates import Adapter, LowRankUpdate
+from kandinsky22.errors import invalid
 from kandinsky22.models import PriorTransformer
 
-FILE = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"  # entry of the file's header that holds the settings as JSON
 PRIOR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 UNET_TARGETS = (*PRIOR_TARGETS, "add_k_proj", "add_v_proj")
 
@@ -75,7 +69,9 @@ def add_adapters(
     layers = {name: layer for name, layer in linear.items() if _matches(name, chosen)}
     unused = [target for target in chosen if not any(_matches(name, (target,)) for name in linear)]
     if unused and (targets or not layers):
-        endings = sorted({name.split(".")[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in linear})
+        endings = sorted(
+            {name.split(".")[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in linear}
+        )
         raise invalid("--target-modules", " ".join(unused), f"ends of names of linear layers: {', '.join(endings)}")
     largest = min(min(layer.in_features, layer.out_features) for layer in layers.values())
     if rank > largest:
@@ -109,42 +105,19 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), child, module)
 
 
-def adapter_tensors(network: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the tensors of all adapters in a network, with the names of PEFT.
+def trained_adapter(network: nn.Module, values: Mapping[str, Tensor] | None = None) -> Adapter:
+    """Return the adapters in a network as updates of its parameters, by the names that these have without adapters.
 
     Args:
         network: The network.
-        values: Values that replace those of parameters of the same names, such as moving averages; None for none.
+        values: Values that replace those of the trained parameters of the same names, such as moving averages; None
+            for none.
     """
-    tensors = {
-        f"{name}.{part}.weight": getattr(module, part).weight.detach()
-        for name, module in network.named_modules()
-        if isinstance(module, LoraLinear)
-        for part in ("lora_A", "lora_B")
-    }
-    return tensors if values is None else {name: values.get(name, tensor) for name, tensor in tensors.items()}
-
-
-def save_adapters(path: Path, networks: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any]) -> None:
-    """Write adapters to one file, in the layout of PEFT.
-
-    Args:
-        path: The file.
-        networks: Tensors by name, per network: "unet" or "prior".
-        settings: Rank and alpha as PEFT names them, "r" and "lora_alpha".
-
-    Raises:
-        CheckpointError: The file cannot be written.
-    """
-    tensors = {
-        f"{role}.{name}": tensor.detach().float().cpu().contiguous()
-        for role, named in networks.items()
-        for name, tensor in named.items()
-    }
-    header = {f"{role}.{name}": value for role in networks for name, value in settings.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(header, sort_keys=True)}
-    try:
-        with atomic_write(path) as temporary:
-            save_file(tensors, str(temporary), metadata)
-    except Exception as error:  # SafetensorError derives from Exception alone
-        raise CheckpointError(f"the adapter {path} cannot be written: {error}") from error
+    replaced = values or {}
+    updates: dict[str, LowRankUpdate] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLinear):
+            down = replaced.get(f"{name}.lora_A.weight", module.lora_A.weight.detach())
+            up = replaced.get(f"{name}.lora_B.weight", module.lora_B.weight.detach())
+            updates[f"{name}.weight"] = LowRankUpdate(down.float().cpu(), up.float().cpu(), module.scale * len(down))
+    return updates

@@ -80,13 +80,10 @@ def load_prior(options: TrainingOptions, dtype: torch.dtype, *components: str) -
         CheckpointError: The prior is not found, or files are missing or damaged.
     """
     kind = kandinsky22.KandinskyV22CombinedPipeline
-    absent = [
-        name for name in kind.component_names() if not name.startswith("prior_") or name[6:] not in components
-    ]
-    prior = {} if options.prior is None else {"prior": options.prior}
-    combined = kind.from_pretrained(
-        options.model, **prior, **dict.fromkeys(absent), **_arguments(options, dtype)
-    )
+    absent = [name for name in kind.component_names() if not name.startswith("prior_") or name[6:] not in components]
+    prior: dict[str, Any] = {} if options.prior is None else {"prior": options.prior}
+    arguments: dict[str, Any] = {**prior, **dict.fromkeys(absent), **_arguments(options, dtype)}
+    combined = kind.from_pretrained(options.model, **arguments)
     return combined.prior_pipe
 
 
@@ -173,7 +170,14 @@ class Encoders:
 
     @classmethod
     def load(
-        cls, options: TrainingOptions, mode: str, device: torch.device, dtype: torch.dtype, *, latents: bool, texts: bool
+        cls,
+        options: TrainingOptions,
+        mode: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        latents: bool,
+        texts: bool,
     ) -> Encoders:
         """Load the encoders of a checkpoint.
 

@@ -20,6 +20,7 @@ from kandinsky22.training.finetuning.preparation import Entry
 
 VALIDATION_TIMESTEPS = 4  # noise levels per held-out picture
 EMPTY_TEXT = ""
+EQUAL_WEIGHTS = LossWeights()
 
 
 class Objective(Protocol):
@@ -94,7 +95,7 @@ def random_mask(numbers: np.random.Generator, height: int, width: int) -> Tensor
     y, x = numbers.random(2)
     for _ in range(int(numbers.integers(8, 24))):
         radius = numbers.uniform(0.03, 0.12)
-        y, x = np.clip((y, x) + numbers.normal(scale=0.12, size=2), 0, 1)
+        y, x = np.clip(np.array((y, x)) + numbers.normal(scale=0.12, size=2), 0, 1)
         rows = slice(int(max(y - radius, 0) * height), int((y + radius) * height) + 1)
         mask[:, rows, int(max(x - radius, 0) * width) : int((x + radius) * width) + 1] = 1
     return mask
@@ -108,7 +109,9 @@ class _CachedObjective:
     batch_size: int
     seed: int
 
-    def _losses(self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> dict[str, Tensor]:
+    def _losses(
+        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def losses(self, network: nn.Module, draws: Sequence[Draw]) -> dict[str, Tensor]:
@@ -165,7 +168,7 @@ class DecoderObjective(_CachedObjective):
         zero_embed: Tensor,
         *,
         mode: str = "plain",
-        weights: LossWeights = LossWeights(),
+        weights: LossWeights = EQUAL_WEIGHTS,
         condition_dropout: float = 0.1,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -174,7 +177,9 @@ class DecoderObjective(_CachedObjective):
         self.zero_embed, self.mode, self.weights = zero_embed, mode, weights
         self.condition_dropout, self.seed, self.device = condition_dropout, seed, device
 
-    def _losses(self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> dict[str, Tensor]:
+    def _losses(
+        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
+    ) -> dict[str, Tensor]:
         items = [self.item(draw, entries[draw.index], training=training) for draw in draws]
         noised = [item["noised"] for item in items]
         embeds = torch.stack([item["embeds"] for item in items]).to(self.device)
@@ -257,7 +262,7 @@ class PriorObjective(_CachedObjective):
         scheduler: Scheduler,
         normalisation: tuple[Tensor, Tensor],
         *,
-        weights: LossWeights = LossWeights(),
+        weights: LossWeights = EQUAL_WEIGHTS,
         caption_dropout: float = 0.1,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -267,7 +272,9 @@ class PriorObjective(_CachedObjective):
         self.mean, self.std = (value.detach().float().cpu() for value in normalisation)
         self.seed, self.device = seed, device
 
-    def _losses(self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> dict[str, Tensor]:
+    def _losses(
+        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
+    ) -> dict[str, Tensor]:
         noised, texts = [], []
         for draw in draws:
             entry = entries[draw.index]

@@ -64,7 +64,9 @@ class Option:
         if self.kind is str:
             return "a list of texts" if self.repeatable else "a text that is not empty"
         name = "an integer" if self.kind is int else "a finite number"
-        bounds = [f"above {self.lowest:g}" if self.above else f"of at least {self.lowest:g}"] * (self.lowest > -math.inf)
+        bounds = [f"above {self.lowest:g}" if self.above else f"of at least {self.lowest:g}"] * (
+            self.lowest > -math.inf
+        )
         bounds += [f"at most {self.highest:g}"] * (self.highest < LARGEST_INTEGER)
         return f"{name} {' and '.join(bounds)}".strip()
 
@@ -173,9 +175,7 @@ class TrainingOptions:
     aspect_buckets: bool = _option(bool, False, _DATA, "keep the proportions of pictures, at about the same area")
     random_flip: bool = _option(bool, False, _DATA, "mirror half of the pictures")
     random_crop: bool = _option(bool, False, _DATA, "cut out random parts instead of the centre")
-    crops_per_image: int = _option(
-        int, 4, _DATA, "number of different random parts per picture", lowest=1, highest=256
-    )
+    crops_per_image: int = _option(int, 4, _DATA, "number of different random parts per picture", lowest=1, highest=256)
     hint_type: str = _option(
         str, "file", _DATA, "hints of a hint decoder: files named NAME.hint.png, or edges", choices=HINT_KINDS
     )
@@ -187,7 +187,12 @@ class TrainingOptions:
         float, 0.1, _CONDITION, "share of captions replaced by the empty text (prior)", lowest=0, highest=1
     )
     condition_dropout: float = _option(
-        float, 0.1, _CONDITION, "share of image embeddings replaced by that of the zero image (decoder)", lowest=0, highest=1
+        float,
+        0.1,
+        _CONDITION,
+        "share of image embeddings replaced by that of the zero image (decoder)",
+        lowest=0,
+        highest=1,
     )
     snr_gamma: float | None = _option(
         float, None, _CONDITION, "gamma of min-SNR weights, 5 is usual; by default unweighted", lowest=0, above=True
@@ -204,7 +209,14 @@ class TrainingOptions:
         str, (), _LORA, "names of the layers that get adapters; by default all of the attention", repeatable=True
     )
 
-    learning_rate: float = _option(float, 1e-4, _OPTIMIZER, "largest learning rate", lowest=0, above=True)
+    learning_rate: float | None = _option(
+        float,
+        None,
+        _OPTIMIZER,
+        "largest learning rate; by default 0.0001, of an inverted subject 0.02",
+        lowest=0,
+        above=True,
+    )
     lr_scheduler: str = _option(
         str, "constant", _OPTIMIZER, "course of the learning rate after the warm-up", choices=LR_SCHEDULES
     )
@@ -279,6 +291,11 @@ class TrainingOptions:
             raise InputError(f"{source}: no option is named {', '.join(unknown)}: expected names such as {names[0]}")
         return cls(**by_name)
 
+    @property
+    def largest_learning_rate(self) -> float:
+        """The largest learning rate, or its default."""
+        return 1e-4 if self.learning_rate is None else self.learning_rate
+
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step.
 
@@ -286,13 +303,13 @@ class TrainingOptions:
             step: Number of the step, counted from 0.
         """
         if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+            return self.largest_learning_rate * (step + 1) / self.lr_warmup_steps
         progress = (step - self.lr_warmup_steps) / max(self.max_train_steps - self.lr_warmup_steps, 1)
         if self.lr_scheduler == "linear":
-            return self.learning_rate * max(1.0 - progress, 0.0)
+            return self.largest_learning_rate * max(1.0 - progress, 0.0)
         if self.lr_scheduler == "cosine":
-            return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-        return self.learning_rate
+            return self.largest_learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        return self.largest_learning_rate
 
 
 @dataclass(frozen=True)
@@ -303,6 +320,9 @@ class SubjectOptions(TrainingOptions):
         InputError: A value is not accepted, or two options contradict each other.
     """
 
+    max_train_steps: int = _option(int, 300, _OPTIMIZER, "number of steps", lowest=1)
+    output_dir: str = _option(str, "kandinsky22-subject", _RUN, "folder of results and checkpoints")
+
     method: str = _option(
         str, "inversion", _SUBJECT, "learn one image embedding, or an adapter of the decoder", choices=SUBJECT_METHODS
     )
@@ -312,12 +332,17 @@ class SubjectOptions(TrainingOptions):
     class_prompt: str | None = _option(
         str, None, _SUBJECT, "dreambooth: prompt of the pictures that are drawn if there is no folder"
     )
-    num_class_images: int = _option(
-        int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000
-    )
+    num_class_images: int = _option(int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000)
     prior_loss_weight: float = _option(
         float, 1.0, _SUBJECT, "dreambooth: weight of the loss on those pictures", lowest=0
     )
+
+    @property
+    def largest_learning_rate(self) -> float:
+        """The largest learning rate, or its default: an embedding is learned in units of its standard deviation."""
+        if self.learning_rate is None and self.method == "inversion":
+            return 0.02
+        return super().largest_learning_rate
 
     def _check_combinations(self) -> None:
         super()._check_combinations()

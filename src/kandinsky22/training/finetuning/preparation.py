@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +133,7 @@ class DecoderJob:
         sizes: Buckets (width, height).
     """
 
-    def __init__(
-        self, encoders: Encoders, options: TrainingOptions, mode: str, sizes: list[tuple[int, int]]
-    ) -> None:
+    def __init__(self, encoders: Encoders, options: TrainingOptions, mode: str, sizes: list[tuple[int, int]]) -> None:
         assert encoders.movq is not None
         self.encoders, self.options, self.mode, self.sizes = encoders, options, mode, sizes
         self.factor = encoders.movq.downscale_factor
@@ -198,9 +195,13 @@ class DecoderJob:
             source = self._hint_source(example)
             # Edges are computed at the size of the hint, so that they have the width that the decoder will see.
             origin = image if source is None else source.open()
-            side = [(HINT_FACTOR * width // self.factor, HINT_FACTOR * height // self.factor) for width, height in
-                    (part.size for part in parts)]
-            cuts = [frames.Frame(size, part.position, part.flip).cut(origin) for size, part in zip(side, parts, strict=True)]
+            side = [
+                (HINT_FACTOR * width // self.factor, HINT_FACTOR * height // self.factor)
+                for width, height in (part.size for part in parts)
+            ]
+            cuts = [
+                frames.Frame(size, part.position, part.flip).cut(origin) for size, part in zip(side, parts, strict=True)
+            ]
             tensors["hint"] = torch.stack([_as_bytes(frames.edges(hint) if source is None else hint) for hint in cuts])
         if self.mode == "inpaint" and example.mask is not None:
             mask = masks.masks_to_tensor(example.mask.name, example.mask.open(), (image.height, image.width))
@@ -274,7 +275,7 @@ def prepare_texts(
 
 
 def require_captions(examples: Sequence[Example]) -> None:
-    """Check that all pictures have captions.
+    """Check that all pictures have captions, except broken ones, which are left out later.
 
     Args:
         examples: The examples.
@@ -282,7 +283,7 @@ def require_captions(examples: Sequence[Example]) -> None:
     Raises:
         InputError: Some have none. The message names them.
     """
-    names = [example.picture.name for example in examples if not example.caption]
+    names = [example.picture.name for example in examples if not example.caption and _has_header(example.picture)]
     if names:
         listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
         raise InputError(
@@ -290,11 +291,9 @@ def require_captions(examples: Sequence[Example]) -> None:
         )
 
 
-def examples_digest(examples: Sequence[Example]) -> str:
-    """Return a digest over the names and captions of examples.
-
-    Args:
-        examples: The examples.
-    """
-    text = "\n".join(f"{example.picture.name}\t{example.caption}" for example in examples)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+def _has_header(picture: PictureBytes) -> bool:
+    try:
+        picture_size(picture)
+    except (InputError, OSError):
+        return False
+    return True

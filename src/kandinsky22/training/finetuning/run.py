@@ -120,7 +120,7 @@ def new_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainingOptio
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {
-        "lr": options.learning_rate,
+        "lr": options.largest_learning_rate,
         "betas": (options.adam_beta1, options.adam_beta2),
         "eps": options.adam_epsilon,
     }
@@ -135,9 +135,7 @@ def new_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainingOptio
     return torch.optim.AdamW(groups, **settings, fused=devices <= {"cpu", "cuda"})
 
 
-def train_stage(
-    stage: Stage, options: TrainingOptions, folder: Path, accelerator: Any, report: Report
-) -> Summary:
+def train_stage(stage: Stage, options: TrainingOptions, folder: Path, accelerator: Any, report: Report) -> Summary:
     """Train a stage to its end, or until the person interrupts it.
 
     Args:
@@ -178,9 +176,7 @@ class TrainingRun:
         CheckpointError: The checkpoint to be continued cannot be read.
     """
 
-    def __init__(
-        self, stage: Stage, options: TrainingOptions, folder: Path, accelerator: Any, report: Report
-    ) -> None:
+    def __init__(self, stage: Stage, options: TrainingOptions, folder: Path, accelerator: Any, report: Report) -> None:
         self.stage, self.options, self.folder, self.accelerator = stage, options, folder, accelerator
         self.is_main = bool(accelerator.is_main_process)
         resumed = checkpoints.resumed_checkpoint(folder, options.resume)
@@ -227,7 +223,9 @@ class TrainingRun:
                 if self.step % options.validation_steps == 0 or is_last:
                     self._validate()
                 if self._any(interruption.is_set()):
-                    if checkpoints.checkpoint_name(self.step) not in [p.name for p in checkpoints.checkpoints(self.folder)]:
+                    if checkpoints.checkpoint_name(self.step) not in [
+                        p.name for p in checkpoints.checkpoints(self.folder)
+                    ]:
                         self.save()
                     self.progress.note(
                         f"interrupted; {self.folder / checkpoints.checkpoint_name(self.step)} is written: "
@@ -271,11 +269,7 @@ class TrainingRun:
         Raises:
             NotFiniteError: The loss is not finite.
         """
-        passes = [
-            (stream, draws)
-            for stream in self.stage.streams
-            for draws in self._own(stream.plan.draws(self.step))
-        ]
+        passes = [(stream, draws) for stream in self.stage.streams for draws in self._own(stream.plan.draws(self.step))]
         count = self.options.gradient_accumulation_steps
         for number, (stream, draws) in enumerate(passes, start=1):
             is_last = number == len(passes)

@@ -16,7 +16,7 @@ from kandinsky22.models import PriorTransformer, UNet2DConditionModel
 from kandinsky22.schedulers import Scheduler
 from kandinsky22.training.finetuning.batches import Draw, TensorStore
 from kandinsky22.training.finetuning.networks import DECODER_CLASSES, load_decoder
-from kandinsky22.training.finetuning.objectives import EMPTY_TEXT, DecoderObjective
+from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.preparation import Entry
 
@@ -67,8 +67,7 @@ class DecoderSamples:
             negative_image_embeds=negative,
             width=size[0],
             height=size[1],
-            generator=torch.Generator().manual_seed(self._options.seed),
-            **{**pipe.generation_defaults, **arguments},
+            **{"generator": torch.Generator().manual_seed(self._options.seed), **pipe.generation_defaults, **arguments},
         ).images[0]
         return result
 
@@ -81,12 +80,10 @@ class DecoderSamples:
         """
         movq = self.pipe().movq
         pixels = movq.decode(latents[None].to(self._device), force_not_quantize=True)[0]
-        return images.to_output_type(pixels, "pil")[0]
+        return to_pil(pixels)
 
 
-def prompts_sheet(
-    samples: DecoderSamples, embeddings: Sequence[tuple[Tensor, Tensor]], size: tuple[int, int]
-) -> Image:
+def prompts_sheet(samples: DecoderSamples, embeddings: Sequence[tuple[Tensor, Tensor]], size: tuple[int, int]) -> Image:
     """Return a row of pictures of prompts.
 
     Args:
@@ -118,12 +115,12 @@ def pictures_sheet(
         rows[0].append(original)
         arguments: dict[str, Any] = {}
         if "hint" in item:
-            hint = images.to_output_type(item["hint"][None], "pil")[0]
+            hint = to_pil(item["hint"][None])
             rows[1].append(hint.resize(original.size))
             arguments["hint"] = hint
         if "known" in item:
             mask = F.interpolate(1 - item["known"][None], original.size[::-1])
-            white = images.to_output_type((mask * 2 - 1).repeat(1, 3, 1, 1), "pil")[0].convert("L")
+            white = to_pil((mask * 2 - 1).repeat(1, 3, 1, 1)).convert("L")
             covered = original.copy()
             covered.paste("white", mask=white)
             rows[1].append(covered)
@@ -131,6 +128,17 @@ def pictures_sheet(
         embeds = tensors["embeds"][:1]
         rows[2].append(samples.draw(embeds, objective.zero_embed, entry.size, **arguments))
     return grid([picture for row in rows for picture in row], columns=len(shown))
+
+
+def to_pil(pixels: Tensor) -> Image:
+    """Return a tensor as an image.
+
+    Args:
+        pixels: Tensor (1, 3, H, W) in [-1, 1].
+    """
+    converted: Any = images.to_output_type(pixels, "pil")
+    image: Image = converted[0]
+    return image
 
 
 def grid(pictures: Sequence[Image], columns: int) -> Image:
@@ -173,9 +181,8 @@ def sample_prior(
     generator = torch.Generator().manual_seed(seed)
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps)
-    condition = prior.encode_condition(
-        *(tensor.to(prior.device) for tensor in (embeds, hidden, mask)), scheduler.timesteps.tolist()
-    )
+    embeds_, hidden, mask = (tensor.to(prior.device) for tensor in (embeds, hidden, mask))
+    condition = prior.encode_condition(embeds_, hidden, mask, scheduler.timesteps.tolist())
     latents = torch.randn(len(texts), embeds.shape[1], generator=generator).to(prior.device)
     for t, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
         inputs = torch.cat([latents] * 2) if guidance > 1 else latents
@@ -186,4 +193,3 @@ def sample_prior(
         step: Any = scheduler.step
         latents = step(predicted, t, latents, following, generator, return_dict=False)[0]
     return prior.post_process_latents(latents).float().cpu()
-

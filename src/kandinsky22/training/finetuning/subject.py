@@ -1,0 +1,230 @@
+"""Learning a subject from a few pictures: one image embedding, or adapters of the decoder (DreamBooth).
+
+Inversion learns a point in the space of image embeddings for which the frozen decoder reproduces the pictures best.
+It is textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618) in the space that this decoder reads.
+DreamBooth (Ruiz et al. 2022, https://arxiv.org/abs/2208.12242) trains on other pictures of the subject's kind as well,
+so that the decoder forgets none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+import kandinsky22
+from kandinsky22.adapters.files import WEIGHT_NAME, write_adapter
+from kandinsky22.checkpoints.atomic_files import atomic_write
+from kandinsky22.checkpoints.subject_file import Subject, save_subject
+from kandinsky22.training.finetuning import lora, samples
+from kandinsky22.training.finetuning.batches import Draw
+from kandinsky22.training.finetuning.data import Example, read_examples, read_path
+from kandinsky22.training.finetuning.finetune import COMPONENTS, LORA, DecoderData, Training
+from kandinsky22.training.finetuning.losses import LossWeights
+from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_decoder, load_prior
+from kandinsky22.training.finetuning.objectives import DecoderObjective
+from kandinsky22.training.finetuning.options import SubjectOptions
+from kandinsky22.training.finetuning.preparation import Entry, Report
+from kandinsky22.training.finetuning.run import Stage, Stream, new_accelerator, train_stage
+
+FILE = "subject.safetensors"
+INVERSION, DREAMBOOTH = "inversion", "dreambooth"
+CLASS_FOLDER = "class-pictures"
+SAMPLES = 4  # pictures of the subject on a sheet
+
+
+class SubjectVector(nn.Module):
+    """A learned image embedding, in units of the standard deviation of image embeddings.
+
+    Args:
+        start: Image embedding (1, D) that learning starts at.
+        std: Standard deviation (1, D) of image embeddings.
+    """
+
+    def __init__(self, start: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros_like(start))
+        self.start: Tensor
+        self.std: Tensor
+        self.register_buffer("start", start.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, count: int) -> Tensor:
+        """Return the embedding in several rows, (count, D).
+
+        Args:
+            count: Number of rows.
+        """
+        return (self.start + self.std * self.offset).expand(count, -1)
+
+
+class InversionObjective(DecoderObjective):
+    """Denoising of latents by a frozen decoder, given the learned embedding.
+
+    Args:
+        unet: The decoder's UNet, which is frozen.
+        **arguments: Arguments of `DecoderObjective`.
+    """
+
+    def __init__(self, unet: nn.Module, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.unet = unet
+
+    def _losses(
+        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
+    ) -> dict[str, Tensor]:
+        items = [self.item(draw, entries[draw.index], training=training) for draw in draws]
+        return self.noised_losses(self.unet, [item["noised"] for item in items], network(len(items)), items)
+
+
+def train_subject(options: SubjectOptions, report: Report) -> list[Path]:
+    """Learn a subject.
+
+    Args:
+        options: Options of the training.
+        report: Receives lines of text for the person at the terminal.
+
+    Returns:
+        The result: one file, of the embedding or of the adapters.
+
+    Raises:
+        InputError: An option, or the data set, is invalid.
+        CheckpointError: A file is missing, damaged or cannot be written.
+        MissingDependencyError: A package is not installed.
+        KeyboardInterrupt: The person interrupted the training; a checkpoint has been written.
+    """
+    training = Training(options, new_accelerator(options), report)
+    examples = read_examples(options)
+    invert = options.method == INVERSION
+    stage = _inversion(training, options, examples) if invert else _dreambooth(training, options, examples)
+    train_stage(stage, options, training.folder / stage.name, training.accelerator, training.report)
+    if training.is_main:
+        if invert:
+            stage.write_results(training.folder, dict(stage.network.named_parameters()))
+        else:
+            write_adapter(training.folder, {"unet": lora.trained_adapter(stage.network)})
+    return [training.folder / (FILE if invert else WEIGHT_NAME)]
+
+
+# Inversion
+
+
+def _inversion(training: Training, options: SubjectOptions, examples: Sequence[Example]) -> Stage:
+    data = training.decoder_data(examples, "plain")
+    pipe = training.load_unet(data, "plain", LORA)
+    unet = pipe.unet.to(training.device)
+    freeze(unet)
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    std = load_prior(options, torch.float32, "prior").prior.clip_std.detach().float()
+    embeds = torch.cat([training.store[entry.path]["embeds"] for entry in data.entries])
+    vector = SubjectVector(embeds.mean(0, keepdim=True), std)
+    objective = InversionObjective(
+        unet,
+        entries=data.entries,
+        held_out=data.held_out,
+        store=training.store,
+        scheduler=pipe.scheduler,
+        zero_embed=data.zero_embed,
+        weights=LossWeights(options.snr_gamma, 0.0),
+        condition_dropout=0.0,
+        seed=options.seed,
+        device=training.device,
+    )
+
+    def write(folder: Path, values: Mapping[str, Tensor]) -> None:
+        offset = values["offset"].to(vector.start)
+        embedding = vector.start + vector.std * offset
+        save_subject(folder / FILE, Subject(embedding, data.image_digest, len(data.entries)))
+
+    drawing = samples.DecoderSamples(options, "plain", unet, training.device)
+    return Stage(
+        name="subject",
+        network=vector,
+        streams=[Stream(objective, training.plan(data.entries))],
+        write_results=write,
+        signature=training.signature(INVERSION, data.entries),
+        draw_samples=functools.partial(_subject_sheet, drawing, vector, data, training),
+    )
+
+
+def _subject_sheet(
+    drawing: samples.DecoderSamples, vector: SubjectVector, data: DecoderData, training: Training
+) -> Image:
+    """Return the pictures that the subject is learned from, and pictures of the learned embedding."""
+    shown = [entry for entry in data.entries if entry.size == data.entries[0].size][:SAMPLES]
+    originals = [drawing.decoded(training.store[entry.path]["latents"][0]) for entry in shown]
+    embedding = vector(1).detach().cpu()
+    drawn = [
+        drawing.draw(
+            embedding,
+            data.zero_embed,
+            data.entries[0].size,
+            generator=torch.Generator().manual_seed(training.options.seed + number),
+        )
+        for number in range(len(shown))
+    ]
+    return samples.grid([*originals, *drawn], columns=len(shown))
+
+
+# DreamBooth
+
+
+def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[Example]) -> Stage:
+    mode = decoder_mode(options)
+    preserved = _class_examples(training, options) if options.prior_loss_weight > 0 else []
+    data = training.decoder_data(examples, mode, preserved)
+    pipe = training.load_unet(data, mode, LORA)
+    training.make_trainable(pipe.unet, LORA)
+    objective = training.decoder_objective(data, pipe.scheduler, mode)
+    streams = [Stream(objective, training.plan(data.entries))]
+    if data.preserved:
+        others = training.decoder_objective(
+            DecoderData(data.preserved, [], data.zero_embed, data.side, data.latent_channels, [], data.image_digest),
+            pipe.scheduler,
+            mode,
+        )
+        plan = training.plan(data.preserved, stream=1)
+        streams.append(Stream(others, plan, options.prior_loss_weight, "class_"))
+    return Stage(
+        name="subject",
+        network=pipe.unet,
+        streams=streams,
+        write_results=training.writer(pipe.unet, LORA, "unet"),
+        signature=training.signature(LORA, data.entries, mode=mode, class_pictures=len(data.preserved)),
+        draw_samples=training.decoder_sheet(data, objective, pipe.unet, mode),
+    )
+
+
+def _class_examples(training: Training, options: SubjectOptions) -> list[Example]:
+    """Return other pictures of the subject's kind, after drawing those that are missing."""
+    if options.class_data_dir is not None:
+        return read_path(Path(options.class_data_dir), "--class-data-dir")[: options.num_class_images]
+    folder = training.folder / CLASS_FOLDER
+    missing = [number for number in range(options.num_class_images) if not (folder / f"{number:05d}.png").is_file()]
+    if missing and training.is_main:
+        training.report(f"draws {len(missing)} pictures of {options.class_prompt!r}")
+        decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
+        movq = load_decoder(options, "plain", torch.float32, movq=True).movq
+        pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
+        prior = load_prior(options, training.low_dtype, *COMPONENTS).to(training.device)
+        for each in (pipe, prior):
+            each.set_progress_bar_config(disable=True)
+        for number in missing:
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
+            embeds = prior(options.class_prompt, generator=generator, **prior.generation_defaults)
+            result: Any = pipe(
+                image_embeds=embeds.image_embeds,
+                negative_image_embeds=embeds.negative_image_embeds,
+                generator=generator,
+                **{"height": options.resolution, "width": options.resolution, **pipe.generation_defaults},
+            )
+            with atomic_write(folder / f"{number:05d}.png") as temporary:
+                result.images[0].save(temporary, format="PNG")
+    training.accelerator.wait_for_everyone()
+    return read_path(folder, "--output-dir")[: options.num_class_images]
