@@ -221,6 +221,16 @@ def adapters_of(network: nn.Module) -> NetworkAdapters:
     return NetworkAdapters() if adapters is None else cast(NetworkAdapters, adapters)
 
 
+def adapters_version(network: nn.Module) -> int:
+    """Return a number that changes whenever adapters change the weights of a network.
+
+    Args:
+        network: Any module.
+    """
+    adapters = state_of(network).adapters
+    return 0 if adapters is None else cast(NetworkAdapters, adapters).version
+
+
 def attached_adapters(network: nn.Module) -> NetworkAdapters:
     """Return the adapters of a network for changing them, attaching an empty record if it has none.
 

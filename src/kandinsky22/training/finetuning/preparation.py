@@ -115,7 +115,7 @@ def prepare(
         if not entry.path.is_file():
             reasons[entry.name] = "it cannot be decoded"
     for name, reason in reasons.items():
-        report(f"warning: {name} is left out: {reason.removeprefix(f'{name} ')}")
+        report(f"warning: {reason if name in reason else f'{name}: {reason}'}; it is left out")
     if reasons:
         report(f"{len(reasons)} of {len(examples)} pictures are broken and left out")
     if not entries:

@@ -274,9 +274,10 @@ class TrainingRun:
         for number, (stream, draws) in enumerate(passes, start=1):
             is_last = number == len(passes)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast(), self._attention():
-                    losses = stream.objective.losses(self.wrapped, draws)
-                self.accelerator.backward(losses["loss"] * (stream.weight / count))
+                with self._attention():  # gradient checkpointing runs blocks again in the backward pass
+                    with self.accelerator.autocast():
+                        losses = stream.objective.losses(self.wrapped, draws)
+                    self.accelerator.backward(losses["loss"] * (stream.weight / count))
             values = {stream.prefix + name: float(value.detach()) / count for name, value in losses.items()}
             if not all(math.isfinite(value) for value in values.values()):
                 raise NotFiniteError(
