@@ -67,7 +67,7 @@ def resumed_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None:
         if existing:
             raise InputError(
-                f"{folder} has checkpoints up to {existing[-1].name}: add --resume latest to continue, or choose "
+                f"{folder} has checkpoints up to {existing[-1].name}: add --resume to continue, or choose "
                 "another --output-dir"
             )
         return None

@@ -15,12 +15,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 import kandinsky22
-from kandinsky22.adapters.files import WEIGHT_NAME, write_adapter
+from kandinsky22.adapters.files import write_adapter
 from kandinsky22.adapters.updates import Adapter
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.models import Model
+from kandinsky22.models import Model, UNet2DConditionModel
 from kandinsky22.training.finetuning import lora, preparation, samples
 from kandinsky22.training.finetuning.batches import BatchPlan, TensorStore, split_held_out
 from kandinsky22.training.finetuning.cache import TensorCache
@@ -41,22 +41,22 @@ from kandinsky22.training.finetuning.networks import (
 from kandinsky22.training.finetuning.objectives import EMPTY_TEXT, DecoderObjective, PriorObjective
 from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
-from kandinsky22.training.finetuning.run import Stage, Stream, new_accelerator, train_stage
+from kandinsky22.training.finetuning.run import Stage, Stream, Summary, new_accelerator, train_stage
 
 LORA, FULL = "lora", "full"
 COMPONENTS = kandinsky22.KandinskyV22PriorPipeline.component_names()
 
 
-def finetune(options: TrainingOptions, kind: str, report: Report) -> list[Path]:
+def finetune(options: TrainingOptions, kind: str, report: Report | None = None) -> list[Path]:
     """Train adapters or whole networks on pictures.
 
     Args:
         options: Options of the training.
         kind: `LORA` or `FULL`.
-        report: Receives lines of text for the person at the terminal.
+        report: Receives lines of text for the person at the terminal; None shows nothing.
 
     Returns:
-        The results: one file of adapters, or a folder per network.
+        The results: one file of adapters, or a folder per network. Empty in processes other than the first.
 
     Raises:
         InputError: An option, or the data set, is invalid.
@@ -72,18 +72,18 @@ def finetune(options: TrainingOptions, kind: str, report: Report) -> list[Path]:
     adapters: dict[str, Adapter] = {}
     for name in stages:
         stage = training.prior_stage(examples, kind) if name == "prior" else training.decoder_stage(examples, kind)
-        train_stage(stage, options, training.folder / name, training.accelerator, training.report)
+        training.run(stage)
         if kind == LORA:
             adapters["unet" if name == "decoder" else "prior"] = lora.trained_adapter(stage.network)
         elif training.is_main:
             training.save_pipeline(name, stage.network)
         del stage
         gc.collect()
+    if not training.is_main:
+        return []
     if kind == FULL:
         return [training.folder / name for name in stages]
-    if training.is_main:
-        write_adapter(training.folder, adapters)
-    return [training.folder / WEIGHT_NAME]
+    return [write_adapter(training.folder, adapters)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Training:
     Args:
         options: Options of the training.
         accelerator: Result of `new_accelerator`.
-        report: Receives lines of text for the person at the terminal, from the first process only.
+        report: Receives lines of text for the person at the terminal, from the first process only; None shows nothing.
 
     Attributes:
         folder: Folder of results and checkpoints.
@@ -125,15 +125,34 @@ class Training:
         store: Reader of the cache.
     """
 
-    def __init__(self, options: TrainingOptions, accelerator: Any, report: Report) -> None:
+    def __init__(self, options: TrainingOptions, accelerator: Any, report: Report | None) -> None:
         self.options, self.accelerator = options, accelerator
+        self._shows_progress = report is not None
         self.is_main = bool(accelerator.is_main_process)
-        self.report: Report = report if self.is_main else lambda line: None
+        self.report: Report = report if report is not None and self.is_main else lambda line: None
         self.folder = Path(options.output_dir)
         self.cache = TensorCache(Path(options.cache_dir) if options.cache_dir else self.folder / "cache")
         self.store = TensorStore(self.cache)
         self.device: torch.device = accelerator.device
         self.low_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+
+    def run(self, stage: Stage) -> Summary:
+        """Train a stage in the folder of its name.
+
+        Args:
+            stage: The stage.
+
+        Returns:
+            The summary.
+        """
+        return train_stage(
+            stage,
+            self.options,
+            self.folder / stage.name,
+            self.accelerator,
+            self.report,
+            shows_progress=self._shows_progress,
+        )
 
     def _dtype(self, kind: str) -> torch.dtype:
         """Return the type of the weights: frozen ones have the type that networks compute in."""
@@ -180,12 +199,15 @@ class Training:
 
     # Decoders
 
-    def decoder_data(self, examples: Sequence[Example], mode: str, preserved: Sequence[Example] = ()) -> DecoderData:
+    def decoder_data(
+        self, examples: Sequence[Example], mode: str, kind: str, preserved: Sequence[Example] = ()
+    ) -> DecoderData:
         """Encode pictures for a decoder, and unload the encoders.
 
         Args:
             examples: The pictures.
             mode: Kind of decoder.
+            kind: `LORA`, `FULL` or the method of a subject.
             preserved: Pictures that keep the decoder as it is otherwise.
 
         Raises:
@@ -196,7 +218,7 @@ class Training:
         embeddings = self._prompt_embeddings() if options.validation_prompt and mode == "plain" else []
         encoders = Encoders.load(options, mode, self.device, self.low_dtype, latents=True, texts=False)
         assert encoders.movq is not None
-        side, sizes = self._sizes(mode, encoders.movq.downscale_factor)
+        side, sizes = self._sizes(mode, encoders.movq.downscale_factor, kind)
         job = preparation.DecoderJob(encoders, options, mode, sizes)
         entries = preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
         others = preparation.prepare(preserved, job, self.cache, self.accelerator, self.report) if preserved else []
@@ -211,11 +233,15 @@ class Training:
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
         return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others)
 
-    def _sizes(self, mode: str, factor: int) -> tuple[int, list[tuple[int, int]]]:
+    def _sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
         """Return the side of the square bucket, and all buckets."""
         options = self.options
         source = CheckpointSource(options.model, options.revision, embedded_subfolder=EMBEDDED_SUBFOLDERS[mode])
         config = read_json(model_folder(source, "unet", lambda names: ["config.json"]) / "config.json")
+        if kind == LORA:  # without weights, so that a mistake is reported before pictures are encoded
+            with torch.device("meta"):
+                unet = UNet2DConditionModel.from_config(config)
+            lora.add_adapters(unet, options.rank, options.lora_alpha, options.target_modules, options.seed)
         multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
         sample_size = config.get("sample_size")
         if options.resolution is None and sample_size is None:
@@ -294,7 +320,7 @@ class Training:
             CheckpointError: Files are missing or damaged.
         """
         mode = decoder_mode(self.options)
-        data = self.decoder_data(examples, mode)
+        data = self.decoder_data(examples, mode, kind)
         pipe = self.load_unet(data, mode, kind)
         unet = pipe.unet
         self.make_trainable(unet, kind)

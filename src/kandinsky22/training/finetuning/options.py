@@ -241,7 +241,7 @@ class TrainingOptions:
     gradient_checkpointing: bool = _option(bool, False, _RUN, "less memory, a third more time")
     checkpointing_steps: int = _option(int, 500, _RUN, "steps between two checkpoints", lowest=1)
     checkpoints_total_limit: int | None = _option(int, None, _RUN, "number of checkpoints that are kept", lowest=1)
-    resume: str | None = _option(str, None, _RUN, "checkpoint to continue, or 'latest'")
+    resume: str | None = _option(str, None, _RUN, "checkpoint to continue, latest or a path")
     report_to: str = _option(str, "none", _RUN, "where the log is written besides log.jsonl", choices=REPORTS)
     log_every: int = _option(int, 10, _RUN, "steps per line of the log", lowest=1)
 

@@ -27,6 +27,7 @@ class Progress:
         report: Receives a line of text where no progress bar shows.
         tensorboard: Whether TensorBoard's files are written.
         active: Whether this process reports at all.
+        shows_bar: Whether a progress bar shows on a terminal.
 
     Raises:
         MissingDependencyError: TensorBoard is requested and not installed.
@@ -42,10 +43,11 @@ class Progress:
         *,
         tensorboard: bool,
         active: bool,
+        shows_bar: bool = True,
     ) -> None:
         self._folder, self._name, self._total, self._report, self._active = folder, name, total, report, active
         self._first, self._started = step, time.monotonic()
-        is_terminal = active and sys.stderr is not None and sys.stderr.isatty()
+        is_terminal = active and shows_bar and sys.stderr is not None and sys.stderr.isatty()
         self._bar: Any = tqdm(total=total, initial=step, desc=name, unit="step", disable=not is_terminal)
         self._shows_bar = is_terminal
         self._writer: Any = None

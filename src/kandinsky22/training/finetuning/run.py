@@ -135,7 +135,15 @@ def new_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainingOptio
     return torch.optim.AdamW(groups, **settings, fused=devices <= {"cpu", "cuda"})
 
 
-def train_stage(stage: Stage, options: TrainingOptions, folder: Path, accelerator: Any, report: Report) -> Summary:
+def train_stage(
+    stage: Stage,
+    options: TrainingOptions,
+    folder: Path,
+    accelerator: Any,
+    report: Report,
+    *,
+    shows_progress: bool = True,
+) -> Summary:
     """Train a stage to its end, or until the person interrupts it.
 
     Args:
@@ -144,6 +152,7 @@ def train_stage(stage: Stage, options: TrainingOptions, folder: Path, accelerato
         folder: Folder of its checkpoints, log and samples.
         accelerator: Result of `new_accelerator`.
         report: Receives lines of text for the person at the terminal.
+        shows_progress: Whether a progress bar shows on a terminal.
 
     Returns:
         The summary. The network's trained parameters have their final values, or their moving averages.
@@ -154,7 +163,7 @@ def train_stage(stage: Stage, options: TrainingOptions, folder: Path, accelerato
         NotFiniteError: The loss is not finite.
         KeyboardInterrupt: The person interrupted the training; a checkpoint has been written.
     """
-    run = TrainingRun(stage, options, folder, accelerator, report)
+    run = TrainingRun(stage, options, folder, accelerator, report, shows_progress=shows_progress)
     try:
         return run.train()
     finally:
@@ -170,13 +179,23 @@ class TrainingRun:
         folder: Folder of its checkpoints, log and samples.
         accelerator: Result of `new_accelerator`.
         report: Receives lines of text for the person at the terminal.
+        shows_progress: Whether a progress bar shows on a terminal.
 
     Raises:
         InputError: The checkpoint to be continued does not exist, or is of another training.
         CheckpointError: The checkpoint to be continued cannot be read.
     """
 
-    def __init__(self, stage: Stage, options: TrainingOptions, folder: Path, accelerator: Any, report: Report) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        options: TrainingOptions,
+        folder: Path,
+        accelerator: Any,
+        report: Report,
+        *,
+        shows_progress: bool = True,
+    ) -> None:
         self.stage, self.options, self.folder, self.accelerator = stage, options, folder, accelerator
         self.is_main = bool(accelerator.is_main_process)
         resumed = checkpoints.resumed_checkpoint(folder, options.resume)
@@ -196,7 +215,14 @@ class TrainingRun:
             _forget_later_lines(folder / LOG, self.step)
         tensorboard = options.report_to == "tensorboard"
         self.progress = Progress(
-            folder, stage.name, self.step, options.max_train_steps, report, tensorboard=tensorboard, active=self.is_main
+            folder,
+            stage.name,
+            self.step,
+            options.max_train_steps,
+            report,
+            tensorboard=tensorboard,
+            active=self.is_main,
+            shows_bar=shows_progress,
         )
         if resumed is not None:
             self.progress.note(f"continues {resumed.name}")
@@ -229,7 +255,7 @@ class TrainingRun:
                         self.save()
                     self.progress.note(
                         f"interrupted; {self.folder / checkpoints.checkpoint_name(self.step)} is written: "
-                        "--resume latest continues it"
+                        "--resume continues it"
                     )
                     raise KeyboardInterrupt
         self.accelerator.wait_for_everyone()
@@ -273,11 +299,11 @@ class TrainingRun:
         count = self.options.gradient_accumulation_steps
         for number, (stream, draws) in enumerate(passes, start=1):
             is_last = number == len(passes)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                with self._attention():  # gradient checkpointing runs blocks again in the backward pass
-                    with self.accelerator.autocast():
-                        losses = stream.objective.losses(self.wrapped, draws)
-                    self.accelerator.backward(losses["loss"] * (stream.weight / count))
+            shared = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
+            with shared, self._attention():  # gradient checkpointing runs blocks again in the backward pass
+                with self.accelerator.autocast():
+                    losses = stream.objective.losses(self.wrapped, draws)
+                self.accelerator.backward(losses["loss"] * (stream.weight / count))
             values = {stream.prefix + name: float(value.detach()) / count for name, value in losses.items()}
             if not all(math.isfinite(value) for value in values.values()):
                 raise NotFiniteError(

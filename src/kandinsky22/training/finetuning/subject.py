@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 import kandinsky22
-from kandinsky22.adapters.files import WEIGHT_NAME, write_adapter
+from kandinsky22.adapters.files import write_adapter
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.subject_file import Subject, save_subject
 from kandinsky22.training.finetuning import lora, samples
@@ -30,7 +30,7 @@ from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_
 from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.options import SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
-from kandinsky22.training.finetuning.run import Stage, Stream, new_accelerator, train_stage
+from kandinsky22.training.finetuning.run import Stage, Stream, new_accelerator
 
 FILE = "subject.safetensors"
 INVERSION, DREAMBOOTH = "inversion", "dreambooth"
@@ -82,15 +82,15 @@ class InversionObjective(DecoderObjective):
         return self.noised_losses(self.unet, [item["noised"] for item in items], network(len(items)), items)
 
 
-def train_subject(options: SubjectOptions, report: Report) -> list[Path]:
+def train_subject(options: SubjectOptions, report: Report | None = None) -> list[Path]:
     """Learn a subject.
 
     Args:
         options: Options of the training.
-        report: Receives lines of text for the person at the terminal.
+        report: Receives lines of text for the person at the terminal; None shows nothing.
 
     Returns:
-        The result: one file, of the embedding or of the adapters.
+        The result: one file, of the embedding or of the adapters. Empty in processes other than the first.
 
     Raises:
         InputError: An option, or the data set, is invalid.
@@ -102,20 +102,20 @@ def train_subject(options: SubjectOptions, report: Report) -> list[Path]:
     examples = read_examples(options)
     invert = options.method == INVERSION
     stage = _inversion(training, options, examples) if invert else _dreambooth(training, options, examples)
-    train_stage(stage, options, training.folder / stage.name, training.accelerator, training.report)
-    if training.is_main:
-        if invert:
-            stage.write_results(training.folder, dict(stage.network.named_parameters()))
-        else:
-            write_adapter(training.folder, {"unet": lora.trained_adapter(stage.network)})
-    return [training.folder / (FILE if invert else WEIGHT_NAME)]
+    training.run(stage)
+    if not training.is_main:
+        return []
+    if not invert:
+        return [write_adapter(training.folder, {"unet": lora.trained_adapter(stage.network)})]
+    stage.write_results(training.folder, dict(stage.network.named_parameters()))
+    return [training.folder / FILE]
 
 
 # Inversion
 
 
 def _inversion(training: Training, options: SubjectOptions, examples: Sequence[Example]) -> Stage:
-    data = training.decoder_data(examples, "plain")
+    data = training.decoder_data(examples, "plain", INVERSION)
     pipe = training.load_unet(data, "plain", LORA)
     unet = pipe.unet.to(training.device)
     freeze(unet)
@@ -178,7 +178,7 @@ def _subject_sheet(
 def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[Example]) -> Stage:
     mode = decoder_mode(options)
     preserved = _class_examples(training, options) if options.prior_loss_weight > 0 else []
-    data = training.decoder_data(examples, mode, preserved)
+    data = training.decoder_data(examples, mode, LORA, preserved)
     pipe = training.load_unet(data, mode, LORA)
     training.make_trainable(pipe.unet, LORA)
     objective = training.decoder_objective(data, pipe.scheduler, mode)

@@ -1,0 +1,338 @@
+"""Training of tiny models: losses fall, files load, bad input is one line, checkpoints stay whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tests.cli.helpers import Command, assert_one_line
+from tests.training.conftest import write_pictures
+from torch import Tensor
+
+from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from kandinsky22.checkpoints.subject_file import Subject, load_subject, save_subject
+from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.training.finetuning import checkpoints
+from kandinsky22.training.finetuning.batches import Draw
+from kandinsky22.training.finetuning.data import read_examples
+from kandinsky22.training.finetuning.finetune import FULL, LORA, Training, finetune
+from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions, read_config
+from kandinsky22.training.finetuning.run import Stage, TrainingRun, new_accelerator
+from kandinsky22.training.finetuning.subject import _inversion, train_subject
+
+
+def ignore(line: str) -> None:
+    """Receive a line."""
+
+
+def stage_of(options: Any, name: str, kind: str) -> tuple[Stage, Training]:
+    training = Training(options, new_accelerator(options), ignore)
+    examples = read_examples(options)
+    if name == "subject":
+        return _inversion(training, options, examples), training
+    return (training.prior_stage if name == "prior" else training.decoder_stage)(examples, kind), training
+
+
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "prior": ("prior", LORA, "combined", {"stage": "prior", "learning_rate": 0.02}),
+    "prior, full": ("prior", FULL, "combined", {"stage": "prior", "learning_rate": 0.002}),
+    "decoder": ("decoder", LORA, "combined", {"learning_rate": 0.02, "gradient_checkpointing": True}),
+    "decoder, full": ("decoder", FULL, "combined", {"learning_rate": 0.002, "snr_gamma": 5.0, "random_crop": True}),
+    "inpaint": ("decoder", LORA, "inpaint", {"learning_rate": 0.02, "random_flip": True}),
+    "hint": ("decoder", LORA, "control/decoder", {"learning_rate": 0.02, "hint_type": "edges"}),
+    "subject": ("subject", LORA, "combined", {"learning_rate": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_objective_decreases_on_a_fixed_batch(case: str, options: Any, models: Path) -> None:
+    name, kind, folder, changes = CASES[case]
+    options_kind = SubjectOptions if name == "subject" else TrainingOptions
+    stage, training = stage_of(options(options_kind, model=str(models / folder), **changes), name, kind)
+    run = TrainingRun(stage, training.options, training.folder / name, training.accelerator, ignore)
+    draws = [Draw(index, (7, index)) for index in range(4)]
+
+    def fixed(step: int) -> list[Draw]:
+        return draws[:2]
+
+    stage.streams[0].plan.draws = fixed  # type: ignore[method-assign]  # every step trains on the same examples
+    losses = [float(stage.streams[0].objective.losses(run.network, fixed(0))["loss"])]
+    for _ in range(12):
+        run.advance()
+    losses.append(float(stage.streams[0].objective.losses(run.network, fixed(0))["loss"]))
+    assert losses[1] < losses[0] * (0.9999 if name == "subject" else 0.97), losses
+
+
+def test_only_adapters_are_trained(options: Any) -> None:
+    stage, training = stage_of(options(learning_rate=0.01), "decoder", LORA)
+    before = {name: value.clone() for name, value in stage.network.state_dict().items()}
+    training.run(stage)
+    after = stage.network.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in after if ".lora_" in name}
+
+
+def test_an_adapter_loads_and_changes_pictures_in_proportion(options: Any, model: Path) -> None:
+    (path,) = finetune(options(stage="both", learning_rate=0.05, max_train_steps=6), LORA)
+    names = set(load_file(path))
+    assert all(name.startswith(("unet.", "prior.")) for name in names)
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"prompt": "a cat", "output_type": "pt", "num_inference_steps": 2}
+
+    def draw() -> Tensor:
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    plain = draw()
+    pipe.load_lora_weights(str(path), adapter_name="style")
+    with_adapter = draw()
+    pipe.set_adapters("style", 0.0)
+    assert torch.equal(plain, draw())
+    assert (with_adapter - plain).abs().max() > 1e-3
+
+
+def test_the_trained_layers_and_the_loaded_file_agree(options: Any, model: Path) -> None:
+    stage, training = stage_of(options(learning_rate=0.05, lora_alpha=3.0), "decoder", LORA)
+    training.run(stage)
+    (path,) = [stage_path for stage_path in (training.folder / "decoder").glob("checkpoint-*04")]
+    pipe = KandinskyV22Pipeline.from_pretrained(model, movq=None)
+    pipe.load_lora_weights(str(path))
+    sample, embeds = torch.randn(1, 4, 8, 8), {"image_embeds": torch.randn(1, pipe.unet.config.encoder_hid_dim)}
+    with torch.no_grad():
+        ours, loaded = (net(sample, 500, added_cond_kwargs=embeds).sample for net in (stage.network, pipe.unet))
+    torch.testing.assert_close(ours, loaded, rtol=1e-4, atol=1e-5)
+
+
+def test_full_training_writes_pipelines(options: Any, tmp_path: Path) -> None:
+    changes = {"stage": "both", "learning_rate": 0.001, "aspect_buckets": True, "use_ema": True}
+    prior, decoder = finetune(options(**changes), FULL)
+    assert KandinskyV22PriorPipeline.from_pretrained(prior).prior is not None
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(decoder)  # finds the prior next to it
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a cat", num_inference_steps=1, prior_num_inference_steps=2).images[0].size == (32, 32)
+    state = checkpoints.read_checkpoint(checkpoints.checkpoints(decoder)[-1])
+    torch.testing.assert_close(pipe.unet.conv_in.weight, state["average"]["conv_in.weight"])
+    assert not torch.equal(state["average"]["conv_in.weight"], state["parameters"]["conv_in.weight"])
+
+
+def test_log_validation_and_samples(options: Any) -> None:
+    finetune(options(max_train_steps=4, validation_prompt=("a cat", "a dog"), log_every=1), LORA)
+    folder = Path(options().output_dir) / "decoder"
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    assert {"loss", "prediction", "variance", "norm", "lr"} <= lines[0].keys()
+    assert lines[-1]["validation_loss"] > 0
+    assert Image.open(folder / "samples-000004.png").size == (64, 32)
+
+
+@pytest.mark.parametrize("folder", ["combined", "inpaint", "control/decoder"])
+def test_sheets_of_pictures(folder: str, options: Any, models: Path) -> None:
+    finetune(options(model=str(models / folder), hint_type="edges", validation_images=2), LORA)
+    rows = 2 if folder == "combined" else 3
+    sheet = Path(options().output_dir) / "decoder" / "samples-000004.png"
+    assert Image.open(sheet).size == (64, 32 * rows)
+
+
+# Subjects
+
+
+def test_a_subject_starts_at_the_mean_of_its_pictures_and_is_learned(options: Any, model: Path) -> None:
+    choices = options(SubjectOptions, validation_images=0, max_train_samples=3, max_train_steps=2, learning_rate=1e-9)
+    (path,) = train_subject(choices)
+    prior = KandinskyV22PriorPipeline.from_pretrained(model)
+    pictures = [Image.open(example.picture.name).convert("RGB") for example in read_examples(choices)]
+    from kandinsky22.training.finetuning.frames import Frame
+
+    cut = [Frame((32, 32)).cut(picture) for picture in pictures]
+    mean = prior.interpolate(cut, [1 / 3] * 3).image_embeds
+    subject = load_subject(path, embedding_dim=mean.shape[1])
+    torch.testing.assert_close(subject.image_embeds, mean, rtol=1e-4, atol=1e-5)
+    assert subject.pictures == 3
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    mixed = pipe.prior_pipe.interpolate([subject.image_embeds, "a cat"], [0.5, 0.5], num_inference_steps=2)
+    images = pipe.decoder_pipe(**mixed, num_inference_steps=1).images
+    assert images[0].size == (32, 32)
+
+
+def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
+    others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
+    (path,) = train_subject(options(SubjectOptions, method="dreambooth", class_data_dir=str(others)))
+    assert path.name == "pytorch_lora_weights.safetensors"
+    lines = (Path(options().output_dir) / "subject" / "log.jsonl").read_text().splitlines()
+    assert {"loss", "class_loss"} <= json.loads(lines[0]).keys()
+
+
+def test_dreambooth_draws_the_other_pictures(options: Any) -> None:
+    choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", num_class_images=2, max_train_steps=1)
+    train_subject(choices)
+    drawn = Path(choices.output_dir) / "class-pictures"
+    contents = {path: path.read_bytes() for path in sorted(drawn.iterdir())}
+    assert len(contents) == 2
+    train_subject(dataclasses.replace(choices, resume="latest"))
+    assert {path: path.read_bytes() for path in sorted(drawn.iterdir())} == contents
+
+
+def test_files_of_subjects_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "subject.safetensors"
+    save_subject(path, Subject(torch.arange(6.0)[None], "digest", 4))
+    assert load_subject(path).image_embeds.tolist() == [[0, 1, 2, 3, 4, 5]]
+    with pytest.raises(CheckpointError, match="another model: its embedding has 6 elements, expected 32"):
+        load_subject(path, embedding_dim=32)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_subject(tmp_path / "missing")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError):
+        load_subject(path)
+
+
+# Several passes and types
+
+
+def gradients(options: Any) -> Mapping[str, Tensor]:
+    stage, training = stage_of(options, "decoder", FULL)
+    run = TrainingRun(stage, options, training.folder, training.accelerator, ignore)
+    run.backward()
+    return {name: parameter.grad for name, parameter in run.parameters.items() if parameter.grad is not None}
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(options: Any) -> None:
+    whole = gradients(options(train_batch_size=4))
+    parts = gradients(options(train_batch_size=1, gradient_accumulation_steps=4))
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, parts[name], rtol=1e-4, atol=1e-6)
+
+
+# Checkpoints
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(options: Any, tmp_path: Path) -> None:
+    (whole,) = finetune(options(max_train_steps=6, use_ema=True, lr_warmup_steps=2), LORA)
+    parts = options(max_train_steps=6, use_ema=True, lr_warmup_steps=2, output_dir=str(tmp_path / "parts"))
+    stage, training = stage_of(parts, "decoder", LORA)
+    run = TrainingRun(stage, parts, training.folder / "decoder", training.accelerator, ignore)
+    for _ in range(3):
+        run.advance()
+    run.save()
+    run.advance()  # lost
+    (resumed,) = finetune(dataclasses.replace(parts, resume="latest"), LORA)
+    ours, theirs = load_file(whole), load_file(resumed)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_old_checkpoints_are_deleted(options: Any) -> None:
+    finetune(options(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2), LORA)
+    folder = Path(options().output_dir) / "decoder"
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-000004", "checkpoint-000005"]
+
+
+def test_checkpoints_of_another_training_are_refused(options: Any) -> None:
+    finetune(options(max_train_steps=2), LORA)
+    with pytest.raises(InputError, match=r"has checkpoints up to checkpoint-000002: add --resume to continue"):
+        finetune(options(), LORA)
+    with pytest.raises(InputError, match=r"belongs to another training: pictures per step was 2 and is 3"):
+        finetune(options(resume="latest", train_batch_size=3), LORA)
+    with pytest.raises(InputError, match=r"--rank was 2 and is 3"):
+        finetune(options(resume="checkpoint-000002", rank=3), LORA)
+    with pytest.raises(InputError, match=r"expected latest, a path or one of .*checkpoint-000002"):
+        finetune(options(resume="checkpoint-000009"), LORA)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(options: Any, command: Command) -> None:
+    finetune(options(max_train_steps=2), LORA)
+    choices = options(max_train_steps=4, resume="latest")
+    folder = Path(choices.output_dir) / "decoder"
+    (last,) = checkpoints.checkpoints(folder)
+    before = {path.name: path.read_bytes() for path in last.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    arguments = [
+        text
+        for name in ("model", "train_data_dir", "output_dir", "max_train_steps", "train_batch_size", "rank", "resume")
+        for text in (f"--{name.replace('_', '-')}", str(getattr(choices, name)))
+    ]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[checkpoints.STATE]) // 2, limits[1]))
+        result = command("train", "lora", *arguments, "--validation-images", 1, "--checkpointing-steps", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert_one_line(result, 1, "checkpoint-000004 cannot be written: File too large", "checkpoint-000002")
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["checkpoint-000002"]
+    assert {path.name: path.read_bytes() for path in last.iterdir()} == before
+    finetune(choices, LORA)
+
+
+def test_damaged_checkpoints_are_named(options: Any) -> None:
+    finetune(options(max_train_steps=2), LORA)
+    path = Path(options().output_dir) / "decoder" / "checkpoint-000002" / checkpoints.STATE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="checkpoint-000002 cannot be read"):
+        finetune(options(resume="latest"), LORA)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--rank", "0"), 2, ("--rank", "at least 1")),
+        (("--train-data-dir", "empty"), 1, ("empty holds no pictures",)),
+        (("--train-data-dir", "missing"), 1, ("--train-data-dir='missing'",)),
+        (("--dataset-name", "a/b"), 1, ("both of --train-data-dir and --dataset-name",)),
+        (("--resolution", "30"), 1, ("--resolution=30", "a multiple of 4")),
+        (("--rank", "500"), 1, ("--rank=500",)),
+        (("--target-modules", "to_x"), 1, ("--target-modules='to_x'", "to_q")),
+        (("--mode", "inpaint"), 1, ("is not --mode inpaint",)),
+        (("--use-8bit-adam",), 1, ("bitsandbytes",)),
+        (("--mixed-precision", "fp16"), 1, ("--mixed-precision='fp16'", "no or bf16")),
+        (("--config", "missing.yaml"), 1, ("--config missing.yaml cannot be read",)),
+        (("--learning-rate", "nan"), 2, ("--learning-rate", "finite")),
+        (("--lr-warmup-steps", "2000"), 1, ("--lr-warmup-steps=2000",)),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: tuple[str, ...], code: int, words: tuple[str, ...], command: Command, model: Path, pictures: Path
+) -> None:
+    Path("empty").mkdir()
+    data = () if "--train-data-dir" in arguments else ("--train-data-dir", pictures)
+    result = command("train", "lora", "--model", model, "--max-train-steps", 1, "-q", *data, *arguments)
+    assert_one_line(result, code, *words)
+
+
+def test_config_files_hold_options_and_the_command_line_wins(command: Command, model: Path, pictures: Path) -> None:
+    text = f"model: {model}\ntrain-data-dir: {pictures}\nmax_train_steps: 9\nlearning_rate: 1e-3\nuse-ema: true\n"
+    Path("options.yaml").write_text(text + "train_batch_size: 2\nrank: 2\nresolution: 16\n")
+    assert read_config("options.yaml")["max_train_steps"] == 9
+    result = command("train", "lora", "--config", "options.yaml", "--max-train-steps", 2, "--output-dir", "out")
+    assert result.code == 0, result.err
+    assert result.paths == [Path("out/pytorch_lora_weights.safetensors")]
+    stored = checkpoints.read_checkpoint(Path("out/decoder/checkpoint-000002"))["options"]
+    assert (stored["max_train_steps"], stored["learning_rate"], stored["use_ema"]) == (2, 0.001, True)
+    Path("options.yaml").write_text("rnak: 3\n")
+    assert_one_line(command("train", "lora", "--config", "options.yaml"), 1, "no option is named rnak")
+    Path("options.yaml").write_text("rank: 3\n")
+    assert_one_line(command("train", "full", "--config", "options.yaml"), 1, "train full has no option rank")
+
+
+def test_quiet_trainings_print_the_result_alone(command: Command, model: Path, pictures: Path) -> None:
+    result = command("train", "subject", "--model", model, "--train-data-dir", pictures, "--max-train-steps", 1, "-q")
+    assert (result.code, result.err, result.paths) == (0, "", [Path("kandinsky22-subject/subject.safetensors")])
+
+
+def test_the_subjects_options_contradict_each_other(command: Command, pictures: Path) -> None:
+    base = ("train", "subject", "--train-data-dir", pictures)
+    assert_one_line(command(*base, "--method", "dreambooth"), 1, "--class-data-dir", "--prior-loss-weight 0")
+    assert_one_line(command(*base, "--class-prompt", "a cat"), 1, "no effect with --method inversion")
+    assert_one_line(command(*base, "--stage", "both"), 1, "--stage='both'")
