@@ -20,11 +20,13 @@ from torch import Tensor
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky22.checkpoints.subject_file import Subject, load_subject, save_subject
+from kandinsky22.cli.failures import failure_message
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.training.finetuning import checkpoints
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.data import read_examples
 from kandinsky22.training.finetuning.finetune import FULL, LORA, Training, finetune
+from kandinsky22.training.finetuning.frames import Frame
 from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions, read_config
 from kandinsky22.training.finetuning.run import Stage, TrainingRun, new_accelerator
 from kandinsky22.training.finetuning.subject import _inversion, train_subject
@@ -65,10 +67,10 @@ def test_each_objective_decreases_on_a_fixed_batch(case: str, options: Any, mode
         return draws[:2]
 
     stage.streams[0].plan.draws = fixed  # type: ignore[method-assign]  # every step trains on the same examples
-    losses = [float(stage.streams[0].objective.losses(run.network, fixed(0))["loss"])]
+    losses = [float(stage.streams[0].objective.losses(run.network, fixed(0))["loss"].detach())]
     for _ in range(12):
         run.advance()
-    losses.append(float(stage.streams[0].objective.losses(run.network, fixed(0))["loss"]))
+    losses.append(float(stage.streams[0].objective.losses(run.network, fixed(0))["loss"].detach()))
     assert losses[1] < losses[0] * (0.9999 if name == "subject" else 0.97), losses
 
 
@@ -81,6 +83,7 @@ def test_only_adapters_are_trained(options: Any) -> None:
     assert changed == {name for name in after if ".lora_" in name}
 
 
+@pytest.mark.slow
 def test_an_adapter_loads_and_changes_pictures_in_proportion(options: Any, model: Path) -> None:
     (path,) = finetune(options(stage="both", learning_rate=0.05, max_train_steps=6), LORA)
     names = set(load_file(path))
@@ -112,6 +115,7 @@ def test_the_trained_layers_and_the_loaded_file_agree(options: Any, model: Path)
     torch.testing.assert_close(ours, loaded, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_training_writes_pipelines(options: Any, tmp_path: Path) -> None:
     changes = {"stage": "both", "learning_rate": 0.001, "aspect_buckets": True, "use_ema": True}
     prior, decoder = finetune(options(**changes), FULL)
@@ -124,6 +128,7 @@ def test_full_training_writes_pipelines(options: Any, tmp_path: Path) -> None:
     assert not torch.equal(state["average"]["conv_in.weight"], state["parameters"]["conv_in.weight"])
 
 
+@pytest.mark.slow
 def test_log_validation_and_samples(options: Any) -> None:
     finetune(options(max_train_steps=4, validation_prompt=("a cat", "a dog"), log_every=1), LORA)
     folder = Path(options().output_dir) / "decoder"
@@ -134,6 +139,7 @@ def test_log_validation_and_samples(options: Any) -> None:
     assert Image.open(folder / "samples-000004.png").size == (64, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["combined", "inpaint", "control/decoder"])
 def test_sheets_of_pictures(folder: str, options: Any, models: Path) -> None:
     finetune(options(model=str(models / folder), hint_type="edges", validation_images=2), LORA)
@@ -148,22 +154,20 @@ def test_sheets_of_pictures(folder: str, options: Any, models: Path) -> None:
 def test_a_subject_starts_at_the_mean_of_its_pictures_and_is_learned(options: Any, model: Path) -> None:
     choices = options(SubjectOptions, validation_images=0, max_train_samples=3, max_train_steps=2, learning_rate=1e-9)
     (path,) = train_subject(choices)
-    prior = KandinskyV22PriorPipeline.from_pretrained(model)
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
     pictures = [Image.open(example.picture.name).convert("RGB") for example in read_examples(choices)]
-    from kandinsky22.training.finetuning.frames import Frame
-
     cut = [Frame((32, 32)).cut(picture) for picture in pictures]
-    mean = prior.interpolate(cut, [1 / 3] * 3).image_embeds
+    mean = pipe.prior_pipe.interpolate(cut, [1 / 3] * 3).image_embeds
     subject = load_subject(path, embedding_dim=mean.shape[1])
     torch.testing.assert_close(subject.image_embeds, mean, rtol=1e-4, atol=1e-5)
     assert subject.pictures == 3
-    pipe = KandinskyV22CombinedPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
     mixed = pipe.prior_pipe.interpolate([subject.image_embeds, "a cat"], [0.5, 0.5], num_inference_steps=2)
     images = pipe.decoder_pipe(**mixed, num_inference_steps=1).images
     assert images[0].size == (32, 32)
 
 
+@pytest.mark.slow
 def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
     others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
     (path,) = train_subject(options(SubjectOptions, method="dreambooth", class_data_dir=str(others)))
@@ -172,6 +176,7 @@ def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
     assert {"loss", "class_loss"} <= json.loads(lines[0]).keys()
 
 
+@pytest.mark.slow
 def test_dreambooth_draws_the_other_pictures(options: Any) -> None:
     choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", num_class_images=2, max_train_steps=1)
     train_subject(choices)
@@ -216,6 +221,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(options: Any) -> Non
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(options: Any, tmp_path: Path) -> None:
     (whole,) = finetune(options(max_train_steps=6, use_ema=True, lr_warmup_steps=2), LORA)
     parts = options(max_train_steps=6, use_ema=True, lr_warmup_steps=2, output_dir=str(tmp_path / "parts"))
@@ -230,12 +236,14 @@ def test_a_resumed_training_equals_an_uninterrupted_one(options: Any, tmp_path: 
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_deleted(options: Any) -> None:
     finetune(options(max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2), LORA)
     folder = Path(options().output_dir) / "decoder"
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-000004", "checkpoint-000005"]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_training_are_refused(options: Any) -> None:
     finetune(options(max_train_steps=2), LORA)
     with pytest.raises(InputError, match=r"has checkpoints up to checkpoint-000002: add --resume to continue"):
@@ -248,31 +256,38 @@ def test_checkpoints_of_another_training_are_refused(options: Any) -> None:
         finetune(options(resume="checkpoint-000009"), LORA)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(options: Any, command: Command) -> None:
-    finetune(options(max_train_steps=2), LORA)
-    choices = options(max_train_steps=4, resume="latest")
-    folder = Path(choices.output_dir) / "decoder"
-    (last,) = checkpoints.checkpoints(folder)
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(options: Any) -> None:
+    choices = options(max_train_steps=4)
+    stage, training = stage_of(choices, "decoder", LORA)
+    run = TrainingRun(stage, choices, training.folder / "decoder", training.accelerator, ignore)
+    run.advance()
+    run.save()
+    (last,) = checkpoints.checkpoints(run.folder)
     before = {path.name: path.read_bytes() for path in last.iterdir()}
+    run.advance()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    arguments = [
-        text
-        for name in ("model", "train_data_dir", "output_dir", "max_train_steps", "train_batch_size", "rank", "resume")
-        for text in (f"--{name.replace('_', '-')}", str(getattr(choices, name)))
-    ]
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[checkpoints.STATE]) // 2, limits[1]))
-        result = command("train", "lora", *arguments, "--validation-images", 1, "--checkpointing-steps", 2)
+        # The first part of a file is written, as on a disk that becomes full in between.
+        for size in (len(before[checkpoints.STATE]) // 2, 100):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(CheckpointError) as failure:
+                run.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert_one_line(result, 1, "checkpoint-000004 cannot be written: File too large", "checkpoint-000002")
-    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["checkpoint-000002"]
+    message = failure_message(failure.value)
+    assert message == (
+        f"checkpoint {run.folder / 'checkpoint-000002'} cannot be written: File too large; the last complete one is "
+        "checkpoint-000001"
+    )
+    assert [path.name for path in run.folder.iterdir() if path.is_dir()] == ["checkpoint-000001"]
     assert {path.name: path.read_bytes() for path in last.iterdir()} == before
-    finetune(choices, LORA)
+    finetune(dataclasses.replace(choices, resume="latest"), LORA)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_named(options: Any) -> None:
     finetune(options(max_train_steps=2), LORA)
     path = Path(options().output_dir) / "decoder" / "checkpoint-000002" / checkpoints.STATE

@@ -67,7 +67,7 @@ class Model(ReferenceMethods):
     """
 
     compiled_blocks: ClassVar[tuple[type[nn.Module], ...]] = ()
-    hf_device_map: dict[str, str] | None = None  # the device, after `from_pretrained(device_map=...)`
+    hf_device_map: dict[str, str]  # exists only after `from_pretrained(device_map=...)`: accelerate reads its length
 
     def __init__(self, /, *arguments: Any, **config: Any) -> None:
         super().__init__()

@@ -96,13 +96,12 @@ def new_accelerator(options: TrainingOptions) -> Any:
         InputError: The type is not one of the device.
     """
     accelerate = require("accelerate", "kandinsky22 train")
+    if options.mixed_precision == "fp16" and accelerate.PartialState().device.type == "cpu":
+        raise invalid("--mixed-precision", "fp16", "no or bf16 on a CPU")
     try:
-        accelerator = accelerate.Accelerator(mixed_precision=options.mixed_precision)
+        return accelerate.Accelerator(mixed_precision=options.mixed_precision)
     except (ValueError, RuntimeError) as error:
         raise invalid("--mixed-precision", options.mixed_precision, "a type of the device", str(error)) from error
-    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise invalid("--mixed-precision", "fp16", "no or bf16 on a CPU")
-    return accelerator
 
 
 def new_optimizer(parameters: Mapping[str, nn.Parameter], options: TrainingOptions) -> torch.optim.Optimizer:

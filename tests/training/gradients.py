@@ -1,0 +1,32 @@
+"""Gradients of one step in one or several processes: `torchrun ... -m tests.training.gradients OPTIONS.json OUT`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from kandinsky22.training.finetuning.data import read_examples
+from kandinsky22.training.finetuning.finetune import FULL, Training
+from kandinsky22.training.finetuning.options import TrainingOptions
+from kandinsky22.training.finetuning.run import TrainingRun, new_accelerator
+
+
+def main(options_file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    options = TrainingOptions.from_mapping(json.loads(Path(options_file).read_text()))
+    training = Training(options, new_accelerator(options), None)
+    stage = training.decoder_stage(read_examples(options), FULL)
+    run = TrainingRun(stage, options, training.folder, training.accelerator, print, shows_progress=False)
+    run.backward()
+    if training.is_main:
+        gradients = {name: value.grad for name, value in run.parameters.items() if value.grad is not None}
+        save_file({**gradients, "processes": torch.tensor(training.accelerator.num_processes)}, out)
+    training.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
