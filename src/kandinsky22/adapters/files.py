@@ -192,7 +192,9 @@ def _settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {SETTINGS} in its header is not JSON ({error})") from error
     if not isinstance(settings, dict):
-        raise CheckpointError(f"cannot read {path}: {SETTINGS} in its header is {describe(settings)}: expected an object")
+        raise CheckpointError(
+            f"cannot read {path}: {SETTINGS} in its header is {describe(settings)}: expected an object"
+        )
     return settings
 
 
@@ -256,7 +258,9 @@ def write_adapter(
         tensors |= {start + key: tensor for key, tensor in adapter_tensors(adapter).items()}
         settings |= {start + key: value for key, value in adapter_settings(adapter).items()}
     if not safe_serialization and any(
-        isinstance(update, LowRankUpdate) and update.scale != 1 for each in adapters.values() for update in each.values()
+        isinstance(update, LowRankUpdate) and update.scale != 1
+        for each in adapters.values()
+        for update in each.values()
     ):
         raise invalid("safe_serialization", False, "True", "a pickled file has no place for alpha")
     contiguous = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}

@@ -265,9 +265,7 @@ def _shape(layer: Layer) -> tuple[int, ...] | None:
     return (up.shape[0], *down.shape[1:]) if down.ndim and up.ndim else None
 
 
-def _update(
-    layer: Layer, shape: tuple[int, ...], settings: _Settings, problems: Problems
-) -> WeightUpdate | None:
+def _update(layer: Layer, shape: tuple[int, ...], settings: _Settings, problems: Problems) -> WeightUpdate | None:
     """Return the update of a parameter, or None after recording why there is none."""
     if mistyped := [f"{key} {value.dtype}" for key, value in layer.parts.values() if not _is_number(key, value)]:
         problems.add("of the wrong type", mistyped)

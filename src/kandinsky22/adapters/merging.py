@@ -141,9 +141,7 @@ class NetworkAdapters:
 
     def _merge(self, network: nn.Module, updates: Mapping[str, WeightedUpdates], check_finite: bool) -> None:
         """Give the parameters their values with these updates; nothing has changed if that fails."""
-        changed = [
-            name for name in {**self._applied, **updates} if updates.get(name) != self._applied.get(name)
-        ]
+        changed = [name for name in {**self._applied, **updates} if updates.get(name) != self._applied.get(name)]
         previous: list[tuple[nn.Module, str, nn.Parameter]] = []
         quantized: list[tuple[Any, Any]] = []
         base = dict(self._base)
@@ -221,6 +219,16 @@ def adapters_of(network: nn.Module) -> NetworkAdapters:
     """
     adapters = state_of(network).adapters
     return NetworkAdapters() if adapters is None else cast(NetworkAdapters, adapters)
+
+
+def adapters_version(network: nn.Module) -> int:
+    """Return a number that changes whenever adapters change the weights of a network.
+
+    Args:
+        network: Any module.
+    """
+    adapters = state_of(network).adapters
+    return 0 if adapters is None else cast(NetworkAdapters, adapters).version
 
 
 def attached_adapters(network: nn.Module) -> NetworkAdapters:

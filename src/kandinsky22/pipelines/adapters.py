@@ -122,9 +122,7 @@ class AdapterMixin:
     ) -> None:
         """Add an adapter to the networks that it has tensors for, and make it the only active one."""
         by_role = {COMPONENTS[component]: network for component, network in networks.items()}
-        matched = match_updates(
-            stored.tensors, by_role, origin=stored.origin, settings=stored.settings, prefix=prefix
-        )
+        matched = match_updates(stored.tensors, by_role, origin=stored.origin, settings=stored.settings, prefix=prefix)
         for role, adapter in matched.items():
             check_adaptable(by_role[role], role, adapter)
         selections: dict[str, Selection] = {}
@@ -434,7 +432,9 @@ def _with_adapter(current: Selection, name: str, adapter: Adapter | None) -> Sel
     """
     if adapter is None:
         loaded = {other: each for other, each in current.loaded.items() if other != name}
-        return dataclasses.replace(current, loaded=loaded, active=tuple(each for each in current.active if each != name))
+        return dataclasses.replace(
+            current, loaded=loaded, active=tuple(each for each in current.active if each != name)
+        )
     if name in current.loaded:
         return dataclasses.replace(current, loaded={**current.loaded, name: adapter})
     weights = {**current.weights, name: 1.0}
