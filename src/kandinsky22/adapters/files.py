@@ -74,6 +74,9 @@ def read_adapter(
         use_safetensors: True reads only safetensors files, False only pickled ones; None prefers safetensors.
         options: Options of `CheckpointSource`, for the Hub; None for the default ones.
 
+    Returns:
+        The tensors and settings, as they are stored.
+
     Raises:
         CheckpointError: If a file is missing or damaged.
         InputError: If an argument is invalid.

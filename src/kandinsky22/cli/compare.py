@@ -278,6 +278,7 @@ def _grid_sheet(results: Sequence[CellResult], recipe: Recipe) -> Sheet:
     guidance_scales = {result.cell.request.guidance for result in results}
     subtitle = [f"seed {recipe.seeds[0]}", f"prior {recipe.prior_steps} steps", f"model {recipe.model}"]
     subtitle += [f"guidance {recipe.guidance:g}"] if len(guidance_scales) == 1 else []
+    subtitle += [f"adapter {adapter.name} {adapter.weight:g}" for adapter in recipe.lora or ()]
     subtitle += [f"{name} {value}" for name, value in recipe.approximations().items()]
     title = recipe.prompt or ""
     if recipe.negative_prompt is not None:
@@ -312,6 +313,7 @@ def _caption(result: CellResult) -> str:
 def _grid_texts(results: Sequence[CellResult], recipe: Recipe) -> dict[str, str]:
     """Return the texts of the grid's file: a description, because a grid has more than one recipe."""
     lines = [f"{recipe.prompt}, seed {recipe.seeds[0]}, model {recipe.model}, digest {recipe.model_digest}"]
+    lines += [f"adapter: {adapter}" for adapter in recipe.lora or ()]
     lines += [f"{name}: {value}" for name, value in recipe.approximations().items()]
     # JPEG files hold 64 kB of texts.
     table = [_csv_table(results, {})] if len(results) <= MAX_DESCRIBED_CELLS else []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kandinsky22.errors import describe
+from kandinsky22.generation.adapters import split_weight
 from kandinsky22.generation.limits import MAX_SEED, MAX_SIDE, MAX_STEPS, SIZE_LIMITS, is_allowed_size
 from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_class
 from kandinsky22.sampling.presets import PRESETS
@@ -93,6 +94,21 @@ def image_path(text: str) -> Path:
     if not text:
         raise _invalid(text, "the path of an image file")
     return Path(text)
+
+
+def adapter(text: str) -> str:
+    """Return the text of an adapter, whose file is found later.
+
+    Args:
+        text: FILE, FILE:WEIGHT or "none".
+
+    Raises:
+        argparse.ArgumentTypeError: If the name is empty, or the weight is beyond the range of numbers.
+    """
+    name, weight = split_weight(text)
+    if not name.strip() or not math.isfinite(weight):
+        raise _invalid(text, "a file, a folder or a Hub id, and after a colon its weight, such as style.safetensors:0.8")
+    return text
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -317,6 +333,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="MODEL", help="folder or Hub id of a decoder (default: the embedded model)")
     group.add_argument(
         "--prior", metavar="MODEL", help="folder or Hub id of a prior (default: the prior that belongs to --model)"
+    )
+    group.add_argument(
+        "--lora",
+        type=adapter,
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help=(
+            "apply an adapter (LoRA) of the prior, the UNet or both: a file, a folder or a Hub id, and its weight "
+            "(default: 1); can be repeated; with --from, none leaves out those of the recipe"
+        ),
     )
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(

@@ -13,6 +13,7 @@ from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.options import MixtureOption
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.adapters import find_adapter, find_recorded_adapter, split_weight
 from kandinsky22.generation.image_files import PNG, find_format
 from kandinsky22.generation.input_images import check_text
 from kandinsky22.generation.limits import MAX_SIDE
@@ -20,6 +21,7 @@ from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.generation.request import Request, preset_settings
 
 IMAGE_OPTIONS = ("image", "mask", "hint")
+NO_ADAPTER = "none"  # value of --lora that leaves out the recipe's adapters
 TEXT_OPTIONS = ("prompt", "negative_prompt")
 
 
@@ -62,6 +64,7 @@ def read_request(
     derived["model"] = EMBEDDED if model is None else model
     derived["model_location"] = model_location(derived["model"], args.source if args.model is None else None)
     prior_source = args.source if args.prior is None else None
+    derived |= _adapters(args, recipe, inputs)
     derived["prior_location"] = derived["prior"] and model_location(derived["prior"], prior_source)
     direct = {field.name: resolve(field.name) for field in dataclasses.fields(Request) if field.name not in derived}
     for name in TEXT_OPTIONS:
@@ -88,6 +91,26 @@ def model_location(name: str, recipe_source: Path | None) -> str:
         return name
     candidate = recipe_source.parent / name
     return str(candidate) if _is_folder(candidate) else name
+
+
+def _adapters(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs) -> dict[str, Any]:
+    """Return the adapters of the command line, else those of the recipe, and where they are; `--lora none` has none."""
+    if args.lora is not None:
+        texts = [text for text in args.lora if text != NO_ADAPTER]
+        if texts and len(texts) < len(args.lora):
+            raise invalid("lora", args.lora, f"{NO_ADAPTER!r} alone, or adapters")
+        found = [find_adapter(*split_weight(check_text("lora", text))) for text in texts]
+    else:
+        recorded = None if recipe is None else recipe.lora
+        found = [find_recorded_adapter(record, args.source) for record in recorded or ()]
+    inputs.paths += [path for adapter in found for path in adapter.paths]
+    inputs.changes += [adapter.change for adapter in found if adapter.change is not None]
+    if not found:
+        return {"lora": None, "lora_locations": None}
+    return {
+        "lora": tuple(adapter.record for adapter in found),
+        "lora_locations": tuple(adapter.location for adapter in found),
+    }
 
 
 def _margins(margins: tuple[int, ...] | None) -> tuple[int, ...] | None:

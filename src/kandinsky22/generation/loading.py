@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kandinsky22 import __version__
 from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource
 from kandinsky22.errors import invalid
+from kandinsky22.generation.adapters import apply_adapters
 from kandinsky22.generation.request import Request
 from kandinsky22.generation.scheduler_names import SCHEDULERS
 from kandinsky22.sampling.presets import make_scheduler
@@ -74,7 +75,7 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
 
 
 def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, compile: bool) -> None:
-    """Quantize the networks, enable feature caching, move or offload them, and compile them, as requested.
+    """Apply adapters, quantize the networks, enable feature caching, move or offload them, and compile them, as requested.
 
     Args:
         networks: The networks.
@@ -83,8 +84,12 @@ def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, 
         compile: Whether the networks' blocks are compiled on first use.
 
     Raises:
+        CheckpointError: If an adapter does not fit the networks.
         MissingDependencyError: If an option needs a package that is not installed.
     """
+    if request.lora:
+        locations = request.lora_locations or tuple(adapter.name for adapter in request.lora)
+        apply_adapters(networks.combined, request.lora, locations, permanently=request.quantize is not None)
     if request.quantize is not None:
         networks.combined.quantize(request.quantize)
     if request.cache_every is not None:

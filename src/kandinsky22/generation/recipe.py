@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,24 @@ class InputFile:
 
     def __str__(self) -> str:
         return f"{self.name}, sha256 {self.sha256}"
+
+
+@dataclasses.dataclass(frozen=True)
+class AppliedAdapter:
+    """Record of an adapter of the networks.
+
+    Attributes:
+        name: Path or Hub id as on the command line.
+        sha256: Hexadecimal SHA-256 of the file's bytes.
+        weight: Factor of the adapter.
+    """
+
+    name: str
+    sha256: str
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.weight:g} of {self.name}, sha256 {self.sha256}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +118,7 @@ class Recipe:
         guidance_rescale: Guidance rescale factor, from 0 to 1.
         guidance_threshold: Quantile of dynamic thresholding.
         prior_guidance_interval: Like `guidance_interval`, for the prior.
+        lora: Adapters of the networks.
         quantize: Kind of quantized weights.
         cache_every: Interval of full UNet evaluations with feature caching, in steps.
     """
@@ -137,6 +157,7 @@ class Recipe:
     guidance_rescale: float | None = None
     guidance_threshold: float | None = None
     prior_guidance_interval: tuple[float, ...] | None = None
+    lora: tuple[AppliedAdapter, ...] | None = None
     quantize: str | None = None
     cache_every: int | None = None
 
@@ -202,6 +223,7 @@ class Recipe:
             *self._scheduler_summary().items(),
             ("model", self.model),
             *([("prior", self.prior)] if self.prior is not None else []),
+            *(("adapter", str(adapter)) for adapter in self.lora or ()),
             *self.approximations().items(),
             ("digest", self.model_digest),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
@@ -250,12 +272,19 @@ class Recipe:
             **({} if self.strength is None else {"Denoising strength": f"{self.strength:g}"}),
             "Prior steps": self.prior_steps,
             "Prior CFG scale": f"{self.prior_guidance:g}",
+            **({} if self.lora is None else {"Lora hashes": self._gallery_hashes()}),
             "Version": f"kandinsky22 {self.versions.get('kandinsky22', __version__)}",
         }
         negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt is not None else []
         return "\n".join(
             [self._subject(), *negative, ", ".join(f"{name}: {value}" for name, value in settings.items())]
         )
+
+    def _gallery_hashes(self) -> str:
+        """Return names and digests of adapters, in quotation marks because they contain commas."""
+        stems = (re.sub(r'[",:\s]+', "_", Path(adapter.name).stem) for adapter in self.lora or ())
+        hashes = zip(stems, self.lora or (), strict=True)
+        return f'"{", ".join(f"{stem}: {adapter.sha256[:12]}" for stem, adapter in hashes)}"'
 
     def _subject(self) -> str:
         """Return the prompt, or what the image was generated from instead."""

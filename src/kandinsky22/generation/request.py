@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from kandinsky22.generation.recipe import InputFile, MixtureItem
+from kandinsky22.generation.recipe import AppliedAdapter, InputFile, MixtureItem
 from kandinsky22.sampling.presets import find_preset
 
 
@@ -15,8 +15,8 @@ class Request:
     """Settings of one generation.
 
     Attributes: those of `Recipe` with the same names. None means that the model's default is used, or that the
-    mode does not have the setting. `model_location` and `prior_location` are the folders or Hub ids that the
-    names `model` and `prior` stand for.
+    mode does not have the setting. `model_location`, `prior_location` and `lora_locations` are the files, folders or
+    Hub ids that the names of `model`, `prior` and the adapters of `lora` stand for.
     """
 
     prompt: str | None
@@ -53,6 +53,8 @@ class Request:
     height: int | None
     quantize: str | None
     cache_every: int | None
+    lora: tuple[AppliedAdapter, ...] | None = None
+    lora_locations: tuple[str, ...] | None = None
 
     def texts(self) -> list[str]:
         """Return all texts that the text encoder encodes."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Settings that require other networks, or networks in another state.
-_NETWORK_SETTINGS = ("model_location", "prior_location", "device", "dtype", "quantize", "cache_every")
+_NETWORK_SETTINGS = ("model_location", "prior_location", "device", "dtype", "quantize", "cache_every", "lora")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kandinsky22.adapters.merging import adapters_version
 from kandinsky22.kernels.modules import has_foreign_hooks
 from kandinsky22.models.feature_cache import FeatureCache
 from kandinsky22.models.modifications import find_modification
@@ -94,12 +95,15 @@ def bind_prior(current: Callable[[], Any], tensors: Mapping[str, Tensor], timest
 def _unless_modified(network: Any, current: Callable[[], Any], step: Denoise, call: Denoise) -> Denoise:
     """Return `step`, except that `call` runs once a callback has replaced the network or attached something to it.
 
-    Modules inside are not checked at each step: that takes a millisecond for a large network.
+    Modules inside are not checked at each step: that takes a millisecond for a large network. Another selection of
+    adapters counts too, because the condition was computed with the weights before.
     """
+    version = adapters_version(network)
 
     def denoise(sample: Tensor, timestep: Any) -> Tensor:
         is_same = (
             current() is network
+            and adapters_version(network) == version
             and network._compiled_call_impl is None
             and not has_foreign_hooks(network)
             and ("forward" not in network.__dict__ or has_offload_forward(network))

@@ -1,0 +1,123 @@
+"""Adapters of a request: found, recorded with their digests, and applied to the networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.generation.recipe import AppliedAdapter
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter whose files were found.
+
+    Attributes:
+        record: What the recipe records of it.
+        location: The file, folder or Hub id that it is read from.
+        paths: Its files.
+        change: Message about a file that differs from the recipe's record; None if it does not.
+    """
+
+    record: AppliedAdapter
+    location: str
+    paths: tuple[Path, ...]
+    change: str | None = None
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """Return name and weight of an adapter.
+
+    Args:
+        text: NAME or NAME:WEIGHT. The colons of drive letters and of names that exist belong to the name.
+    """
+    name, colon, weight = text.rpartition(":")
+    if not colon or len(name) < 2 or not NUMBER.fullmatch(weight) or os.path.lexists(text):
+        return text, 1.0
+    return name, float(weight)
+
+
+def find_adapter(name: str, weight: float) -> FoundAdapter:
+    """Return an adapter that the user names.
+
+    Args:
+        name: A file, a folder or a Hub id.
+        weight: Its weight.
+
+    Raises:
+        CheckpointError: If there is no such adapter.
+    """
+    return _found(AppliedAdapter(name, "", weight), name)
+
+
+def find_recorded_adapter(record: AppliedAdapter, recipe_source: Path | None) -> FoundAdapter:
+    """Return an adapter that a recipe names, from a file with the recorded digest wherever there is one.
+
+    It is searched at its recorded path, then relative to the folder of the image whose recipe is repeated.
+
+    Args:
+        record: The recipe's record.
+        recipe_source: The image whose recipe is repeated; None for a recipe without image.
+
+    Raises:
+        InputError: If the file is missing.
+        CheckpointError: If it cannot be read.
+    """
+    folder = Path() if recipe_source is None else recipe_source.parent
+    recorded = Path(record.name)
+    candidates = dict.fromkeys(map(str, (recorded, folder / recorded, folder / recorded.name)))
+    existing = [name for name in candidates if os.path.exists(name)]
+    try:
+        found = [_found(record, name) for name in existing or [record.name]]
+    except CheckpointError as error:
+        if existing:
+            raise
+        raise InputError(
+            f"{recipe_source} was generated with the adapter {record.name}, which is missing ({error}); restore it, or "
+            "pass another one with --lora"
+        ) from error
+    current = next((each for each in found if each.record.sha256 == record.sha256), found[0])
+    if current.record.sha256 == record.sha256:
+        return current
+    return dataclasses.replace(current, change=f"the adapter {current.location} has changed")
+
+
+def _found(record: AppliedAdapter, location: str) -> FoundAdapter:
+    from kandinsky22.adapters.files import file_digest, find_adapter_files
+
+    paths = find_adapter_files(location)
+    digests = [file_digest(path) for path in paths]
+    # the files of one adapter in several shards have one digest, that of their digests
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return FoundAdapter(dataclasses.replace(record, sha256=digest), location, tuple(paths))
+
+
+def apply_adapters(
+    pipe: Any, adapters: tuple[AppliedAdapter, ...], locations: tuple[str, ...], *, permanently: bool
+) -> None:
+    """Apply adapters to the networks of a pipeline.
+
+    Args:
+        pipe: Pipeline of prior and decoder.
+        adapters: The adapters.
+        locations: The file, folder or Hub id of each.
+        permanently: Whether they become part of the weights, which can be quantized then.
+
+    Raises:
+        CheckpointError: If one does not fit the networks.
+        InputError: If a network cannot take one.
+    """
+    names = [f"adapter {number}" for number in range(1, len(adapters) + 1)]
+    for name, location in zip(names, locations, strict=True):
+        pipe.load_lora_weights(location, adapter_name=name)
+    pipe.set_adapters(names, [adapter.weight for adapter in adapters])
+    if permanently:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
