@@ -45,8 +45,18 @@ class LoraLinear(nn.Module):
             features: Input of the layer; adapters compute in their own type where autocast is off.
         """
         out: Tensor = self.base(features)
-        update = self.lora_B(self.lora_A(features.to(self.lora_A.weight.dtype)))
-        return out + (self.scale * update).to(out.dtype)
+        # Under autocast a copy in another type would be stored for the backward pass.
+        own = features if autocasts(features.device) else features.to(self.lora_A.weight.dtype)
+        return out + (self.scale * self.lora_B(self.lora_A(own))).to(out.dtype)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Return whether autocast chooses the type of products on a device.
+
+    Args:
+        device: The device.
+    """
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def add_adapters(
