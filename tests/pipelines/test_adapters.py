@@ -77,10 +77,10 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_adapter_acts_in_every_class_and_leaves_no_trace(name: str, make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(name)
-    plain, weights, parameters = run(pipe, name), state(pipe), list(networks_of(pipe).values())[0].parameters()
+    plain, weights, parameters = run(pipe, name), state(pipe), next(iter(networks_of(pipe).values())).parameters()
     identities = [id(parameter) for parameter in parameters]
     pipe.load_lora_weights(tensors_for(pipe), adapter_name="style")
-    expected = run(merge_by_hand_from(make_pipeline(name), (0, 1.0)), name)
+    expected = run(merge_by_hand(make_pipeline(name), (0, 1.0)), name)
     assert pipe.get_active_adapters() == ["style"]
     roles = {"prior", "unet"} if name in COMBINED else {"prior"} if name in PRIORS else {"unet"}
     assert {name.removeprefix("prior_") for name in pipe.get_list_adapters()} == roles
@@ -97,12 +97,8 @@ def test_an_adapter_acts_in_every_class_and_leaves_no_trace(name: str, make_pipe
     pipe.unload_lora_weights()
     assert torch.equal(run(pipe, name), plain)
     assert same(state(pipe), weights)
-    assert identities == [id(parameter) for parameter in list(networks_of(pipe).values())[0].parameters()]
+    assert identities == [id(parameter) for parameter in next(iter(networks_of(pipe).values())).parameters()]
     assert pipe.get_list_adapters() == {} and pipe.get_active_adapters() == []
-
-
-def merge_by_hand_from(pipe: Any, *weighted: tuple[int, float]) -> Any:
-    return merge_by_hand(pipe, *weighted)
 
 
 def test_several_adapters_with_weights_add_up(decoder: KandinskyV22Pipeline) -> None:
@@ -135,9 +131,9 @@ def test_weights_by_network(combined: KandinskyV22CombinedPipeline) -> None:
     combined.set_adapters("both", {"prior": 0.0, "unet": 0.0})
     assert torch.equal(run(combined, "Combined"), plain)
     combined.set_adapters("both", {"prior_prior": 0.0})
-    assert not any(torch.equal(a, b) for a, b in [(run(combined, "Combined"), plain)])
+    assert not torch.equal(run(combined, "Combined"), plain)
     prior, unet = combined.prior_prior, combined.unet
-    assert same(dict(prior.named_parameters()), {k: v for k, v in prior.state_dict().items()})
+    assert same(dict(prior.named_parameters()), prior.state_dict())
     assert not same(dict(unet.named_parameters()), unet.state_dict())
 
 
@@ -239,17 +235,14 @@ def test_the_state_dict_is_that_without_adapters(decoder: KandinskyV22Pipeline) 
     assert same(unet.state_dict(), before)
     holder = nn.Module()
     holder.inner = unet
-    assert torch.equal(holder.state_dict()["inner.mid_block.attentions.0.to_q.weight"], before[attention(unet)])
+    name = "mid_block.attentions.0.to_q.weight"
+    assert torch.equal(holder.state_dict()[f"inner.{name}"], before[name])
     unet.load_state_dict(unet.state_dict())
     assert torch.equal(run(decoder), changed), "loading weights keeps adapters applied"
     other = {name: tensor * 1.01 for name, tensor in before.items()}
     unet.load_state_dict(other)
     decoder.unload_lora_weights()
     assert same(state(decoder), {f"unet.{name}": tensor for name, tensor in other.items()})
-
-
-def attention(unet: nn.Module) -> str:
-    return next(name for name in unet.state_dict() if name == "mid_block.attentions.0.to_q.weight")
 
 
 # How networks run

@@ -107,7 +107,9 @@ def adapter(text: str) -> str:
     """
     name, weight = split_weight(text)
     if not name.strip() or not math.isfinite(weight):
-        raise _invalid(text, "a file, a folder or a Hub id, and after a colon its weight, such as style.safetensors:0.8")
+        raise _invalid(
+            text, "a file, a folder or a Hub id, and after a colon its weight, such as style.safetensors:0.8"
+        )
     return text
 
 
