@@ -145,6 +145,30 @@ def test_files_with_one_stage_leave_the_other_alone(combined: KandinskyV22Combin
     assert sorted(combined.get_active_adapters()) == ["prior", "unet"]
 
 
+@pytest.mark.parametrize("part", ["", "attentions", "mid_block"])
+def test_whole_weights_of_a_fine_tuned_network(decoder: KandinskyV22Pipeline, part: str, tmp_path: Path) -> None:
+    plain, before = run(decoder), state(decoder)
+    tuned = copy.deepcopy(decoder.unet)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if part in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    tensors = {f"unet.{name}": tensor for name, tensor in tuned.state_dict().items() if part in name}
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    expected = run(KandinskyV22Pipeline.from_pipe(decoder, unet=tuned))
+    decoder.load_lora_weights(tmp_path / "tuned.safetensors", adapter_name="tuned")
+    assert same(state(decoder), before | {f"unet.{name}": tensor for name, tensor in tuned.named_parameters()})
+    assert difference(run(decoder), expected) < 1e-5  # rounding depends on the memory alignment of weights
+    decoder.set_adapters("tuned", 0.5)
+    for name, tensor in state(decoder).items():
+        torch.testing.assert_close(tensor, (before[name] + tensors.get(name, before[name])) / 2)
+    decoder.save_lora_weights(tmp_path / "again", adapter_name="tuned")
+    decoder.unload_lora_weights()
+    assert same(state(decoder), before) and torch.equal(run(decoder), plain)
+    decoder.load_lora_weights(tmp_path / "again")
+    assert same(state(decoder), before | {f"unet.{name}": tensor for name, tensor in tuned.named_parameters()})
+
+
 # Fusing and saving
 
 
@@ -288,19 +312,40 @@ def test_model_offload_moves_merged_weights(decoder: KandinskyV22Pipeline) -> No
     assert difference(run(decoder), plain) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["", "Prior"])
-def test_compiled_networks_follow_their_adapters(name: str, make_pipeline: Callable[..., Any]) -> None:
-    torch._dynamo.reset()
-    pipe = make_pipeline(name)
-    plain, tensors = run(pipe, name), tensors_for(pipe)
-    expected = run(merge_by_hand(pipe, (0, 1.0)), name)
-    pipe.compile(backend="eager")
-    assert difference(run(pipe, name), plain) < 1e-4
+@pytest.mark.gpu
+def test_networks_on_an_accelerator(make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline("Combined").to("cuda")
+    plain, weights, tensors = run(pipe, "Combined"), state(pipe), tensors_for(pipe)
+    expected = run(merge_by_hand(make_pipeline("Combined"), (0, 1.0)).to("cuda"), "Combined")
     pipe.load_lora_weights(tensors, adapter_name="style")
-    assert difference(run(pipe, name), expected) < 1e-4
-    pipe.set_adapters("style", 0.0)
-    assert difference(run(pipe, name), plain) < 1e-4
+    assert difference(run(pipe, "Combined"), expected) < 1e-4
+    pipe.enable_cuda_graphs()
+    for weight, result in ((0.0, plain), (1.0, expected)):
+        pipe.set_adapters("style", weight)
+        assert difference(run(pipe, "Combined"), result) < 1e-4
+    pipe.disable_cuda_graphs()
+    for mode in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        getattr(pipe, mode)()
+        for weight, result in ((0.0, plain), (1.0, expected)):
+            pipe.set_adapters("style", weight)
+            assert difference(run(pipe, "Combined"), result) < 1e-4
+    pipe.remove_all_hooks()
+    pipe.unload_lora_weights()
+    pipe.to("cuda")
+    assert same(state(pipe), weights)
+
+
+@pytest.mark.slow
+def test_compiled_networks_follow_their_adapters(decoder: KandinskyV22Pipeline) -> None:
+    torch._dynamo.reset()
+    plain, tensors = run(decoder), tensors_for(decoder)
+    expected = run(merge_by_hand(decoder, (0, 1.0)))
+    decoder.compile(backend="eager")
+    assert difference(run(decoder), plain) < 1e-4
+    decoder.load_lora_weights(tensors, adapter_name="style")
+    assert difference(run(decoder), expected) < 1e-4
+    decoder.set_adapters("style", 0.0)
+    assert difference(run(decoder), plain) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-dynamic", "int4"])
