@@ -123,8 +123,8 @@ def package_layout() -> Drawing:
     drawing = Drawing(
         "package-layout",
         "Layout of the package",
-        "From top to bottom: cli; training; generation; pipelines; sampling; models and runtime; schedulers, inputs and "
-        "checkpoints; kernels and the common modules. A folder imports only from the same or lower rows.",
+        "From top to bottom: cli; training; generation; pipelines; sampling; models, adapters and runtime; schedulers, "
+        "inputs and checkpoints; kernels and the common modules. A folder imports only from the same or lower rows.",
         width=640,
         height=661,
     )
@@ -136,7 +136,8 @@ def package_layout() -> Drawing:
         (("sampling", "one generation: loop, guidance, scheduler adapter, presets"),),
         (
             ("models", "networks: tensors in,", "tensors out"),
-            ("runtime", "devices, offloading,", "quantization, compile"),
+            ("adapters", "LoRA, fine-tuned", "weights"),
+            ("runtime", "devices, offloading,", "quantization"),
         ),
         (
             ("schedulers", "mathematics", "of sampling"),

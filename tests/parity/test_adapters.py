@@ -150,10 +150,15 @@ def test_a_file_for_both_networks_loads_there_by_prefix(tmp_path: Path) -> None:
         assert_equal_outputs(role, ours, theirs)
 
 
-def test_the_old_layout_has_the_effect_that_the_reference_gives_only_to_a_part(tmp_path: Path) -> None:
+def test_the_old_layout_has_its_whole_effect_here(tmp_path: Path) -> None:
     theirs, ours = networks(UNET)
     pairs = random_pairs(ours, attention_layers(ours))
     save_file(processor_layout(pairs), tmp_path / "pytorch_lora_weights.safetensors")
+    partly, _ = networks(UNET)
+    partly.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    loaded = [path for path, module in partly.named_modules() if hasattr(module, "lora_A")]
+    assert len(loaded) == len(pairs) * 28 // 42, "the reference drops add_k_proj and add_v_proj"
+    assert not any("add_" in path for path in loaded)
     pipeline(UNET, ours).load_lora_weights(tmp_path)
     with torch.no_grad():
         for path, pair in pairs.items():

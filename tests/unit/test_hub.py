@@ -10,12 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.unit.tiny_models import TINY_MOVQ, assert_same_weights
 
 from kandinsky22 import CheckpointError, VQModel
+from kandinsky22.adapters.files import read_adapter
 from kandinsky22.checkpoints import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -152,6 +154,31 @@ def test_missing_hub_files_are_reported(server: Hub, tmp_path: Path) -> None:
     server.up = False
     with pytest.raises(CheckpointError, match="no such folder"):
         load(tmp_path / "other")
+
+
+def test_adapters_are_found_on_the_hub(server: Hub, tmp_path: Path) -> None:
+    folder = server.root / "someone/style"
+    (folder / "more").mkdir(parents=True)
+    (folder / "README.md").write_text("text")
+    for name in ("pytorch_lora_weights.safetensors", "other.safetensors", "more/one.safetensors"):
+        save_file({name: torch.zeros(1)}, folder / name)
+    options = {"cache_dir": tmp_path / "cache"}
+    assert list(read_adapter("someone/style", options=options).tensors) == ["pytorch_lora_weights.safetensors"]
+    other = read_adapter("someone/style", weight_name="other.safetensors", options=options)
+    assert list(other.tensors) == ["other.safetensors"]
+    assert list(read_adapter("someone/style", subfolder="more", options=options).tensors) == ["more/one.safetensors"]
+    assert len(server.fetched) == 3 and "README.md" not in server.fetched
+    server.up = False
+    assert read_adapter("someone/style", options=options).paths
+    server.up = True
+    (folder / "pytorch_lora_weights.safetensors").rename(folder / "third.safetensors")
+    empty = {"cache_dir": tmp_path / "empty"}
+    with pytest.raises(
+        CheckpointError, match=r"expected pytorch_lora.*has README.*other.*third\.safetensors; pass weight"
+    ):
+        read_adapter("someone/style", options=empty)
+    with pytest.raises(CheckpointError, match="nobody/style"):
+        read_adapter("nobody/style", options={**empty, "local_files_only": True})
 
 
 def test_revision_and_token_are_passed_on(server: Hub, tmp_path: Path) -> None:

@@ -147,14 +147,19 @@ def find_adapter_files(
         raise CheckpointError(f"no adapter {text!r}: no such file or folder exists, and it is not a Hub id")
     checkpoint = CheckpointSource(source, **(options or {}))
 
-    def select(names: list[str]) -> Iterable[str]:
+    available: set[str] = set()
+
+    def select(names: list[str]) -> list[str]:
+        available.update(names)
         return _select(names, weight_name, use_safetensors)
 
     folder = model_folder(checkpoint, subfolder, lambda names: [*select(names), *({PEFT_CONFIG} & set(names))])
-    names = sorted(entry for entry in os.listdir(folder) if os.path.isfile(folder / entry))
+    # nothing was downloaded from a repository without a suitable file
+    entries = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(entry for entry in entries if os.path.isfile(folder / entry))
     selected = [name for name in select(names) if name in names]
     if not selected:
-        present = ", ".join(map(printable, names)) or "no files"
+        present = ", ".join(map(printable, sorted(available))) or "no files"
         raise CheckpointError(
             f"no adapter in {folder}: expected {weight_name or WEIGHT_NAME}; the folder has {present}"
             f"{'' if weight_name else '; pass weight_name='}"

@@ -236,7 +236,7 @@ def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _homes(layers: Iterable[Layer], targets: Mapping[str, _Targets]) -> dict[int, tuple[str, str]]:
-    """Return role and parameter per layer. Names that several networks have are decided by shape, then by the others."""
+    """Return role and parameter per layer. Where several networks have a name, the shape decides, then the others."""
     homes: dict[int, tuple[str, str]] = {}
     shared: list[tuple[Layer, dict[str, str]]] = []
     for layer in layers:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRankUpdate:
-    """Low-rank update of a matrix or of a convolution: scale · up · down (https://arxiv.org/abs/2106.09685, equation 3).
+    """Low-rank update of a matrix or a convolution: scale · up · down (https://arxiv.org/abs/2106.09685, equation 3).
 
     Attributes:
         down: Matrix (rank, in), or kernels (rank, in, height, width).

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from kandinsky22.checkpoints.atomic_files import atomic_write
-from kandinsky22.checkpoints.weights import read_metadata, read_tensors
+from kandinsky22.checkpoints.atomic_files import atomic_write, open_regular_file
 from kandinsky22.errors import CheckpointError, describe
 
 TENSOR = "image_embeds"
 SETTINGS = "kandinsky22_subject"  # entry of the header, as JSON
 VERSION = 1
+MAX_BYTES = 2**24  # an embedding has a few kilobytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,26 +66,48 @@ def load_subject(path: str | os.PathLike[str], *, embedding_dim: int | None = No
         path: The file.
         embedding_dim: Width of the model's image embeddings; None accepts any.
 
+    Returns:
+        The subject.
+
     Raises:
         CheckpointError: The file is missing, damaged, no subject, or for a model with other embeddings.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"no subject {os.fspath(path)!r}: no such file exists")
-    tensors, text = dict(read_tensors(file)), read_metadata(file).get(SETTINGS)
-    embeds = tensors.get(TENSOR)
-    if text is None or embeds is None or embeds.ndim != 2 or len(embeds) != 1 or not embeds.is_floating_point():
-        raise CheckpointError(f"{file} is not a subject: expected a file that kandinsky22 train subject wrote")
     try:
-        settings: Any = json.loads(text)
-        subject = Subject(embeds.float().clone(), str(settings["image_encoder"]), int(settings["pictures"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a subject: its header is {describe(text)}") from error
-    if not bool(embeds.isfinite().all()):
-        raise CheckpointError(f"{file} is damaged: its embedding is not finite")
-    if embedding_dim is not None and embeds.shape[1] != embedding_dim:
+        with open_regular_file(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"subject {os.fspath(path)!r} cannot be read: {reason}") from error
+    subject = parse_subject(content, os.fspath(path))
+    if embedding_dim is not None and subject.image_embeds.shape[1] != embedding_dim:
         raise CheckpointError(
-            f"{file} was learned with another model: its embedding has {embeds.shape[1]} elements, expected "
-            f"{embedding_dim}"
+            f"{os.fspath(path)} was learned with another model: its embedding has {subject.image_embeds.shape[1]} "
+            f"elements, expected {embedding_dim}"
         )
+    return subject
+
+
+def parse_subject(content: bytes, origin: str) -> Subject:
+    """Return the subject in the content of a file.
+
+    Args:
+        content: The content.
+        origin: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: The content is damaged, or no subject.
+    """
+    try:
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        embeds = load(content)[TENSOR]
+        header: Any = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # the format of safetensors
+        settings: Any = json.loads(header["__metadata__"][SETTINGS])
+        subject = Subject(embeds.float().clone(), str(settings["image_encoder"]), int(settings["pictures"]))
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{origin} is not a subject: expected a file that kandinsky22 train subject wrote"
+        ) from error
+    if embeds.ndim != 2 or len(embeds) != 1 or not bool(subject.image_embeds.isfinite().all()):
+        raise CheckpointError(f"{origin} is damaged: its embedding is {describe(embeds)}, or not finite")
     return subject

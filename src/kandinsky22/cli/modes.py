@@ -86,6 +86,7 @@ class Subcommand:
 
 def _add_generate_inputs(group: argparse._ArgumentGroup) -> None:
     options.add_prompt(group)
+    options.add_subject(group)
 
 
 def _add_img2img_inputs(group: argparse._ArgumentGroup) -> None:
@@ -175,7 +176,7 @@ SUBCOMMANDS = (
         description="Generate images from a mixture of texts and images: the weighted sum of their embeddings.",
         example='--text "a red circle on a white background" 0.6 --image photo.png 0.4 -o between.png',
         add_inputs=options.add_mixture,
-        labels={"parts": "at least one --text or --image"},
+        labels={"parts": "at least one --text, --image or --subject"},
     ),
     Subcommand(
         mode=MODES["variations"],

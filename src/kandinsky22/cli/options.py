@@ -22,6 +22,7 @@ from kandinsky22.sampling.presets import PRESETS
 T = TypeVar("T")
 
 DEFAULT_CROP_PADDING = 32  # pixels around the mask
+DEFAULT_SUBJECT_WEIGHT = 0.5  # the prompt has the other half
 TEXT_SOURCES = "; - reads standard input, @FILE a file, @@ begins a text with @"
 # Repeats kandinsky22.runtime.quantize.KINDS: importing that module would import torch.
 QUANTIZATION_KINDS = ("int8", "int8-dynamic", "int4")
@@ -107,8 +108,24 @@ def adapter(text: str) -> str:
     """
     name, weight = split_weight(text)
     if not name.strip() or not math.isfinite(weight):
-        raise _invalid(text, "a file, a folder or a Hub id, and after a colon its weight, such as style.safetensors:0.8")
+        raise _invalid(
+            text, "a file, a folder or a Hub id, and after a colon its weight, such as style.safetensors:0.8"
+        )
     return text
+
+
+def subject_path(text: str) -> Path:
+    """Return the path of the file of a learned subject. The file is read later.
+
+    Args:
+        text: Path in the local file system.
+
+    Raises:
+        argparse.ArgumentTypeError: If the path is empty.
+    """
+    if not text:
+        raise _invalid(text, "the path of a file that kandinsky22 train subject wrote")
+    return Path(text)
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -182,21 +199,23 @@ class _StoreInterval(argparse.Action):
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOption:
-    """One `--text` or `--image` option of the subcommand `mix`.
+    """One `--text`, `--image` or `--subject` option of the subcommand `mix`.
 
     Attributes:
-        text: Text to mix in, or None.
-        image: Path of the image to mix in, or None. Exactly one of `text` and `image` is set.
         weight: Weight on the command line; None if there is none.
+        text: Text to mix in, or None.
+        image: Path of the image to mix in, or None.
+        subject: Path of the learned subject to mix in, or None. Exactly one of the three is set.
     """
 
-    text: str | None
-    image: Path | None
     weight: float | None
+    text: str | None = None
+    image: Path | None = None
+    subject: Path | None = None
 
 
 class _AppendMixtureOption(argparse.Action):
-    """Collect ``--text TEXT [WEIGHT]`` and ``--image FILE [WEIGHT]`` in the order of the command line."""
+    """Collect ``--text TEXT [WEIGHT]``, ``--image FILE [WEIGHT]`` and ``--subject FILE [WEIGHT]`` in their order."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -209,9 +228,11 @@ class _AppendMixtureOption(argparse.Action):
         try:
             weight = mixture_weight(weights[0]) if weights else None
             if option == "--text":
-                item = MixtureOption(content, None, weight)
+                item = MixtureOption(weight, text=content)
+            elif option == "--image":
+                item = MixtureOption(weight, image=image_path(content))
             else:
-                item = MixtureOption(None, image_path(content), weight)
+                item = MixtureOption(weight, subject=subject_path(content))
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from error
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), item])
@@ -286,6 +307,22 @@ def add_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"description of the image{TEXT_SOURCES}")
 
 
+def add_subject(group: argparse._ArgumentGroup) -> None:
+    """Add `--subject`, a learned subject and its weight.
+
+    Args:
+        group: Option group of the subcommand.
+    """
+    group.add_argument(
+        "--subject",
+        metavar="FILE[:WEIGHT]",
+        help=(
+            "a subject that `kandinsky22 train subject` learned, and its weight from 0 to 1 (default: "
+            f"{DEFAULT_SUBJECT_WEIGHT:g}); the prompt has the rest of the weight"
+        ),
+    )
+
+
 def add_image(group: argparse._ArgumentGroup, name: str, help: str) -> None:
     """Add an option that names an image file.
 
@@ -308,7 +345,7 @@ def add_strength(group: argparse._ArgumentGroup, help: str) -> None:
 
 
 def add_mixture(group: argparse._ArgumentGroup) -> None:
-    """Add `--text` and `--image` with optional weights, both stored in `args.parts`.
+    """Add `--text`, `--image` and `--subject` with optional weights, all stored in `args.parts`.
 
     Args:
         group: Option group of the subcommand.
@@ -319,6 +356,12 @@ def add_mixture(group: argparse._ArgumentGroup) -> None:
         "--image",
         metavar=("FILE", "WEIGHT"),
         help="an image and its weight; can be repeated. Weights should sum to 1; without weights, all are equal",
+        **common,
+    )
+    group.add_argument(
+        "--subject",
+        metavar=("FILE", "WEIGHT"),
+        help="a learned subject and its weight; can be repeated: see `kandinsky22 train subject`",
         **common,
     )
 

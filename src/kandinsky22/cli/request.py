@@ -11,11 +11,11 @@ from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.command_inputs import CommandInputs
-from kandinsky22.cli.options import MixtureOption
+from kandinsky22.cli.options import DEFAULT_SUBJECT_WEIGHT, MixtureOption
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.adapters import find_adapter, find_recorded_adapter, split_weight
 from kandinsky22.generation.image_files import PNG, find_format
-from kandinsky22.generation.input_images import check_text
+from kandinsky22.generation.input_images import SUBJECT, check_text
 from kandinsky22.generation.limits import MAX_SIDE
 from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.generation.request import Request, preset_settings
@@ -53,6 +53,7 @@ def read_request(
         return None if recipe is None else getattr(recipe, name)
 
     derived: dict[str, Any] = {"seeds": _seeds(args, recipe), "parts": _mixture(args, recipe, inputs)}
+    derived["subject"] = _subject(args, recipe, inputs)
     derived |= {name: _open_image(name, resolve(name), inputs) for name in IMAGE_OPTIONS}
     # The recipe's size fits the recipe's image: another image gets a size of its own.
     uses_recipe_size = recipe is not None and (size_option is None or getattr(args, size_option) is None)
@@ -184,9 +185,7 @@ def _mixture(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInp
     options: Sequence[MixtureOption] | None = getattr(args, "parts", None)
     if options is None:
         recorded = None if recipe is None else recipe.parts
-        return recorded and tuple(
-            dataclasses.replace(item, image=_open_image("image", item.image, inputs)) for item in recorded
-        )
+        return recorded and tuple(_open_recorded_item(item, inputs) for item in recorded)
     unweighted = [option.weight is None for option in options]
     if any(unweighted) and not all(unweighted):
         raise InputError("only some of the mixed items have a weight; give a weight to each of them or to none")
@@ -195,6 +194,27 @@ def _mixture(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInp
             weight=1 / len(options) if option.weight is None else option.weight,
             text=None if option.text is None else check_text("text", inputs.read_text("text", option.text)),
             image=_open_image("image", option.image, inputs),
+            subject=_open_image(SUBJECT, option.subject, inputs),
         )
         for option in options
     )
+
+
+def _open_recorded_item(item: MixtureItem, inputs: CommandInputs) -> MixtureItem:
+    """Return an item of a recipe with its file as it is now."""
+    return dataclasses.replace(
+        item, image=_open_image("image", item.image, inputs), subject=_open_image(SUBJECT, item.subject, inputs)
+    )
+
+
+def _subject(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs) -> MixtureItem | None:
+    """Return the learned subject of `generate`."""
+    text = getattr(args, SUBJECT, None)
+    if text is None:
+        recorded = None if recipe is None else recipe.subject
+        return recorded and _open_recorded_item(recorded, inputs)
+    name, weight = split_weight(check_text(SUBJECT, text))
+    weight = DEFAULT_SUBJECT_WEIGHT if name == text else weight
+    if not name or not 0 <= weight <= 1:
+        raise invalid(SUBJECT, text, "a file, or FILE:WEIGHT with a weight from 0 to 1")
+    return MixtureItem(weight, subject=_open_image(SUBJECT, Path(name), inputs))

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SHEET = OutputName("-sheet")
 # Fields of recipes that only some subcommands have, each as an option of the same name.
-INPUTS = ("prompt", "image", "mask", "hint", "parts", "strength", "keep_pixels", "crop", "extend")
+INPUTS = ("prompt", "image", "mask", "hint", "parts", "subject", "strength", "keep_pixels", "crop", "extend")
 
 
 def run_mode(subcommand: Subcommand, args: argparse.Namespace) -> None:

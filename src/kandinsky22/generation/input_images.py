@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.recipe import InputFile
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 STDIN = "-"  # name of an image that was read from standard input
+SUBJECT = "subject"  # name of the argument that holds the file of a learned subject
 
 
 class InputImages:
     """The input images of one request.
 
     Attributes:
-        images: Opened images, upright, by record.
+        images: Opened images, upright, by record; of learned subjects the image embedding, (1, D).
         paths: Paths of the opened files.
         changes: Messages about files that differ from the recipe's record.
     """
@@ -31,7 +29,7 @@ class InputImages:
             recipe_source: Image file whose recipe is repeated, or None.
         """
         self._recipe_source = recipe_source
-        self.images: dict[InputFile, Image] = {}
+        self.images: dict[InputFile, Any] = {}
         self.paths: list[Path] = []
         self.changes: list[str] = []
 
@@ -90,11 +88,11 @@ class InputImages:
         return current
 
     def add(self, name: str, content: bytes, recorded_name: str, *, path: Path | None = None) -> InputFile:
-        """Decode an image and add it.
+        """Decode an image, or the file of a subject, and add it.
 
         Args:
             name: Name of the argument, for error messages.
-            content: Content of the image file.
+            content: Content of the file; that of a subject if `name` is "subject".
             recorded_name: Name of the file in the recipe.
             path: Path of the file for error messages; None stands for `recorded_name`.
 
@@ -103,11 +101,16 @@ class InputImages:
 
         Raises:
             InputError: If the content is not a readable image.
+            CheckpointError: If the content is not a subject.
         """
+        from kandinsky22.checkpoints.subject_file import parse_subject
         from kandinsky22.inputs.images import convert_mode
         from kandinsky22.inputs.sources import decode_image
 
         record = InputFile(recorded_name, _sha256(content))
+        if name == SUBJECT:
+            self.images[record] = parse_subject(content, recorded_name if path is None else str(path)).image_embeds
+            return record
         image = decode_image(name, content, recorded_name if path is None else str(path))
         convert_mode(name, image)  # raises InputError now if the image cannot be converted to RGB later
         self.images[record] = image

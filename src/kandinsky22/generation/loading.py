@@ -75,7 +75,7 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
 
 
 def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, compile: bool) -> None:
-    """Apply adapters, quantize the networks, enable feature caching, move or offload them, and compile them, as requested.
+    """Apply adapters, quantize the networks, enable feature caching, move or offload and compile them, as requested.
 
     Args:
         networks: The networks.

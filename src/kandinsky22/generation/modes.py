@@ -76,7 +76,7 @@ class Mode:
 _ALL_MODES = (
     Mode(
         name="generate",
-        inputs=("prompt",),
+        inputs=("prompt", "subject"),
         required=("prompt",),
         decoder_class=lambda request: "KandinskyV22Pipeline",
     ),

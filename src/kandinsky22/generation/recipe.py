@@ -59,21 +59,28 @@ class AppliedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class MixtureItem:
-    """One text or image of a mixture of embeddings.
+    """One text, image or learned subject of a mixture of embeddings.
 
     Attributes:
         weight: Factor of the item's embedding.
         text: The text, or None.
-        image: The image file, or None. Exactly one of `text` and `image` is set.
+        image: The image file, or None.
+        subject: The file of a learned subject, or None. Exactly one of `text`, `image` and `subject` is set.
     """
 
     weight: float
     text: str | None = None
     image: InputFile | None = None
+    subject: InputFile | None = None
 
     def __post_init__(self) -> None:
-        if (self.text is None) == (self.image is None):
-            raise ValueError("a mixed item is not exactly one of a text and an image")
+        if [self.text, self.image, self.subject].count(None) != 2:
+            raise ValueError("a mixed item is not exactly one of a text, an image and a subject")
+
+    @property
+    def file(self) -> InputFile | None:
+        """The file of an image or a subject; None for a text."""
+        return self.image or self.subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Recipe:
         mask: Mask of inpaint.
         hint: Hint of control.
         parts: Items of mix.
+        subject: Learned subject that generate mixes with the prompt, whose weight is 1 minus that of the subject.
         strength: Fraction of the denoising process that runs, from 0 to 1.
         keep_pixels: Whether inpaint copies the pixels outside the mask.
         crop: Padding of the crop around the mask that inpaint repaints, in pixels; width and height are those of the
@@ -144,6 +152,7 @@ class Recipe:
     mask: InputFile | None = None
     hint: InputFile | None = None
     parts: tuple[MixtureItem, ...] | None = None
+    subject: MixtureItem | None = None
     strength: float | None = None
     keep_pixels: bool | None = None
     crop: int | None = None
@@ -214,7 +223,10 @@ class Recipe:
         return [
             ("command", self.command),
             *((name, str(value)) for name, value in inputs.items() if value is not None),
-            *(("mixed in", f"{item.weight:g} of {item.image or item.text}") for item in self.parts or ()),
+            *(
+                ("mixed in", f"{item.weight:g} of {item.file or item.text}")
+                for item in (*(self.parts or ()), *self._subjects())
+            ),
             ("seed", _join(self.seeds)),
             ("size", f"{self.width}x{self.height}"),
             ("steps", f"{self.steps}, prior {self.prior_steps}"),
@@ -229,6 +241,9 @@ class Recipe:
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
+
+    def _subjects(self) -> tuple[MixtureItem, ...]:
+        return () if self.subject is None else (self.subject,)
 
     def approximations(self) -> dict[str, str]:
         """Return the active options that change the image for speed or memory, by name."""
@@ -291,7 +306,7 @@ class Recipe:
         if self.prompt is not None:
             return self.prompt
         if self.parts is not None:
-            return " + ".join(str(item.image.name if item.image else item.text) for item in self.parts)
+            return " + ".join(str(item.file.name if item.file else item.text) for item in self.parts)
         return f"{self.command} of {self.image and self.image.name}"
 
 

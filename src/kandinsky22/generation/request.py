@@ -25,6 +25,7 @@ class Request:
     mask: InputFile | None
     hint: InputFile | None
     parts: tuple[MixtureItem, ...] | None
+    subject: MixtureItem | None
     strength: float | None
     keep_pixels: bool | None
     crop: int | None

@@ -33,7 +33,7 @@ class Job:
     """
 
     request: Request
-    inputs: Mapping[InputFile, Image]
+    inputs: Mapping[InputFile, Any]
     networks: Networks
     images: stages.DecoderImages
     recipe: Recipe
@@ -101,7 +101,7 @@ class Session:
         """
         return session_key(mode, request) == self._key
 
-    def prepare(self, mode: Mode, request: Request, inputs: Mapping[InputFile, Image]) -> Job:
+    def prepare(self, mode: Mode, request: Request, inputs: Mapping[InputFile, Any]) -> Job:
         """Return a request that is ready to run. No network runs yet.
 
         Args:

@@ -127,14 +127,14 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
 
 
 def run_prior(
-    prior: Any, request: Request, images: Mapping[InputFile, Image], generator: torch.Generator
+    prior: Any, request: Request, images: Mapping[InputFile, Any], generator: torch.Generator
 ) -> KandinskyPriorPipelineOutput:
     """Return the image embedding of a prompt, a mixture or an image, and the negative image embedding.
 
     Args:
         prior: Prior pipeline.
         request: Settings of the command, from `with_model_defaults`.
-        images: The opened input images by record.
+        images: The opened input images by record, and the embeddings of learned subjects.
         generator: Source of the noise.
 
     Raises:
@@ -145,10 +145,10 @@ def run_prior(
         argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
     }
     options["prompt_weights"] = bool(request.prompt_weights)
-    if request.prompt is None:
+    if request.prompt is None or request.subject is not None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
-        mixture = request.parts or (MixtureItem(1.0, image=request.image),)
-        items = [item.text if item.image is None else images[item.image] for item in mixture]
+        mixture = _subject_mixture(request) or request.parts or (MixtureItem(1.0, image=request.image),)
+        items = [item.text if item.file is None else images[item.file] for item in mixture]
         weights = [item.weight for item in mixture]
         options |= {"negative_prior_prompt": request.negative_prompt}
         with _nan_errors(prior, request.prior_steps):
@@ -158,6 +158,13 @@ def run_prior(
         options["image"] = images[request.image]
     with _nan_errors(prior, request.prior_steps):
         return prior(generator=generator, **options)
+
+
+def _subject_mixture(request: Request) -> tuple[MixtureItem, ...] | None:
+    """Return the prompt and the learned subject of `generate`; None without a subject."""
+    if request.subject is None:
+        return None
+    return MixtureItem(1 - request.subject.weight, text=request.prompt), request.subject
 
 
 def steps_after_strength(pipe: Any, steps: int, strength: float) -> int:
@@ -178,7 +185,7 @@ def steps_after_strength(pipe: Any, steps: int, strength: float) -> int:
     return len(TimestepSchedule(scheduler, scheduler.timesteps).after_strength(strength).timesteps)
 
 
-def prepare_images(decoder: Any, request: Request, inputs: Mapping[InputFile, Image]) -> DecoderImages:
+def prepare_images(decoder: Any, request: Request, inputs: Mapping[InputFile, Any]) -> DecoderImages:
     """Return the images that the decoder receives: those of the command, extended or cropped as requested.
 
     Args:
@@ -251,7 +258,7 @@ def run_decoder(
 def generate_image(
     networks: Networks,
     request: Request,
-    inputs: Mapping[InputFile, Image],
+    inputs: Mapping[InputFile, Any],
     images: DecoderImages,
     seed: int,
 ) -> Image:

@@ -210,6 +210,9 @@ class Training:
             kind: `LORA`, `FULL` or the method of a subject.
             preserved: Pictures that keep the decoder as it is otherwise.
 
+        Returns:
+            What the decoder is trained on.
+
         Raises:
             InputError: A size does not fit the network, or no picture can be read.
             CheckpointError: Files are missing or damaged.

@@ -62,7 +62,7 @@ def autocasts(device: torch.device) -> bool:
 def add_adapters(
     network: nn.Module, rank: int, alpha: float | None, targets: Sequence[str], seed: int
 ) -> dict[str, LoraLinear]:
-    """Freeze a network, put adapters around its linear layers, and return them by the names of the layers.
+    """Freeze a network and put adapters around its linear layers.
 
     Args:
         network: The network.
@@ -70,6 +70,9 @@ def add_adapters(
         alpha: They are scaled by alpha / rank; None for 1.
         targets: Ends of the names of the layers; empty for the attention layers.
         seed: Seed of the initial values.
+
+    Returns:
+        The adapters by the names of the layers.
 
     Raises:
         InputError: No linear layer has such a name, or the rank is larger than a side of such a layer.

@@ -189,6 +189,9 @@ class Encoders:
             latents: Whether MoVQ is loaded.
             texts: Whether the text tower is loaded.
 
+        Returns:
+            The encoders.
+
         Raises:
             CheckpointError: Files are missing or damaged.
         """

@@ -9,12 +9,15 @@ from kandinsky22.errors import MissingDependencyError
 
 
 def require(module: str, feature: str, package: str | None = None) -> Any:
-    """Import and return a module.
+    """Import a module.
 
     Args:
         module: Name of the module.
         feature: What needs it, for the message.
         package: Name of the package that has the module; None for the same name.
+
+    Returns:
+        The module.
 
     Raises:
         MissingDependencyError: The module is not installed.

@@ -81,7 +81,7 @@ class Job(Protocol):
 def prepare(
     examples: Sequence[Example], job: Job, cache: TensorCache, processes: Processes, report: Report
 ) -> list[Entry]:
-    """Encode the examples that are not cached, shared among the processes, and return the cached ones.
+    """Encode the examples that are not cached, shared among the processes.
 
     Args:
         examples: The examples.
@@ -89,6 +89,9 @@ def prepare(
         cache: The cache.
         processes: The processes of the training.
         report: Receives a warning per broken picture, and their number.
+
+    Returns:
+        The examples that are cached now: all except broken ones.
 
     Raises:
         InputError: All pictures are broken.
@@ -257,13 +260,16 @@ class PriorJob:
 def prepare_texts(
     texts: Sequence[str], encoders: Encoders, cache: TensorCache, processes: Processes
 ) -> dict[str, Path]:
-    """Encode the texts that are not cached, shared among the processes, and return their cache files.
+    """Encode the texts that are not cached, shared among the processes.
 
     Args:
         texts: The texts.
         encoders: The encoders.
         cache: The cache.
         processes: The processes of the training.
+
+    Returns:
+        Cache files by text.
     """
     paths = {}
     for number, text in enumerate(dict.fromkeys(texts)):

@@ -231,6 +231,9 @@ class TrainingRun:
     def train(self) -> Summary:
         """Take the remaining steps.
 
+        Returns:
+            The summary.
+
         Raises:
             CheckpointError: A checkpoint cannot be written.
             NotFiniteError: The loss is not finite.
