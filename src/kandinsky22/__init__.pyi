@@ -1,5 +1,6 @@
 """Public names for type checkers; the table of `_exports.py` serves at run time."""
 
+from kandinsky22.checkpoints.subject_file import load_subject as load_subject
 from kandinsky22.errors import CheckpointError as CheckpointError
 from kandinsky22.errors import ConfigError as ConfigError
 from kandinsky22.errors import InputError as InputError

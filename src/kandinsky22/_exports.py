@@ -47,6 +47,7 @@ MODULE_OF = {
     "VQModel": "models.movq",
     "apply_quality": "sampling.presets",
     "load_image": "inputs.images",
+    "load_subject": "checkpoints.subject_file",
     "make_image_grid": "inputs.images",
     "optimisations": "kernels.settings",
 }

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests.cli.helpers import Command, assert_one_line
+from tests.cli.helpers import Command, assert_one_line, pixels, stored
 from tests.training.conftest import write_pictures
 from torch import Tensor
 
-from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
-from kandinsky22.checkpoints.subject_file import Subject, load_subject, save_subject
+from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline, load_subject
+from kandinsky22.checkpoints.subject_file import Subject, save_subject
 from kandinsky22.cli.failures import failure_message
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.training.finetuning import checkpoints
@@ -187,13 +187,55 @@ def test_dreambooth_draws_the_other_pictures(options: Any) -> None:
     assert {path: path.read_bytes() for path in sorted(drawn.iterdir())} == contents
 
 
+@pytest.fixture
+def subject(tmp_path: Path) -> Path:
+    """The file of a subject for the tiny model."""
+    path = tmp_path / "my cat.safetensors"
+    save_subject(path, Subject(torch.randn(1, 32), "digest", 4))
+    return path
+
+
+def test_subjects_in_generate(subject: Path, command: Command, model: Path) -> None:
+    base = ("generate", "a cat", "--model", model, "--seed", 1)
+    for name, weight in (("half.png", ""), ("most.png", ":0.9"), ("none.png", ":0")):
+        result = command(*base, "--subject", f"{subject}{weight}", "-o", name)
+        assert result.code == 0, result.err
+    assert command(*base, "-o", "plain.png").code == 0
+    assert stored(Path("half.png"))["subject"]["weight"] == 0.5
+    assert (pixels(Path("half.png")) != pixels(Path("most.png"))).any()
+    assert (pixels(Path("half.png")) != pixels(Path("plain.png"))).any()
+    assert (pixels(Path("none.png")) == pixels(Path("plain.png"))).all()
+    assert command("generate", "--from", "most.png", "-o", "again.png").code == 0
+    assert (pixels(Path("again.png")) == pixels(Path("most.png"))).all()
+    assert f"0.9 of {subject}, sha256 " in command("info", "most.png").out
+
+
+def test_subjects_in_mix(subject: Path, command: Command, model: Path) -> None:
+    result = command("mix", "--text", "a cat", 0.4, "--subject", subject, 0.6, "--model", model, "-o", "mix.png")
+    assert result.code == 0, result.err
+    assert command("mix", "--from", "mix.png", "-o", "again.png").code == 0
+    assert (pixels(Path("again.png")) == pixels(Path("mix.png"))).all()
+    item = stored(Path("mix.png"))["parts"][1]
+    assert (item["weight"], item["subject"]["name"]) == (0.6, str(subject))
+
+
+def test_wrong_subjects_are_one_line(subject: Path, command: Command, model: Path) -> None:
+    base = ("generate", "a cat", "--model", model, "--subject")
+    assert_one_line(command(*base, "missing"), 1, "missing")
+    assert_one_line(command(*base, f"{subject}:1.5"), 1, "subject=", "a weight from 0 to 1")
+    Path("text").write_text("no subject")
+    assert_one_line(command(*base, "text"), 1, "text is not a subject")
+    save_subject("wide.safetensors", Subject(torch.randn(1, 48), "digest", 4))
+    assert_one_line(command(*base, "wide.safetensors"), 1, "32")
+
+
 def test_files_of_subjects_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "subject.safetensors"
     save_subject(path, Subject(torch.arange(6.0)[None], "digest", 4))
     assert load_subject(path).image_embeds.tolist() == [[0, 1, 2, 3, 4, 5]]
     with pytest.raises(CheckpointError, match="another model: its embedding has 6 elements, expected 32"):
         load_subject(path, embedding_dim=32)
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         load_subject(tmp_path / "missing")
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CheckpointError):

@@ -223,10 +223,7 @@ class Recipe:
         return [
             ("command", self.command),
             *((name, str(value)) for name, value in inputs.items() if value is not None),
-            *(
-                ("mixed in", f"{item.weight:g} of {item.file or item.text}")
-                for item in (*(self.parts or ()), *self._subjects())
-            ),
+            *(("mixed in", f"{item.weight:g} of {item.file or item.text}") for item in self._mixed()),
             ("seed", _join(self.seeds)),
             ("size", f"{self.width}x{self.height}"),
             ("steps", f"{self.steps}, prior {self.prior_steps}"),
@@ -242,8 +239,9 @@ class Recipe:
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
 
-    def _subjects(self) -> tuple[MixtureItem, ...]:
-        return () if self.subject is None else (self.subject,)
+    def _mixed(self) -> tuple[MixtureItem, ...]:
+        """Return the items of mix, or the subject that is mixed with the prompt."""
+        return self.parts or (() if self.subject is None else (self.subject,))
 
     def approximations(self) -> dict[str, str]:
         """Return the active options that change the image for speed or memory, by name."""

@@ -145,7 +145,7 @@ def run_prior(
         argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
     }
     options["prompt_weights"] = bool(request.prompt_weights)
-    if request.prompt is None or request.subject is not None:
+    if request.prompt is None or _subject_mixture(request) is not None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = _subject_mixture(request) or request.parts or (MixtureItem(1.0, image=request.image),)
         items = [item.text if item.file is None else images[item.file] for item in mixture]
@@ -161,8 +161,8 @@ def run_prior(
 
 
 def _subject_mixture(request: Request) -> tuple[MixtureItem, ...] | None:
-    """Return the prompt and the learned subject of `generate`; None without a subject."""
-    if request.subject is None:
+    """Return the prompt and the learned subject of `generate`; None without a subject that has a weight."""
+    if request.subject is None or request.subject.weight == 0:
         return None
     return MixtureItem(1 - request.subject.weight, text=request.prompt), request.subject
 
