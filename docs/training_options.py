@@ -1,0 +1,73 @@
+"""Write the reference of training options, or compare it: `python docs/training_options.py [--check]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from kandinsky22.cli.train import KINDS
+from kandinsky22.training.finetuning.options import Option, SubjectOptions, TrainingOptions
+
+PAGE = Path(__file__).parent / "reference" / "training-options.md"
+INTRODUCTION = """# Training options
+
+Options of `kandinsky22 train lora`, `train full` and `train subject`, written by `docs/training_options.py`.
+[Train on your own pictures](../how-to/training.md) explains them.
+
+- A YAML file may hold them: `--config FILE`, one `name: value` per line, with hyphens or underscores. The command line
+  takes precedence.
+- Switches have a negative form: `--no-use-ema`.
+- In Python they are the fields of `TrainingOptions` and `SubjectOptions`, with underscores.
+"""
+
+
+def rows(options: list[Option]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    yield "| Option | Default | Meaning |"
+    yield "|---|---|---|"
+    for option in options:
+        default = "" if option.default in (None, ()) else "no" if option.default is False else f"`{option.default}`"
+        choices = f": {', '.join(f'`{choice}`' for choice in option.choices)}" if option.choices else ""
+        yield f"| `{option.flag}` | {default} | {option.help}{choices} |"
+
+
+def page() -> str:
+    """Return the text of the page."""
+    parts = [INTRODUCTION]
+    listed = list(TrainingOptions.options())
+    subject = [option for option in SubjectOptions.options() if option not in listed]
+    for group in dict.fromkeys(option.group for option in listed):
+        only = [kind.name for kind in KINDS if group in kind.without]
+        note = f"\nNot for `train {'`, `train '.join(only)}`.\n" if only else ""
+        parts.append(f"## {group[0].upper()}{group[1:]}\n{note}")
+        parts.append("\n".join(rows([option for option in listed if option.group == group])) + "\n")
+    parts.append("## Subject\n\nOnly for `train subject`, or with another default there.\n")
+    parts.append("\n".join(rows(subject)) + "\n")
+    parts.append(PYTHON)
+    return "\n".join(parts)
+
+
+PYTHON = """## In Python
+
+::: kandinsky22.training.finetuning.finetune.finetune
+
+::: kandinsky22.training.finetuning.subject.train_subject
+
+::: kandinsky22.checkpoints.subject_file.load_subject
+
+::: kandinsky22.checkpoints.subject_file.Subject
+"""
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    if "--check" in sys.argv[1:]:
+        if PAGE.read_text(encoding="utf-8") != page():
+            sys.exit(f"{PAGE} is not up to date: run python docs/training_options.py")
+        return
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The commands of the guide are valid, and the reference of options is up to date."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from kandinsky22.cli.main import build_parser
+from kandinsky22.cli.train import KINDS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_commands_of_the_guide_are_valid() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (DOCS / "how-to" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    kinds = set()
+    for words in lines:
+        arguments = words[words.index("kandinsky22") + 1 :]
+        args = vars(build_parser().parse_args(arguments))
+        if arguments[0] == "train":
+            (kind,) = [kind for kind in KINDS if kind.name == arguments[1]]
+            names = {option.name for option in kind.options.options()}
+            kind.options.from_mapping({name: value for name, value in args.items() if name in names})
+            kinds.add(kind.name)
+    assert kinds == {"lora", "subject"}
+    assert len(lines) == 9
+
+
+def test_the_reference_of_options_is_up_to_date() -> None:
+    program = [sys.executable, str(DOCS / "training_options.py"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
