@@ -6,6 +6,7 @@ import dataclasses
 import json
 import resource
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,21 @@ def test_wrong_subjects_are_one_line(subject: Path, command: Command, model: Pat
     assert_one_line(command(*base, "wide.safetensors"), 1, "32")
 
 
+@pytest.mark.slow
+def test_dreambooth_of_other_decoders_needs_a_folder(options: Any, models: Path) -> None:
+    choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", model=str(models / "inpaint"))
+    with pytest.raises(InputError, match=r"--class-prompt='a cat' is invalid: .* kind inpaint; name a folder"):
+        train_subject(choices)
+
+
+@pytest.mark.slow
+def test_tensorboard_has_losses_and_samples(options: Any) -> None:
+    pytest.importorskip("tensorboard")
+    finetune(options(report_to="tensorboard", max_train_steps=1), LORA)
+    (events,) = (Path(options().output_dir) / "decoder" / "tensorboard").iterdir()
+    assert b"decoder/samples" in events.read_bytes()
+
+
 def test_files_of_subjects_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "subject.safetensors"
     save_subject(path, Subject(torch.arange(6.0)[None], "digest", 4))
@@ -286,7 +302,7 @@ def test_old_checkpoints_are_deleted(options: Any) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_of_another_training_are_refused(options: Any) -> None:
+def test_checkpoints_of_another_training_are_refused(options: Any, model: Path, tmp_path: Path) -> None:
     finetune(options(max_train_steps=2), LORA)
     with pytest.raises(InputError, match=r"has checkpoints up to checkpoint-000002: add --resume to continue"):
         finetune(options(), LORA)
@@ -294,6 +310,13 @@ def test_checkpoints_of_another_training_are_refused(options: Any) -> None:
         finetune(options(resume="latest", train_batch_size=3), LORA)
     with pytest.raises(InputError, match=r"--rank was 2 and is 3"):
         finetune(options(resume="checkpoint-000002", rank=3), LORA)
+    other = str(tmp_path / "other")
+    pipe = KandinskyV22Pipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(1.1)
+    KandinskyV22CombinedPipeline.from_pretrained(model, **pipe.components).save_pretrained(other)
+    with pytest.raises(InputError, match=r"belongs to another training: weights was '\w+' and is '\w+'$"):
+        finetune(options(resume="latest", model=other), LORA)
     with pytest.raises(InputError, match=r"expected latest, a path or one of .*checkpoint-000002"):
         finetune(options(resume="checkpoint-000009"), LORA)
 
@@ -353,6 +376,7 @@ def test_damaged_checkpoints_are_named(options: Any) -> None:
         (("--target-modules", "to_x"), 1, ("--target-modules='to_x'", "to_q")),
         (("--mode", "inpaint"), 1, ("is not --mode inpaint",)),
         (("--use-8bit-adam",), 1, ("bitsandbytes",)),
+        (("--report-to", "tensorboard"), 1, ("--report-to tensorboard needs the package tensorboard",)),
         (("--mixed-precision", "fp16"), 1, ("--mixed-precision='fp16'", "no or bf16")),
         (("--config", "missing.yaml"), 1, ("--config missing.yaml cannot be read",)),
         (("--learning-rate", "nan"), 2, ("--learning-rate", "finite")),
@@ -360,9 +384,17 @@ def test_damaged_checkpoints_are_named(options: Any) -> None:
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: tuple[str, ...], code: int, words: tuple[str, ...], command: Command, model: Path, pictures: Path
+    arguments: tuple[str, ...],
+    code: int,
+    words: tuple[str, ...],
+    command: Command,
+    model: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("empty").mkdir()
+    for package in ("tensorboard", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     data = () if "--train-data-dir" in arguments else ("--train-data-dir", pictures)
     result = command("train", "lora", "--model", model, "--max-train-steps", 1, "-q", *data, *arguments)
     assert_one_line(result, code, *words)

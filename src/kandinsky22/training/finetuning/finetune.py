@@ -18,6 +18,7 @@ import kandinsky22
 from kandinsky22.adapters.files import write_adapter
 from kandinsky22.adapters.updates import Adapter
 from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.models import Model, UNet2DConditionModel
@@ -184,10 +185,11 @@ class Training:
         count = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
         return BatchPlan([entry.size for entry in entries], count, options.seed, stream)
 
-    def signature(self, kind: str, entries: Sequence[Entry], **further: Any) -> dict[str, Any]:
+    def signature(self, kind: str, network: nn.Module, entries: Sequence[Entry], **further: Any) -> dict[str, Any]:
         """Return what a checkpoint must agree with to be continued.
 
         Args:
+            network: The network as it was loaded.
             kind: `LORA`, `FULL` or the method of a subject.
             entries: Pictures to train on.
             **further: Further entries.
@@ -195,7 +197,8 @@ class Training:
         text = "\n".join(f"{entry.path.name} {entry.caption}" for entry in entries)
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
         rank = {"--rank": self.options.rank, "--target-modules": list(self.options.target_modules)}
-        return {"kind": kind, "pictures": digest, **(rank if kind == LORA else {}), **further}
+        weights = weights_digest({"network": network})[:16]
+        return {"kind": kind, "weights": weights, "pictures": digest, **(rank if kind == LORA else {}), **further}
 
     # Decoders
 
@@ -326,6 +329,7 @@ class Training:
         data = self.decoder_data(examples, mode, kind)
         pipe = self.load_unet(data, mode, kind)
         unet = pipe.unet
+        signature = self.signature(kind, unet, data.entries, mode=mode)
         self.make_trainable(unet, kind)
         objective = self.decoder_objective(data, pipe.scheduler, mode)
         return Stage(
@@ -333,7 +337,7 @@ class Training:
             network=unet,
             streams=[Stream(objective, self.plan(data.entries))],
             write_results=self.writer(unet, kind, "unet"),
-            signature=self.signature(kind, data.entries, mode=mode),
+            signature=signature,
             draw_samples=self.decoder_sheet(data, objective, unet, mode),
         )
 
@@ -381,6 +385,7 @@ class Training:
         pipe = load_prior(options, self._dtype(kind), "prior", "scheduler")
         prior = pipe.prior
         check_scheduler(pipe.scheduler)
+        signature = self.signature(kind, prior, training)
         self.make_trainable(prior, kind)
         objective = PriorObjective(
             training,
@@ -399,7 +404,7 @@ class Training:
             network=prior,
             streams=[Stream(objective, self.plan(training))],
             write_results=self.writer(prior, kind, "prior"),
-            signature=self.signature(kind, training),
+            signature=signature,
             draw_samples=self._prior_sheet(pipe, texts, zero_embed) if options.validation_prompt else None,
         )
 

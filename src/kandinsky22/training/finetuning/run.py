@@ -92,10 +92,14 @@ def new_accelerator(options: TrainingOptions) -> Any:
         options: Options of the training.
 
     Raises:
-        MissingDependencyError: accelerate is not installed.
+        MissingDependencyError: accelerate, or the package of an option, is not installed.
         InputError: The type is not one of the device.
     """
     accelerate = require("accelerate", "kandinsky22 train")
+    if options.report_to == "tensorboard":  # now, and not when the first network is ready
+        require("tensorboard", "--report-to tensorboard")
+    if options.use_8bit_adam:
+        require("bitsandbytes", "--use-8bit-adam")
     if options.mixed_precision == "fp16" and accelerate.PartialState().device.type == "cpu":
         raise invalid("--mixed-precision", "fp16", "no or bf16 on a CPU")
     try:

@@ -21,6 +21,7 @@ import kandinsky22
 from kandinsky22.adapters.files import write_adapter
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.subject_file import Subject, save_subject
+from kandinsky22.errors import invalid
 from kandinsky22.training.finetuning import lora, samples
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.data import Example, read_examples, read_path
@@ -148,7 +149,7 @@ def _inversion(training: Training, options: SubjectOptions, examples: Sequence[E
         network=vector,
         streams=[Stream(objective, training.plan(data.entries))],
         write_results=write,
-        signature=training.signature(INVERSION, data.entries),
+        signature=training.signature(INVERSION, unet, data.entries),
         draw_samples=functools.partial(_subject_sheet, drawing, vector, data, training),
     )
 
@@ -180,6 +181,7 @@ def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[
     preserved = _class_examples(training, options) if options.prior_loss_weight > 0 else []
     data = training.decoder_data(examples, mode, LORA, preserved)
     pipe = training.load_unet(data, mode, LORA)
+    signature = training.signature(LORA, pipe.unet, data.entries, mode=mode, class_pictures=len(data.preserved))
     training.make_trainable(pipe.unet, LORA)
     objective = training.decoder_objective(data, pipe.scheduler, mode)
     streams = [Stream(objective, training.plan(data.entries))]
@@ -196,7 +198,7 @@ def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[
         network=pipe.unet,
         streams=streams,
         write_results=training.writer(pipe.unet, LORA, "unet"),
-        signature=training.signature(LORA, data.entries, mode=mode, class_pictures=len(data.preserved)),
+        signature=signature,
         draw_samples=training.decoder_sheet(data, objective, pipe.unet, mode),
     )
 
@@ -205,6 +207,9 @@ def _class_examples(training: Training, options: SubjectOptions) -> list[Example
     """Return other pictures of the subject's kind, after drawing those that are missing."""
     if options.class_data_dir is not None:
         return read_path(Path(options.class_data_dir), "--class-data-dir")[: options.num_class_images]
+    if (mode := decoder_mode(options)) != "plain":
+        advice = "name a folder of pictures with --class-data-dir"
+        raise invalid("--class-prompt", options.class_prompt, f"None for a decoder of the kind {mode}", advice)
     folder = training.folder / CLASS_FOLDER
     missing = [number for number in range(options.num_class_images) if not (folder / f"{number:05d}.png").is_file()]
     if missing and training.is_main:
