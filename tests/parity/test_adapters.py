@@ -137,6 +137,50 @@ def test_what_is_saved_here_gives_the_same_there(role: str, tmp_path: Path) -> N
     assert_equal_outputs(role, ours, theirs)
 
 
+@pytest.mark.parametrize("role", [UNET, PRIOR])
+def test_methods_of_networks_are_those_of_the_reference(role: str, tmp_path: Path) -> None:
+    theirs, ours = networks(role)
+    adapters = match_updates(peft_layout(random_pairs(ours, attention_layers(ours))), {role: ours}, origin="file")
+    write_adapter(tmp_path, adapters)
+    results: list[list[Any]] = []
+    for network in (theirs, ours):
+        network.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True, adapter_name="style")
+        active, outputs = network.active_adapters(), [output(role, network)]
+        for change in (
+            lambda net: net.set_adapters(["style"], weights=[0.5]),
+            lambda net: net.disable_lora(),
+            lambda net: net.enable_lora(),
+            lambda net: net.fuse_lora(),
+            lambda net: net.unfuse_lora(),
+            lambda net: net.save_lora_adapter(tmp_path / type(net).__module__, adapter_name="style"),
+            lambda net: net.delete_adapters("style"),
+            lambda net: net.unload_lora(),
+        ):
+            change(network)
+            outputs.append(output(role, network))
+        results.append([active, *outputs])
+    assert results[0][0] == results[1][0] == ["style"]
+    for expected, result in zip(results[0][1:], results[1][1:], strict=True):
+        assert float((result - expected).abs().max() / expected.abs().max()) < 1e-5
+    ours.load_attn_procs(tmp_path / type(ours).__module__)
+    assert torch.equal(output(role, ours), results[1][1])
+
+
+def test_unfusing_restores_the_weight_of_an_adapter(tmp_path: Path) -> None:
+    theirs, ours = networks(UNET)
+    adapters = match_updates(peft_layout(random_pairs(ours, attention_layers(ours))), {UNET: ours}, origin="file")
+    write_adapter(tmp_path, adapters)
+    changes = []
+    for network in (theirs, ours):
+        network.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+        before = output(UNET, network)
+        network.fuse_lora(lora_scale=2.0)
+        network.unfuse_lora()
+        changes.append(float((output(UNET, network) - before).abs().max() / before.abs().max()))
+    assert changes[0] > 0.01, "the reference keeps the scale of fusing"
+    assert changes[1] == 0
+
+
 def test_a_file_for_both_networks_loads_there_by_prefix(tmp_path: Path) -> None:
     both = {role: networks(role) for role in (UNET, PRIOR)}
     adapters = {}

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.adapters.formats import PRIOR
+from kandinsky22.adapters.network_methods import NetworkAdapterMixin
 from kandinsky22.config import Config
 from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.kernels import settings
@@ -176,11 +178,12 @@ class TransformerBlock(nn.Module):
         return tokens + self.ff(self.norm3(tokens)), kv
 
 
-class PriorTransformer(Model):
+class PriorTransformer(NetworkAdapterMixin, Model):
     """Network that predicts the clean image embedding (batch, embedding_dim) of a noisy one, from a text."""
 
     config_class = PriorTransformerConfig
     compiled_blocks = (TransformerBlock,)
+    adapter_role = PRIOR
     positional = (
         "num_attention_heads",
         "attention_head_dim",

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.adapters.formats import UNET
+from kandinsky22.adapters.network_methods import NetworkAdapterMixin
 from kandinsky22.config import Config
 from kandinsky22.errors import invalid
 from kandinsky22.kernels.conv import Conv2d, apply_conv
@@ -147,11 +149,12 @@ class UNetCondition:
     channels: Tensor | None = None
 
 
-class UNet2DConditionModel(Model):
+class UNet2DConditionModel(NetworkAdapterMixin, Model):
     """Network that predicts the noise in latents (batch, 4, h, w), whose sides are multiples of 2^(levels - 1)."""
 
     config_class = UNet2DConditionConfig
     compiled_blocks = (ResidualBlock, ImageAttention)
+    adapter_role = UNET
     positional = (
         "sample_size",
         "in_channels",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 import torch
 
 from kandinsky22._exports import MODULE_OF
+from kandinsky22.adapters.methods import AdapterMixin
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
 from kandinsky22.checkpoints.folder_save import folder_save, read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource
@@ -21,7 +22,6 @@ from kandinsky22.checkpoints.load_arguments import LoadArguments
 from kandinsky22.checkpoints.weights import check_save_arguments
 from kandinsky22.errors import CheckpointError, InputError, describe, invalid
 from kandinsky22.models.base import LAYOUT_VERSION
-from kandinsky22.pipelines.adapters import AdapterMixin
 from kandinsky22.pipelines.component_io import (
     LoadOptions,
     check_component,
