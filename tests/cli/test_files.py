@@ -239,7 +239,7 @@ def test_prompts_are_read_from_files_and_standard_input(
     assert command("generate", "--from", "b.png", "-o", "c.png").code == 0
     assert stored(Path("c.png"))["prompt"] == "@cat"
     command("mix", "--text", "@prompt.txt", "--model", model, *FAST, "-o", "d.png")
-    assert stored(Path("d.png"))["parts"] == [{"weight": 1.0, "text": "кот, a cat", "image": None}]
+    assert stored(Path("d.png"))["parts"] == [{"weight": 1.0, "text": "кот, a cat", "image": None, "subject": None}]
 
 
 @pytest.mark.parametrize(

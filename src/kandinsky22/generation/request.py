@@ -25,7 +25,6 @@ class Request:
     mask: InputFile | None
     hint: InputFile | None
     parts: tuple[MixtureItem, ...] | None
-    subject: MixtureItem | None
     strength: float | None
     keep_pixels: bool | None
     crop: int | None
@@ -56,6 +55,7 @@ class Request:
     cache_every: int | None
     lora: tuple[AppliedAdapter, ...] | None = None
     lora_locations: tuple[str, ...] | None = None
+    subject: MixtureItem | None = None
 
     def texts(self) -> list[str]:
         """Return all texts that the text encoder encodes."""

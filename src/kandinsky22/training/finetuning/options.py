@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -288,7 +289,8 @@ class TrainingOptions:
         names = [option.name for option in cls.options()]
         by_name = {str(name).replace("-", "_"): value for name, value in values.items()}
         if unknown := sorted(set(by_name) - set(names)):
-            raise InputError(f"{source}: no option is named {', '.join(unknown)}: expected names such as {names[0]}")
+            similar = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.0)
+            raise InputError(f"{source}: no option is named {', '.join(unknown)}; similar ones are {', '.join(similar)}")
         return cls(**by_name)
 
     @property
