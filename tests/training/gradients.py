@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky22.training.finetuning.data import read_examples
-from kandinsky22.training.finetuning.finetune import FULL, Training
+from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import TrainingOptions
-from kandinsky22.training.finetuning.run import TrainingRun, new_accelerator
+from kandinsky22.training.finetuning.run import TrainingRun
+from kandinsky22.training.finetuning.stages import FULL, Training
 
 
 def main(options_file: str, out: str) -> None:

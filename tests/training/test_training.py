@@ -26,10 +26,12 @@ from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.training.finetuning import checkpoints
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.data import read_examples
-from kandinsky22.training.finetuning.finetune import FULL, LORA, Training, finetune
+from kandinsky22.training.finetuning.finetune import finetune
 from kandinsky22.training.finetuning.frames import Frame
+from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions, read_config
-from kandinsky22.training.finetuning.run import Stage, TrainingRun, new_accelerator
+from kandinsky22.training.finetuning.run import Stage, TrainingRun
+from kandinsky22.training.finetuning.stages import FULL, LORA, Training
 from kandinsky22.training.finetuning.subject import _inversion, train_subject
 
 

@@ -290,7 +290,9 @@ class TrainingOptions:
         by_name = {str(name).replace("-", "_"): value for name, value in values.items()}
         if unknown := sorted(set(by_name) - set(names)):
             similar = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.0)
-            raise InputError(f"{source}: no option is named {', '.join(unknown)}; similar ones are {', '.join(similar)}")
+            raise InputError(
+                f"{source}: no option is named {', '.join(unknown)}; similar ones are {', '.join(similar)}"
+            )
         return cls(**by_name)
 
     @property

@@ -25,13 +25,14 @@ from kandinsky22.errors import invalid
 from kandinsky22.training.finetuning import lora, samples
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.data import Example, read_examples, read_path
-from kandinsky22.training.finetuning.finetune import COMPONENTS, LORA, DecoderData, Training
 from kandinsky22.training.finetuning.losses import LossWeights
 from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_decoder, load_prior
 from kandinsky22.training.finetuning.objectives import DecoderObjective
+from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
-from kandinsky22.training.finetuning.run import Stage, Stream, new_accelerator
+from kandinsky22.training.finetuning.run import Stage, Stream
+from kandinsky22.training.finetuning.stages import COMPONENTS, LORA, DecoderData, Training
 
 FILE = "subject.safetensors"
 INVERSION, DREAMBOOTH = "inversion", "dreambooth"
