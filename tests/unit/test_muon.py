@@ -50,12 +50,12 @@ def test_training_resumes_with_the_momentum(tmp_path: Path) -> None:
     torch.testing.assert_close(whole, resumed)
 
 
-def test_orthogonalisation_is_newton_schulz() -> None:
+def test_orthogonalisation_is_newton_schulz_up_to_bfloat16() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(12, 30)
     x = (matrix / matrix.norm()).double()
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    torch.testing.assert_close(orthogonalise(matrix), x.float(), atol=1e-4, rtol=1e-3)
+    assert (orthogonalise(matrix) - x).norm() < 0.02 * x.norm()
     assert not orthogonalise(torch.zeros(4, 6)).isnan().any()

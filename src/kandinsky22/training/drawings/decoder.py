@@ -54,9 +54,10 @@ BANK_START, BANK_GROWTH, BANK_SIZE = 4096, 2, 65536
 COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which are exact, instead of the vision tower's
 EMPTY_SHARE = 0.08
 EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
-MIXTURE = Mixture()
+# Sharp before many: the two styles that share their outlines.
+MIXTURE = Mixture(styles=("flat", "3D"))
 SETTINGS = Settings(
-    steps=30000, learning_rate=1e-3, warmup=300, decay=10000, average=0.9995, bf16=True, muon=True, seed=2
+    steps=20000, learning_rate=1e-3, warmup=300, decay=8000, average=0.9995, bf16=True, muon=True, seed=2
 )
 
 
