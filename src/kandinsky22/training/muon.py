@@ -59,8 +59,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors, and singular values near 1.
 
     Each iteration multiplies x by the polynomial a + b g + c g^2 of g = x x^T. Polynomials of g commute, therefore the
-    iteration runs on g, which is small, and x is multiplied once, by the product of the polynomials. The products with x
-    are computed in bfloat16, whose rounding is far below the spread of the resulting singular values.
+    iteration runs on g, which is small, and x is multiplied once, by the product of the polynomials. Products with
+    x are computed in bfloat16, whose rounding is far below the spread of the resulting singular values.
 
     Args:
         matrix: Tensor (rows, columns).
