@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kandinsky22.errors import CheckpointError
+from kandinsky22.training.drawings.assemble import assemble
 from kandinsky22.training.drawings.clip import Clip, train_clip
 from kandinsky22.training.drawings.decoder import train_decoder
 from kandinsky22.training.drawings.movq import load_movq, train_autoencoder, train_movq
@@ -50,6 +51,7 @@ STAGES: dict[str, Callable[[Path, Sprites], object]] = {
     "decoder": _decoder,
     "shared": _shared,
     "movq": lambda out, sprites: train_movq(out / "movq", sprites),
+    "assemble": assemble,
 }
 
 
