@@ -105,7 +105,7 @@ class Model:
             sprites: Pixels of all things.
             from_parts: Whether image embeddings are sums of parts instead of results of the prior.
         """
-        clip = Clip.load(folder / "clip")
+        clip = Clip.load(folder / ("towers" if is_finished(folder / "towers") else "clip"))
         unet = (
             shared.load_shared(folder / "shared", sprites).variant({})
             if is_finished(folder / "shared")

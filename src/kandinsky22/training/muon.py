@@ -59,23 +59,25 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors, and singular values near 1.
 
     Each iteration multiplies x by the polynomial a + b g + c g^2 of g = x x^T. Polynomials of g commute, therefore the
-    iteration runs on g, which is small, and x is multiplied once, by the product of the polynomials. Products with
-    x are computed in bfloat16, whose rounding is far below the spread of the resulting singular values.
+    iteration runs on g, which is small, and x is multiplied once, by the product of the polynomials. g must be computed
+    in single precision: rounding to bfloat16 gives it negative eigenvalues, which the iteration would enlarge without
+    limit.
 
     Args:
         matrix: Tensor (rows, columns).
     """
     a, b, c = _COEFFICIENTS
-    x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
+    x = matrix.float()
     if tall := x.shape[0] > x.shape[1]:
         x = x.mT
-    gram = (x @ x.mT).float()
+    gram = x @ x.mT
     gram = gram / (gram.trace() + 1e-14)  # the trace is the squared norm of x
+    scale = 1 / (x.norm() + 1e-7)
     identity = torch.eye(len(gram))
     product = identity
     for _ in range(_ITERATIONS):
         polynomial = a * identity + b * gram + c * gram @ gram
         gram = polynomial @ gram @ polynomial
         product = polynomial @ product
-    update = product.bfloat16() @ x
+    update = (product * scale) @ x
     return (update.mT if tall else update).to(matrix.dtype)

@@ -25,7 +25,7 @@ DECODER_DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 2.0,
     "guidance_interval": [0.0, 0.7],
 }
-STAGE_FOLDERS = ("clip", "movq/autoencoder", "prior", "decoder", "movq/decoder", "shared")
+STAGE_FOLDERS = ("clip", "towers", "movq/autoencoder", "prior", "decoder", "movq/decoder", "shared")
 
 
 def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
@@ -39,7 +39,7 @@ def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
         folder: Folder to save into; None takes the subfolder "model" of `out`.
     """
     folder = out / "model" if folder is None else folder
-    clip = Clip.load(out / "clip")
+    clip = Clip.load(out / ("towers" if is_finished(out / "towers") else "clip"))
     pipe = KandinskyV22PriorPipeline(
         prior=PriorTransformer.from_pretrained(out / "prior" / "model" / "prior").half(),
         image_encoder=clip.towers.vision.half(),
