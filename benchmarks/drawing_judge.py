@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.models.movq import VQModel
+from kandinsky22.training.drawings.captions import SceneDescription
 from kandinsky22.training.drawings.movq import load_movq
 from kandinsky22.training.drawings.rendering import render
 from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
@@ -118,6 +119,26 @@ def truth(scenes: Sequence[Scene]) -> Tensor:
         layout = LAYOUTS.index(scene.position or scene.arrangement or "")
         row = [scene.background.index, STYLES.index(scene.style), layout]
         for thing in scene.things:
+            row += [THINGS.index(thing.name), THING_COLORS.index(thing.color)]
+        rows.append(row + [ABSENT] * (len(HEADS) - len(row)))
+    return torch.tensor(rows)
+
+
+def answers_of_caption(descriptions: Sequence[SceneDescription]) -> Tensor:
+    """Return the answers to each of HEADS that captions state, (N, heads), or ABSENT.
+
+    Args:
+        descriptions: Attributes that the N captions state.
+    """
+    rows = []
+    for description in descriptions:
+        layout = description.position or description.arrangement
+        row = [
+            ABSENT if description.background is None else description.background,
+            ABSENT if description.style is None else STYLES.index(description.style),
+            ABSENT if layout is None else LAYOUTS.index(layout),
+        ]
+        for thing in description.things if description.ordered else ():
             row += [THINGS.index(thing.name), THING_COLORS.index(thing.color)]
         rows.append(row + [ABSENT] * (len(HEADS) - len(row)))
     return torch.tensor(rows)

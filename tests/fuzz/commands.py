@@ -101,6 +101,7 @@ VALUES: dict[str, list[list[str]]] = {
     "--hint": [["photo.png"], ["-"]],
     "--dtype": [["bfloat16"], ["auto"], ["float16"]],
     "--device": [["cpu"], ["auto"]],
+    "--lora": [["none"], ["photo.png"], ["text.txt:0.5"], [".:1e30"], ["nobody:nan"], ["C:\\x:1"]],
     "--quantize": [["int8"], ["int4"], ["none"]],
     "--cache-every": [["2"], ["1"]],
 }
@@ -193,6 +194,12 @@ FIELD_VALUES: dict[str, list[Any]] = {
     "prior_guidance_interval": [[0, 0], [1, 0], [0.5], [0, 0.5, 1], [0, 1e-300]],
     "guidance_rescale": [0, 1, 1e-300],
     "guidance_threshold": [0, 1, 1e-300],
+    "lora": [
+        [{"name": "photo.png", "sha256": "", "weight": 1}],
+        [{"name": "\x1b[2J", "sha256": "x", "weight": -1e38}],
+        [{"name": name, "sha256": "", "weight": 0} for name in (".", "/", "..", "C:\\x", "-", "a" * 300)],
+        [{"name": "photo.png"}],
+    ],
     "quantize": ["", "none", "int8", "int4", "int2", "\x1b[2J"],
     "cache_every": [1, 2, 10000],
 }

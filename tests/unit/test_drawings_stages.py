@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,17 @@ def test_clip_is_trained_and_read_again(tmp_path: Path) -> None:
     for name, value in trained.probe.state_dict().items():
         torch.testing.assert_close(loaded.probe.state_dict()[name], value)
     assert (tmp_path / "evaluation.json").is_file()
+
+
+def test_towers_are_trained_on_frozen_parts(clip: Clip, tmp_path: Path) -> None:
+    trained = copy.deepcopy(clip).requires_grad_(False)
+    clip_recipe.train_towers(
+        tmp_path, trained, SolidSprites(), dataclasses.replace(ONE_STEP, learning_rate=1e-3), count=4
+    )
+    loaded = Clip.load(tmp_path)
+    before, after = clip.state_dict(), loaded.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("towers.") for name in changed)
 
 
 def test_neighbours_differ_in_one_attribute() -> None:
@@ -115,8 +128,13 @@ def test_bank_of_the_decoder_is_resumed(clip: Clip, tmp_path: Path, monkeypatch:
     bank = decoder.Bank(tmp_path, network, clip, sprites, seed=0, size=8)
     first, later = bank.examples(StepRandomness.of(0, 0)), bank.examples(StepRandomness.of(0, 2))
     assert (bank.count, first.latents.shape) == (8, (2, 4, 32, 32))
+    stored = bank.embeds.copy()
     again = decoder.Bank(tmp_path, network, clip, sprites, seed=0, size=8)
     assert again.count == 8
+    other = copy.deepcopy(clip)
+    torch.nn.init.normal_(other.towers.vision.visual_projection.weight)
+    refreshed = decoder.Bank(tmp_path, network, other, sprites, seed=0, size=8).embeds
+    assert (refreshed[:, 1] != stored[:, 1]).all(1).any() and (refreshed[:, 0] == stored[:, 0]).all()
     torch.testing.assert_close(again.examples(StepRandomness.of(0, 2)).latents, later.latents)
     unet = UNet2DConditionModel(**decoder.CONFIG)
     objective = denoising_objective(unet, DDPMScheduler(**decoder.SCHEDULER), [bank])

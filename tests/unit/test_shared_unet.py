@@ -11,13 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline, KandinskyV22Pipeline
+from kandinsky22 import KandinskyV22ControlnetPipeline, KandinskyV22InpaintPipeline
 from kandinsky22.checkpoints import hub
 from kandinsky22.errors import CheckpointError
 from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
-from kandinsky22.training import assemble, decoder, denoising, movq, shared_banks, shared_network, shared_unet
+from kandinsky22.training import (
+    assemble,
+    decoder,
+    denoising,
+    movq,
+    packaging,
+    shared_banks,
+    shared_network,
+    shared_unet,
+)
 from kandinsky22.training.clip import EMBEDDING, Towers, build_tokenizer
 from kandinsky22.training.loop import Settings, StepRandomness
 from kandinsky22.training.scenes import (
@@ -218,7 +227,10 @@ def test_variant_pipelines_share_files_with_the_decoder(
     plain = shared.variant({})
     monkeypatch.setattr(hub, "_embedded_weights", lambda: tmp_path)
     picture = render([sample_scene(np.random.default_rng(0))])[0]
-    assemble._save_decoder(KandinskyV22Pipeline, plain, autoencoder, tmp_path / "decoder")
+    unets = packaging.DecoderUNets(
+        plain, shared.variant(shared_network.INPAINT_CONFIG), shared.variant(shared_network.HINT_CONFIG)
+    )
+    packaging.save_decoders(unets, autoencoder, decoder.SCHEDULER, assemble.DECODER_DEFAULTS, tmp_path)
     given: dict[str, dict[str, Any]] = {
         "inpaint": {"image": picture * 2 - 1, "mask_image": torch.ones(128, 128)},
         "control": {"hint": picture},
@@ -226,14 +238,13 @@ def test_variant_pipelines_share_files_with_the_decoder(
     kinds = {"inpaint": KandinskyV22InpaintPipeline, "control": KandinskyV22ControlnetPipeline}
     for name, kind in kinds.items():
         unet = shared.variant(shared_network.INPAINT_CONFIG if name == "inpaint" else shared_network.HINT_CONFIG)
-        assemble._save_decoder(kind, unet, autoencoder, tmp_path / name)
-        assemble.remove_shared_files(tmp_path / "decoder", tmp_path / name)
+        packaging.remove_shared_files(tmp_path / "decoder", tmp_path / name)
         assert sorted(path.name for path in (tmp_path / name).iterdir() if path.is_dir()) == ["unet"]
         assert not list((tmp_path / name / "unet").glob("*-00001-of-*"))
         pipe = kind.from_pretrained("embedded", torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         for key, value in unet.state_dict().items():
-            assert torch.equal(pipe.unet.state_dict()[key], value.float()), key
+            assert torch.equal(pipe.unet.state_dict()[key], value.half().float()), key
         embeds = torch.randn(1, EMBEDDING)
         options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", **given[name]}
         images = pipe(image_embeds=embeds, negative_image_embeds=-embeds, **options).images

@@ -59,7 +59,9 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """Return a matrix with the same singular vectors, and singular values near 1.
 
     Each iteration multiplies x by the polynomial a + b g + c g^2 of g = x x^T. Polynomials of g commute, therefore the
-    iteration runs on g, which is small, and x is multiplied once, by the product of the polynomials.
+    iteration runs on g, which is small, and x is multiplied once, by the product of the polynomials. g must be computed
+    in single precision: rounding to bfloat16 gives it negative eigenvalues, which the iteration would enlarge without
+    limit.
 
     Args:
         matrix: Tensor (rows, columns).

@@ -1,7 +1,7 @@
 """`python -m kandinsky22.training.drawings`: train the embedded model on drawings, stage by stage, resuming them.
 
 Each stage uses one thread. Stages that do not depend on each other can run at the same time in several processes: CLIP
-and the autoencoder, then the prior and the decoder.
+and the autoencoder, then the towers and the decoder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from kandinsky22.errors import CheckpointError
-from kandinsky22.training.drawings.clip import Clip, train_clip
+from kandinsky22.training.drawings.assemble import assemble
+from kandinsky22.training.drawings.clip import Clip, train_clip, train_towers
 from kandinsky22.training.drawings.decoder import train_decoder
 from kandinsky22.training.drawings.movq import load_movq, train_autoencoder, train_movq
 from kandinsky22.training.drawings.prior import train_prior
@@ -23,6 +24,13 @@ from kandinsky22.training.loop import is_finished
 
 
 def _clip(out: Path) -> Clip:
+    """Return the towers that have been trained longest."""
+    if is_finished(out / "towers"):
+        return Clip.load(out / "towers")
+    return _first_clip(out)
+
+
+def _first_clip(out: Path) -> Clip:
     _require(out / "clip")
     return Clip.load(out / "clip")
 
@@ -45,11 +53,13 @@ def _shared(out: Path, sprites: Sprites) -> None:
 # In order of dependency.
 STAGES: dict[str, Callable[[Path, Sprites], object]] = {
     "clip": lambda out, sprites: train_clip(out / "clip", sprites),
+    "towers": lambda out, sprites: train_towers(out / "towers", _first_clip(out), sprites),
     "autoencoder": lambda out, sprites: train_autoencoder(out / "movq", sprites),
     "prior": lambda out, sprites: train_prior(out / "prior", _clip(out)),
     "decoder": _decoder,
     "shared": _shared,
     "movq": lambda out, sprites: train_movq(out / "movq", sprites),
+    "assemble": assemble,
 }
 
 

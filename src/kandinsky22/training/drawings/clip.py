@@ -30,8 +30,23 @@ SIZES = TowerSizes()
 BATCH = 128
 GROUP = 2  # scenes per group of a batch; those of a group differ in one attribute each
 SETTINGS = Settings(
-    steps=2200, learning_rate=1e-3, warmup=200, decay=1300, weight_decay=0.05, average=0.998, bf16=True, muon=True
+    steps=1000, learning_rate=1e-3, warmup=100, decay=600, weight_decay=0.05, average=0.998, bf16=True, muon=True
 )
+
+
+# The first stage ends as soon as parts and heads are good. The towers need more examples: their training goes on.
+TOWERS = Settings(
+    steps=4000,
+    learning_rate=7e-4,
+    warmup=100,
+    decay=3000,
+    weight_decay=0.05,
+    average=0.998,
+    bf16=True,
+    muon=True,
+    seed=6,
+)
+ZERO_WEIGHT = 10.0  # the negative embedding of guidance must stay what the decoder is trained with
 
 
 class Clip(nn.Module):
@@ -250,4 +265,42 @@ def train_clip(folder: Path, sprites: Sprites, settings: Settings = SETTINGS, *,
     clip.save(folder)
     report = evaluate(clip.requires_grad_(False), sprites)
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return clip
+
+
+def train_towers(
+    folder: Path, clip: Clip, sprites: Sprites, settings: Settings = TOWERS, *, count: int = BATCH
+) -> Clip:
+    """Train both towers further, or resume their training, and save them in the subfolder "model".
+
+    Parts and heads stay as they are, thus networks can be trained on sums of parts meanwhile.
+
+    Args:
+        folder: Folder of the stage.
+        clip: Trained towers and probe. Its towers are changed.
+        sprites: Pixels of all things.
+        settings: Hyperparameters.
+        count: Number of images per batch.
+
+    Returns:
+        Towers and probe, frozen.
+    """
+    zero_image = torch.full((1, 3, SIZES.image, SIZES.image), 0.5)
+    with torch.no_grad():
+        zero_embedding = clip.towers.embed_images(zero_image).float()
+    clip.towers.requires_grad_(True)
+
+    def objective(randomness: StepRandomness) -> dict[str, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):
+            zero = clip.towers.embed_images(zero_image).float()
+        losses = clip_losses(clip, sprites, randomness, count)
+        losses["zero"] = ZERO_WEIGHT * (zero - zero_embedding).square().mean()
+        losses["loss"] = losses["loss"] + losses["zero"]
+        return losses
+
+    train(clip, objective, settings, folder)
+    clip.requires_grad_(False)
+    build_tokenizer(folder / "model" / "tokenizer", VOCABULARY)
+    clip.save(folder)
+    (folder / "evaluation.json").write_text(json.dumps(evaluate(clip, sprites), indent=2) + "\n", encoding="utf-8")
     return clip

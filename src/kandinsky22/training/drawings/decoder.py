@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
+from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.schedulers import DDPMScheduler
@@ -51,12 +53,16 @@ BATCH = 32
 CHUNK = 64  # number of images that are encoded together
 # Number of images in the bank before the first step, new images per step, and largest number of images.
 BANK_START, BANK_GROWTH, BANK_SIZE = 4096, 2, 65536
-COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which are exact, instead of the vision tower's
+# Share of the embeddings that are sums of parts, which are exact, instead of the vision tower's. During most steps, the
+# towers are still in training.
+COMPOSED_SHARE = 0.7
+SEEN_FROM = 14000  # step from which the vision tower's embeddings are used
 EMPTY_SHARE = 0.08
 EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
-MIXTURE = Mixture()
+# Sharp before many: the two styles that share their outlines.
+MIXTURE = Mixture(styles=("flat", "3D"))
 SETTINGS = Settings(
-    steps=30000, learning_rate=1e-3, warmup=300, decay=10000, average=0.9995, bf16=True, muon=True, seed=2
+    steps=20000, learning_rate=1e-3, warmup=300, decay=8000, average=0.9995, bf16=True, muon=True, seed=2
 )
 
 
@@ -134,6 +140,7 @@ class Bank:
         self.embeds = _open_array(folder / "embeds.npy", (size, 2, clip_recipe.SIZES.embedding))
         self.count_file = folder / "count"
         self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
+        self._refresh(folder / "vision")
         self._grow(BANK_START)
         self.std = torch.from_numpy(self.embeds[:BANK_START, 0]).float().std(0)
         self.negative = zero_embedding(clip)
@@ -147,7 +154,7 @@ class Bank:
         size = min(BANK_START + BANK_GROWTH * randomness.step, self.size) // CHUNK * CHUNK
         self._grow(size)
         indices = np.sort(randomness.numpy.integers(0, size, BATCH))
-        kinds = (randomness.numpy.random(BATCH) >= COMPOSED_SHARE).astype(int)
+        kinds = (randomness.numpy.random(BATCH) >= COMPOSED_SHARE).astype(int) * (randomness.step >= SEEN_FROM)
         embeds = torch.from_numpy(self.embeds[indices, kinds]).float()
         return Examples(
             torch.from_numpy(self.latents[indices]).float(),
@@ -177,16 +184,33 @@ class Bank:
         with atomic_write(self.count_file) as temporary:
             temporary.write_text(str(size), encoding="utf-8")
 
+    def _refresh(self, digest_file: Path) -> None:
+        """Compute the vision tower's embeddings again if the tower has been trained further."""
+        digest = weights_digest({"vision": self.clip.towers.vision})
+        if self.count and (not digest_file.is_file() or digest_file.read_text(encoding="utf-8") != digest):
+            for first in range(0, self.count, CHUNK):
+                self.embeds[first : first + CHUNK, 1] = self._seen(render(self.sprites, self.chunk_scenes(first), SIZE))
+            self.embeds.flush()
+        with atomic_write(digest_file) as temporary:
+            temporary.write_text(digest, encoding="utf-8")
+
+    @torch.no_grad()
+    def _seen(self, images: Tensor) -> npt.NDArray[np.float16]:
+        """Return the vision tower's embeddings of images."""
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = self.clip.towers.embed_images(images)
+        return embeds.half().numpy()
+
     @torch.no_grad()
     def _fill(self, first: int) -> None:
         scenes = self.chunk_scenes(first)
         images = render(self.sprites, scenes, SIZE)
         with torch.autocast("cpu", torch.bfloat16):
             latents = autoencoder.encode(self.movq, images * 2 - 1)
-            seen = self.clip.towers.embed_images(images).float()
         composed = self.clip.probe.compose(SceneLabels.of(scenes)).float()
         self.latents[first : first + CHUNK] = latents.half().numpy()
-        self.embeds[first : first + CHUNK] = torch.stack([composed, seen], dim=1).half().numpy()
+        self.embeds[first : first + CHUNK, 0] = composed.half().numpy()
+        self.embeds[first : first + CHUNK, 1] = self._seen(images)
 
 
 def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:
