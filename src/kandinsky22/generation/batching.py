@@ -202,4 +202,3 @@ def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
     for start in range(0, len(seeds), size):
         chunk = seeds[start : start + size]
         yield from generate_batch([job] * len(chunk), chunk)
-

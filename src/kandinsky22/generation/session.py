@@ -96,6 +96,15 @@ class Session:
             unscheduled, prior_class=mode.prior_class(request), decoder_class=mode.decoder_class(request)
         )
         prepare_networks(self._networks, request, low_memory=low_memory, compile=compile)
+        self._progress_bar_options: dict[str, Any] = {}
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set the options of the progress bars of all jobs that are prepared from now on.
+
+        Args:
+            **options: Options of tqdm, such as disable.
+        """
+        self._progress_bar_options = options
 
     def serves(self, mode: Mode, request: Request) -> bool:
         """Return whether the networks of this session are those that a request needs.
@@ -135,7 +144,9 @@ class Session:
         else:
             own = {name: getattr(request, name) for name in (*_OWN_SETTINGS, "width", "height")}
             request = dataclasses.replace(like.request, seeds=request.seeds, **own)
-            recipe = dataclasses.replace(like.recipe, **(own | {"width": own["width"] or 0, "height": own["height"] or 0}))
+            recipe = dataclasses.replace(
+                like.recipe, **(own | {"width": own["width"] or 0, "height": own["height"] or 0})
+            )
         images = stages.prepare_images(networks.decoder, request, inputs)
         return Job(mode, request, inputs, networks, images, recipe)
 
@@ -151,6 +162,7 @@ class Session:
         ):
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
             set_scheduler(pipe, name, settings)
+            pipe.set_progress_bar_config(**self._progress_bar_options)
         return dataclasses.replace(self._networks, prior=prior, decoder=decoder)
 
 

@@ -148,7 +148,9 @@ def decoder_options(decoder: Any, request: Request) -> dict[str, Any]:
         request: Settings of the command, from `with_model_defaults`.
     """
     parameters = call_parameters(decoder)
-    return {argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters}
+    return {
+        argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
+    }
 
 
 def run_prior(
