@@ -378,7 +378,7 @@ def _on_own_stream(function: Any, plan: Plan) -> Any:
 
     if not torch.cuda.is_available():
         return function(plan)
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         result = function(plan)
         stream.synchronize()

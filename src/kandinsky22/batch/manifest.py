@@ -49,13 +49,15 @@ class ShardEntry:
         Args:
             entry: The parsed line.
         """
+        if not isinstance(entry, dict) or not isinstance(entry.get("failed"), dict):
+            return None
         try:
             result = cls(**entry)
         except TypeError:
             return None
         numbers = isinstance(result.shard, int) and isinstance(result.pictures, int)
         texts = all(isinstance(value, str | None) for value in (result.name, result.sha256))
-        return result if numbers and texts and isinstance(result.failed, dict) else None
+        return result if numbers and texts else None
 
 
 class Manifest:

@@ -91,7 +91,7 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
     mode = _mode(row, item.settings)
     values = _sampling_values(row)
     inputs = InputImages()
-    images = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
+    images: dict[str, Any] = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
     width, height = _size(row)
     model = EMBEDDED if row.model is None else row.model
     request = Request(

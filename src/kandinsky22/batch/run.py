@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -16,9 +16,10 @@ from kandinsky22.batch.checks import Report, check_items
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.manifest import Manifest, ShardEntry
+from kandinsky22.batch.ray_run import RayOptions, ShardSource, cluster, draw_on_ray, measure_on_ray
 from kandinsky22.batch.requests import RequestOptions
 from kandinsky22.batch.run_lock import run_lock
-from kandinsky22.batch.shards import ShardTask, ShardWriter
+from kandinsky22.batch.shards import ShardWriter
 from kandinsky22.batch.sources import Source
 from kandinsky22.batch.storage import Folder, LocalFolder, open_folder
 from kandinsky22.batch.workers import MakeDraw, WorkerSetup, draw_with_workers, network_draw
@@ -64,8 +65,7 @@ class RunOptions:
         low_memory: Whether each network is in memory only while it runs.
         compile: Whether the networks' blocks are compiled on first use.
         workers: Number of worker processes; 1 draws in this process.
-        ray: Address of a Ray cluster, "local" for one on this machine, or None without Ray.
-        ray_actors: Number of Ray's processes for the prior and for the decoder; None chooses by the cluster's size.
+        ray: Ray cluster of the run; None draws on this machine.
     """
 
     source: Source
@@ -82,8 +82,7 @@ class RunOptions:
     low_memory: bool = False
     compile: bool = False
     workers: int = 1
-    ray: str | None = None
-    ray_actors: tuple[int, int | None] = (1, None)
+    ray: RayOptions | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that determine the results, JSON values by name. A run goes on only with equal ones."""
@@ -163,6 +162,7 @@ def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_dra
             stack.enter_context(run_lock(folder.path))
         folder.remove_temporaries()
         stack.callback(folder.remove_temporaries)
+        ray = None if options.ray is None else stack.enter_context(cluster(options.ray))
         manifest = Manifest(folder)
         settings = options.settings()
         manifest.check_settings(settings)
@@ -171,8 +171,8 @@ def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_dra
         draw_options = options.draw_options()
         if manifest.header is None:
             report = _checked(options, draw_options, note)
-            draw = _with_batch_size(options, draw_options, report.first, note)
-            header = {
+            draw = _with_batch_size(options, draw_options, report.first, note, ray)
+            header: dict[str, Any] = {
                 "version": __version__,
                 "items": report.items,
                 "bad": report.fault_count,
@@ -189,7 +189,7 @@ def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_dra
             if header["versions"] != (versions := _versions()):
                 note(f"warning: the run began with {header['versions']}, and goes on with {versions}")
         manifest.start(header)
-        return _draw_missing(options, draw, manifest, note, make_draw)
+        return _draw_missing(options, draw, manifest, note, make_draw, ray)
 
 
 def _versions() -> dict[str, str]:
@@ -216,13 +216,13 @@ def _checked(options: RunOptions, draw: DrawOptions, note: Note) -> Report:
     return report
 
 
-def _with_batch_size(options: RunOptions, draw: DrawOptions, first: Item | None, note: Note) -> DrawOptions:
+def _with_batch_size(options: RunOptions, draw: DrawOptions, first: Item | None, note: Note, ray: Any) -> DrawOptions:
     """Return the options with the batch size of the command line, of the cache, or measured now."""
     if options.batch_size is not None or options.stage == "prior" or first is None:
         return draw.with_batch_size(options.batch_size or 8, None)
     from kandinsky22.batch.batch_sizes import find_batch_size
 
-    found = find_batch_size(ShardDrawer(draw), first)
+    found = find_batch_size(ShardDrawer(draw), first) if ray is None else measure_on_ray(ray, draw, first)
     note(f"{found.size} images of {found.pixels} pixels run together")
     return draw.with_batch_size(found.size, found.pixels)
 
@@ -240,16 +240,16 @@ def _verify(manifest: Manifest, folder: Folder, note: Note) -> None:
 
 
 def _draw_missing(
-    options: RunOptions, draw: DrawOptions, manifest: Manifest, note: Note, make_draw: MakeDraw
+    options: RunOptions, draw: DrawOptions, manifest: Manifest, note: Note, make_draw: MakeDraw, ray: Any
 ) -> Summary:
     """Draw the shards that the manifest does not have, and enter each of them when it is on the disk."""
     finished = frozenset(manifest.entries)
-    tasks = options.source.tasks(options.shard_size, finished.__contains__)
+    shards = ShardSource(options.source, options.shard_size, finished)
     total = manifest.header["items"] if manifest.header else 0
     pictures = sum(entry.pictures for entry in manifest.entries.values())
     failed = sum(len(entry.failed) for entry in manifest.entries.values())
     started, drawn = time.monotonic(), 0
-    with contextlib.closing(_entries(options, draw, tasks, make_draw, finished)) as entries:
+    with contextlib.closing(_entries(options, draw, shards, make_draw, ray)) as entries:
         for entry in entries:
             manifest.add(entry)
             drawn, pictures, failed = drawn + entry.pictures, pictures + entry.pictures, failed + len(entry.failed)
@@ -263,17 +263,15 @@ def _draw_missing(
 
 
 def _entries(
-    options: RunOptions, draw: DrawOptions, tasks: Iterator[ShardTask], make_draw: MakeDraw, finished: frozenset[int]
-) -> Iterator[ShardEntry]:
+    options: RunOptions, draw: DrawOptions, shards: ShardSource, make_draw: MakeDraw, ray: Any
+) -> Generator[ShardEntry, None, None]:
     """Yield the entries of shards as they are finished."""
     writer = ShardWriter(options.output, options.format, options.previews, f"process {os.getpid()}")
-    if options.ray is not None:
-        from kandinsky22.batch.ray_run import draw_on_ray
-
-        yield from draw_on_ray(options, draw, writer, finished)
-        return
-    folder = open_folder(options.output)
+    folder, tasks = open_folder(options.output), shards.tasks()
     lock_folder = folder.path if isinstance(folder, LocalFolder) else None
+    if options.ray is not None:
+        yield from draw_on_ray(ray, options.ray, shards, draw, writer, lock_folder)
+        return
     if options.workers > 1:
         yield from draw_with_workers(tasks, WorkerSetup(draw, writer, lock_folder, make_draw), options.workers)
         return

@@ -28,6 +28,9 @@ def run_lock(folder: Path) -> Iterator[None]:
     Args:
         folder: The output folder.
 
+    Yields:
+        Nothing.
+
     Raises:
         InputError: If another run holds the lock; the message names its process.
     """

@@ -77,12 +77,15 @@ class ShardWriter:
     worker: str
 
     def write(self, task: ShardTask, drawn: DrawnShard, started: float) -> ShardEntry:
-        """Write a shard, and return its entry for the manifest.
+        """Write a shard.
 
         Args:
             task: The shard.
             drawn: Its pictures.
             started: `time.monotonic()` when drawing began.
+
+        Returns:
+            The shard's entry for the manifest.
 
         Raises:
             InputError: If it cannot be written.

@@ -53,8 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "batch",
         help="draw every row of a file, on one machine or on a cluster",
-        description="Draw every row of a file exactly once. A run that was interrupted or killed goes on when the same\n"
-        "command is started again.",
+        description="Draw every row of a file exactly once. A run that was interrupted or killed goes on when the\n"
+        "same command is started again.",
         epilog="example:\n  kandinsky22 batch prompts.jsonl -o pictures --quality draft",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -174,9 +174,11 @@ def run(args: argparse.Namespace) -> None:
         KandinskyError: If rows, the output folder, the model or an option is invalid, or if a picture cannot be drawn.
         OSError: If a file cannot be read or written.
     """
+    from kandinsky22.batch.ray_run import RayOptions
     from kandinsky22.batch.run import RunOptions, run_batch
 
     console = Console(quiet=args.quiet)
+    ray = None if args.ray is None else RayOptions(args.ray, args.ray_prior_actors, args.ray_decoder_actors)
     if args.seed is not None and len(args.seed) > 1:
         args.fail("--seed takes one seed, from which the seeds of the rows follow")
     if args.ray is not None and args.workers > 1:
@@ -200,8 +202,7 @@ def run(args: argparse.Namespace) -> None:
                 low_memory=args.low_memory,
                 compile=args.compile,
                 workers=args.workers,
-                ray=args.ray,
-                ray_actors=(args.ray_prior_actors, args.ray_decoder_actors),
+                ray=ray,
             ),
             console.note,
         )

@@ -89,7 +89,7 @@ def encode_batch(jobs: Sequence[Job], seeds: Sequence[int]) -> list[Embeddings]:
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if len(jobs) == 1 or not _has_batched_prior(jobs[0]):
-        results = [
+        results: list[Any] = [
             stages.run_prior(job.networks.prior, job.request, job.inputs, generator)
             for job, generator in zip(jobs, generators, strict=True)
         ]

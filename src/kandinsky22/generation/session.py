@@ -142,7 +142,7 @@ class Session:
             request = stages.with_model_defaults(request, networks)
             recipe = stages.build_recipe(mode.name, request, networks)
         else:
-            own = {name: getattr(request, name) for name in (*_OWN_SETTINGS, "width", "height")}
+            own: dict[str, Any] = {name: getattr(request, name) for name in (*_OWN_SETTINGS, "width", "height")}
             request = dataclasses.replace(like.request, seeds=request.seeds, **own)
             recipe = dataclasses.replace(
                 like.recipe, **(own | {"width": own["width"] or 0, "height": own["height"] or 0})
