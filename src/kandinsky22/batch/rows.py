@@ -215,7 +215,13 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
 
 def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, strict=True)
+    try:
+        yield from _csv_records(csv.reader(text, strict=True))
+    finally:
+        text.detach()  # the caller closes the file
+
+
+def _csv_records(reader: Any) -> Iterator[Row]:
     try:
         header = next(reader, None)
     except csv.Error as error:
