@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kandinsky22 import __version__
-from kandinsky22.cli import compare, info, train
+from kandinsky22.cli import batch, compare, info, train
 from kandinsky22.cli.console import print_message, safe_messages
 from kandinsky22.cli.failures import check_address_space, failure_message
 from kandinsky22.cli.modes import SUBCOMMANDS
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for subcommand in SUBCOMMANDS:
         subcommand.add_parser(subparsers, run_mode)
+    batch.add_parser(subparsers)
     compare.add_parser(subparsers)
     info.add_parser(subparsers)
     train.add_parser(subparsers)

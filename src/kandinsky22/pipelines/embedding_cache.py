@@ -76,8 +76,8 @@ def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = 
 
     The weights of an encoder that was just loaded are those of its files, except for a deferred move or conversion.
     """
-    root = os.environ.get(CACHE_VARIABLE)
-    if not settings.current().zero_embed_cache or root == "":
+    root = cache_folder()
+    if not settings.current().zero_embed_cache or root is None:
         return None
     if isinstance(encoder, LazyComponent) and not encoder.is_loaded:
         digest, weights_dtype = encoder.files_digest(), encoder.dtype
@@ -93,8 +93,15 @@ def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = 
         return None
     config: Any = encoder.config
     name = hashlib.sha256(f"{digest} {weights_dtype} {dtype} {config.image_size}".encode()).hexdigest()
-    folder = Path(root) if root else _default_cache_folder()
-    return None if folder is None else folder / "zero-image" / f"{name}.safetensors"
+    return root / "zero-image" / f"{name}.safetensors"
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of cache files, which may not exist yet, or None if there is none."""
+    root = os.environ.get(CACHE_VARIABLE)
+    if root == "":
+        return None
+    return Path(root) if root else _default_cache_folder()
 
 
 def _default_cache_folder() -> Path | None:

@@ -1,0 +1,75 @@
+"""The check of all rows before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from kandinsky22.batch import wildcards
+from kandinsky22.batch.items import Item
+from kandinsky22.batch.requests import RequestOptions, build_request
+from kandinsky22.errors import InputError
+
+MAX_FAULTS = 100  # faults that are kept; the others are counted
+MAX_COLUMNS = 20  # names of unused columns that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A row that cannot be drawn.
+
+    Attributes:
+        row: Number of the row.
+        message: What is wrong.
+    """
+
+    row: int
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Result of the check.
+
+    Attributes:
+        items: Number of pictures, those of bad rows included.
+        faults: The first `MAX_FAULTS` faults.
+        fault_count: Number of bad items.
+        unused_columns: Names of columns that are no settings, at most `MAX_COLUMNS`.
+        wildcard_rows: Number of items whose prompts contain braces that would be wildcards.
+        first: The first good item; None if there is none.
+    """
+
+    items: int
+    faults: tuple[Fault, ...]
+    fault_count: int
+    unused_columns: tuple[str, ...]
+    wildcard_rows: int
+    first: Item | None
+
+
+def check_items(items: Iterable[Item], options: RequestOptions) -> Report:
+    """Return what is wrong with items. Every image is opened, no network is loaded.
+
+    Args:
+        items: The items of a run.
+        options: What all requests of the run share.
+    """
+    count = fault_count = wildcard_rows = 0
+    faults: list[Fault] = []
+    unused: dict[str, None] = {}
+    first = None
+    for item in items:
+        count += 1
+        if len(unused) < MAX_COLUMNS:
+            unused.update(dict.fromkeys(item.columns))
+        try:
+            request = build_request(item, options).request
+        except InputError as error:
+            fault_count += 1
+            if len(faults) < MAX_FAULTS:
+                faults.append(Fault(item.row, str(error)))
+            continue
+        wildcard_rows += any(map(wildcards.has_wildcards, request.texts()))
+        first = first or item
+    return Report(count, tuple(faults), fault_count, tuple(unused)[:MAX_COLUMNS], wildcard_rows, first)

@@ -1,0 +1,184 @@
+"""The manifest of a run: what it draws, and a line with the digest of each finished shard."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.batch.storage import Folder, LocalFolder
+from kandinsky22.checkpoints.atomic_files import flush_folder
+from kandinsky22.errors import InputError, describe
+
+MANIFEST = "manifest.jsonl"
+FORMAT = 1
+UPLOAD_SECONDS = 30.0  # time between uploads of the manifest: remote files cannot be appended to
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEntry:
+    """A finished shard.
+
+    Attributes:
+        shard: Number of the shard.
+        name: Name of the file or folder; None if no picture of the shard could be drawn.
+        sha256: Digest of the shard, see `formats.shard_digest`; None without a file.
+        pictures: Number of pictures.
+        failed: Pictures that are missing, and why, by name of the sample.
+        seconds: Time that drawing took.
+        worker: Process that has drawn it.
+    """
+
+    shard: int
+    name: str | None
+    sha256: str | None
+    pictures: int
+    failed: Mapping[str, str]
+    seconds: float
+    worker: str
+
+    @classmethod
+    def from_json(cls, entry: Any) -> ShardEntry | None:
+        """Return the entry of a line, or None if it is none.
+
+        Args:
+            entry: The parsed line.
+        """
+        if not isinstance(entry, dict) or not isinstance(entry.get("failed"), dict):
+            return None
+        try:
+            result = cls(**entry)
+        except TypeError:
+            return None
+        numbers = isinstance(result.shard, int) and isinstance(result.pictures, int)
+        texts = all(isinstance(value, str | None) for value in (result.name, result.sha256))
+        return result if numbers and texts else None
+
+
+class Manifest:
+    """The manifest of an output folder.
+
+    Attributes:
+        header: What the run draws; None for a new folder.
+        entries: Finished shards by number.
+        damaged_lines: Number of lines that could not be read, whose shards are drawn again.
+
+    Args:
+        folder: The output folder.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._uploaded = 0.0
+        self.header: dict[str, Any] | None = None
+        self.entries: dict[int, ShardEntry] = {}
+        self.damaged_lines = 0
+        self._read(folder.read(MANIFEST) or b"")
+
+    def _read(self, content: bytes) -> None:
+        # A line without its end was being written when the run was killed.
+        for line in content.split(b"\n")[:-1]:
+            try:
+                parsed = json.loads(line)
+            except ValueError:
+                parsed = None
+            if isinstance(parsed, dict) and parsed.get("kandinsky22_batch") is not None:
+                self.header = parsed
+            elif (entry := ShardEntry.from_json(parsed)) is not None:
+                self.entries[entry.shard] = entry
+            else:
+                self.damaged_lines += 1
+        self.damaged_lines += not content.endswith(b"\n") and content != b""
+        if self.header is None:
+            self.entries = {}
+        elif self.header["kandinsky22_batch"] != FORMAT:
+            raise InputError(f"{MANIFEST} was written by another version of kandinsky22 in another format")
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise an error unless the folder's earlier run, if there was one, had the same settings.
+
+        Args:
+            settings: Settings of this run, JSON values by name.
+
+        Raises:
+            InputError: If a setting differs.
+        """
+        if self.header is None:
+            return
+        old, new = self.header["settings"], json.loads(json.dumps(settings))
+        if changed := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
+            changes = "; ".join(
+                f"{name} was {describe(old.get(name))}, is {describe(new.get(name))}" for name in changed
+            )
+            raise InputError(
+                f"the output folder belongs to a run with other settings: {changes}; choose another folder"
+            )
+
+    def start(self, header: Mapping[str, Any]) -> None:
+        """Write the header of a new run, or the lines of an earlier one without damaged lines.
+
+        Args:
+            header: What the run draws, JSON values by name.
+        """
+        self.header = {"kandinsky22_batch": FORMAT, **header}
+        self._rewrite()
+
+    def discard(self, shard: int) -> None:
+        """Forget a shard, which will be drawn again. `start` writes the rest.
+
+        Args:
+            shard: Number of the shard.
+        """
+        self.entries.pop(shard, None)
+
+    def add(self, entry: ShardEntry) -> None:
+        """Enter a finished shard, which is on the disk under its name.
+
+        Args:
+            entry: The shard.
+
+        Raises:
+            InputError: If the manifest cannot be written.
+        """
+        self.entries[entry.shard] = entry
+        if isinstance(self._folder, LocalFolder):
+            _append(self._folder.path / MANIFEST, _line(dataclasses.asdict(entry)))
+        elif time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._rewrite()
+
+    def finish(self) -> None:
+        """Write what remote folders do not have yet."""
+        if not isinstance(self._folder, LocalFolder):
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        lines = [self.header, *(dataclasses.asdict(self.entries[shard]) for shard in sorted(self.entries))]
+        self._folder.write(MANIFEST, b"".join(_line(line) for line in lines))
+        self._uploaded = time.monotonic()
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line that is on the disk when the function returns, or leave the file as it was."""
+    try:
+        with path.open("ab") as file:
+            size = file.tell()
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), size)
+                raise
+        flush_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

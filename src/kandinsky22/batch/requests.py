@@ -1,0 +1,218 @@
+"""Requests from items: modes, presets, sizes and opened images, checked before any network runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.batch.items import Item
+from kandinsky22.batch.row_settings import Part, RowSettings, parse_settings
+from kandinsky22.checkpoints.hub import EMBEDDED
+from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.canvas import extended_size
+from kandinsky22.generation.input_images import InputImages
+from kandinsky22.generation.limits import check_aspect_ratio, check_size
+from kandinsky22.generation.modes import MODES, Mode
+from kandinsky22.generation.recipe import InputFile, MixtureItem
+from kandinsky22.generation.request import Request, preset_settings
+from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_class
+from kandinsky22.generation.sizes import check_aspect_ratios
+from kandinsky22.sampling.presets import PRESETS
+
+IMAGES = ("image", "mask", "hint")
+# Settings that only some modes have.
+MODE_SETTINGS = ("prompt", "image", "mask", "hint", "parts", "strength", "keep_pixels", "crop", "extend")
+# Fields of Request that rows set under the same name.
+SAME_NAMES = (
+    "prompt",
+    "negative_prompt",
+    "strength",
+    "keep_pixels",
+    "crop",
+    "prior",
+    "dtype",
+    "steps",
+    "prior_steps",
+    "guidance",
+    "prior_guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "guidance_threshold",
+    "prior_guidance_interval",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRequest:
+    """A checked row.
+
+    Attributes:
+        mode: Mode of the request.
+        request: The request, with the seed of the row.
+        inputs: The opened input images.
+    """
+
+    mode: Mode
+    request: Request
+    inputs: InputImages
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOptions:
+    """What all requests of a run share.
+
+    Attributes:
+        defaults: Settings of all rows that do not set them.
+        folder: Folder that relative paths of images start from.
+        device: Device of the run.
+    """
+
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path = Path()
+    device: str = "auto"
+
+
+def build_request(item: Item, options: RequestOptions) -> RowRequest:
+    """Return the request of an item. Images are opened and decoded, no network is loaded.
+
+    Args:
+        item: The item.
+        options: What all requests of the run share.
+
+    Raises:
+        InputError: If the row has a fault, a setting is invalid, or an image cannot be read.
+    """
+    if item.fault is not None:
+        raise InputError(item.fault)
+    row = parse_settings({**_effective_defaults(options.defaults, item.settings), **item.settings})
+    mode = _mode(row, item.settings)
+    values = _sampling_values(row)
+    inputs = InputImages()
+    images: dict[str, Any] = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
+    width, height = _size(row)
+    model = EMBEDDED if row.model is None else row.model
+    request = Request(
+        **images,
+        **values,
+        seeds=(item.seed,),
+        parts=None if row.parts is None else _mixture(row.parts, inputs, options.folder),
+        extend=row.extend if any(row.extend or ()) else None,
+        model=model,
+        model_location=model,
+        prior_location=row.prior,
+        device=options.device,
+        width=width,
+        height=height,
+        prompt_weights=row.prompt_weights or None,
+        quantize=None if row.quantize == "none" else row.quantize,
+        cache_every=None if row.cache_every == 1 else row.cache_every,
+    )
+    _check(mode, request, inputs)
+    return RowRequest(mode, request, inputs)
+
+
+def _effective_defaults(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults, without those that a setting of the row replaces under another name."""
+    replaced = {"size"} if {"width", "height"} & settings.keys() else set()
+    return {name: value for name, value in defaults.items() if name not in replaced}
+
+
+def _mode(row: RowSettings, settings: Mapping[str, Any]) -> Mode:
+    """Return the mode of a row, which its inputs imply unless it names one."""
+    name = row.mode
+    if name is None:
+        if row.hint is not None:
+            name = "control"
+        elif row.mask is not None or any(row.extend or ()):
+            name = "inpaint"
+        elif row.parts is not None:
+            name = "mix"
+        elif row.image is not None:
+            name = "variations" if row.prompt is None else "img2img"
+        else:
+            name = "generate"
+    if name not in MODES:
+        raise invalid("mode", name, f"one of {', '.join(MODES)}")
+    mode = MODES[name]
+    if foreign := [field for field in MODE_SETTINGS if field in settings and field not in mode.inputs]:
+        raise InputError(f"{', '.join(foreign)} would have no effect: mode {name} has {', '.join(mode.inputs)}")
+    return mode
+
+
+def _sampling_values(row: RowSettings) -> dict[str, Any]:
+    """Return fields of Request: the row's own ones, else those of its preset."""
+    if row.quality is not None and row.quality not in PRESETS:
+        raise invalid("quality", row.quality, f"one of {', '.join(PRESETS)}")
+    preset = {} if row.quality is None else preset_settings(row.quality)
+    values = {name: getattr(row, name) for name in SAME_NAMES}
+    values |= {name: preset.get(name) for name, value in values.items() if value is None}
+    for name in ("scheduler", "prior_scheduler"):
+        text = getattr(row, name)
+        class_name = None if text is None else find_scheduler_class(text)
+        if text is not None and class_name is None:
+            raise invalid(name, text, f"one of {', '.join(SCHEDULERS)}")
+        values[name] = preset.get(name) if class_name is None else class_name
+        # Scheduler settings belong to one scheduler class.
+        values[f"{name}_settings"] = preset.get(f"{name}_settings") if class_name is None else None
+    return values
+
+
+def _size(row: RowSettings) -> tuple[int | None, int | None]:
+    if row.size is not None:
+        match = re.fullmatch(r"\s*(\d{1,9})[xX](\d{1,9})\s*", row.size)
+        if match is None:
+            raise invalid("size", row.size, "WIDTHxHEIGHT in pixels, such as 512x768")
+        return check_size("size", (int(match[1]), int(match[2])))
+    if (row.width is None) != (row.height is None):
+        raise InputError(f"width={row.width} and height={row.height} are invalid: expected both or none")
+    if row.width is not None and row.height is not None:
+        return check_size("size", (row.width, row.height))
+    return None, None
+
+
+def _open(inputs: InputImages, name: str, path: str | None, folder: Path) -> InputFile | None:
+    if path is None:
+        return None
+    if not path or "://" in path:
+        raise invalid(name, path, "the path of a local file")
+    try:
+        return inputs.open(name, folder / path)
+    except OSError as error:
+        raise InputError(f"{name}={path!r} cannot be read: {error.strerror or error}") from error
+
+
+def _mixture(parts: tuple[Part, ...], inputs: InputImages, folder: Path) -> tuple[MixtureItem, ...]:
+    unweighted = [part.weight is None for part in parts]
+    if any(unweighted) and not all(unweighted):
+        raise InputError("only some of the parts have a weight; give a weight to each of them or to none")
+    return tuple(
+        MixtureItem(
+            weight=1 / len(parts) if part.weight is None else part.weight,
+            text=part.text,
+            image=_open(inputs, "image", part.image, folder),
+        )
+        for part in parts
+    )
+
+
+def _check(mode: Mode, request: Request, inputs: InputImages) -> None:
+    """Raise an error if a setting is missing or has no effect, or if the size of an input image is not allowed."""
+    if (missing := mode.missing_setting(request)) is not None:
+        alternatives = [missing, *([mode.alternatives[missing]] if missing in mode.alternatives else [])]
+        raise InputError(f"{' or '.join(alternatives)} is missing: mode {mode.name} needs it")
+    if (pair := mode.ineffective_setting(request)) is not None:
+        raise InputError(f"{pair.name} requires {pair.other}")
+    bases = {name: inputs.images[record] for name in mode.base_images if (record := getattr(request, name)) is not None}
+    if not bases:
+        return
+    check_aspect_ratios(bases)
+    name, image = next(iter(bases.items()))
+    if request.crop is not None:
+        return
+    if request.extend is not None:
+        check_size("size with extend", extended_size(image.size, request.extend), "add crop")
+    elif request.width is None:
+        check_aspect_ratio(f"size of {name}", image.size, "crop it, or set size")

@@ -1,0 +1,270 @@
+"""Rows of input files: JSONL, CSV, Parquet and text, read as streams. Memory does not grow with the file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from kandinsky22.errors import InputError, MissingDependencyError, describe, invalid
+
+STDIN = "-"
+FORMATS = ("jsonl", "csv", "parquet", "text")
+EXTENSIONS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+MAX_LINE_BYTES = 2**24  # of one row; a file without line breaks must not fill the memory
+CHUNK_BYTES = 2**20
+PARQUET_ROWS = 1024  # rows that are decoded together
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """One row of an input file.
+
+    Attributes:
+        number: Number of the row, from 1: the line of JSONL and text files, the record of CSV and Parquet files.
+        values: Values by column; empty if the row cannot be read.
+        fault: Why the row cannot be read; None if it can.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    fault: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFile:
+    """An input file.
+
+    Attributes:
+        path: Path, or an address of a file system that fsspec knows, such as "s3://bucket/prompts.parquet".
+        format: One of `FORMATS`.
+        columns: Names of settings by name of the column that has another name.
+        image_folder: Folder that relative paths of images start from; None for that of the file.
+    """
+
+    path: str
+    format: str
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    image_folder: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths of images start from: that of the file; for addresses, the current folder."""
+        if self.image_folder is not None:
+            return self.image_folder
+        return Path() if is_address(self.path) else Path(self.path).parent
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in their order. Blank lines of text and JSONL files are no rows, but count as lines.
+
+        Raises:
+            InputError: If the file cannot be read, or is no file of its format at all.
+        """
+        readers = {"jsonl": _jsonl_rows, "text": _text_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+        try:
+            with open_input(self.path) as file:
+                for row in readers[self.format](file):
+                    yield self._renamed(row)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from error
+
+    def _renamed(self, row: Row) -> Row:
+        if not self.columns or row.fault is not None:
+            return row
+        renamed: dict[str, Any] = {}
+        for column, value in row.values.items():
+            name = self.columns.get(column, column)
+            # A mapped column replaces one that has the setting's name.
+            if name not in renamed or column in self.columns:
+                renamed[name] = value
+        return dataclasses.replace(row, values=renamed)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file.
+
+        Raises:
+            InputError: If the file cannot be read.
+        """
+        sha256 = hashlib.sha256()
+        try:
+            with open_input(self.path) as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    sha256.update(chunk)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        return sha256.hexdigest()
+
+
+def find_row_format(path: str) -> str:
+    """Return the format that a file name's extension stands for.
+
+    Args:
+        path: Path or address of the file.
+
+    Raises:
+        InputError: If the extension is unknown.
+    """
+    extension = Path(path).suffix.lower()
+    if extension not in EXTENSIONS:
+        raise invalid("input", path, f"a file that ends in {', '.join(EXTENSIONS)}", "or add --input-format")
+    return EXTENSIONS[extension]
+
+
+def is_address(path: str) -> bool:
+    """Return whether a path is an address of a file system of fsspec, such as "s3://bucket/file".
+
+    Args:
+        path: The path.
+    """
+    return "://" in path
+
+
+def open_input(path: str) -> IO[bytes]:
+    """Return a file that is open for reading.
+
+    Args:
+        path: Path or address of the file.
+
+    Raises:
+        MissingDependencyError: If the address needs fsspec, which is not installed.
+        OSError: If the file cannot be opened.
+    """
+    if not is_address(path):
+        return open(path, "rb")
+    try:
+        import fsspec
+    except ImportError:
+        raise MissingDependencyError(f"{path} needs fsspec: pip install kandinsky22[batch]") from None
+    return cast("IO[bytes]", fsspec.open(path, "rb").open())
+
+
+def spool(stream: IO[bytes], path: Path) -> None:
+    """Copy standard input into a file: rows are read twice, to be checked and to be drawn.
+
+    Args:
+        stream: Standard input.
+        path: The new file.
+    """
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file, CHUNK_BYTES)
+
+
+def guess_format(path: Path) -> str:
+    """Return "jsonl" if the first line of a file is a JSON object, else "text".
+
+    Args:
+        path: The file.
+    """
+    with path.open("rb") as file:
+        return "jsonl" if file.readline(MAX_LINE_BYTES).lstrip().startswith(b"{") else "text"
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, str | None, str | None]]:
+    """Yield number, text and fault of each line that is not blank."""
+    number, is_continued = 0, False
+    while line := file.readline(MAX_LINE_BYTES):
+        was_continued, is_continued = is_continued, not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES
+        if was_continued:
+            continue
+        number += 1
+        if is_continued:
+            yield number, None, f"it has more than {MAX_LINE_BYTES} bytes"
+            continue
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield number, None, f"it is not UTF-8 text: {error.reason}"
+            continue
+        if text:
+            yield number, text, None
+
+
+def _text_rows(file: IO[bytes]) -> Iterator[Row]:
+    for number, text, fault in _lines(file):
+        yield Row(number, {} if text is None else {"prompt": text}, fault)
+
+
+def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
+    for number, text, fault in _lines(file):
+        if text is None:
+            yield Row(number, {}, fault)
+            continue
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            yield Row(number, {}, f"it is not JSON: {error}")
+            continue
+        if isinstance(values, dict):
+            yield Row(number, values)
+        else:
+            yield Row(number, {}, f"{describe(values)} is invalid: expected a JSON object")
+
+
+def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        yield from _csv_records(csv.reader(text, strict=True))
+    finally:
+        text.detach()  # the caller closes the file
+
+
+def _csv_records(reader: Any) -> Iterator[Row]:
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise InputError(f"the first line is not CSV: {error}") from error
+    if not header or len(set(header)) < len(header):
+        raise invalid("first line of the CSV file", header, "the names of the columns, each of them once")
+    number = 0
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            number += 1
+            yield Row(number, {}, f"it is not CSV: {error}")
+            continue
+        if not fields:
+            continue
+        number += 1
+        yield _csv_row(number, header, fields)
+
+
+def _csv_row(number: int, header: list[str], fields: list[str]) -> Row:
+    if len(fields) != len(header):
+        return Row(number, {}, f"it has {len(fields)} fields: expected {len(header)}, as the first line has")
+    if any("\udc80" <= character <= "\udcff" for field in fields for character in field):
+        return Row(number, {}, "it is not UTF-8 text")
+    return Row(number, {name: field for name, field in zip(header, fields, strict=True) if field != ""})
+
+
+def _parquet_rows(file: IO[bytes]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingDependencyError("Parquet files need pyarrow: pip install kandinsky22[batch]") from None
+    number = 0
+    try:
+        # Columns are read in pieces instead of whole row groups: memory does not depend on the file.
+        parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK_BYTES)
+        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(number, {name: value for name, value in values.items() if value is not None})
+    except pyarrow.ArrowException as error:
+        raise InputError(f"it cannot be read as Parquet after row {number}: {error}") from error

@@ -1,0 +1,168 @@
+"""Sources of a run: a file of rows, or the output folder of a run that has stored embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.batch.formats import FORMATS, read_shard
+from kandinsky22.batch.items import Item, ItemOptions, read_items
+from kandinsky22.batch.manifest import MANIFEST, Manifest
+from kandinsky22.batch.rows import RowFile
+from kandinsky22.batch.samples import Sample, StoredEmbedding
+from kandinsky22.batch.shards import ShardTask, split_into_shards
+from kandinsky22.batch.storage import open_folder
+from kandinsky22.errors import InputError
+
+# Settings that have had their effect when embeddings are stored.
+PRIOR_SETTINGS = (
+    "quality",
+    "negative_prompt",
+    "prompt_weights",
+    "prior",
+    "prior_scheduler",
+    "prior_steps",
+    "prior_guidance",
+    "prior_guidance_interval",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """Rows of a file.
+
+    Attributes:
+        file: The file.
+        options: How rows become items.
+    """
+
+    file: RowFile
+    options: ItemOptions
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths of images start from."""
+        return self.file.folder
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings of all rows that do not set them."""
+        return self.options.defaults
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the input."""
+        return self.file.digest()
+
+    def items(self) -> Iterator[Item]:
+        """Yield the items."""
+        return read_items(self.file.rows(), self.options)
+
+    def tasks(self, size: int, skip: Callable[[int], bool]) -> Iterator[ShardTask]:
+        """Yield the shards.
+
+        Args:
+            size: Number of items per shard.
+            skip: Function that returns whether the shard of a number is left out.
+        """
+        return split_into_shards(self.items(), size, skip)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSource:
+    """Embeddings that another run has stored.
+
+    Attributes:
+        location: Output folder of the other run.
+        options: Its defaults are those of the new run, which replace those of the other run.
+    """
+
+    location: str
+    options: ItemOptions
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths of images start from: that of the other run's input."""
+        return Path(self._header()["folder"])
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings of all rows that do not set them: those of the other run, replaced by those of this one.
+
+        Raises:
+            InputError: If a setting concerns the prior.
+        """
+        if late := [name for name in PRIOR_SETTINGS if name in self.options.defaults]:
+            raise InputError(f"{', '.join(late)} would have no effect: the prior has run already")
+        return {**self._header()["settings"]["defaults"], **self.options.defaults}
+
+    def _header(self) -> Mapping[str, Any]:
+        header = self._manifest().header
+        if header is None:
+            raise InputError(f"{self.location} is not the output folder of a batch: it has no {MANIFEST}")
+        return header
+
+    def _manifest(self) -> Manifest:
+        return Manifest(open_folder(self.location))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all shards' digests.
+
+        Raises:
+            InputError: If the other run is not finished.
+        """
+        manifest = self._manifest()
+        pictures = sum(entry.pictures + len(entry.failed) for entry in manifest.entries.values())
+        if pictures != self._header()["items"]:
+            raise InputError(f"{self.location} holds {pictures} of {self._header()['items']} pictures; finish that run")
+        digests = [f"{shard} {manifest.entries[shard].sha256}\n" for shard in sorted(manifest.entries)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def items(self) -> Iterator[Item]:
+        """Yield the items."""
+        for item, _ in self._stored():
+            yield item
+
+    def tasks(self, size: int, skip: Callable[[int], bool]) -> Iterator[ShardTask]:
+        """Yield the shards, with their embeddings.
+
+        Args:
+            size: Number of items per shard.
+            skip: Function that returns whether the shard of a number is left out.
+        """
+        window: dict[int, StoredEmbedding] = {}
+
+        def items() -> Iterator[Item]:
+            for item, embedding in self._stored():
+                if not skip(item.index // size):
+                    window[item.index] = embedding
+                yield item
+
+        for task in split_into_shards(items(), size, skip):
+            own = {item.index: window.pop(item.index) for item in task.items}
+            yield dataclasses.replace(task, embeddings=own)
+
+    def _stored(self) -> Iterator[tuple[Item, StoredEmbedding]]:
+        manifest, folder = self._manifest(), open_folder(self.location)
+        format = FORMATS[self._header()["settings"]["format"]]
+        index = 0
+        for shard in sorted(manifest.entries):
+            name = manifest.entries[shard].name
+            if name is None:
+                continue
+            with folder.local_copy(name) as path:
+                for sample in read_shard(format, path):
+                    yield self._item(index, sample)
+                    index += 1
+
+    def _item(self, index: int, sample: Sample) -> tuple[Item, StoredEmbedding]:
+        if sample.embedding is None:
+            raise InputError(f"{self.location} has no embeddings: draw it with --keep-embeddings or --stage prior")
+        values = sample.metadata
+        item = Item(index, values["row"], values["id"], values["seed"], values["settings"], values["columns"])
+        return item, sample.embedding
+
+
+Source = RowSource | StoredSource

@@ -1,0 +1,293 @@
+"""Output folders of runs: shards appear under their names complete or not at all, locally and where fsspec reaches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kandinsky22.batch.formats import shard_digest
+from kandinsky22.batch.rows import is_address
+from kandinsky22.checkpoints.atomic_files import atomic_write, flush_folder, flush_to_disk
+from kandinsky22.errors import InputError, MissingDependencyError
+
+TEMPORARY = re.compile(r"\..*\.saving-[0-9a-f]+(\.\w+)?")  # names of unfinished files, also those of `atomic_write`
+WRITE_BITS = 0o222
+
+
+class LocalFolder:
+    """A folder of the local file system.
+
+    Args:
+        path: The folder, which is created.
+    """
+
+    is_local = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Create the folder, and check that files can be written into it.
+
+        Raises:
+            InputError: If that is not possible.
+        """
+        with _errors_about(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            # The superuser may write anywhere; a folder without any write permission is protected on purpose.
+            if not self.path.stat().st_mode & WRITE_BITS:
+                raise InputError(f"{self.path} cannot be written: the folder is write-protected")
+            probe = self.path / f".probe.saving-{secrets.token_hex(6)}"
+            probe.write_bytes(b"")
+            probe.unlink()
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yield a temporary path for a file or folder, and publish it under its name when the block ends.
+
+        The content is on the disk before it gets its name. An older file or folder of that name is replaced.
+
+        Args:
+            name: Name in the folder, with "/" between parts.
+
+        Raises:
+            InputError: If it cannot be written, because of a full disk for example.
+        """
+        final = self.path / name
+        with _errors_about(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary = final.parent / f".{final.name}.saving-{secrets.token_hex(6)}"
+            try:
+                yield temporary
+                _flush(temporary)
+                _remove_folder(final)
+                os.replace(temporary, final)
+                flush_folder(final.parent)
+            finally:
+                _remove(temporary)
+
+    def digest(self, name: str) -> str | None:
+        """Return the SHA-256 of a shard, or None if there is none.
+
+        Args:
+            name: Name in the folder.
+        """
+        try:
+            return shard_digest(self.path / name)
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None if there is none.
+
+        Args:
+            name: Name in the folder.
+        """
+        with contextlib.suppress(FileNotFoundError), _errors_about(self.path / name):
+            return (self.path / name).read_bytes()
+        return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file atomically.
+
+        Args:
+            name: Name in the folder.
+            content: The content.
+        """
+        with _errors_about(self.path / name), atomic_write(self.path / name) as temporary:
+            temporary.write_bytes(content)
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """Yield the path of a shard for reading.
+
+        Args:
+            name: Name in the folder.
+        """
+        yield self.path / name
+
+    def remove_temporaries(self) -> None:
+        """Remove what killed runs have left unfinished. No run may write meanwhile."""
+        for folder in (self.path, *(path for path in self.path.glob("*") if path.name == "previews")):
+            for path in folder.iterdir():
+                if TEMPORARY.fullmatch(path.name):
+                    _remove(path)
+
+
+class RemoteFolder:
+    """A folder of a file system that fsspec knows. Files are finished locally, then uploaded.
+
+    Args:
+        address: Address of the folder, such as "s3://bucket/run".
+    """
+
+    is_local = False
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+
+    def _find(self) -> tuple[Any, str]:
+        try:
+            import fsspec
+        except ImportError:
+            raise MissingDependencyError(f"{self.address} needs fsspec: pip install kandinsky22[batch]") from None
+        try:
+            file_system, root = fsspec.core.url_to_fs(self.address)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"{self.address} cannot be opened: {error}") from error
+        return file_system, root
+
+    def create(self) -> None:
+        """Create the folder, and check that files can be written into it.
+
+        Raises:
+            InputError: If that is not possible.
+        """
+        with _errors_about(self.address):
+            file_system, root = self._find()
+            file_system.makedirs(root, exist_ok=True)
+            file_system.pipe_file(f"{root}/.probe", b"")
+            file_system.rm_file(f"{root}/.probe")
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yield a local path for a file or folder, and upload it under its name when the block ends.
+
+        Args:
+            name: Name in the folder, with "/" between parts.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
+        with _errors_about(f"{self.address}/{name}"), tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / Path(name).name
+            yield temporary
+            file_system, root = self._find()
+            final = f"{root}/{name}"
+            file_system.makedirs(final.rpartition("/")[0], exist_ok=True)
+            if temporary.is_dir():
+                if file_system.exists(final):
+                    file_system.rm(final, recursive=True)
+                file_system.makedirs(final, exist_ok=True)
+                for path in sorted(temporary.iterdir()):
+                    file_system.put_file(str(path), f"{final}/{path.name}")
+            else:
+                file_system.put_file(str(temporary), final)
+
+    def digest(self, name: str) -> str | None:
+        """Return the SHA-256 of a shard, or None if there is none.
+
+        Args:
+            name: Name in the folder.
+        """
+        try:
+            with self.local_copy(name) as path:
+                return shard_digest(path)
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None if there is none.
+
+        Args:
+            name: Name in the folder.
+        """
+        with _errors_about(f"{self.address}/{name}"):
+            file_system, root = self._find()
+            try:
+                return bytes(file_system.cat_file(f"{root}/{name}"))
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file.
+
+        Args:
+            name: Name in the folder.
+            content: The content.
+        """
+        with _errors_about(f"{self.address}/{name}"):
+            file_system, root = self._find()
+            file_system.pipe_file(f"{root}/{name}", content)
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """Yield the path of a downloaded copy of a shard.
+
+        Args:
+            name: Name in the folder.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        file_system, root = self._find()
+        with tempfile.TemporaryDirectory() as folder:
+            path, source = Path(folder) / Path(name).name, f"{root}/{name}"
+            if not file_system.exists(source):
+                raise FileNotFoundError(source)
+            if file_system.isdir(source):
+                path.mkdir()
+                for each in file_system.ls(source, detail=False):
+                    file_system.get_file(each, str(path / each.rpartition("/")[2]))
+            else:
+                file_system.get_file(source, str(path))
+            yield path
+
+    def remove_temporaries(self) -> None:
+        """Do nothing: uploads have no temporary names."""
+
+
+Folder = LocalFolder | RemoteFolder
+
+
+def open_folder(location: str) -> Folder:
+    """Return the output folder at a path or an address.
+
+    Args:
+        location: The path or address.
+    """
+    return RemoteFolder(location) if is_address(location) else LocalFolder(Path(location))
+
+
+@contextlib.contextmanager
+def _errors_about(location: str | Path) -> Iterator[None]:
+    """Name the output in errors of the system, which know only temporary files."""
+    try:
+        yield
+    except (InputError, FileNotFoundError, MissingDependencyError):
+        raise
+    except OSError as error:
+        raise InputError(f"{location} cannot be written: {error.strerror or error}") from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the files of a folder and their names, are on the disk."""
+    if not path.is_dir():
+        flush_to_disk(path)
+        return
+    for file in path.iterdir():
+        flush_to_disk(file)
+    flush_folder(path)
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove an existing folder, which no rename replaces."""
+    if path.is_dir() and not path.is_symlink():
+        old = path.parent / f".{path.name}.saving-{secrets.token_hex(6)}"
+        os.rename(path, old)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,217 @@
+"""`kandinsky22 batch` with the embedded model: pictures of the other commands, stages apart, measured batch sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.batch.kills import contents, entries
+
+from kandinsky22.batch import batch_sizes
+from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
+from kandinsky22.batch.formats import FORMATS, read_shard
+from kandinsky22.batch.items import Item
+from kandinsky22.batch.manifest import Manifest
+from kandinsky22.batch.requests import RequestOptions
+from kandinsky22.batch.shards import ShardTask
+from kandinsky22.batch.storage import LocalFolder
+from kandinsky22.cli.main import main
+from kandinsky22.errors import InputError
+from kandinsky22.generation.stages import NanError
+
+FAST = ["--steps", "2", "--prior-steps", "2", "-q"]
+PROMPTS = ["a red circle", "a blue star", "a green square"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").convert("RGB").resize((128, 128)).save("photo.png")
+    rows: list[dict[str, Any]] = [{"prompt": prompt} for prompt in PROMPTS]
+    rows += [{"prompt": "a star", "image": "photo.png", "strength": 0.5}, {"prompt": "a star", "size": "64x64"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def _pixels(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _samples(folder: Path, format: str) -> list[Any]:
+    manifest = Manifest(LocalFolder(folder))
+    names = [manifest.entries[shard].name for shard in sorted(manifest.entries)]
+    return [sample for name in names if name for sample in read_shard(FORMATS[format], folder / name)]
+
+
+@pytest.mark.slow
+def test_a_batch_of_one_gives_the_bits_of_the_other_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "rows.jsonl", "-o", "out", "--batch-size", "1", *FAST]) == 0
+    assert capsys.readouterr().out == "out\n"
+    metadata = [json.loads(line) for line in Path("out/00000/metadata.jsonl").read_text().splitlines()]
+    assert [line["width"] for line in metadata] == [128, 128, 128, 128, 64]
+    command = ["generate", PROMPTS[1], "--seed", str(metadata[1]["seed"]), "-o", "alone.png", *FAST]
+    assert main(command) == 0
+    np.testing.assert_array_equal(_pixels(Path("alone.png")), _pixels(Path("out/00000/000000001.png")))
+    # The recipe in a picture repeats it.
+    assert main(["img2img", "--from", "out/00000/000000003.png", "-o", "again.png", "-q"]) == 0
+    np.testing.assert_array_equal(_pixels(Path("again.png")), _pixels(Path("out/00000/000000003.png")))
+
+
+@pytest.mark.slow
+def test_larger_batches_say_so_in_the_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "rows.jsonl", "-o", "one", "--batch-size", "1", *FAST]) == 0
+    assert main(["batch", "rows.jsonl", "-o", "many", "--batch-size", "8", *FAST]) == 0
+    for name in ("000000000.png", "000000002.png", "000000004.png"):
+        difference = _pixels(Path("one/00000", name)).astype(int) - _pixels(Path("many/00000", name)).astype(int)
+        assert abs(difference).max() <= 1
+    capsys.readouterr()
+    assert main(["generate", "--from", "many/00000/000000000.png", "-o", "again.png"]) == 0
+    assert "generated in a batch of up to 8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_pictures_can_be_drawn_again_without_the_prior(folder: Path, format: str) -> None:
+    common = ["--format", format, "--batch-size", "4", *FAST]
+    assert main(["batch", "rows.jsonl", "-o", "whole", "--keep-embeddings", *common]) == 0
+    assert main(["batch", "rows.jsonl", "-o", "prior", "--stage", "prior", *common]) == 0
+    assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--keep-embeddings", *common[:4], "-q"]) == 0
+    whole, prior, drawn = (_samples(Path(name), format) for name in ("whole", "prior", "drawn"))
+    assert len(whole) == len(prior) == len(drawn) == 5
+    for one, stored, other in zip(whole, prior, drawn, strict=True):
+        assert stored.image is None
+        np.testing.assert_array_equal(one.embedding.vectors, stored.embedding.vectors)
+        with Image.open(io.BytesIO(one.image)) as first, Image.open(io.BytesIO(other.image)) as second:
+            np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+            assert first.info["kandinsky22"] == second.info["kandinsky22"]
+
+
+def test_late_settings_of_the_prior_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prior").mkdir()
+    assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "-q"]) == 1
+    assert "not the output folder of a batch" in capsys.readouterr().err
+    assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--prior-steps", "3", "-q"]) == 1
+    assert "prior_steps would have no effect" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.csv").write_text("prompt,steps\na,none\n")
+    assert main(["batch", "bad.csv", "-o", "out"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("kandinsky22: row 1: steps='none' is invalid")
+    assert lines[-1].startswith("kandinsky22: error: 1 of 1 pictures cannot be drawn")
+    assert main(["batch", "rows.unknown", "-o", "out"]) == 1
+    assert "input='rows.unknown' is invalid" in capsys.readouterr().err
+    for arguments in (["--seed", "1", "2"], ["--workers", "2", "--ray"], ["--column", "prompt"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["batch", "rows.jsonl", "-o", "out", *arguments])
+        assert stop.value.code == 2
+
+
+@pytest.mark.slow
+def test_rows_come_from_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pipe(io.BytesIO):
+        @property
+        def buffer(self) -> io.BytesIO:
+            return self
+
+    content = b'{"caption": "a star", "image": "photo.png", "mode": "variations"}\n'
+    monkeypatch.setattr(sys, "stdin", Pipe(content))
+    assert main(["batch", "-", "-o", "out", "--column", "prompt=caption", "--batch-size", "2", *FAST]) == 0
+    recipe = Image.open("out/00000/000000000.png").info["kandinsky22"]
+    assert json.loads(recipe)["prompt"] == "a star"
+    monkeypatch.setattr(sys, "stdin", Pipe(content))
+    assert main(["batch", "-", "-o", "out", "--column", "prompt=caption", "--batch-size", "2", *FAST]) == 0
+
+
+# Drawing
+
+
+def _task(prompts: list[str]) -> ShardTask:
+    return ShardTask(0, tuple(Item(n, n + 1, str(n), n, {"prompt": p}, {}) for n, p in enumerate(prompts)))
+
+
+def _options(**changes: Any) -> DrawOptions:
+    requests = RequestOptions({"steps": 2, "prior_steps": 2, "size": "64x64"})
+    return dataclasses.replace(DrawOptions(requests, batch_size=2), **changes)
+
+
+def test_the_prior_of_the_next_shard_runs_in_a_thread(tmp_path: Path) -> None:
+    """What runs on GPUs, here on the CPU: the same pictures as one stage after the other."""
+    drawer, tasks = ShardDrawer(_options()), [_task(PROMPTS[:2]), _task(PROMPTS[1:])]
+    overlapping = [drawn for _, drawn in drawer.draw_overlapping(iter(tasks))]
+    serial = [drawn for _, drawn in drawer.draw_all(iter(tasks))]
+    assert [[sample.image for sample in drawn.samples] for drawn in overlapping] == [
+        [sample.image for sample in drawn.samples] for drawn in serial
+    ]
+
+
+def test_a_picture_with_nan_ends_the_run_or_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others of its batch are drawn alone."""
+    from kandinsky22.batch import drawing
+
+    original = drawing.decode_batch
+
+    def fails_for_stars(jobs: Any, embeddings: Any) -> Any:
+        if any(job.request.prompt == "a blue star" for job in jobs):
+            raise NanError("NaN")
+        return original(jobs, embeddings)
+
+    monkeypatch.setattr(drawing, "decode_batch", fails_for_stars)
+    with pytest.raises(NanError, match="row 2"):
+        ShardDrawer(_options()).draw(_task(PROMPTS))
+    drawn = ShardDrawer(_options(skip_bad=True)).draw(_task(PROMPTS))
+    assert [sample.metadata["row"] for sample in drawn.samples] == [1, 3]
+    assert drawn.failed == {"000000001": "row 2: NaN"}
+
+
+def test_larger_images_run_in_smaller_batches() -> None:
+    drawer = ShardDrawer(_options(batch_size=8, batch_pixels=64 * 64))
+    sizes = {64: 8, 128: 2, 320: 1}
+    for side, expected in sizes.items():
+        item = Item(0, 1, "1", 0, {"prompt": "a star", "size": f"{side}x{side}"}, {})
+        (batch,) = drawer.plan(ShardTask(0, (item,))).batches
+        assert batch.size == expected
+
+
+def test_the_batch_size_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path))
+    drawer, item = ShardDrawer(_options()), _task(PROMPTS).items[0]
+    found = batch_sizes.find_batch_size(drawer, item)
+    assert found.size in batch_sizes.CANDIDATES
+    assert found.pixels == 64 * 64
+    (file,) = (tmp_path / "batch-size").iterdir()
+    assert json.loads(file.read_text())["batch_size"] == found.size
+    file.write_text('{"batch_size": 4}')
+    assert batch_sizes.find_batch_size(drawer, item).size == 4
+    file.write_text("damaged")
+    monkeypatch.setattr(batch_sizes, "_rate", lambda job, size: None if size > 2 else float(size))
+    assert batch_sizes.find_batch_size(drawer, item).size == 2
+
+
+def test_the_model_is_checked_before_rows_are_drawn(folder: Path) -> None:
+    item = Item(0, 1, "1", 0, {"prompt": "a star", "model": "missing-folder-of-a-model"}, {})
+    with pytest.raises((InputError, OSError)):
+        ShardDrawer(_options()).draw(ShardTask(0, (item,)))
+
+
+# Ray
+
+
+@pytest.mark.slow
+def test_ray_draws_the_same_pictures(folder: Path) -> None:
+    pytest.importorskip("ray")
+    common = ["--batch-size", "2", "--shard-size", "2", "--format", "webdataset", *FAST]
+    assert main(["batch", "rows.jsonl", "-o", "here", *common]) == 0
+    assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", "--ray-decoder-actors", "1", *common]) == 0
+    assert contents(Path("ray")) == contents(Path("here"))
+    assert entries(Path("ray")) == entries(Path("here"))
+    assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", *common]) == 0  # nothing is left to draw
