@@ -21,7 +21,7 @@ from kandinsky22.cli.settings import (
 from kandinsky22.cli.settings_file import read_settings, settings_path, toml_value, write_setting
 from kandinsky22.errors import InputError, describe, printable
 
-HIDDEN_KEYS = ("token",)  # not shown: terminals are recorded and shared
+HIDDEN_KEYS = ("token", "hub-token")  # not shown: terminals are recorded and shared
 
 
 def add_parser(

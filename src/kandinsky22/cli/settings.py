@@ -284,7 +284,7 @@ def _store(action: argparse.Action, value: Any, parser: argparse.ArgumentParser,
         raise ValueError(f"{describe(value)} is invalid: expected {action.nargs} values")
     if not takes_several:
         words = [",".join(words)]
-    values = [action.type(word) if callable(action.type) else word for word in words]
+    values: Any = [action.type(word) if callable(action.type) else word for word in words]
     if action.choices is not None and (wrong := [word for word in values if word not in action.choices]):
         raise ValueError(f"{describe(wrong[0])} is invalid: expected one of {', '.join(map(str, action.choices))}")
     action(parser, namespace, values if takes_several else values[0], action.option_strings[0])

@@ -203,8 +203,9 @@ def _estimated_nearness(picture: Image, model: str | os.PathLike[str], device: A
 
 def _load_depth_model(model: str | os.PathLike[str]) -> tuple[Any, Any]:
     """Return the image processor and the network of a model. Code that comes with a model never runs."""
-    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
-        raise invalid("model", model, "a folder or a Hub id of a depth estimation model of transformers")
+    value: Any = model
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise invalid("model", value, "a folder or a Hub id of a depth estimation model of transformers")
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     name = os.fspath(model)
