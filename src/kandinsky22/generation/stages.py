@@ -6,8 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kandinsky22.errors import KandinskyError, NotFiniteError
 from kandinsky22.generation.canvas import Canvas, crop_around_mask, decoder_size, extend
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from kandinsky22 import KandinskyPriorPipelineOutput
+
+OnStep: TypeAlias = "Callable[[Any, int, Any, dict[str, Any]], None]"
+"""Function that is called after each step of both stages, as `callback_on_step_end` of the pipelines. It may raise an
+exception to stop the generation."""
 
 # Fields of Request and the pipeline arguments that take their values.
 PRIOR_ARGUMENTS = {
@@ -127,7 +131,11 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
 
 
 def run_prior(
-    prior: Any, request: Request, images: Mapping[InputFile, Image], generator: torch.Generator
+    prior: Any,
+    request: Request,
+    images: Mapping[InputFile, Image],
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
 ) -> KandinskyPriorPipelineOutput:
     """Return the image embedding of a prompt, a mixture or an image, and the negative image embedding.
 
@@ -136,6 +144,7 @@ def run_prior(
         request: Settings of the command, from `with_model_defaults`.
         images: The opened input images by record.
         generator: Source of the noise.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If an embedding contains NaN.
@@ -144,7 +153,7 @@ def run_prior(
     options = {
         argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
     }
-    options["prompt_weights"] = bool(request.prompt_weights)
+    options |= {"prompt_weights": bool(request.prompt_weights), "callback_on_step_end": on_step}
     if request.prompt is None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = request.parts or (MixtureItem(1.0, image=request.image),)
@@ -214,6 +223,7 @@ def run_decoder(
     images: DecoderImages,
     embeddings: KandinskyPriorPipelineOutput,
     generator: torch.Generator,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Return the image of one pair of embeddings.
 
@@ -226,6 +236,7 @@ def run_decoder(
         images: Result of `prepare_images`.
         embeddings: Result of `run_prior`.
         generator: Source of the noise.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If the image contains NaN.
@@ -242,6 +253,7 @@ def run_decoder(
             negative_image_embeds=embeddings.negative_image_embeds,
             generator=generator,
             output_type="np",
+            callback_on_step_end=on_step,
             **options,
             **images.arguments,
         ).images
@@ -254,6 +266,7 @@ def generate_image(
     inputs: Mapping[InputFile, Image],
     images: DecoderImages,
     seed: int,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Return the image of one seed. The prior and then the decoder draw their noise from one generator.
 
@@ -263,6 +276,7 @@ def generate_image(
         inputs: The opened input images by record.
         images: Result of `prepare_images`.
         seed: Seed of the generator.
+        on_step: Called after each step of both stages; None calls nothing.
 
     Raises:
         NanError: If an embedding or the image contains NaN.
@@ -270,8 +284,8 @@ def generate_image(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    embeddings = run_prior(networks.prior, request, inputs, generator)
-    return run_decoder(networks.decoder, request, images, embeddings, generator)
+    embeddings = run_prior(networks.prior, request, inputs, generator, on_step)
+    return run_decoder(networks.decoder, request, images, embeddings, generator, on_step)
 
 
 def sized_recipe(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: Request) -> Recipe:
