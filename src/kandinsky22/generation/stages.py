@@ -130,6 +130,33 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
     return Recipe(**(requested | resolved))
 
 
+def prior_options(prior: Any, request: Request) -> dict[str, Any]:
+    """Return the sampling arguments of a call of the prior.
+
+    Args:
+        prior: Prior pipeline.
+        request: Settings of the command, from `with_model_defaults`.
+    """
+    parameters = call_parameters(prior)
+    options = {
+        argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
+    }
+    return options | {"prompt_weights": bool(request.prompt_weights)}
+
+
+def decoder_options(decoder: Any, request: Request) -> dict[str, Any]:
+    """Return the sampling arguments of a call of the decoder.
+
+    Args:
+        decoder: Decoder pipeline.
+        request: Settings of the command, from `with_model_defaults`.
+    """
+    parameters = call_parameters(decoder)
+    return {
+        argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
+    }
+
+
 def run_prior(
     prior: Any,
     request: Request,
@@ -149,23 +176,19 @@ def run_prior(
     Raises:
         NanError: If an embedding contains NaN.
     """
-    parameters = call_parameters(prior)
-    options = {
-        argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
-    }
-    options |= {"prompt_weights": bool(request.prompt_weights), "callback_on_step_end": on_step}
+    options = prior_options(prior, request) | {"callback_on_step_end": on_step}
     if request.prompt is None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = request.parts or (MixtureItem(1.0, image=request.image),)
         items = [item.text if item.image is None else images[item.image] for item in mixture]
         weights = [item.weight for item in mixture]
         options |= {"negative_prior_prompt": request.negative_prompt}
-        with _nan_errors(prior, request.prior_steps):
+        with nan_errors(prior, request.prior_steps):
             return prior.interpolate(items, weights, generator=generator, **options)
     options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if request.image is not None and "image" in parameters:
+    if request.image is not None and "image" in call_parameters(prior):
         options["image"] = images[request.image]
-    with _nan_errors(prior, request.prior_steps):
+    with nan_errors(prior, request.prior_steps):
         return prior(generator=generator, **options)
 
 
@@ -227,8 +250,7 @@ def run_decoder(
 ) -> Image:
     """Return the image of one pair of embeddings.
 
-    The batch size is always 1, because results of larger batches can differ in the last bits: an image of a series must
-    equal the image of its seed alone.
+    The batch size is 1; `kandinsky22.generation.batching` runs larger ones.
 
     Args:
         decoder: Decoder pipeline.
@@ -243,18 +265,14 @@ def run_decoder(
     """
     from kandinsky22.inputs.images import array_to_pil
 
-    parameters = call_parameters(decoder)
-    options = {
-        argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
-    }
-    with _nan_errors(decoder, request.steps):
+    with nan_errors(decoder, request.steps):
         pixels = decoder(
             image_embeds=embeddings.image_embeds,
             negative_image_embeds=embeddings.negative_image_embeds,
             generator=generator,
             output_type="np",
             callback_on_step_end=on_step,
-            **options,
+            **decoder_options(decoder, request),
             **images.arguments,
         ).images
     return images.finish(array_to_pil(pixels)[0])
@@ -302,8 +320,19 @@ def sized_recipe(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: 
 
 
 @contextlib.contextmanager
-def _nan_errors(pipe: Any, steps: int | None) -> Iterator[None]:
-    """Raise NanError if a pipeline reports a result with NaN or infinity, which would be saved as a black image."""
+def nan_errors(pipe: Any, steps: int | None) -> Iterator[None]:
+    """Raise NanError if a pipeline reports a result with NaN or infinity, which would be saved as a black image.
+
+    Args:
+        pipe: Pipeline that runs in the context.
+        steps: Number of its steps, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NanError: If the pipeline raises NotFiniteError.
+    """
     try:
         yield
     except NotFiniteError as error:

@@ -363,7 +363,7 @@ class Store:
                     "lease_owner = NULL, lease_until = NULL WHERE id = ?",
                     (job.id,),
                 )
-            return [job for row in rows if (job := self.job(row.id)) is not None]
+            return [current for job in rows if (current := self.job(job.id)) is not None]
 
     def retry(self, id: str) -> JobRow | None:
         """Queue a failed or cancelled job again at the end of the queue; None if it is neither.
