@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kandinsky22 import __version__
-from kandinsky22.cli import compare, completion, configuration, hint, info, models
+from kandinsky22.cli import compare, completion, configuration, hint, info, models, serve
 from kandinsky22.cli.console import print_message, safe_messages
 from kandinsky22.cli.failures import check_address_space, failure_message
 from kandinsky22.cli.modes import SUBCOMMANDS
@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     hint.add_parser(subparsers)
     info.add_parser(subparsers)
     models.add_parser(subparsers)
+    serve.add_parser(subparsers)
     configuration.add_parser(subparsers, build_parser)
     completion.add_parser(subparsers, build_parser)
     return parser
