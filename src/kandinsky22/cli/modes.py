@@ -84,8 +84,12 @@ class Subcommand:
         )
         default = "picture.png; with --from, the repeated file's name with -again"
         options.add_output_options(output, default)
+        output.add_argument(
+            "--preview", action="store_true", help="show the image in the terminal while it is generated"
+        )
         options.add_sampling_options(parser)
         options.add_model_options(parser)
+        options.add_server_options(parser)
         supersedes = {"source": RECIPE_OPTIONS, "quality": PRESET_OPTIONS, "model": ("prior",)}
         parser.set_defaults(run=lambda args: run(self, args), fail=parser.error, **{SUPERSEDES: supersedes})
 

@@ -195,7 +195,7 @@ def finished(job: Job, seed: int, image: Image, *, batch_size: int) -> Generated
     return GeneratedImage(image, dataclasses.replace(recipe, batch_size=batch_size if batch_size > 1 else None))
 
 
-def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
+def generate_series(job: Job, seeds: Sequence[int], on_step: stages.OnStep | None = None) -> Iterator[GeneratedImage]:
     """Yield the images of one job for several seeds, in batches on a GPU and one after the other on a CPU.
 
     On CPUs, images of a series are bit-identical to those of their seeds alone, and batches would save little.
@@ -203,6 +203,7 @@ def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
     Args:
         job: The job.
         seeds: Seeds of the images.
+        on_step: Called after each step of both stages; None calls nothing.
 
     Raises:
         NanError: If a result contains NaN.
@@ -210,4 +211,4 @@ def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
     size = 1 if job.networks.device.type == "cpu" else SERIES_BATCH
     for start in range(0, len(seeds), size):
         chunk = seeds[start : start + size]
-        yield from generate_batch([job] * len(chunk), chunk)
+        yield from generate_batch([job] * len(chunk), chunk, on_step)

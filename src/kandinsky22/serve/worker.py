@@ -21,11 +21,11 @@ from kandinsky22.errors import KandinskyError
 from kandinsky22.generation.input_images import InputImages
 from kandinsky22.generation.memory_errors import is_out_of_memory
 from kandinsky22.generation.modes import MODES
+from kandinsky22.generation.previews import PreviewMap
 from kandinsky22.generation.recipe import InputFile
 from kandinsky22.generation.request import Request
 from kandinsky22.serve import messages
 from kandinsky22.serve.files import Files, image_id
-from kandinsky22.serve.previews import PreviewMap
 from kandinsky22.serve.progress import CancelledError, ProgressReporter, StageTimes
 from kandinsky22.serve.requests import generation_request, title
 from kandinsky22.serve.schemas import JobRequest

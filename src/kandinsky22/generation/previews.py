@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 FIT_SIDE = 128  # side of the pictures that the map is fitted to, in pixels
@@ -40,21 +41,31 @@ class PreviewMap:
             ones = torch.ones(len(rows), 1)
             self._matrix = torch.linalg.lstsq(torch.cat([rows, ones], 1), targets).solution  # (channels + 1, 3)
 
+    def image(self, latents: Tensor) -> Image:
+        """Return the preview of latents, with one pixel per latent pixel.
+
+        Args:
+            latents: Latents of one image, (4, height, width).
+        """
+        import numpy as np
+        import PIL.Image
+
+        values = latents.detach().float().cpu().permute(1, 2, 0)
+        colours = values @ self._matrix[:-1] + self._matrix[-1]
+        pixels = ((colours / 2 + 0.5).nan_to_num(0.5).clamp(0, 1) * 255).round().byte().numpy()
+        return PIL.Image.fromarray(np.ascontiguousarray(pixels))
+
     def data_url(self, latents: Tensor) -> str:
         """Return the preview of latents as a WebP file in a data URL.
 
         Args:
             latents: Latents of one image, (4, height, width).
         """
-        import numpy as np
-        from PIL import Image
+        from PIL.Image import Resampling
 
-        values = latents.detach().float().cpu().permute(1, 2, 0)
-        colours = values @ self._matrix[:-1] + self._matrix[-1]
-        pixels = ((colours / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy()
-        image = Image.fromarray(np.ascontiguousarray(pixels))
+        image = self.image(latents)
         scale = min(8, max(1, MAX_SIDE // max(image.size)))
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+        image = image.resize((image.width * scale, image.height * scale), Resampling.BICUBIC)
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         content = io.BytesIO()
         image.save(content, "WEBP", quality=70)
