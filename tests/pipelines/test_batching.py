@@ -127,7 +127,12 @@ def test_requests_of_different_settings_do_not_share_a_batch() -> None:
     (job,) = _jobs(CASES["generate"][:1])
     key = batch_key(job.mode, job.request)
     assert batch_key(job.mode, dataclasses.replace(job.request, prompt="other", seeds=(9,))) == key
-    for change in ({"steps": 9}, {"width": 64, "height": 64}, {"negative_prompt": "x"}, {"scheduler_settings": {"a": 1}}):
+    for change in (
+        {"steps": 9},
+        {"width": 64, "height": 64},
+        {"negative_prompt": "x"},
+        {"scheduler_settings": {"a": 1}},
+    ):
         assert batch_key(job.mode, dataclasses.replace(job.request, **change)) != key
         hash(batch_key(job.mode, dataclasses.replace(job.request, **change)))
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-FIT_SIDE = 128  # side of the pictures that the map is fitted to, in pixels
+FIT_SIDE = 16  # side of the pictures that the map is fitted to, in latent pixels
 FIT_PICTURES = 4
 MAX_SIDE = 192  # longer side of a preview in pixels
 FIT_SEED = 22
@@ -31,7 +31,11 @@ class PreviewMap:
         import torch
 
         with torch.inference_mode():
-            pictures = _fit_pictures().to(device=device, dtype=movq.dtype)
+            # MoVQ halves the size once per resolution level, except at the last one.
+            side = FIT_SIDE * 2 ** (len(movq.config.block_out_channels) - 1)
+            pictures = _fit_pictures(side).to(device=device, dtype=movq.dtype)
+                device=device, dtype=movq.dtype
+            )
             latents = movq.encode(pictures).latents
             pixels = movq.decode(latents).sample.float().cpu()
             latents = latents.float().cpu()
@@ -72,13 +76,13 @@ class PreviewMap:
         return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _fit_pictures() -> Tensor:
+def _fit_pictures(side: int) -> Tensor:
     """Return pictures of smooth colours and edges in all colours, (pictures, 3, side, side) in [-1, 1]."""
     import torch
 
     generator = torch.Generator().manual_seed(FIT_SEED)
     coarse = torch.rand(FIT_PICTURES, 3, 8, 8, generator=generator) * 2 - 1
-    size = (FIT_SIDE, FIT_SIDE)
+    size = (side, side)
     smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
     blocks = torch.nn.functional.interpolate(coarse.flip(0), size=size, mode="nearest")
     return torch.cat([smooth, blocks]).clamp(-1, 1)
