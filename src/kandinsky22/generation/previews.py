@@ -34,8 +34,6 @@ class PreviewMap:
             # MoVQ halves the size once per resolution level, except at the last one.
             side = FIT_SIDE * 2 ** (len(movq.config.block_out_channels) - 1)
             pictures = _fit_pictures(side).to(device=device, dtype=movq.dtype)
-                device=device, dtype=movq.dtype
-            )
             latents = movq.encode(pictures).latents
             pixels = movq.decode(latents).sample.float().cpu()
             latents = latents.float().cpu()
