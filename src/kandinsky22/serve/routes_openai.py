@@ -210,8 +210,9 @@ def _common(server: Services, body: ImagesRequest, mode: str) -> dict[str, Any]:
     }
     if body.size not in (None, "auto"):
         width, height = map(int, str(body.size).split("x"))
-        if not width or not height:
-            raise invalid_request(f"size={body.size!r} is invalid: expected WIDTHxHEIGHT in pixels", "size")
+        if not 0 < min(width, height) <= max(width, height) <= server.settings.max_side:
+            expected = f"WIDTHxHEIGHT with sides up to {server.settings.max_side} pixels"
+            raise invalid_request(f"size={body.size!r} is invalid: expected {expected}", "size")
         values |= {"width": width, "height": height}
     try:
         JobRequest(mode="generate", **values)

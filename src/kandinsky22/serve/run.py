@@ -27,6 +27,7 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
     import uvicorn
 
     from kandinsky22.serve.app import build_app
+    from kandinsky22.serve.http_protocol import TimedProtocol
 
     lock = lock_folder(settings.state_folder)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -41,7 +42,7 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=32 * 1024,
-        http="h11",
+        http=TimedProtocol,
         ws="none",
     )
 
