@@ -84,10 +84,13 @@ class Server:
     def worker_pids(self) -> list[int]:
         """Return the process ids of the server's workers."""
         assert self.process is not None
-        listed = subprocess.run(
-            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=False
-        )
-        return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self.process.pid and b"spawn_main" in folder.joinpath("cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return found
 
     def request(self, method: str, path: str, status: int | None = None, **options: Any) -> requests.Response:
         """Return the response of a request; with `status`, assert that it has this status."""

@@ -280,6 +280,7 @@ def test_slow_bodies_and_heads_are_cut_off(guarded: Server) -> None:
         "Content-Length: 1000\r\n\r\nabc"
     )
     assert raw(guarded, head.encode()).split()[1] == b"408"
+    assert raw(guarded, b"GET /healthz HTTP/1.1\r\nHost:") == b""  # the rest of the head does not come
     assert time.monotonic() - begin < 10
 
 

@@ -184,8 +184,8 @@ def _edit_job(server: Services, body: EditRequest, images: list[bytes], mask: by
         return JobRequest(mode="mix", parts=[*texts, *mixed], **values)
     if len(images) > 1:
         raise invalid_request("mask is invalid: expected none, because several images are mixed", "mask")
-    repainted = pictures.transparent_mask(server, images[0] if mask is None else mask)
     picture = pictures.upload(server, images[0])
+    repainted = pictures.transparent_mask(server, images[0] if mask is None else mask)
     if mask is None and repainted is images[0]:  # no mask, and nothing of the image is transparent
         return JobRequest(
             mode="img2img", prompt=body.prompt, image=picture, strength=0.6, **_common(server, body, "img2img")
