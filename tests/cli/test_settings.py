@@ -100,7 +100,7 @@ def test_a_new_subcommand_has_settings_without_code_of_its_own() -> None:
     ("text", "words"),
     [
         ("[generate]\nstpes = 25", ("config.toml", "'stpes'", "[generate]", "did you mean steps?")),
-        ("[genrate]\nsteps = 25", ("section", "'genrate'", "did you mean generate?")),
+        ("[generatex]\nsteps = 25", ("section", "'generatex'", "did you mean generate?")),
         ("colour = 1", ("unknown key", "'colour'")),
         ("[config.set]\nkey = 1", ("unknown key", "'key'")),
         ("[generate]\nsteps = 0", ("[generate]", "steps", "'0'", "at least 1")),
@@ -201,7 +201,7 @@ def test_config_preserves_the_rest_of_the_file(command: Command) -> None:
     ("arguments", "words"),
     [
         (("generate.stpes", 3), ("'stpes'", "did you mean steps?")),
-        (("genrate.steps", 3), ("'genrate'", "did you mean generate?")),
+        (("generatex.steps", 3), ("'generatex'", "did you mean generate?")),
         (("generate.steps", "many"), ("steps", "'many'", "an integer")),
         (("steps.x", 1), ("'steps'",)),
         (("config.set.key", 1), ("'key'",)),

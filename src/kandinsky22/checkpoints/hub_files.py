@@ -187,11 +187,14 @@ def cached_size(name: str, cache_dir: Path | None = None) -> int:
 
 
 def remove_cached(name: str, cache_dir: Path | None = None) -> int:
-    """Remove all files of a repository from the Hub cache, and return the number of bytes that this frees.
+    """Remove all files of a repository from the Hub cache.
 
     Args:
         name: Hub id.
         cache_dir: Folder of the Hub cache; None for the default.
+
+    Returns:
+        Number of bytes that this frees.
 
     Raises:
         CheckpointError: If the cache does not have the repository.

@@ -70,10 +70,13 @@ class ApiClient:
         return info
 
     def upload(self, content: bytes) -> str:
-        """Upload an image file, and return its id.
+        """Upload an image file.
 
         Args:
             content: PNG, JPEG or WebP file.
+
+        Returns:
+            Id of the upload.
 
         Raises:
             ServerError: If the server cannot be reached, or refuses the file.
@@ -81,11 +84,14 @@ class ApiClient:
         return str(self._json("POST", "/api/uploads", content, {"Content-Type": "application/octet-stream"})["id"])
 
     def submit(self, job: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        """Queue a job, and return its state. The same key again returns the same job.
+        """Queue a job. The same key again returns the same job.
 
         Args:
             job: The request of the job.
             key: Idempotency key.
+
+        Returns:
+            State of the job.
 
         Raises:
             ServerError: If the server cannot be reached, or refuses the job.

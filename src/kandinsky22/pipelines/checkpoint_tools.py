@@ -13,29 +13,17 @@ from typing import Any
 
 from kandinsky22 import __version__
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json
-from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource, embedded_fallback_folder, licence_in_card
+from kandinsky22.checkpoints.hub import CheckpointSource, embedded_fallback_folder, licence_in_card
 from kandinsky22.checkpoints.hub_files import file_digest
 from kandinsky22.checkpoints.weights import indexed_files
 from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.component_io import LoadOptions
-from kandinsky22.pipelines.decoder import (
-    KandinskyV22ControlnetPipeline,
-    KandinskyV22InpaintPipeline,
-    KandinskyV22Pipeline,
-)
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
-from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 
 CARD = "README.md"
 INT8 = "int8"
 STORED_DTYPES = ("float16", "bfloat16", "float32")
-# Classes that load the embedded model, by kind of decoder.
-DECODERS: Mapping[str, type[DiffusionPipeline]] = {
-    "decoder": KandinskyV22Pipeline,
-    "inpaint": KandinskyV22InpaintPipeline,
-    "control": KandinskyV22ControlnetPipeline,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +206,7 @@ def _needs_prior(pipeline_class: type[DiffusionPipeline]) -> bool:
 def _load(source: CheckpointSource, dtype: str) -> Any:
     import torch
 
-    pipeline_class: Any = DiffusionPipeline
-    if source.name == EMBEDDED:
-        embedded = {**DECODERS, "prior": KandinskyV22PriorPipeline}
-        pipeline_class = embedded[source.embedded_subfolder]
+    pipeline_class: Any = _pipeline_class(source)
     return pipeline_class.from_pretrained(
         source.name,
         torch_dtype=getattr(torch, dtype),
