@@ -62,6 +62,7 @@ lint: $(VENV)/.tools  ## check style and spelling
 	$(BIN)/python -m ruff check $(CHECKED)
 	$(BIN)/python -m ruff format --check $(CHECKED)
 	$(BIN)/python -m codespell_lib $(CHECKED) $(PROSE)
+	$(BIN)/hadolint Dockerfile
 
 format: $(VENV)/.tools  ## format the sources
 	$(BIN)/python -m ruff check --fix $(CHECKED)

@@ -48,6 +48,8 @@ MODULE_OF = {
     "apply_quality": "sampling.presets",
     "load_image": "inputs.images",
     "load_subject": "checkpoints.subject_file",
+    "make_depth_hint": "inputs.hints",
+    "make_edge_hint": "inputs.hints",
     "make_image_grid": "inputs.images",
     "optimisations": "kernels.settings",
 }

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +10,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.hub_server import COMMIT, Hub, serving
 from tests.unit.tiny_models import TINY_MOVQ, assert_same_weights
 
 from kandinsky22 import CheckpointError, VQModel
 from kandinsky22.adapters.files import read_adapter
 from kandinsky22.checkpoints import hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves the folders of `root` as repositories owner/name, and lists the files that were fetched."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.root = root
-        self.fetched: list[str] = []
-        self.tokens: set[str | None] = set()
-        self.up = True
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        self.server.tokens.add(self.headers.get("Authorization"))
-        path = self.path.split("?")[0].strip("/")
-        status, headers, content = 404, {"X-Error-Code": "RepoNotFound"}, b""
-        if not self.server.up:
-            status, headers = 503, {}
-        elif path.startswith("api/models/"):
-            owner, name, *rest = path.removeprefix("api/models/").split("/")
-            folder = self.server.root / owner / name
-            if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
-                headers = {"X-Error-Code": "RevisionNotFound"}
-            elif folder.is_dir():
-                files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-                about: Any = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}
-                if rest[:1] == ["tree"]:
-                    sizes = [(f, (folder / f).stat().st_size) for f in files]
-                    about = [{"type": "file", "path": f, "size": size, "oid": "0"} for f, size in sizes]
-                status, headers, content = 200, {"Content-Type": "application/json"}, json.dumps(about).encode()
-        else:
-            owner, name, _, _, inside = path.split("/", 4)
-            file = self.server.root / owner / name / inside
-            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
-            if file.is_file():
-                content = file.read_bytes()
-                status = 200
-                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-                if body:
-                    self.server.fetched.append(inside)
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture
@@ -92,17 +28,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     (root / "someone/picture/unet").mkdir()
     (root / "someone/picture/unet/config.json").write_text("{}")
     (root / "someone/picture/README.md").write_text("---\nlicense: x\nprior:\n- someone/prior\n---\ntext")
-    server = Hub(root)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(root, monkeypatch) as server:
+        yield server
 
 
 def load(cache: Path, name: str = "someone/picture", **options: Any) -> VQModel:

@@ -42,6 +42,8 @@ class CheckpointSource:
         local_files_only: Whether no network request is made and only cached files are used.
         embedded_subfolder: Folder of the embedded weights: "prior", "decoder", "inpaint" or "control".
         force_download: Whether files are downloaded although they are in the cache.
+        checks_digests: Whether interrupted downloads are continued, and files in the cache and new ones are compared
+            with the digests of the Hub.
     """
 
     name: str | os.PathLike[str]
@@ -51,6 +53,7 @@ class CheckpointSource:
     local_files_only: bool = False
     embedded_subfolder: str = "decoder"
     force_download: bool = False
+    checks_digests: bool = False
 
     def __post_init__(self) -> None:
         name: Any = self.name
@@ -103,7 +106,11 @@ class CheckpointSource:
                 raise CheckpointError(self._not_found(error)) from error
             except Exception as error:  # offline mode, no connection, server errors: the cache may have the files
                 connection_error = error
+        if self.checks_digests and connection_error is not None:
+            raise CheckpointError(self._not_found(connection_error)) from connection_error
         try:
+            if self.checks_digests and selected is not None:
+                self._check_files(info.sha, selected)
             folder = hub.snapshot_download(
                 repository,
                 revision=self.revision,
@@ -115,10 +122,18 @@ class CheckpointSource:
                 local_files_only=selected is None,
                 force_download=self.force_download,
             )
+        except CheckpointError:
+            raise
         except Exception as error:  # the Hub client raises OSError, ValueError and its HTTP library's exceptions
             cause = connection_error or error
             raise CheckpointError(self._not_found(cause)) from cause
         return Path(folder)
+
+    def _check_files(self, commit: str | None, names: Iterable[str]) -> None:
+        from kandinsky22.checkpoints.hub_files import download_files
+
+        cache_dir = None if self.cache_dir is None else Path(self.cache_dir)
+        download_files(str(self.name), commit, names, cache_dir=cache_dir, token=self.token)
 
     def _not_found(self, error: Exception) -> str:
         """Message for a checkpoint that is neither a folder nor in reach on the Hub."""
@@ -167,8 +182,18 @@ class CheckpointSource:
         )
 
 
-def _prior_in_card(card: Path) -> str | None:
-    """First entry under `prior:` in a model card's front matter; None if there is none.
+def licence_in_card(card: Path) -> str | None:
+    """Return the licence that the front matter of a model card names; None if there is none.
+
+    Args:
+        card: Path of the card, `README.md` of a checkpoint.
+    """
+    line = next((line for line in _front_matter(card) if line.startswith("license:")), "license:")
+    return line.removeprefix("license:").split(" #")[0].strip().strip("'\"") or None
+
+
+def _front_matter(card: Path) -> list[str]:
+    """Return the lines of a model card's front matter.
 
     Lines are read one by one: a pattern over the entire text takes quadratic time for hostile cards.
     """
@@ -176,11 +201,16 @@ def _prior_in_card(card: Path) -> str | None:
         with open_regular_file(card) as file:
             lines = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace").removeprefix("\ufeff").splitlines()
     except OSError:
-        return None
+        return []
     if not lines or lines[0].rstrip() != "---":
-        return None
+        return []
     end = next((index for index, line in enumerate(lines) if index and line.startswith("---")), None)
-    front = lines[1:end] if end is not None else []
+    return lines[1:end] if end is not None else []
+
+
+def _prior_in_card(card: Path) -> str | None:
+    """First entry under `prior:` in a model card's front matter; None if there is none."""
+    front = _front_matter(card)
     start = next((index for index, line in enumerate(front) if line.startswith("prior:")), None)
     if start is None:
         return None

@@ -14,6 +14,7 @@ class CommandInputs(InputImages):
 
     Attributes:
         stdin: Standard input, for images named "-" and texts.
+        contents: Bytes of the files, for a server.
     """
 
     def __init__(self, recipe_source: Path | None) -> None:
@@ -24,6 +25,7 @@ class CommandInputs(InputImages):
         """
         super().__init__(recipe_source)
         self.stdin = StandardInput()
+        self.contents: dict[InputFile, bytes] = {}
 
     def open(self, name: str, path: Path) -> InputFile:
         """Open an image that the command line names.
@@ -42,6 +44,25 @@ class CommandInputs(InputImages):
         if str(path) != STDIN:
             return super().open(name, path)
         return self.add(name, self.stdin.read(name), STDIN)
+
+    def add(self, name: str, content: bytes, recorded_name: str, *, path: Path | None = None) -> InputFile:
+        """Decode an image, and keep it and its bytes.
+
+        Args:
+            name: Name of the option without dashes, for error messages.
+            content: Content of the image file.
+            recorded_name: Name of the file in the recipe.
+            path: Path of the file for error messages; None stands for `recorded_name`.
+
+        Returns:
+            The file's record.
+
+        Raises:
+            InputError: If the content is not a readable image.
+        """
+        record = super().add(name, content, recorded_name, path=path)
+        self.contents[record] = content
+        return record
 
     def read_text(self, name: str, value: str) -> str:
         """Return a text of the command line, see `StandardInput.read_text`.

@@ -19,8 +19,10 @@ from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
 from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension
 from kandinsky22.cli.request import read_request
-from kandinsky22.cli.run import ImageSaver, report_model
+from kandinsky22.cli.run import report_model
+from kandinsky22.cli.saving import ImageSaver, print_json_line
 from kandinsky22.cli.sheets import MAX_IMAGE_SIDE, RowLabel, Sheet, render_sheet
+from kandinsky22.cli.viewer import open_image_file
 from kandinsky22.errors import InputError
 from kandinsky22.generation import stages
 from kandinsky22.generation.image_files import EXTENSIONS, PNG, check_image, find_format
@@ -152,7 +154,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     request = stages.with_model_defaults(request, networks)
     cells = _grid_cells(args, request, networks)
     recipe = stages.build_recipe("generate", request, networks)
-    saver = ImageSaver(files, find_format(output) or PNG, with_recipes=args.recipe)
+    saver = ImageSaver.of(args, files, find_format(output) or PNG)
     saver.check(recipe, request)
     check_image(saver.format, _largest_grid_size(cells[-1]), {})
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
@@ -168,9 +170,15 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             cell_recipe = _cell_recipe(recipe, result.cell, result.image)
             path = saver.save(result.image, result.cell.output_name, cell_recipe.texts())
             saved[result.cell.output_name] = "" if path is None else path.name
-    saver.save(render_sheet(_grid_sheet(results, recipe)), GRID, _grid_texts(results, recipe))
-    if (path := files.write(TABLE, _csv_table(results, saved).encode())) is not None:
-        print_path(path)
+    grid = saver.save(render_sheet(_grid_sheet(results, recipe)), GRID, _grid_texts(results, recipe))
+    table = _csv_table(results, saved).encode()
+    if (path := files.write(TABLE, table)) is not None:
+        if args.json:
+            print_json_line(path, table)
+        else:
+            print_path(path)
+    if args.open and grid is not None:
+        open_image_file(grid, console)
     if errors:
         raise stages.NanError(f"{len(errors)} of {len(results)} cells are marked NaN; the first: {errors[0]}")
 

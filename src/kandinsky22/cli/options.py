@@ -235,7 +235,7 @@ class _AppendMixtureOption(argparse.Action):
                 item = MixtureOption(weight, subject=subject_path(content))
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from error
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), item])
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), item])
 
 
 def seeds(text: str) -> tuple[int, ...]:
@@ -551,5 +551,39 @@ def add_output_options(group: argparse._ArgumentGroup, default: str, *, stream: 
         "--no-recipe", dest="recipe", action="store_false", help="write no recipe and no prompt into the files"
     )
     group.add_argument(
+        "--json", action="store_true", help="print a line of JSON per file: path, sha256, seed, size, recipe"
+    )
+    group.add_argument("--open", action="store_true", help="open the finished image with the viewer of the system")
+    group.add_argument(
         "-q", "--quiet", action="store_true", help="print no progress and no notes, only errors and paths"
     )
+
+
+def server_address(text: str) -> str | None:
+    """Return the address of a server, or None for "none", which overrides a setting.
+
+    Args:
+        text: The address.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not an http(s) address.
+    """
+    if text == "none":
+        return None
+    match = re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./-]*)?", text)
+    if match is None or int((match[2] or ":80")[1:]) > 65535:
+        raise _invalid(text, "the address of a server such as http://127.0.0.1:7822, or none")
+    return text.rstrip("/")
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that let a running server generate the images.
+
+    Args:
+        parser: Parser of the subcommand.
+    """
+    group = parser.add_argument_group("server", "The images are saved here, as if they had been generated here.")
+    group.add_argument(
+        "--server", type=server_address, metavar="URL", help="let the server at this address generate the images"
+    )
+    group.add_argument("--token", help="secret of the server; better in the variable KANDINSKY22_TOKEN")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.command_inputs import CommandInputs
-from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.console import Console, silenced_libraries
 from kandinsky22.cli.modes import Subcommand
 from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension, is_stdout
 from kandinsky22.cli.request import output_path, read_request
+from kandinsky22.cli.saving import ImageSaver
+from kandinsky22.cli.settings import FROM_SETTINGS
+from kandinsky22.cli.terminal_images import TerminalPreview, image_protocol
+from kandinsky22.cli.viewer import open_image_file
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation import stages
 from kandinsky22.generation.batching import generate_series
@@ -24,11 +29,7 @@ from kandinsky22.generation.canvas import extended_size
 from kandinsky22.generation.image_files import (
     EXTENSIONS,
     PNG,
-    ImageFormat,
-    check_image,
     contact_sheet,
-    contact_sheet_size,
-    encode_image,
     find_format,
 )
 from kandinsky22.generation.input_images import InputImages
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHEET = OutputName("-sheet")
+PRIOR_SAMPLING = ("prior_scheduler", "prior_steps", "prior_guidance", "prior_guidance_interval")
 # Fields of recipes that only some subcommands have, each as an option of the same name.
 INPUTS = ("prompt", "image", "mask", "hint", "parts", "subject", "strength", "keep_pixels", "crop", "extend")
 
@@ -70,10 +72,68 @@ def run_mode(subcommand: Subcommand, args: argparse.Namespace) -> None:
         _run(subcommand, args, console, stdout)
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line whose settings and files have been checked. Nothing has been loaded or sent yet.
+
+    Attributes:
+        mode: Mode of generation.
+        args: Parsed command line.
+        request: Its settings.
+        inputs: Its input images.
+        old_recipe: The recipe that is repeated, or None.
+        base_images: Images that the result is generated over, by field of the request.
+        files: The output files.
+        names: Names of the output files.
+        console: Receives notes and warnings.
+        preview: Shows images while they are generated; None shows none.
+    """
+
+    mode: Mode
+    args: argparse.Namespace
+    request: Request
+    inputs: CommandInputs
+    old_recipe: Recipe | None
+    base_images: Mapping[str, Image]
+    files: OutputFiles
+    names: Sequence[OutputName]
+    console: Console
+    preview: TerminalPreview | None
+
+    @property
+    def saver(self) -> ImageSaver:
+        """Writer of the images."""
+        return ImageSaver.of(self.args, self.files, find_format(output_path(self.args)) or PNG)
+
+    def announce(self, number: int) -> None:
+        """Print the seed of an image before it is generated.
+
+        Args:
+            number: Number of the image, from 1.
+        """
+        seeds = self.request.seeds
+        start = f"image {number} of {len(seeds)}, " if len(seeds) > 1 else ""
+        self.console.note(f"{start}seed {seeds[number - 1]}")
+
+
 def _run(subcommand: Subcommand, args: argparse.Namespace, console: Console, stdout: TextIO | None) -> None:
+    command = _check(subcommand, args, console, stdout)
+    if args.server is None:
+        path = _run_here(command)
+    else:
+        from kandinsky22.cli.remote import run_on_server
+
+        path = run_on_server(command)
+    if args.open and path is not None:
+        open_image_file(path, console)
+
+
+def _check(subcommand: Subcommand, args: argparse.Namespace, console: Console, stdout: TextIO | None) -> Command:
     mode, inputs = subcommand.mode, CommandInputs(args.source)
     check_extension(output_path(args), EXTENSIONS)
+    _check_report(args)
     old_recipe = _recipe_to_repeat(mode, args)
+    drop_ineffective_settings(mode, args)
     size_option = mode.base_images[0] if mode.base_images else None
     request = read_request(args, old_recipe, inputs, size_option=size_option)
     subcommand.check(request, args.fail)
@@ -88,35 +148,49 @@ def _run(subcommand: Subcommand, args: argparse.Namespace, console: Console, std
     files = OutputFiles(output_path(args), names, force=args.force, inputs=protected, stdout=stdout)
     if not files.is_stream and files.path(names[0]) != output_path(args) and len(names) == 1:
         console.note(f"{output_path(args)} exists; the image will be {files.path(names[0])}; --force replaces files")
-    report_model(mode.published_model, request, console)
+    preview = _preview(args, console)
+    return Command(mode, args, request, inputs, old_recipe, base_images, files, names, console, preview)
 
+
+def _run_here(command: Command) -> Path | None:
+    """Generate and save the images in this process, and return the path of the last file."""
+    mode, args, request, inputs = command.mode, command.args, command.request, command.inputs
+    report_model(mode.published_model, request, command.console)
     networks = load_networks(request, prior_class=mode.prior_class(request), decoder_class=mode.decoder_class(request))
     for pipe in (networks.prior, networks.decoder):
-        # None shows progress bars only if stderr is a terminal.
-        pipe.set_progress_bar_config(disable=True if args.quiet else None)
-    if base_images:
-        request = _with_size(request, networks.decoder, next(iter(base_images.values())).size, console)
+        # None shows progress bars only if stderr is a terminal. A preview has a line of its own.
+        pipe.set_progress_bar_config(disable=True if args.quiet or command.preview is not None else None)
+    if command.base_images:
+        base_size = next(iter(command.base_images.values())).size
+        request = _with_size(request, networks.decoder, base_size, command.console)
     request = stages.with_model_defaults(request, networks)
-    _report_missing_steps(mode, networks, request, console)
+    _report_missing_steps(mode, networks, request, command.console)
     recipe = stages.build_recipe(mode.name, request, networks)
     images = stages.prepare_images(networks.decoder, request, inputs.images)
-    saver = ImageSaver(files, find_format(output_path(args)) or PNG, with_recipes=args.recipe)
+    saver = command.saver
     saver.check(recipe, request)
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
-    if old_recipe is not None and (changes := [*_recipe_changes(old_recipe, recipe), *inputs.changes]):
-        console.warn(f"the result may not be bit-identical to {args.source}: {'; '.join(changes)}")
+    if command.old_recipe is not None:
+        changes = [*_recipe_changes(command.old_recipe, recipe), *inputs.changes]
+        if changes:
+            command.console.warn(f"the result may not be bit-identical to {args.source}: {'; '.join(changes)}")
 
-    results = []
-    series = generate_series(Job(mode, request, inputs.images, networks, images, recipe), request.seeds)
-    for number, (seed, name) in enumerate(zip(request.seeds, names, strict=False), start=1):
-        console.note(f"image {number} of {len(request.seeds)}, seed {seed}" if len(names) > 1 else f"seed {seed}")
+    results: list[Image] = []
+    path = None
+    on_step = None if command.preview is None else _shown_steps(command.preview, networks, request)
+    series = generate_series(Job(mode, request, inputs.images, networks, images, recipe), request.seeds, on_step)
+    for number, name in enumerate(command.names[: len(request.seeds)], start=1):
+        command.announce(number)
         result = next(series)
-        saver.save(result.image, name, result.recipe.texts())
+        if command.preview is not None:
+            command.preview.show(result.image, f"seed {request.seeds[number - 1]}")
+            command.preview.finish()
+        path = saver.save(result.image, name, result.recipe.texts())
         results.append(result.image)
     if len(results) > 1:
-        saver.save(
-            contact_sheet(results), SHEET, stages.sized_recipe(recipe, request.seeds, results[0], request).texts()
-        )
+        texts = stages.sized_recipe(recipe, request.seeds, results[0], request).texts()
+        path = saver.save(contact_sheet(results), SHEET, texts)
+    return path
 
 
 # Checks before the networks are loaded
@@ -150,10 +224,48 @@ def _recipe_to_repeat(mode: Mode, args: argparse.Namespace) -> Recipe | None:
     return recipe
 
 
+def _check_report(args: argparse.Namespace) -> None:
+    """Report a contradiction of options that say what is printed and shown."""
+    settings = getattr(args, FROM_SETTINGS, ())
+    if args.json and is_stdout(output_path(args)):
+        args.fail("--json and -o - both write to standard output")
+    if args.preview and args.quiet and "quiet" not in settings and "preview" not in settings:
+        args.fail("--preview contradicts --quiet")
+
+
+def _preview(args: argparse.Namespace, console: Console) -> TerminalPreview | None:
+    if not args.preview or args.quiet:
+        return None
+    protocol = image_protocol(os.environ) if sys.stderr.isatty() else None
+    if protocol is None:
+        console.note("no preview: standard error is not a terminal that shows colours")
+        return None
+    return TerminalPreview(sys.stderr, protocol)
+
+
+def drop_ineffective_settings(mode: Mode, args: argparse.Namespace) -> None:
+    """Reset options that settings have filled in and that would be an error on this command line.
+
+    Args:
+        mode: Mode of the subcommand.
+        args: Parsed command line.
+    """
+    has_text = getattr(args, "prompt", None) is not None or args.negative_prompt is not None
+    has_text |= any(item.text is not None for item in getattr(args, "parts", None) or ())
+    ineffective = {
+        **{field: not has_text and args.source is None for field in PRIOR_SAMPLING},
+        **{item.name: getattr(args, item.other) is None and args.source is None for item in mode.dependent},
+        "count": args.seed is not None and len(args.seed) > 1,
+        "size": getattr(args, "extend", None) is not None and getattr(args, "crop", None) is None,
+    }
+    for name in getattr(args, FROM_SETTINGS, ()):
+        if ineffective.get(name):
+            setattr(args, name, None)
+
+
 def _check_options(args: argparse.Namespace, request: Request) -> None:
     """Report options of the command line that contradict each other or have no effect."""
-    fields = "prior_scheduler", "prior_steps", "prior_guidance", "prior_guidance_interval"
-    options = [f"--{field.replace('_', '-')}" for field in fields if getattr(args, field) is not None]
+    options = [f"--{field.replace('_', '-')}" for field in PRIOR_SAMPLING if getattr(args, field) is not None]
     if options and not request.texts():
         args.fail(f"{', '.join(options)} would have no effect: the prior samples only for texts, and there is no text")
     if args.seed is not None and len(args.seed) > 1 and args.count not in (None, len(args.seed)):
@@ -195,6 +307,19 @@ def report_model(published_model: str, request: Request, console: Console) -> No
 # Steps between loading and generating
 
 
+def _shown_steps(preview: TerminalPreview, networks: Networks, request: Request) -> stages.OnStep:
+    """Return a callback that shows the first image of each batch after each step of the decoder."""
+    from kandinsky22.generation.previews import PreviewMap
+
+    colours = PreviewMap(networks.decoder.movq, networks.device)
+
+    def show(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        if pipe is networks.decoder:
+            preview.show(colours.image(tensors["latents"][0]), f"step {step + 1} of {pipe.num_timesteps}")
+
+    return show
+
+
 def _with_size(request: Request, decoder: Any, base_size: tuple[int, int], console: Console) -> Request:
     """Return the request with the size that is generated for a base image, and print it if it is another one."""
     size = result_size(request, decoder, base_size)
@@ -232,59 +357,3 @@ def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:
     if is_same_model and old.model_digest != new.model_digest:
         changes.append(f"the weights of {new.model} have changed")
     return changes
-
-
-# Generating and saving
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSaver:
-    """Writer of images with their recipes.
-
-    Attributes:
-        files: The output files.
-        format: Format of the files.
-        with_recipes: Whether recipes are written into the files.
-    """
-
-    files: OutputFiles
-    format: ImageFormat
-    with_recipes: bool
-
-    def check(self, recipe: Recipe, request: Request) -> None:
-        """Raise an error, before any network runs, if the format cannot hold the images or their recipes.
-
-        Args:
-            recipe: Recipe of the command.
-            request: Settings of the command.
-
-        Raises:
-            InputError: If the format has a limit that the images exceed.
-        """
-        size = (request.width or 1, request.height or 1)
-        count = len(request.seeds)
-        sheet = dataclasses.replace(recipe, seeds=request.seeds)
-        check_image(
-            self.format,
-            contact_sheet_size(size, count) if count > 1 else size,
-            sheet.texts() if self.with_recipes else {},
-        )
-
-    def save(self, image: Image, name: OutputName, texts: Mapping[str, str]) -> Path | None:
-        """Write an image and print its path.
-
-        Args:
-            image: The image.
-            name: Name of the file.
-            texts: The recipe and other texts, written into the file unless recipes are not wanted.
-
-        Returns:
-            Path of the file, or None for standard output.
-
-        Raises:
-            InputError: If the file cannot be written.
-        """
-        path = self.files.write(name, encode_image(image, self.format, texts if self.with_recipes else {}))
-        if path is not None:
-            print_path(path)
-        return path

@@ -72,7 +72,7 @@ def job_key(job: Job) -> tuple[object, ...]:
     return (job.recipe.command, *batch_key(job.mode, job.request))
 
 
-def encode_batch(jobs: Sequence[Job], seeds: Sequence[int]) -> list[Embeddings]:
+def encode_batch(jobs: Sequence[Job], seeds: Sequence[int], on_step: stages.OnStep | None = None) -> list[Embeddings]:
     """Return the embeddings of several jobs.
 
     Prompts run as one batch. Mixtures, variations, and negative prompts whose noise would differ in a batch run one
@@ -81,6 +81,7 @@ def encode_batch(jobs: Sequence[Job], seeds: Sequence[int]) -> list[Embeddings]:
     Args:
         jobs: Jobs with equal keys.
         seeds: One seed per job.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If an embedding contains NaN.
@@ -90,7 +91,7 @@ def encode_batch(jobs: Sequence[Job], seeds: Sequence[int]) -> list[Embeddings]:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if len(jobs) == 1 or not _has_batched_prior(jobs[0]):
         results: list[Any] = [
-            stages.run_prior(job.networks.prior, job.request, job.inputs, generator)
+            stages.run_prior(job.networks.prior, job.request, job.inputs, generator, on_step)
             for job, generator in zip(jobs, generators, strict=True)
         ]
         return [
@@ -105,6 +106,7 @@ def encode_batch(jobs: Sequence[Job], seeds: Sequence[int]) -> list[Embeddings]:
             prompt=[job.request.prompt for job in jobs],
             negative_prompt=None if request.negative_prompt is None else negatives,
             generator=generators,
+            callback_on_step_end=on_step,
             **options,
         )
     rows = zip(result.image_embeds.split(1), result.negative_image_embeds.split(1), generators, strict=True)
@@ -121,12 +123,15 @@ def _has_batched_prior(job: Job) -> bool:
     return int(job.networks.prior.prior.config.embedding_dim) % NORMAL_BLOCK == 0
 
 
-def decode_batch(jobs: Sequence[Job], embeddings: Sequence[Embeddings]) -> list[Image]:
+def decode_batch(
+    jobs: Sequence[Job], embeddings: Sequence[Embeddings], on_step: stages.OnStep | None = None
+) -> list[Image]:
     """Return the images of several jobs, from the embeddings of `encode_batch`.
 
     Args:
         jobs: Jobs with equal keys.
         embeddings: Embeddings per job. Their generators advance.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If an image contains NaN.
@@ -142,6 +147,7 @@ def decode_batch(jobs: Sequence[Job], embeddings: Sequence[Embeddings]) -> list[
             negative_image_embeds=torch.cat([item.negative for item in embeddings]),
             generator=[item.generator for item in embeddings],
             output_type="np",
+            callback_on_step_end=on_step,
             **stages.decoder_options(decoder, request),
             **_decoder_images(jobs),
         ).images
@@ -157,17 +163,20 @@ def _decoder_images(jobs: Sequence[Job]) -> dict[str, Any]:
     return images
 
 
-def generate_batch(jobs: Sequence[Job], seeds: Sequence[int]) -> list[GeneratedImage]:
+def generate_batch(
+    jobs: Sequence[Job], seeds: Sequence[int], on_step: stages.OnStep | None = None
+) -> list[GeneratedImage]:
     """Return one image per job. Their recipes contain the size of the batch.
 
     Args:
         jobs: Jobs with equal keys.
         seeds: One seed per job.
+        on_step: Called after each step of both stages; None calls nothing.
 
     Raises:
         NanError: If a result contains NaN.
     """
-    images = decode_batch(jobs, encode_batch(jobs, seeds))
+    images = decode_batch(jobs, encode_batch(jobs, seeds, on_step), on_step)
     return [
         finished(job, seed, image, batch_size=len(jobs)) for job, seed, image in zip(jobs, seeds, images, strict=True)
     ]
@@ -186,7 +195,7 @@ def finished(job: Job, seed: int, image: Image, *, batch_size: int) -> Generated
     return GeneratedImage(image, dataclasses.replace(recipe, batch_size=batch_size if batch_size > 1 else None))
 
 
-def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
+def generate_series(job: Job, seeds: Sequence[int], on_step: stages.OnStep | None = None) -> Iterator[GeneratedImage]:
     """Yield the images of one job for several seeds, in batches on a GPU and one after the other on a CPU.
 
     On CPUs, images of a series are bit-identical to those of their seeds alone, and batches would save little.
@@ -194,6 +203,7 @@ def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
     Args:
         job: The job.
         seeds: Seeds of the images.
+        on_step: Called after each step of both stages; None calls nothing.
 
     Raises:
         NanError: If a result contains NaN.
@@ -201,4 +211,4 @@ def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
     size = 1 if job.networks.device.type == "cpu" else SERIES_BATCH
     for start in range(0, len(seeds), size):
         chunk = seeds[start : start + size]
-        yield from generate_batch([job] * len(chunk), chunk)
+        yield from generate_batch([job] * len(chunk), chunk, on_step)

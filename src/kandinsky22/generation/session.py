@@ -43,16 +43,17 @@ class Job:
     images: stages.DecoderImages
     recipe: Recipe
 
-    def generate(self, seed: int) -> GeneratedImage:
+    def generate(self, seed: int, on_step: stages.OnStep | None = None) -> GeneratedImage:
         """Return the image of a seed. It equals that of the command with the same settings.
 
         Args:
             seed: Seed of the noise.
+            on_step: Called after each step of both stages; None calls nothing.
 
         Raises:
             NanError: If the result contains NaN.
         """
-        image = stages.generate_image(self.networks, self.request, self.inputs, self.images, seed)
+        image = stages.generate_image(self.networks, self.request, self.inputs, self.images, seed, on_step)
         return GeneratedImage(image, stages.sized_recipe(self.recipe, (seed,), image, self.request))
 
 
@@ -105,6 +106,16 @@ class Session:
             **options: Options of tqdm, such as disable.
         """
         self._progress_bar_options = options
+
+    @property
+    def decoder(self) -> Any:
+        """Decoder pipeline that the session was loaded with. The pipelines of jobs share its networks."""
+        return self._networks.decoder
+
+    def hide_progress_bars(self) -> None:
+        """Show no progress bars for jobs that are prepared later."""
+        for pipe in (self._networks.decoder, self._networks.prior, self._networks.combined):
+            pipe.set_progress_bar_config(disable=True)
 
     def serves(self, mode: Mode, request: Request) -> bool:
         """Return whether the networks of this session are those that a request needs.

@@ -6,8 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kandinsky22.errors import KandinskyError, NotFiniteError
 from kandinsky22.generation.canvas import Canvas, crop_around_mask, decoder_size, extend
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from kandinsky22 import KandinskyPriorPipelineOutput
+
+OnStep: TypeAlias = "Callable[[Any, int, Any, dict[str, Any]], None]"
+"""Function that is called after each step of both stages, as `callback_on_step_end` of the pipelines. It may raise an
+exception to stop the generation."""
 
 # Fields of Request and the pipeline arguments that take their values.
 PRIOR_ARGUMENTS = {
@@ -154,7 +158,11 @@ def decoder_options(decoder: Any, request: Request) -> dict[str, Any]:
 
 
 def run_prior(
-    prior: Any, request: Request, images: Mapping[InputFile, Any], generator: torch.Generator
+    prior: Any,
+    request: Request,
+    images: Mapping[InputFile, Any],
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
 ) -> KandinskyPriorPipelineOutput:
     """Return the image embedding of a prompt, a mixture or an image, and the negative image embedding.
 
@@ -163,11 +171,12 @@ def run_prior(
         request: Settings of the command, from `with_model_defaults`.
         images: The opened input images by record, and the embeddings of learned subjects.
         generator: Source of the noise.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If an embedding contains NaN.
     """
-    options = prior_options(prior, request)
+    options = prior_options(prior, request) | {"callback_on_step_end": on_step}
     if request.prompt is None or _subject_mixture(request) is not None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = _subject_mixture(request) or request.parts or (MixtureItem(1.0, image=request.image),)
@@ -244,6 +253,7 @@ def run_decoder(
     images: DecoderImages,
     embeddings: KandinskyPriorPipelineOutput,
     generator: torch.Generator,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Return the image of one pair of embeddings.
 
@@ -255,6 +265,7 @@ def run_decoder(
         images: Result of `prepare_images`.
         embeddings: Result of `run_prior`.
         generator: Source of the noise.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If the image contains NaN.
@@ -267,6 +278,7 @@ def run_decoder(
             negative_image_embeds=embeddings.negative_image_embeds,
             generator=generator,
             output_type="np",
+            callback_on_step_end=on_step,
             **decoder_options(decoder, request),
             **images.arguments,
         ).images
@@ -279,6 +291,7 @@ def generate_image(
     inputs: Mapping[InputFile, Any],
     images: DecoderImages,
     seed: int,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Return the image of one seed. The prior and then the decoder draw their noise from one generator.
 
@@ -288,6 +301,7 @@ def generate_image(
         inputs: The opened input images by record.
         images: Result of `prepare_images`.
         seed: Seed of the generator.
+        on_step: Called after each step of both stages; None calls nothing.
 
     Raises:
         NanError: If an embedding or the image contains NaN.
@@ -295,8 +309,8 @@ def generate_image(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    embeddings = run_prior(networks.prior, request, inputs, generator)
-    return run_decoder(networks.decoder, request, images, embeddings, generator)
+    embeddings = run_prior(networks.prior, request, inputs, generator, on_step)
+    return run_decoder(networks.decoder, request, images, embeddings, generator, on_step)
 
 
 def sized_recipe(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: Request) -> Recipe:
