@@ -19,9 +19,10 @@ from tests.cli.helpers import Command, assert_one_line
 
 import kandinsky22
 from kandinsky22.cli.console import MAX_LINE, safe_messages
-from kandinsky22.cli.failures import check_address_space, is_out_of_memory
+from kandinsky22.cli.failures import check_address_space
 from kandinsky22.errors import CheckpointError, InputError, describe, printable
 from kandinsky22.generation.limits import MAX_ASPECT_RATIO, MAX_PIXELS, MAX_SIDE, is_allowed_size
+from kandinsky22.generation.memory_errors import is_out_of_memory
 
 HOSTILE = "a\x1b[31m cat\u202e\x9b2J\nfake: line\x07"
 RECIPE: dict[str, Any] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from kandinsky22 import __version__
-from kandinsky22.cli import compare, info
+from kandinsky22.cli import compare, info, serve
 from kandinsky22.cli.console import print_message, safe_messages
 from kandinsky22.cli.failures import check_address_space, failure_message
 from kandinsky22.cli.modes import SUBCOMMANDS
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         subcommand.add_parser(subparsers, run_mode)
     compare.add_parser(subparsers)
     info.add_parser(subparsers)
+    serve.add_parser(subparsers)
     return parser
 
 

@@ -19,6 +19,7 @@ from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extensio
 from kandinsky22.cli.request import output_path, read_request
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation import stages
+from kandinsky22.generation.batching import generate_series
 from kandinsky22.generation.canvas import extended_size
 from kandinsky22.generation.image_files import (
     EXTENSIONS,
@@ -36,6 +37,7 @@ from kandinsky22.generation.loading import Networks, load_networks, prepare_netw
 from kandinsky22.generation.modes import MODES, Mode
 from kandinsky22.generation.recipe import Recipe, read_recipe
 from kandinsky22.generation.request import Request
+from kandinsky22.generation.session import Job
 from kandinsky22.generation.sizes import check_aspect_ratios, result_size
 
 if TYPE_CHECKING:
@@ -105,11 +107,12 @@ def _run(subcommand: Subcommand, args: argparse.Namespace, console: Console, std
         console.warn(f"the result may not be bit-identical to {args.source}: {'; '.join(changes)}")
 
     results = []
+    series = generate_series(Job(mode, request, inputs.images, networks, images, recipe), request.seeds)
     for number, (seed, name) in enumerate(zip(request.seeds, names, strict=False), start=1):
         console.note(f"image {number} of {len(request.seeds)}, seed {seed}" if len(names) > 1 else f"seed {seed}")
-        result = stages.generate_image(networks, request, inputs.images, images, seed)
-        saver.save(result, name, stages.sized_recipe(recipe, (seed,), result, request).texts())
-        results.append(result)
+        result = next(series)
+        saver.save(result.image, name, result.recipe.texts())
+        results.append(result.image)
     if len(results) > 1:
         saver.save(
             contact_sheet(results), SHEET, stages.sized_recipe(recipe, request.seeds, results[0], request).texts()
@@ -221,6 +224,8 @@ def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:
         for name, version in old.versions.items()
         if new.versions.get(name) != version
     ]
+    if old.batch_size is not None:
+        changes.append(f"it was generated in a batch of up to {old.batch_size}")
     if old.hardware != new.hardware:
         changes.append(f"hardware was {old.hardware}, is {new.hardware}")
     is_same_model = (old.model, old.prior, old.dtype) == (new.model, new.prior, new.dtype)

@@ -101,6 +101,8 @@ class Recipe:
         prior_guidance_interval: Like `guidance_interval`, for the prior.
         quantize: Kind of quantized weights.
         cache_every: Interval of full UNet evaluations with feature caching, in steps.
+        batch_size: Largest number of images that ran together; None for an image that was generated alone. The same
+            image alone is equal up to rounding.
     """
 
     seeds: tuple[int, ...]
@@ -139,6 +141,7 @@ class Recipe:
     prior_guidance_interval: tuple[float, ...] | None = None
     quantize: str | None = None
     cache_every: int | None = None
+    batch_size: int | None = None
 
     def to_json(self) -> str:
         """Return the recipe as JSON with its format number; fields that are None are left out."""
@@ -203,6 +206,7 @@ class Recipe:
             ("model", self.model),
             *([("prior", self.prior)] if self.prior is not None else []),
             *self.approximations().items(),
+            *([("batch size", str(self.batch_size))] if self.batch_size is not None else []),
             ("digest", self.model_digest),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "steps": (1, MAX_STEPS),
     "prior_steps": (1, MAX_STEPS),
     "cache_every": (1, MAX_STEPS),
+    "batch_size": (1, MAX_IMAGES),
     "width": (1, MAX_SIDE),
     "height": (1, MAX_SIDE),
     "crop": (0, MAX_SIDE),
@@ -63,7 +65,7 @@ def parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If a name is missing or unknown, or if a value has another type or is out of range.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _type_hints(kind)
     if unknown := sorted(entries.keys() - hints.keys()):
         raise ValueError(f"unknown entries {describe(unknown)}")
     values = {name: _parse(value, hints[name], name) for name, value in entries.items()}
@@ -71,6 +73,11 @@ def parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name in required if name not in entries]:
         raise ValueError(f"missing entries {', '.join(missing)}")
     return values
+
+
+@functools.cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _unique_names(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 # Settings that require other networks, or networks in another state.
 _NETWORK_SETTINGS = ("model_location", "prior_location", "device", "dtype", "quantize", "cache_every")
 
+# Settings that differ between requests of one batch, besides seeds.
+_OWN_SETTINGS = ("prompt", "negative_prompt", "image", "mask", "hint", "parts")
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A request that is ready to run: all settings resolved, all inputs checked.
 
     Attributes:
+        mode: Mode of the request.
         request: Settings with the model's defaults filled in.
         inputs: The opened input images by record.
         networks: Pipelines with the request's schedulers. Their networks are those of the session.
@@ -32,22 +36,24 @@ class Job:
         recipe: Recipe without seeds and, if the request does not set it, without the size.
     """
 
+    mode: Mode
     request: Request
     inputs: Mapping[InputFile, Image]
     networks: Networks
     images: stages.DecoderImages
     recipe: Recipe
 
-    def generate(self, seed: int) -> GeneratedImage:
+    def generate(self, seed: int, on_step: stages.OnStep | None = None) -> GeneratedImage:
         """Return the image of a seed. It equals that of the command with the same settings.
 
         Args:
             seed: Seed of the noise.
+            on_step: Called after each step of both stages; None calls nothing.
 
         Raises:
             NanError: If the result contains NaN.
         """
-        image = stages.generate_image(self.networks, self.request, self.inputs, self.images, seed)
+        image = stages.generate_image(self.networks, self.request, self.inputs, self.images, seed, on_step)
         return GeneratedImage(image, stages.sized_recipe(self.recipe, (seed,), image, self.request))
 
 
@@ -92,6 +98,16 @@ class Session:
         )
         prepare_networks(self._networks, request, low_memory=low_memory, compile=compile)
 
+    @property
+    def decoder(self) -> Any:
+        """Decoder pipeline that the session was loaded with. The pipelines of jobs share its networks."""
+        return self._networks.decoder
+
+    def hide_progress_bars(self) -> None:
+        """Show no progress bars for jobs that are prepared later."""
+        for pipe in (self._networks.decoder, self._networks.prior, self._networks.combined):
+            pipe.set_progress_bar_config(disable=True)
+
     def serves(self, mode: Mode, request: Request) -> bool:
         """Return whether the networks of this session are those that a request needs.
 
@@ -101,13 +117,17 @@ class Session:
         """
         return session_key(mode, request) == self._key
 
-    def prepare(self, mode: Mode, request: Request, inputs: Mapping[InputFile, Image]) -> Job:
+    def prepare(
+        self, mode: Mode, request: Request, inputs: Mapping[InputFile, Image], *, like: Job | None = None
+    ) -> Job:
         """Return a request that is ready to run. No network runs yet.
 
         Args:
             mode: Mode of the request.
             request: A request that this session serves.
             inputs: The opened input images by record.
+            like: A job of this session whose request has the same `batch_key`. It saves most of the work: its
+                pipelines, model defaults and fingerprint are those of the new job. None prepares them.
 
         Raises:
             InputError: If a setting or an input image is invalid.
@@ -116,14 +136,21 @@ class Session:
             name: inputs[record] for name in mode.base_images if (record := getattr(request, name)) is not None
         }
         check_aspect_ratios(base_images)
-        networks = self._pipelines(mode, request)
+        networks = self._pipelines(mode, request) if like is None else like.networks
         if base_images:
             width, height = result_size(request, networks.decoder, next(iter(base_images.values())).size)
             request = dataclasses.replace(request, width=width, height=height)
-        request = stages.with_model_defaults(request, networks)
-        recipe = stages.build_recipe(mode.name, request, networks)
+        if like is None:
+            request = stages.with_model_defaults(request, networks)
+            recipe = stages.build_recipe(mode.name, request, networks)
+        else:
+            own = {name: getattr(request, name) for name in (*_OWN_SETTINGS, "width", "height")}
+            request = dataclasses.replace(like.request, seeds=request.seeds, **own)
+            recipe = dataclasses.replace(
+                like.recipe, **(own | {"width": own["width"] or 0, "height": own["height"] or 0})
+            )
         images = stages.prepare_images(networks.decoder, request, inputs)
-        return Job(request, inputs, networks, images, recipe)
+        return Job(mode, request, inputs, networks, images, recipe)
 
     def _pipelines(self, mode: Mode, request: Request) -> Networks:
         """Return pipelines of the mode's classes around the session's networks, with schedulers of their own."""

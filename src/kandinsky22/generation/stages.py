@@ -6,8 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kandinsky22.errors import KandinskyError, NotFiniteError
 from kandinsky22.generation.canvas import Canvas, crop_around_mask, decoder_size, extend
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from kandinsky22 import KandinskyPriorPipelineOutput
+
+OnStep: TypeAlias = "Callable[[Any, int, Any, dict[str, Any]], None]"
+"""Function that is called after each step of both stages, as `callback_on_step_end` of the pipelines. It may raise an
+exception to stop the generation."""
 
 # Fields of Request and the pipeline arguments that take their values.
 PRIOR_ARGUMENTS = {
@@ -126,8 +130,39 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
     return Recipe(**(requested | resolved))
 
 
+def prior_options(prior: Any, request: Request) -> dict[str, Any]:
+    """Return the sampling arguments of a call of the prior.
+
+    Args:
+        prior: Prior pipeline.
+        request: Settings of the command, from `with_model_defaults`.
+    """
+    parameters = call_parameters(prior)
+    options = {
+        argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
+    }
+    return options | {"prompt_weights": bool(request.prompt_weights)}
+
+
+def decoder_options(decoder: Any, request: Request) -> dict[str, Any]:
+    """Return the sampling arguments of a call of the decoder.
+
+    Args:
+        decoder: Decoder pipeline.
+        request: Settings of the command, from `with_model_defaults`.
+    """
+    parameters = call_parameters(decoder)
+    return {
+        argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
+    }
+
+
 def run_prior(
-    prior: Any, request: Request, images: Mapping[InputFile, Image], generator: torch.Generator
+    prior: Any,
+    request: Request,
+    images: Mapping[InputFile, Image],
+    generator: torch.Generator,
+    on_step: OnStep | None = None,
 ) -> KandinskyPriorPipelineOutput:
     """Return the image embedding of a prompt, a mixture or an image, and the negative image embedding.
 
@@ -136,27 +171,24 @@ def run_prior(
         request: Settings of the command, from `with_model_defaults`.
         images: The opened input images by record.
         generator: Source of the noise.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If an embedding contains NaN.
     """
-    parameters = call_parameters(prior)
-    options = {
-        argument: getattr(request, field) for field, argument in PRIOR_ARGUMENTS.items() if argument in parameters
-    }
-    options["prompt_weights"] = bool(request.prompt_weights)
+    options = prior_options(prior, request) | {"callback_on_step_end": on_step}
     if request.prompt is None:
         # An image alone is a mixture of one item. Its embedding needs no prior steps, that of a negative prompt does.
         mixture = request.parts or (MixtureItem(1.0, image=request.image),)
         items = [item.text if item.image is None else images[item.image] for item in mixture]
         weights = [item.weight for item in mixture]
         options |= {"negative_prior_prompt": request.negative_prompt}
-        with _nan_errors(prior, request.prior_steps):
+        with nan_errors(prior, request.prior_steps):
             return prior.interpolate(items, weights, generator=generator, **options)
     options |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    if request.image is not None and "image" in parameters:
+    if request.image is not None and "image" in call_parameters(prior):
         options["image"] = images[request.image]
-    with _nan_errors(prior, request.prior_steps):
+    with nan_errors(prior, request.prior_steps):
         return prior(generator=generator, **options)
 
 
@@ -214,11 +246,11 @@ def run_decoder(
     images: DecoderImages,
     embeddings: KandinskyPriorPipelineOutput,
     generator: torch.Generator,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Return the image of one pair of embeddings.
 
-    The batch size is always 1, because results of larger batches can differ in the last bits: an image of a series must
-    equal the image of its seed alone.
+    The batch size is 1; `kandinsky22.generation.batching` runs larger ones.
 
     Args:
         decoder: Decoder pipeline.
@@ -226,23 +258,21 @@ def run_decoder(
         images: Result of `prepare_images`.
         embeddings: Result of `run_prior`.
         generator: Source of the noise.
+        on_step: Called after each step; None calls nothing.
 
     Raises:
         NanError: If the image contains NaN.
     """
     from kandinsky22.inputs.images import array_to_pil
 
-    parameters = call_parameters(decoder)
-    options = {
-        argument: getattr(request, field) for field, argument in DECODER_ARGUMENTS.items() if argument in parameters
-    }
-    with _nan_errors(decoder, request.steps):
+    with nan_errors(decoder, request.steps):
         pixels = decoder(
             image_embeds=embeddings.image_embeds,
             negative_image_embeds=embeddings.negative_image_embeds,
             generator=generator,
             output_type="np",
-            **options,
+            callback_on_step_end=on_step,
+            **decoder_options(decoder, request),
             **images.arguments,
         ).images
     return images.finish(array_to_pil(pixels)[0])
@@ -254,6 +284,7 @@ def generate_image(
     inputs: Mapping[InputFile, Image],
     images: DecoderImages,
     seed: int,
+    on_step: OnStep | None = None,
 ) -> Image:
     """Return the image of one seed. The prior and then the decoder draw their noise from one generator.
 
@@ -263,6 +294,7 @@ def generate_image(
         inputs: The opened input images by record.
         images: Result of `prepare_images`.
         seed: Seed of the generator.
+        on_step: Called after each step of both stages; None calls nothing.
 
     Raises:
         NanError: If an embedding or the image contains NaN.
@@ -270,8 +302,8 @@ def generate_image(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    embeddings = run_prior(networks.prior, request, inputs, generator)
-    return run_decoder(networks.decoder, request, images, embeddings, generator)
+    embeddings = run_prior(networks.prior, request, inputs, generator, on_step)
+    return run_decoder(networks.decoder, request, images, embeddings, generator, on_step)
 
 
 def sized_recipe(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: Request) -> Recipe:
@@ -288,8 +320,19 @@ def sized_recipe(recipe: Recipe, seeds: tuple[int, ...], image: Image, request: 
 
 
 @contextlib.contextmanager
-def _nan_errors(pipe: Any, steps: int | None) -> Iterator[None]:
-    """Raise NanError if a pipeline reports a result with NaN or infinity, which would be saved as a black image."""
+def nan_errors(pipe: Any, steps: int | None) -> Iterator[None]:
+    """Raise NanError if a pipeline reports a result with NaN or infinity, which would be saved as a black image.
+
+    Args:
+        pipe: Pipeline that runs in the context.
+        steps: Number of its steps, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NanError: If the pipeline raises NotFiniteError.
+    """
     try:
         yield
     except NotFiniteError as error:

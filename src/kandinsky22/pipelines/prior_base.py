@@ -17,10 +17,12 @@ from kandinsky22.models import PriorTransformer
 from kandinsky22.noise import Generators
 from kandinsky22.pipelines.building_blocks import PromptEncoding
 from kandinsky22.pipelines.denoising import (
+    LATENTS,
     Callbacks,
     DenoisingPipeline,
     SamplingOptions,
     SamplingPlan,
+    StepEndCallback,
 )
 from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
 from kandinsky22.pipelines.network_calls import bind_prior
@@ -379,6 +381,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         timesteps: Timesteps = None,
         sigmas: Sigmas = None,
         prompt_weights: bool = False,
+        callback_on_step_end: StepEndCallback | None = None,
     ) -> KandinskyPriorPipelineOutput:
         """Return the weighted sum of the embeddings of texts and images.
 
@@ -405,6 +408,8 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             sigmas: Descending noise levels instead of a number of steps, for schedulers that accept them.
             prompt_weights: Whether brackets in the texts are weights: (words), (words:1.5) and [words]. See
                 `inputs.weighted_prompts`.
+            callback_on_step_end: `(pipe, step, timestep, tensors) -> None`, called after each step of each text with
+                its latents.
 
         Returns:
             The interpolated embeddings and their negatives, each (num_images_per_prompt, embedding_dim).
@@ -429,7 +434,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         sampling = SamplingOptions(
             TimestepOptions(num_inference_steps, timesteps, sigmas),
             Guidance(guidance_scale, guidance_rescale, guidance_interval, guidance_threshold),
-            Callbacks(tensor_inputs=None),
+            Callbacks(callback_on_step_end, tensor_inputs=None if callback_on_step_end is None else LATENTS),
             generator,
             latents,
         )

@@ -1,0 +1,1 @@
+"""The application: a web server with a queue of jobs, an API and the studio."""

@@ -1,0 +1,120 @@
+"""The web application: routes, errors, static files, and the life of a server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from kandinsky22 import __version__
+from kandinsky22.errors import KandinskyError
+from kandinsky22.serve import routes_native
+from kandinsky22.serve.events import EventHub
+from kandinsky22.serve.failures import ApiError, argument_of
+from kandinsky22.serve.files import Files
+from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.metrics import Metrics
+from kandinsky22.serve.security import SecurityMiddleware
+from kandinsky22.serve.services import Services
+from kandinsky22.serve.settings import ServerSettings
+from kandinsky22.serve.store import Store
+from kandinsky22.serve.supervisor import Supervisor
+
+logger = logging.getLogger("kandinsky22.serve")
+
+STUDIO = Path(__file__).parent / "studio"
+
+
+def build_app(settings: ServerSettings) -> FastAPI:
+    """Return the application of a server. Its workers start with it.
+
+    Args:
+        settings: Settings of the server, whose state folder this process has locked.
+    """
+    files = Files(settings.state_folder)
+    gallery = Gallery(settings, Store(files.database), files, EventHub())
+    supervisor, metrics = Supervisor(settings, gallery), Metrics()
+    metrics.watch_jobs(gallery.store.counts, lambda: {worker.name: worker.restarts for worker in supervisor.workers})
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        gallery.recover()
+        supervisor.start()
+        try:
+            yield
+        finally:
+            gallery.hub.close()
+            supervisor.stop()
+            gallery.store.close()
+
+    app = FastAPI(
+        title="kandinsky22",
+        version=__version__,
+        description="Images from prompts and images with Kandinsky 2.2.",
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=_operation_id,
+    )
+    app.state.services = Services(settings, gallery, supervisor, metrics)
+    for router in (routes_native.router, routes_native.login_router):
+        app.include_router(router)
+    _add_studio(app)
+    _add_error_handlers(app)
+    app.add_middleware(SecurityMiddleware, settings=settings, metrics=metrics)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name.strip("_")
+
+
+def _add_studio(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    def _studio() -> FileResponse:
+        return FileResponse(STUDIO / "index.html", headers={"cache-control": "no-cache"})
+
+    app.mount("/studio", StaticFiles(directory=STUDIO), name="studio")
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(KandinskyError)
+    async def _library_error(request: Request, error: KandinskyError) -> JSONResponse:
+        if isinstance(error, ApiError):
+            return _error(request, error.status, error.code, str(error), error.argument)
+        return _error(request, 422, "invalid_request", str(error), argument_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"][1:]]
+        name = ".".join(place) or None
+        message = f"{name or 'body'} is invalid: {first['msg']}"
+        return _error(request, 422, "invalid_request", message, name)
+
+    @app.exception_handler(HTTPException)
+    async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        response = _error(
+            request, error.status_code, codes.get(error.status_code, "invalid_request"), str(error.detail), None
+        )
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def _defect(request: Request, error: Exception) -> JSONResponse:
+        return _error(request, 500, "internal_error", "internal error; the server's log has the details", None)
+
+
+def _error(request: Request, status: int, code: str, message: str, argument: str | None) -> JSONResponse:
+    body: dict[str, Any] = {"message": message, "argument": argument, "code": code}
+    return JSONResponse({"error": body}, status)

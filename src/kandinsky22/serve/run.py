@@ -1,0 +1,80 @@
+"""Run the server in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from typing import Any
+
+from kandinsky22.errors import InputError
+from kandinsky22.serve.files import lock_folder
+from kandinsky22.serve.settings import ServerSettings
+
+SHUTDOWN_SECONDS = 5
+
+
+def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
+    """Serve until the process is interrupted.
+
+    Args:
+        settings: Settings of the server.
+        on_start: Called with the server's address when it accepts connections; None calls nothing.
+
+    Raises:
+        InputError: If the address or the state folder is in use.
+    """
+    import uvicorn
+
+    from kandinsky22.serve.app import build_app
+
+    lock = lock_folder(settings.state_folder)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("kandinsky22.serve").setLevel(logging.INFO)
+    listening = _listen(settings)
+    address = server_address(settings.host, listening.getsockname()[1])
+    config = uvicorn.Config(
+        build_app(settings),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        h11_max_incomplete_event_size=32 * 1024,
+        http="h11",
+        ws="none",
+    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if on_start is not None:
+                on_start(address)
+
+    with contextlib.closing(listening):
+        Server(config).run(sockets=[listening])
+    del lock
+
+
+def server_address(host: str, port: int) -> str:
+    """Return the address of a server for browsers.
+
+    Args:
+        host: Address that it listens on.
+        port: Its port.
+    """
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{port}"
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as error:
+        listening.close()
+        reason = error.strerror or str(error)
+        raise InputError(f"{settings.host}:{settings.port} cannot be used: {reason}; choose another --port") from None
+    return listening

@@ -1,0 +1,300 @@
+"""Supervision of worker processes: starts them, hands them jobs, and starts them again when they end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from kandinsky22.serve import messages
+from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.schemas import JobRequest, Progress
+from kandinsky22.serve.settings import ServerSettings
+from kandinsky22.serve.store import JobRow
+
+logger = logging.getLogger("kandinsky22.serve")
+
+POLL_SECONDS = 1.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a worker that ends at once is started again
+HEALTHY_SECONDS = 30.0  # a worker that lived longer is started again without a pause
+STOP_SECONDS = 5.0
+START_SECONDS = 600.0  # longest time until a worker has loaded its first model
+
+
+class DeviceWorker(threading.Thread):
+    """Thread that owns the worker process of one device.
+
+    Args:
+        device: The device.
+        settings: Settings of the server.
+        gallery: Jobs and images of the server.
+        on_state: Called with "starting", "ready", "busy" or "restarting" whenever the state changes.
+    """
+
+    def __init__(self, device: str, settings: ServerSettings, gallery: Gallery, on_state: Callable[[], None]) -> None:
+        super().__init__(daemon=True, name=f"worker-{device}")
+        self.state = "starting"
+        self.progress: dict[str, Progress] = {}
+        self.restarts = 0
+        self._device, self._settings, self._gallery, self._on_state = device, settings, gallery, on_state
+        self._wake_receiver, self._wake_sender = multiprocessing.Pipe(duplex=False)
+        self._stopping = threading.Event()
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+        self._running: dict[str, JobRow] = {}
+        self._current: str | None = None
+        self._last_sign = self._last_progress = self._start_time = 0.0
+        self._pause = FIRST_PAUSE
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker, or None while it has none."""
+        return None if self._process is None else self._process.pid
+
+    def wake(self) -> None:
+        """Look for waiting jobs now."""
+        with contextlib.suppress(OSError):
+            if not self._wake_receiver.poll():
+                self._wake_sender.send_bytes(b"!")
+
+    def cancel(self, job: str) -> bool:
+        """Ask the worker to stop a job at its next step, and return whether it runs here.
+
+        Args:
+            job: Id of the job.
+        """
+        connection = self._connection
+        if job not in self._running or connection is None:
+            return False
+        with contextlib.suppress(OSError):
+            connection.send(messages.Cancel(job))
+        return True
+
+    def stop(self) -> None:
+        """End the worker process and this thread."""
+        self._stopping.set()
+        self.wake()
+
+    def run(self) -> None:
+        """Supervise until `stop`."""
+        while not self._stopping.is_set():
+            try:
+                self._start_process()
+                self._supervise()
+            except Exception:
+                logger.exception("supervision of %s failed", self._device)
+                time.sleep(POLL_SECONDS)
+            self._end_process()
+            if not self._stopping.is_set():
+                self._after_crash()
+
+    def _start_process(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        options = messages.WorkerOptions(
+            self._settings,
+            self._device,
+            str(self._settings.state_folder),
+            self._settings.default_model("generate"),
+        )
+        process = context.Process(target=_run_worker, args=(theirs, options), daemon=True, name=self.name)
+        process.start()
+        theirs.close()
+        self._process, self._start_time = process, time.monotonic()
+        self._last_sign = self._last_progress = self._start_time
+
+    def _supervise(self) -> None:
+        """Exchange messages with the process until it ends, hangs, or the server stops."""
+        process, connection = self._process, self._connection
+        assert process is not None and connection is not None
+        while not self._stopping.is_set():
+            if self.state == "ready" and not self._running:
+                self._take_jobs(connection)
+            ready = wait([connection, process.sentinel, self._wake_receiver], timeout=POLL_SECONDS)
+            if self._wake_receiver in ready:
+                self._wake_receiver.recv_bytes()
+            if connection in ready:
+                try:
+                    while connection.poll():
+                        self._handle(connection.recv())
+                except (EOFError, OSError):
+                    return
+            elif process.sentinel in ready:
+                return
+            if reason := self._hang():
+                logger.error("worker %s is ended: %s", self._device, reason)
+                return
+
+    def _hang(self) -> str | None:
+        """Return why the process counts as hanging, or None."""
+        now = time.monotonic()
+        limit = START_SECONDS if self.state in ("starting", "restarting") else self._settings.lease_seconds
+        if now - self._last_sign > limit:
+            return f"no sign of life for {limit:g} s"
+        if self._running and now - self._last_progress > self._settings.stall_seconds:
+            return f"no progress for {self._settings.stall_seconds:g} s"
+        return None
+
+    def _take_jobs(self, connection: Connection) -> None:
+        jobs = self._gallery.claim(self.name)
+        if not jobs:
+            return
+        orders = []
+        for job in jobs:
+            try:
+                orders.append(self._gallery.order(job))
+            except Exception as error:
+                logger.exception("job %s cannot be started", job.id)
+                self._gallery.finish(job.id, "failed", f"the job cannot be read ({type(error).__name__})")
+                continue
+            self._running[job.id] = job
+            self._report_start(job)
+        if orders:
+            self._current, self._last_progress = orders[0].job, time.monotonic()
+            self._set_state("busy")
+            connection.send(messages.Run(tuple(orders)))
+
+    def _report_start(self, job: JobRow) -> None:
+        images = JobRequest.model_validate(job.request).count
+        progress = Progress(stage="loading", image=0, images=images, step=0, steps=1, fraction=0.0, seconds_left=None)
+        self.progress[job.id] = progress
+        self._gallery.publish_job(job.id, "state")
+        self._gallery.hub.publish("progress", progress.model_dump(), job.id)
+
+    def _handle(self, message: Any) -> None:
+        self._last_sign = time.monotonic()
+        if isinstance(message, messages.Alive):
+            self._gallery.store.renew(self.name, self._settings.lease_seconds)
+            return
+        if isinstance(message, messages.Ready):
+            self._set_state("ready")
+            return
+        if message.job not in self._running:
+            return
+        self._last_progress, self._current = time.monotonic(), message.job
+        if isinstance(message, messages.JobProgress):
+            values = {name: value for name, value in dataclasses.asdict(message).items() if name != "job"}
+            self.progress[message.job] = progress = Progress.model_validate(values)
+            self._gallery.hub.publish("progress", progress.model_dump(), message.job)
+        elif isinstance(message, messages.Preview):
+            data = {"image": message.image, "step": message.step, "url": message.url}
+            self._gallery.hub.publish("preview", data, message.job)
+        elif isinstance(message, messages.ImageSaved):
+            self._gallery.enter(message.id)
+        else:
+            self._end_job(message)
+
+    def _end_job(self, message: Any) -> None:
+        job = message.job
+        self._running.pop(job, None)
+        self.progress.pop(job, None)
+        if isinstance(message, messages.JobDone):
+            self._gallery.finish(job, "done")
+        elif isinstance(message, messages.JobCancelled):
+            self._gallery.finish(job, "cancelled")
+        elif message.again:
+            self._gallery.try_again(job, charged=True, reason=message.message)
+        else:
+            self._gallery.finish(job, "failed", message.message)
+        if not self._running:
+            self._set_state("ready")
+
+    def _end_process(self) -> None:
+        process, connection = self._process, self._connection
+        if connection is not None:
+            connection.close()  # the worker ends by itself when it notices
+        if process is not None:
+            process.join(STOP_SECONDS if self._stopping.is_set() else 0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._process = self._connection = None
+
+    def _after_crash(self) -> None:
+        """Queue the interrupted jobs again. Only the job that ran is charged with the attempt."""
+        lived = time.monotonic() - self._start_time
+        self.restarts += 1
+        logger.error("worker %s ended after %.0f s; it is started again", self._device, lived)
+        self._set_state("restarting")
+        for job in list(self._running):
+            self.progress.pop(job, None)
+            self._gallery.try_again(job, charged=job == self._current, reason="the worker process ended unexpectedly")
+        self._running.clear()
+        self._current = None
+        self._pause = FIRST_PAUSE if lived > HEALTHY_SECONDS else min(2 * self._pause, LONGEST_PAUSE)
+        self._stopping.wait(self._pause)
+
+    def _set_state(self, state: str) -> None:
+        if state != self.state:
+            self.state = state
+            self._on_state()
+
+
+class Supervisor:
+    """All workers of a server.
+
+    Args:
+        settings: Settings of the server.
+        gallery: Jobs and images of the server.
+    """
+
+    def __init__(self, settings: ServerSettings, gallery: Gallery) -> None:
+        self._gallery = gallery
+        self.workers = [DeviceWorker(device, settings, gallery, self._publish_state) for device in settings.devices]
+        gallery.progress_of = self.progress
+
+    @property
+    def state(self) -> str:
+        """State of the most available worker."""
+        states = [worker.state for worker in self.workers]
+        return next(state for state in ("ready", "busy", "starting", "restarting") if state in states)
+
+    def start(self) -> None:
+        """Start all workers."""
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            worker.stop()
+        for worker in self.workers:
+            worker.join(2 * STOP_SECONDS)
+
+    def wake(self) -> None:
+        """Look for waiting jobs now."""
+        for worker in self.workers:
+            worker.wake()
+
+    def cancel(self, job: str) -> bool:
+        """Ask the worker of a job to stop it, and return whether it runs.
+
+        Args:
+            job: Id of the job.
+        """
+        return any(worker.cancel(job) for worker in self.workers)
+
+    def progress(self, job: str) -> Progress | None:
+        """Return the progress of a job, or None if it does not run.
+
+        Args:
+            job: Id of the job.
+        """
+        return next((worker.progress[job] for worker in self.workers if job in worker.progress), None)
+
+    def _publish_state(self) -> None:
+        self._gallery.hub.publish("worker", {"state": self.state})
+
+
+def _run_worker(connection: Connection, options: messages.WorkerOptions) -> None:
+    """Run a worker. Its modules are imported in its own process only, because they import torch."""
+    from kandinsky22.serve import worker
+
+    worker.main(connection, options)
