@@ -24,7 +24,7 @@ class Draw extends HTMLElement {
     this.stage.setAttribute("name", "draw");
     this.prompt = textField({ label: texts.prompt, value: this.draft.prompt, placeholder: texts.placeholder, class: "prompt", rows: 2, oninput: (text) => { this.draft.prompt = text; save(); } });
     this.negative = textField({ label: texts.negative, value: this.draft.negative, placeholder: texts.negativePlaceholder, oninput: (text) => { this.draft.negative = text; save(); } });
-    this.slot = pictureSlot({ label: texts.start, hint: texts.startHint, removeLabel: texts.remove, class: "small", onpicture: (picture) => { this.draft.picture = picture; save(); } });
+    this.start = pictureSlot({ label: texts.start, hint: texts.startHint, removeLabel: texts.remove, class: "small", onpicture: (picture) => { this.draft.picture = picture; save(); } });
     this.as = choices({ label: texts.how, options: Object.entries(texts.modes), value: this.draft.as, onchange: (value) => { this.draft.as = value; save(); } });
     this.asHint = h("p", { class: "hint" });
     this.strength = slider({ label: texts.strength, hint: texts.strengthHint, min: 0.05, max: 1, step: 0.05, value: this.draft.strength, oninput: (value) => { this.draft.strength = value; save(); } });
@@ -35,9 +35,9 @@ class Draw extends HTMLElement {
         h("div", { class: "composer" }, this.prompt,
           h("div", { class: "run-row" }, h("button", { type: "button", class: "button primary", onclick: () => this.run() }, icon("draw"), texts.draw), h("kbd", { class: "key-hint" }, "Ctrl Enter"))),
         this.stage,
-        h("div", { class: "options" }, this.negative, h("div", { class: "start-picture" }, this.slot, this.pictureOptions), this.settings)));
-    if (this.draft.picture) this.slot.show(this.draft.picture);
-    onPaste(this, signal, { files: (files) => this.slot.take(files) });
+        h("div", { class: "options" }, this.negative, h("div", { class: "start-picture" }, this.start, this.pictureOptions), this.settings)));
+    if (this.draft.picture) this.start.show(this.draft.picture);
+    onPaste(this, signal, { files: (files) => this.start.take(files) });
     this.#reflect();
   }
 
@@ -75,7 +75,7 @@ class Draw extends HTMLElement {
   async receive({ picture, as = "img2img", request }) {
     if (picture) {
       Object.assign(this.draft, { picture, as });
-      this.slot.show(picture);
+      this.start.show(picture);
       this.as.set(as);
     }
     if (request) {
@@ -83,7 +83,7 @@ class Draw extends HTMLElement {
       Object.assign(this.draft, { prompt: request.prompt ?? "", negative: request.negative_prompt ?? "", picture: start, as: request.mode === "variations" ? "variations" : "img2img", strength: request.strength ?? this.draft.strength });
       this.prompt.set(this.draft.prompt);
       this.negative.set(this.draft.negative);
-      this.slot.show(start);
+      this.start.show(start);
       this.as.set(this.draft.as);
       this.strength.set(this.draft.strength);
       this.settings.recall(request);
