@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would block all tests.
     tqdm.set_lock(threading.RLock())
+    os.environ["KANDINSKY22_CONFIG"] = str(Path(tempfile.gettempdir(), "no", "settings.toml"))  # nor settings
     os.environ["KANDINSKY22_CACHE"] = ""  # no cache on disk: tests share nothing, and the user's cache stays untouched
 
 

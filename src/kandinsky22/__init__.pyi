@@ -6,6 +6,8 @@ from kandinsky22.errors import InputError as InputError
 from kandinsky22.errors import KandinskyError as KandinskyError
 from kandinsky22.errors import MissingDependencyError as MissingDependencyError
 from kandinsky22.errors import NotFiniteError as NotFiniteError
+from kandinsky22.inputs.hints import make_depth_hint as make_depth_hint
+from kandinsky22.inputs.hints import make_edge_hint as make_edge_hint
 from kandinsky22.inputs.images import load_image as load_image
 from kandinsky22.inputs.images import make_image_grid as make_image_grid
 from kandinsky22.kernels.settings import optimisations as optimisations

@@ -47,6 +47,8 @@ MODULE_OF = {
     "VQModel": "models.movq",
     "apply_quality": "sampling.presets",
     "load_image": "inputs.images",
+    "make_depth_hint": "inputs.hints",
+    "make_edge_hint": "inputs.hints",
     "make_image_grid": "inputs.images",
     "optimisations": "kernels.settings",
 }

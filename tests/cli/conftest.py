@@ -24,6 +24,14 @@ from kandinsky22 import (
 from kandinsky22.cli.main import main
 
 
+@pytest.fixture(autouse=True)
+def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use an empty folder for settings: those of the user must not change tests."""
+    monkeypatch.delenv("KANDINSKY22_CONFIG")
+    for name in ("XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.setenv(name, str(tmp_path / "settings"))
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run `kandinsky22 ARGUMENTS...` in an empty folder."""

@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP file written by kandinsky22")
     parser.add_argument("--json", action="store_true", help="print the recipe as the JSON that the file contains")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, needs_no_torch=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,15 +8,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from kandinsky22 import __version__
-from kandinsky22.cli import compare, info, serve
+from kandinsky22.cli import compare, completion, configuration, hint, info, serve
 from kandinsky22.cli.console import print_message, safe_messages
 from kandinsky22.cli.failures import check_address_space, failure_message
 from kandinsky22.cli.modes import SUBCOMMANDS
 from kandinsky22.cli.options import join_values
 from kandinsky22.cli.run import run_mode
+from kandinsky22.cli.settings import IGNORES_SETTINGS, options_of, parse_command_line, subcommands_of, variables
+from kandinsky22.cli.settings_file import settings_path
+from kandinsky22.errors import KandinskyError
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -35,6 +39,22 @@ class Parser(argparse.ArgumentParser):
             The namespace, and the list of arguments that were not recognised.
         """
         return super().parse_known_args(join_values(sys.argv[1:] if args is None else args), namespace)
+
+    def format_help(self) -> str:
+        """Return the help, with a section about where the defaults of options come from."""
+        keys = list(options_of(self))
+        if keys and not subcommands_of(self) and not self.get_default(IGNORES_SETTINGS):
+            path = self.prog.split()[1:]
+            key = next((known for known in ("steps", "json") if known in keys), keys[-1])
+            own, common = variables(path, key)
+            text = (
+                f"Options that are not on the command line take their values from the environment ({own} or\n"
+                f"{common} for --{key}), then from the settings file ({_shortened(settings_path())}:\n"
+                f"section [{'.'.join(path)}], or its top for all subcommands). See: kandinsky22 config --help"
+            )
+            if not any(group.title == "defaults" for group in self._action_groups):
+                self.add_argument_group("defaults", text)
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Print a usage error in one line to stderr and exit with code 2.
@@ -58,8 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     for subcommand in SUBCOMMANDS:
         subcommand.add_parser(subparsers, run_mode)
     compare.add_parser(subparsers)
+    hint.add_parser(subparsers)
     info.add_parser(subparsers)
     serve.add_parser(subparsers)
+    configuration.add_parser(subparsers, build_parser)
+    completion.add_parser(subparsers, build_parser)
     return parser
 
 
@@ -74,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for an invalid command line.
     """
     with safe_messages():
-        args = build_parser().parse_args(argv)
+        try:
+            args = parse_command_line(build_parser(), sys.argv[1:] if argv is None else argv)
+        except KandinskyError as error:  # in the settings
+            return _report(str(error), EXIT_ERROR)
         _hide_import_warnings_of_torchao()
         return _run(args)
 
@@ -82,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Run a subcommand and return the exit code."""
     try:
-        if args.run is not info.run:
+        if not getattr(args, "needs_no_torch", False):
             check_address_space()
         args.run(args)
         sys.stdout.flush()
@@ -123,3 +149,9 @@ def _hide_import_warnings_of_torchao() -> None:
 def _report(message: str, exit_code: int) -> int:
     print_message(f"kandinsky22: error: {message}")
     return exit_code
+
+
+def _shortened(path: Path) -> str:
+    """Return a path for display, with ~ for the user's folder."""
+    home = os.path.expanduser("~")
+    return f"~{str(path)[len(home) :]}" if home and str(path).startswith(home + os.sep) else str(path)

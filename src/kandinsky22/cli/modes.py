@@ -9,9 +9,21 @@ from pathlib import Path
 from typing import NoReturn
 
 from kandinsky22.cli import options
+from kandinsky22.cli.settings import SUPERSEDES
 from kandinsky22.generation.limits import MAX_IMAGES
 from kandinsky22.generation.modes import MODES, Mode
 from kandinsky22.generation.request import Request
+
+# Options whose values a preset, or the recipe of --from, has too. Both are on the command line, settings are not.
+PRESET_OPTIONS = (
+    "scheduler",
+    "steps",
+    "guidance_interval",
+    "prior_scheduler",
+    "prior_steps",
+    "prior_guidance_interval",
+)
+RECIPE_OPTIONS = (*(field.name for field in dataclasses.fields(Request)), "quality", "size", "seed", "count")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +75,19 @@ class Subcommand:
         )
         output = parser.add_argument_group("output")
         output.add_argument(
-            "-n", type=options.integer(1, MAX_IMAGES), dest="count", metavar="N", help="number of images (default: 1)"
+            "--count",
+            "-n",
+            type=options.integer(1, MAX_IMAGES),
+            dest="count",
+            metavar="N",
+            help="number of images (default: 1)",
         )
         default = "picture.png; with --from, the repeated file's name with -again"
         options.add_output_options(output, default)
         options.add_sampling_options(parser)
         options.add_model_options(parser)
-        parser.set_defaults(run=lambda args: run(self, args), fail=parser.error)
+        supersedes = {"source": RECIPE_OPTIONS, "quality": PRESET_OPTIONS, "model": ("prior",)}
+        parser.set_defaults(run=lambda args: run(self, args), fail=parser.error, **{SUPERSEDES: supersedes})
 
     def check(self, request: Request, fail: Callable[[str], NoReturn]) -> None:
         """Report a missing setting, or an option that cannot have an effect.

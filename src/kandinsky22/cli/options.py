@@ -198,7 +198,7 @@ class _AppendMixtureOption(argparse.Action):
                 item = MixtureOption(None, image_path(content), weight)
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from error
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), item])
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), item])
 
 
 def seeds(text: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from kandinsky22.cli.console import Console, print_path, silenced_libraries
 from kandinsky22.cli.modes import Subcommand
 from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension, is_stdout
 from kandinsky22.cli.request import output_path, read_request
+from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation import stages
 from kandinsky22.generation.batching import generate_series
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHEET = OutputName("-sheet")
+PRIOR_SAMPLING = ("prior_scheduler", "prior_steps", "prior_guidance", "prior_guidance_interval")
 # Fields of recipes that only some subcommands have, each as an option of the same name.
 INPUTS = ("prompt", "image", "mask", "hint", "parts", "strength", "keep_pixels", "crop", "extend")
 
@@ -74,6 +76,7 @@ def _run(subcommand: Subcommand, args: argparse.Namespace, console: Console, std
     mode, inputs = subcommand.mode, CommandInputs(args.source)
     check_extension(output_path(args), EXTENSIONS)
     old_recipe = _recipe_to_repeat(mode, args)
+    drop_ineffective_settings(mode, args)
     size_option = mode.base_images[0] if mode.base_images else None
     request = read_request(args, old_recipe, inputs, size_option=size_option)
     subcommand.check(request, args.fail)
@@ -150,10 +153,29 @@ def _recipe_to_repeat(mode: Mode, args: argparse.Namespace) -> Recipe | None:
     return recipe
 
 
+def drop_ineffective_settings(mode: Mode, args: argparse.Namespace) -> None:
+    """Reset options that settings have filled in and that would be an error on this command line.
+
+    Args:
+        mode: Mode of the subcommand.
+        args: Parsed command line.
+    """
+    has_text = getattr(args, "prompt", None) is not None or args.negative_prompt is not None
+    has_text |= any(item.text is not None for item in getattr(args, "parts", None) or ())
+    ineffective = {
+        **{field: not has_text and args.source is None for field in PRIOR_SAMPLING},
+        **{item.name: getattr(args, item.other) is None and args.source is None for item in mode.dependent},
+        "count": args.seed is not None and len(args.seed) > 1,
+        "size": getattr(args, "extend", None) is not None and getattr(args, "crop", None) is None,
+    }
+    for name in getattr(args, FROM_SETTINGS, ()):
+        if ineffective.get(name):
+            setattr(args, name, None)
+
+
 def _check_options(args: argparse.Namespace, request: Request) -> None:
     """Report options of the command line that contradict each other or have no effect."""
-    fields = "prior_scheduler", "prior_steps", "prior_guidance", "prior_guidance_interval"
-    options = [f"--{field.replace('_', '-')}" for field in fields if getattr(args, field) is not None]
+    options = [f"--{field.replace('_', '-')}" for field in PRIOR_SAMPLING if getattr(args, field) is not None]
     if options and not request.texts():
         args.fail(f"{', '.join(options)} would have no effect: the prior samples only for texts, and there is no text")
     if args.seed is not None and len(args.seed) > 1 and args.count not in (None, len(args.seed)):

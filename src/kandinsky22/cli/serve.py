@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import importlib.util
+import webbrowser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli import options
-from kandinsky22.errors import MissingDependencyError
+from kandinsky22.errors import MissingDependencyError, invalid
 
-TOKEN_VARIABLE = "KANDINSKY22_TOKEN"
+PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+MODEL_OPTIONS = {"decoder": "model", "inpaint": "inpaint_model", "control": "control_model"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,15 +28,64 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help="run the studio and its API",
         description="Run the studio in the browser, and the API that programs use.",
-        epilog="example: kandinsky22 serve --port 7822",
+        epilog="example: kandinsky22 serve --open",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1); any other one requires a token")
-    parser.add_argument("--port", type=options.integer(0, 65535), help="port (default: 7822; 0 takes a free one)")
-    parser.add_argument("--token", help=f"secret that every request must carry (default: ${TOKEN_VARIABLE})")
-    parser.add_argument("--state", type=Path, metavar="FOLDER", help="folder of pictures and jobs")
-    parser.set_defaults(run=run)
+    _add_address_options(parser.add_argument_group("address"))
+    _add_model_options(parser.add_argument_group("models"))
+    _add_limit_options(parser.add_argument_group("queue and limits"))
+    parser.set_defaults(run=run, needs_no_torch=True)
     _add_gallery_parser(subparsers)
+
+
+def _add_address_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", help="address to listen on (default: 127.0.0.1); any other one requires a token")
+    group.add_argument("--port", type=options.integer(0, 65535), help="port (default: 7822; 0 takes a free one)")
+    group.add_argument("--token", help="secret that every request must carry; better set in KANDINSKY22_SERVE_TOKEN")
+    group.add_argument("--open", action="store_true", help="open the studio in the browser")
+    group.add_argument("--state", type=Path, metavar="FOLDER", help="folder of pictures and jobs")
+    group.add_argument("--allow-host", nargs="+", metavar="NAME", help="further names in the Host header to accept")
+    group.add_argument("--allow-origin", nargs="+", metavar="ORIGIN", help="sites whose scripts may use the API")
+    group.add_argument("--allow-urls-from", nargs="+", metavar="HOST", help="hosts to download input images from")
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    for kind, name in MODEL_OPTIONS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            metavar="[ID=]MODEL",
+            help=f"folders or Hub ids of {kind} weights (default: the embedded model)",
+        )
+    group.add_argument("--prior", metavar="MODEL", help="folder or Hub id of a prior (default: each model's own)")
+    group.add_argument("--device", nargs="+", help="auto, cpu, cuda, cuda:N or mps, one worker each (default: auto)")
+    group.add_argument("--dtype", help="float32, float16, bfloat16 or auto")
+    group.add_argument("--quantize", choices=(*options.QUANTIZATION_KINDS, "none"), help="8-bit or 4-bit weights")
+    group.add_argument("--low-memory", action="store_true", default=None, help="hold networks only while they run")
+    group.add_argument("--compile", action="store_true", default=None, help="compile the networks on first use")
+    group.add_argument("--depth-model", metavar="MODEL", help="depth estimation model of transformers, for hints")
+    group.add_argument("--keep-models", type=options.integer(1, 100), metavar="N", help="models in memory (default: 3)")
+
+
+def _add_limit_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch", type=options.integer(1, 256), metavar="N", help="most equal jobs drawn together")
+    group.add_argument("--max-waiting", type=options.integer(1), metavar="N", help="longest queue (default: 10000)")
+    group.add_argument("--max-count", type=options.integer(1, 10_000), metavar="N", help="most images of a job")
+    group.add_argument("--max-steps", type=options.integer(1, 10_000), metavar="N", help="most steps (default: 1000)")
+    group.add_argument("--max-side", type=options.integer(64, 8192), metavar="N", help="longest side (default: 2048)")
+    group.add_argument(
+        "--max-attempts",
+        type=options.integer(1, 100),
+        metavar="N",
+        help="attempts of a job whose worker crashes (default: 3)",
+    )
+    group.add_argument(
+        "--max-upload-mb", type=options.integer(1, 1024), metavar="N", help="largest image file (default: 32)"
+    )
+    group.add_argument(
+        "--trash-days", type=options.integer(0), metavar="N", help="days until deleted images are removed (default: 30)"
+    )
 
 
 def _add_gallery_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,7 +98,7 @@ def _add_gallery_parser(subparsers: argparse._SubParsersAction[argparse.Argument
         allow_abbrev=False,
     )
     rebuild.add_argument("--state", type=Path, metavar="FOLDER", help="folder of pictures and jobs")
-    rebuild.set_defaults(run=run_rebuild)
+    rebuild.set_defaults(run=run_rebuild, needs_no_torch=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,7 +114,12 @@ def run(args: argparse.Namespace) -> None:
     require_packages()
     from kandinsky22.serve.run import serve
 
-    serve(server_settings(args), on_start=lambda address: print(f"kandinsky22 serves at {address}", flush=True))
+    def report(address: str) -> None:
+        print(f"kandinsky22 serves at {address}", flush=True)
+        if args.open:
+            webbrowser.open(address)
+
+    serve(server_settings(args), on_start=report)
 
 
 def server_settings(args: argparse.Namespace) -> Any:
@@ -69,14 +127,50 @@ def server_settings(args: argparse.Namespace) -> Any:
 
     Args:
         args: Parsed command line.
+
+    Raises:
+        KandinskyError: If a setting is invalid.
     """
     from kandinsky22.serve.settings import ServerSettings
 
     names = {field.name for field in dataclasses.fields(ServerSettings)}
     values = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    if "token" not in values and (token := os.environ.get(TOKEN_VARIABLE)):
-        values["token"] = token
+    lists = {"allow_host": "allowed_hosts", "allow_origin": "allowed_origins", "allow_urls_from": "url_hosts"}
+    values |= {field: tuple(value) for name, field in lists.items() if (value := getattr(args, name)) is not None}
+    values["models"] = _models(args)
+    if args.device is not None:
+        values["devices"] = tuple(args.device)
+    if args.keep_models is not None:
+        values["sessions"] = args.keep_models
+    if args.quantize == "none":
+        values["quantize"] = None
+    if args.max_side is not None:
+        values["max_pixels"] = args.max_side**2
+    if args.max_upload_mb is not None:
+        size = args.max_upload_mb * 2**20
+        values |= {"max_upload_bytes": size, "max_body_bytes": max(2 * size, ServerSettings.max_body_bytes)}
     return ServerSettings(**values)
+
+
+def _models(args: argparse.Namespace) -> tuple[Any, ...]:
+    """Return the models of a command line; the embedded model stands for the kinds that it does not name."""
+    from kandinsky22.serve.settings import EMBEDDED_MODELS, ModelSettings
+
+    models = []
+    for kind, option in MODEL_OPTIONS.items():
+        names: Sequence[str] | None = getattr(args, option)
+        if names is None:
+            models += [model for model in EMBEDDED_MODELS if model.kind == kind]
+            continue
+        for name in names:
+            id, separator, location = name.partition("=")
+            location = location if separator else name
+            if not location:
+                raise invalid(f"--{option.replace('_', '-')}", name, "a folder or a Hub id, or ID=MODEL")
+            suffix = "" if kind == "decoder" else f"-{kind}"
+            own = id if separator else (Path(location).name or location) + (suffix if location == EMBEDDED else "")
+            models.append(ModelSettings(own, location, kind, args.prior if location != EMBEDDED else None))
+    return tuple(models)
 
 
 def run_rebuild(args: argparse.Namespace) -> None:
@@ -86,6 +180,7 @@ def run_rebuild(args: argparse.Namespace) -> None:
         args: Parsed command line.
 
     Raises:
+        MissingDependencyError: If the packages of the extra `serve` are not installed.
         InputError: If a server uses the folder.
     """
     require_packages()
@@ -97,7 +192,7 @@ def run_rebuild(args: argparse.Namespace) -> None:
     settings = ServerSettings(state=args.state)
     lock_folder(settings.state_folder)
     files = Files(settings.state_folder)
-    counts = rebuild(files, Store(files.database), settings.max_upload_pixels)
+    counts: Mapping[str, int] = rebuild(files, Store(files.database), settings.max_upload_pixels)
     print(", ".join(f"{number} {name}" for name, number in counts.items()))
 
 
@@ -107,10 +202,8 @@ def require_packages() -> None:
     Raises:
         MissingDependencyError: If one is missing.
     """
-    import importlib.util
-
-    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
         raise MissingDependencyError(
             f"serve requires {', '.join(missing)}; install it with: pip install 'kandinsky22[serve]'"
         )

@@ -17,7 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 from kandinsky22 import __version__
 from kandinsky22.errors import KandinskyError
-from kandinsky22.serve import routes_native
+from kandinsky22.serve import routes_native, routes_openai, routes_sdapi
 from kandinsky22.serve.events import EventHub
 from kandinsky22.serve.failures import ApiError, argument_of
 from kandinsky22.serve.files import Files
@@ -66,7 +66,7 @@ def build_app(settings: ServerSettings) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.services = Services(settings, gallery, supervisor, metrics)
-    for router in (routes_native.router, routes_native.login_router):
+    for router in (routes_native.router, routes_openai.router, routes_sdapi.router, routes_native.login_router):
         app.include_router(router)
     _add_studio(app)
     _add_error_handlers(app)
@@ -96,6 +96,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _error(request, 400, "invalid_json", "the body is not valid JSON", None)
         place = [str(part) for part in first["loc"][1:]]
         name = ".".join(place) or None
         message = f"{name or 'body'} is invalid: {first['msg']}"
@@ -117,4 +119,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _error(request: Request, status: int, code: str, message: str, argument: str | None) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "argument": argument, "code": code}
+    if request.url.path.startswith("/v1/"):  # as OpenAI's clients expect it
+        status = 400 if status == 422 else status
+        body |= {"param": argument, "type": "server_error" if status >= 500 else "invalid_request_error"}
     return JSONResponse({"error": body}, status)

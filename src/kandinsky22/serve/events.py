@@ -127,6 +127,10 @@ class Listener:
                 event = None
         self._queue.put_nowait(event)
 
+    def close(self) -> None:
+        """Receive no more events."""
+        self._hub.remove(self)
+
     async def events(self) -> AsyncIterator[Event | None]:
         """Yield events, and None after each `KEEPALIVE_SECONDS` without one."""
         try:

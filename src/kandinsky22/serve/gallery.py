@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from kandinsky22.errors import KandinskyError
@@ -77,13 +78,14 @@ class Gallery:
             self.publish_job(row.id, "state")
         return row, is_new
 
-    def claim(self, owner: str) -> list[JobRow]:
+    def claim(self, owner: str, limit: int) -> list[JobRow]:
         """Return the next jobs for a worker, see `Store.claim`.
 
         Args:
             owner: Name of the worker.
+            limit: Largest number of jobs.
         """
-        return self.store.claim(owner, limit=self.settings.batch or 1, lease_seconds=self.settings.lease_seconds)
+        return self.store.claim(owner, limit=limit, lease_seconds=self.settings.lease_seconds)
 
     def order(self, job: JobRow) -> messages.Order:
         """Return what a worker needs to run a job.
@@ -95,7 +97,7 @@ class Gallery:
         for position in range(request.count):
             self._adopt(image_id(job.id, position))
         existing = {image.position for image in self.store.images_of(job.id)}
-        inputs = {name: str(self._picture_path(picture)) for name, picture in request.pictures().items()}
+        inputs = {name: str(self.picture_path(picture)) for name, picture in request.pictures().items()}
         positions = tuple(position for position in range(request.count) if position not in existing)
         return messages.Order(job.id, job.request, job.created_at, inputs, positions)
 
@@ -262,7 +264,12 @@ class Gallery:
             raise invalid_request(f"there is no image {picture.image}", name)
         return row.width, row.height
 
-    def _picture_path(self, picture: Picture) -> Any:
+    def picture_path(self, picture: Picture) -> Path:
+        """Return the path of an input picture.
+
+        Args:
+            picture: Reference to the picture.
+        """
         if picture.upload is not None:
             return self.files.upload(picture.upload)
         return self.files.image(str(picture.image))

@@ -78,21 +78,18 @@ class ProgressReporter:
             image: Its index in the job.
         """
         self._image, self._last_time = image, time.monotonic()
-        self.check()
         self._report("prior" if self._steps["prior"] else "decoder", 0)
 
-    def step(self, stage: str, step: int) -> None:
+    def step(self, stage: str, step: int, *, measured: bool = True) -> None:
         """Report a finished step.
 
         Args:
             stage: "prior" or "decoder".
             step: Number of finished steps of the stage.
-
-        Raises:
-            CancelledError: If the job was cancelled.
+            measured: Whether the time of the step is measured: once for images that run together.
         """
-        self._measure(stage)
-        self.check()
+        if measured:
+            self._measure(stage)
         is_last = stage == "decoder" and step >= self._steps["decoder"]
         if is_last:
             self._report("decode", 0)
@@ -103,14 +100,9 @@ class ProgressReporter:
         """Report that the image is finished."""
         self._measure("decode")
 
-    def check(self) -> None:
-        """Raise an error if the job was cancelled.
-
-        Raises:
-            CancelledError: If it was.
-        """
-        if self._is_cancelled():
-            raise CancelledError
+    def is_cancelled(self) -> bool:
+        """Return whether the job was cancelled."""
+        return self._is_cancelled()
 
     def _measure(self, stage: str) -> None:
         now = time.monotonic()

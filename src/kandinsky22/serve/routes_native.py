@@ -9,7 +9,6 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from kandinsky22 import __version__
-from kandinsky22.errors import InputError
 from kandinsky22.generation.limits import MAX_STEPS
 from kandinsky22.generation.modes import MODES
 from kandinsky22.generation.scheduler_names import SCHEDULERS
@@ -17,11 +16,13 @@ from kandinsky22.sampling.presets import PRESETS
 from kandinsky22.serve import schemas
 from kandinsky22.serve.events import encode_event
 from kandinsky22.serve.failures import ApiError, invalid_request, not_found
-from kandinsky22.serve.files import checked_upload, open_picture
+from kandinsky22.serve.files import open_picture
 from kandinsky22.serve.gallery import ENDED, image_info
+from kandinsky22.serve.hints import make_hint
+from kandinsky22.serve.pictures import encoded_png, store_picture
 from kandinsky22.serve.recipes import request_of
 from kandinsky22.serve.security import COOKIE, equal_secrets
-from kandinsky22.serve.services import Server
+from kandinsky22.serve.services import Server, Services
 from kandinsky22.serve.store import ImageQuery, ImageRow
 
 router = APIRouter(prefix="/api", tags=["native"])
@@ -46,7 +47,7 @@ def _info(server: Server) -> dict[str, Any]:
     settings = server.settings
     return {
         "version": __version__,
-        "device": server.settings.devices[0],
+        "device": server.supervisor.workers[0].device,
         "token_required": settings.token is not None,
         "models": [server.model_facts(model) for model in settings.models],
         "modes": [
@@ -91,31 +92,11 @@ async def _upload(request: Request, server: Server) -> schemas.UploadInfo:
     from starlette.concurrency import run_in_threadpool
 
     content = await request.body()
-    return await run_in_threadpool(store_upload, server, content)
+    return await run_in_threadpool(_store_upload, server, content)
 
 
-def store_upload(server: Server, content: bytes) -> schemas.UploadInfo:
-    """Store an uploaded image after checking it.
-
-    Args:
-        server: The server.
-        content: Bytes of the file.
-
-    Returns:
-        The upload.
-
-    Raises:
-        ApiError: If it is too large, or not an image in one of the accepted formats.
-    """
-    limit = server.settings.max_upload_bytes
-    if len(content) > limit:
-        raise ApiError(413, "too_large", f"the image file has more than {limit} bytes")
-    try:
-        width, height = checked_upload(content, server.settings.max_upload_pixels)
-    except InputError as error:
-        raise ApiError(415, "invalid_image", str(error)) from None
-    id = server.files.save_upload(content)
-    server.store.add_upload(id, (width, height))
+def _store_upload(server: Services, content: bytes) -> schemas.UploadInfo:
+    id, width, height = store_picture(server, content)
     return schemas.UploadInfo(id=id, width=width, height=height, url=f"/api/uploads/{id}")
 
 
@@ -204,7 +185,7 @@ async def _job_events(id: JobId, server: Server, last_event: LastEvent = None) -
     async def stream() -> AsyncIterator[bytes]:
         yield encode_event("state", info.model_dump())
         if info.state in ENDED:
-            server.gallery.hub.remove(listener)
+            listener.close()
             yield encode_event("end", info.model_dump())
             return
         async for event in listener.events():
@@ -345,12 +326,10 @@ async def _recipe(request: Request, server: Server) -> schemas.RecipeInfo:
 def _hint(hint: schemas.HintRequest, server: Server) -> schemas.UploadInfo:
     """Make a hint from a picture: edges, or a depth map."""
     server.gallery.picture_size("image", hint.image)
-    try:
-        from kandinsky22.inputs import hints  # type: ignore[attr-defined]  # a later addition
-    except ImportError:
-        raise ApiError(501, "not_available", f"hints of kind {hint.kind!r} are not available on this server") from None
-    del hints
-    raise ApiError(501, "not_available", f"hints of kind {hint.kind!r} are not available on this server")
+    path = server.gallery.picture_path(hint.image)
+    with open_picture(path.read_bytes(), server.settings.max_upload_pixels) as image:
+        picture = make_hint(hint, image, server.settings)
+    return _store_upload(server, encoded_png(picture))
 
 
 # Login

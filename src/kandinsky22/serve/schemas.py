@@ -211,8 +211,8 @@ class HintRequest(Strict):
 
     kind: Literal["edges", "depth"]
     image: Picture
-    low: Fraction | None = None
-    high: Fraction | None = None
+    low: Annotated[float, Field(ge=0, le=2000)] | None = None
+    high: Annotated[float, Field(ge=0, le=2000)] | None = None
 
 
 class RecipeInfo(BaseModel):

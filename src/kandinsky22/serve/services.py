@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from kandinsky22.serve.events import Listener
 from kandinsky22.serve.failures import ApiError, not_found
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import ENDED, Gallery
@@ -17,6 +19,21 @@ from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.settings import ModelSettings, ServerSettings
 from kandinsky22.serve.store import JobRow, KeyReusedError, QueueFullError, Store
 from kandinsky22.serve.supervisor import Supervisor
+
+POLL_SECONDS = 1.0  # interval at which disconnected clients are noticed
+
+
+@dataclasses.dataclass
+class WebUiState:
+    """What the API of the Stable Diffusion web UI keeps between requests.
+
+    Attributes:
+        model: Id of the model that requests use which name none; None for the default one.
+        jobs: Ids of the jobs that run for this API.
+    """
+
+    model: str | None = None
+    jobs: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +45,14 @@ class Services:
         gallery: Jobs and images.
         supervisor: Worker processes.
         metrics: Counters for Prometheus.
+        sdapi: State of the API of the Stable Diffusion web UI.
     """
 
     settings: ServerSettings
     gallery: Gallery
     supervisor: Supervisor
     metrics: Metrics
+    sdapi: WebUiState = dataclasses.field(default_factory=WebUiState)
 
     @property
     def store(self) -> Store:
@@ -106,29 +125,37 @@ class Services:
         """
         return model_facts(model)
 
-    async def wait(self, job: str) -> JobRow:
+    async def wait(self, job: str, *, cancel_if: Callable[[], Awaitable[bool]] | None = None) -> JobRow:
         """Return a job when it has ended.
 
         Args:
             job: Id of the job.
+            cancel_if: Asked again and again whether the job is to be cancelled, because nobody waits for it any more;
+                None never cancels it.
 
         Raises:
             ApiError: If the server stops before that.
         """
         listener = self.gallery.hub.listen(job)
-        events = listener.events()
+        ended = asyncio.ensure_future(self._end_event(listener))
         try:
             while True:
                 row = await asyncio.to_thread(self.job, job)
                 if row.state in ENDED:
                     return row
-                async for event in events:
-                    if event is None or event.name == "end":
-                        break
-                else:
+                if ended.done():
                     raise ApiError(503, "stopping", "the server stops; the job continues after its next start")
+                await asyncio.wait([ended], timeout=POLL_SECONDS)
+                if cancel_if is not None and not ended.done() and await cancel_if():
+                    await asyncio.to_thread(self.cancel, job)
+                    cancel_if = None
         finally:
-            await events.aclose()  # type: ignore[attr-defined]  # an asynchronous generator
+            ended.cancel()
+
+    async def _end_event(self, listener: Listener) -> None:
+        async for event in listener.events():
+            if event is not None and event.name == "end":
+                return
 
 
 def _services(request: Request) -> Services:

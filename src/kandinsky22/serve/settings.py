@@ -11,6 +11,7 @@ from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.errors import ConfigError, InputError, invalid
 
 KINDS = ("decoder", "inpaint", "control")
+GPU_BATCH = 4  # images that run together on a GPU
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MODES_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "decoder": ("generate", "img2img", "mix", "variations"),
@@ -80,6 +81,7 @@ class ServerSettings:
         stall_seconds: Longest time of a job without any progress, after which its worker is restarted.
         lease_seconds: Longest time without a sign of life of a worker.
         previews_per_second: Largest rate of previews; 0 disables them.
+        depth_model: Folder or Hub id of a depth estimation model for hints; None for none.
         trash_days: Days after which deleted images are removed from the disk.
     """
 
@@ -111,6 +113,7 @@ class ServerSettings:
     stall_seconds: float = 1800.0
     lease_seconds: float = 30.0
     previews_per_second: float = 5.0
+    depth_model: str | None = None
     trash_days: float = 30.0
 
     def __post_init__(self) -> None:
@@ -155,3 +158,16 @@ def default_state_folder() -> Path:
         return Path(folder)
     base = os.environ.get("XDG_DATA_HOME")
     return (Path(base) if base else Path.home() / ".local" / "share") / "kandinsky22"
+
+
+def batch_limit(settings: ServerSettings, device_type: str) -> int:
+    """Return the largest number of images that run together.
+
+    On CPUs the default is 1: batches save little there, and an image equals the image of its seed alone to the last
+    bit.
+
+    Args:
+        settings: Settings of the server.
+        device_type: Type of the device, such as "cpu".
+    """
+    return settings.batch or (1 if device_type == "cpu" else GPU_BATCH)

@@ -16,7 +16,7 @@ from typing import Any
 from kandinsky22.serve import messages
 from kandinsky22.serve.gallery import Gallery
 from kandinsky22.serve.schemas import JobRequest, Progress
-from kandinsky22.serve.settings import ServerSettings
+from kandinsky22.serve.settings import ServerSettings, batch_limit
 from kandinsky22.serve.store import JobRow
 
 logger = logging.getLogger("kandinsky22.serve")
@@ -41,7 +41,9 @@ class DeviceWorker(threading.Thread):
     def __init__(self, device: str, settings: ServerSettings, gallery: Gallery, on_state: Callable[[], None]) -> None:
         super().__init__(daemon=True, name=f"worker-{device}")
         self.state = "starting"
+        self.device = device
         self.progress: dict[str, Progress] = {}
+        self.previews: dict[str, str] = {}  # the last one of each running job
         self.restarts = 0
         self._device, self._settings, self._gallery, self._on_state = device, settings, gallery, on_state
         self._wake_receiver, self._wake_sender = multiprocessing.Pipe(duplex=False)
@@ -143,7 +145,8 @@ class DeviceWorker(threading.Thread):
         return None
 
     def _take_jobs(self, connection: Connection) -> None:
-        jobs = self._gallery.claim(self.name)
+        limit = batch_limit(self._settings, self.device.partition(":")[0])
+        jobs = self._gallery.claim(self.name, limit)
         if not jobs:
             return
         orders = []
@@ -174,6 +177,7 @@ class DeviceWorker(threading.Thread):
             self._gallery.store.renew(self.name, self._settings.lease_seconds)
             return
         if isinstance(message, messages.Ready):
+            self.device = message.device
             self._set_state("ready")
             return
         if message.job not in self._running:
@@ -184,6 +188,7 @@ class DeviceWorker(threading.Thread):
             self.progress[message.job] = progress = Progress.model_validate(values)
             self._gallery.hub.publish("progress", progress.model_dump(), message.job)
         elif isinstance(message, messages.Preview):
+            self.previews[message.job] = message.url
             data = {"image": message.image, "step": message.step, "url": message.url}
             self._gallery.hub.publish("preview", data, message.job)
         elif isinstance(message, messages.ImageSaved):
@@ -195,6 +200,7 @@ class DeviceWorker(threading.Thread):
         job = message.job
         self._running.pop(job, None)
         self.progress.pop(job, None)
+        self.previews.pop(job, None)
         if isinstance(message, messages.JobDone):
             self._gallery.finish(job, "done")
         elif isinstance(message, messages.JobCancelled):
@@ -225,6 +231,7 @@ class DeviceWorker(threading.Thread):
         self._set_state("restarting")
         for job in list(self._running):
             self.progress.pop(job, None)
+            self.previews.pop(job, None)
             self._gallery.try_again(job, charged=job == self._current, reason="the worker process ended unexpectedly")
         self._running.clear()
         self._current = None
@@ -288,6 +295,14 @@ class Supervisor:
             job: Id of the job.
         """
         return next((worker.progress[job] for worker in self.workers if job in worker.progress), None)
+
+    def preview(self, job: str) -> str | None:
+        """Return the last preview of a running job as a data URL, or None.
+
+        Args:
+            job: Id of the job.
+        """
+        return next((worker.previews[job] for worker in self.workers if job in worker.previews), None)
 
     def _publish_state(self) -> None:
         self._gallery.hub.publish("worker", {"state": self.state})

@@ -8,11 +8,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import logging
 import os
 import queue
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from kandinsky22.serve.previews import PreviewMap
 from kandinsky22.serve.progress import CancelledError, ProgressReporter, StageTimes
 from kandinsky22.serve.requests import generation_request, title
 from kandinsky22.serve.schemas import JobRequest
-from kandinsky22.serve.settings import ModelSettings
+from kandinsky22.serve.settings import ModelSettings, batch_limit
 from kandinsky22.serve.store import now
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def main(connection: Connection, options: messages.WorkerOptions) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when the worker ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in ("torchao", "torch.utils._pytree"):  # warnings about their own optional parts
+        logging.getLogger(name).setLevel(logging.ERROR)
     Worker(connection, options).run()
 
 
@@ -79,13 +83,15 @@ class Worker:
 
     def run(self) -> None:
         """Take jobs until the server closes the connection, which ends the process."""
+        from kandinsky22.runtime.device import resolve_device
+
         threading.Thread(target=self._receive, daemon=True).start()
         threading.Thread(target=self._show_life, daemon=True).start()
+        device = resolve_device(self._options.device)
         self._preload()
-        self._send(messages.Ready(self._options.device))
+        self._send(messages.Ready(str(device)))
         while True:
-            for order in self._orders.get():
-                self._run_order(order)
+            self._run_orders(self._orders.get())
 
     def _receive(self) -> None:
         try:
@@ -118,19 +124,66 @@ class Worker:
         with contextlib.suppress(KandinskyError, OSError, RuntimeError):  # the first job reports it
             request = generation_request(job, self._options.preload, self._settings, self._options.device, {})
             model = self._loaded("generate", request)
-            self._preview_map(model)
+            if self.previews_per_second > 0:
+                self._preview_map(model)
 
-    def _run_order(self, order: messages.Order) -> None:
+    def _run_orders(self, orders: tuple[messages.Order, ...]) -> None:
+        """Run jobs of one batch. Each ends with exactly one message."""
+        runs = []
+        for order in orders:
+            with self._ending_with_message([order.job]):
+                runs.append(self._prepare(order))
+        units = [(run, position) for run in runs for position in run.order.positions]
+        for run in runs:
+            if not run.order.positions:  # all its images had been written before the worker ended
+                self._send(messages.JobDone(run.order.job))
+        ended: set[str] = set()
+        while units := [unit for unit in units if unit[0].order.job not in ended]:
+            chunk = self._next_chunk(units)
+            units = units[len(chunk) :]
+            jobs = {run.order.job: run for run, _ in chunk}
+            with self._ending_with_message(list(jobs)) as failed:
+                self._generate(chunk)
+            ended |= failed
+            for job, run in jobs.items():
+                if job not in ended and not any(other is run for other, _ in units):
+                    self._end(job)
+                    ended.add(job)
+
+    @contextlib.contextmanager
+    def _ending_with_message(self, jobs: list[str]) -> Iterator[set[str]]:
+        """End jobs with a message if the context raises; their ids are then in the yielded set."""
+        ended: set[str] = set()
         try:
-            self._generate(order)
+            yield ended
         except CancelledError:
-            self._send(messages.JobCancelled(order.job))
+            for job in jobs:
+                self._send(messages.JobCancelled(job))
+            ended.update(jobs)
         except Exception as error:
-            self._report_failure(order.job, error)
-        else:
-            self._send(messages.JobDone(order.job))
-        finally:
-            self._cancelled.discard(order.job)
+            for job in jobs:
+                self._report_failure(job, error)
+            ended.update(jobs)
+        self._cancelled -= ended
+
+    def _end(self, job: str) -> None:
+        is_cancelled = job in self._cancelled
+        self._cancelled.discard(job)
+        self._send(messages.JobCancelled(job) if is_cancelled else messages.JobDone(job))
+
+    def _next_chunk(self, units: list[tuple[JobRun, int]]) -> list[tuple[JobRun, int]]:
+        """Return the images that are generated next: one, or a batch of images with equal settings."""
+        from kandinsky22.generation.batching import job_key
+
+        first = units[0][0]
+        limit = batch_limit(self._settings, first.prepared.networks.device.type)
+        key = job_key(first.prepared)
+        chunk = []
+        for run, position in units[:limit]:
+            if run is not first and job_key(run.prepared) != key:
+                break
+            chunk.append((run, position))
+        return chunk
 
     def _report_failure(self, job: str, error: Exception) -> None:
         if is_out_of_memory(error):
@@ -144,7 +197,7 @@ class Worker:
             traceback.print_exc()  # a defect: the details belong to the server's log, not to its clients
             self._send(messages.JobFailed(job, f"internal error ({type(error).__name__})"))
 
-    def _generate(self, order: messages.Order) -> None:
+    def _prepare(self, order: messages.Order) -> JobRun:
         job = JobRequest.model_validate(order.request)
         self._send(messages.JobProgress(order.job, "loading", 0, job.count, 0, 1, 0.0, None))
         settings_model = self._settings.model(str(job.model))
@@ -164,12 +217,20 @@ class Worker:
             send=self._send,
             is_cancelled=lambda: order.job in self._cancelled,
         )
-        for position in order.positions:
-            reporter.begin(position)
-            watch = _StepWatch(self, order.job, position, prepared, reporter, model if job.previews else None)
-            image = prepared.generate(request.seeds[position], watch)
-            self._save(order, job, settings_model, position, image)
-            reporter.end()
+        return JobRun(order, job, settings_model, prepared, reporter, model)
+
+    def _generate(self, chunk: list[tuple[JobRun, int]]) -> None:
+        """Generate and save images that run together."""
+        from kandinsky22.generation.batching import generate_batch
+
+        watch = _StepWatch(self, chunk)
+        watch.begin()
+        jobs = [run.prepared for run, _ in chunk]
+        seeds = [run.prepared.request.seeds[position] for run, position in chunk]
+        images = [jobs[0].generate(seeds[0], watch)] if len(chunk) == 1 else generate_batch(jobs, seeds, watch)
+        for (run, position), image in zip(chunk, images, strict=True):
+            self._save(run.order, run.job, run.model, position, image)
+        chunk[0][0].reporter.end()
 
     def _save(
         self, order: messages.Order, job: JobRequest, model: ModelSettings, position: int, image: GeneratedImage
@@ -209,46 +270,89 @@ class Worker:
         self._models[key] = model
         return model
 
-    def _preview_map(self, model: LoadedModel) -> PreviewMap | None:
-        if self._settings.previews_per_second <= 0:
-            return None
+    @property
+    def previews_per_second(self) -> float:
+        """Largest rate of previews."""
+        return self._settings.previews_per_second
+
+    def send_preview(self, model: LoadedModel, job: str, image: int, step: int, latents: Any) -> None:
+        """Send the preview of an image.
+
+        Args:
+            model: Its model.
+            job: Id of its job.
+            image: Its position in the job.
+            step: Number of finished steps.
+            latents: Its latents, (4, height, width).
+        """
+        url = self._preview_map(model).data_url(latents)
+        self._send(messages.Preview(job, image, step, url))
+
+    def _preview_map(self, model: LoadedModel) -> PreviewMap:
         if model.preview is None:
             decoder = model.session.decoder
             model.preview = PreviewMap(decoder.movq, decoder.device)
         return model.preview
 
 
-class _StepWatch:
-    """Callback after each step of one image: progress, previews, cancellation."""
+@dataclasses.dataclass(frozen=True)
+class JobRun:
+    """A job that is ready to run.
 
-    def __init__(
-        self,
-        worker: Worker,
-        job: str,
-        image: int,
-        prepared: Job,
-        reporter: ProgressReporter,
-        model: LoadedModel | None,
-    ) -> None:
-        self._worker, self._job, self._image = worker, job, image
-        self._prepared, self._reporter, self._model = prepared, reporter, model
+    Attributes:
+        order: The server's order.
+        job: The request of the API.
+        model: Settings of its model.
+        prepared: The request of generation with its networks.
+        reporter: Reports progress.
+        loaded: The networks in memory.
+    """
+
+    order: messages.Order
+    job: JobRequest
+    model: ModelSettings
+    prepared: Job
+    reporter: ProgressReporter
+    loaded: LoadedModel
+
+
+class _StepWatch:
+    """Callback after each step of images that run together: progress, previews, cancellation."""
+
+    def __init__(self, worker: Worker, chunk: list[tuple[JobRun, int]]) -> None:
+        self._worker, self._chunk = worker, chunk
         self._prior_steps = 0
         self._last_preview = 0.0
 
+    def begin(self) -> None:
+        for run, position in self._chunk:
+            run.reporter.begin(position)
+
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
-        if pipe is self._prepared.networks.prior:
-            self._prior_steps += 1  # a mixture runs the prior once per text
-            self._reporter.step("prior", self._prior_steps)
-            return
-        self._reporter.step("decoder", step + 1)
-        rate = self._worker._settings.previews_per_second
-        if self._model is None or rate <= 0 or time.monotonic() - self._last_preview < 1 / rate:
-            return
-        self._last_preview = time.monotonic()
-        preview = self._worker._preview_map(self._model)
-        if preview is not None:
-            url = preview.data_url(tensors["latents"][0])
-            self._worker._send(messages.Preview(self._job, self._image, step + 1, url))
+        is_prior = pipe is self._chunk[0][0].prepared.networks.prior
+        self._prior_steps += is_prior  # a mixture runs the prior once per text
+        self._check_cancelled()
+        for number, (run, _position) in enumerate(self._chunk):
+            if is_prior:
+                run.reporter.step("prior", self._prior_steps, measured=number == 0)
+            else:
+                run.reporter.step("decoder", step + 1, measured=number == 0)
+        rate = self._worker.previews_per_second
+        if not is_prior and rate > 0 and time.monotonic() - self._last_preview >= 1 / rate:
+            self._last_preview = time.monotonic()
+            self._send_previews(step, tensors["latents"])
+
+    def _check_cancelled(self) -> None:
+        """Stop if all jobs were cancelled: the images of a batch cannot stop one by one."""
+        for run, _ in self._chunk:
+            if not run.reporter.is_cancelled():
+                return
+        raise CancelledError
+
+    def _send_previews(self, step: int, latents: Any) -> None:
+        for (run, position), rows in zip(self._chunk, latents, strict=True):
+            if run.job.previews:
+                self._worker.send_preview(run.loaded, run.order.job, position, step + 1, rows)
 
 
 def _open_inputs(paths: dict[str, str], images: InputImages) -> dict[str, InputFile]:
