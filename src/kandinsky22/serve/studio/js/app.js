@@ -3,7 +3,7 @@
 import { api } from "./api.js";
 import { recallRequest } from "./actions.js";
 import { complain, toast } from "./components/feedback.js";
-import { openDialog, openRecipe } from "./components/viewer.js";
+import { openDialog, openRecipe } from "./components/dialog.js";
 import "./components/queue.js";
 import "./components/stage.js";
 import { acceptDrops, fill, h, icon, iconButton, isTyping } from "./dom.js";

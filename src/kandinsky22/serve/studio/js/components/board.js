@@ -6,7 +6,7 @@ import { duration, fraction, progressText, seconds } from "../jobs.js";
 import { isEnded, store } from "../store.js";
 import { strings } from "../strings.js";
 import { complain } from "./feedback.js";
-import { openViewer } from "./viewer.js";
+import { openViewer } from "./dialog.js";
 
 /**
  * Return a cell that shows a job: its preview, its progress, then its picture.

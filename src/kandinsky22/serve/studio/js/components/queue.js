@@ -5,7 +5,7 @@ import { fraction, jobTitle, progressText, timeLeft } from "../jobs.js";
 import { isEnded, store } from "../store.js";
 import { strings } from "../strings.js";
 import { complain } from "./feedback.js";
-import { openViewer } from "./viewer.js";
+import { openViewer } from "./dialog.js";
 
 const texts = strings.queue;
 

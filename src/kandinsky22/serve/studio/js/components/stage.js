@@ -8,7 +8,7 @@ import { isEnded, loadDraft, saveDraft, store } from "../store.js";
 import { strings } from "../strings.js";
 import { menuButton } from "./controls.js";
 import { announce, complain } from "./feedback.js";
-import { openViewer } from "./viewer.js";
+import { openViewer } from "./dialog.js";
 
 const MAX_JOBS = 12;
 

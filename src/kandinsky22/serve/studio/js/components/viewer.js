@@ -5,19 +5,14 @@ import { alike, download, recall, remove, restore, sendItems, star } from "../ac
 import { clamp, fill, h, icon, iconButton, isTyping } from "../dom.js";
 import { jobTitle } from "../jobs.js";
 import { strings } from "../strings.js";
+import { loadStyle } from "../styles.js";
 import { menuButton } from "./controls.js";
+import { openDialog } from "./dialog.js";
 import { complain, toast } from "./feedback.js";
 
-const texts = strings.viewer;
+await loadStyle("viewer");
 
-/** Show a modal window; it is removed when it closes. */
-export function openDialog(dialog) {
-  document.body.append(dialog);
-  dialog.addEventListener("close", () => dialog.remove());
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-  dialog.showModal();
-  return dialog;
-}
+const texts = strings.viewer;
 
 /**
  * Show a picture large.
@@ -82,8 +77,11 @@ export function openViewer(images, index, { trash = false } = {}) {
         iconButton("trash", strings.actions.remove, () => drop(image, remove))),
     ];
   };
-  dialog.addEventListener("keydown", (event) => {
-    if (isTyping(event) || event.ctrlKey || event.metaKey || event.target.closest("[role=menu]")) return;
+  // Keys count wherever the focus is: buttons are replaced when another picture is shown.
+  const keys = new AbortController();
+  dialog.addEventListener("close", () => keys.abort());
+  document.addEventListener("keydown", (event) => {
+    if (dialog !== [...document.querySelectorAll("dialog[open]")].at(-1) || isTyping(event) || event.ctrlKey || event.metaKey || event.target.closest("[role=menu]")) return;
     const image = list[at];
     const action = {
       ArrowLeft: () => step(-1), ArrowRight: () => step(1), d: () => download(image),
@@ -91,9 +89,8 @@ export function openViewer(images, index, { trash = false } = {}) {
     }[event.key];
     if (!action) return;
     event.preventDefault();
-    event.stopPropagation();
     action();
-  });
+  }, { signal: keys.signal });
   let start = null;
   picture.addEventListener("pointerdown", (event) => { start = event.clientX; });
   picture.addEventListener("pointerup", (event) => {

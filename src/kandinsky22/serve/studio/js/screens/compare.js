@@ -5,7 +5,7 @@ import { cancelAll, cell } from "../components/board.js";
 import { textField } from "../components/controls.js";
 import { complain } from "../components/feedback.js";
 import { DEFAULT_SETTINGS, settingsForm, settingsRequest } from "../components/settings.js";
-import { openViewer } from "../components/viewer.js";
+import { openViewer } from "../components/dialog.js";
 import { clamp, fill, h, icon, iconButton } from "../dom.js";
 import { compact } from "../jobs.js";
 import { go } from "../router.js";

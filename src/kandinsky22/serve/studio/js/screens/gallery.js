@@ -4,7 +4,7 @@ import { api, imagePicture } from "../api.js";
 import { restore, star } from "../actions.js";
 import { choices } from "../components/controls.js";
 import { complain } from "../components/feedback.js";
-import { openComparison, openViewer } from "../components/viewer.js";
+import { openComparison, openViewer } from "../components/dialog.js";
 import { debounce, fill, h, icon, PICTURE_TYPE } from "../dom.js";
 import { loadDraft, saveDraft, store } from "../store.js";
 import { strings } from "../strings.js";
