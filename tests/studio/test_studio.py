@@ -158,9 +158,10 @@ def test_grid_between_four_cards(watched: Watched) -> None:
     for colour in ("red", "blue", "green", "black"):
         paste_text(page, f"a {colour} circle on a white background")
     expect(screen.locator("[data-card]")).to_have_count(4)
+    screen.get_by_text("3 × 3").click()
     screen.get_by_role("button", name="Grid", exact=True).click()
-    expect(screen.locator(".board .cell")).to_have_count(16)
-    expect(screen.locator('.board .cell[data-state="done"]')).to_have_count(16, timeout=90_000)
+    expect(screen.locator(".board .cell")).to_have_count(9)
+    expect(screen.locator('.board .cell[data-state="done"]')).to_have_count(9, timeout=90_000)
 
 
 def paste_text(page: Page, text: str) -> None:
@@ -218,7 +219,7 @@ def test_canvas_repaints_under_a_mask_of_the_mouse(watched: Watched, server: Stu
     page.mouse.up()
     page.wait_for_timeout(100)
     first = painted(page)
-    assert first > 1000
+    assert first > 400
     page.keyboard.press("Control+z")
     page.wait_for_timeout(100)
     assert painted(page) == 0

@@ -3,7 +3,15 @@
 /** Show a modal window; it is removed when it closes. */
 export function openDialog(dialog) {
   document.body.append(dialog);
-  dialog.addEventListener("close", () => dialog.remove());
+  dialog.addEventListener("close", () => {
+    // Messages in the window, with what they offer, outlive it.
+    const list = document.querySelector(".toasts");
+    for (const message of dialog.querySelectorAll(".toast")) {
+      message.classList.remove("in-dialog");
+      list.append(message);
+    }
+    dialog.remove();
+  });
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   dialog.showModal();
   return dialog;

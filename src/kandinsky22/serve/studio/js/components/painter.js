@@ -13,7 +13,7 @@ export class Painter extends EventTarget {
   tool = "brush";
   size = 24;
   color = "rgb(39 71 204)";
-  opacity = 0.55;
+  hatched = true; // whether the layer marks a region, instead of being the picture itself
   margins = [0, 0, 0, 0];
   #view = { scale: 1, x: 0, y: 0 };
   #undo = [];
@@ -33,6 +33,7 @@ export class Painter extends EventTarget {
   constructor({ label, sideLabel, signal }) {
     super();
     this.layer = document.createElement("canvas");
+    this.marks = document.createElement("canvas");
     this.context = this.layer.getContext("2d", { willReadFrequently: true });
     this.canvas = h("canvas", { class: "painter-canvas", tabIndex: 0, role: "img", "aria-label": label });
     this.handles = sideLabel ? SIDES.map((side, index) => this.#handle(side, index, sideLabel(index))) : [];
@@ -177,36 +178,59 @@ export class Painter extends EventTarget {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.setTransform(density * scale, 0, 0, density * scale, density * x, density * y);
-    if (left || top || right || bottom) this.#drawMargins(context, scale);
+    if (left || top || right || bottom) {
+      context.fillStyle = this.#hatching(context, scale, density);
+      context.fillRect(-left, -top, this.width + left + right, this.height + top + bottom);
+    }
     context.fillStyle = "#000";
     if (!this.background) context.fillRect(0, 0, this.width, this.height);
     context.imageSmoothingEnabled = scale < 6;
     if (this.background) context.drawImage(this.background, 0, 0, this.width, this.height);
-    context.globalAlpha = this.opacity;
-    context.drawImage(this.layer, 0, 0);
-    context.globalAlpha = 1;
+    if (this.hatched) this.#drawHatched(context, scale, density);
+    else context.drawImage(this.layer, 0, 0);
     this.#placeHandles();
   }
 
-  /** Draw the part beyond the picture that will be painted: slanted lines in the colour of the mask. */
-  #drawMargins(context, scale) {
-    const [left, top, right, bottom] = this.margins;
-    const box = [-left, -top, this.width + left + right, this.height + top + bottom];
+  /** Draw the layer as stripes, which are visible over any picture. */
+  #drawHatched(context, scale, density) {
+    const { width, height } = this.canvas;
+    if (this.marks.width !== width || this.marks.height !== height) Object.assign(this.marks, { width, height });
+    const marks = this.marks.getContext("2d");
+    marks.setTransform(1, 0, 0, 1, 0, 0);
+    marks.clearRect(0, 0, width, height);
+    marks.setTransform(context.getTransform());
+    marks.imageSmoothingEnabled = scale < 6;
+    marks.globalCompositeOperation = "source-over";
+    marks.drawImage(this.layer, 0, 0);
+    marks.globalCompositeOperation = "source-in";
+    marks.fillStyle = this.#hatching(marks, scale, density);
+    marks.fillRect(-this.margins[0], -this.margins[1], this.width + 4096, this.height + 4096);
     context.save();
-    context.beginPath();
-    context.rect(...box);
-    context.clip();
-    context.fillStyle = "rgb(39 71 204 / 16%)";
-    context.fillRect(...box);
-    context.strokeStyle = "rgb(110 130 235 / 60%)";
-    context.lineWidth = 1.5 / scale;
-    context.beginPath();
-    for (let at = -(box[2] + box[3]); at < box[2] + box[3]; at += 9 / scale) {
-      context.moveTo(box[0] + at, box[1]);
-      context.lineTo(box[0] + at + box[3], box[1] + box[3]);
-    }
-    context.stroke();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.globalAlpha = 0.82;
+    context.drawImage(this.marks, 0, 0);
     context.restore();
+  }
+
+  /** Return slanted stripes of one width on the screen, whatever the zoom. */
+  #hatching(context, scale, density) {
+    const side = 12 * density;
+    const tile = document.createElement("canvas");
+    Object.assign(tile, { width: side, height: side });
+    const brush = tile.getContext("2d");
+    brush.fillStyle = "rgb(60 88 214)";
+    brush.fillRect(0, 0, side, side);
+    brush.strokeStyle = "rgb(226 231 255)";
+    brush.lineWidth = side / 5;
+    brush.beginPath();
+    for (const offset of [-side, 0, side]) {
+      brush.moveTo(offset - side / 2, side * 1.5);
+      brush.lineTo(offset + side * 1.5, -side / 2);
+    }
+    brush.stroke();
+    const pattern = context.createPattern(tile, "repeat");
+    pattern.setTransform(new DOMMatrix().scale(1 / (scale * density)));
+    return pattern;
   }
 
   #handle(side, index, label) {

@@ -36,7 +36,7 @@ class Guide extends HTMLElement {
     this.thresholds = h("div", { class: "options" }, edge("low", 255, 1), edge("high", 255, 1), edge("blur", 5, 0.1));
     this.surface = h("div", { class: "guide-surface" });
     this.painter = new Painter({ label: texts.surface, signal });
-    Object.assign(this.painter, { opacity: 1, size: 10 });
+    Object.assign(this.painter, { hatched: false, size: 10 });
     this.#setTone(this.draft.tone);
     this.tool = choices({ label: strings.canvas.tools, value: "brush", class: "tools", options: [["brush", "brush"], ["eraser", "eraser"]].map(([tool, name]) => [tool, h("span", { title: texts[tool] }, icon(name), h("span", { class: "visually-hidden" }, texts[tool]))]), onchange: (tool) => this.painter.setTool(tool) });
     this.size = slider({ label: texts.size, min: 1, max: 80, step: 1, value: 10, oninput: (value) => { this.painter.size = value; } });

@@ -2,7 +2,7 @@
 
 import { api, pictureThumbnail, pictureUrl, randomGroup, uploadPicture } from "../api.js";
 import { board } from "../components/board.js";
-import { chooseFiles, onPaste, slider, textField, toggle } from "../components/controls.js";
+import { choices, chooseFiles, onPaste, slider, textField, toggle } from "../components/controls.js";
 import { announce, complain, toast } from "../components/feedback.js";
 import { DEFAULT_SETTINGS, settingsForm, settingsRequest } from "../components/settings.js";
 import { resolvePicture } from "../actions.js";
@@ -33,6 +33,7 @@ class Mix extends HTMLElement {
     this.normalise = toggle({ label: texts.normalise, hint: texts.normaliseHint, checked: this.draft.normalise, onchange: (value) => { this.draft.normalise = value; this.#changed(); } });
     this.negative = textField({ label: texts.negative, value: this.draft.negative, placeholder: texts.negativePlaceholder, oninput: (text) => { this.draft.negative = text; this.#save(); } });
     this.length = slider({ label: texts.length, min: 3, max: 9, step: 1, value: this.draft.length, oninput: (value) => { this.draft.length = value; this.#save(); } });
+    this.side = h("div", { class: "setting" }, h("span", { class: "setting-label", "aria-hidden": "true" }, texts.side), choices({ label: texts.side, value: String(this.draft.side), options: [3, 4, 5].map((side) => [String(side), texts.sideOf(side)]), onchange: (side) => { this.draft.side = Number(side); this.#save(); } }));
     this.settings = settingsForm({ value: this.draft.settings, onchange: () => this.#save(), signal });
     this.boardHolder = h("div", { class: "board-holder" });
     this.append(h("h1", { class: "visually-hidden" }, texts.title),
@@ -46,7 +47,7 @@ class Mix extends HTMLElement {
         h("div", { class: "mix-result" },
           h("div", { class: "run-row" }, h("button", { type: "button", class: "button primary", onclick: () => this.run() }, icon("mix"), texts.mix), h("kbd", { class: "key-hint" }, "Ctrl Enter")),
           this.stage,
-          h("div", { class: "options" }, this.settings, this.negative, this.length))));
+          h("div", { class: "options" }, this.settings, this.negative, this.length, this.side))));
     acceptDrops(this.table, (files) => this.#addFiles(files), (picture) => this.#add({ picture, title: picture.title }));
     onPaste(this, signal, { files: (files) => this.#addFiles(files), text: (text) => this.#add({ text }) });
     dragCards(this.table, { onorder: (from, to) => this.#move(from, to), onstack: (one, other) => this.#stack(one, other) });
