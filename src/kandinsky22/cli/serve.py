@@ -69,6 +69,9 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_limit_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--body-seconds", type=options.integer(1), metavar="N", help="longest time of a request's body (default: 60)"
+    )
     group.add_argument("--batch", type=options.integer(1, 256), metavar="N", help="most equal jobs drawn together")
     group.add_argument("--max-waiting", type=options.integer(1), metavar="N", help="longest queue (default: 10000)")
     group.add_argument("--max-count", type=options.integer(1, 10_000), metavar="N", help="most images of a job")

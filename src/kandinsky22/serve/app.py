@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 from kandinsky22 import __version__
 from kandinsky22.errors import KandinskyError
 from kandinsky22.serve import routes_native, routes_openai, routes_sdapi
+from kandinsky22.serve.docs_page import DOCS_STYLE, docs_page
 from kandinsky22.serve.events import EventHub
 from kandinsky22.serve.failures import ApiError, argument_of
 from kandinsky22.serve.files import Files
@@ -82,6 +83,14 @@ def _add_studio(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     def _studio() -> FileResponse:
         return FileResponse(STUDIO / "index.html", headers={"cache-control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    def _docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))
+
+    @app.get("/docs.css", include_in_schema=False)
+    def _docs_style() -> Response:
+        return Response(DOCS_STYLE, media_type="text/css")
 
     app.mount("/studio", StaticFiles(directory=STUDIO), name="studio")
 

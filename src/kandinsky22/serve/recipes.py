@@ -10,6 +10,7 @@ from kandinsky22.generation.image_files import embedded_recipe
 from kandinsky22.generation.modes import MODES
 from kandinsky22.generation.recipe import Recipe
 from kandinsky22.generation.scheduler_names import SCHEDULERS
+from kandinsky22.sampling.presets import PRESETS
 from kandinsky22.serve.files import open_picture
 from kandinsky22.serve.gallery import Gallery
 from kandinsky22.serve.settings import MODES_OF_KIND
@@ -27,6 +28,7 @@ COPIED = (
     "prior_guidance",
     "prompt_weights",
     "guidance_interval",
+    "prior_guidance_interval",
     "guidance_rescale",
     "guidance_threshold",
     "width",
@@ -76,9 +78,14 @@ def request_of(recipe_json: dict[str, Any], gallery: Gallery) -> tuple[dict[str,
     for name in COPIED:
         if (value := getattr(recipe, name)) is not None:
             request[name] = list(value) if isinstance(value, tuple) else value
-    for field in ("scheduler", "prior_scheduler"):
-        if (class_name := getattr(recipe, field)) in SHORT_NAMES:
-            request[field] = SHORT_NAMES[class_name]
+    if (quality := _quality(recipe)) is not None:
+        request["quality"] = quality
+    else:
+        for field in ("scheduler", "prior_scheduler"):
+            if (class_name := getattr(recipe, field)) in SHORT_NAMES:
+                request[field] = SHORT_NAMES[class_name]
+            if settings := getattr(recipe, f"{field}_settings"):
+                request[f"{field}_settings"] = dict(settings)
     if recipe.extend is not None and recipe.crop is None:  # extend sets the size
         request.pop("width", None)
         request.pop("height", None)
@@ -97,6 +104,18 @@ def request_of(recipe_json: dict[str, Any], gallery: Gallery) -> tuple[dict[str,
             for index, part in enumerate(recipe.parts)
         ]
     return request, inputs
+
+
+def _quality(recipe: Recipe) -> str | None:
+    """Return the preset whose schedulers a recipe has, or None. Numbers of steps and intervals stand for themselves."""
+    schedulers = (recipe.scheduler, recipe.scheduler_settings, recipe.prior_scheduler, recipe.prior_scheduler_settings)
+    for name, preset in PRESETS.items():
+        decoder, prior = preset.decoder, preset.prior
+        has_interval = recipe.prior_guidance_interval is not None or preset.prior_guidance_interval is None
+        if schedulers == (decoder.scheduler, decoder.settings, prior.scheduler, prior.settings) and has_interval:
+            if recipe.guidance_interval is not None or preset.guidance_interval is None:
+                return name
+    return None
 
 
 def _inputs(recipe: Recipe, gallery: Gallery) -> dict[str, Any]:

@@ -25,6 +25,7 @@ DIRECT = (
     "guidance",
     "prior_guidance",
     "guidance_interval",
+    "prior_guidance_interval",
     "guidance_rescale",
     "guidance_threshold",
     "width",
@@ -60,6 +61,8 @@ def generation_request(
         if (name := getattr(job, field)) is not None:
             # Settings of a preset belong to its scheduler.
             values |= {field: _scheduler_class(field, name), f"{field}_settings": None}
+        if (own := getattr(job, f"{field}_settings")) is not None:
+            values[f"{field}_settings"] = own
     for field in ("steps", "prior_steps"):
         if (steps := getattr(job, field)) is not None:
             values[field] = steps
@@ -163,9 +166,9 @@ def _check_limits(job: JobRequest, request: Request, settings: ServerSettings) -
         raise invalid("count", job.count, f"an integer from 1 to {settings.max_count}")
     if (job.seed or 0) + job.count - 1 > MAX_SEED:
         raise invalid("seed", job.seed, f"an integer up to {MAX_SEED}, also for the last of {job.count} images")
-    interval = job.guidance_interval
-    if interval is not None and interval[0] > interval[1]:
-        raise invalid("guidance_interval", interval, "a start before the end")
+    for name in ("guidance_interval", "prior_guidance_interval"):
+        if (interval := getattr(job, name)) is not None and interval[0] > interval[1]:
+            raise invalid(name, interval, "a start before the end")
     for name in ("prompt", "negative_prompt"):
         _check_text(name, getattr(job, name))
     for part in job.parts or ():

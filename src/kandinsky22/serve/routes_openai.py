@@ -184,8 +184,8 @@ def _edit_job(server: Services, body: EditRequest, images: list[bytes], mask: by
         return JobRequest(mode="mix", parts=[*texts, *mixed], **values)
     if len(images) > 1:
         raise invalid_request("mask is invalid: expected none, because several images are mixed", "mask")
-    repainted = pictures.transparent_mask(server, images[0] if mask is None else mask)
     picture = pictures.upload(server, images[0])
+    repainted = pictures.transparent_mask(server, images[0] if mask is None else mask)
     if mask is None and repainted is images[0]:  # no mask, and nothing of the image is transparent
         return JobRequest(
             mode="img2img", prompt=body.prompt, image=picture, strength=0.6, **_common(server, body, "img2img")
@@ -210,8 +210,9 @@ def _common(server: Services, body: ImagesRequest, mode: str) -> dict[str, Any]:
     }
     if body.size not in (None, "auto"):
         width, height = map(int, str(body.size).split("x"))
-        if not width or not height:
-            raise invalid_request(f"size={body.size!r} is invalid: expected WIDTHxHEIGHT in pixels", "size")
+        if not 0 < min(width, height) <= max(width, height) <= server.settings.max_side:
+            expected = f"WIDTHxHEIGHT with sides up to {server.settings.max_side} pixels"
+            raise invalid_request(f"size={body.size!r} is invalid: expected {expected}", "size")
         values |= {"width": width, "height": height}
     try:
         JobRequest(mode="generate", **values)

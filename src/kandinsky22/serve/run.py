@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 from typing import Any
@@ -12,6 +13,7 @@ from kandinsky22.serve.files import lock_folder
 from kandinsky22.serve.settings import ServerSettings
 
 SHUTDOWN_SECONDS = 5
+HEAD_SECONDS = 20.0  # longest time of the head of a request
 
 
 def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
@@ -27,12 +29,14 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
     import uvicorn
 
     from kandinsky22.serve.app import build_app
+    from kandinsky22.serve.http_protocol import TimedProtocol
 
     lock = lock_folder(settings.state_folder)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("kandinsky22.serve").setLevel(logging.INFO)
     listening = _listen(settings)
     address = server_address(settings.host, listening.getsockname()[1])
+    protocol: Any = functools.partial(TimedProtocol, head_seconds=min(HEAD_SECONDS, settings.body_seconds))
     config = uvicorn.Config(
         build_app(settings),
         log_level="warning",
@@ -41,7 +45,7 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         h11_max_incomplete_event_size=32 * 1024,
-        http="h11",
+        http=protocol,
         ws="none",
     )
 

@@ -19,6 +19,13 @@ Scale = Annotated[float, Field(ge=0, le=1000)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Interval = tuple[Fraction, Fraction]
+SchedulerSettings = Annotated[
+    dict[
+        Annotated[str, Field(max_length=64, pattern=r"^[a-z_]+$")],
+        bool | Number | Annotated[str, Field(max_length=100)],
+    ],
+    Field(max_length=32),
+]
 Margin = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 
 
@@ -89,13 +96,16 @@ class JobRequest(Strict):
     count: Annotated[int, Field(ge=1)] = 1
     quality: Annotated[str, Field(max_length=50)] | None = None
     scheduler: Annotated[str, Field(max_length=100)] | None = None
+    scheduler_settings: SchedulerSettings | None = None
     steps: Steps | None = None
     guidance: Scale | None = None
     prior_scheduler: Annotated[str, Field(max_length=100)] | None = None
+    prior_scheduler_settings: SchedulerSettings | None = None
     prior_steps: Steps | None = None
     prior_guidance: Scale | None = None
     prompt_weights: bool | None = None
     guidance_interval: Interval | None = None
+    prior_guidance_interval: Interval | None = None
     guidance_rescale: Fraction | None = None
     guidance_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     width: Side | None = None

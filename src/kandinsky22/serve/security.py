@@ -96,6 +96,9 @@ class SecurityMiddleware:
         if (refusal := self.refusal(scope, headers)) is not None:
             await response.refuse(refusal)
             return
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await response.preflight()
+            return
         try:
             await self._app(scope, body.receive, response.send)
         except BodyError as error:
@@ -121,11 +124,7 @@ class SecurityMiddleware:
             return Refusal(403, "wrong_origin", "the request comes from another site")
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
-        if (
-            not is_open
-            and not (origin is not None and scope["method"] == "OPTIONS")
-            and not self._has_token(scope, headers)
-        ):
+        if not is_open and scope["method"] != "OPTIONS" and not self._has_token(scope, headers):
             return Refusal(401, "unauthorized", "the server requires its token: Authorization: Bearer TOKEN")
         return None
 
@@ -336,6 +335,18 @@ class _Response:
             headers.append((b"www-authenticate", b"Bearer"))
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+
+    async def preflight(self) -> None:
+        """Answer a browser that asks whether a script of another site may send a request."""
+        headers = []
+        if self._allowed_origin is not None:
+            headers = [
+                (b"access-control-allow-methods", b"GET, POST, PATCH, DELETE"),
+                (b"access-control-allow-headers", b"authorization, content-type, idempotency-key, last-event-id"),
+                (b"access-control-max-age", b"600"),
+            ]
+        await self.send({"type": "http.response.start", "status": 204, "headers": headers})
+        await self.send({"type": "http.response.body", "body": b""})
 
     def _method(self) -> str:
         method = self._scope["method"]

@@ -1,0 +1,127 @@
+"""OpenAI's images API, called by OpenAI's own client."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import requests
+from PIL import Image
+from tests.serve.conftest import png
+from tests.serve.server import Server
+
+EXTRA = {"steps": 2, "seed": 5}
+FAST: dict[str, Any] = {"quality": "low", "extra_body": EXTRA}
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="unused", max_retries=0)
+
+
+def opened(data: str) -> Image.Image:
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    image.load()
+    return image
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["embedded", "embedded-inpaint", "embedded-control"]
+    assert client.models.retrieve("embedded").owned_by == "kandinsky22"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_generations_in_each_format(client: openai.OpenAI, output_format: Any) -> None:
+    result = client.images.generate(
+        prompt="a red circle",
+        response_format="b64_json",
+        output_format=output_format,
+        size="128x64",
+        n=2,
+        **FAST,  # type: ignore[arg-type]
+    )
+    assert result.data is not None and len(result.data) == 2 and result.size == "128x64"
+    for index, item in enumerate(result.data):
+        image = opened(item.b64_json or "")
+        assert (image.format, image.size) == (output_format.upper(), (128, 64))
+        extra = item.model_extra or {}
+        assert extra["seed"] == 5 + index and extra["recipe"]["prompt"] == "a red circle" and extra["sha256"]
+
+
+def test_addresses_of_pictures(client: openai.OpenAI) -> None:
+    result = client.images.generate(prompt="a red circle", model="dall-e-2", **FAST)
+    assert result.data is not None and result.data[0].url is not None
+    with Image.open(io.BytesIO(requests.get(result.data[0].url, timeout=10).content)) as image:
+        assert image.info["kandinsky22"]
+
+
+def test_streams_have_the_official_events(client: openai.OpenAI) -> None:
+    stream = client.images.generate(
+        prompt="a red circle", stream=True, partial_images=2, quality="low", extra_body={"steps": 12, "seed": 5}
+    )
+    events = list(stream)
+    assert [event.type for event in events] == [*["image_generation.partial_image"] * 2, "image_generation.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]  # type: ignore[union-attr]
+    assert {opened(event.b64_json).size for event in events} == {(128, 128)}
+    plain = client.images.generate(
+        prompt="a red circle", response_format="b64_json", quality="low", extra_body={"steps": 12, "seed": 5}
+    )
+    assert plain.data is not None
+    np.testing.assert_array_equal(
+        np.asarray(opened(events[-1].b64_json)), np.asarray(opened(plain.data[0].b64_json or ""))
+    )
+
+
+def test_edits_repaint_where_the_mask_is_transparent(client: openai.OpenAI) -> None:
+    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    content = io.BytesIO()
+    mask.save(content, "PNG")
+    result = client.images.edit(
+        image=("photo.png", png("blue", (128, 128))),
+        mask=("mask.png", content.getvalue()),
+        prompt="a red circle",
+        response_format="b64_json",
+        quality="low",
+        extra_body={"steps": 4},
+    )
+    assert result.data is not None
+    recipe = (result.data[0].model_extra or {})["recipe"]
+    assert recipe["command"] == "inpaint" and recipe["mask"]
+    pixels = np.asarray(opened(result.data[0].b64_json or "")).astype(float)
+    changes = np.abs(pixels - (0, 0, 255)).mean(axis=(0, 2))
+    assert changes[:56].mean() > 2 * changes[72:].mean()  # the transparent half has changed
+
+
+def test_edits_of_one_image_and_mixtures_of_several(client: openai.OpenAI) -> None:
+    photos = [("one.png", png("blue")), ("two.png", png("green"))]
+    for images, command in ((photos[:1], "img2img"), (photos, "mix")):
+        stream = client.images.edit(image=images, prompt="a red circle", stream=True, **FAST)
+        events = list(stream)
+        assert [event.type for event in events] == ["image_edit.completed"]
+        assert (events[0].model_extra or {})["recipe"]["command"] == command
+
+
+def test_variations(client: openai.OpenAI) -> None:
+    with pytest.warns(DeprecationWarning):
+        result = client.images.create_variation(
+            image=("photo.png", png("blue")), n=1, extra_body={"quality": "low", "steps": 2}
+        )
+    assert result.data is not None and result.data[0].url
+    assert (result.data[0].model_extra or {})["recipe"]["command"] == "variations"
+
+
+def test_errors_are_those_of_the_api(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="size"):
+        client.images.generate(prompt="a", size="99999x1")  # type: ignore[call-overload]
+    with pytest.raises(openai.NotFoundError, match="magic"):
+        client.images.generate(prompt="a", model="magic")
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.images.edit(image=("x.png", b"<svg/>"), prompt="a")
+    assert caught.value.status_code == 415
