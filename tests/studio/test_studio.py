@@ -95,7 +95,7 @@ def test_draw_shows_previews_and_the_result(watched: Watched, server: StudioServ
     screen.locator("textarea.prompt").fill(PROMPT)
     screen.get_by_role("textbox", name="Seed").fill("11")
     screen.get_by_role("textbox", name="Seed").blur()
-    screen.get_by_text("Model's own").first.click()
+    screen.get_by_text("Default", exact=True).click()
     watched.page.keyboard.press("Control+Enter")
     expect(screen.locator("k-stage.is-preview")).to_be_visible()
     assert (screen.locator(".stage-picture").get_attribute("src") or "").startswith("data:image/webp")
@@ -199,7 +199,7 @@ def painted(page: Page) -> int:
 
 def frame_width(page: Page) -> float:
     """Return the width in which the canvas shows its frame."""
-    left, right = (page.locator(f"k-canvas .frame-handle.{side}").bounding_box() for side in ("left", "right"))
+    left, right = (page.locator(f"k-canvas .frame-handle.at-{side}").bounding_box() for side in ("left", "right"))
     assert left and right
     return right["x"] - left["x"]
 

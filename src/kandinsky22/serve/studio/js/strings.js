@@ -104,7 +104,7 @@ export const strings = {
   settings: {
     title: "Settings",
     quality: "Quality",
-    qualities: { "": "Model's own", draft: "Draft", balanced: "Balanced", best: "Best" },
+    qualities: { "": "Default", draft: "Draft", balanced: "Balanced", best: "Best" },
     shape: "Shape",
     shapes: { square: "Square", portrait: "Portrait", landscape: "Landscape", tall: "Tall", wide: "Wide", custom: "Custom" },
     width: "Width",

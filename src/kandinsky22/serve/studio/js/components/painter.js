@@ -234,7 +234,7 @@ export class Painter extends EventTarget {
   }
 
   #handle(side, index, label) {
-    const handle = h("span", { class: `frame-handle ${side}`, role: "slider", tabIndex: 0, "aria-label": label, "aria-valuemin": "0", "aria-valuemax": "1024", "aria-valuenow": "0" });
+    const handle = h("span", { class: `frame-handle at-${side}`, role: "slider", tabIndex: 0, "aria-label": label, "aria-valuemin": "0", "aria-valuemax": "1024", "aria-valuenow": "0" });
     const horizontal = index % 2 === 0;
     const direction = index < 2 ? -1 : 1;
     let start = null;
