@@ -171,3 +171,12 @@ def scene(size: int = 128) -> bytes:
     content = io.BytesIO()
     image.save(content, "PNG")
     return content.getvalue()
+
+
+def mask_png(size: int = 128, side: int = 32) -> bytes:
+    """Return the PNG of a mask with a white square."""
+    image = Image.new("L", (size, size))
+    image.paste(255, (16, 16, 16 + side, 16 + side))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()

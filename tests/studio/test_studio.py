@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 
-from tests.studio.browser import StudioServer, Watched, scene
+from tests.studio.browser import StudioServer, Watched, mask_png, scene
 
 SCREENS = ("mix", "draw", "canvas", "guide", "gallery", "compare")
 PROMPT = "a small white star above a large black circle on a green background"
@@ -364,6 +364,30 @@ def test_gallery(watched: Watched, server: StudioServer) -> None:
     expect_picture(draw)
     again, before = (job["images"][0]["sha256"] for job in server.jobs()[:2])
     assert again == before
+
+
+def test_recall_of_a_mixture_and_of_a_mask(watched: Watched, server: StudioServer) -> None:
+    _, picture = server.call("POST", "/api/uploads", scene())
+    _, mask = server.call("POST", "/api/uploads", mask_png())
+    parts = [{"weight": 0.7, "text": "a mixed star"}, {"weight": -0.2, "upload": picture["id"]}]
+    server.make(mode="mix", parts=parts)
+    server.make(
+        mode="inpaint", prompt="a masked star", image={"upload": picture["id"]}, mask={"upload": mask["id"]}, crop=16
+    )
+    page, screen = watched.page, open_screen(watched, "gallery")
+    screen.locator(".tile-open").nth(1).click()
+    page.keyboard.press("r")
+    mix = page.locator("k-mix")
+    expect(mix.locator("[data-card]")).to_have_count(2)
+    assert [mix.locator(".card .number").nth(index).input_value() for index in range(2)] == ["0.7", "-0.2"]
+    page.keyboard.press("5")
+    screen.locator(".tile-open").first.click()
+    page.keyboard.press("r")
+    canvas = page.locator("k-canvas")
+    expect(canvas.locator("textarea.prompt")).to_have_value("a masked star")
+    expect(canvas.locator("canvas")).to_be_visible()
+    page.wait_for_timeout(300)
+    assert painted(page) == 32 * 32
 
 
 def test_dropped_picture_restores_its_recipe(watched: Watched, server: StudioServer) -> None:

@@ -18,6 +18,15 @@ class Store extends EventTarget {
   connected = null;
   #source = null;
   #retry = 0;
+  #sequence = 0; // number of events so far
+  #lastEvent = new Map(); // job to the number of its last event
+  #loading = new Set();
+  #restTimer = 0;
+
+  constructor() {
+    super();
+    document.addEventListener("visibilitychange", () => this.#rest());
+  }
 
   /** Read the state and listen. A server that does not answer is asked again until it does. */
   async start() {
@@ -38,9 +47,10 @@ class Store extends EventTarget {
 
   /** Read all recent jobs again. Events that were missed while the server was away are in them. */
   async refresh() {
+    const start = this.#sequence;
     const { items } = await api.jobs({ limit: 100 });
     const known = new Set(items.map((job) => job.id));
-    for (const job of items.reverse()) this.update(job);
+    for (const job of items.reverse()) this.#answered(job, start);
     // Jobs beyond the newest hundred, which this page still believes to be running.
     const missing = [...this.jobs.values()].filter((job) => !known.has(job.id) && !isEnded(job));
     await Promise.all(missing.map((job) => this.load(job.id).catch(() => this.jobs.delete(job.id))));
@@ -49,7 +59,7 @@ class Store extends EventTarget {
 
   /** Return a job from the server. */
   async load(jobId) {
-    return this.update(await api.job(jobId));
+    return this.#ask(() => api.job(jobId));
   }
 
   /** Store what the server says about a job, and tell everyone. */
@@ -63,15 +73,25 @@ class Store extends EventTarget {
 
   /** Post a job. */
   async submit(request) {
-    return this.update(await api.createJob(request));
+    return this.#ask(() => api.createJob(request));
   }
 
   async cancel(jobId) {
-    return this.update(await api.cancel(jobId));
+    return this.#ask(() => api.cancel(jobId));
   }
 
   async retry(jobId) {
-    return this.update(await api.retry(jobId));
+    return this.#ask(() => api.retry(jobId));
+  }
+
+  async #ask(question) {
+    const start = this.#sequence;
+    return this.#answered(await question(), start);
+  }
+
+  /** Store an answer, unless events that came after its question know more. */
+  #answered(job, start) {
+    return (this.#lastEvent.get(job.id) ?? 0) > start ? this.jobs.get(job.id) ?? this.update(job) : this.update(job);
   }
 
   /** Return the jobs that wait or run, the running one first. */
@@ -121,8 +141,9 @@ class Store extends EventTarget {
     }
     if (name === "state" || name === "end") return this.#stored(data);
     const job = this.jobs.get(data.job);
-    if (!job) return this.load(data.job).catch(() => {});
-    if (name === "preview") this.previews.set(job.id, data);
+    if (!job) return this.#loadOnce(data.job);
+    this.#count(job.id);
+    if (name === "preview" && !isEnded(job)) this.previews.set(job.id, data);
     if (name === "progress") {
       job.progress = data;
       if (job.state === "queued") job.state = "running";
@@ -133,11 +154,31 @@ class Store extends EventTarget {
   }
 
   #stored(data) {
-    if (!data.id) return this.load(data.job).catch(() => {});
+    if (!data.id) return this.#loadOnce(data.job);
+    this.#count(data.id);
     const { state } = this.jobs.get(data.id) ?? {};
     this.update(data);
     // The positions of all that wait change when one starts or ends.
     if (state !== data.state) for (const job of this.jobs.values()) if (job.state === "queued" && job.position > 1 && data.state === "running") job.position -= 1;
+  }
+
+  #count(jobId) {
+    this.#sequence += 1;
+    this.#lastEvent.set(jobId, this.#sequence);
+  }
+
+  async #loadOnce(jobId) {
+    if (this.#loading.has(jobId)) return;
+    this.#loading.add(jobId);
+    await this.load(jobId).catch(() => {});
+    this.#loading.delete(jobId);
+  }
+
+  /** Give the connection back while the page is in the background: browsers allow six for each server. */
+  #rest() {
+    clearTimeout(this.#restTimer);
+    if (document.hidden) this.#restTimer = setTimeout(() => this.#source?.close(), 60_000);
+    else if (this.#source?.readyState === EventSource.CLOSED && this.connected) this.#listen();
   }
 
   #later() {

@@ -48,9 +48,10 @@ export class Stage extends HTMLElement {
     return Boolean(this.job && !isEnded(this.job));
   }
 
-  /** Post a job and show it. */
-  async run(request) {
+  /** Post a job and show it. The settings remember its seed, which the lock can keep. */
+  async run(request, settings) {
     const job = await store.submit(request);
+    settings.lastSeed = job.request.seed;
     this.watch(job);
     announce(strings.progress.announceStart);
     return job;
@@ -140,11 +141,15 @@ export class Stage extends HTMLElement {
     const source = !job ? null : running && preview && !this.#image ? preview.url : image?.url ?? preview?.url ?? null;
     this.dataset.state = !job ? "empty" : job.state;
     this.classList.toggle("is-preview", Boolean(running && !this.#image && preview));
-    this.picture.hidden = !source;
+    // Until the first preview comes, the picture before stays as a shadow.
+    const isShadow = Boolean(running && !source && this.picture.getAttribute("src"));
+    this.picture.classList.toggle("shadow", isShadow);
+    this.picture.hidden = !source && !isShadow;
     if (source && this.picture.getAttribute("src") !== source) this.picture.src = source;
     this.picture.alt = image && !running ? `${strings.stage.result}: ${image.title}` : strings.stage.preview;
     this.open.hidden = !image || (running && !this.#image);
     this.empty.hidden = Boolean(source);
+    if (!running && !source) this.picture.removeAttribute("src");
     this.empty.classList.toggle("waiting", Boolean(running));
     const { width, height } = image ?? job?.request ?? {};
     this.frame.style.setProperty("--ratio", String((width || 1) / (height || 1)));

@@ -117,7 +117,7 @@ function describe(image, full, controls) {
     h("div", { class: "viewer-controls" }, controls),
     recipe.parts && h("section", {}, h("h3", {}, texts.ingredients), h("ul", { class: "ingredients" }, recipe.parts.map((part) => h("li", {}, h("b", {}, Number(part.weight.toFixed(2))), " ", part.text ?? strings.mix.pictureCard)))),
     h("section", {}, h("h3", {}, texts.recipe), h("dl", { class: "recipe" }, entries.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))),
-    h("button", { type: "button", class: "link", onclick: () => copyText(image.title) }, texts.copy),
+    navigator.clipboard && h("button", { type: "button", class: "link", onclick: () => copyText(image.title) }, texts.copy),
   ];
 }
 

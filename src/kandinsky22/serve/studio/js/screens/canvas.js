@@ -142,7 +142,7 @@ class Canvas extends HTMLElement {
       await this.stage.run(compact({
         mode: "inpaint", prompt, image: pictureReference(picture), mask: mask && pictureReference(mask), extend: extended ? margins : null,
         ...this.#keeping(keep, feather, picture, extended), ...settingsRequest(this.draft.settings, { kind: "inpaint", size: false }), previews: true,
-      }));
+      }), this.draft.settings);
       this.#reflect();
     } catch (error) {
       complain(error);

@@ -61,7 +61,7 @@ class Draw extends HTMLElement {
       await this.stage.run(compact({
         mode, prompt, negative_prompt: this.draft.negative.trim(), image: picture && pictureReference(picture),
         strength: mode === "img2img" || (mode === "variations" && prompt) ? strength : null, ...settingsRequest(this.draft.settings, { size: hasSize }), previews: true,
-      }));
+      }), this.draft.settings);
     } catch (error) {
       complain(error);
     }

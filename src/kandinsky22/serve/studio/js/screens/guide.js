@@ -202,7 +202,7 @@ class Guide extends HTMLElement {
       if (!hint) throw new Error(texts.needHint);
       const { picture, over, strength } = this.draft;
       const start = over && picture ? { image: pictureReference(picture), strength } : {};
-      await this.stage.run(compact({ mode: "control", prompt, hint: pictureReference(hint), ...start, ...settingsRequest(this.draft.settings, { kind: "control", size: false }), previews: true }));
+      await this.stage.run(compact({ mode: "control", prompt, hint: pictureReference(hint), ...start, ...settingsRequest(this.draft.settings, { kind: "control", size: false }), previews: true }), this.draft.settings);
     } catch (error) {
       complain(error);
     }

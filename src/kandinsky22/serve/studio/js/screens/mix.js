@@ -1,6 +1,6 @@
 // The mixing table: cards of words and pictures, their weights, and the ways between them.
 
-import { api, pictureThumbnail, pictureUrl, randomGroup, uploadPicture } from "../api.js";
+import { pictureThumbnail, pictureUrl, randomGroup, uploadPicture } from "../api.js";
 import { board } from "../components/board.js";
 import { choices, chooseFiles, onPaste, slider, textField, toggle } from "../components/controls.js";
 import { announce, complain, toast } from "../components/feedback.js";
@@ -206,7 +206,7 @@ class Mix extends HTMLElement {
     const cards = this.draft.cards.filter((card) => card.picture || card.text?.trim());
     const weights = cards.map((card) => card.weight);
     try {
-      await this.stage.run(this.#request(cards, this.draft.normalise ? normalised(weights) : weights));
+      await this.stage.run(this.#request(cards, this.draft.normalise ? normalised(weights) : weights), this.draft.settings);
     } catch (error) {
       complain(error);
     }
@@ -249,7 +249,7 @@ class Mix extends HTMLElement {
   cancel() {
     if (this.stage.cancel()) return true;
     const running = (this.draft.board?.jobs ?? []).filter((id) => store.jobs.has(id) && !isEnded(store.jobs.get(id)));
-    for (const id of running.reverse()) api.cancel(id).then((job) => store.update(job)).catch(complain);
+    for (const id of running.reverse()) store.cancel(id).catch(complain);
     return running.length > 0;
   }
 
