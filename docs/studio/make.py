@@ -1,4 +1,4 @@
-"""Take the screenshots of the studio: python docs/studio/make.py [--out FOLDER].
+"""Take the screenshots of the studio: python -m docs.studio.make [--out FOLDER].
 
 A server with the embedded model runs in a temporary folder; an installed Chromium shows every screen at three widths,
 light and dark. The files are WebP, because PNG files of all 36 would be four times as large.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "src")]
-
 from tests.studio.browser import StudioServer, launch, running_server
 
 SIZES = {1440: 900, 820: 1100, 390: 844}
@@ -61,13 +57,13 @@ def run(page: Page, screen: str) -> None:
 def prepare_mix(page: Page, server: StudioServer) -> None:
     """Lay three cards, mix them, and make a strip."""
     page.click("text=Try an example")
-    page.get_by_text("Balanced").first.click()
+    page.locator("k-mix").get_by_text("Balanced").first.click()
     run(page, "mix")
     page.click("text=More like this")
     page.locator("k-mix .card .number").nth(2).fill("-0.3")
     for index in range(2):
         page.locator("k-mix .card-choose").nth(index).click()
-    page.get_by_role("button", name="Strip", exact=True).click()
+    page.locator("k-mix").get_by_role("button", name="Strip", exact=True).click()
     page.wait_for_selector('k-mix .cell-holder:nth-child(5) .cell[data-state="done"]', timeout=90_000)
     for index in range(2):
         page.locator("k-mix .card-choose").nth(index).click()
@@ -75,7 +71,7 @@ def prepare_mix(page: Page, server: StudioServer) -> None:
 
 def prepare_draw(page: Page, server: StudioServer) -> None:
     """Draw three pictures."""
-    page.get_by_text("Balanced").first.click()
+    page.locator("k-draw").get_by_text("Balanced").first.click()
     for prompt in PROMPTS[4:7]:
         page.fill("k-draw textarea.prompt", prompt)
         run(page, "draw")
@@ -101,7 +97,7 @@ def prepare_canvas(page: Page, server: StudioServer) -> None:
     page.get_by_label("Extend the frame: right, pixels").focus()
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    page.get_by_text("Balanced").first.click()
+    page.locator("k-canvas").get_by_text("Balanced").first.click()
     page.fill("k-canvas textarea.prompt", "a green star on a blue background")
     run(page, "canvas")
 
@@ -111,7 +107,7 @@ def prepare_guide(page: Page, server: StudioServer) -> None:
     image = server.make(prompt="a large white star on a blue background", seed=3, quality="balanced")["images"][0]
     _, content = server.call("GET", image["url"])
     drop(page, "k-guide .guide-slot", content)
-    page.get_by_text("Balanced").first.click()
+    page.locator("k-guide").get_by_text("Balanced").first.click()
     page.fill("k-guide textarea.prompt", "a large yellow star on a purple background")
     page.wait_for_timeout(300)
     run(page, "guide")
@@ -130,7 +126,8 @@ def prepare_compare(page: Page, server: StudioServer) -> None:
     page.click("k-compare .run-row .primary")
     page.wait_for_selector("k-compare td")
     for row in range(1, 5):
-        page.wait_for_selector(f'k-compare tbody tr:nth-child({row}) td:last-child .cell[data-state="done"]', timeout=90_000)
+        last = f"k-compare tbody tr:nth-child({row}) td:last-child"
+        page.wait_for_selector(f'{last} .cell[data-state="done"]', timeout=90_000)
 
 
 PREPARATIONS: dict[str, Callable[[Page, StudioServer], None]] = {

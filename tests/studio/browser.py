@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-import kandinsky22
 from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, Request, Response
+
+import kandinsky22
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -93,7 +94,9 @@ class StudioServer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-            headers = {} if body is None else {"Content-Type": "image/png" if isinstance(body, bytes) else "application/json"}
+            headers = (
+                {} if body is None else {"Content-Type": "image/png" if isinstance(body, bytes) else "application/json"}
+            )
             connection.request(method, path, content, headers)
             response = connection.getresponse()
             text = response.read()

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
+from playwright.sync_api import Browser, sync_playwright
 from tests.studio.browser import StudioServer, Watched, find_chromium, launch, running_server
-
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make install")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,17 +27,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with playwright_api.sync_playwright() as playwright:
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
         started = launch(playwright)
         yield started
         started.close()
 
 
 @pytest.fixture
-def watched(server: StudioServer, browser: object) -> Iterator[Watched]:
+def watched(server: StudioServer, browser: Browser) -> Iterator[Watched]:
     """A page of the studio. Its test fails if it writes errors, or requests anything of another host."""
-    context = browser.new_context(viewport={"width": 1280, "height": 860}, reduced_motion="reduce")  # type: ignore[attr-defined]
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, reduced_motion="reduce")
     context.set_default_timeout(20_000)
     watched = Watched(context.new_page(), server.address)
     yield watched

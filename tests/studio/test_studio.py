@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
-
 from tests.studio.browser import StudioServer, Watched, mask_png, scene
 
 SCREENS = ("mix", "draw", "canvas", "guide", "gallery", "compare")
@@ -150,7 +149,16 @@ def test_mixing_table(watched: Watched, server: StudioServer) -> None:
     expect(screen.locator('.board .cell[data-state="done"]')).to_have_count(5, timeout=60_000)
     jobs = [job for job in server.jobs() if job["group"]][:5]
     assert len({job["request"]["seed"] for job in jobs}) == 1
-    assert sorted(part["weight"] for job in jobs for part in job["request"]["parts"]) == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1]
+    assert sorted(part["weight"] for job in jobs for part in job["request"]["parts"]) == [
+        0.25,
+        0.25,
+        0.5,
+        0.5,
+        0.75,
+        0.75,
+        1,
+        1,
+    ]
 
 
 def test_grid_between_four_cards(watched: Watched) -> None:
@@ -169,7 +177,8 @@ def paste_text(page: Page, text: str) -> None:
         """text => {
             const clipboardData = new DataTransfer();
             clipboardData.setData("text/plain", text);
-            document.body.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+            const options = { clipboardData, bubbles: true, cancelable: true };
+            document.body.dispatchEvent(new ClipboardEvent("paste", options));
         }""",
         text,
     )
@@ -192,7 +201,8 @@ def painted(page: Page) -> int:
     return page.locator("k-canvas").evaluate(
         """screen => {
             const { context, width, height } = screen.painter;
-            return context.getImageData(0, 0, width, height).data.filter((value, index) => index % 4 === 3 && value > 127).length;
+            const { data } = context.getImageData(0, 0, width, height);
+            return data.filter((value, index) => index % 4 === 3 && value > 127).length;
         }"""
     )
 
@@ -289,7 +299,10 @@ def test_guide_by_edges_and_by_hand(watched: Watched, server: StudioServer) -> N
     choose_file(page, screen.locator(".slot-button"), scene())
     edges = screen.locator(".guide-surface > canvas")
     expect(edges).to_be_visible()
-    count = "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.filter((v, i) => i % 4 === 0 && v > 0).length"
+    count = """canvas => {
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return data.filter((value, index) => index % 4 === 0 && value > 0).length;
+    }"""
     assert edges.evaluate(count) > 100  # the outline of the circle
     screen.get_by_label("High threshold").first.fill("255")
     page.wait_for_timeout(150)
