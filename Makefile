@@ -19,6 +19,7 @@ else
 BIN := $(VENV)/bin
 EXE :=
 endif
+BROWSER = $(firstword $(KANDINSKY22_CHROMIUM) $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name) 2>/dev/null)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Tests that need neither the reference nor optional packages.
 OLDEST_TESTS := $(addprefix tests/unit/test_,$(addsuffix .py,oldest_versions kernels packed_linear fingerprint settings feature_caching))
@@ -26,7 +27,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean
+.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -42,6 +43,12 @@ test: $(VENV)/.tools  ## run all tests, with one process per core: make test ARG
 
 test-fast: $(VENV)/.tools  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+
+browser:  ## install Chromium for the tests of the studio, where there is none (Debian, Ubuntu)
+	@if [ -n "$(BROWSER)" ]; then echo "$(BROWSER)"; \
+	elif ! command -v apt-get >/dev/null; then echo "no Chromium is installed; install it, or set KANDINSKY22_CHROMIUM" >&2; exit 1; \
+	else [ "$$(id -u)" = 0 ] || as_root=sudo; \
+	  $$as_root apt-get -qq update && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; fi
 
 kills: $(VENV)/.tools  ## interrupt saves and count what is left: make kills N=500 SEED=7
 	KANDINSKY22_KILLS=$(N) KANDINSKY22_KILLS_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/kills $(ARGS)

@@ -1,0 +1,27 @@
+// Modal windows. The viewer is loaded when it is first needed.
+
+/** Show a modal window; it is removed when it closes. */
+export function openDialog(dialog) {
+  document.body.append(dialog);
+  dialog.addEventListener("close", () => {
+    // Messages in the window, with what they offer, outlive it.
+    const list = document.querySelector(".toasts");
+    for (const message of dialog.querySelectorAll(".toast")) {
+      message.classList.remove("in-dialog");
+      list.append(message);
+    }
+    dialog.remove();
+  });
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.showModal();
+  return dialog;
+}
+
+/** Show a picture large; see `viewer.js`. */
+export const openViewer = async (...values) => (await import("./viewer.js")).openViewer(...values);
+
+/** Show two pictures under a divider; see `viewer.js`. */
+export const openComparison = async (...values) => (await import("./viewer.js")).openComparison(...values);
+
+/** Show the recipe of a dropped picture; see `viewer.js`. */
+export const openRecipe = async (...values) => (await import("./viewer.js")).openRecipe(...values);

@@ -1,0 +1,16 @@
+// Which screen is shown, and what one screen hands to another.
+
+export const SCREENS = ["mix", "draw", "canvas", "guide", "gallery", "compare"];
+
+/** Screens that recall the settings of each mode. */
+export const SCREEN_OF_MODE = { generate: "draw", img2img: "draw", variations: "draw", inpaint: "canvas", control: "guide", mix: "mix" };
+
+/**
+ * Show a screen and hand it something: `{picture}` to work with, `{request}` to recall, or nothing.
+ *
+ * @param {string} screen
+ * @param {object} [payload]
+ */
+export function go(screen, payload) {
+  dispatchEvent(new CustomEvent("studio:go", { detail: { screen, payload } }));
+}
