@@ -513,6 +513,7 @@ def test_a_failure_while_merging_undoes_all_networks(
         (lambda p: p.set_adapters("style", "much"), "adapter_weights='much'"),
         (lambda p: p.set_adapters("style", float("nan")), "a finite number"),
         (lambda p: p.set_adapters("style", True), "a finite number"),
+        (lambda p: p.set_adapters("style", 10**400), "a finite number"),
         (lambda p: p.set_adapters("style", {"vae": 1}), "numbers by component: unet"),
         (lambda p: p.set_adapters(5), "adapter_names=5"),
         (lambda p: p.delete_adapters("other"), "adapter_names='other'"),

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from kandinsky22.adapters.arguments import (
+    COMPONENTS,
+    Weight,
+    all_names,
+    component_weight,
+    finite_number,
+    loaded_names,
+    new_name,
+    weights_by_name,
+)
 from kandinsky22.adapters.files import AdapterSource, AdapterTensors, read_adapter, write_adapter
 from kandinsky22.adapters.formats import PRIOR, UNET, match_updates
 from kandinsky22.adapters.merging import (
@@ -27,12 +36,6 @@ from kandinsky22.inputs.validation import names_among
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.runtime.quantize import kind_of
-
-COMPONENTS = {"unet": UNET, "prior": PRIOR, "prior_prior": PRIOR}  # roles of the components that take adapters
-MAX_NAME = 200  # characters of an adapter's name
-
-Weight = float | Mapping[str, float] | None
-"""Weight of an adapter: one for all networks, or one per component name; None for 1."""
 
 
 class AdapterMixin:
@@ -101,7 +104,7 @@ class AdapterMixin:
         if start is not None and (not isinstance(start, str) or not start):
             raise invalid("prefix", prefix, "the beginning of tensor names, or None")
         networks = self._adaptable()
-        name = self._new_name(adapter_name, replaces, networks)
+        name = new_name(adapter_name, networks, replaces=replaces)
         stored = read_adapter(
             pretrained_model_name_or_path_or_dict,
             weight_name=weight_name,
@@ -130,23 +133,6 @@ class AdapterMixin:
             current = adapters_of(network).selection
             selections[component] = _with_adapter(current, name, matched.get(COMPONENTS[component]))
         self._select(networks, selections)
-
-    def _new_name(self, adapter_name: Any, replaces: bool, networks: Mapping[str, nn.Module]) -> str:
-        """Return the name of an adapter that is loaded now."""
-        used = _all_names(networks)
-        if adapter_name is None:
-            if replaces:
-                raise invalid("adapter_name", None, "the name of the adapter that hotswap replaces")
-            return next(name for name in map("default_{}".format, range(len(used) + 1)) if name not in used)
-        if not isinstance(adapter_name, str) or not 0 < len(adapter_name.strip()) <= MAX_NAME:
-            raise invalid("adapter_name", adapter_name, f"a name of at most {MAX_NAME} characters, or None")
-        if not replaces and adapter_name in used:
-            raise invalid("adapter_name", adapter_name, "a new name", "it is in use: pass hotswap=True to replace it")
-        if replaces and adapter_name not in used:
-            raise invalid("adapter_name", adapter_name, f"a loaded adapter: {', '.join(used) or 'there is none'}")
-        if any(adapter_name in adapters_of(network).selection.fused for network in networks.values()):
-            raise invalid("adapter_name", adapter_name, "an adapter that is not fused", "call unfuse_lora() first")
-        return str(adapter_name)
 
     def save_lora_weights(
         self,
@@ -204,9 +190,9 @@ class AdapterMixin:
         write_adapter(save_directory, adapters, weight_name=weight_name, safe_serialization=safe_serialization)
 
     def _only_name(self, adapter_name: str | None, networks: Mapping[str, nn.Module]) -> str:
-        names = _all_names(networks)
+        names = all_names(networks)
         if adapter_name is not None:
-            return _loaded_names(adapter_name, networks)[0]
+            return loaded_names(adapter_name, networks)[0]
         if len(names) != 1:
             expected = f"one of {', '.join(names)}" if names else "tensors to write: no adapter is loaded"
             raise invalid("adapter_name", None, expected)
@@ -233,15 +219,15 @@ class AdapterMixin:
             InputError: If a name is unknown, repeated or fused, or a weight is not a finite number.
         """
         networks = self._adaptable()
-        names = _loaded_names(adapter_names, networks)
-        per_name = _weights(adapter_weights, names)
+        names = loaded_names(adapter_names, networks)
+        per_name = weights_by_name(adapter_weights, names)
         selections = {}
         for component, network in networks.items():
             current = adapters_of(network).selection
             if fused := [name for name in names if name in current.fused]:
                 raise invalid("adapter_names", fused, "adapters that are not fused", "call unfuse_lora() first")
             own = [name for name in names if name in current.loaded]
-            weights = {name: _component_weight(per_name[name], component, networks) for name in own}
+            weights = {name: component_weight(per_name[name], component, networks) for name in own}
             selections[component] = dataclasses.replace(
                 current, active=tuple(own), weights={**current.weights, **weights}
             )
@@ -286,7 +272,7 @@ class AdapterMixin:
             InputError: If a name is unknown, repeated or fused.
         """
         networks = self._adaptable()
-        names = _loaded_names(adapter_names, networks)
+        names = loaded_names(adapter_names, networks)
         selections = {}
         for component, network in networks.items():
             current = adapters_of(network).selection
@@ -338,9 +324,9 @@ class AdapterMixin:
             NotFiniteError: If a weight would not be finite, with `safe_fusing`.
         """
         networks = self._named_networks(components)
-        scale = _number("lora_scale", lora_scale)
+        scale = finite_number("lora_scale", lora_scale)
         check = checked_flag("safe_fusing", safe_fusing)
-        names = None if adapter_names is None else _loaded_names(adapter_names, networks)
+        names = None if adapter_names is None else loaded_names(adapter_names, networks)
         selections = {}
         for component, network in networks.items():
             current = adapters_of(network).selection
@@ -439,44 +425,3 @@ def _with_adapter(current: Selection, name: str, adapter: Adapter | None) -> Sel
         return dataclasses.replace(current, loaded={**current.loaded, name: adapter})
     weights = {**current.weights, name: 1.0}
     return dataclasses.replace(current, loaded={**current.loaded, name: adapter}, weights=weights, active=(name,))
-
-
-def _all_names(networks: Mapping[str, nn.Module]) -> list[str]:
-    """Return the names of all loaded adapters, each once."""
-    return list(dict.fromkeys(name for network in networks.values() for name in adapters_of(network).names))
-
-
-def _loaded_names(value: Any, networks: Mapping[str, nn.Module]) -> list[str]:
-    """Return names of loaded adapters, from one name or several."""
-    used = _all_names(networks)
-    names = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else None
-    if names is None or len(names) != len({str(name) for name in names}) or any(name not in used for name in names):
-        expected = f"different names of loaded adapters: {', '.join(used) or 'there are none'}"
-        raise invalid("adapter_names", value, expected)
-    return names
-
-
-def _weights(value: Any, names: list[str]) -> dict[str, Any]:
-    """Return the weight of each adapter, as it was passed."""
-    several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
-    weights = list(value) if several else [value] * len(names)
-    if len(weights) != len(names):
-        raise invalid("len(adapter_weights)", len(weights), f"{len(names)}, one per name")
-    return dict(zip(names, weights, strict=True))
-
-
-def _component_weight(value: Any, component: str, networks: Mapping[str, nn.Module]) -> float:
-    """Return the weight of an adapter in a network."""
-    if isinstance(value, Mapping):
-        if unknown := [name for name in value if name not in COMPONENTS]:
-            expected = f"numbers by component: {', '.join(networks)}"
-            raise invalid("adapter_weights", {unknown[0]: value[unknown[0]]}, expected)
-        role = COMPONENTS[component]
-        value = value.get(component, next((value[name] for name in value if COMPONENTS[name] == role), None))
-    return 1.0 if value is None else _number("adapter_weights", value)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise invalid(name, value, "a finite number")
-    return float(value)
