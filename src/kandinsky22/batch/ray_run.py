@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LOCAL = "local"
 OBJECT_STORE_BYTES = 200_000_000  # of a local cluster: embeddings are small, and images never pass through it
 PRIOR_GPUS, DECODER_GPUS = 0.1, 0.9  # of a GPU: both stages of one GPU fit on it
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def cluster(options: RayOptions) -> Iterator[Any]:
             log_to_driver=False,
             **(local | {"num_cpus": os.cpu_count()} if options.address == LOCAL else {}),
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises plain exceptions if a process does not start in time
         raise InputError(f"the Ray cluster {options.address} cannot be reached: {error}") from error
     try:
         yield ray
