@@ -22,7 +22,6 @@ SHARD = 100  # pictures per shard
 STARTUP_SECONDS = 15.0  # of a worker process, which loads networks
 MILLION = 1_000_000
 EMBEDDING_BYTES = 2 * 1280 * 4 + 5056 + 256  # two embeddings of the published model, a generator's state, headers
-# Seconds per picture of the published model at 512 x 512 with 25 + 25 steps, by device: from docs/compare.md.
 PICTURE_BYTES_512 = 450_000
 
 
@@ -87,7 +86,7 @@ def million_table(result: dict[str, Any]) -> str:
         "| Disk for a million | GB |",
         "|---|---|",
         f"| pictures of 128 x 128, measured | {size * MILLION / 1e9:.0f} |",
-        f"| pictures of 512 x 512, about {PICTURE_BYTES_512 // 1000} KB each | {PICTURE_BYTES_512 * MILLION / 1e9:.0f} |",
+        f"| pictures of 512 x 512, about 450 KB each | {PICTURE_BYTES_512 * MILLION / 1e9:.0f} |",
         f"| embeddings of the published model, `--keep-embeddings` | {EMBEDDING_BYTES * MILLION / 1e9:.0f} |",
     ]
     return "\n".join(lines)
@@ -108,9 +107,7 @@ def main() -> None:
         if args.write:
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
             page = PAGE.read_text()
-            PAGE.write_text(
-                re.sub(pattern, lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page, flags=re.S)
-            )
+            PAGE.write_text(re.sub(pattern, rf"\1\n{table}\n\n\2", page, count=1, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
