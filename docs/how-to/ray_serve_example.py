@@ -38,7 +38,8 @@ class Pictures:
                 results[index] = str(error)
         for group in groups.values():
             jobs = [job for _, job in group]
-            for (index, _), result in zip(group, generate_batch(jobs, [job.request.seeds[0] for job in jobs])):
+            images = generate_batch(jobs, [job.request.seeds[0] for job in jobs])
+            for (index, _), result in zip(group, images, strict=True):
                 content = io.BytesIO()
                 result.image.save(content, format="PNG")
                 results[index] = content.getvalue()
