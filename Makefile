@@ -6,6 +6,7 @@ PROMPT ?= a red circle to the left of a blue square on a yellow background
 OUTPUT ?= $(CURDIR)/picture.png
 SEED ?= 7
 N ?= 1000
+ROWS ?= 2000
 BENCH ?= bench
 ARGS ?=
 export PROMPT OUTPUT
@@ -27,7 +28,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean serve-kills serve-load studio
+.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean serve-kills serve-load studio batch-kills batch-bench
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -62,6 +63,12 @@ serve-load: $(VENV)/.tools  ## send 400 jobs from 20 clients to a server
 
 studio: $(VENV)/.serve  ## open the studio in the browser
 	@$(BIN)/kandinsky22 serve --open $(ARGS)
+batch-kills: $(VENV)/.tools  ## kill a batch of ROWS rows N times and compare with an uninterrupted run: make batch-kills N=20 ROWS=2000
+	$(BIN)/python -m tests.batch.kills --rows $(ROWS) --kills $(N) --seed $(SEED) $(ARGS)
+
+batch-bench: $(VENV)/.tools  ## measure batches: one and two processes, batch sizes, memory over ROWS rows, the table of a million pictures
+	$(BIN)/python -m benchmarks.batch_rates $(ARGS)
+	$(BIN)/python -m benchmarks.batch_memory --rows $(ROWS)
 
 fuzz: $(VENV)/.tools  ## generate calls, files and command lines, and report what escapes: make fuzz N=20000 SEED=1
 	$(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) $(ARGS)

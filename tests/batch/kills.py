@@ -65,12 +65,14 @@ def workers_of(process: int) -> list[int]:
 
 
 def run_with_kills(
-    command: Sequence[str], kills: int, longest: float, seed: int, *, workers_too: bool = False
+    command: Sequence[str], output: Path, kills: int, longest: float, seed: int, *, workers_too: bool = False
 ) -> dict[str, int]:
     """Start a command until it ends by itself, killing it at random moments.
 
     Args:
         command: The command.
+        output: Its output folder. Three kills of four wait until another shard is finished: starting takes long, and
+            most moments would be before the first one.
         kills: Number of kills.
         longest: Longest time before a kill, in seconds.
         seed: Seed of the moments.
@@ -83,6 +85,8 @@ def run_with_kills(
         counts["starts"] += 1
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while counts["driver"] + counts["worker"] < kills:
+            if generator.random() < 0.75:
+                _await_progress(process, output / "manifest.jsonl")
             try:
                 process.wait(timeout=generator.uniform(0, longest))
                 break
@@ -102,6 +106,17 @@ def run_with_kills(
                 raise AssertionError(errors.decode()[-3000:])
             if counts["driver"] + counts["worker"] >= kills or process.returncode == 0:
                 return counts
+
+
+def _await_progress(process: subprocess.Popen[bytes], manifest: Path) -> None:
+    """Wait until a process has written to its manifest, or has ended."""
+    before = manifest.stat() if manifest.exists() else None
+    while process.poll() is None:
+        now = manifest.stat() if manifest.exists() else None
+        if now is not None and before is not None and now.st_size > before.st_size:
+            return
+        before = before or now
+        time.sleep(0.02)
 
 
 def main() -> None:
@@ -125,7 +140,9 @@ def main() -> None:
     subprocess.run([*command, "-o", str(folder / "whole")], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
     killed = [*command, "-o", str(folder / "killed"), *(["--ray"] if args.ray else ["--workers", str(args.workers)])]
-    counts = run_with_kills(killed, args.kills, args.longest, args.seed, workers_too=args.ray or args.workers > 1)
+    workers_too = args.ray or args.workers > 1
+    counts = run_with_kills(killed, folder / "killed", args.kills, args.longest, args.seed, workers_too=workers_too)
+    print(json.dumps(counts))
     shards = entries(folder / "killed")
     pictures = sum(int(str(entry["pictures"])) for entry in shards)
     result = {

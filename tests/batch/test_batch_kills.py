@@ -28,7 +28,7 @@ def test_a_killed_run_ends_with_one_result_per_row(tmp_path: Path, format: str, 
     write_prompts(source, ROWS)
     run(source, tmp_path / "whole", format=format)
     command = _command(source, tmp_path / "killed", format, workers)
-    counts = run_with_kills(command, KILLS, longest=3.0, seed=workers, workers_too=workers > 1)
+    counts = run_with_kills(command, tmp_path / "killed", KILLS, longest=0.5, seed=workers, workers_too=workers > 1)
     assert counts["driver"] + counts["worker"] > KILLS / 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert entries(tmp_path / "killed") == entries(tmp_path / "whole")

@@ -78,8 +78,7 @@ def test_larger_batches_say_so_in_the_recipe(folder: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", list(FORMATS))
-def test_pictures_can_be_drawn_again_without_the_prior(folder: Path, format: str) -> None:
+def test_pictures_can_be_drawn_again_without_the_prior(folder: Path, format: str = "webdataset") -> None:
     common = ["--format", format, "--batch-size", "4", *FAST]
     assert main(["batch", "rows.jsonl", "-o", "whole", "--keep-embeddings", *common]) == 0
     assert main(["batch", "rows.jsonl", "-o", "prior", "--stage", "prior", *common]) == 0
@@ -100,6 +99,8 @@ def test_late_settings_of_the_prior_are_refused(folder: Path, capsys: pytest.Cap
     assert "not the output folder of a batch" in capsys.readouterr().err
     assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--prior-steps", "3", "-q"]) == 1
     assert "prior_steps would have no effect" in capsys.readouterr().err
+    assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--column", "prompt=x", "-q"]) == 1
+    assert "--column would have no effect" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +145,7 @@ def _options(**changes: Any) -> DrawOptions:
     return dataclasses.replace(DrawOptions(requests, batch_size=2), **changes)
 
 
+@pytest.mark.slow
 def test_the_prior_of_the_next_shard_runs_in_a_thread(tmp_path: Path) -> None:
     """What runs on GPUs, here on the CPU: the same pictures as one stage after the other."""
     drawer, tasks = ShardDrawer(_options()), [_task(PROMPTS[:2]), _task(PROMPTS[1:])]
@@ -154,6 +156,7 @@ def test_the_prior_of_the_next_shard_runs_in_a_thread(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_picture_with_nan_ends_the_run_or_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others of its batch are drawn alone."""
     from kandinsky22.batch import drawing
@@ -182,6 +185,7 @@ def test_larger_images_run_in_smaller_batches() -> None:
         assert batch.size == expected
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path))
     drawer, item = ShardDrawer(_options()), _task(PROMPTS).items[0]

@@ -12,6 +12,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -22,6 +23,7 @@ from kandinsky22.batch import storage
 from kandinsky22.batch.formats import FORMATS, read_shard
 from kandinsky22.batch.manifest import MANIFEST, Manifest
 from kandinsky22.batch.run import BadRowsError, run_batch
+from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.storage import LocalFolder, open_folder
 from kandinsky22.errors import InputError
 
@@ -245,6 +247,29 @@ def test_inputs_that_cannot_be_read_are_one_error(tmp_path: Path, out: Path) -> 
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match="no row"):
         run(tmp_path / "empty.txt", out)
+
+
+@pytest.mark.parametrize("format", ALL)
+@pytest.mark.parametrize("with_image", [True, False])
+def test_formats_return_what_they_were_given(tmp_path: Path, format: str, with_image: bool) -> None:
+    generator = np.random.default_rng(0)
+    embedding = StoredEmbedding(
+        generator.standard_normal((2, 6)).astype(np.float32), generator.integers(0, 255, 50).astype(np.uint8)
+    )
+    metadata = {
+        **{"key": "000000000", "id": "x", "row": 1, "prompt": "é", "negative_prompt": None, "seed": 2**53 - 1},
+        **{"width": 8, "height": 8, "settings": {"prompt": "é", "n": 2}, "columns": {"url": "u"}, "recipe": {"a": [1]}},
+    }
+    sample = Sample("000000000", metadata, picture("é", 1) if with_image else None, embedding)
+    path = tmp_path / FORMATS[format].shard_name(0)
+    FORMATS[format].write([sample], path)
+    (read,) = read_shard(FORMATS[format], path)
+    assert (read.key, dict(read.metadata), read.image) == (sample.key, metadata, sample.image)
+    assert read.embedding is not None
+    np.testing.assert_array_equal(read.embedding.vectors, embedding.vectors)
+    np.testing.assert_array_equal(read.embedding.generator_state, embedding.generator_state)
+    with pytest.raises(InputError, match="missing or damaged"):
+        list(read_shard(FORMATS[format], tmp_path / "missing"))
 
 
 # Other file systems

@@ -55,9 +55,8 @@ class ShardEntry:
             result = cls(**entry)
         except TypeError:
             return None
-        numbers = isinstance(result.shard, int) and isinstance(result.pictures, int)
-        texts = all(isinstance(value, str | None) for value in (result.name, result.sha256))
-        return result if numbers and texts else None
+        kinds = {"shard": int, "pictures": int, "name": str | None, "sha256": str | None}
+        return result if all(isinstance(entry[name], kind) for name, kind in kinds.items()) else None
 
 
 class Manifest:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 LOCAL = "local"
 OBJECT_STORE_BYTES = 200_000_000  # of a local cluster: embeddings are small, and images never pass through it
+LOCAL_STARTS = 4  # attempts to start a local cluster
 PRIOR_GPUS, DECODER_GPUS = 0.1, 0.9  # of a GPU: both stages of one GPU fit on it
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +71,25 @@ def cluster(options: RayOptions) -> Iterator[Any]:
     except ImportError:
         raise MissingDependencyError("--ray needs Ray: pip install kandinsky22[ray]") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # which reports plans and settings otherwise
-    local: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
-        ray.init(
-            address=options.address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **(local | {"num_cpus": os.cpu_count()} if options.address == LOCAL else {}),
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"the Ray cluster {options.address} cannot be reached: {error}") from error
-    try:
+        _connect(ray, options.address)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect to a cluster, or start one. On a busy machine, Ray's own processes may miss its time limits."""
+    local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    options = local if address == LOCAL else {}
+    for remaining in reversed(range(LOCAL_STARTS if address == LOCAL else 1)):
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+            return
+        except Exception as error:  # plain ones too
+            ray.shutdown()
+            if not remaining:
+                raise InputError(f"the Ray cluster {address} cannot be reached: {error}") from error
 
 
 def measure_on_ray(ray: Any, draw: DrawOptions, item: Item) -> BatchSize:

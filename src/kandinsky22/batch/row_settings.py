@@ -12,7 +12,7 @@ from typing import Any
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.limits import MAX_IMAGES
-from kandinsky22.generation.recipe_json import parse_fields
+from kandinsky22.generation.recipe_json import parse_value
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
@@ -102,7 +102,8 @@ def parse_settings(values: Mapping[str, Any]) -> RowSettings:
     faults = []
     for name, value in values.items():
         try:
-            parsed |= parse_fields(RowSettings, {name: _converted(value, _kinds()[name], name)})
+            kind = _kinds()[name]
+            parsed[name] = None if value is None else parse_value(_converted(value, kind, name), kind, name)
             _check(name, parsed[name])
         except ValueError as error:
             faults.append(str(error))

@@ -94,9 +94,12 @@ class StoredSource:
         Raises:
             InputError: If a setting concerns the prior.
         """
+        self._check_late_settings()
+        return {**self._header()["settings"]["defaults"], **self.options.defaults}
+
+    def _check_late_settings(self) -> None:
         if late := [name for name in PRIOR_SETTINGS if name in self.options.defaults]:
             raise InputError(f"{', '.join(late)} would have no effect: the prior has run already")
-        return {**self._header()["settings"]["defaults"], **self.options.defaults}
 
     def _header(self) -> Mapping[str, Any]:
         header = self._manifest().header
@@ -113,6 +116,7 @@ class StoredSource:
         Raises:
             InputError: If the other run is not finished.
         """
+        self._check_late_settings()
         manifest = self._manifest()
         pictures = sum(entry.pictures + len(entry.failed) for entry in manifest.entries.values())
         if pictures != self._header()["items"]:

@@ -68,7 +68,7 @@ def parse_fields(kind: type, entries: Mapping[str, Any]) -> dict[str, Any]:
     hints = _type_hints(kind)
     if unknown := sorted(entries.keys() - hints.keys()):
         raise ValueError(f"unknown entries {describe(unknown)}")
-    values = {name: _parse(value, hints[name], name) for name, value in entries.items()}
+    values = {name: parse_value(value, hints[name], name) for name, value in entries.items()}
     required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in entries]:
         raise ValueError(f"missing entries {', '.join(missing)}")
@@ -91,15 +91,24 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-def _parse(value: Any, hint: Any, name: str) -> Any:
-    """Return a JSON value converted to the type of the dataclass field `name`."""
+def parse_value(value: Any, hint: Any, name: str) -> Any:
+    """Return a JSON value converted to the type of a dataclass field.
+
+    Args:
+        value: The value.
+        hint: Type of the field.
+        name: Name of the field.
+
+    Raises:
+        ValueError: If the value has another type or is out of range.
+    """
     if isinstance(hint, types.UnionType):
-        return None if value is None else _parse(value, typing.get_args(hint)[0], name)
+        return None if value is None else parse_value(value, typing.get_args(hint)[0], name)
     origin, parameters = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, list) and 0 < len(value) <= MAX_IMAGES:
-        return tuple(_parse(item, parameters[0], name) for item in value)
+        return tuple(parse_value(item, parameters[0], name) for item in value)
     if origin is not None and origin is not tuple and isinstance(value, dict):
-        return {_parse(key, str, name): _parse(item, parameters[1], name) for key, item in value.items()}
+        return {parse_value(key, str, name): parse_value(item, parameters[1], name) for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return hint(**parse_fields(hint, value))
     is_number = hint is float and type(value) is int
