@@ -211,4 +211,7 @@ def generate_series(job: Job, seeds: Sequence[int], on_step: stages.OnStep | Non
     size = 1 if job.networks.device.type == "cpu" else SERIES_BATCH
     for start in range(0, len(seeds), size):
         chunk = seeds[start : start + size]
-        yield from generate_batch([job] * len(chunk), chunk, on_step)
+        if len(chunk) == 1:
+            yield job.generate(chunk[0], on_step)
+        else:
+            yield from generate_batch([job] * len(chunk), chunk, on_step)
