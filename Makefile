@@ -27,7 +27,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean
+.PHONY: help install run browser test test-fast test-oldest fuzz threads kills serve-kills serve-load studio lint format typecheck docs bench judge train-embedded clean
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -52,6 +52,16 @@ browser:  ## install Chromium for the tests of the studio, where there is none (
 
 kills: $(VENV)/.tools  ## interrupt saves and count what is left: make kills N=500 SEED=7
 	KANDINSKY22_KILLS=$(N) KANDINSKY22_KILLS_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/kills $(ARGS)
+
+serve-kills: $(VENV)/.tools  ## kill the worker N times and the server N/2 times at random, and compare the pictures: make serve-kills N=20
+	KANDINSKY22_SERVE_KILLS=$(or $(filter-out 1000,$(N)),20) KANDINSKY22_SERVE_SEED=$(SEED) \
+	  $(BIN)/python -m pytest -q -s tests/serve -k many_kills $(ARGS)
+
+serve-load: $(VENV)/.tools  ## send 400 jobs from 20 clients to a server
+	KANDINSKY22_SERVE_LOAD=$(or $(filter-out 1000,$(N)),400) $(BIN)/python -m pytest -q -s tests/serve -k many_clients $(ARGS)
+
+studio: $(VENV)/.serve  ## open the studio in the browser
+	@$(BIN)/kandinsky22 serve --open $(ARGS)
 
 fuzz: $(VENV)/.tools  ## generate calls, files and command lines, and report what escapes: make fuzz N=20000 SEED=1
 	$(BIN)/python -m tests.fuzz --count $(N) --seed $(SEED) $(ARGS)
@@ -105,6 +115,10 @@ $(BIN)/python$(EXE):
 $(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
 	@echo "installing kandinsky22 into $(VENV) (once; minutes on a slow line)"
 	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/.package
+	@$(PIP) install -c constraints.txt -e ".[serve]"
 	@touch $@
 
 $(VENV)/.tools: pyproject.toml constraints.txt | $(BIN)/python$(EXE)

@@ -18,7 +18,11 @@ PAGES = [
     if "```python\n" in path.read_text(encoding="utf-8")
 ]
 # Titles of the blocks of a page that are not run.
-NOT_RUN = {"tutorial": ["downloads 16 GB"], "speed-and-memory": ["needs a CUDA device", "compiling takes minutes"]}
+NOT_RUN = {
+    "tutorial": ["downloads 16 GB"],
+    "speed-and-memory": ["needs a CUDA device", "compiling takes minutes"],
+    "serve": ["needs a running server"],  # tests/serve/test_openai.py runs it
+}
 
 
 def test_all_pages_with_examples_are_run() -> None:

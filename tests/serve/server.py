@@ -17,7 +17,7 @@ from typing import Any
 
 import requests
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 DRAFT = {"mode": "generate", "prompt": "a red circle", "quality": "draft", "steps": 2, "prior_steps": 2, "seed": 5}
 
 

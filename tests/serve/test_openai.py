@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,15 @@ def test_edits_of_one_image_and_mixtures_of_several(client: openai.OpenAI) -> No
         events = list(stream)
         assert [event.type for event in events] == ["image_edit.completed"]
         assert (events[0].model_extra or {})["recipe"]["command"] == command
+
+
+def test_the_example_of_the_guide(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text("utf-8")
+    (example,) = re.findall(r"^```python title=.*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("http://127.0.0.1:7822", server.address), {})
+    with Image.open("picture.png") as image:
+        assert image.size == (128, 128) and image.info["kandinsky22"]
 
 
 def test_variations(client: openai.OpenAI) -> None:

@@ -131,7 +131,7 @@ def test_a_killed_server_loses_nothing(own: Server) -> None:
 @pytest.mark.skipif(not KILLS, reason="make serve-kills")
 def test_many_kills(tmp_path: Path) -> None:
     source = random.Random(SEED)
-    count = 3 * KILLS
+    count = 2 * KILLS
     with running(tmp_path / "calm") as calm:
         expected = digests(calm, [calm.submit(**settings_of(number))["id"] for number in range(count)])
     with running(tmp_path / "state", "--max-attempts", "10") as own:

@@ -124,7 +124,7 @@ POSING: dict[str, bytes] = {
     "empty": b"",
     "cut": png(size=(64, 64))[:60],
     "damaged": png(size=(64, 64)).replace(b"IDAT", b"IDAX"),
-    "gif": b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;",
+    "gif": b"GIF89a\x01\x00\x01\x00\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;",
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n",
     "bomb": bomb(20_000),
     "wide": struct.pack(">8sI4sIIBBBBBI", b"\x89PNG\r\n\x1a\n", 13, b"IHDR", 2**31 - 1, 1, 8, 2, 0, 0, 0, 0),
@@ -312,13 +312,13 @@ def test_addresses_are_fetched_from_allowed_hosts_only(guarded: Server) -> None:
 
 
 def test_another_address_needs_a_token(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="expected a loopback address, unless a token is set"):
-        with running(tmp_path, "--host", "0.0.0.0"):
-            pass
+    expected = "expected a loopback address, unless a token is set"
+    with pytest.raises(AssertionError, match=expected), running(tmp_path, "--host", "0.0.0.0"):
+        pass
 
 
 def test_two_servers_do_not_share_a_folder(guarded: Server) -> None:
     assert guarded.process is not None
-    with pytest.raises(AssertionError, match=f"in use by another server, process {guarded.process.pid}"):
-        with running(guarded.state):
-            pass
+    expected = f"in use by another server, process {guarded.process.pid}"
+    with pytest.raises(AssertionError, match=expected), running(guarded.state):
+        pass

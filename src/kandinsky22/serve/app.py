@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 
 from kandinsky22 import __version__
@@ -92,7 +93,7 @@ def _add_studio(app: FastAPI) -> None:
     def _docs_style() -> Response:
         return Response(DOCS_STYLE, media_type="text/css")
 
-    app.mount("/studio", StaticFiles(directory=STUDIO), name="studio")
+    app.mount("/studio", GZipMiddleware(StaticFiles(directory=STUDIO)), name="studio")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

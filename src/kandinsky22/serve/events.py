@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-KEPT_EVENTS = 4000
+KEPT_EVENTS = 1000
 QUEUE_SIZE = 512  # events that a slow listener may be behind
 KEEPALIVE_SECONDS = 15.0
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import threading
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ IMAGE_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 UPLOAD_ID = re.compile(r"[0-9a-f]{64}")
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 THUMBNAIL_SIDE = 320
+_decoding = threading.BoundedSemaphore(4)  # decoded pictures take up to 200 MB each
 
 
 def image_id(job: str, index: int) -> str:
@@ -136,11 +138,14 @@ class Files:
         return record if isinstance(record, dict) else {}
 
     def save_thumbnail(self, id: str, image: Image) -> bytes:
-        """Write the thumbnail of a picture, and return its content.
+        """Write the thumbnail of a picture.
 
         Args:
             id: Id of the picture.
             image: The picture.
+
+        Returns:
+            Its content.
         """
         small = image.convert("RGB")
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -150,10 +155,13 @@ class Files:
         return content.getvalue()
 
     def save_upload(self, content: bytes) -> str:
-        """Write an upload, and return its id.
+        """Write an upload.
 
         Args:
             content: Bytes of the file, from `checked_upload`.
+
+        Returns:
+            Its id.
         """
         id = hashlib.sha256(content).hexdigest()
         path = self.upload(id)
@@ -226,21 +234,29 @@ def open_picture(content: bytes, max_pixels: int) -> Iterator[Image]:
     import PIL.Image
     import PIL.ImageOps
 
+    with _decoding:
+        with _opened(content, max_pixels) as opened:
+            try:
+                opened.load()
+                upright = PIL.ImageOps.exif_transpose(opened)
+            except Exception as error:
+                raise InputError(f"the image is damaged: {str(error) or type(error).__name__}") from None
+        yield upright
+
+
+def _opened(content: bytes, max_pixels: int) -> Image:
+    """Return an image file that is not yet decoded."""
+    import PIL.Image
+
     try:
         opened = PIL.Image.open(io.BytesIO(content), formats=UPLOAD_FORMATS)
     except PIL.Image.DecompressionBombError:
         raise InputError(f"the image has more than {max_pixels} pixels") from None
     except Exception:  # PIL raises almost any class for damaged files
         raise InputError("the file is not a PNG, JPEG or WebP image") from None
-    with opened:
-        if opened.width * opened.height > max_pixels:
-            raise InputError(f"the image has {opened.width}x{opened.height} pixels: expected at most {max_pixels}")
-        try:
-            opened.load()
-            upright = PIL.ImageOps.exif_transpose(opened)
-        except Exception as error:
-            raise InputError(f"the image is damaged: {str(error) or type(error).__name__}") from None
-        yield upright
+    if opened.width * opened.height > max_pixels:
+        raise InputError(f"the image has {opened.width}x{opened.height} pixels: expected at most {max_pixels}")
+    return opened
 
 
 def _write(path: Path, content: bytes, *, flush: bool = True) -> None:
@@ -249,10 +265,13 @@ def _write(path: Path, content: bytes, *, flush: bool = True) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock the state folder for this process, and return the descriptor that holds the lock.
+    """Lock the state folder for this process.
 
     Args:
         folder: The state folder.
+
+    Returns:
+        The descriptor that holds the lock.
 
     Raises:
         InputError: If another server uses the folder.

@@ -14,13 +14,16 @@ from typing import Any
 from kandinsky22.errors import KandinskyError
 from kandinsky22.generation.recipe import Recipe, read_recipe
 from kandinsky22.serve import messages
+from kandinsky22.serve.database import now
 from kandinsky22.serve.events import EventHub
 from kandinsky22.serve.failures import invalid_request, not_found
 from kandinsky22.serve.files import Files, image_id
+from kandinsky22.serve.image_store import ImageRow, NewImage
+from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.requests import batch_key, check_job
 from kandinsky22.serve.schemas import ImageInfo, JobInfo, JobRequest, Picture, Progress
 from kandinsky22.serve.settings import ServerSettings
-from kandinsky22.serve.store import ImageRow, JobRow, NewImage, Store, now
+from kandinsky22.serve.store import Store
 
 logger = logging.getLogger("kandinsky22.serve")
 
@@ -106,6 +109,9 @@ class Gallery:
 
         Args:
             job: Id of the job.
+
+        Returns:
+            The job.
 
         Raises:
             ApiError: If there is no such job.
@@ -211,6 +217,9 @@ class Gallery:
             starred: Whether it is starred; None keeps it.
             trashed: Whether it is in the trash; None keeps it.
 
+        Returns:
+            The image.
+
         Raises:
             ApiError: If there is no such image.
         """
@@ -233,7 +242,11 @@ class Gallery:
         return row
 
     def empty_trash(self) -> int:
-        """Remove images from the disk that were deleted long ago, and return their number."""
+        """Remove images from the disk that were deleted long ago.
+
+        Returns:
+            Their number.
+        """
         age = datetime.timedelta(days=self.settings.trash_days)
         limit = (datetime.datetime.now(datetime.timezone.utc) - age).isoformat()
         ids = self.store.trashed_before(limit)

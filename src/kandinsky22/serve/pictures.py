@@ -22,11 +22,14 @@ DATA_URL_HEADER = 200  # longest part of a data URL before its data
 
 
 def store_picture(server: Services, content: bytes) -> tuple[str, int, int]:
-    """Store the bytes of an image file after checking them, and return its id, width and height.
+    """Store the bytes of an image file after checking them.
 
     Args:
         server: The server.
         content: Bytes of the file.
+
+    Returns:
+        Its id, width and height.
 
     Raises:
         ApiError: If the file is too large, or not an image in one of the accepted formats.
@@ -44,11 +47,14 @@ def store_picture(server: Services, content: bytes) -> tuple[str, int, int]:
 
 
 def upload(server: Services, content: bytes) -> Picture:
-    """Store the bytes of an image file, and return the reference to it.
+    """Store the bytes of an image file.
 
     Args:
         server: The server.
         content: Bytes of the file.
+
+    Returns:
+        The reference to it.
 
     Raises:
         ApiError: If the file is too large, or not an image in one of the accepted formats.

@@ -111,10 +111,12 @@ def _quality(recipe: Recipe) -> str | None:
     schedulers = (recipe.scheduler, recipe.scheduler_settings, recipe.prior_scheduler, recipe.prior_scheduler_settings)
     for name, preset in PRESETS.items():
         decoder, prior = preset.decoder, preset.prior
-        has_interval = recipe.prior_guidance_interval is not None or preset.prior_guidance_interval is None
-        if schedulers == (decoder.scheduler, decoder.settings, prior.scheduler, prior.settings) and has_interval:
-            if recipe.guidance_interval is not None or preset.guidance_interval is None:
-                return name
+        has_intervals = all(
+            getattr(recipe, field) is not None or getattr(preset, field) is None
+            for field in ("guidance_interval", "prior_guidance_interval")
+        )
+        if schedulers == (decoder.scheduler, decoder.settings, prior.scheduler, prior.settings) and has_intervals:
+            return name
     return None
 
 

@@ -19,11 +19,11 @@ from kandinsky22.serve.failures import ApiError, invalid_request, not_found
 from kandinsky22.serve.files import open_picture
 from kandinsky22.serve.gallery import ENDED, image_info
 from kandinsky22.serve.hints import make_hint
+from kandinsky22.serve.image_store import ImageQuery, ImageRow
 from kandinsky22.serve.pictures import encoded_png, store_picture
 from kandinsky22.serve.recipes import request_of
 from kandinsky22.serve.security import COOKIE, equal_secrets
 from kandinsky22.serve.services import Server, Services
-from kandinsky22.serve.store import ImageQuery, ImageRow
 
 router = APIRouter(prefix="/api", tags=["native"])
 login_router = APIRouter(tags=["native"])

@@ -15,11 +15,12 @@ from kandinsky22.generation.scheduler_names import SCHEDULERS
 from kandinsky22.serve import pictures
 from kandinsky22.serve.failures import ApiError, invalid_request
 from kandinsky22.serve.files import open_picture
+from kandinsky22.serve.image_store import ImageRow
+from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.routes_native import ERRORS
 from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.services import Server, Services
 from kandinsky22.serve.settings import MODES_OF_KIND
-from kandinsky22.serve.store import ImageRow, JobRow
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
 

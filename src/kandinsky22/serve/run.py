@@ -37,8 +37,9 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
     listening = _listen(settings)
     address = server_address(settings.host, listening.getsockname()[1])
     protocol: Any = functools.partial(TimedProtocol, head_seconds=min(HEAD_SECONDS, settings.body_seconds))
+    app = build_app(settings)
     config = uvicorn.Config(
-        build_app(settings),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -54,6 +55,10 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
             await super().startup(sockets)
             if on_start is not None:
                 on_start(address)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.services.gallery.hub.close()  # otherwise open streams of events would delay the end
+            await super().shutdown(sockets)
 
     with contextlib.closing(listening):
         Server(config).run(sockets=[listening])

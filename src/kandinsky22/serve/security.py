@@ -312,7 +312,8 @@ class _Response:
                 extra |= {"access-control-allow-origin": self._allowed_origin, "vary": "Origin"}
                 extra["cross-origin-resource-policy"] = "cross-origin"
             if b"cache-control" not in present:
-                extra["cache-control"] = "no-store"
+                is_static = self._scope["path"].startswith(OPEN_FOLDERS)
+                extra["cache-control"] = "no-cache" if is_static else "no-store"
             message["headers"] = [
                 *message.get("headers", []),
                 *((name.encode(), value.encode()) for name, value in extra.items() if name.encode() not in present),

@@ -13,11 +13,12 @@ from kandinsky22.serve.events import Listener
 from kandinsky22.serve.failures import ApiError, not_found
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import ENDED, Gallery
+from kandinsky22.serve.job_store import JobRow, KeyReusedError, QueueFullError
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.model_facts import model_facts
 from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.settings import ModelSettings, ServerSettings
-from kandinsky22.serve.store import JobRow, KeyReusedError, QueueFullError, Store
+from kandinsky22.serve.store import Store
 from kandinsky22.serve.supervisor import Supervisor
 
 POLL_SECONDS = 1.0  # interval at which disconnected clients are noticed
@@ -94,6 +95,9 @@ class Services:
 
         Args:
             job: Id of the job.
+
+        Returns:
+            The job.
 
         Raises:
             ApiError: If there is no such job.

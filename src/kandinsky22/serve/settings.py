@@ -111,7 +111,7 @@ class ServerSettings:
     max_attempts: int = 3
     body_seconds: float = 60.0
     stall_seconds: float = 1800.0
-    lease_seconds: float = 30.0
+    lease_seconds: float = 60.0
     previews_per_second: float = 5.0
     depth_model: str | None = None
     trash_days: float = 30.0

@@ -15,16 +15,16 @@ from typing import Any
 
 from kandinsky22.serve import messages
 from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.schemas import JobRequest, Progress
 from kandinsky22.serve.settings import ServerSettings, batch_limit
-from kandinsky22.serve.store import JobRow
 
 logger = logging.getLogger("kandinsky22.serve")
 
 POLL_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a worker that ends at once is started again
 HEALTHY_SECONDS = 30.0  # a worker that lived longer is started again without a pause
-STOP_SECONDS = 5.0
+STOP_SECONDS = 1.0
 START_SECONDS = 600.0  # longest time until a worker has loaded its first model
 
 
@@ -47,6 +47,7 @@ class DeviceWorker(threading.Thread):
         self.restarts = 0
         self._device, self._settings, self._gallery, self._on_state = device, settings, gallery, on_state
         self._wake_receiver, self._wake_sender = multiprocessing.Pipe(duplex=False)
+        self._send_lock = threading.Lock()
         self._stopping = threading.Event()
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
@@ -62,22 +63,27 @@ class DeviceWorker(threading.Thread):
 
     def wake(self) -> None:
         """Look for waiting jobs now."""
-        with contextlib.suppress(OSError):
+        with self._send_lock, contextlib.suppress(OSError):
             if not self._wake_receiver.poll():
                 self._wake_sender.send_bytes(b"!")
 
     def cancel(self, job: str) -> bool:
-        """Ask the worker to stop a job at its next step, and return whether it runs here.
+        """Ask the worker to stop a job at its next step.
 
         Args:
             job: Id of the job.
+
+        Returns:
+            Whether it runs here.
         """
-        connection = self._connection
-        if job not in self._running or connection is None:
-            return False
-        with contextlib.suppress(OSError):
-            connection.send(messages.Cancel(job))
-        return True
+        # With the lock, the order is complete: the worker knows every job that is in `_running`.
+        with self._send_lock:
+            connection = self._connection
+            if job not in self._running or connection is None:
+                return False
+            with contextlib.suppress(OSError):
+                connection.send(messages.Cancel(job))
+            return True
 
     def stop(self) -> None:
         """End the worker process and this thread."""
@@ -118,7 +124,8 @@ class DeviceWorker(threading.Thread):
         assert process is not None and connection is not None
         while not self._stopping.is_set():
             if self.state == "ready" and not self._running:
-                self._take_jobs(connection)
+                with self._send_lock:
+                    self._take_jobs(connection)
             ready = wait([connection, process.sentinel, self._wake_receiver], timeout=POLL_SECONDS)
             if self._wake_receiver in ready:
                 self._wake_receiver.recv_bytes()
@@ -214,6 +221,8 @@ class DeviceWorker(threading.Thread):
 
     def _end_process(self) -> None:
         process, connection = self._process, self._connection
+        with self._send_lock:
+            self._connection = None
         if connection is not None:
             connection.close()  # the worker ends by itself when it notices
         if process is not None:
@@ -221,7 +230,7 @@ class DeviceWorker(threading.Thread):
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._process = self._connection = None
+        self._process = None
 
     def _after_crash(self) -> None:
         """Queue the interrupted jobs again. Only the job that ran is charged with the attempt."""
@@ -281,10 +290,13 @@ class Supervisor:
             worker.wake()
 
     def cancel(self, job: str) -> bool:
-        """Ask the worker of a job to stop it, and return whether it runs.
+        """Ask the worker of a job to stop it.
 
         Args:
             job: Id of the job.
+
+        Returns:
+            Whether it runs.
         """
         return any(worker.cancel(job) for worker in self.workers)
 

@@ -26,13 +26,13 @@ from kandinsky22.generation.modes import MODES
 from kandinsky22.generation.recipe import InputFile
 from kandinsky22.generation.request import Request
 from kandinsky22.serve import messages
+from kandinsky22.serve.database import now
 from kandinsky22.serve.files import Files, image_id
 from kandinsky22.serve.previews import PreviewMap
 from kandinsky22.serve.progress import CancelledError, ProgressReporter, StageTimes
 from kandinsky22.serve.requests import generation_request, title
 from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.settings import ModelSettings, batch_limit
-from kandinsky22.serve.store import now
 
 if TYPE_CHECKING:
     from kandinsky22.generation.session import GeneratedImage, Job, Session
@@ -98,6 +98,8 @@ class Worker:
             while True:
                 message = self._connection.recv()
                 if isinstance(message, messages.Run):
+                    # A request to cancel that came too late was for an earlier attempt.
+                    self._cancelled.difference_update(order.job for order in message.orders)
                     self._orders.put(message.orders)
                 elif isinstance(message, messages.Cancel):
                     self._cancelled.add(message.job)
