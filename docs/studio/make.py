@@ -131,11 +131,11 @@ def prepare_compare(page: Page, server: StudioServer) -> None:
 
 
 PREPARATIONS: dict[str, Callable[[Page, StudioServer], None]] = {
+    "compare": prepare_compare,
     "mix": prepare_mix,
     "draw": prepare_draw,
     "canvas": prepare_canvas,
     "guide": prepare_guide,
-    "compare": prepare_compare,
     "gallery": prepare_gallery,
 }
 

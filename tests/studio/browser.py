@@ -64,7 +64,7 @@ class StudioServer:
         command = [sys.executable, "-m", "kandinsky22", "serve", "--port", str(self.port), "--state", str(self.state)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.call("GET", "/readyz", check=False)[0] == 200:
@@ -110,7 +110,7 @@ class StudioServer:
         _, job = self.call("POST", "/api/jobs", {"mode": "generate", "quality": "draft", **request})
         return self.wait(job["id"])
 
-    def wait(self, job_id: str, seconds: float = 60) -> Any:
+    def wait(self, job_id: str, seconds: float = 120) -> Any:
         """Return a job when it has ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

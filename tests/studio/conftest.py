@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 from tests.studio.browser import StudioServer, Watched, find_chromium, launch, running_server
+
+
+# Assertions wait this long for the page, in milliseconds: the machines of tests run other work too.
+PATIENCE = 20_000
+expect.set_options(timeout=PATIENCE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +43,7 @@ def browser() -> Iterator[Browser]:
 def watched(server: StudioServer, browser: Browser) -> Iterator[Watched]:
     """A page of the studio. Its test fails if it writes errors, or requests anything of another host."""
     context = browser.new_context(viewport={"width": 1280, "height": 860}, reduced_motion="reduce")
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(PATIENCE)
     watched = Watched(context.new_page(), server.address)
     yield watched
     context.close()

@@ -4,7 +4,6 @@ import { api } from "./api.js";
 import { recallRequest } from "./actions.js";
 import { complain, toast } from "./components/feedback.js";
 import { openDialog, openRecipe } from "./components/dialog.js";
-import "./components/queue.js";
 import "./components/stage.js";
 import { acceptDrops, fill, h, icon, iconButton, isTyping } from "./dom.js";
 import { fraction } from "./jobs.js";
@@ -23,9 +22,9 @@ class App extends HTMLElement {
   connectedCallback() {
     this.main = h("main", { id: "content", tabIndex: -1 });
     this.links = SCREENS.map((name) => h("a", { href: `#${name}`, class: "nav-link", dataset: { screen: name } }, icon(name), h("span", {}, texts[name])));
-    this.queueButton = h("button", { type: "button", class: "queue-button", "aria-expanded": "false", onclick: () => this.queue.toggle() }, icon("queue"), h("span", { class: "queue-count" }));
+    this.queueButton = h("button", { type: "button", class: "queue-button", "aria-expanded": "false", onclick: () => this.#toggleQueue() }, icon("queue"), h("span", { class: "queue-count" }));
     this.themeButton = h("button", { type: "button", class: "icon-button", onclick: () => this.#nextTheme() });
-    this.queue = h("k-queue");
+    this.queue = h("k-queue", { hidden: true });
     this.queue.addEventListener("toggled", (event) => {
       this.queueButton.setAttribute("aria-expanded", String(event.detail));
       if (!event.detail) this.queueButton.focus({ preventScroll: true });
@@ -92,6 +91,11 @@ class App extends HTMLElement {
     if (payload) screen.receive?.(payload);
   }
 
+  async #toggleQueue() {
+    await import("./components/queue.js"); // defines k-queue, which the first page does not need
+    this.queue.toggle();
+  }
+
   #progress() {
     const active = store.active();
     const running = active.find((job) => job.state === "running");
@@ -148,7 +152,7 @@ class App extends HTMLElement {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const number = Number(event.key);
     if (number >= 1 && number <= SCREENS.length) return go(SCREENS[number - 1]);
-    const action = { q: () => this.queue.toggle(), t: () => this.#nextTheme(), "?": showHelp }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    const action = { q: () => this.#toggleQueue(), t: () => this.#nextTheme(), "?": showHelp }[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (action) {
       event.preventDefault();
       action();

@@ -14,7 +14,6 @@ export class Queue extends HTMLElement {
 
   connectedCallback() {
     if (this.childElementCount) return;
-    this.hidden = true;
     this.current = h("ul", { class: "queue-list" });
     this.recent = h("ul", { class: "queue-list" });
     this.all = h("button", { type: "button", class: "button quiet small", onclick: () => store.active().reverse().forEach((job) => store.cancel(job.id).catch(complain)) }, texts.cancelAll);

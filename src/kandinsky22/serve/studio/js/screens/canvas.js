@@ -43,7 +43,7 @@ class Canvas extends HTMLElement {
       h("div", { class: "toolbar", role: "toolbar", "aria-label": texts.tools }, this.toolChoice, this.undoButton, this.redoButton,
         iconButton("invert", texts.invert, () => this.painter.invert()), iconButton("trash", texts.clear, () => this.painter.clear()),
         h("span", { class: "spacer" }),
-        iconButton("zoomout", texts.zoomOut, () => this.painter.zoom(0.8)), iconButton("zoomin", texts.zoomIn, () => this.painter.zoom(1.25)), iconButton("fit", texts.fit, () => this.painter.fit()),
+        iconButton("zoomout", texts.zoomOut, () => this.painter.zoom(0.8), { class: "zoom" }), iconButton("zoomin", texts.zoomIn, () => this.painter.zoom(1.25), { class: "zoom" }), iconButton("fit", texts.fit, () => this.painter.fit()),
         iconButton("image", texts.other, () => this.#close())),
       this.painter.element);
     this.useResult = h("button", { type: "button", class: "button quiet", onclick: () => this.stage.image && this.#open(imagePicture(this.stage.image)) }, icon("retry"), texts.useResult);

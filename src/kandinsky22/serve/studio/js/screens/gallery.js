@@ -30,7 +30,7 @@ class Gallery extends HTMLElement {
     this.filter = { search: "", trash: false };
     this.search = h("input", { type: "search", placeholder: texts.search, "aria-label": texts.search, oninput: debounce(() => { this.filter.search = this.search.value.trim(); this.#reload(); }, 200) });
     this.modes = h("select", { "aria-label": texts.mode, onchange: () => this.#set("mode", this.modes.value) },
-      h("option", { value: "" }, texts.all), Object.entries(texts.modes).map(([mode, name]) => h("option", { value: mode, selected: this.draft.mode === mode }, name)));
+      h("option", { value: "" }, `${texts.mode}: ${texts.all}`), Object.entries(texts.modes).map(([mode, name]) => h("option", { value: mode, selected: this.draft.mode === mode }, name)));
     this.models = h("select", { "aria-label": texts.model, onchange: () => this.#set("model", this.models.value) });
     this.views = choices({ label: texts.title, class: "views", value: this.draft.starred ? "starred" : "all", options: [["all", texts.all], ["starred", texts.starred], ["trash", texts.trash]], onchange: (view) => {
       this.filter.trash = view === "trash";
