@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -87,7 +88,11 @@ class Worker:
 
         threading.Thread(target=self._receive, daemon=True).start()
         threading.Thread(target=self._show_life, daemon=True).start()
-        device = resolve_device(self._options.device)
+        try:
+            device = resolve_device(self._options.device)
+        except KandinskyError as error:
+            self._send(messages.Unusable(str(error)))
+            return
         self._preload()
         self._send(messages.Ready(str(device)))
         while True:
@@ -123,11 +128,13 @@ class Worker:
         if self._options.preload is None:
             return
         job = JobRequest(mode="generate", prompt="")
-        with contextlib.suppress(KandinskyError, OSError, RuntimeError):  # the first job reports it
+        try:
             request = generation_request(job, self._options.preload, self._settings, self._options.device, {})
             model = self._loaded("generate", request)
             if self.previews_per_second > 0:
                 self._preview_map(model)
+        except (KandinskyError, OSError, RuntimeError) as error:  # the first job reports it to its client
+            print(f"model {self._options.preload.id} cannot be loaded: {error}", file=sys.stderr)
 
     def _run_orders(self, orders: tuple[messages.Order, ...]) -> None:
         """Run jobs of one batch. Each ends with exactly one message."""
