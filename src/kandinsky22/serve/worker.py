@@ -63,6 +63,7 @@ class LoadedModel:
     session: Session
     times: StageTimes = dataclasses.field(default_factory=StageTimes)
     preview: PreviewMap | None = None
+    has_no_preview: bool = False
 
 
 class Worker:
@@ -196,7 +197,7 @@ class Worker:
 
     def _report_failure(self, job: str, error: Exception) -> None:
         if is_out_of_memory(error):
-            self._models.clear()  # another model may fit now
+            self._free_memory()
             self._send(messages.JobFailed(job, OUT_OF_MEMORY, again=True))
         elif isinstance(error, KandinskyError | OSError):
             self._send(messages.JobFailed(job, " ".join(str(error).split()) or type(error).__name__))
@@ -205,6 +206,17 @@ class Worker:
 
             traceback.print_exc()  # a defect: the details belong to the server's log, not to its clients
             self._send(messages.JobFailed(job, f"internal error ({type(error).__name__})"))
+
+    def _free_memory(self) -> None:
+        """Forget all networks, so that those of the next attempt have all the memory."""
+        import gc
+
+        import torch
+
+        self._models.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _prepare(self, order: messages.Order) -> JobRun:
         job = JobRequest.model_validate(order.request)
@@ -294,8 +306,15 @@ class Worker:
             step: Number of finished steps.
             latents: Its latents, (4, height, width).
         """
-        url = self._preview_map(model).data_url(latents)
-        self._send(messages.Preview(job, image, step, url))
+        if model.has_no_preview:
+            return
+        try:
+            url = self._preview_map(model).data_url(latents)
+        except RuntimeError as error:  # no preview is worth a job
+            model.has_no_preview = True
+            print(f"no previews: {error}", file=sys.stderr)
+        else:
+            self._send(messages.Preview(job, image, step, url))
 
     def _preview_map(self, model: LoadedModel) -> PreviewMap:
         if model.preview is None:
