@@ -56,6 +56,7 @@ class DeviceWorker(threading.Thread):
         self._current: str | None = None
         self._last_sign = self._last_progress = self._start_time = 0.0
         self._next_renewal = 0.0
+        self._exit = "it did not start"
         self._pause = FIRST_PAUSE
 
     @property
@@ -244,13 +245,15 @@ class DeviceWorker(threading.Thread):
             if process.is_alive():
                 process.kill()
                 process.join()
+            code = process.exitcode or 0
+            self._exit = f"exit code {code}" if code >= 0 else f"signal {-code}"
         self._process = None
 
     def _after_crash(self) -> None:
         """Queue the interrupted jobs again. Only the job that ran is charged with the attempt."""
         lived = time.monotonic() - self._start_time
         self.restarts += 1
-        logger.error("worker %s ended after %.0f s; it is started again", self._device, lived)
+        logger.error("worker %s ended after %.0f s (%s); it is started again", self._device, lived, self._exit)
         self._set_state("restarting")
         for job in list(self._running):
             self.progress.pop(job, None)
