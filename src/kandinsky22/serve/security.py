@@ -7,15 +7,19 @@ import dataclasses
 import hmac
 import ipaddress
 import json
+import logging
 import time
 from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.settings import LOOPBACK, ServerSettings
+
+logger = logging.getLogger("kandinsky22.serve")
 
 COOKIE = "kandinsky22_token"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -103,6 +107,12 @@ class SecurityMiddleware:
             await self._app(scope, body.receive, response.send)
         except BodyError as error:
             await response.refuse(error.refusal)
+        except ClientDisconnect:
+            return
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            message = "internal error; the server's log has the details"
+            await response.refuse(Refusal(500, "internal_error", message))
 
     def refusal(self, scope: Scope, headers: Mapping[str, str]) -> Refusal | None:
         """Return why a request is refused before its body is read, or None.
