@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -32,5 +33,6 @@ def test_the_commands_of_the_guide_are_valid() -> None:
 
 def test_the_reference_of_options_is_up_to_date() -> None:
     program = [sys.executable, str(DOCS / "training_options.py"), "--check"]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
