@@ -22,7 +22,6 @@ from kandinsky22.serve.settings import LOOPBACK, ServerSettings
 logger = logging.getLogger("kandinsky22.serve")
 
 COOKIE = "kandinsky22_token"
-MIN_PART_SECONDS = 0.05
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # Paths that need no token: they show nothing but the program itself. The studio asks for the token with `POST /login`.
 OPEN_PATHS = ("/", "/login", "/healthz", "/readyz")
@@ -281,8 +280,7 @@ class _LimitedBody:
             if self._deadline is None:
                 self._deadline = time.monotonic() + self._settings.body_seconds
             left = self._deadline - time.monotonic()
-            # A part that has arrived already is taken in any case.
-            message = await asyncio.wait_for(self._receive(), max(MIN_PART_SECONDS, left))
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:
             self.refusal = Refusal(408, "timeout", "the body of the request took too long")
             raise BodyError(self.refusal) from None
