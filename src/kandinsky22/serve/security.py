@@ -267,7 +267,7 @@ class _LimitedBody:
         self._receive, self._settings = receive, settings
         self._size, self._complete = 0, False
         self.refusal: Refusal | None = None  # frameworks replace the exception by one of their own
-        self._deadline = time.monotonic() + settings.body_seconds
+        self._deadline: float | None = None  # begins with the first part: a busy server is not a slow client
         length = headers.get("content-length", "0")
         self._is_too_large = length.isascii() and length.isdigit() and int(length[:20]) > settings.max_body_bytes
 
@@ -277,8 +277,10 @@ class _LimitedBody:
         if self._is_too_large:
             raise self._too_large()
         try:
-            left = max(0.0, self._deadline - time.monotonic())
-            message = await asyncio.wait_for(self._receive(), left)
+            if self._deadline is None:
+                self._deadline = time.monotonic() + self._settings.body_seconds
+            left = self._deadline - time.monotonic()
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:
             self.refusal = Refusal(408, "timeout", "the body of the request took too long")
             raise BodyError(self.refusal) from None
