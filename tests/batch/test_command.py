@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,9 @@ def test_the_model_is_checked_before_rows_are_drawn(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_draws_the_same_pictures(folder: Path) -> None:
+def test_ray_draws_the_same_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which Ray's processes inherit
     common = ["--batch-size", "2", "--shard-size", "2", "--format", "webdataset", *FAST]
     assert main(["batch", "rows.jsonl", "-o", "here", *common]) == 0
     assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", "--ray-decoder-actors", "1", *common]) == 0

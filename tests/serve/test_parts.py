@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kandinsky22.serve.previews import PreviewMap
 from PIL import Image
 
 from kandinsky22 import VQModel
@@ -20,7 +21,6 @@ from kandinsky22.serve.events import KEPT_EVENTS, EventHub
 from kandinsky22.serve.messages import JobProgress
 from kandinsky22.serve.model_facts import model_facts
 from kandinsky22.serve.pictures import repainted_area
-from kandinsky22.serve.previews import PreviewMap
 from kandinsky22.serve.progress import ProgressReporter, StageTimes
 from kandinsky22.serve.requests import batch_key, check_job, generation_request
 from kandinsky22.serve.schemas import JobRequest, Picture

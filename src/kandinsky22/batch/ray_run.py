@@ -182,6 +182,8 @@ def _our_errors() -> Iterator[None]:
                 if isinstance(each, KandinskyError):
                     raise InputError(str(each)) from error
             cause = cause.__cause__ or (inner if isinstance(inner, BaseException) else None)
+        if type(error).__module__.startswith("ray."):
+            raise KandinskyError(f"Ray has ended the run: {str(error).strip().splitlines()[-1]}") from error
         raise
 
 

@@ -79,12 +79,14 @@ def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
     actions = list(options_of(leaf).values())
     defaults: dict[str, Any] = {}
     for action in actions:
+        if action.default is argparse.SUPPRESS:  # the subcommand itself fills in what is missing
+            continue
         defaults.setdefault(action.dest, _builtin_default(action))
         action.default = argparse.SUPPRESS  # then the namespace shows what the command line has
     for key in settings:
         settings[key].action.required = False
     namespace = parser.parse_args(argv)
-    on_command_line = {name for name in defaults if hasattr(namespace, name)}
+    on_command_line = {action.dest for action in actions if hasattr(namespace, action.dest)}
     ignored = on_command_line | _superseded(leaf, on_command_line)
     applied = [setting for setting in settings.values() if setting.action.dest not in ignored]
     for setting in applied:

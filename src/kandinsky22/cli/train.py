@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError
 from kandinsky22.training.finetuning.options import Option, SubjectOptions, TrainingOptions, read_config
 
@@ -173,7 +174,9 @@ def run(args: argparse.Namespace, kind: Kind) -> None:
     if args.config is not None and (ineffective := [name for name in values if _is_without(kind, name)]):
         raise InputError(f"--config {args.config}: train {kind.name} has no option {', '.join(ineffective)}")
     names = {option.name for option in kind.options.options()}
-    values |= {name: value for name, value in vars(args).items() if name in names}
+    set_options = {name: value for name, value in vars(args).items() if name in names}
+    from_settings = {name: set_options.pop(name) for name in getattr(args, FROM_SETTINGS, ()) if name in set_options}
+    values = from_settings | values | set_options
     options = kind.options.from_mapping(values, f"--config {args.config}")
     with contextlib.ExitStack() as stack:
         if args.quiet:

@@ -126,9 +126,7 @@ class Session:
         """
         return session_key(mode, request) == self._key
 
-    def prepare(
-        self, mode: Mode, request: Request, inputs: Mapping[InputFile, Any], *, like: Job | None = None
-    ) -> Job:
+    def prepare(self, mode: Mode, request: Request, inputs: Mapping[InputFile, Any], *, like: Job | None = None) -> Job:
         """Return a request that is ready to run. No network runs yet.
 
         Args:
