@@ -74,6 +74,7 @@ TEXT_VALUES = [["red"], ["@text.txt"], ["-"], ["@@x"], ["(red:1.5) [cat]"], [""]
 FRACTIONS = [["0"], ["0.5"], ["1"], ["1e-30"]]
 INTERVALS = [["0", "1"], ["0.2", "0.8"], ["0.9", "0.1"], ["0.99", "1"]]
 VALUES: dict[str, list[list[str]]] = {
+    "--server": [["none"], ["http://127.0.0.1:9"], ["https://[::1]:9/x"], ["ftp://x"], ["http://"], ["http://a b"]],
     "--seed": [["1"], ["1", "2"], ["3,4"], ["0", "0"], ["9223372036854775807"], ["18446744073709551615"]],
     "-n": [["1"], ["2"], ["3"]],
     "--output": [[name] for name in OUTPUTS],
@@ -105,8 +106,9 @@ VALUES: dict[str, list[list[str]]] = {
     "--quantize": [["int8"], ["int4"], ["none"]],
     "--cache-every": [["2"], ["1"]],
 }
-# Compilation takes longer than the time limit of a case; as a flag it has no values that could be unexpected.
-EXCLUDED = ("--help", "--compile")
+# Compilation takes longer than the time limit of a case; as a flag it has no values that could be unexpected. --open
+# would start the viewer of the machine.
+EXCLUDED = ("--help", "--compile", "--open")
 # Command lines whose recipes are damaged, by subcommand.
 RECIPES: dict[str, list[str]] = {
     "generate": ["--negative-prompt", "red", "--quality", "draft", "--quantize", "int8", "--cache-every", "2"],
@@ -413,7 +415,10 @@ class Outcome:
             return None
         if hostile := _hostile(text := self.output.decode()):
             return f"{hostile} on stdout"
-        if self.line[0] != "info" and not all(Path(name).exists() for name in text.splitlines()):
+        paths = text.splitlines()
+        if "--json" in self.line and self.line[0] != "info":
+            paths = [json.loads(line)["path"] for line in paths]
+        if self.line[0] != "info" and not all(Path(name).exists() for name in paths):
             return "paths on stdout that do not exist"
         return None
 
