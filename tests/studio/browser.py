@@ -48,8 +48,9 @@ def launch(playwright: Playwright) -> Browser:
 class StudioServer:
     """A server in a process of its own, which can be killed and started again with the same state and port."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, token: str | None = None) -> None:
         self.state = state
+        self.token = token
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -58,16 +59,18 @@ class StudioServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server and wait until a worker can take jobs."""
+        """Start the server and wait until a worker can take jobs, or until it answers if it needs a token."""
         package = Path(kandinsky22.__file__).parents[1]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "KANDINSKY22_CACHE": "", "PYTHONPATH": str(package)}
         command = [sys.executable, "-m", "kandinsky22", "serve", "--port", str(self.port), "--state", str(self.state)]
+        command += [] if self.token is None else ["--token", self.token]
+        path = "/readyz" if self.token is None else "/healthz"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.call("GET", "/readyz", check=False)[0] == 200:
+                if self.call("GET", path, check=False)[0] == 200:
                     return
             if self._process.poll() is not None:
                 break
@@ -157,9 +160,9 @@ class Watched:
 
 
 @contextlib.contextmanager
-def running_server(state: Path) -> Iterator[StudioServer]:
+def running_server(state: Path, token: str | None = None) -> Iterator[StudioServer]:
     """Run a server until the block ends."""
-    server = StudioServer(state)
+    server = StudioServer(state, token)
     try:
         server.start()
         yield server

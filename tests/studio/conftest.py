@@ -9,7 +9,6 @@ import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
 from tests.studio.browser import StudioServer, Watched, find_chromium, launch, running_server
 
-
 # Assertions wait this long for the page, in milliseconds: the machines of tests run other work too.
 PATIENCE = 20_000
 expect.set_options(timeout=PATIENCE)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
-from tests.studio.browser import StudioServer, Watched, mask_png, scene
+from tests.studio.browser import StudioServer, Watched, mask_png, running_server, scene
 
 SCREENS = ("mix", "draw", "canvas", "guide", "gallery", "compare")
 PROMPT = "a small white star above a large black circle on a green background"
@@ -531,6 +531,21 @@ def test_keyboard_theme_and_drafts(watched: Watched) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.keyboard.press("?")
     expect(page.locator("dialog.help")).to_contain_text("Keyboard shortcuts")
+
+
+def test_token_is_asked_for(browser: Any, tmp_path: Path) -> None:
+    with running_server(tmp_path / "state", token="a secret token") as server:
+        page = browser.new_page()
+        page.goto(server.address)
+        dialog = page.get_by_role("dialog", name="This studio asks for a token")
+        dialog.get_by_label("Token").fill("another token")
+        dialog.get_by_role("button").click()
+        expect(dialog.get_by_role("alert")).to_have_text("The server does not accept this token.")
+        dialog.get_by_label("Token").fill("a secret token")
+        dialog.get_by_role("button").click()
+        expect(dialog).to_have_count(0)
+        expect(page.locator("k-mix .settings .choices").first).to_be_visible()
+        page.close()
 
 
 def test_policy_forbids_other_hosts(server: StudioServer, browser: Any, tmp_path: Path) -> None:
