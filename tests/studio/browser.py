@@ -136,15 +136,15 @@ class Watched:
         self.address = address
         self.messages: list[str] = []
         self.foreign: list[str] = []
-        self.bytes = 0
-        self.files: dict[str, int] = {}
         page.on("console", self._message)
         page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
         page.on("request", self._request)
 
-    def count_bytes(self) -> None:
-        """Count the bytes of all responses from now on."""
-        self.page.on("response", self._response)
+    def collect_responses(self) -> list[Response]:
+        """Return a list that receives the responses from now on, except endless ones."""
+        responses: list[Response] = []
+        self.page.on("response", lambda one: None if one.url.endswith("/api/events") else responses.append(one))
+        return responses
 
     def _message(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
@@ -153,10 +153,6 @@ class Watched:
     def _request(self, request: Request) -> None:
         if not request.url.startswith((self.address, "data:", "blob:")):
             self.foreign.append(request.url)
-
-    def _response(self, response: Response) -> None:
-        if response.url.startswith(self.address) and not response.url.endswith("/api/events"):
-            self.files[response.url] = len(response.body())
 
 
 @contextlib.contextmanager
