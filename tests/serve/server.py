@@ -112,7 +112,7 @@ class Server:
         """Queue a small job."""
         return self.post("/api/jobs", {**DRAFT, **settings}, status, headers=headers)
 
-    def wait(self, job: str, seconds: float = 120) -> Any:
+    def wait(self, job: str, seconds: float = 300) -> Any:
         """Return a job when it has ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -122,10 +122,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def _defect(request: Request, error: Exception) -> JSONResponse:
-        return _error(request, 500, "internal_error", "internal error; the server's log has the details", None)
-
 
 def _error(request: Request, status: int, code: str, message: str, argument: str | None) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "argument": argument, "code": code}

@@ -7,6 +7,7 @@ import datetime
 import json
 import sqlite3
 import time
+from collections.abc import Collection
 from typing import Any
 
 from kandinsky22.errors import KandinskyError
@@ -176,18 +177,25 @@ class JobStore(Database):
                 )
             return [job for row in batch if (job := self.job(row["id"])) is not None]
 
-    def renew(self, owner: str, lease_seconds: float) -> None:
-        """Renew the leases of a worker.
+    def renew(self, ids: Collection[str], lease_seconds: float) -> None:
+        """Renew the leases of jobs whose worker has shown a sign of life.
 
         Args:
-            owner: Name of the worker.
+            ids: Ids of the jobs that the worker has.
             lease_seconds: Time until its next sign of life.
         """
         with self.transaction() as connection:
-            connection.execute(
-                "UPDATE jobs SET lease_until = ? WHERE state = 'running' AND lease_owner = ?",
-                (time.time() + lease_seconds, owner),
+            connection.executemany(
+                "UPDATE jobs SET lease_until = ? WHERE id = ? AND state = 'running'",
+                [(time.time() + lease_seconds, id) for id in ids],
             )
+
+    def expired(self) -> list[str]:
+        """Return the ids of running jobs whose lease has ended."""
+        return [
+            row["id"]
+            for row in self.rows("SELECT id FROM jobs WHERE state = 'running' AND lease_until < ?", time.time())
+        ]
 
     def finish(self, id: str, state: str, error: str | None = None) -> JobRow | None:
         """End a job.

@@ -66,6 +66,13 @@ class Ready:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unusable:
+    """Worker to server: the process cannot take jobs, because its device is not available, and ends."""
+
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Alive:
     """Worker to server: a sign of life."""
 

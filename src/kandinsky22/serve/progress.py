@@ -70,6 +70,7 @@ class ProgressReporter:
         self._steps = {"prior": prior_steps, "decoder": decoder_steps}
         self._is_cancelled = is_cancelled
         self._image, self._last_time, self._last_sent = 0, time.monotonic(), 0.0
+        self._reported = 0.0
 
     def begin(self, image: int) -> None:
         """Begin an image.
@@ -143,7 +144,9 @@ class ProgressReporter:
 
     def _fraction(self, stage: str, step: int) -> float:
         total = sum(self._image_seconds())
-        return round(min(1.0, (self._image + self._done_seconds(stage, step) / total) / self._images), 4)
+        fraction = round(min(1.0, (self._image + self._done_seconds(stage, step) / total) / self._images), 4)
+        self._reported = max(self._reported, fraction)  # better estimates never lead backwards
+        return self._reported
 
     def _seconds_left(self, stage: str, step: int) -> float | None:
         if self._times.decoder is None:

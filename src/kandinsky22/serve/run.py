@@ -32,8 +32,7 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
     from kandinsky22.serve.http_protocol import TimedProtocol
 
     lock = lock_folder(settings.state_folder)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("kandinsky22.serve").setLevel(logging.INFO)
+    _log_to_stderr()
     listening = _listen(settings)
     address = server_address(settings.host, listening.getsockname()[1])
     protocol: Any = functools.partial(TimedProtocol, head_seconds=min(HEAD_SECONDS, settings.body_seconds))
@@ -63,6 +62,15 @@ def serve(settings: ServerSettings, *, on_start: Any = None) -> None:
     with contextlib.closing(listening):
         Server(config).run(sockets=[listening])
     del lock
+
+
+def _log_to_stderr() -> None:
+    """Write the server's own messages with times and tracebacks; the command shows one line of each warning, once."""
+    logger, handler = logging.getLogger("kandinsky22.serve"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def server_address(host: str, port: int) -> str:

@@ -7,15 +7,19 @@ import dataclasses
 import hmac
 import ipaddress
 import json
+import logging
 import time
 from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.settings import LOOPBACK, ServerSettings
+
+logger = logging.getLogger("kandinsky22.serve")
 
 COOKIE = "kandinsky22_token"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -103,6 +107,12 @@ class SecurityMiddleware:
             await self._app(scope, body.receive, response.send)
         except BodyError as error:
             await response.refuse(error.refusal)
+        except ClientDisconnect:
+            return
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            message = "internal error; the server's log has the details"
+            await response.refuse(Refusal(500, "internal_error", message))
 
     def refusal(self, scope: Scope, headers: Mapping[str, str]) -> Refusal | None:
         """Return why a request is refused before its body is read, or None.
@@ -257,7 +267,7 @@ class _LimitedBody:
         self._receive, self._settings = receive, settings
         self._size, self._complete = 0, False
         self.refusal: Refusal | None = None  # frameworks replace the exception by one of their own
-        self._deadline = time.monotonic() + settings.body_seconds
+        self._deadline: float | None = None  # begins with the first part: a busy server is not a slow client
         length = headers.get("content-length", "0")
         self._is_too_large = length.isascii() and length.isdigit() and int(length[:20]) > settings.max_body_bytes
 
@@ -267,8 +277,10 @@ class _LimitedBody:
         if self._is_too_large:
             raise self._too_large()
         try:
-            left = max(0.0, self._deadline - time.monotonic())
-            message = await asyncio.wait_for(self._receive(), left)
+            if self._deadline is None:
+                self._deadline = time.monotonic() + self._settings.body_seconds
+            left = self._deadline - time.monotonic()
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:
             self.refusal = Refusal(408, "timeout", "the body of the request took too long")
             raise BodyError(self.refusal) from None

@@ -24,6 +24,7 @@ logger = logging.getLogger("kandinsky22.serve")
 POLL_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a worker that ends at once is started again
 HEALTHY_SECONDS = 30.0  # a worker that lived longer is started again without a pause
+LEASE_RENEWALS = 4  # renewals of a lease before it ends
 STOP_SECONDS = 1.0
 START_SECONDS = 600.0  # longest time until a worker has loaded its first model
 
@@ -54,6 +55,8 @@ class DeviceWorker(threading.Thread):
         self._running: dict[str, JobRow] = {}
         self._current: str | None = None
         self._last_sign = self._last_progress = self._start_time = 0.0
+        self._next_renewal = 0.0
+        self._exit = "it did not start"
         self._pause = FIRST_PAUSE
 
     @property
@@ -181,7 +184,11 @@ class DeviceWorker(threading.Thread):
     def _handle(self, message: Any) -> None:
         self._last_sign = time.monotonic()
         if isinstance(message, messages.Alive):
-            self._gallery.store.renew(self.name, self._settings.lease_seconds)
+            self._renew_leases()
+            return
+        if isinstance(message, messages.Unusable):
+            logger.error("worker %s cannot run: %s", self._device, message.message)
+            self._pause = LONGEST_PAUSE
             return
         if isinstance(message, messages.Ready):
             self.device = message.device
@@ -202,6 +209,14 @@ class DeviceWorker(threading.Thread):
             self._gallery.enter(message.id)
         else:
             self._end_job(message)
+
+    def _renew_leases(self) -> None:
+        """Renew the leases of this worker's jobs, and queue jobs again that no worker has any more."""
+        if self._running and self._last_sign > self._next_renewal:
+            self._next_renewal = self._last_sign + self._settings.lease_seconds / LEASE_RENEWALS
+            self._gallery.store.renew(list(self._running), self._settings.lease_seconds)
+        for job in self._gallery.store.expired():
+            self._gallery.try_again(job, charged=True, reason="its worker has lost it")
 
     def _end_job(self, message: Any) -> None:
         job = message.job
@@ -230,13 +245,15 @@ class DeviceWorker(threading.Thread):
             if process.is_alive():
                 process.kill()
                 process.join()
+            code = process.exitcode or 0
+            self._exit = f"exit code {code}" if code >= 0 else f"signal {-code}"
         self._process = None
 
     def _after_crash(self) -> None:
         """Queue the interrupted jobs again. Only the job that ran is charged with the attempt."""
         lived = time.monotonic() - self._start_time
         self.restarts += 1
-        logger.error("worker %s ended after %.0f s; it is started again", self._device, lived)
+        logger.error("worker %s ended after %.0f s (%s); it is started again", self._device, lived, self._exit)
         self._set_state("restarting")
         for job in list(self._running):
             self.progress.pop(job, None)

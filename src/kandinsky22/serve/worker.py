@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ class LoadedModel:
     session: Session
     times: StageTimes = dataclasses.field(default_factory=StageTimes)
     preview: PreviewMap | None = None
+    has_no_preview: bool = False
 
 
 class Worker:
@@ -87,7 +89,11 @@ class Worker:
 
         threading.Thread(target=self._receive, daemon=True).start()
         threading.Thread(target=self._show_life, daemon=True).start()
-        device = resolve_device(self._options.device)
+        try:
+            device = resolve_device(self._options.device)
+        except KandinskyError as error:
+            self._send(messages.Unusable(str(error)))
+            return
         self._preload()
         self._send(messages.Ready(str(device)))
         while True:
@@ -123,11 +129,13 @@ class Worker:
         if self._options.preload is None:
             return
         job = JobRequest(mode="generate", prompt="")
-        with contextlib.suppress(KandinskyError, OSError, RuntimeError):  # the first job reports it
+        try:
             request = generation_request(job, self._options.preload, self._settings, self._options.device, {})
             model = self._loaded("generate", request)
             if self.previews_per_second > 0:
                 self._preview_map(model)
+        except (KandinskyError, OSError, RuntimeError) as error:  # the first job reports it to its client
+            print(f"model {self._options.preload.id} cannot be loaded: {error}", file=sys.stderr)
 
     def _run_orders(self, orders: tuple[messages.Order, ...]) -> None:
         """Run jobs of one batch. Each ends with exactly one message."""
@@ -189,7 +197,7 @@ class Worker:
 
     def _report_failure(self, job: str, error: Exception) -> None:
         if is_out_of_memory(error):
-            self._models.clear()  # another model may fit now
+            self._free_memory()
             self._send(messages.JobFailed(job, OUT_OF_MEMORY, again=True))
         elif isinstance(error, KandinskyError | OSError):
             self._send(messages.JobFailed(job, " ".join(str(error).split()) or type(error).__name__))
@@ -198,6 +206,17 @@ class Worker:
 
             traceback.print_exc()  # a defect: the details belong to the server's log, not to its clients
             self._send(messages.JobFailed(job, f"internal error ({type(error).__name__})"))
+
+    def _free_memory(self) -> None:
+        """Forget all networks, so that those of the next attempt have all the memory."""
+        import gc
+
+        import torch
+
+        self._models.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _prepare(self, order: messages.Order) -> JobRun:
         job = JobRequest.model_validate(order.request)
@@ -287,8 +306,15 @@ class Worker:
             step: Number of finished steps.
             latents: Its latents, (4, height, width).
         """
-        url = self._preview_map(model).data_url(latents)
-        self._send(messages.Preview(job, image, step, url))
+        if model.has_no_preview:
+            return
+        try:
+            url = self._preview_map(model).data_url(latents)
+        except RuntimeError as error:  # no preview is worth a job
+            model.has_no_preview = True
+            print(f"no previews: {error}", file=sys.stderr)
+        else:
+            self._send(messages.Preview(job, image, step, url))
 
     def _preview_map(self, model: LoadedModel) -> PreviewMap:
         if model.preview is None:

@@ -1,0 +1,160 @@
+"""Parts of the server on their own: hosts and signatures, progress, events, previews, recipes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kandinsky22 import VQModel
+from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.serve.events import KEPT_EVENTS, EventHub
+from kandinsky22.serve.messages import JobProgress
+from kandinsky22.serve.model_facts import model_facts
+from kandinsky22.serve.pictures import repainted_area
+from kandinsky22.serve.previews import PreviewMap
+from kandinsky22.serve.progress import ProgressReporter, StageTimes
+from kandinsky22.serve.requests import batch_key, check_job, generation_request
+from kandinsky22.serve.schemas import JobRequest, Picture
+from kandinsky22.serve.security import has_valid_signature, is_allowed_host, signature
+from kandinsky22.serve.settings import EMBEDDED_MODELS, ModelSettings, ServerSettings
+
+TOKEN = "a token of tests"
+
+
+def test_hosts() -> None:
+    local = ServerSettings(allowed_hosts=("Studio.local",))
+    for host in ("localhost", "localhost:1", "127.0.0.1:7822", "[::1]:7822", "STUDIO.local:443"):
+        assert is_allowed_host(host, local), host
+    for host in (
+        "",
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "0.0.0.0",
+        "192.168.1.5",
+        "localhost:x",
+        "a@localhost",
+        "localhost/x",
+    ):
+        assert not is_allowed_host(host, local), host
+    everywhere = ServerSettings(host="0.0.0.0", token=TOKEN)
+    assert is_allowed_host("192.168.1.5:7822", everywhere)  # nobody can make an address point elsewhere
+    assert not is_allowed_host("evil.example", everywhere)
+
+
+def test_signatures_open_one_path_for_a_while() -> None:
+    def opens(path: str, query: str, method: str = "GET") -> bool:
+        return has_valid_signature({"method": method, "path": path, "query_string": query.encode()}, TOKEN)
+
+    expires = int(time.time()) + 60
+    query = f"expires={expires}&signature={signature('/a', expires, TOKEN)}"
+    assert opens("/a", query)
+    assert not opens("/b", query) and not opens("/a", query, "DELETE")
+    assert not opens("/a", query.replace(str(expires), str(expires + 1)))
+    assert not opens("/a", f"expires=1&signature={signature('/a', 1, TOKEN)}")
+    assert not opens("/a", "") and not opens("/a", "expires=x&signature=y") and not opens("/a", f"{query}&{query}")
+
+
+def test_settings_that_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="unless a token"):
+        ServerSettings(host="0.0.0.0")
+    with pytest.raises(InputError, match="8 characters"):
+        ServerSettings(token="short")
+    with pytest.raises(ConfigError, match="different ids"):
+        ServerSettings(models=(EMBEDDED_MODELS[0], EMBEDDED_MODELS[0]))
+    with pytest.raises(ConfigError, match="kind"):
+        ModelSettings("a", "b", "other")
+
+
+def test_progress_is_monotonic_over_stages_and_images() -> None:
+    sent: list[JobProgress] = []
+    reporter = ProgressReporter(
+        "job",
+        images=2,
+        prior_steps=3,
+        decoder_steps=4,
+        times=StageTimes(prior=0.01, decoder=0.1, decode=0.05),
+        send=sent.append,
+        is_cancelled=lambda: False,
+    )
+    for image in range(2):
+        reporter.begin(image)
+        for step in range(3):
+            reporter.step("prior", step + 1)
+        for step in range(4):
+            reporter.step("decoder", step + 1)
+        reporter.end()
+    fractions = [message.fraction for message in sent]
+    assert fractions == sorted(fractions) and fractions[0] == 0 and 0.5 < fractions[-1] <= 1
+    assert [message.stage for message in sent if message.image == 1][-1] == "decode"
+    assert all(message.seconds_left is not None and message.seconds_left >= 0 for message in sent)
+
+
+def test_listeners_get_their_events_and_what_they_missed() -> None:
+    async def run() -> list[Any]:
+        hub = EventHub()
+        hub.publish("state", {"n": 0}, "a")
+        first = next(iter(hub._kept)).id
+        hub.publish("state", {"n": 1}, "a")
+        hub.publish("preview", {"n": 2}, "a")  # previews are not kept
+        hub.publish("state", {"n": 3}, "b")
+        listener = hub.listen("a", after=first)
+        hub.publish("end", {"n": 4}, "a")
+        hub.close()
+        return [event.data["n"] async for event in listener.events() if event is not None]
+
+    assert asyncio.run(run()) == [1, 4]
+    hub = EventHub()
+    for _ in range(KEPT_EVENTS + 10):
+        hub.publish("state", {}, "a")
+    assert len(hub._kept) == KEPT_EVENTS
+
+
+def test_previews_have_the_colours_of_the_picture() -> None:
+    movq = VQModel.from_pretrained("embedded", subfolder="movq")
+    picture = torch.full((1, 3, 128, 128), -0.8)
+    picture[:, 0, :, 64:] = 0.9  # dark on the left, red on the right
+    with torch.inference_mode():
+        latents = movq.encode(picture).latents[0]
+    url = PreviewMap(movq, "cpu").data_url(latents)
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(float)
+    width = pixels.shape[1]
+    left, right = pixels[:, : width // 3].mean((0, 1)), pixels[:, -width // 3 :].mean((0, 1))
+    assert np.abs(left - 25.5).max() < 60 and np.abs(right - (242, 25.5, 25.5)).max() < 60
+
+
+def test_masks_of_transparency() -> None:
+    image = Image.new("RGBA", (2, 1), (1, 2, 3, 255))
+    image.putpixel((0, 0), (1, 2, 3, 0))
+    mask = repainted_area(image)
+    assert mask is not None and [mask.getpixel((x, 0)) for x in range(2)] == [255, 0]
+    assert repainted_area(image.convert("RGB")) is None
+
+
+def test_presets_and_schedulers_of_jobs() -> None:
+    settings, model = ServerSettings(), EMBEDDED_MODELS[0]
+    job = JobRequest(prompt="a", seed=3, count=2, quality="draft", steps=7, prior_scheduler="ddpm")
+    request = generation_request(job, model, settings, "cpu", {})
+    assert (request.scheduler, request.steps) == ("DPMSolverMultistepScheduler", 7)
+    assert (request.prior_scheduler, request.prior_scheduler_settings) == ("DDPMScheduler", None)
+    assert request.seeds == (3, 4)
+    assert batch_key(job, model) == batch_key(job.model_copy(update={"prompt": "b", "seed": 9}), model)
+    assert batch_key(job, model) != batch_key(job.model_copy(update={"steps": 8}), model)
+    useless = JobRequest(mode="variations", image=Picture(upload="0" * 64), prior_steps=3)
+    with pytest.raises(InputError, match="the prior samples only for texts"):
+        check_job(useless, settings, {"image": (8, 8)})
+
+
+def test_facts_of_models(tmp_path: Path) -> None:
+    facts = model_facts(EMBEDDED_MODELS[0])
+    assert facts["default_width"] == 128 and facts["defaults"]["steps"] > 1
+    assert model_facts(ModelSettings("other", str(tmp_path)))["default_width"] == 512
