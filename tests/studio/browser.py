@@ -48,8 +48,9 @@ def launch(playwright: Playwright) -> Browser:
 class StudioServer:
     """A server in a process of its own, which can be killed and started again with the same state and port."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, token: str | None = None) -> None:
         self.state = state
+        self.token = token
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -58,16 +59,18 @@ class StudioServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the server and wait until a worker can take jobs."""
+        """Start the server and wait until a worker can take jobs, or until it answers if it needs a token."""
         package = Path(kandinsky22.__file__).parents[1]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "KANDINSKY22_CACHE": "", "PYTHONPATH": str(package)}
         command = [sys.executable, "-m", "kandinsky22", "serve", "--port", str(self.port), "--state", str(self.state)]
+        command += [] if self.token is None else ["--token", self.token]
+        path = "/readyz" if self.token is None else "/healthz"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.call("GET", "/readyz", check=False)[0] == 200:
+                if self.call("GET", path, check=False)[0] == 200:
                     return
             if self._process.poll() is not None:
                 break
@@ -133,15 +136,15 @@ class Watched:
         self.address = address
         self.messages: list[str] = []
         self.foreign: list[str] = []
-        self.bytes = 0
-        self.files: dict[str, int] = {}
         page.on("console", self._message)
         page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
         page.on("request", self._request)
 
-    def count_bytes(self) -> None:
-        """Count the bytes of all responses from now on."""
-        self.page.on("response", self._response)
+    def collect_responses(self) -> list[Response]:
+        """Return a list that receives the responses from now on, except endless ones."""
+        responses: list[Response] = []
+        self.page.on("response", lambda one: None if one.url.endswith("/api/events") else responses.append(one))
+        return responses
 
     def _message(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
@@ -151,15 +154,11 @@ class Watched:
         if not request.url.startswith((self.address, "data:", "blob:")):
             self.foreign.append(request.url)
 
-    def _response(self, response: Response) -> None:
-        if response.url.startswith(self.address) and not response.url.endswith("/api/events"):
-            self.files[response.url] = len(response.body())
-
 
 @contextlib.contextmanager
-def running_server(state: Path) -> Iterator[StudioServer]:
+def running_server(state: Path, token: str | None = None) -> Iterator[StudioServer]:
     """Run a server until the block ends."""
-    server = StudioServer(state)
+    server = StudioServer(state, token)
     try:
         server.start()
         yield server

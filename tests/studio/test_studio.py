@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
-from tests.studio.browser import StudioServer, Watched, mask_png, scene
+from tests.studio.browser import StudioServer, Watched, mask_png, running_server, scene
 
 SCREENS = ("mix", "draw", "canvas", "guide", "gallery", "compare")
 PROMPT = "a small white star above a large black circle on a green background"
@@ -75,19 +76,31 @@ def start_long_job(screen: Locator) -> None:
     expect(screen.locator(".stage-status")).to_contain_text(f"of {LONG}", timeout=60_000)
 
 
-def test_first_page_is_small_and_fast(watched: Watched) -> None:
-    watched.count_bytes()
-    page, seconds = watched.page, []
+def first_page(watched: Watched) -> None:
+    watched.page.goto(watched.address)
+    expect(watched.page.locator("k-mix .primary")).to_be_visible()
+    expect(watched.page.locator("k-mix .settings .choices").first).to_be_visible()
+
+
+def test_first_page_is_small(watched: Watched) -> None:
+    responses = watched.collect_responses()
+    first_page(watched)
+    watched.page.wait_for_load_state("load")
+    sizes = {response.url: len(response.body()) for response in list(responses)}
+    print(f"first page: {sum(sizes.values())} bytes, {len(sizes)} files")
+    assert sum(sizes.values()) < FIRST_PAGE_BYTES, sorted(sizes.items(), key=lambda item: -item[1])
+
+
+def test_first_page_is_fast(watched: Watched) -> None:
+    seconds: list[float] = []
     while len(seconds) < 3 or (min(seconds) > 1 and len(seconds) < 10):  # other work slows single attempts
         start = time.perf_counter()
-        page.goto(watched.address)
-        expect(page.locator("k-mix .primary")).to_be_visible()
-        expect(page.locator("k-mix .settings .choices").first).to_be_visible()
+        first_page(watched)
         seconds.append(time.perf_counter() - start)
-    page.wait_for_timeout(200)
-    print(f"first page: {sum(watched.files.values())} bytes, {min(seconds):.2f} s")
-    assert sum(watched.files.values()) < FIRST_PAGE_BYTES, sorted(watched.files.items(), key=lambda item: -item[1])
-    assert min(seconds) < 1
+    print(f"first page: {min(seconds):.2f} s")
+    # Other work on the machine stretches the time: the limit is that of an idle one.
+    share = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) if hasattr(os, "getloadavg") else 1.0
+    assert min(seconds) < share
 
 
 def test_draw_shows_previews_and_the_result(watched: Watched, server: StudioServer) -> None:
@@ -391,13 +404,17 @@ def test_recall_of_a_mixture_and_of_a_mask(watched: Watched, server: StudioServe
         mode="inpaint", prompt="a masked star", image={"upload": picture["id"]}, mask={"upload": mask["id"]}, crop=16
     )
     page, screen = watched.page, open_screen(watched, "gallery")
+    viewer = page.locator("dialog.viewer")
     screen.locator(".tile-open").nth(1).click()
+    expect(viewer).to_contain_text("a mixed star")
     page.keyboard.press("r")
     mix = page.locator("k-mix")
     expect(mix.locator("[data-card]")).to_have_count(2)
-    assert [mix.locator(".card .number").nth(index).input_value() for index in range(2)] == ["0.7", "-0.2"]
+    expect(mix.locator(".card .number").nth(0)).to_have_value("0.7")
+    expect(mix.locator(".card .number").nth(1)).to_have_value("-0.2")
     page.keyboard.press("5")
     screen.locator(".tile-open").first.click()
+    expect(viewer).to_contain_text("a masked star")
     page.keyboard.press("r")
     canvas = page.locator("k-canvas")
     expect(canvas.locator("textarea.prompt")).to_have_value("a masked star")
@@ -531,6 +548,21 @@ def test_keyboard_theme_and_drafts(watched: Watched) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.keyboard.press("?")
     expect(page.locator("dialog.help")).to_contain_text("Keyboard shortcuts")
+
+
+def test_token_is_asked_for(browser: Any, tmp_path: Path) -> None:
+    with running_server(tmp_path / "state", token="a secret token") as server:
+        page = browser.new_page()
+        page.goto(server.address)
+        dialog = page.get_by_role("dialog", name="This studio asks for a token")
+        dialog.get_by_label("Token").fill("another token")
+        dialog.get_by_role("button").click()
+        expect(dialog.get_by_role("alert")).to_have_text("The server does not accept this token.")
+        dialog.get_by_label("Token").fill("a secret token")
+        dialog.get_by_role("button").click()
+        expect(dialog).to_have_count(0)
+        expect(page.locator("k-mix .settings .choices").first).to_be_visible()
+        page.close()
 
 
 def test_policy_forbids_other_hosts(server: StudioServer, browser: Any, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ async function request(method, path, { json, body, headers = {} } = {}) {
   } catch {
     throw new ApiError(0, strings.errors.offline);
   }
-  const answer = response.headers.get("Content-Type")?.includes("json") ? await response.json() : null;
+  const hasBody = response.status !== 204;
+  const answer = hasBody && response.headers.get("Content-Type")?.includes("json") ? await response.json() : null;
   if (!response.ok) {
     const error = answer?.error ?? {};
     throw new ApiError(response.status, error.message ?? answer?.detail ?? strings.errors.status(response.status), error.argument ?? null);
