@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.cli.settings_file import read_settings, settings_path
+from kandinsky22.cli.settings_file import PATH_VARIABLE, read_settings, settings_path
 from kandinsky22.errors import InputError, describe
 
 PREFIX = "KANDINSKY22_"
@@ -233,7 +233,8 @@ def _superseded(parser: argparse.ArgumentParser, on_command_line: set[str]) -> s
 
 def _from_environment(path: Sequence[str], key: str, action: argparse.Action) -> Setting | None:
     for name in variables(path, key):
-        if (value := os.environ.get(name)) is not None:
+        # That variable names the settings file, thus an option of this name has only the subcommand's own variable.
+        if name != PATH_VARIABLE and (value := os.environ.get(name)) is not None:
             return Setting(key, action, value, name)
     return None
 
