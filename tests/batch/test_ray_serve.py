@@ -33,6 +33,7 @@ def test_the_example_draws_the_pictures_of_the_command(tmp_path: Path, monkeypat
     ray = pytest.importorskip("ray")
     serve = pytest.importorskip("ray.serve")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # on a busy machine, five seconds do not suffice
     from kandinsky22.batch.ray_run import RayOptions, cluster
 
     spec = importlib.util.spec_from_file_location("__main__", EXAMPLE)  # classes of the main module travel by value
