@@ -7,6 +7,7 @@ stand-ins for the networks.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -56,11 +57,13 @@ def children(process: int) -> list[int]:
 
 def workers_of(process: int) -> list[int]:
     """Return the worker processes of a run; multiprocessing also starts a tracker of resources, which draws nothing."""
-    found = []
-    for child in children(process):
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
-        if b"spawn_main" in command or b"ray::" in command:
-            found.append(child)
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # processes end meanwhile
+        for child in children(process):
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            if b"spawn_main" in command or b"ray::MapWorker" in command:
+                found.append(child)
+            found += workers_of(child)
     return found
 
 
