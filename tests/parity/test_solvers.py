@@ -170,6 +170,10 @@ def start(ours: Any, theirs: Any, steps: int) -> bool:
     try:
         ours.set_timesteps(steps)
     except InputError as error:
+        if "sigma_min" in str(error):  # the reference goes from the smaller sigma to the larger one
+            first, last = theirs.sigmas[0], theirs.sigmas[-2]
+            assert first < last or first < (ours.config.sigma_min or 0.0)
+            return False
         assert "steps_offset" in str(error)
         assert (steps - 1) * (total // steps) + ours.config.steps_offset >= total
         return False
