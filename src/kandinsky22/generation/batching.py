@@ -198,7 +198,9 @@ def generate_series(job: Job, seeds: Sequence[int]) -> Iterator[GeneratedImage]:
     Raises:
         NanError: If a result contains NaN.
     """
-    size = 1 if job.networks.device.type == "cpu" else SERIES_BATCH
-    for start in range(0, len(seeds), size):
-        chunk = seeds[start : start + size]
+    if job.networks.device.type == "cpu" or len(seeds) == 1:
+        yield from map(job.generate, seeds)
+        return
+    for start in range(0, len(seeds), SERIES_BATCH):
+        chunk = seeds[start : start + SERIES_BATCH]
         yield from generate_batch([job] * len(chunk), chunk)
