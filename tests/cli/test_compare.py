@@ -75,7 +75,7 @@ def test_a_cell_of_nan_is_marked_and_the_others_are_saved(
     def fail_at_two(decoder: Any, request: Any, *arguments: Any) -> Any:
         if request.steps != 2:
             return run_decoder(decoder, request, *arguments)
-        with stages._nan_errors(decoder, request.steps):
+        with stages.nan_errors(decoder, request.steps):
             raise NotFiniteError("images: 1 of 1 are not finite")
 
     monkeypatch.setattr(stages, "run_decoder", fail_at_two)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kandinsky22.serve.previews import PreviewMap
+from kandinsky22.generation.previews import PreviewMap
 from PIL import Image
 
 from kandinsky22 import VQModel
