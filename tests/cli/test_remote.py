@@ -123,7 +123,13 @@ def test_an_interrupt_cancels_the_job(server: str, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "kandinsky22", "generate", PROMPT, "--steps", "1000", "--server", server]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "KANDINSKY22_TOKEN": TOKEN}
     process = subprocess.Popen(
-        [*program, "--seed", "77"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [*program, "--seed", "77"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background processes of shells ignore SIGINT, and their children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     client = ApiClient(server, TOKEN)
 

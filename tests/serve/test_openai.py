@@ -112,7 +112,7 @@ def test_edits_of_one_image_and_mixtures_of_several(client: openai.OpenAI) -> No
 
 def test_the_example_of_the_guide(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text("utf-8")
-    (example,) = re.findall(r"^```python title=.*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (example,) = re.findall(r"^```python title=[^\n]*\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     exec(example.replace("http://127.0.0.1:7822", server.address), {})
     with Image.open("picture.png") as image:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kandinsky22.generation.previews import PreviewMap
 from PIL import Image
 
 from kandinsky22 import VQModel
 from kandinsky22.errors import ConfigError, InputError
+from kandinsky22.generation.previews import PreviewMap
 from kandinsky22.serve.events import KEPT_EVENTS, EventHub
 from kandinsky22.serve.messages import JobProgress
 from kandinsky22.serve.model_facts import model_facts

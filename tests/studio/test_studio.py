@@ -108,7 +108,9 @@ def test_draw_shows_previews_and_the_result(watched: Watched, server: StudioServ
     screen.locator("textarea.prompt").fill(PROMPT)
     screen.get_by_role("textbox", name="Seed").fill("11")
     screen.get_by_role("textbox", name="Seed").blur()
-    screen.get_by_text("Default", exact=True).click()
+    screen.locator("summary").click()
+    screen.get_by_label("Steps", exact=True).fill("150")  # long enough to be looked at
+    screen.get_by_label("Steps", exact=True).blur()
     watched.page.keyboard.press("Control+Enter")
     expect(screen.locator("k-stage.is-preview")).to_be_visible()
     assert (screen.locator(".stage-picture").get_attribute("src") or "").startswith("data:image/webp")
