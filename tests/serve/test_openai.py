@@ -65,14 +65,14 @@ def test_addresses_of_pictures(client: openai.OpenAI) -> None:
 
 def test_streams_have_the_official_events(client: openai.OpenAI) -> None:
     stream = client.images.generate(
-        prompt="a red circle", stream=True, partial_images=2, quality="low", extra_body={"steps": 12, "seed": 5}
+        prompt="a red circle", stream=True, partial_images=2, quality="low", extra_body={"steps": 120, "seed": 5}
     )
     events = list(stream)
     assert [event.type for event in events] == [*["image_generation.partial_image"] * 2, "image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]  # type: ignore[union-attr]
     assert {opened(event.b64_json).size for event in events} == {(128, 128)}
     plain = client.images.generate(
-        prompt="a red circle", response_format="b64_json", quality="low", extra_body={"steps": 12, "seed": 5}
+        prompt="a red circle", response_format="b64_json", quality="low", extra_body={"steps": 120, "seed": 5}
     )
     assert plain.data is not None
     np.testing.assert_array_equal(

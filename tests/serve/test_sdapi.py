@@ -62,7 +62,7 @@ def test_progress_and_interrupt(api: webuiapi.WebUIApi) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         progress = api.get_progress()
-        if progress["progress"] > 0 and progress["current_image"]:
+        if progress["state"]["sampling_steps"] == 400 and progress["current_image"]:
             break
         time.sleep(0.05)
     assert progress["state"]["sampling_steps"] == 400
