@@ -25,7 +25,7 @@ from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import render
 from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
-from kandinsky22.training.loop import Settings, StepRandomness, load_average, train
+from kandinsky22.training.loop import CHECKPOINT, Settings, StepRandomness, is_finished, load_average, train
 
 CONFIG: Mapping[str, Any] = {
     "sample_size": SIZE // FACTOR,
@@ -53,51 +53,109 @@ BATCH = 32
 CHUNK = 64  # number of images that are encoded together
 # Number of images in the bank before the first step, new images per step, and largest number of images.
 BANK_START, BANK_GROWTH, BANK_SIZE = 4096, 2, 65536
-# Share of the embeddings that are sums of parts, which are exact, instead of the vision tower's. During most steps, the
-# towers are still in training.
-COMPOSED_SHARE = 0.7
-SEEN_FROM = 14000  # step from which the vision tower's embeddings are used
+BANK = "bank"  # folder of the bank in that of its phase
+COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which are exact, instead of the vision tower's
 EMPTY_SHARE = 0.08
 EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
 # Sharp before many: the two styles that share their outlines.
 MIXTURE = Mixture(styles=("flat", "3D"))
-SETTINGS = Settings(
-    steps=20000, learning_rate=1e-3, warmup=300, decay=8000, average=0.9995, bf16=True, muon=True, seed=2
-)
+HALF_SIZE, FULL_SIZE = "half_size", "full_size"  # folders of the phases
+SETTINGS = {
+    HALF_SIZE: Settings(
+        steps=20000, learning_rate=1e-3, warmup=300, decay=4000, average=0.9995, bf16=True, muon=True, seed=2
+    ),
+    FULL_SIZE: Settings(
+        steps=6000, learning_rate=7e-4, warmup=200, decay=4500, average=0.999, bf16=True, muon=True, seed=3
+    ),
+}
 
 
 def train_decoder(
-    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Settings = SETTINGS
+    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Mapping[str, Settings] = SETTINGS
 ) -> UNet2DConditionModel:
-    """Train the UNet, or resume its training.
+    """Train the UNet, or resume its training: first on images of half the size, where a step costs a quarter.
 
     Args:
-        folder: Folder of the stage.
+        folder: Folder of both phases.
+        movq: Trained MoVQ, whose encoder gives the latents.
+        clip: Trained CLIP.
+        sprites: Pixels of all things.
+        settings: Hyperparameters by phase.
+
+    Returns:
+        The trained network.
+    """
+    train_half_size(folder, movq, clip, sprites, settings[HALF_SIZE])
+    unet = UNet2DConditionModel(**CONFIG)
+    load_average(unet, folder / HALF_SIZE)
+    bank = full_size_bank(folder, movq, clip, sprites, seed=settings[FULL_SIZE].seed)
+    _train(unet, bank, settings[FULL_SIZE], folder / FULL_SIZE)
+    return unet
+
+
+def train_half_size(
+    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Settings = SETTINGS[HALF_SIZE]
+) -> UNet2DConditionModel:
+    """Train the first phase, or resume it.
+
+    Its embeddings are sums of parts alone: the towers may still be in training.
+
+    Args:
+        folder: Folder of both phases.
         movq: Trained MoVQ, whose encoder gives the latents.
         clip: Trained CLIP.
         sprites: Pixels of all things.
         settings: Hyperparameters.
 
     Returns:
-        The trained network.
+        The network after this phase.
     """
     torch.manual_seed(settings.seed)
     unet = UNet2DConditionModel(**CONFIG)
     nn.init.zeros_(unet.conv_out.weight)
-    bank = Bank(folder / "bank", movq, clip, sprites, seed=settings.seed)
-    train(unet, denoising_objective(unet, DDPMScheduler(**SCHEDULER), [bank]), settings, folder)
+    if not is_finished(folder / HALF_SIZE):
+        bank = Bank(
+            folder / HALF_SIZE / BANK,
+            movq,
+            clip,
+            sprites,
+            seed=settings.seed,
+            image_size=SIZE // 2,
+            composed_share=1.0,
+        )
+        _train(unet, bank, settings, folder / HALF_SIZE)
     return unet
+
+
+def full_size_bank(
+    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, seed: int = SETTINGS[FULL_SIZE].seed
+) -> Bank:
+    """Return the bank of images in full size.
+
+    Args:
+        folder: Folder of both phases.
+        movq: Trained MoVQ.
+        clip: Trained CLIP.
+        sprites: Pixels of all things.
+        seed: Seed of the images.
+    """
+    return Bank(folder / FULL_SIZE / BANK, movq, clip, sprites, seed=seed)
 
 
 def load_decoder(folder: Path) -> UNet2DConditionModel:
     """Return the network in its current state of training, frozen.
 
     Args:
-        folder: Folder of the stage.
+        folder: Folder of both phases.
     """
     unet = UNet2DConditionModel(**CONFIG)
-    load_average(unet, folder)
+    full = folder / FULL_SIZE
+    load_average(unet, full if (full / CHECKPOINT).is_file() else folder / HALF_SIZE)
     return unet.eval().requires_grad_(False)
+
+
+def _train(unet: UNet2DConditionModel, bank: Bank, settings: Settings, folder: Path) -> None:
+    train(unet, denoising_objective(unet, DDPMScheduler(**SCHEDULER), [bank]), settings, folder)
 
 
 @torch.no_grad()
@@ -116,7 +174,7 @@ class Bank:
 
     The bank grows during training, thus training starts at once. Each image depends on the seed and on its index alone,
     and the size of the bank depends on the step alone. Each image has two embeddings: the sum of the parts of its
-    attributes, and that of the vision tower.
+    attributes, and that of the vision tower unless it is never used.
 
     Args:
         folder: Folder of the files.
@@ -124,6 +182,8 @@ class Bank:
         clip: Trained CLIP.
         sprites: Pixels of all things.
         seed: Seed of the images.
+        image_size: Side of the images, in pixels.
+        composed_share: Share of the embeddings that are sums of parts.
         size: Largest number of images.
     """
 
@@ -131,13 +191,24 @@ class Bank:
     timesteps_per_example = 1
 
     def __init__(
-        self, folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, *, seed: int, size: int = BANK_SIZE
+        self,
+        folder: Path,
+        movq: VQModel,
+        clip: Clip,
+        sprites: Sprites,
+        *,
+        seed: int,
+        image_size: int = SIZE,
+        composed_share: float = COMPOSED_SHARE,
+        size: int = BANK_SIZE,
     ) -> None:
         self.movq, self.clip, self.sprites, self.seed, self.size = movq, clip, sprites, seed, size
+        self.image_size, self.composed_share = image_size, composed_share
         folder.mkdir(parents=True, exist_ok=True)
-        side = SIZE // FACTOR
+        side = image_size // FACTOR
         self.latents = _open_array(folder / "latents.npy", (size, LATENT_CHANNELS, side, side))
-        self.embeds = _open_array(folder / "embeds.npy", (size, 2, clip_recipe.SIZES.embedding))
+        kinds = 2 if composed_share < 1 else 1
+        self.embeds = _open_array(folder / "embeds.npy", (size, kinds, clip_recipe.SIZES.embedding))
         self.count_file = folder / "count"
         self.count = int(self.count_file.read_text(encoding="utf-8")) if self.count_file.is_file() else 0
         self._refresh(folder / "vision")
@@ -154,7 +225,7 @@ class Bank:
         size = min(BANK_START + BANK_GROWTH * randomness.step, self.size) // CHUNK * CHUNK
         self._grow(size)
         indices = np.sort(randomness.numpy.integers(0, size, BATCH))
-        kinds = (randomness.numpy.random(BATCH) >= COMPOSED_SHARE).astype(int) * (randomness.step >= SEEN_FROM)
+        kinds = (randomness.numpy.random(BATCH) >= self.composed_share).astype(int)
         embeds = torch.from_numpy(self.embeds[indices, kinds]).float()
         return Examples(
             torch.from_numpy(self.latents[indices]).float(),
@@ -187,12 +258,17 @@ class Bank:
     def _refresh(self, digest_file: Path) -> None:
         """Compute the vision tower's embeddings again if the tower has been trained further."""
         digest = weights_digest({"vision": self.clip.towers.vision})
+        if self.composed_share == 1:
+            return
         if self.count and (not digest_file.is_file() or digest_file.read_text(encoding="utf-8") != digest):
             for first in range(0, self.count, CHUNK):
-                self.embeds[first : first + CHUNK, 1] = self._seen(render(self.sprites, self.chunk_scenes(first), SIZE))
+                self.embeds[first : first + CHUNK, 1] = self._seen(self._render(self.chunk_scenes(first)))
             self.embeds.flush()
         with atomic_write(digest_file) as temporary:
             temporary.write_text(digest, encoding="utf-8")
+
+    def _render(self, scenes: Sequence[Scene]) -> Tensor:
+        return render(self.sprites, scenes, self.image_size)
 
     @torch.no_grad()
     def _seen(self, images: Tensor) -> npt.NDArray[np.float16]:
@@ -204,13 +280,14 @@ class Bank:
     @torch.no_grad()
     def _fill(self, first: int) -> None:
         scenes = self.chunk_scenes(first)
-        images = render(self.sprites, scenes, SIZE)
+        images = self._render(scenes)
         with torch.autocast("cpu", torch.bfloat16):
             latents = autoencoder.encode(self.movq, images * 2 - 1)
         composed = self.clip.probe.compose(SceneLabels.of(scenes)).float()
         self.latents[first : first + CHUNK] = latents.half().numpy()
         self.embeds[first : first + CHUNK, 0] = composed.half().numpy()
-        self.embeds[first : first + CHUNK, 1] = self._seen(images)
+        if self.composed_share < 1:
+            self.embeds[first : first + CHUNK, 1] = self._seen(images)
 
 
 def _open_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float16]]:

@@ -265,7 +265,7 @@ def train_shared(
     """
     torch.manual_seed(settings.seed)
     shared = SharedUNet(decoder.load_decoder(decoder_folder), example_hints(sprites))
-    bank = Bank(decoder_folder / "bank", movq, clip, sprites, seed=decoder.SETTINGS.seed)
+    bank = decoder.full_size_bank(decoder_folder, movq, clip, sprites)
     sources = [StrongSignalBank(bank), InpaintBank(bank), HintBank(bank)]
     train(shared, denoising_objective(shared, DDPMScheduler(**SCHEDULER), sources), settings, folder)
     return shared
