@@ -67,3 +67,21 @@ def test_matrices_of_low_rank_stay_bounded() -> None:
         matrix = torch.randn(64, rank) @ torch.randn(rank, 200) + 1e-6 * torch.randn(64, 200)
         assert torch.linalg.svdvals(orthogonalise(matrix)).max() < 1.3
     assert not orthogonalise(torch.zeros(4, 6)).isnan().any()
+
+
+def test_parameters_take_turns() -> None:
+    weights = [torch.nn.Parameter(torch.eye(16)) for _ in range(4)]
+    optimizer = Muon(weights, lr=0.1, interval=2)
+    for weight in weights:
+        weight.grad = torch.eye(16)
+    optimizer.step()
+    changed = [not torch.equal(weight.detach(), torch.eye(16)) for weight in weights]
+    assert sorted(changed) == [False, False, True, True]
+    optimizer.step()
+    each_step = torch.nn.Parameter(torch.eye(16))
+    each_step.grad = torch.eye(16)
+    reference = Muon([each_step], lr=0.1)
+    reference.step()
+    reference.step()
+    for weight in weights:
+        torch.testing.assert_close(weight, each_step, atol=1e-5, rtol=0)

@@ -44,6 +44,7 @@ class Settings:
         seed: Seed of all random numbers of the stage.
         bf16: Whether the objective runs under bfloat16 autocast.
         muon: Whether Muon instead of AdamW trains weight matrices and kernels.
+        muon_interval: Number of steps between two updates of a matrix by Muon.
         log_every: Number of steps per line of the log.
         save_seconds: Time between two checkpoints, in seconds.
 
@@ -62,6 +63,7 @@ class Settings:
     seed: int = 0
     bf16: bool = False
     muon: bool = False
+    muon_interval: int = 1
     log_every: int = 50
     save_seconds: float = 120.0
 
@@ -301,7 +303,12 @@ def _optimizers(parameters: Mapping[str, nn.Parameter], settings: Settings) -> d
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
     if not for_muon:
         return {"adamw": adamw}
-    muon = Muon(for_muon, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    muon = Muon(
+        for_muon,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        interval=settings.muon_interval,
+    )
     return {"adamw": adamw, "muon": muon}
 
 

@@ -19,19 +19,29 @@ _SCALE = 0.2
 class Muon(torch.optim.Optimizer):
     """Optimizer for weight matrices, and for kernels of convolutions as matrices (out, in x height x width).
 
-    Each step costs several matrix products per matrix: it is worth it where they are small against the batch.
+    Each update costs several matrix products per matrix. Where they cost as much as the gradient, `interval` spreads them
+    over several steps: the momentum, which covers about 1 / (1 - momentum) steps, hardly changes between two updates.
 
     Args:
         params: Parameters with at least two dimensions, or groups of them.
         lr: Learning rate, as for AdamW.
         momentum: Decay rate of the momentum.
         weight_decay: Decoupled weight decay.
+        interval: Number of steps between two updates of a parameter, at least 1. Parameters take turns, and each update
+            is as long as those of `interval` steps together.
     """
 
     def __init__(
-        self, params: Iterable[Any], *, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        interval: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "interval": interval, "steps": 0}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -41,7 +51,9 @@ class Muon(torch.optim.Optimizer):
             closure: Not supported; None.
         """
         for group in self.param_groups:
-            for parameter in group["params"]:
+            group["steps"] += 1
+            lr = group["lr"] * group["interval"]
+            for turn, parameter in enumerate(group["params"], start=group["steps"]):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
@@ -49,10 +61,12 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum: Tensor = state["momentum"]
                 momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                if turn % group["interval"]:
+                    continue
                 update = orthogonalise(torch.lerp(parameter.grad, momentum, group["momentum"]).flatten(1))
                 scale = _SCALE * max(update.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-lr * scale)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

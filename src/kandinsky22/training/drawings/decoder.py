@@ -62,7 +62,15 @@ MIXTURE = Mixture(styles=("flat", "3D"))
 HALF_SIZE, FULL_SIZE = "half_size", "full_size"  # folders of the phases
 SETTINGS = {
     HALF_SIZE: Settings(
-        steps=20000, learning_rate=1e-3, warmup=300, decay=4000, average=0.9995, bf16=True, muon=True, seed=2
+        steps=20000,
+        learning_rate=1e-3,
+        warmup=300,
+        decay=4000,
+        average=0.9995,
+        bf16=True,
+        muon=True,
+        muon_interval=4,
+        seed=2,
     ),
     FULL_SIZE: Settings(
         steps=6000, learning_rate=7e-4, warmup=200, decay=4500, average=0.999, bf16=True, muon=True, seed=3
