@@ -42,7 +42,7 @@ def test_each_word_is_one_token(clip: Clip) -> None:
 
 
 def test_clip_is_trained_and_read_again(tmp_path: Path) -> None:
-    trained = clip_recipe.train_clip(tmp_path, SolidSprites(), ONE_STEP, count=4)
+    trained = clip_recipe.train_clip(tmp_path, SolidSprites(), ONE_STEP, count=4, evaluated=4)
     loaded = Clip.load(tmp_path)
     image = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(loaded.towers.embed_images(image), trained.towers.embed_images(image))
@@ -54,7 +54,7 @@ def test_clip_is_trained_and_read_again(tmp_path: Path) -> None:
 def test_towers_are_trained_on_frozen_parts(clip: Clip, tmp_path: Path) -> None:
     trained = copy.deepcopy(clip).requires_grad_(False)
     clip_recipe.train_towers(
-        tmp_path, trained, SolidSprites(), dataclasses.replace(ONE_STEP, learning_rate=1e-3), count=4
+        tmp_path, trained, SolidSprites(), dataclasses.replace(ONE_STEP, learning_rate=1e-3), count=4, evaluated=4
     )
     loaded = Clip.load(tmp_path)
     before, after = clip.state_dict(), loaded.state_dict()

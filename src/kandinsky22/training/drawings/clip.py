@@ -241,7 +241,9 @@ def evaluate(clip: Clip, sprites: Sprites, *, count: int = 500, seed: int = 1234
     return {key: round(value, 4) for key, value in report.items()}
 
 
-def train_clip(folder: Path, sprites: Sprites, settings: Settings = SETTINGS, *, count: int = BATCH) -> Clip:
+def train_clip(
+    folder: Path, sprites: Sprites, settings: Settings = SETTINGS, *, count: int = BATCH, evaluated: int = 500
+) -> Clip:
     """Train both towers, or resume their training, and save them in the subfolder "model".
 
     Args:
@@ -249,6 +251,7 @@ def train_clip(folder: Path, sprites: Sprites, settings: Settings = SETTINGS, *,
         sprites: Pixels of all things.
         settings: Hyperparameters.
         count: Number of images per batch.
+        evaluated: Number of scenes per group of the evaluation.
 
     Returns:
         Towers and probe, frozen.
@@ -259,17 +262,23 @@ def train_clip(folder: Path, sprites: Sprites, settings: Settings = SETTINGS, *,
     )
     rng = np.random.default_rng([settings.seed, 1])
     initialise_patches(
-        clip.towers, render(sprites, [sample_scene(rng) for _ in range(512)], SIZES.image), settings.seed
+        clip.towers, render(sprites, [sample_scene(rng) for _ in range(4 * count)], SIZES.image), settings.seed
     )
     train(clip, lambda randomness: clip_losses(clip, sprites, randomness, count), settings, folder)
     clip.save(folder)
-    report = evaluate(clip.requires_grad_(False), sprites)
+    report = evaluate(clip.requires_grad_(False), sprites, count=evaluated)
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return clip
 
 
 def train_towers(
-    folder: Path, clip: Clip, sprites: Sprites, settings: Settings = TOWERS, *, count: int = BATCH
+    folder: Path,
+    clip: Clip,
+    sprites: Sprites,
+    settings: Settings = TOWERS,
+    *,
+    count: int = BATCH,
+    evaluated: int = 500,
 ) -> Clip:
     """Train both towers further, or resume their training, and save them in the subfolder "model".
 
@@ -281,6 +290,7 @@ def train_towers(
         sprites: Pixels of all things.
         settings: Hyperparameters.
         count: Number of images per batch.
+        evaluated: Number of scenes per group of the evaluation.
 
     Returns:
         Towers and probe, frozen.
@@ -302,5 +312,6 @@ def train_towers(
     clip.requires_grad_(False)
     build_tokenizer(folder / "model" / "tokenizer", VOCABULARY)
     clip.save(folder)
-    (folder / "evaluation.json").write_text(json.dumps(evaluate(clip, sprites), indent=2) + "\n", encoding="utf-8")
+    report = evaluate(clip, sprites, count=evaluated)
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return clip
