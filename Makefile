@@ -12,7 +12,7 @@ ARGS ?=
 export PROMPT OUTPUT
 
 # Tests of one file run in one process, so that fixtures of a module or session are built once per process.
-PARALLEL := -n auto --dist loadfile
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
 EXE := .exe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def _full_float32_on_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files with the most slow tests come first, thus at the end of a run no process waits for another one.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
