@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -21,9 +22,11 @@ from kandinsky22.batch.formats import FORMATS, read_shard
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.manifest import Manifest
 from kandinsky22.batch.requests import RequestOptions
+from kandinsky22.batch.row_settings import FIELDS
 from kandinsky22.batch.shards import ShardTask
 from kandinsky22.batch.storage import LocalFolder
-from kandinsky22.cli.main import main
+from kandinsky22.cli import batch
+from kandinsky22.cli.main import build_parser, main
 from kandinsky22.errors import InputError
 from kandinsky22.generation.stages import NanError
 
@@ -132,6 +135,28 @@ def test_rows_come_from_standard_input(folder: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(recipe)["prompt"] == "a star"
     monkeypatch.setattr(sys, "stdin", Pipe(content))
     assert main(["batch", "-", "-o", "out", "--column", "prompt=caption", "--batch-size", "2", *FAST]) == 0
+
+
+def test_every_option_acts() -> None:
+    """Options of shared groups that `batch` does not read would be accepted and ignored."""
+    parser = build_parser()
+    (subparsers,) = parser._subparsers._group_actions  # type: ignore[union-attr]
+    options = {action.dest for action in subparsers.choices["batch"]._actions} - {"help"}  # type: ignore[call-overload, index]
+    source = inspect.getsource(batch)
+    unused = {name for name in options if name not in batch.DEFAULTS and f"args.{name}" not in source}
+    assert unused == set()
+    assert set(batch.DEFAULTS) <= FIELDS
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_a_fault_of_its_rows(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    rows = [{"prompt": "a star", "size": "64x64"}, {"prompt": "a star", "model": "empty"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["batch", "rows.jsonl", "-o", "out", "--batch-size", "2", "--skip-bad", *FAST]) == 0
+    (entry,) = Manifest(LocalFolder(folder / "out")).entries.values()
+    assert entry.pictures == 1
+    assert entry.failed["000000001"].startswith("row 2: ")
 
 
 # Drawing

@@ -91,6 +91,13 @@ def test_faults_of_rows_do_not_end_the_reading(tmp_path: Path) -> None:
         ({"parts": [{"text": "a", "weight": 1}, {"text": "b"}]}, "only some of the parts"),
         ({"prompt": "a", "image": "a.png", "mask": "wide.png"}, "aspect ratio"),
         ({"prompt": "a", "n": 0}, "n=0"),
+        ({"prompt": "a", "model": "missing-folder"}, "model='missing-folder' is invalid: expected 'embedded'"),
+        ({"prompt": "a", "prior": "../missing"}, "prior='../missing'"),
+        ({"prompt": "a", "lora": ["missing.safetensors"]}, "missing.safetensors"),
+        ({"prompt": "a", "lora": []}, "lora=[]"),
+        ({"prompt": "a", "subject": "a.png:2"}, "weight from 0 to 1"),
+        ({"prompt": "a", "subject": "a.png"}, "a.png"),
+        ({"parts": [{"text": "a"}, {"subject": "missing.safetensors"}]}, "missing.safetensors"),
         ({"prompt": "a", "guidance_interval": [0.5, 0.2]}, "guidance_interval"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from kandinsky22.batch import wildcards
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.requests import RequestOptions, build_request
-from kandinsky22.errors import InputError
+from kandinsky22.errors import CheckpointError, InputError
 
 MAX_FAULTS = 100  # faults that are kept; the others are counted
 MAX_COLUMNS = 20  # names of unused columns that are kept
@@ -65,7 +65,7 @@ def check_items(items: Iterable[Item], options: RequestOptions) -> Report:
             unused.update(dict.fromkeys(item.columns))
         try:
             request = build_request(item, options).request
-        except InputError as error:
+        except (InputError, CheckpointError) as error:
             fault_count += 1
             if len(faults) < MAX_FAULTS:
                 faults.append(Fault(item.row, str(error)))

@@ -14,7 +14,7 @@ from kandinsky22.batch.requests import RequestOptions, RowRequest, build_request
 from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.shards import DrawnShard, ShardTask, json_value
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.errors import InputError
+from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.generation.batching import (
     PRIOR_BATCHES,
     Embeddings,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 STAGES = ("both", "prior", "decoder")
 ENCODER_THREADS = 2  # threads that compress PNG files
-MAX_SESSIONS = 2  # models in memory, except for the kinds of the embedded model, which are small
+MAX_SESSIONS, MAX_SMALL_SESSIONS = 2, 16  # models in memory; kinds of the embedded model, which are small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,7 @@ class ShardDrawer:
 
         Raises:
             InputError: If an item cannot be drawn, unless such items are skipped.
+            CheckpointError: If its model or an adapter cannot be loaded, likewise.
             NanError: If a result contains NaN, likewise.
         """
         plan = self.plan(task)
@@ -280,6 +281,7 @@ class ShardDrawer:
 
         Raises:
             InputError: If an item cannot be drawn, unless such items are skipped.
+            CheckpointError: If its model or an adapter cannot be loaded, likewise.
         """
         plan = Plan(task, [], dict(failed or {}))
         requests: dict[int, RowRequest] = {}
@@ -289,7 +291,7 @@ class ShardDrawer:
                 continue
             try:
                 row = requests[item.index] = build_request(item, self.options.requests)
-            except InputError as error:
+            except (InputError, CheckpointError) as error:
                 self._fail(plan, item, error)
                 continue
             groups.setdefault(batch_key(row.mode, row.request), []).append(item)
@@ -300,7 +302,12 @@ class ShardDrawer:
     def _plan_group(self, plan: Plan, group: Sequence[Item], requests: Mapping[int, RowRequest]) -> None:
         """Add the batches of items with equal settings; results of different size are in different batches."""
         first = requests[group[0].index]
-        session = self.session(first.mode, first.request)
+        try:
+            session = self.session(first.mode, first.request)
+        except (InputError, CheckpointError) as error:
+            for item in group:
+                self._fail(plan, item, error)
+            return
         sizes: dict[tuple[object, ...], list[tuple[Item, Job]]] = {}
         like: Job | None = None
         for item in group:
@@ -329,9 +336,10 @@ class ShardDrawer:
         if key in self._sessions:
             self._sessions.move_to_end(key)
             return self._sessions[key]
-        large = [each for each in self._sessions if EMBEDDED not in each]
-        if len(large) >= MAX_SESSIONS:
-            del self._sessions[large[0]]
+        small = EMBEDDED in key
+        alike = [each for each in self._sessions if (EMBEDDED in each) == small]
+        if len(alike) >= (MAX_SMALL_SESSIONS if small else MAX_SESSIONS):
+            del self._sessions[alike[0]]
         session = Session(mode, request, low_memory=self.options.low_memory, compile=self.options.compile)
         session.set_progress_bar_config(disable=True)
         self._sessions[key] = session

@@ -37,6 +37,7 @@ DEFAULTS = (
     "dtype",
     "quantize",
     "cache_every",
+    "lora",
     "strength",
 )
 FORMATS, INPUT_FORMATS = ("files", "webdataset", "parquet"), ("jsonl", "csv", "parquet", "text")

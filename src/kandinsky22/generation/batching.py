@@ -55,7 +55,9 @@ def batch_key(mode: Mode, request: Request) -> tuple[object, ...]:
         request: The request.
     """
     fixed = (
-        json.dumps(value, sort_keys=True) if isinstance(value, dict | list | tuple) else value
+        json.dumps(value, sort_keys=True, default=dataclasses.asdict)
+        if isinstance(value, dict | list | tuple)
+        else value
         for field in dataclasses.fields(request)
         if field.name not in VARYING_FIELDS
         for value in (getattr(request, field.name),)
