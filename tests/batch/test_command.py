@@ -82,13 +82,20 @@ def test_larger_batches_say_so_in_the_recipe(folder: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_pictures_can_be_drawn_again_without_the_prior(folder: Path, format: str = "webdataset") -> None:
+def test_pictures_can_be_drawn_again_without_the_prior(
+    folder: Path, capsys: pytest.CaptureFixture[str], format: str = "webdataset"
+) -> None:
     common = ["--format", format, "--batch-size", "4", *FAST]
     assert main(["batch", "rows.jsonl", "-o", "whole", "--keep-embeddings", *common]) == 0
     assert main(["batch", "rows.jsonl", "-o", "prior", "--stage", "prior", *common]) == 0
     assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--keep-embeddings", *common[:4], "-q"]) == 0
     whole, prior, drawn = (_samples(Path(name), format) for name in ("whole", "prior", "drawn"))
     assert len(whole) == len(prior) == len(drawn) == 5
+    damaged = next(Path("prior").glob("*.tar"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main(["batch", "prior", "-o", "again", "--stage", "decoder", "-q"]) == 1
+    assert "shard 00000.tar of prior is missing or has changed" in capsys.readouterr().err
     for one, stored, other in zip(whole, prior, drawn, strict=True):
         assert stored.image is None
         np.testing.assert_array_equal(one.embedding.vectors, stored.embedding.vectors)
@@ -113,6 +120,9 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("kandinsky22: row 1: steps='none' is invalid")
     assert lines[-1].startswith("kandinsky22: error: 1 of 1 pictures cannot be drawn")
+    Path("bad.csv").write_text("prompt,steps\n" + "a,none\n" * 150)
+    assert main(["batch", "bad.csv", "-o", "out", "-q"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 151  # all faults, also of quiet runs
     assert main(["batch", "rows.unknown", "-o", "out"]) == 1
     assert "input='rows.unknown' is invalid" in capsys.readouterr().err
     for arguments in (["--seed", "1", "2"], ["--workers", "2", "--ray"], ["--column", "prompt"]):
@@ -135,6 +145,13 @@ def test_rows_come_from_standard_input(folder: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(recipe)["prompt"] == "a star"
     monkeypatch.setattr(sys, "stdin", Pipe(content))
     assert main(["batch", "-", "-o", "out", "--column", "prompt=caption", "--batch-size", "2", *FAST]) == 0
+
+
+@pytest.mark.slow
+def test_addresses_are_printed_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a star", "size": "64x64"}\n')
+    assert main(["batch", "rows.jsonl", "-o", "memory://printed/run", "--batch-size", "1", *FAST]) == 0
+    assert capsys.readouterr().out == "memory://printed/run\n"
 
 
 def test_every_option_acts() -> None:

@@ -55,6 +55,41 @@ def test_text_files_have_a_prompt_per_line(tmp_path: Path) -> None:
     assert guess_format(path) == "text"
 
 
+def test_the_format_of_standard_input_follows_from_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "stdin"
+    for content, format in (("\ufeff\n \n{}", "jsonl"), ("\n\na star {x}", "text"), ("", "text")):
+        path.write_text(content, encoding="utf-8")
+        assert guess_format(path) == format
+
+
+def test_texts_that_are_no_utf8_are_faults_of_their_rows(tmp_path: Path) -> None:
+    path, offsets = tmp_path / "rows.parquet", pyarrow.array([0, 1, 4, 5], pyarrow.int32()).buffers()[1]
+    prompts = pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"aa\xffbc"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts}), path)
+    items = _items(RowFile(str(path), "parquet"))
+    assert [item.settings.get("prompt") for item in items] == ["a", None, "c"]
+    assert "row" not in (items[1].fault or "") and "utf-8" in (items[1].fault or "")
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"prompt,\xff\na,1\n")
+    with pytest.raises(InputError, match="first line of the CSV file is not UTF-8"):
+        _items(RowFile(str(table), "csv"))
+
+
+@pytest.mark.parametrize("address", ["unknown://x/rows.jsonl", "memory://missing/rows.jsonl"])
+def test_addresses_that_cannot_be_opened_are_input_errors(address: str) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl cannot be read"):
+        _items(RowFile(address, "jsonl"))
+
+
+def test_columns_that_cannot_be_repeated_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "tags": ["x"], "note": "\\ud800", "\\ud800": 1, "url": "u", "empty": null}\n')
+    items = _items(RowFile(str(path), "jsonl"))
+    report = check_items(items, RequestOptions())
+    assert report.unused_columns == ("url",)
+    assert report.dropped_columns == ("tags", "note", "\ud800")
+
+
 def test_faults_of_rows_do_not_end_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{broken\n[1]\n\xff\xfe\n{"prompt": "b"}\n')
@@ -168,8 +203,10 @@ def test_missing_values_of_tables_are_not_set() -> None:
 
 def test_faults_are_counted_beyond_those_that_are_kept() -> None:
     items = (Item(index, index + 1, str(index), 0, {}, {}) for index in range(500))
-    report = check_items(items, RequestOptions())
+    seen: list[int] = []
+    report = check_items(items, RequestOptions(), lambda fault: seen.append(fault.row))
     assert (report.fault_count, len(report.faults), report.first) == (500, MAX_FAULTS, None)
+    assert seen == list(range(1, 501))
 
 
 def test_wildcards_expand_to_all_combinations() -> None:
@@ -207,6 +244,19 @@ def test_rows_with_wildcards_are_several_items(tmp_path: Path) -> None:
     assert _items(file)[0].settings["prompt"] == "a {red|blue} star"
     assert check_items(_items(file), RequestOptions()).wildcard_rows == 2
     assert len(_items(file, count=3)) == 3 + 2 + 3
+
+
+def test_wildcards_of_mixtures_are_replaced_and_escapes_removed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    parts = [{"text": "a {red|blue} star", "weight": 0.25}, {"image": "a.png", "weight": 0.75}]
+    path.write_text(json.dumps({"parts": parts}) + "\n" + json.dumps({"prompt": r"\{x|y\} {z}"}) + "\n")
+    file = RowFile(str(path), "jsonl")
+    items = _items(file, wildcards="expand")
+    assert [item.settings["parts"][0]["text"] for item in items[:2]] == ["a red star", "a blue star"]
+    assert items[0].settings["parts"][1] == parts[1]
+    assert items[2].settings["prompt"] == "{x|y} {z}"
+    assert _items(file, wildcards="sample")[0].settings["parts"][0]["text"] in ("a red star", "a blue star")
+    assert _items(file)[1].settings["prompt"] == r"\{x|y\} {z}"
 
 
 def test_seeds_follow_from_the_run_and_the_row() -> None:

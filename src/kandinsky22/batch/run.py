@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from kandinsky22 import __version__
 from kandinsky22.batch.checks import Report, check_items
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
 from kandinsky22.batch.items import Item
-from kandinsky22.batch.manifest import Manifest, ShardEntry
+from kandinsky22.batch.manifest import MANIFEST, Manifest, ShardEntry
 from kandinsky22.batch.ray_run import RayOptions, ShardSource, cluster, draw_on_ray, measure_on_ray
 from kandinsky22.batch.requests import RequestOptions
 from kandinsky22.batch.run_lock import run_lock
@@ -25,8 +26,8 @@ from kandinsky22.batch.storage import Folder, LocalFolder, open_folder
 from kandinsky22.batch.workers import MakeDraw, WorkerSetup, draw_with_workers, network_draw
 from kandinsky22.errors import InputError
 
+SHARD = re.compile(r"\d{5,}(\.tar|\.parquet)?")  # names of shards, which other programs use too
 VERIFY_THREADS = 4  # digests of finished shards that are computed at the same time
-SHOWN_FAULTS = 20  # faults in the message; the report contains more
 
 Note = Callable[[str], None]
 """Function that shows one line."""
@@ -139,13 +140,16 @@ class Summary:
     seconds: float
 
 
-def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_draw) -> Summary:
+def run_batch(
+    options: RunOptions, note: Note, make_draw: MakeDraw = network_draw, *, note_fault: Note | None = None
+) -> Summary:
     """Draw every item of a source exactly once. A run that was killed goes on where it was.
 
     Args:
         options: The run.
         note: Shows progress and notes.
         make_draw: Function that returns the function that draws shards: networks, or what replaces them in tests.
+        note_fault: Shows each row that cannot be drawn; None shows it as a note.
 
     Returns:
         What the run has done.
@@ -164,13 +168,15 @@ def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_dra
         stack.callback(folder.remove_temporaries)
         ray = None if options.ray is None else stack.enter_context(cluster(options.ray))
         manifest = Manifest(folder)
+        if not manifest.exists and (foreign := next(filter(SHARD.fullmatch, folder.names()), None)):
+            raise InputError(f"{options.output} contains {foreign}, but no {MANIFEST}; choose another folder")
         settings = options.settings()
         manifest.check_settings(settings)
         if manifest.damaged_lines:
             note(f"the manifest has {manifest.damaged_lines} damaged lines; their shards are drawn again")
         draw_options = options.draw_options()
         if manifest.header is None:
-            report = _checked(options, draw_options, note)
+            report = _checked(options, draw_options, note, note_fault or note)
             draw = _with_batch_size(options, draw_options, report.first, note, ray)
             header: dict[str, Any] = {
                 "version": __version__,
@@ -197,13 +203,13 @@ def _versions() -> dict[str, str]:
     return {"kandinsky22": __version__} | {name: metadata.version(name) for name in ("torch", "transformers", "pillow")}
 
 
-def _checked(options: RunOptions, draw: DrawOptions, note: Note) -> Report:
+def _checked(options: RunOptions, draw: DrawOptions, note: Note, note_fault: Note) -> Report:
     """Return the report of the check of all rows."""
-    report = check_items(options.source.items(), draw.requests)
-    for fault in report.faults[:SHOWN_FAULTS]:
-        note(f"row {fault.row}: {fault.message}")
-    if (more := report.fault_count - len(report.faults[:SHOWN_FAULTS])) > 0:
-        note(f"and {more} more")
+    report = check_items(
+        options.source.items(), draw.requests, lambda fault: note_fault(f"row {fault.row}: {fault.message}")
+    )
+    if report.dropped_columns:
+        note(f"columns without effect, not repeated in the metadata: {', '.join(report.dropped_columns)}")
     if report.unused_columns:
         note(f"columns without effect, repeated in the metadata: {', '.join(report.unused_columns)}")
     if report.wildcard_rows and options.source.options.wildcards is None:

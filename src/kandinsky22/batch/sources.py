@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.batch.formats import FORMATS, read_shard
+from kandinsky22.batch.formats import FORMATS, read_shard, shard_digest
 from kandinsky22.batch.items import Item, ItemOptions, read_items
 from kandinsky22.batch.manifest import MANIFEST, Manifest
 from kandinsky22.batch.rows import RowFile
@@ -153,10 +153,14 @@ class StoredSource:
         format = FORMATS[self._header()["settings"]["format"]]
         index = 0
         for shard in sorted(manifest.entries):
-            name = manifest.entries[shard].name
-            if name is None:
+            entry = manifest.entries[shard]
+            if entry.name is None:
                 continue
-            with folder.local_copy(name) as path:
+            with folder.local_copy(entry.name) as path:
+                if not path.exists() or shard_digest(path) != entry.sha256:
+                    raise InputError(
+                        f"shard {entry.name} of {self.location} is missing or has changed; repeat that run"
+                    )
                 for sample in read_shard(format, path):
                     yield self._item(index, sample)
                     index += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22.cli import options
-from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.console import Console, print_message, print_path, silenced_libraries
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.limits import MAX_IMAGES
 
@@ -176,6 +176,7 @@ def run(args: argparse.Namespace) -> None:
         OSError: If a file cannot be read or written.
     """
     from kandinsky22.batch.ray_run import RayOptions
+    from kandinsky22.batch.rows import is_address
     from kandinsky22.batch.run import RunOptions, run_batch
 
     console = Console(quiet=args.quiet)
@@ -206,12 +207,14 @@ def run(args: argparse.Namespace) -> None:
                 ray=ray,
             ),
             console.note,
+            # Faults that end the run are errors, which --quiet does not hide.
+            note_fault=console.note if args.skip_bad else lambda line: print_message(f"kandinsky22: {line}"),
         )
     console.note(
         f"{summary.pictures} pictures, {summary.drawn} of them drawn now in {summary.seconds:.1f} s; "
         f"{summary.failed} could not be drawn"
     )
-    print_path(Path(args.output))
+    print_path(args.output if is_address(args.output) else Path(args.output))
 
 
 @contextlib.contextmanager
