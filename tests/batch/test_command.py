@@ -219,6 +219,34 @@ def test_a_picture_with_nan_ends_the_run_or_is_left_out(monkeypatch: pytest.Monk
     assert drawn.failed == {"000000001": "row 2: NaN"}
 
 
+@pytest.mark.slow
+def test_a_batch_beyond_the_memory_runs_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kandinsky22.batch import drawing
+
+    sizes: dict[str, list[int]] = {"encode_batch": [], "decode_batch": []}
+
+    def limited(name: str, limit: int) -> Any:
+        original = getattr(drawing, name)
+
+        def run(jobs: Any, *arguments: Any) -> Any:
+            sizes[name].append(len(jobs))
+            if len(jobs) > limit:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return original(jobs, *arguments)
+
+        return run
+
+    whole = ShardDrawer(_options(batch_size=1)).draw(_task(PROMPTS))
+    monkeypatch.setattr(drawing, "encode_batch", limited("encode_batch", 2))
+    monkeypatch.setattr(drawing, "decode_batch", limited("decode_batch", 1))
+    drawn = ShardDrawer(_options(batch_size=4)).draw(_task(PROMPTS))
+    assert sizes == {"encode_batch": [3, 1, 1, 1], "decode_batch": [3, 1, 1, 1]}
+    assert [sample.key for sample in drawn.samples] == [sample.key for sample in whole.samples]
+    monkeypatch.setattr(drawing, "decode_batch", limited("decode_batch", 0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ShardDrawer(_options(batch_size=2)).draw(_task(PROMPTS))
+
+
 def test_larger_images_run_in_smaller_batches() -> None:
     drawer = ShardDrawer(_options(batch_size=8, batch_pixels=64 * 64))
     sizes = {64: 8, 128: 2, 320: 1}

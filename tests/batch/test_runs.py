@@ -210,6 +210,14 @@ def test_a_full_disk_ends_the_run_and_leaves_it_to_go_on(
     assert run(source, out)[0].drawn == 15
 
 
+def test_nothing_is_left_of_the_workers_of_a_run_that_ended_with_an_error(source: Path, out: Path) -> None:
+    with source.open("a") as file:
+        file.write('{"prompt": "fails"}\n')
+    with pytest.raises(InputError, match="fails"):
+        run(source, out, workers=2)
+    assert not list(out.glob(".*"))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_manifest_that_cannot_be_appended_to_ends_the_run(source: Path, out: Path) -> None:
     run(source, out)

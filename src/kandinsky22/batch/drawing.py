@@ -25,6 +25,7 @@ from kandinsky22.generation.batching import (
     job_key,
 )
 from kandinsky22.generation.image_files import PNG, encode_image
+from kandinsky22.generation.memory_errors import is_out_of_memory
 from kandinsky22.generation.modes import Mode
 from kandinsky22.generation.recipe import Recipe
 from kandinsky22.generation.request import Request
@@ -207,13 +208,29 @@ class ShardDrawer:
     def _encoded(self, plan: Plan, pairs: Sequence[tuple[Item, Job]]) -> Iterator[tuple[Item, Embeddings]]:
         items = [item for item, _ in pairs]
         try:
-            yield from zip(items, encode_batch([job for _, job in pairs], [item.seed for item in items]), strict=True)
-        except NanError as error:
+            results = encode_batch([job for _, job in pairs], [item.seed for item in items])
+        except Exception as error:
+            size = self._smaller_batch(plan, items, error)
+        else:
+            yield from zip(items, results, strict=True)
+            return
+        for start in range(0, len(pairs), size) if size else ():
+            yield from self._encoded(plan, pairs[start : start + size])
+
+    def _smaller_batch(self, plan: Plan, items: Sequence[Item], error: Exception) -> int:
+        """Return the size of the batches that replace one that failed, or 0 if its only item has failed.
+
+        Raises:
+            Exception: The error, if smaller batches would not help.
+        """
+        if isinstance(error, NanError):
             if len(items) == 1:
                 self._fail(plan, items[0], error)
-                return
-            for pair in pairs:
-                yield from self._encoded(plan, [pair])
+            return 1 if len(items) > 1 else 0
+        # The size was measured for the first row; attention of larger images takes more than their pixels suggest.
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise error
+        return len(items) // 2
 
     def decode(self, plan: Plan, embeddings: Mapping[int, StoredEmbedding]) -> DrawnShard:
         """Run the decoder, or store the embeddings alone.
@@ -255,15 +272,15 @@ class ShardDrawer:
         dtype = jobs[0].networks.combined.dtype
         try:
             images = decode_batch(jobs, [embeddings[item.index].restored(dtype) for item, _ in pairs])
-        except NanError as error:
-            if len(pairs) == 1:
-                self._fail(plan, pairs[0][0], error)
-                return
-            for pair in pairs:
-                yield from self._decoded(plan, [pair], batch_size, embeddings)
+        except Exception as error:
+            size = self._smaller_batch(plan, [item for item, _ in pairs], error)
+        else:
+            for (item, job), image in zip(pairs, images, strict=True):
+                yield item, finished(job, item.seed, image, batch_size=batch_size)
             return
-        for (item, job), image in zip(pairs, images, strict=True):
-            yield item, finished(job, item.seed, image, batch_size=batch_size)
+        # After the block, which holds the tensors of the error's frames.
+        for start in range(0, len(pairs), size) if size else ():
+            yield from self._decoded(plan, pairs[start : start + size], batch_size, embeddings)
 
     def _fail(self, plan: Plan, item: Item, error: Exception) -> None:
         if not self.options.skip_bad:
