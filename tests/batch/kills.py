@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--shard-size", type=int, default=20)
     parser.add_argument("--longest", type=float, default=40.0)
     parser.add_argument("--format", default="webdataset")
     parser.add_argument("--folder", type=Path, default=None)
@@ -137,8 +138,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "prompts.jsonl"
     write_prompts(source, args.rows)
-    command = [sys.executable, "-m", "kandinsky22", "batch", str(source), "--quality", "draft", "--shard-size", "20"]
-    command += ["--batch-size", "8", "--format", args.format, "-q"]
+    command = [sys.executable, "-m", "kandinsky22", "batch", str(source), "--quality", "draft"]
+    command += ["--shard-size", str(args.shard_size), "--batch-size", "8", "--format", args.format, "-q"]
     started = time.monotonic()
     subprocess.run([*command, "-o", str(folder / "whole")], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from kandinsky22.batch import wildcards
+from kandinsky22.batch import rows, wildcards
 from kandinsky22.batch.checks import MAX_FAULTS, check_items
 from kandinsky22.batch.items import Item, ItemOptions, read_items, row_seed
 from kandinsky22.batch.requests import RequestOptions, build_request
@@ -60,6 +60,18 @@ def test_the_format_of_standard_input_follows_from_its_first_line(tmp_path: Path
     for content, format in (("\ufeff\n \n{}", "jsonl"), ("\n\na star {x}", "text"), ("", "text")):
         path.write_text(content, encoding="utf-8")
         assert guess_format(path) == format
+
+
+@pytest.mark.parametrize("format", ["jsonl", "text", "csv"])
+def test_lines_without_end_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 50)
+    path = tmp_path / "rows"
+    path.write_text("prompt\n" + "a" * 200 + "\nb\n")
+    if format == "csv":
+        with pytest.raises(InputError, match="more than 50 characters"):
+            _items(RowFile(str(path), format))
+    else:
+        assert "more than 50 bytes" in (_items(RowFile(str(path), format))[1].fault or "")
 
 
 def test_texts_that_are_no_utf8_are_faults_of_their_rows(tmp_path: Path) -> None:

@@ -221,9 +221,17 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
 def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
-        yield from _csv_records(csv.reader(text, strict=True))
+        yield from _csv_records(csv.reader(_bounded_lines(text), strict=True))
     finally:
         text.detach()  # the caller closes the file
+
+
+def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a CSV file. A file without line breaks must not fill the memory."""
+    while line := text.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(("\n", "\r")):
+            raise InputError(f"a line of the CSV file has more than {MAX_LINE_BYTES} characters")
+        yield line
 
 
 def _csv_records(reader: Any) -> Iterator[Row]:
