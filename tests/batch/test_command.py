@@ -112,6 +112,8 @@ def test_late_settings_of_the_prior_are_refused(folder: Path, capsys: pytest.Cap
     assert "prior_steps would have no effect" in capsys.readouterr().err
     assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--column", "prompt=x", "-q"]) == 1
     assert "--column would have no effect" in capsys.readouterr().err
+    assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "-n", "2", "-q"]) == 1
+    assert "-n would have no effect" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +127,13 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(capsys.readouterr().err.splitlines()) == 151  # all faults, also of quiet runs
     assert main(["batch", "rows.unknown", "-o", "out"]) == 1
     assert "input='rows.unknown' is invalid" in capsys.readouterr().err
-    for arguments in (["--seed", "1", "2"], ["--workers", "2", "--ray"], ["--column", "prompt"]):
+    for arguments in (
+        ["--seed", "1", "2"],
+        ["--workers", "2", "--ray"],
+        ["--column", "prompt"],
+        ["--ray-decoder-actors", "2"],
+        ["--stage", "prior", "--previews"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["batch", "rows.jsonl", "-o", "out", *arguments])
         assert stop.value.code == 2

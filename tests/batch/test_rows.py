@@ -199,6 +199,14 @@ def test_rows_override_the_defaults_and_the_preset() -> None:
     assert request.prior_steps == plain.prior_steps is not None
 
 
+def test_a_default_strength_concerns_only_rows_that_have_one(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    options = RequestOptions({"strength": 0.5}, tmp_path)
+    rows = ({"prompt": "a"}, {"image": "a.png"}, {"prompt": "a", "image": "a.png"}, {"prompt": "a", "hint": "a.png"})
+    built = [build_request(Item(0, 1, "1", 5, row, {}), options).request.strength for row in rows]
+    assert built == [None, None, 0.5, None]
+
+
 def test_columns_can_be_mapped_and_unknown_ones_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"caption": "a star", "prompt": "unused", "url": "x"}\n')

@@ -94,6 +94,7 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
         raise InputError(item.fault)
     row = parse_settings({**_effective_defaults(options.defaults, item.settings), **item.settings})
     mode = _mode(row, item.settings)
+    row = _without_ineffective_defaults(row, mode, item.settings)
     values = _sampling_values(row)
     inputs = InputImages()
     images: dict[str, Any] = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
@@ -135,6 +136,13 @@ def _effective_defaults(defaults: Mapping[str, Any], settings: Mapping[str, Any]
     """Return the defaults, without those that a setting of the row replaces under another name."""
     replaced = {"size"} if {"width", "height"} & settings.keys() else set()
     return {name: value for name, value in defaults.items() if name not in replaced}
+
+
+def _without_ineffective_defaults(row: RowSettings, mode: Mode, settings: Mapping[str, Any]) -> RowSettings:
+    """Return a row without defaults that concern other modes, or that require a setting which the row does not have."""
+    unmet = {pair.name for pair in mode.dependent if getattr(row, pair.other) is None}
+    ignored = [name for name in MODE_SETTINGS if name not in settings and (name not in mode.inputs or name in unmet)]
+    return dataclasses.replace(row, **dict.fromkeys(ignored))
 
 
 def _mode(row: RowSettings, settings: Mapping[str, Any]) -> Mode:

@@ -153,7 +153,6 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ray-prior-actors",
         type=options.integer(1, MAX_WORKERS),
-        default=1,
         metavar="N",
         help="with --ray, processes that run the prior (default: 1)",
     )
@@ -180,11 +179,15 @@ def run(args: argparse.Namespace) -> None:
     from kandinsky22.batch.run import RunOptions, run_batch
 
     console = Console(quiet=args.quiet)
-    ray = None if args.ray is None else RayOptions(args.ray, args.ray_prior_actors, args.ray_decoder_actors)
+    ray = None if args.ray is None else RayOptions(args.ray, args.ray_prior_actors or 1, args.ray_decoder_actors)
     if args.seed is not None and len(args.seed) > 1:
         args.fail("--seed takes one seed, from which the seeds of the rows follow")
     if args.ray is not None and args.workers > 1:
         args.fail("--workers and --ray exclude each other")
+    if args.ray is None and (args.ray_prior_actors or args.ray_decoder_actors):
+        args.fail("--ray-prior-actors and --ray-decoder-actors require --ray")
+    if args.stage == "prior" and args.previews:
+        args.fail("--previews requires pictures, which --stage prior does not draw")
     with contextlib.ExitStack() as stack:
         if args.quiet:
             stack.enter_context(silenced_libraries())
@@ -231,7 +234,8 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
     item_options = ItemOptions(_plain(defaults), seed, args.count, args.wildcards)
     if args.stage == "decoder":
         unused = ("input_format", "column", "wildcards", "seed")
-        if used := [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name)]:
+        used = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name)]
+        if used := [*used, *(["-n"] if args.count != 1 else [])]:
             raise InputError(f"{', '.join(used)} would have no effect with --stage decoder")
         yield StoredSource(args.input, item_options)
         return
