@@ -7,6 +7,8 @@ import inspect
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.batch.kills import contents, entries
+from tests.batch.kills import await_progress, command_line, contents, entries, workers_of
 
 from kandinsky22.batch import batch_sizes
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
@@ -290,12 +292,26 @@ def test_the_model_is_checked_before_rows_are_drawn(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_draws_the_same_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ray_draws_the_same_pictures_although_a_worker_is_killed(folder: Path) -> None:
     pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which Ray's processes inherit
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     common = ["--batch-size", "2", "--shard-size", "2", "--format", "webdataset", *FAST]
     assert main(["batch", "rows.jsonl", "-o", "here", *common]) == 0
-    assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", "--ray-decoder-actors", "1", *common]) == 0
+    command = [sys.executable, "-m", "kandinsky22", "batch", "rows.jsonl", "-o", "ray", "--ray"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # which Ray's processes inherit
+    process = subprocess.Popen([*command, "--ray-decoder-actors", "1", *common], env=environment)
+    try:
+        await_progress(process, Path("ray/manifest.jsonl"))
+        decoders = [worker for worker in workers_of(process.pid) if b"_DecoderStage" in command_line(worker)]
+        assert process.poll() is None and len(decoders) == 1
+        os.kill(decoders[0], signal.SIGKILL)
+        assert process.wait(timeout=400) == 0
+    finally:
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in Path("ray/manifest.jsonl").read_text().splitlines()[1:]]
+    assert len({line["worker"] for line in lines}) == 2, "the killed worker was replaced"
     assert contents(Path("ray")) == contents(Path("here"))
     assert entries(Path("ray")) == entries(Path("here"))
-    assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", *common]) == 0  # nothing is left to draw
