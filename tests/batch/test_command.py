@@ -21,11 +21,15 @@ from tests.batch.kills import await_progress, command_line, contents, entries, w
 from kandinsky22.batch import batch_sizes
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
 from kandinsky22.batch.formats import FORMATS, read_shard
-from kandinsky22.batch.items import Item
+from kandinsky22.batch.items import Item, ItemOptions
 from kandinsky22.batch.manifest import Manifest
+from kandinsky22.batch.ray_run import RayOptions
 from kandinsky22.batch.requests import RequestOptions
 from kandinsky22.batch.row_settings import FIELDS
+from kandinsky22.batch.rows import RowFile
+from kandinsky22.batch.run import RunOptions
 from kandinsky22.batch.shards import ShardTask
+from kandinsky22.batch.sources import RowSource
 from kandinsky22.batch.storage import LocalFolder
 from kandinsky22.cli import batch
 from kandinsky22.cli.main import build_parser, main
@@ -127,6 +131,9 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     Path("bad.csv").write_text("prompt,steps\n" + "a,none\n" * 150)
     assert main(["batch", "bad.csv", "-o", "out", "-q"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 151  # all faults, also of quiet runs
+    for column, words in (("promt=prompt", "--column='promt' is invalid"), ("seed=sed", "column='sed' is invalid")):
+        assert main(["batch", "rows.jsonl", "-o", "out", "-q", "--column", column]) == 1
+        assert words in capsys.readouterr().err
     assert main(["batch", "rows.unknown", "-o", "out"]) == 1
     assert "input='rows.unknown' is invalid" in capsys.readouterr().err
     for arguments in (
@@ -135,6 +142,7 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
         ["--column", "prompt"],
         ["--ray-decoder-actors", "2"],
         ["--stage", "prior", "--previews"],
+        ["--ray-prior-actors", "1"],
     ):
         with pytest.raises(SystemExit) as stop:
             main(["batch", "rows.jsonl", "-o", "out", *arguments])
@@ -289,6 +297,29 @@ def test_the_model_is_checked_before_rows_are_drawn(folder: Path) -> None:
 
 
 # Ray
+
+
+def test_other_machines_receive_absolute_paths(folder: Path) -> None:
+    """Ray's processes on other machines have another current folder: results would be written there."""
+    for name in ("model", "style.safetensors"):
+        Path(name).mkdir()
+    defaults = {"model": "model", "prior": "owner/name", "lora": ["style.safetensors:0.5", "owner/style"]}
+    source = RowSource(RowFile("rows.jsonl", "jsonl"), ItemOptions(defaults))
+    options = RunOptions(source, "out", ray=RayOptions("auto"))
+    absolute = options.absolute()
+    assert isinstance(absolute.source, RowSource)
+    assert (absolute.output, absolute.source.file.path) == (str(folder / "out"), str(folder / "rows.jsonl"))
+    assert absolute.source.folder == folder
+    assert absolute.source.defaults == {
+        **{"model": str(folder / "model"), "prior": "owner/name"},
+        "lora": [f"{folder}/style.safetensors:0.5", "owner/style"],
+    }
+    assert dataclasses.replace(options, output="s3://bucket/run").absolute().output == "s3://bucket/run"
+
+
+def test_standard_input_is_not_for_clusters(folder: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["batch", "-", "-o", "out", "--ray", "auto"])
 
 
 @pytest.mark.slow

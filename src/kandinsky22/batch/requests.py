@@ -236,10 +236,10 @@ def _adapters(row: RowSettings, folder: Path) -> dict[str, Any]:
     """Return the fields of Request that stand for the row's adapters, whose files are read once per process."""
     if row.lora in (None, (NO_ADAPTER,)):
         return {}
-    found = [_find_adapter(text, str(folder)) for text in row.lora or ()]
+    adapters = [_find_adapter(text, str(folder)) for text in row.lora or ()]
     return {
-        "lora": tuple(adapter.record for adapter in found),
-        "lora_locations": tuple(adapter.location for adapter in found),
+        "lora": tuple(adapter.record for adapter in adapters),
+        "lora_locations": tuple(adapter.location for adapter in adapters),
     }
 
 

@@ -184,6 +184,8 @@ def run(args: argparse.Namespace) -> None:
         args.fail("--seed takes one seed, from which the seeds of the rows follow")
     if args.ray is not None and args.workers > 1:
         args.fail("--workers and --ray exclude each other")
+    if args.ray not in (None, "local") and args.input == "-":
+        args.fail("standard input cannot be read by the machines of a cluster; name a file that all of them have")
     if args.ray is None and (args.ray_prior_actors or args.ray_decoder_actors):
         args.fail("--ray-prior-actors and --ray-decoder-actors require --ray")
     if args.stage == "prior" and args.previews:
@@ -224,6 +226,7 @@ def run(args: argparse.Namespace) -> None:
 def _source(args: argparse.Namespace) -> Iterator[Source]:
     """Yield the source of a command line. Standard input is copied into a temporary file next to the output."""
     from kandinsky22.batch.items import ItemOptions
+    from kandinsky22.batch.row_settings import FIELDS
     from kandinsky22.batch.rows import STDIN, RowFile, find_row_format, guess_format, spool
     from kandinsky22.batch.sources import RowSource, StoredSource
 
@@ -240,8 +243,10 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
         yield StoredSource(args.input, item_options)
         return
     columns = dict(args.column)
-    if len(set(columns.values())) < len(columns):
-        raise invalid("--column", args.column, "each setting once")
+    if unknown := [setting for setting in columns.values() if setting not in FIELDS]:
+        raise invalid("--column", ", ".join(unknown), f"one of the settings {', '.join(sorted(FIELDS))}")
+    if len(set(columns.values())) < len(args.column):
+        raise invalid("--column", args.column, "each setting and each column once")
     if args.input != STDIN:
         yield RowSource(RowFile(args.input, args.input_format or find_row_format(args.input), columns), item_options)
         return
