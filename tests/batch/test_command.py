@@ -131,7 +131,7 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     Path("bad.csv").write_text("prompt,steps\n" + "a,none\n" * 150)
     assert main(["batch", "bad.csv", "-o", "out", "-q"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 151  # all faults, also of quiet runs
-    for column, words in (("promt=prompt", "--column='promt' is invalid"), ("seed=sed", "column='sed' is invalid")):
+    for column, words in (("caption=prompt", "--column='caption' is invalid"), ("seed=sed", "column='sed' is invalid")):
         assert main(["batch", "rows.jsonl", "-o", "out", "-q", "--column", column]) == 1
         assert words in capsys.readouterr().err
     assert main(["batch", "rows.unknown", "-o", "out"]) == 1
