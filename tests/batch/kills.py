@@ -55,12 +55,17 @@ def children(process: int) -> list[int]:
         return [int(number) for number in file.read().split()]
 
 
+def command_line(process: int) -> bytes:
+    """Return the arguments of a process, with a null byte after each."""
+    return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
 def workers_of(process: int) -> list[int]:
     """Return the worker processes of a run; multiprocessing also starts a tracker of resources, which draws nothing."""
     found: list[int] = []
     with contextlib.suppress(OSError):  # processes end meanwhile
         for child in children(process):
-            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            command = command_line(child)
             if b"spawn_main" in command or b"ray::MapWorker" in command:
                 found.append(child)
             found += workers_of(child)
@@ -89,7 +94,7 @@ def run_with_kills(
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while counts["driver"] + counts["worker"] < kills:
             if generator.random() < 0.75:
-                _await_progress(process, output / "manifest.jsonl")
+                await_progress(process, output / "manifest.jsonl")
             try:
                 process.wait(timeout=generator.uniform(0, longest))
                 break
@@ -111,7 +116,7 @@ def run_with_kills(
                 return counts
 
 
-def _await_progress(process: subprocess.Popen[bytes], manifest: Path) -> None:
+def await_progress(process: subprocess.Popen[bytes], manifest: Path) -> None:
     """Wait until a process has written to its manifest, or has ended."""
     before = manifest.stat() if manifest.exists() else None
     while process.poll() is None:
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--shard-size", type=int, default=20)
     parser.add_argument("--longest", type=float, default=40.0)
     parser.add_argument("--format", default="webdataset")
     parser.add_argument("--folder", type=Path, default=None)
@@ -137,8 +143,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "prompts.jsonl"
     write_prompts(source, args.rows)
-    command = [sys.executable, "-m", "kandinsky22", "batch", str(source), "--quality", "draft", "--shard-size", "20"]
-    command += ["--batch-size", "8", "--format", args.format, "-q"]
+    command = [sys.executable, "-m", "kandinsky22", "batch", str(source), "--quality", "draft"]
+    command += ["--shard-size", str(args.shard_size), "--batch-size", "8", "--format", args.format, "-q"]
     started = time.monotonic()
     subprocess.run([*command, "-o", str(folder / "whole")], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - started
@@ -157,7 +163,8 @@ def main() -> None:
         "seconds of the uninterrupted run": round(seconds, 1),
     }
     print(json.dumps(result))
-    sys.exit(not (result["equal files"] and result["equal manifests"] and pictures == args.rows))
+    all_killed = counts["driver"] + counts["worker"] == args.kills  # a run may end before; then more rows are needed
+    sys.exit(not (result["equal files"] and result["equal manifests"] and pictures == args.rows and all_killed))
 
 
 if __name__ == "__main__":

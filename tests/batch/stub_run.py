@@ -49,6 +49,8 @@ def stub_draw(options: DrawOptions) -> DrawShard:
             except InputError as error:
                 failed[task.key(item)] = str(error)
                 continue
+            if prompt == "fails":
+                raise InputError(f"row {item.row}: {prompt}")
             metadata = {
                 "key": task.key(item),
                 "id": item.id,

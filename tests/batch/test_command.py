@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.batch.kills import contents, entries
+from tests.batch.kills import await_progress, command_line, contents, entries, workers_of
 
 from kandinsky22.batch import batch_sizes
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
 from kandinsky22.batch.formats import FORMATS, read_shard
-from kandinsky22.batch.items import Item
+from kandinsky22.batch.items import Item, ItemOptions
 from kandinsky22.batch.manifest import Manifest
+from kandinsky22.batch.ray_run import RayOptions
 from kandinsky22.batch.requests import RequestOptions
+from kandinsky22.batch.row_settings import FIELDS
+from kandinsky22.batch.rows import RowFile
+from kandinsky22.batch.run import RunOptions
 from kandinsky22.batch.shards import ShardTask
+from kandinsky22.batch.sources import RowSource
 from kandinsky22.batch.storage import LocalFolder
-from kandinsky22.cli.main import main
+from kandinsky22.cli import batch
+from kandinsky22.cli.main import build_parser, main
 from kandinsky22.errors import InputError
 from kandinsky22.generation.stages import NanError
 
@@ -79,13 +88,20 @@ def test_larger_batches_say_so_in_the_recipe(folder: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_pictures_can_be_drawn_again_without_the_prior(folder: Path, format: str = "webdataset") -> None:
+def test_pictures_can_be_drawn_again_without_the_prior(
+    folder: Path, capsys: pytest.CaptureFixture[str], format: str = "webdataset"
+) -> None:
     common = ["--format", format, "--batch-size", "4", *FAST]
     assert main(["batch", "rows.jsonl", "-o", "whole", "--keep-embeddings", *common]) == 0
     assert main(["batch", "rows.jsonl", "-o", "prior", "--stage", "prior", *common]) == 0
     assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--keep-embeddings", *common[:4], "-q"]) == 0
     whole, prior, drawn = (_samples(Path(name), format) for name in ("whole", "prior", "drawn"))
     assert len(whole) == len(prior) == len(drawn) == 5
+    damaged = next(Path("prior").glob("*.tar"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main(["batch", "prior", "-o", "again", "--stage", "decoder", "-q"]) == 1
+    assert "shard 00000.tar of prior is missing or has changed" in capsys.readouterr().err
     for one, stored, other in zip(whole, prior, drawn, strict=True):
         assert stored.image is None
         np.testing.assert_array_equal(one.embedding.vectors, stored.embedding.vectors)
@@ -102,6 +118,8 @@ def test_late_settings_of_the_prior_are_refused(folder: Path, capsys: pytest.Cap
     assert "prior_steps would have no effect" in capsys.readouterr().err
     assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "--column", "prompt=x", "-q"]) == 1
     assert "--column would have no effect" in capsys.readouterr().err
+    assert main(["batch", "prior", "-o", "drawn", "--stage", "decoder", "-n", "2", "-q"]) == 1
+    assert "-n would have no effect" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,9 +128,22 @@ def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("kandinsky22: row 1: steps='none' is invalid")
     assert lines[-1].startswith("kandinsky22: error: 1 of 1 pictures cannot be drawn")
+    Path("bad.csv").write_text("prompt,steps\n" + "a,none\n" * 150)
+    assert main(["batch", "bad.csv", "-o", "out", "-q"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 151  # all faults, also of quiet runs
+    for column, words in (("caption=prompt", "--column='caption' is invalid"), ("seed=sed", "column='sed' is invalid")):
+        assert main(["batch", "rows.jsonl", "-o", "out", "-q", "--column", column]) == 1
+        assert words in capsys.readouterr().err
     assert main(["batch", "rows.unknown", "-o", "out"]) == 1
     assert "input='rows.unknown' is invalid" in capsys.readouterr().err
-    for arguments in (["--seed", "1", "2"], ["--workers", "2", "--ray"], ["--column", "prompt"]):
+    for arguments in (
+        ["--seed", "1", "2"],
+        ["--workers", "2", "--ray"],
+        ["--column", "prompt"],
+        ["--ray-decoder-actors", "2"],
+        ["--stage", "prior", "--previews"],
+        ["--ray-prior-actors", "1"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["batch", "rows.jsonl", "-o", "out", *arguments])
         assert stop.value.code == 2
@@ -132,6 +163,35 @@ def test_rows_come_from_standard_input(folder: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(recipe)["prompt"] == "a star"
     monkeypatch.setattr(sys, "stdin", Pipe(content))
     assert main(["batch", "-", "-o", "out", "--column", "prompt=caption", "--batch-size", "2", *FAST]) == 0
+
+
+@pytest.mark.slow
+def test_addresses_are_printed_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a star", "size": "64x64"}\n')
+    assert main(["batch", "rows.jsonl", "-o", "memory://printed/run", "--batch-size", "1", *FAST]) == 0
+    assert capsys.readouterr().out == "memory://printed/run\n"
+
+
+def test_every_option_acts() -> None:
+    """Options of shared groups that `batch` does not read would be accepted and ignored."""
+    parser = build_parser()
+    (subparsers,) = parser._subparsers._group_actions  # type: ignore[union-attr]
+    options = {action.dest for action in subparsers.choices["batch"]._actions} - {"help"}  # type: ignore[call-overload, index]
+    source = inspect.getsource(batch)
+    unused = {name for name in options if name not in batch.DEFAULTS and f"args.{name}" not in source}
+    assert unused == set()
+    assert set(batch.DEFAULTS) <= FIELDS
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_a_fault_of_its_rows(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    rows = [{"prompt": "a star", "size": "64x64"}, {"prompt": "a star", "model": "empty"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["batch", "rows.jsonl", "-o", "out", "--batch-size", "2", "--skip-bad", *FAST]) == 0
+    (entry,) = Manifest(LocalFolder(folder / "out")).entries.values()
+    assert entry.pictures == 1
+    assert entry.failed["000000001"].startswith("row 2: ")
 
 
 # Drawing
@@ -177,6 +237,34 @@ def test_a_picture_with_nan_ends_the_run_or_is_left_out(monkeypatch: pytest.Monk
     assert drawn.failed == {"000000001": "row 2: NaN"}
 
 
+@pytest.mark.slow
+def test_a_batch_beyond_the_memory_runs_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kandinsky22.batch import drawing
+
+    sizes: dict[str, list[int]] = {"encode_batch": [], "decode_batch": []}
+
+    def limited(name: str, limit: int) -> Any:
+        original = getattr(drawing, name)
+
+        def run(jobs: Any, *arguments: Any) -> Any:
+            sizes[name].append(len(jobs))
+            if len(jobs) > limit:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return original(jobs, *arguments)
+
+        return run
+
+    whole = ShardDrawer(_options(batch_size=1)).draw(_task(PROMPTS))
+    monkeypatch.setattr(drawing, "encode_batch", limited("encode_batch", 2))
+    monkeypatch.setattr(drawing, "decode_batch", limited("decode_batch", 1))
+    drawn = ShardDrawer(_options(batch_size=4)).draw(_task(PROMPTS))
+    assert sizes == {"encode_batch": [3, 1, 1, 1], "decode_batch": [3, 1, 1, 1]}
+    assert [sample.key for sample in drawn.samples] == [sample.key for sample in whole.samples]
+    monkeypatch.setattr(drawing, "decode_batch", limited("decode_batch", 0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ShardDrawer(_options(batch_size=2)).draw(_task(PROMPTS))
+
+
 def test_larger_images_run_in_smaller_batches() -> None:
     drawer = ShardDrawer(_options(batch_size=8, batch_pixels=64 * 64))
     sizes = {64: 8, 128: 2, 320: 1}
@@ -211,13 +299,50 @@ def test_the_model_is_checked_before_rows_are_drawn(folder: Path) -> None:
 # Ray
 
 
+def test_other_machines_receive_absolute_paths(folder: Path) -> None:
+    """Ray's processes on other machines have another current folder: results would be written there."""
+    for name in ("model", "style.safetensors"):
+        Path(name).mkdir()
+    defaults = {"model": "model", "prior": "owner/name", "lora": ["style.safetensors:0.5", "owner/style"]}
+    source = RowSource(RowFile("rows.jsonl", "jsonl"), ItemOptions(defaults))
+    options = RunOptions(source, "out", ray=RayOptions("auto"))
+    absolute = options.absolute()
+    assert isinstance(absolute.source, RowSource)
+    assert (absolute.output, absolute.source.file.path) == (str(folder / "out"), str(folder / "rows.jsonl"))
+    assert absolute.source.folder == folder
+    assert absolute.source.defaults == {
+        **{"model": str(folder / "model"), "prior": "owner/name"},
+        "lora": [f"{folder}/style.safetensors:0.5", "owner/style"],
+    }
+    assert dataclasses.replace(options, output="s3://bucket/run").absolute().output == "s3://bucket/run"
+
+
+def test_standard_input_is_not_for_clusters(folder: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["batch", "-", "-o", "out", "--ray", "auto"])
+
+
 @pytest.mark.slow
-def test_ray_draws_the_same_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ray_draws_the_same_pictures_although_a_worker_is_killed(folder: Path) -> None:
     pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which Ray's processes inherit
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     common = ["--batch-size", "2", "--shard-size", "2", "--format", "webdataset", *FAST]
     assert main(["batch", "rows.jsonl", "-o", "here", *common]) == 0
-    assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", "--ray-decoder-actors", "1", *common]) == 0
+    command = [sys.executable, "-m", "kandinsky22", "batch", "rows.jsonl", "-o", "ray", "--ray"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # which Ray's processes inherit
+    process = subprocess.Popen([*command, "--ray-decoder-actors", "1", *common], env=environment)
+    try:
+        await_progress(process, Path("ray/manifest.jsonl"))
+        decoders = [worker for worker in workers_of(process.pid) if b"_DecoderStage" in command_line(worker)]
+        assert process.poll() is None and len(decoders) == 1
+        os.kill(decoders[0], signal.SIGKILL)
+        assert process.wait(timeout=400) == 0
+    finally:
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in Path("ray/manifest.jsonl").read_text().splitlines()[1:]]
+    assert len({line["worker"] for line in lines}) == 2, "the killed worker was replaced"
     assert contents(Path("ray")) == contents(Path("here"))
     assert entries(Path("ray")) == entries(Path("here"))
-    assert main(["batch", "rows.jsonl", "-o", "ray", "--ray", *common]) == 0  # nothing is left to draw

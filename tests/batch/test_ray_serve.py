@@ -47,10 +47,16 @@ def test_the_example_draws_the_pictures_of_the_command(tmp_path: Path, monkeypat
         rows: list[dict[str, object]] = [{"prompt": "a red circle", "seed": seed} for seed in (1, 2)]
         with ThreadPoolExecutor(2) as pool:
             first, _ = pool.map(_post, rows)
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            _post({"prompt": "a red circle", "steps": 0})
-        assert caught.value.code == 400
-        assert "steps=0" in json.loads(caught.value.read())["error"]
+        for row, words in (
+            ({"prompt": "a red circle", "steps": 0}, "steps=0"),
+            ({"prompt": "a red circle", "seed": "x"}, "seed='x'"),
+            ({"prompt": "a red circle", "image": "private.png"}, "private.png"),
+            ({"prompt": "a red circle", "model": "other/model"}, "an object with"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                _post(row)
+            assert caught.value.code == 400
+            assert words in json.loads(caught.value.read())["error"]
         serve.shutdown()
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "a red circle", "--seed", "1", "--quality", "draft", "-q", "-o", "alone.png"]) == 0

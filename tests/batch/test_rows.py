@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from kandinsky22.batch import wildcards
+from kandinsky22.batch import rows, wildcards
 from kandinsky22.batch.checks import MAX_FAULTS, check_items
 from kandinsky22.batch.items import Item, ItemOptions, read_items, row_seed
 from kandinsky22.batch.requests import RequestOptions, build_request
@@ -55,6 +55,53 @@ def test_text_files_have_a_prompt_per_line(tmp_path: Path) -> None:
     assert guess_format(path) == "text"
 
 
+def test_the_format_of_standard_input_follows_from_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "stdin"
+    for content, format in (("\ufeff\n \n{}", "jsonl"), ("\n\na star {x}", "text"), ("", "text")):
+        path.write_text(content, encoding="utf-8")
+        assert guess_format(path) == format
+
+
+@pytest.mark.parametrize("format", ["jsonl", "text", "csv"])
+def test_lines_without_end_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 50)
+    path = tmp_path / "rows"
+    path.write_text("prompt\n" + "a" * 200 + "\nb\n")
+    if format == "csv":
+        with pytest.raises(InputError, match="more than 50 characters"):
+            _items(RowFile(str(path), format))
+    else:
+        assert "more than 50 bytes" in (_items(RowFile(str(path), format))[1].fault or "")
+
+
+def test_texts_that_are_no_utf8_are_faults_of_their_rows(tmp_path: Path) -> None:
+    path, offsets = tmp_path / "rows.parquet", pyarrow.array([0, 1, 4, 5], pyarrow.int32()).buffers()[1]
+    prompts = pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"aa\xffbc"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": prompts}), path)
+    items = _items(RowFile(str(path), "parquet"))
+    assert [item.settings.get("prompt") for item in items] == ["a", None, "c"]
+    assert "row" not in (items[1].fault or "") and "utf-8" in (items[1].fault or "")
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"prompt,\xff\na,1\n")
+    with pytest.raises(InputError, match="first line of the CSV file is not UTF-8"):
+        _items(RowFile(str(table), "csv"))
+
+
+@pytest.mark.parametrize("address", ["unknown://x/rows.jsonl", "memory://missing/rows.jsonl"])
+def test_addresses_that_cannot_be_opened_are_input_errors(address: str) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl cannot be read"):
+        _items(RowFile(address, "jsonl"))
+
+
+def test_columns_that_cannot_be_repeated_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "tags": ["x"], "note": "\\ud800", "\\ud800": 1, "url": "u", "empty": null}\n')
+    items = _items(RowFile(str(path), "jsonl"))
+    report = check_items(items, RequestOptions())
+    assert report.unused_columns == ("url",)
+    assert report.dropped_columns == ("tags", "note", "\ud800")
+
+
 def test_faults_of_rows_do_not_end_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "a"}\n{broken\n[1]\n\xff\xfe\n{"prompt": "b"}\n')
@@ -91,6 +138,13 @@ def test_faults_of_rows_do_not_end_the_reading(tmp_path: Path) -> None:
         ({"parts": [{"text": "a", "weight": 1}, {"text": "b"}]}, "only some of the parts"),
         ({"prompt": "a", "image": "a.png", "mask": "wide.png"}, "aspect ratio"),
         ({"prompt": "a", "n": 0}, "n=0"),
+        ({"prompt": "a", "model": "missing-folder"}, "model='missing-folder' is invalid: expected 'embedded'"),
+        ({"prompt": "a", "prior": "../missing"}, "prior='../missing'"),
+        ({"prompt": "a", "lora": ["missing.safetensors"]}, "missing.safetensors"),
+        ({"prompt": "a", "lora": []}, "lora=[]"),
+        ({"prompt": "a", "subject": "a.png:2"}, "weight from 0 to 1"),
+        ({"prompt": "a", "subject": "a.png"}, "a.png"),
+        ({"parts": [{"text": "a"}, {"subject": "missing.safetensors"}]}, "missing.safetensors"),
         ({"prompt": "a", "guidance_interval": [0.5, 0.2]}, "guidance_interval"),
     ],
 )
@@ -145,6 +199,14 @@ def test_rows_override_the_defaults_and_the_preset() -> None:
     assert request.prior_steps == plain.prior_steps is not None
 
 
+def test_a_default_strength_concerns_only_rows_that_have_one(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    options = RequestOptions({"strength": 0.5}, tmp_path)
+    rows = ({"prompt": "a"}, {"image": "a.png"}, {"prompt": "a", "image": "a.png"}, {"prompt": "a", "hint": "a.png"})
+    built = [build_request(Item(0, 1, "1", 5, row, {}), options).request.strength for row in rows]
+    assert built == [None, None, 0.5, None]
+
+
 def test_columns_can_be_mapped_and_unknown_ones_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"caption": "a star", "prompt": "unused", "url": "x"}\n')
@@ -161,8 +223,10 @@ def test_missing_values_of_tables_are_not_set() -> None:
 
 def test_faults_are_counted_beyond_those_that_are_kept() -> None:
     items = (Item(index, index + 1, str(index), 0, {}, {}) for index in range(500))
-    report = check_items(items, RequestOptions())
+    seen: list[int] = []
+    report = check_items(items, RequestOptions(), lambda fault: seen.append(fault.row))
     assert (report.fault_count, len(report.faults), report.first) == (500, MAX_FAULTS, None)
+    assert seen == list(range(1, 501))
 
 
 def test_wildcards_expand_to_all_combinations() -> None:
@@ -200,6 +264,19 @@ def test_rows_with_wildcards_are_several_items(tmp_path: Path) -> None:
     assert _items(file)[0].settings["prompt"] == "a {red|blue} star"
     assert check_items(_items(file), RequestOptions()).wildcard_rows == 2
     assert len(_items(file, count=3)) == 3 + 2 + 3
+
+
+def test_wildcards_of_mixtures_are_replaced_and_escapes_removed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    parts = [{"text": "a {red|blue} star", "weight": 0.25}, {"image": "a.png", "weight": 0.75}]
+    path.write_text(json.dumps({"parts": parts}) + "\n" + json.dumps({"prompt": r"\{x|y\} {z}"}) + "\n")
+    file = RowFile(str(path), "jsonl")
+    items = _items(file, wildcards="expand")
+    assert [item.settings["parts"][0]["text"] for item in items[:2]] == ["a red star", "a blue star"]
+    assert items[0].settings["parts"][1] == parts[1]
+    assert items[2].settings["prompt"] == "{x|y} {z}"
+    assert _items(file, wildcards="sample")[0].settings["parts"][0]["text"] in ("a red star", "a blue star")
+    assert _items(file)[1].settings["prompt"] == r"\{x|y\} {z}"
 
 
 def test_seeds_follow_from_the_run_and_the_row() -> None:

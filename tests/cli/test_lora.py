@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,28 @@ def test_a_file_whose_name_ends_like_a_weight(tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert split_weight(str(path)) == (str(path), 1.0)
     assert split_weight(f"{path}:0.5") == (str(path), 0.5)
+
+
+def test_a_batch_applies_adapters_of_the_command_and_of_rows(command: Command, model: Path, lora: Path) -> None:
+    """Paths in rows start from the current folder, or from that of the input file."""
+    folder = Path("rows")
+    folder.mkdir()
+    other = save_adapter(model, folder / "other.safetensors", seed=2)
+    rows: list[dict[str, object]] = [
+        {},
+        {"lora": ["other.safetensors:0.5"]},
+        {"lora": "none"},
+        {"lora": "other.safetensors"},
+    ]
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a cat", "seed": 5, **row}) + "\n" for row in rows)
+    )
+    result = command("batch", folder / "rows.jsonl", "-o", "out", "--model", model, "--lora", lora, "--batch-size", 1)
+    assert result.code == 0, result.err
+    for number, options in enumerate((["--lora", lora], ["--lora", f"{other}:0.5"], [], ["--lora", other])):
+        alone = draw(command, model, f"alone{number}.png", *options)
+        assert np.array_equal(pixels(Path(f"out/00000/00000000{number}.png")), pixels(alone))
+    (folder / "rows.jsonl").write_text('{"prompt": "a cat", "lora": "missing.safetensors"}\n')
+    result = command("batch", folder / "rows.jsonl", "-o", "missing", "--model", model)
+    assert result.code == 1
+    assert result.err.startswith("kandinsky22: row 1: ") and "missing.safetensors" in result.err

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kandinsky22.cli.command_inputs import CommandInputs
@@ -146,3 +147,23 @@ def test_recipes_without_a_batch_size_are_read() -> None:
     assert alone.batch_size is None
     assert Recipe.from_json(batched.to_json(), origin="x") == batched
     assert ("batch size", "8") in batched.summary()
+
+
+def test_a_series_on_a_gpu_runs_in_batches_that_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is replaced by one that says that it is a GPU, and by one whose memory holds two images."""
+    from kandinsky22.generation import batching
+
+    sizes: list[int] = []
+
+    def limited(jobs: Sequence[Job], seeds: Sequence[int], on_step: object) -> list[str]:
+        sizes.append(len(jobs))
+        if len(jobs) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return [f"image {seed}" for seed in seeds]
+
+    (job,) = _jobs(CASES["generate"][:1])
+    networks = dataclasses.replace(job.networks, device=torch.device("cuda"))
+    monkeypatch.setattr(batching, "generate_batch", limited)
+    series = batching.generate_series(dataclasses.replace(job, networks=networks), range(10))
+    assert list(series) == [f"image {seed}" for seed in range(10)]
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]

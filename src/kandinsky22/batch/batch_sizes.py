@@ -16,6 +16,7 @@ from kandinsky22.batch.requests import build_request
 from kandinsky22.checkpoints.atomic_files import read_json, write_json
 from kandinsky22.errors import KandinskyError
 from kandinsky22.generation.batching import generate_batch
+from kandinsky22.generation.memory_errors import is_out_of_memory
 from kandinsky22.pipelines.embedding_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ MAX_CPU_BATCH = 16  # beyond, caches of CPUs gain nothing and memory grows
 MEASURED_STEPS = 2
 GAIN = 1.05  # speed-up that a twice as large batch must bring
 MEMORY_FRACTION = 0.85  # of the device's memory that a batch may use
-MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _rate(job: Job, size: int) -> float | None:
             generate_batch([job] * size, list(range(size)))
             best = min(best, time.perf_counter() - started)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in MEMORY_MESSAGES):
-            return None
-        raise
+        if not is_out_of_memory(error):
+            raise
+        return None
     return size / best
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kandinsky22.batch import wildcards
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.requests import RequestOptions, build_request
-from kandinsky22.errors import InputError
+from kandinsky22.errors import CheckpointError, InputError
 
 MAX_FAULTS = 100  # faults that are kept; the others are counted
 MAX_COLUMNS = 20  # names of unused columns that are kept
@@ -36,6 +36,7 @@ class Report:
         faults: The first `MAX_FAULTS` faults.
         fault_count: Number of bad items.
         unused_columns: Names of columns that are no settings, at most `MAX_COLUMNS`.
+        dropped_columns: Names of those that the metadata do not repeat, at most `MAX_COLUMNS`.
         wildcard_rows: Number of items whose prompts contain braces that would be wildcards.
         first: The first good item; None if there is none.
     """
@@ -44,32 +45,50 @@ class Report:
     faults: tuple[Fault, ...]
     fault_count: int
     unused_columns: tuple[str, ...]
+    dropped_columns: tuple[str, ...]
     wildcard_rows: int
     first: Item | None
 
 
-def check_items(items: Iterable[Item], options: RequestOptions) -> Report:
+def check_items(
+    items: Iterable[Item], options: RequestOptions, on_fault: Callable[[Fault], None] | None = None
+) -> Report:
     """Return what is wrong with items. Every image is opened, no network is loaded.
 
     Args:
         items: The items of a run.
         options: What all requests of the run share.
+        on_fault: Called for each fault; None calls nothing.
     """
     count = fault_count = wildcard_rows = 0
     faults: list[Fault] = []
     unused: dict[str, None] = {}
+    dropped: dict[str, None] = {}
     first = None
     for item in items:
         count += 1
         if len(unused) < MAX_COLUMNS:
             unused.update(dict.fromkeys(item.columns))
+        if len(dropped) < MAX_COLUMNS:
+            dropped.update(dict.fromkeys(item.dropped))
         try:
             request = build_request(item, options).request
-        except InputError as error:
+        except (InputError, CheckpointError) as error:
             fault_count += 1
+            fault = Fault(item.row, str(error))
             if len(faults) < MAX_FAULTS:
-                faults.append(Fault(item.row, str(error)))
+                faults.append(fault)
+            if on_fault is not None:
+                on_fault(fault)
             continue
         wildcard_rows += any(map(wildcards.has_wildcards, request.texts()))
         first = first or item
-    return Report(count, tuple(faults), fault_count, tuple(unused)[:MAX_COLUMNS], wildcard_rows, first)
+    return Report(
+        items=count,
+        faults=tuple(faults),
+        fault_count=fault_count,
+        unused_columns=tuple(unused)[:MAX_COLUMNS],
+        dropped_columns=tuple(dropped)[:MAX_COLUMNS],
+        wildcard_rows=wildcard_rows,
+        first=first,
+    )

@@ -14,7 +14,7 @@ from kandinsky22.batch.requests import RequestOptions, RowRequest, build_request
 from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.shards import DrawnShard, ShardTask, json_value
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.errors import InputError
+from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.generation.batching import (
     PRIOR_BATCHES,
     Embeddings,
@@ -25,6 +25,7 @@ from kandinsky22.generation.batching import (
     job_key,
 )
 from kandinsky22.generation.image_files import PNG, encode_image
+from kandinsky22.generation.memory_errors import is_out_of_memory
 from kandinsky22.generation.modes import Mode
 from kandinsky22.generation.recipe import Recipe
 from kandinsky22.generation.request import Request
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 STAGES = ("both", "prior", "decoder")
 ENCODER_THREADS = 2  # threads that compress PNG files
-MAX_SESSIONS = 2  # models in memory, except for the kinds of the embedded model, which are small
+MAX_SESSIONS, MAX_SMALL_SESSIONS = 2, 16  # models in memory; kinds of the embedded model, which are small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,7 @@ class ShardDrawer:
 
         Raises:
             InputError: If an item cannot be drawn, unless such items are skipped.
+            CheckpointError: If its model or an adapter cannot be loaded, likewise.
             NanError: If a result contains NaN, likewise.
         """
         plan = self.plan(task)
@@ -206,13 +208,29 @@ class ShardDrawer:
     def _encoded(self, plan: Plan, pairs: Sequence[tuple[Item, Job]]) -> Iterator[tuple[Item, Embeddings]]:
         items = [item for item, _ in pairs]
         try:
-            yield from zip(items, encode_batch([job for _, job in pairs], [item.seed for item in items]), strict=True)
-        except NanError as error:
+            results = encode_batch([job for _, job in pairs], [item.seed for item in items])
+        except Exception as error:
+            size = self._smaller_batch(plan, items, error)
+        else:
+            yield from zip(items, results, strict=True)
+            return
+        for start in range(0, len(pairs), size) if size else ():
+            yield from self._encoded(plan, pairs[start : start + size])
+
+    def _smaller_batch(self, plan: Plan, items: Sequence[Item], error: Exception) -> int:
+        """Return the size of the batches that replace one that failed, or 0 if its only item has failed.
+
+        Raises:
+            Exception: The error, if smaller batches would not help.
+        """
+        if isinstance(error, NanError):
             if len(items) == 1:
                 self._fail(plan, items[0], error)
-                return
-            for pair in pairs:
-                yield from self._encoded(plan, [pair])
+            return 1 if len(items) > 1 else 0
+        # The size was measured for the first row; attention of larger images takes more than their pixels suggest.
+        if len(items) == 1 or not is_out_of_memory(error):
+            raise error
+        return len(items) // 2
 
     def decode(self, plan: Plan, embeddings: Mapping[int, StoredEmbedding]) -> DrawnShard:
         """Run the decoder, or store the embeddings alone.
@@ -254,15 +272,15 @@ class ShardDrawer:
         dtype = jobs[0].networks.combined.dtype
         try:
             images = decode_batch(jobs, [embeddings[item.index].restored(dtype) for item, _ in pairs])
-        except NanError as error:
-            if len(pairs) == 1:
-                self._fail(plan, pairs[0][0], error)
-                return
-            for pair in pairs:
-                yield from self._decoded(plan, [pair], batch_size, embeddings)
+        except Exception as error:
+            size = self._smaller_batch(plan, [item for item, _ in pairs], error)
+        else:
+            for (item, job), image in zip(pairs, images, strict=True):
+                yield item, finished(job, item.seed, image, batch_size=batch_size)
             return
-        for (item, job), image in zip(pairs, images, strict=True):
-            yield item, finished(job, item.seed, image, batch_size=batch_size)
+        # After the block, which holds the tensors of the error's frames.
+        for start in range(0, len(pairs), size) if size else ():
+            yield from self._decoded(plan, pairs[start : start + size], batch_size, embeddings)
 
     def _fail(self, plan: Plan, item: Item, error: Exception) -> None:
         if not self.options.skip_bad:
@@ -280,6 +298,7 @@ class ShardDrawer:
 
         Raises:
             InputError: If an item cannot be drawn, unless such items are skipped.
+            CheckpointError: If its model or an adapter cannot be loaded, likewise.
         """
         plan = Plan(task, [], dict(failed or {}))
         requests: dict[int, RowRequest] = {}
@@ -289,7 +308,7 @@ class ShardDrawer:
                 continue
             try:
                 row = requests[item.index] = build_request(item, self.options.requests)
-            except InputError as error:
+            except (InputError, CheckpointError) as error:
                 self._fail(plan, item, error)
                 continue
             groups.setdefault(batch_key(row.mode, row.request), []).append(item)
@@ -300,7 +319,12 @@ class ShardDrawer:
     def _plan_group(self, plan: Plan, group: Sequence[Item], requests: Mapping[int, RowRequest]) -> None:
         """Add the batches of items with equal settings; results of different size are in different batches."""
         first = requests[group[0].index]
-        session = self.session(first.mode, first.request)
+        try:
+            session = self.session(first.mode, first.request)
+        except (InputError, CheckpointError) as error:
+            for item in group:
+                self._fail(plan, item, error)
+            return
         sizes: dict[tuple[object, ...], list[tuple[Item, Job]]] = {}
         like: Job | None = None
         for item in group:
@@ -329,9 +353,10 @@ class ShardDrawer:
         if key in self._sessions:
             self._sessions.move_to_end(key)
             return self._sessions[key]
-        large = [each for each in self._sessions if EMBEDDED not in each]
-        if len(large) >= MAX_SESSIONS:
-            del self._sessions[large[0]]
+        small = EMBEDDED in key
+        alike = [each for each in self._sessions if (EMBEDDED in each) == small]
+        if len(alike) >= (MAX_SMALL_SESSIONS if small else MAX_SESSIONS):
+            del self._sessions[alike[0]]
         session = Session(mode, request, low_memory=self.options.low_memory, compile=self.options.compile)
         session.set_progress_bar_config(disable=True)
         self._sessions[key] = session

@@ -17,10 +17,19 @@ from kandinsky22.errors import InputError, describe
 
 MANIFEST = "manifest.jsonl"
 FORMAT = 1
+# Values of the header that a run goes on from.
+HEADER = {
+    "items": int,
+    "batch_size": int,
+    "batch_pixels": int | None,
+    "folder": str,
+    "versions": dict,
+    "settings": dict,
+}
 UPLOAD_SECONDS = 30.0  # time between uploads of the manifest: remote files cannot be appended to
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ShardEntry:
     """A finished shard.
 
@@ -63,8 +72,10 @@ class Manifest:
     """The manifest of an output folder.
 
     Attributes:
+        exists: Whether the folder has a manifest.
         header: What the run draws; None for a new folder.
-        entries: Finished shards by number.
+        entries: Shards by number that an earlier run has finished. With remote folders, also those of this run, from
+            which the manifest is uploaded again; a local manifest is appended to, and memory does not grow with it.
         damaged_lines: Number of lines that could not be read, whose shards are drawn again.
 
     Args:
@@ -77,16 +88,18 @@ class Manifest:
         self.header: dict[str, Any] | None = None
         self.entries: dict[int, ShardEntry] = {}
         self.damaged_lines = 0
-        self._read(folder.read(MANIFEST) or b"")
+        content = folder.read(MANIFEST)
+        self.exists = content is not None
+        self._read(content or b"")
 
     def _read(self, content: bytes) -> None:
         # A line without its end was being written when the run was killed.
         for line in content.split(b"\n")[:-1]:
             try:
                 parsed = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 parsed = None
-            if isinstance(parsed, dict) and parsed.get("kandinsky22_batch") is not None:
+            if isinstance(parsed, dict) and _is_header(parsed):
                 self.header = parsed
             elif (entry := ShardEntry.from_json(parsed)) is not None:
                 self.entries[entry.shard] = entry
@@ -95,8 +108,6 @@ class Manifest:
         self.damaged_lines += not content.endswith(b"\n") and content != b""
         if self.header is None:
             self.entries = {}
-        elif self.header["kandinsky22_batch"] != FORMAT:
-            raise InputError(f"{MANIFEST} was written by another version of kandinsky22 in another format")
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise an error unless the folder's earlier run, if there was one, had the same settings.
@@ -144,10 +155,11 @@ class Manifest:
         Raises:
             InputError: If the manifest cannot be written.
         """
-        self.entries[entry.shard] = entry
         if isinstance(self._folder, LocalFolder):
             _append(self._folder.path / MANIFEST, _line(dataclasses.asdict(entry)))
-        elif time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            return
+        self.entries[entry.shard] = entry
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
             self._rewrite()
 
     def finish(self) -> None:
@@ -159,6 +171,19 @@ class Manifest:
         lines = [self.header, *(dataclasses.asdict(self.entries[shard]) for shard in sorted(self.entries))]
         self._folder.write(MANIFEST, b"".join(_line(line) for line in lines))
         self._uploaded = time.monotonic()
+
+
+def _is_header(line: Mapping[str, Any]) -> bool:
+    """Return whether a line is the header of a manifest of this format.
+
+    Raises:
+        InputError: If it is the header of another format.
+    """
+    if (format := line.get("kandinsky22_batch")) is None:
+        return False
+    if format != FORMAT:
+        raise InputError(f"{MANIFEST} was written by another version of kandinsky22 in another format")
+    return all(isinstance(line.get(name), kind) for name, kind in HEADER.items())
 
 
 def _line(value: Any) -> bytes:

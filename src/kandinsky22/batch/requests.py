@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +14,10 @@ from kandinsky22.batch.items import Item
 from kandinsky22.batch.row_settings import Part, RowSettings, parse_settings
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.adapters import FoundAdapter, find_adapter, split_weight
 from kandinsky22.generation.canvas import extended_size
-from kandinsky22.generation.input_images import InputImages
-from kandinsky22.generation.limits import check_aspect_ratio, check_size
+from kandinsky22.generation.input_images import SUBJECT, InputImages
+from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, check_aspect_ratio, check_size
 from kandinsky22.generation.modes import MODES, Mode
 from kandinsky22.generation.recipe import InputFile, MixtureItem
 from kandinsky22.generation.request import Request, preset_settings
@@ -22,9 +25,10 @@ from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_cl
 from kandinsky22.generation.sizes import check_aspect_ratios
 from kandinsky22.sampling.presets import PRESETS
 
+NO_ADAPTER = "none"  # value of lora that leaves out the defaults' adapters
 IMAGES = ("image", "mask", "hint")
 # Settings that only some modes have.
-MODE_SETTINGS = ("prompt", "image", "mask", "hint", "parts", "strength", "keep_pixels", "crop", "extend")
+MODE_SETTINGS = ("prompt", "image", "mask", "hint", "parts", "subject", "strength", "keep_pixels", "crop", "extend")
 # Fields of Request that rows set under the same name.
 SAME_NAMES = (
     "prompt",
@@ -84,21 +88,27 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
 
     Raises:
         InputError: If the row has a fault, a setting is invalid, or an image cannot be read.
+        CheckpointError: If an adapter is missing, or if a file of a learned subject is damaged.
     """
     if item.fault is not None:
         raise InputError(item.fault)
     row = parse_settings({**_effective_defaults(options.defaults, item.settings), **item.settings})
     mode = _mode(row, item.settings)
+    row = _without_ineffective_defaults(row, mode, item.settings)
     values = _sampling_values(row)
     inputs = InputImages()
     images: dict[str, Any] = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
     width, height = _size(row)
     model = EMBEDDED if row.model is None else row.model
+    for name, location in (("model", model), ("prior", row.prior)):
+        _check_location(name, location)
     request = Request(
         **images,
         **values,
+        **_adapters(row, options.folder),
         seeds=(item.seed,),
         parts=None if row.parts is None else _mixture(row.parts, inputs, options.folder),
+        subject=None if row.subject is None else _subject(row.subject, inputs, options.folder),
         extend=row.extend if any(row.extend or ()) else None,
         model=model,
         model_location=model,
@@ -114,10 +124,25 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
     return RowRequest(mode, request, inputs)
 
 
+def _check_location(name: str, location: str | None) -> None:
+    """Raise an error if a location of a model is neither a folder nor a Hub id, which has a slash."""
+    if location is None or location == EMBEDDED or os.path.isdir(location):
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", location) or location.startswith((".", "~")):
+        raise invalid(name, location, f"{EMBEDDED!r}, the path of a folder, or a Hub id")
+
+
 def _effective_defaults(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults, without those that a setting of the row replaces under another name."""
     replaced = {"size"} if {"width", "height"} & settings.keys() else set()
     return {name: value for name, value in defaults.items() if name not in replaced}
+
+
+def _without_ineffective_defaults(row: RowSettings, mode: Mode, settings: Mapping[str, Any]) -> RowSettings:
+    """Return a row without defaults that concern other modes, or that require a setting which the row does not have."""
+    unmet = {pair.name for pair in mode.dependent if getattr(row, pair.other) is None}
+    ignored = [name for name in MODE_SETTINGS if name not in settings and (name not in mode.inputs or name in unmet)]
+    return dataclasses.replace(row, **dict.fromkeys(ignored))
 
 
 def _mode(row: RowSettings, settings: Mapping[str, Any]) -> Mode:
@@ -193,9 +218,37 @@ def _mixture(parts: tuple[Part, ...], inputs: InputImages, folder: Path) -> tupl
             weight=1 / len(parts) if part.weight is None else part.weight,
             text=part.text,
             image=_open(inputs, "image", part.image, folder),
+            subject=_open(inputs, SUBJECT, part.subject, folder),
         )
         for part in parts
     )
+
+
+def _subject(text: str, inputs: InputImages, folder: Path) -> MixtureItem:
+    name, weight = split_weight(text)
+    weight = DEFAULT_SUBJECT_WEIGHT if name == text else weight
+    if not 0 <= weight <= 1:
+        raise invalid(SUBJECT, text, "a file, or FILE:WEIGHT with a weight from 0 to 1")
+    return MixtureItem(weight, subject=_open(inputs, SUBJECT, name, folder))
+
+
+def _adapters(row: RowSettings, folder: Path) -> dict[str, Any]:
+    """Return the fields of Request that stand for the row's adapters, whose files are read once per process."""
+    if row.lora in (None, (NO_ADAPTER,)):
+        return {}
+    adapters = [_find_adapter(text, str(folder)) for text in row.lora or ()]
+    return {
+        "lora": tuple(adapter.record for adapter in adapters),
+        "lora_locations": tuple(adapter.location for adapter in adapters),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _find_adapter(text: str, folder: str) -> FoundAdapter:
+    """Return an adapter. A relative path starts from the current folder, as on the command line, else from `folder`."""
+    name, weight = split_weight(text)
+    beside = os.path.join(folder, name)
+    return find_adapter(beside if os.path.lexists(beside) and not os.path.lexists(name) else name, weight)
 
 
 def _check(mode: Mode, request: Request, inputs: InputImages) -> None:

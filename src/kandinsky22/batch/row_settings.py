@@ -19,21 +19,23 @@ TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One text or image of a mixture.
+    """One text, image or learned subject of a mixture. Exactly one of the three is set.
 
     Attributes:
         text: The text, or None.
-        image: Path of the image, or None. Exactly one of `text` and `image` is set.
+        image: Path of the image, or None.
+        subject: Path of the file of a learned subject, or None.
         weight: Factor of the embedding; None if no item has one, which makes all of them equal.
     """
 
     text: str | None = None
     image: str | None = None
+    subject: str | None = None
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.text is None) == (self.image is None):
-            raise ValueError("an item of parts has exactly one of text and image")
+        if [self.text, self.image, self.subject].count(None) != 2:
+            raise ValueError("an item of parts has exactly one of text, image and subject")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class RowSettings:
         n: Number of pictures.
         size: Size as WIDTHxHEIGHT.
         quality: Name of a preset.
+        lora: Adapters, each of them as FILE or FILE:WEIGHT.
+        subject: Learned subject of the mode generate, as FILE or FILE:WEIGHT.
     """
 
     id: str | None = None
@@ -62,6 +66,7 @@ class RowSettings:
     mask: str | None = None
     hint: str | None = None
     parts: tuple[Part, ...] | None = None
+    subject: str | None = None
     strength: float | None = None
     keep_pixels: bool | None = None
     crop: int | None = None
@@ -84,6 +89,7 @@ class RowSettings:
     height: int | None = None
     quantize: str | None = None
     cache_every: int | None = None
+    lora: tuple[str, ...] | None = None
 
 
 FIELDS = frozenset(field.name for field in dataclasses.fields(RowSettings))
@@ -155,6 +161,8 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
             return float(text)
         if kind is bool and text.lower() in TRUE + FALSE:
             return text.lower() in TRUE
+        if name == "lora" and not text.startswith("["):
+            return [text]
         if typing.get_origin(kind) is tuple:
             return json.loads(text if text.startswith("[") else f"[{text}]")
     except ValueError:

@@ -140,7 +140,8 @@ def open_input(path: str) -> IO[bytes]:
 
     Raises:
         MissingDependencyError: If the address needs fsspec, which is not installed.
-        OSError: If the file cannot be opened.
+        InputError: If the address cannot be opened.
+        OSError: If the local file cannot be opened.
     """
     if not is_address(path):
         return open(path, "rb")
@@ -148,7 +149,10 @@ def open_input(path: str) -> IO[bytes]:
         import fsspec
     except ImportError:
         raise MissingDependencyError(f"{path} needs fsspec: pip install kandinsky22[batch]") from None
-    return cast("IO[bytes]", fsspec.open(path, "rb").open())
+    try:
+        return cast("IO[bytes]", fsspec.open(path, "rb").open())
+    except Exception as error:  # each file system has errors of its own, about missing credentials for example
+        raise InputError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def spool(stream: IO[bytes], path: Path) -> None:
@@ -163,13 +167,14 @@ def spool(stream: IO[bytes], path: Path) -> None:
 
 
 def guess_format(path: Path) -> str:
-    """Return "jsonl" if the first line of a file is a JSON object, else "text".
+    """Return "jsonl" if the first line of a file that is not blank is a JSON object, else "text".
 
     Args:
         path: The file.
     """
     with path.open("rb") as file:
-        return "jsonl" if file.readline(MAX_LINE_BYTES).lstrip().startswith(b"{") else "text"
+        first = next((text for _, text, _ in _lines(file) if text), "")
+    return "jsonl" if first.startswith("{") else "text"
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, str | None, str | None]]:
@@ -216,9 +221,17 @@ def _jsonl_rows(file: IO[bytes]) -> Iterator[Row]:
 def _csv_rows(file: IO[bytes]) -> Iterator[Row]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
-        yield from _csv_records(csv.reader(text, strict=True))
+        yield from _csv_records(csv.reader(_bounded_lines(text), strict=True))
     finally:
         text.detach()  # the caller closes the file
+
+
+def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a CSV file. A file without line breaks must not fill the memory."""
+    while line := text.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(("\n", "\r")):
+            raise InputError(f"a line of the CSV file has more than {MAX_LINE_BYTES} characters")
+        yield line
 
 
 def _csv_records(reader: Any) -> Iterator[Row]:
@@ -226,6 +239,8 @@ def _csv_records(reader: Any) -> Iterator[Row]:
         header = next(reader, None)
     except csv.Error as error:
         raise InputError(f"the first line is not CSV: {error}") from error
+    if any(map(has_surrogates, header or ())):
+        raise InputError("the first line of the CSV file is not UTF-8 text")
     if not header or len(set(header)) < len(header):
         raise invalid("first line of the CSV file", header, "the names of the columns, each of them once")
     number = 0
@@ -247,7 +262,7 @@ def _csv_records(reader: Any) -> Iterator[Row]:
 def _csv_row(number: int, header: list[str], fields: list[str]) -> Row:
     if len(fields) != len(header):
         return Row(number, {}, f"it has {len(fields)} fields: expected {len(header)}, as the first line has")
-    if any("\udc80" <= character <= "\udcff" for field in fields for character in field):
+    if any(map(has_surrogates, fields)):
         return Row(number, {}, "it is not UTF-8 text")
     return Row(number, {name: field for name, field in zip(header, fields, strict=True) if field != ""})
 
@@ -263,8 +278,35 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Row]:
         # Columns are read in pieces instead of whole row groups: memory does not depend on the file.
         parquet = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK_BYTES)
         for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
-            for values in batch.to_pylist():
+            for values in _parquet_values(batch):
                 number += 1
-                yield Row(number, {name: value for name, value in values.items() if value is not None})
+                if isinstance(values, str):
+                    yield Row(number, {}, values)
+                else:
+                    yield Row(number, {name: value for name, value in values.items() if value is not None})
     except pyarrow.ArrowException as error:
         raise InputError(f"it cannot be read as Parquet after row {number}: {error}") from error
+
+
+def _parquet_values(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield the values of each row of a batch, or why the row cannot be read: a text may be no UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):
+        pass
+    for index in range(batch.num_rows):
+        try:
+            (values,) = batch.slice(index, 1).to_pylist()
+        except (ValueError, OverflowError) as error:
+            values = f"it cannot be read: {error}"
+        yield values
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether a text contains lone surrogates, which cannot be written as UTF-8.
+
+    Args:
+        text: The text.
+    """
+    return any("\ud800" <= character <= "\udfff" for character in text)

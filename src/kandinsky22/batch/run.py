@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -15,18 +16,18 @@ from kandinsky22 import __version__
 from kandinsky22.batch.checks import Report, check_items
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
 from kandinsky22.batch.items import Item
-from kandinsky22.batch.manifest import Manifest, ShardEntry
-from kandinsky22.batch.ray_run import RayOptions, ShardSource, cluster, draw_on_ray, measure_on_ray
+from kandinsky22.batch.manifest import MANIFEST, Manifest, ShardEntry
+from kandinsky22.batch.ray_run import LOCAL, RayOptions, ShardSource, cluster, draw_on_ray, measure_on_ray
 from kandinsky22.batch.requests import RequestOptions
 from kandinsky22.batch.run_lock import run_lock
 from kandinsky22.batch.shards import ShardWriter
-from kandinsky22.batch.sources import Source
+from kandinsky22.batch.sources import Source, absolute_location
 from kandinsky22.batch.storage import Folder, LocalFolder, open_folder
 from kandinsky22.batch.workers import MakeDraw, WorkerSetup, draw_with_workers, network_draw
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, invalid
 
+SHARD = re.compile(r"\d{5,}(\.tar|\.parquet)?")  # names of shards, which other programs use too
 VERIFY_THREADS = 4  # digests of finished shards that are computed at the same time
-SHOWN_FAULTS = 20  # faults in the message; the report contains more
 
 Note = Callable[[str], None]
 """Function that shows one line."""
@@ -93,7 +94,7 @@ class RunOptions:
             "pictures_per_row": options.count,
             "wildcards": options.wildcards,
             "defaults": dict(self.source.defaults),
-            "columns": dict(getattr(getattr(self.source, "file", None), "columns", {})),
+            "columns": dict(self.source.mapped_columns),
             "format": self.format,
             "shard_size": self.shard_size,
             "batch_size": self.batch_size,
@@ -106,6 +107,10 @@ class RunOptions:
             "low_memory": self.low_memory,
             "compile": self.compile,
         }
+
+    def absolute(self) -> RunOptions:
+        """Return the options for processes of other machines, whose current folder is another one."""
+        return dataclasses.replace(self, source=self.source.absolute(), output=absolute_location(self.output))
 
     def draw_options(self) -> DrawOptions:
         """Return how shards are drawn, with a batch size of 1 if it is to be measured."""
@@ -139,13 +144,16 @@ class Summary:
     seconds: float
 
 
-def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_draw) -> Summary:
+def run_batch(
+    options: RunOptions, note: Note, make_draw: MakeDraw = network_draw, *, note_fault: Note | None = None
+) -> Summary:
     """Draw every item of a source exactly once. A run that was killed goes on where it was.
 
     Args:
         options: The run.
         note: Shows progress and notes.
         make_draw: Function that returns the function that draws shards: networks, or what replaces them in tests.
+        note_fault: Shows each row that cannot be drawn; None shows it as a note.
 
     Returns:
         What the run has done.
@@ -164,13 +172,17 @@ def run_batch(options: RunOptions, note: Note, make_draw: MakeDraw = network_dra
         stack.callback(folder.remove_temporaries)
         ray = None if options.ray is None else stack.enter_context(cluster(options.ray))
         manifest = Manifest(folder)
+        if not manifest.exists and (foreign := next(filter(SHARD.fullmatch, folder.names()), None)):
+            raise InputError(f"{options.output} contains {foreign}, but no {MANIFEST}; choose another folder")
         settings = options.settings()
+        if options.ray is not None and options.ray.address != LOCAL:
+            options = options.absolute()
         manifest.check_settings(settings)
         if manifest.damaged_lines:
             note(f"the manifest has {manifest.damaged_lines} damaged lines; their shards are drawn again")
         draw_options = options.draw_options()
         if manifest.header is None:
-            report = _checked(options, draw_options, note)
+            report = _checked(options, draw_options, note, note_fault or note)
             draw = _with_batch_size(options, draw_options, report.first, note, ray)
             header: dict[str, Any] = {
                 "version": __version__,
@@ -197,13 +209,16 @@ def _versions() -> dict[str, str]:
     return {"kandinsky22": __version__} | {name: metadata.version(name) for name in ("torch", "transformers", "pillow")}
 
 
-def _checked(options: RunOptions, draw: DrawOptions, note: Note) -> Report:
+def _checked(options: RunOptions, draw: DrawOptions, note: Note, note_fault: Note) -> Report:
     """Return the report of the check of all rows."""
-    report = check_items(options.source.items(), draw.requests)
-    for fault in report.faults[:SHOWN_FAULTS]:
-        note(f"row {fault.row}: {fault.message}")
-    if (more := report.fault_count - len(report.faults[:SHOWN_FAULTS])) > 0:
-        note(f"and {more} more")
+    columns = options.source.mapped_columns
+    seen: set[str] = set()
+    items = _observed(options.source.items(), frozenset(columns.values()), seen)
+    report = check_items(items, draw.requests, lambda fault: note_fault(f"row {fault.row}: {fault.message}"))
+    if absent := [column for column, setting in columns.items() if setting not in seen]:
+        raise invalid("column", ", ".join(absent), "the name of a column that a row has")
+    if report.dropped_columns:
+        note(f"columns without effect, not repeated in the metadata: {', '.join(report.dropped_columns)}")
     if report.unused_columns:
         note(f"columns without effect, repeated in the metadata: {', '.join(report.unused_columns)}")
     if report.wildcard_rows and options.source.options.wildcards is None:
@@ -216,15 +231,22 @@ def _checked(options: RunOptions, draw: DrawOptions, note: Note) -> Report:
     return report
 
 
+def _observed(items: Iterable[Item], names: frozenset[str], seen: set[str]) -> Iterator[Item]:
+    """Yield items, and add to `seen` which of the named settings they have."""
+    for item in items:
+        seen |= names & item.settings.keys()
+        yield item
+
+
 def _with_batch_size(options: RunOptions, draw: DrawOptions, first: Item | None, note: Note, ray: Any) -> DrawOptions:
     """Return the options with the batch size of the command line, of the cache, or measured now."""
     if options.batch_size is not None or options.stage == "prior" or first is None:
         return draw.with_batch_size(options.batch_size or 8, None)
     from kandinsky22.batch.batch_sizes import find_batch_size
 
-    found = find_batch_size(ShardDrawer(draw), first) if ray is None else measure_on_ray(ray, draw, first)
-    note(f"{found.size} images of {found.pixels} pixels run together")
-    return draw.with_batch_size(found.size, found.pixels)
+    measured = find_batch_size(ShardDrawer(draw), first) if ray is None else measure_on_ray(ray, draw, first)
+    note(f"{measured.size} images of {measured.pixels} pixels run together")
+    return draw.with_batch_size(measured.size, measured.pixels)
 
 
 def _verify(manifest: Manifest, folder: Folder, note: Note) -> None:

@@ -43,8 +43,10 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         _await_workers(folder)
-        yield
-        (folder / WORKERS_NAME).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            (folder / WORKERS_NAME).unlink(missing_ok=True)  # the run has ended its workers, after errors too
     finally:
         # The name goes while the lock is held: whoever opened the old file notices that it has no name any more.
         path.unlink(missing_ok=True)

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.batch.formats import FORMATS, read_shard
+from kandinsky22.batch.formats import FORMATS, read_shard, shard_digest
 from kandinsky22.batch.items import Item, ItemOptions, read_items
 from kandinsky22.batch.manifest import MANIFEST, Manifest
-from kandinsky22.batch.rows import RowFile
+from kandinsky22.batch.rows import RowFile, is_address
 from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.shards import ShardTask, split_into_shards
 from kandinsky22.batch.storage import open_folder
 from kandinsky22.errors import InputError
+from kandinsky22.generation.adapters import split_weight
 
 # Settings that have had their effect when embeddings are stored.
 PRIOR_SETTINGS = (
@@ -28,6 +29,28 @@ PRIOR_SETTINGS = (
     "prior_guidance",
     "prior_guidance_interval",
 )
+
+
+def absolute_location(location: str) -> str:
+    """Return a path that does not depend on the current folder, or an address as it is.
+
+    Args:
+        location: The path or address.
+    """
+    return location if is_address(location) else str(Path(location).absolute())
+
+
+def _absolute_options(options: ItemOptions) -> ItemOptions:
+    """Return options whose models and adapters are absolute where they are paths: Hub ids stay."""
+    defaults = dict(options.defaults)
+    for name in ("model", "prior"):
+        if name in defaults and Path(defaults[name]).is_dir():
+            defaults[name] = absolute_location(defaults[name])
+    if "lora" in defaults:
+        defaults["lora"] = [
+            str(Path(text).absolute()) if Path(split_weight(text)[0]).exists() else text for text in defaults["lora"]
+        ]
+    return dataclasses.replace(options, defaults=defaults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +74,18 @@ class RowSource:
     def defaults(self) -> Mapping[str, Any]:
         """Settings of all rows that do not set them."""
         return self.options.defaults
+
+    @property
+    def mapped_columns(self) -> Mapping[str, str]:
+        """Names of settings by name of the column that they are read from."""
+        return self.file.columns
+
+    def absolute(self) -> RowSource:
+        """Return the source with paths that do not depend on the current folder."""
+        file = dataclasses.replace(
+            self.file, path=absolute_location(self.file.path), image_folder=self.folder.absolute()
+        )
+        return dataclasses.replace(self, file=file, options=_absolute_options(self.options))
 
     def digest(self) -> str:
         """Return the SHA-256 of the input."""
@@ -96,6 +131,15 @@ class StoredSource:
         """
         self._check_late_settings()
         return {**self._header()["settings"]["defaults"], **self.options.defaults}
+
+    @property
+    def mapped_columns(self) -> Mapping[str, str]:
+        """Names of settings by name of the column that they are read from: none."""
+        return {}
+
+    def absolute(self) -> StoredSource:
+        """Return the source with paths that do not depend on the current folder."""
+        return StoredSource(absolute_location(self.location), _absolute_options(self.options))
 
     def _check_late_settings(self) -> None:
         if late := [name for name in PRIOR_SETTINGS if name in self.options.defaults]:
@@ -153,10 +197,14 @@ class StoredSource:
         format = FORMATS[self._header()["settings"]["format"]]
         index = 0
         for shard in sorted(manifest.entries):
-            name = manifest.entries[shard].name
-            if name is None:
+            entry = manifest.entries[shard]
+            if entry.name is None:
                 continue
-            with folder.local_copy(name) as path:
+            with folder.local_copy(entry.name) as path:
+                if not path.exists() or shard_digest(path) != entry.sha256:
+                    raise InputError(
+                        f"shard {entry.name} of {self.location} is missing or has changed; repeat that run"
+                    )
                 for sample in read_shard(format, path):
                     yield self._item(index, sample)
                     index += 1

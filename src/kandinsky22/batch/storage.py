@@ -15,7 +15,7 @@ from typing import Any
 from kandinsky22.batch.formats import shard_digest
 from kandinsky22.batch.rows import is_address
 from kandinsky22.checkpoints.atomic_files import atomic_write, flush_folder, flush_to_disk
-from kandinsky22.errors import InputError, MissingDependencyError
+from kandinsky22.errors import InputError, KandinskyError, MissingDependencyError
 
 TEMPORARY = re.compile(r"\..*\.saving-[0-9a-f]+(\.\w+)?")  # names of unfinished files, also those of `atomic_write`
 WRITE_BITS = 0o222
@@ -72,6 +72,10 @@ class LocalFolder:
                 flush_folder(final.parent)
             finally:
                 _remove(temporary)
+
+    def names(self) -> list[str]:
+        """Return the names of the folder's files and folders."""
+        return sorted(path.name for path in self.path.iterdir())
 
     def digest(self, name: str) -> str | None:
         """Return the SHA-256 of a shard, or None if there is none.
@@ -150,7 +154,7 @@ class RemoteFolder:
         Raises:
             InputError: If that is not possible.
         """
-        with _errors_about(self.address):
+        with _remote_errors(self.address):
             file_system, root = self._find()
             file_system.makedirs(root, exist_ok=True)
             file_system.pipe_file(f"{root}/.probe", b"")
@@ -169,17 +173,28 @@ class RemoteFolder:
         with _errors_about(f"{self.address}/{name}"), tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / Path(name).name
             yield temporary
+            with _remote_errors(f"{self.address}/{name}"):
+                self._upload(temporary, name)
+
+    def _upload(self, path: Path, name: str) -> None:
+        file_system, root = self._find()
+        final = f"{root}/{name}"
+        file_system.makedirs(final.rpartition("/")[0], exist_ok=True)
+        if not path.is_dir():
+            file_system.put_file(str(path), final)
+            return
+        if file_system.exists(final):
+            file_system.rm(final, recursive=True)
+        file_system.makedirs(final, exist_ok=True)
+        for file in sorted(path.iterdir()):
+            file_system.put_file(str(file), f"{final}/{file.name}")
+
+    def names(self) -> list[str]:
+        """Return the names of the folder's files and folders."""
+        with _remote_errors(self.address):
             file_system, root = self._find()
-            final = f"{root}/{name}"
-            file_system.makedirs(final.rpartition("/")[0], exist_ok=True)
-            if temporary.is_dir():
-                if file_system.exists(final):
-                    file_system.rm(final, recursive=True)
-                file_system.makedirs(final, exist_ok=True)
-                for path in sorted(temporary.iterdir()):
-                    file_system.put_file(str(path), f"{final}/{path.name}")
-            else:
-                file_system.put_file(str(temporary), final)
+            paths = file_system.ls(root, detail=False) if file_system.exists(root) else []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def digest(self, name: str) -> str | None:
         """Return the SHA-256 of a shard, or None if there is none.
@@ -199,7 +214,7 @@ class RemoteFolder:
         Args:
             name: Name in the folder.
         """
-        with _errors_about(f"{self.address}/{name}"):
+        with _remote_errors(f"{self.address}/{name}"):
             file_system, root = self._find()
             try:
                 return bytes(file_system.cat_file(f"{root}/{name}"))
@@ -213,7 +228,7 @@ class RemoteFolder:
             name: Name in the folder.
             content: The content.
         """
-        with _errors_about(f"{self.address}/{name}"):
+        with _remote_errors(f"{self.address}/{name}"):
             file_system, root = self._find()
             file_system.pipe_file(f"{root}/{name}", content)
 
@@ -227,18 +242,23 @@ class RemoteFolder:
         Raises:
             FileNotFoundError: If there is none.
         """
-        file_system, root = self._find()
         with tempfile.TemporaryDirectory() as folder:
-            path, source = Path(folder) / Path(name).name, f"{root}/{name}"
-            if not file_system.exists(source):
-                raise FileNotFoundError(source)
-            if file_system.isdir(source):
-                path.mkdir()
-                for each in file_system.ls(source, detail=False):
-                    file_system.get_file(each, str(path / each.rpartition("/")[2]))
-            else:
-                file_system.get_file(source, str(path))
+            path = Path(folder) / Path(name).name
+            with _remote_errors(f"{self.address}/{name}"):
+                self._download(name, path)
             yield path
+
+    def _download(self, name: str, path: Path) -> None:
+        file_system, root = self._find()
+        source = f"{root}/{name}"
+        if not file_system.exists(source):
+            raise FileNotFoundError(source)
+        if not file_system.isdir(source):
+            file_system.get_file(source, str(path))
+            return
+        path.mkdir()
+        for each in file_system.ls(source, detail=False):
+            file_system.get_file(each, str(path / each.rpartition("/")[2]))
 
     def remove_temporaries(self) -> None:
         """Do nothing: uploads have no temporary names."""
@@ -253,6 +273,8 @@ def open_folder(location: str) -> Folder:
     Args:
         location: The path or address.
     """
+    if location.startswith("file://"):
+        return LocalFolder(Path(location.removeprefix("file://")))
     return RemoteFolder(location) if is_address(location) else LocalFolder(Path(location))
 
 
@@ -265,6 +287,18 @@ def _errors_about(location: str | Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(f"{location} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _remote_errors(location: str) -> Iterator[None]:
+    """Name the output in errors of file systems, each of which has its own, about missing credentials for example."""
+    try:
+        yield
+    except (KandinskyError, FileNotFoundError):
+        raise
+    except Exception as error:
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise InputError(f"{location} cannot be used: {text}") from error
 
 
 def _flush(path: Path) -> None:

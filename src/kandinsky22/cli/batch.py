@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22.cli import options
-from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.console import Console, print_message, print_path, silenced_libraries
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.limits import MAX_IMAGES
 
@@ -37,6 +37,7 @@ DEFAULTS = (
     "dtype",
     "quantize",
     "cache_every",
+    "lora",
     "strength",
 )
 FORMATS, INPUT_FORMATS = ("files", "webdataset", "parquet"), ("jsonl", "csv", "parquet", "text")
@@ -152,7 +153,6 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ray-prior-actors",
         type=options.integer(1, MAX_WORKERS),
-        default=1,
         metavar="N",
         help="with --ray, processes that run the prior (default: 1)",
     )
@@ -175,14 +175,21 @@ def run(args: argparse.Namespace) -> None:
         OSError: If a file cannot be read or written.
     """
     from kandinsky22.batch.ray_run import RayOptions
+    from kandinsky22.batch.rows import is_address
     from kandinsky22.batch.run import RunOptions, run_batch
 
     console = Console(quiet=args.quiet)
-    ray = None if args.ray is None else RayOptions(args.ray, args.ray_prior_actors, args.ray_decoder_actors)
+    ray = None if args.ray is None else RayOptions(args.ray, args.ray_prior_actors or 1, args.ray_decoder_actors)
     if args.seed is not None and len(args.seed) > 1:
         args.fail("--seed takes one seed, from which the seeds of the rows follow")
     if args.ray is not None and args.workers > 1:
         args.fail("--workers and --ray exclude each other")
+    if args.ray not in (None, "local") and args.input == "-":
+        args.fail("standard input cannot be read by the machines of a cluster; name a file that all of them have")
+    if args.ray is None and (args.ray_prior_actors or args.ray_decoder_actors):
+        args.fail("--ray-prior-actors and --ray-decoder-actors require --ray")
+    if args.stage == "prior" and args.previews:
+        args.fail("--previews requires pictures, which --stage prior does not draw")
     with contextlib.ExitStack() as stack:
         if args.quiet:
             stack.enter_context(silenced_libraries())
@@ -205,18 +212,21 @@ def run(args: argparse.Namespace) -> None:
                 ray=ray,
             ),
             console.note,
+            # Faults that end the run are errors, which --quiet does not hide.
+            note_fault=console.note if args.skip_bad else lambda line: print_message(f"kandinsky22: {line}"),
         )
     console.note(
         f"{summary.pictures} pictures, {summary.drawn} of them drawn now in {summary.seconds:.1f} s; "
         f"{summary.failed} could not be drawn"
     )
-    print_path(Path(args.output))
+    print_path(args.output if is_address(args.output) else Path(args.output))
 
 
 @contextlib.contextmanager
 def _source(args: argparse.Namespace) -> Iterator[Source]:
     """Yield the source of a command line. Standard input is copied into a temporary file next to the output."""
     from kandinsky22.batch.items import ItemOptions
+    from kandinsky22.batch.row_settings import FIELDS
     from kandinsky22.batch.rows import STDIN, RowFile, find_row_format, guess_format, spool
     from kandinsky22.batch.sources import RowSource, StoredSource
 
@@ -227,13 +237,16 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
     item_options = ItemOptions(_plain(defaults), seed, args.count, args.wildcards)
     if args.stage == "decoder":
         unused = ("input_format", "column", "wildcards", "seed")
-        if used := [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name)]:
+        used = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name)]
+        if used := [*used, *(["-n"] if args.count != 1 else [])]:
             raise InputError(f"{', '.join(used)} would have no effect with --stage decoder")
         yield StoredSource(args.input, item_options)
         return
     columns = dict(args.column)
-    if len(set(columns.values())) < len(columns):
-        raise invalid("--column", args.column, "each setting once")
+    if unknown := [setting for setting in columns.values() if setting not in FIELDS]:
+        raise invalid("--column", ", ".join(unknown), f"one of the settings {', '.join(sorted(FIELDS))}")
+    if len(set(columns.values())) < len(args.column):
+        raise invalid("--column", args.column, "each setting and each column once")
     if args.input != STDIN:
         yield RowSource(RowFile(args.input, args.input_format or find_row_format(args.input), columns), item_options)
         return

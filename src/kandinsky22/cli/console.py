@@ -80,13 +80,13 @@ def print_message(message: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def print_path(path: Path) -> None:
+def print_path(path: Path | str) -> None:
     """Print the path of a finished file on stdout.
 
     Programs that read stdout receive the bytes of the path, terminals a printable text.
 
     Args:
-        path: The path.
+        path: The path, or an address.
     """
     buffer = getattr(sys.stdout, "buffer", None)
     if sys.stdout.isatty() or buffer is None or os.name == "nt":

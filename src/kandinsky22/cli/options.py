@@ -15,14 +15,20 @@ from typing import Any, TypeVar
 
 from kandinsky22.errors import describe
 from kandinsky22.generation.adapters import split_weight
-from kandinsky22.generation.limits import MAX_SEED, MAX_SIDE, MAX_STEPS, SIZE_LIMITS, is_allowed_size
+from kandinsky22.generation.limits import (
+    DEFAULT_SUBJECT_WEIGHT,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    SIZE_LIMITS,
+    is_allowed_size,
+)
 from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_class
 from kandinsky22.sampling.presets import PRESETS
 
 T = TypeVar("T")
 
 DEFAULT_CROP_PADDING = 32  # pixels around the mask
-DEFAULT_SUBJECT_WEIGHT = 0.5  # the prompt has the other half
 TEXT_SOURCES = "; - reads standard input, @FILE a file, @@ begins a text with @"
 # Repeats kandinsky22.runtime.quantize.KINDS: importing that module would import torch.
 QUANTIZATION_KINDS = ("int8", "int8-dynamic", "int4")

@@ -11,12 +11,12 @@ from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.command_inputs import CommandInputs
-from kandinsky22.cli.options import DEFAULT_SUBJECT_WEIGHT, MixtureOption
+from kandinsky22.cli.options import MixtureOption
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.adapters import find_adapter, find_recorded_adapter, split_weight
 from kandinsky22.generation.image_files import PNG, find_format
 from kandinsky22.generation.input_images import SUBJECT, check_text
-from kandinsky22.generation.limits import MAX_SIDE
+from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_SIDE
 from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.generation.request import Request, preset_settings
 

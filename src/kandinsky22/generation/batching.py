@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22.generation import stages
+from kandinsky22.generation.memory_errors import is_out_of_memory
 from kandinsky22.generation.modes import PRIOR, Mode
 from kandinsky22.generation.request import Request
 from kandinsky22.generation.session import GeneratedImage, Job
@@ -55,7 +56,9 @@ def batch_key(mode: Mode, request: Request) -> tuple[object, ...]:
         request: The request.
     """
     fixed = (
-        json.dumps(value, sort_keys=True) if isinstance(value, dict | list | tuple) else value
+        json.dumps(value, sort_keys=True, default=dataclasses.asdict)
+        if isinstance(value, dict | list | tuple)
+        else value
         for field in dataclasses.fields(request)
         if field.name not in VARYING_FIELDS
         for value in (getattr(request, field.name),)
@@ -198,7 +201,8 @@ def finished(job: Job, seed: int, image: Image, *, batch_size: int) -> Generated
 def generate_series(job: Job, seeds: Sequence[int], on_step: stages.OnStep | None = None) -> Iterator[GeneratedImage]:
     """Yield the images of one job for several seeds, in batches on a GPU and one after the other on a CPU.
 
-    On CPUs, images of a series are bit-identical to those of their seeds alone, and batches would save little.
+    On CPUs, images of a series are bit-identical to those of their seeds alone, and batches would save little. A batch
+    for which the memory does not suffice runs again as two.
 
     Args:
         job: The job.
@@ -209,9 +213,18 @@ def generate_series(job: Job, seeds: Sequence[int], on_step: stages.OnStep | Non
         NanError: If a result contains NaN.
     """
     size = 1 if job.networks.device.type == "cpu" else SERIES_BATCH
-    for start in range(0, len(seeds), size):
+    start = 0
+    while start < len(seeds):
         chunk = seeds[start : start + size]
-        if len(chunk) == 1:
-            yield job.generate(chunk[0], on_step)
-        else:
-            yield from generate_batch([job] * len(chunk), chunk, on_step)
+        try:
+            if len(chunk) == 1:
+                images = [job.generate(chunk[0], on_step)]
+            else:
+                images = generate_batch([job] * len(chunk), chunk, on_step)
+        except Exception as error:
+            if len(chunk) == 1 or not is_out_of_memory(error):
+                raise
+            size = len(chunk) // 2
+            continue
+        yield from images
+        start += len(chunk)
