@@ -89,6 +89,12 @@ def _add_limit_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trash-days", type=options.integer(0), metavar="N", help="days until deleted images are removed (default: 30)"
     )
+    group.add_argument(
+        "--upload-days",
+        type=options.integer(1),
+        metavar="N",
+        help="days until uploads are removed that no waiting job and no image refers to (default: 30)",
+    )
 
 
 def _add_gallery_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from kandinsky22.serve.events import EventHub
 from kandinsky22.serve.failures import ApiError, argument_of
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.housekeeping import tidy_regularly
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.security import SecurityMiddleware
 from kandinsky22.serve.services import Services
@@ -51,9 +53,11 @@ def build_app(settings: ServerSettings) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         gallery.recover()
         supervisor.start()
+        housekeeping = asyncio.create_task(tidy_regularly(gallery))
         try:
             yield
         finally:
+            housekeeping.cancel()
             gallery.hub.close()
             supervisor.stop()
             gallery.store.close()

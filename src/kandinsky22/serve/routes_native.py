@@ -161,7 +161,9 @@ def _cancel(id: JobId, server: Server) -> schemas.JobInfo:
 @router.post("/jobs/{id}/retry", response_model=schemas.JobInfo, responses=ERRORS)
 def _retry(id: JobId, server: Server) -> schemas.JobInfo:
     """Queue a failed or cancelled job again, with the same seed."""
-    server.job(id)
+    request = schemas.JobRequest.model_validate(server.job(id).request)
+    for name, picture in request.pictures().items():
+        server.gallery.picture_size(name, picture)  # an upload may have been removed since
     row = server.store.retry(id)
     if row is None:
         raise ApiError(409, "not_ended", "only failed and cancelled jobs can be retried")
