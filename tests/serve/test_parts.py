@@ -24,8 +24,9 @@ from kandinsky22.serve.pictures import repainted_area
 from kandinsky22.serve.progress import ProgressReporter, StageTimes
 from kandinsky22.serve.requests import batch_key, check_job, generation_request
 from kandinsky22.serve.schemas import JobRequest, Picture
-from kandinsky22.serve.security import has_valid_signature, is_allowed_host, signature
+from kandinsky22.serve.security import is_allowed_host
 from kandinsky22.serve.settings import EMBEDDED_MODELS, ModelSettings, ServerSettings
+from kandinsky22.serve.tokens import WINDOW_SECONDS, WRONG_TOKENS, TokenGuard, has_valid_signature, signature
 
 TOKEN = "a token of tests"
 
@@ -61,6 +62,28 @@ def test_signatures_open_one_path_for_a_while() -> None:
     assert not opens("/a", query.replace(str(expires), str(expires + 1)))
     assert not opens("/a", f"expires=1&signature={signature('/a', 1, TOKEN)}")
     assert not opens("/a", "") and not opens("/a", "expires=x&signature=y") and not opens("/a", f"{query}&{query}")
+
+
+def test_wrong_tokens_are_limited_per_client() -> None:
+    clock = [100.0]
+    guard = TokenGuard(TOKEN, lambda: clock[0])
+
+    def opens(token: str, client: str = "192.168.1.5") -> bool:
+        return guard.opens({"client": (client, 1), "method": "GET"}, {"authorization": f"Bearer {token}"})
+
+    for _ in range(5 * WRONG_TOKENS):
+        assert not opens("an old cookie") and not guard.opens({"client": ("192.168.1.5", 1), "method": "GET"}, {})
+    assert opens(TOKEN)  # the same wrong token is one guess
+    for guess in range(WRONG_TOKENS):
+        assert not opens(f"guess {guess}")
+    assert not opens(TOKEN)  # otherwise the limit would not limit anything
+    assert opens(TOKEN, "192.168.1.6")
+    assert 0 < guard.seconds_to_wait({"client": ("192.168.1.5", 2)}) <= WINDOW_SECONDS
+    clock[0] += WINDOW_SECONDS
+    assert opens(TOKEN) and guard.seconds_to_wait({"client": ("192.168.1.5", 2)}) == 0
+    for guess in range(WRONG_TOKENS):
+        assert not opens(f"guess {guess}", f"2001:db8:0:1::{guess:x}")
+    assert not opens(TOKEN, "2001:db8:0:1::ffff") and opens(TOKEN, "2001:db8:0:2::1")
 
 
 def test_settings_that_contradict_each_other() -> None:

@@ -32,6 +32,7 @@ from kandinsky22.serve.services import Services
 from kandinsky22.serve.settings import ServerSettings
 from kandinsky22.serve.store import Store
 from kandinsky22.serve.supervisor import Supervisor
+from kandinsky22.serve.tokens import TokenGuard
 
 logger = logging.getLogger("kandinsky22.serve")
 
@@ -46,7 +47,7 @@ def build_app(settings: ServerSettings) -> FastAPI:
     """
     files = Files(settings.state_folder)
     gallery = Gallery(settings, Store(files.database), files, EventHub())
-    supervisor, metrics = Supervisor(settings, gallery), Metrics()
+    supervisor, metrics, guard = Supervisor(settings, gallery), Metrics(), TokenGuard(settings.token)
     metrics.watch_jobs(gallery.store.counts, lambda: {worker.name: worker.restarts for worker in supervisor.workers})
 
     @contextlib.asynccontextmanager
@@ -71,12 +72,12 @@ def build_app(settings: ServerSettings) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=_operation_id,
     )
-    app.state.services = Services(settings, gallery, supervisor, metrics)
+    app.state.services = Services(settings, gallery, supervisor, metrics, guard)
     for router in (routes_native.router, routes_openai.router, routes_sdapi.router, routes_native.login_router):
         app.include_router(router)
     _add_studio(app)
     _add_error_handlers(app)
-    app.add_middleware(SecurityMiddleware, settings=settings, metrics=metrics)
+    app.add_middleware(SecurityMiddleware, settings=settings, metrics=metrics, guard=guard)
     return app
 
 

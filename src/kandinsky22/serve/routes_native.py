@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -22,8 +23,8 @@ from kandinsky22.serve.hints import make_hint
 from kandinsky22.serve.image_store import ImageQuery, ImageRow
 from kandinsky22.serve.pictures import encoded_png, store_picture
 from kandinsky22.serve.recipes import request_of
-from kandinsky22.serve.security import COOKIE, equal_secrets
 from kandinsky22.serve.services import Server, Services
+from kandinsky22.serve.tokens import COOKIE
 
 router = APIRouter(prefix="/api", tags=["native"])
 login_router = APIRouter(tags=["native"])
@@ -343,7 +344,9 @@ def _login(login: schemas.Login, server: Server, request: Request, response: Res
     token = server.settings.token
     if token is None:
         return
-    if not equal_secrets(login.token, token):
+    if not server.guard.accepts(request.scope, login.token):
+        if (seconds := server.guard.seconds_to_wait(request.scope)) > 0:
+            raise ApiError(429, "too_many_tokens", f"too many wrong tokens; try again in {math.ceil(seconds)} s")
         raise ApiError(401, "unauthorized", "the token is wrong")
     is_secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=is_secure, max_age=30 * 86400)

@@ -23,9 +23,9 @@ from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.output import encoded_image, preview_image
 from kandinsky22.serve.routes_native import ERRORS, EVENT_HEADERS
 from kandinsky22.serve.schemas import JobRequest, Part
-from kandinsky22.serve.security import signature
 from kandinsky22.serve.services import Server, Services
 from kandinsky22.serve.settings import MODES_OF_KIND
+from kandinsky22.serve.tokens import signature
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
