@@ -130,7 +130,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _error(request: Request, status: int, code: str, message: str, argument: str | None) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "argument": argument, "code": code}
+    headers = {}
     if request.url.path.startswith("/v1/"):  # as OpenAI's clients expect it
         status = 400 if status == 422 else status
         body |= {"param": argument, "type": "server_error" if status >= 500 else "invalid_request_error"}
-    return JSONResponse({"error": body}, status)
+        if status != 429:  # OpenAI's clients repeat a request by themselves: a job that was cancelled would run again
+            headers["x-should-retry"] = "false"
+    return JSONResponse({"error": body}, status, headers)

@@ -179,40 +179,45 @@ def _retry(id: JobId, server: Server) -> schemas.JobInfo:
 @router.get("/jobs/{id}/events", response_class=StreamingResponse, responses=ERRORS)
 async def _job_events(id: JobId, server: Server, last_event: LastEvent = None) -> StreamingResponse:
     """Send the events of a job: state, progress, preview, image, end."""
-    import asyncio
+    from starlette.concurrency import run_in_threadpool
 
-    row = await asyncio.to_thread(server.job, id)
-    listener = server.gallery.hub.listen(id, _event_id(last_event))
-    info = await asyncio.to_thread(lambda: server.gallery.job_info(server.job(id)))
+    await run_in_threadpool(server.job, id)  # an unknown job is an error before the stream begins
 
     async def stream() -> AsyncIterator[bytes]:
-        yield encode_event("state", info.model_dump())
-        if info.state in ENDED:
-            listener.close()
-            yield encode_event("end", info.model_dump())
-            return
-        async for event in listener.events():
-            yield b": keepalive\n\n" if event is None else encode_event(event.name, event.data, event.id)
-            if event is not None and event.name == "end":
+        # The listener begins with the stream: a client that has gone before leaves none behind.
+        listener = server.gallery.hub.listen(id, _event_id(last_event))
+        try:
+            info = await run_in_threadpool(lambda: server.gallery.job_info(server.job(id)))
+            yield encode_event("state", info.model_dump())
+            if info.state in ENDED:
+                yield encode_event("end", info.model_dump())
                 return
+            async for event in listener.events():
+                yield b": keepalive\n\n" if event is None else encode_event(event.name, event.data, event.id)
+                if event is not None and event.name == "end":
+                    return
+        finally:
+            listener.close()
 
-    assert row.id == id
     return StreamingResponse(stream(), media_type="text/event-stream", headers=EVENT_HEADERS)
 
 
 @router.get("/events", response_class=StreamingResponse, responses=ERRORS)
 async def _all_events(server: Server, last_event: LastEvent = None) -> StreamingResponse:
     """Send the events of all jobs, of the gallery and of the workers."""
-    listener = server.gallery.hub.listen(None, _event_id(last_event))
 
     async def stream() -> AsyncIterator[bytes]:
-        yield encode_event("worker", {"state": server.supervisor.state})
-        async for event in listener.events():
-            if event is None:
-                yield b": keepalive\n\n"
-                continue
-            data = event.data if event.job is None else {**event.data, "job": event.job}
-            yield encode_event(event.name, data, event.id)
+        listener = server.gallery.hub.listen(None, _event_id(last_event))
+        try:
+            yield encode_event("worker", {"state": server.supervisor.state})
+            async for event in listener.events():
+                if event is None:
+                    yield b": keepalive\n\n"
+                    continue
+                data = event.data if event.job is None else {**event.data, "job": event.job}
+                yield encode_event(event.name, data, event.id)
+        finally:
+            listener.close()
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers=EVENT_HEADERS)
 
