@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import io
 import sqlite3
 import time
@@ -20,14 +21,16 @@ from kandinsky22 import VQModel
 from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.generation.previews import PreviewMap
 from kandinsky22.serve.events import KEPT_EVENTS, QUEUE_SIZE, EventHub
+from kandinsky22.serve.failures import ApiError
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.hints import _depth_process, make_hint
 from kandinsky22.serve.messages import Alive, JobProgress
 from kandinsky22.serve.model_facts import model_facts
 from kandinsky22.serve.pictures import repainted_area
 from kandinsky22.serve.progress import ProgressReporter, StageTimes
 from kandinsky22.serve.requests import batch_key, check_job, generation_request
-from kandinsky22.serve.schemas import JobRequest, Picture
+from kandinsky22.serve.schemas import HintRequest, JobRequest, Picture
 from kandinsky22.serve.security import is_allowed_host
 from kandinsky22.serve.settings import EMBEDDED_MODELS, ModelSettings, ServerSettings
 from kandinsky22.serve.store import Store
@@ -206,6 +209,23 @@ def test_a_repeated_request_needs_its_pictures_no_more(tmp_path: Path) -> None:
     first, _ = gallery.submit(request, "a key")
     gallery.remove_upload(id, "9999")
     assert gallery.submit(request, "a key") == (first, False)
+
+
+def test_one_depth_map_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process stands for one that loads a large model."""
+    stand_in = tmp_path / "kandinsky22.py"
+    stand_in.write_text("import sys, time, PIL.Image as i; time.sleep(1); i.new('L', (8, 8)).save(sys.argv[-3])")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hint = HintRequest(kind="depth", image=Picture(upload="0" * 64))
+    settings, image = ServerSettings(depth_model="a model"), Image.new("RGB", (8, 8))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(make_hint, hint, image, settings)
+        while not _depth_process.locked():
+            time.sleep(0.01)
+        with pytest.raises(ApiError, match="in use"):
+            make_hint(hint, image, settings)
+        assert first.result().size == (8, 8)
+    assert make_hint(hint, image, settings).size == (8, 8)
 
 
 def test_previews_have_the_colours_of_the_picture() -> None:

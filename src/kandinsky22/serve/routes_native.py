@@ -336,7 +336,10 @@ def _hint(hint: schemas.HintRequest, server: Server) -> schemas.UploadInfo:
     server.gallery.picture_size("image", hint.image)
     path = server.gallery.picture_path(hint.image)
     with open_picture(path.read_bytes(), server.settings.max_upload_pixels) as image:
-        picture = make_hint(hint, image, server.settings)
+        # A depth model takes long: decoding of other pictures must not wait for it.
+        picture = image.copy() if hint.kind == "depth" else make_hint(hint, image, server.settings)
+    if hint.kind == "depth":
+        picture = make_hint(hint, picture, server.settings)
     return _store_upload(server, encoded_png(picture))
 
 
