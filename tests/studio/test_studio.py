@@ -510,7 +510,8 @@ def test_pictures_that_the_server_has_removed_leave_the_inputs(watched: Watched)
     watched.page.evaluate(store, ["mix", {"cards": [card], "next": 2}])
     watched.page.reload()
     for name, gone in (("draw", ".picture-slot.filled"), ("mix", ".picture-card")):
-        watched.page.goto(f"{watched.address}/#{name}")
+        with watched.page.expect_response(lambda response: response.status == 404):
+            watched.page.goto(f"{watched.address}/#{name}")
         expect(watched.page.locator(f"k-{name}")).to_be_visible()
         expect(watched.page.locator(f"k-{name} {gone}")).to_have_count(0)
     watched.messages = [message for message in watched.messages if "404" not in message]
