@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngInfo
 from tests.cli.helpers import Command, Result, assert_one_line, pixels, stored
 from tests.pipelines.pictures import photo
 
@@ -97,7 +98,7 @@ def test_every_subcommand_with_uploads(remote: Command) -> None:
         "inpaint": [PROMPT, "--image", "photo.png", "--mask", "mask.png", "--keep-pixels", *FAST],
         "control": [PROMPT, "--hint", "mask.png", *FAST],
         "mix": ["--text", PROMPT, "0.5", "--image", "photo.png", "0.5", *FAST],
-        "variations": ["photo.png", "--steps", "2"],
+        "variations": ["photo.png", "--quality", "draft"],
     }
     for name, arguments in lines.items():
         there = remote(name, *arguments, "--seed", "4", "-o", f"{name}.png")
@@ -106,6 +107,32 @@ def test_every_subcommand_with_uploads(remote: Command) -> None:
         assert here.code == 0, (name, here.err)
         assert stored(Path(f"{name}.png")) == stored(Path(f"{name}-here.png")), name
         np.testing.assert_array_equal(pixels(Path(f"{name}.png")), pixels(Path(f"{name}-here.png")))
+
+
+@pytest.mark.slow
+def test_settings_of_schedulers_and_intervals(remote: Command) -> None:
+    """A recipe may have settings that no preset has, and integers must stay integers."""
+    options = ["--quality", "balanced", "--scheduler", "dpm-single", "--prior-guidance-interval", "0.2", "0.6", *FAST]
+    there = remote("generate", PROMPT, "--seed", 5, *options, "-o", "there.png")
+    assert there.code == 0, there.err
+    assert local(remote, "generate", PROMPT, "--seed", 5, *options, "-o", "here.png").code == 0
+    assert stored(Path("there.png")) == stored(Path("here.png"))
+    assert stored(Path("there.png"))["prior_guidance_interval"] == [0.2, 0.6]
+    recipe = stored(Path("here.png"))
+    recipe["scheduler"] = "DPMSolverMultistepScheduler"
+    recipe["scheduler_settings"] = {"timestep_spacing": "trailing", "solver_order": 3}
+    info = PngInfo()
+    info.add_text("kandinsky22", json.dumps(recipe))
+    PIL.Image.new("RGB", (128, 128)).save("recipe.png", pnginfo=info)
+    repeated = remote("generate", "--from", "recipe.png", "-o", "repeated.png")
+    assert repeated.code == 0, repeated.err
+    assert stored(Path("repeated.png"))["scheduler_settings"] == recipe["scheduler_settings"]
+
+
+def test_what_the_api_cannot_express_is_refused(command: Command) -> None:
+    for option in ("--lora", "--subject"):
+        result = command("generate", PROMPT, option, "style.safetensors", "--server", "http://127.0.0.1:9")
+        assert_one_line(result, 2, option, "no effect")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.cli.helpers import Command, assert_one_line, stored
 
-from kandinsky22.cli import options
+from kandinsky22.cli import option_values
 from kandinsky22.cli.main import Parser, build_parser
 from kandinsky22.cli.settings import FROM_SETTINGS, leaf_parsers, options_of, parse_command_line
 from kandinsky22.cli.settings_file import settings_path
@@ -90,7 +90,7 @@ def test_a_new_subcommand_has_settings_without_code_of_its_own() -> None:
     parser = Parser(prog="kandinsky22")
     tools = parser.add_subparsers(required=True).add_parser("tool").add_subparsers(required=True)
     sharpen = tools.add_parser("sharpen")
-    sharpen.add_argument("--radius", type=options.integer(1), required=True)
+    sharpen.add_argument("--radius", type=option_values.integer(1), required=True)
     write("[tool]\nradius = 1\n[tool.sharpen]\nradius = 2\n")
     assert parse_command_line(parser, ["tool", "sharpen"]).radius == 2
     assert "KANDINSKY22_TOOL_SHARPEN_RADIUS" in sharpen.format_help()

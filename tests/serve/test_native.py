@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,21 @@ def test_events_tell_the_whole_story_and_can_be_resumed(server: Server) -> None:
                 break
     assert kept == {name for name, _ in received}
     assert all(number > half for _, number in received)
+
+
+def test_the_first_progress_comes_at_once(server: Server) -> None:
+    """The fastest of three jobs is free of other programs."""
+    server.draw(seed=1)  # the model is in memory now
+    delays = []
+    for seed in range(3):
+        start = time.monotonic()
+        job = server.submit(seed=seed)
+        for name, data, _ in server.events(f"/api/jobs/{job['id']}/events"):
+            if name == "progress" and data["stage"] == "prior":
+                delays.append(time.monotonic() - start)
+                break
+        server.wait(job["id"])
+    assert min(delays) < 0.3
 
 
 def test_an_idempotency_key_queues_one_job(server: Server) -> None:

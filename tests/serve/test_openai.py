@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import io
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,33 @@ def test_variations(client: openai.OpenAI) -> None:
         )
     assert result.data is not None and result.data[0].url
     assert (result.data[0].model_extra or {})["recipe"]["command"] == "variations"
+
+
+def test_a_cancelled_job_is_not_repeated_by_the_client(server: Server) -> None:
+    """OpenAI's client repeats requests that failed with 409 or 503, unless the answer forbids it."""
+    patient = openai.OpenAI(base_url=f"{server.address}/v1", api_key="unused")
+    prompt = "a job that is cancelled"
+
+    def jobs() -> list[Any]:
+        return [job for job in server.get("/api/jobs?limit=50")["items"] if job["request"].get("prompt") == prompt]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(patient.images.generate, prompt=prompt, extra_body={"steps": 900})
+        while not (found := jobs()):
+            time.sleep(0.05)
+        server.request("DELETE", f"/api/jobs/{found[0]['id']}", 200)
+        with pytest.raises(openai.ConflictError):
+            answer.result(60)
+    assert len(jobs()) == 1
+
+
+def test_an_idempotency_key_queues_one_job(client: openai.OpenAI) -> None:
+    headers = {"Idempotency-Key": "a key of OpenAI's client"}
+    images = [client.images.generate(prompt="a star", quality="low", extra_headers=headers) for _ in range(2)]
+    first, second = [(image.data or [])[0].url for image in images]
+    assert first == second
+    with pytest.raises(openai.ConflictError):
+        client.images.generate(prompt="another one", quality="low", extra_headers=headers)
 
 
 def test_errors_are_those_of_the_api(client: openai.OpenAI) -> None:

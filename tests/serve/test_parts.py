@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import io
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.serve.conftest import png
 
 from kandinsky22 import VQModel
 from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.generation.previews import PreviewMap
-from kandinsky22.serve.events import KEPT_EVENTS, EventHub
-from kandinsky22.serve.messages import JobProgress
+from kandinsky22.serve.events import KEPT_EVENTS, QUEUE_SIZE, EventHub
+from kandinsky22.serve.failures import ApiError
+from kandinsky22.serve.files import Files
+from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.hints import _depth_process, make_hint
+from kandinsky22.serve.messages import Alive, JobProgress
 from kandinsky22.serve.model_facts import model_facts
 from kandinsky22.serve.pictures import repainted_area
 from kandinsky22.serve.progress import ProgressReporter, StageTimes
 from kandinsky22.serve.requests import batch_key, check_job, generation_request
-from kandinsky22.serve.schemas import JobRequest, Picture
-from kandinsky22.serve.security import has_valid_signature, is_allowed_host, signature
+from kandinsky22.serve.schemas import HintRequest, JobRequest, Picture
+from kandinsky22.serve.security import is_allowed_host
 from kandinsky22.serve.settings import EMBEDDED_MODELS, ModelSettings, ServerSettings
+from kandinsky22.serve.store import Store
+from kandinsky22.serve.supervisor import Supervisor
+from kandinsky22.serve.tokens import WINDOW_SECONDS, WRONG_TOKENS, TokenGuard, has_valid_signature, signature
 
 TOKEN = "a token of tests"
 
@@ -61,6 +71,28 @@ def test_signatures_open_one_path_for_a_while() -> None:
     assert not opens("/a", query.replace(str(expires), str(expires + 1)))
     assert not opens("/a", f"expires=1&signature={signature('/a', 1, TOKEN)}")
     assert not opens("/a", "") and not opens("/a", "expires=x&signature=y") and not opens("/a", f"{query}&{query}")
+
+
+def test_wrong_tokens_are_limited_per_client() -> None:
+    clock = [100.0]
+    guard = TokenGuard(TOKEN, lambda: clock[0])
+
+    def opens(token: str, client: str = "192.168.1.5") -> bool:
+        return guard.opens({"client": (client, 1), "method": "GET"}, {"authorization": f"Bearer {token}"})
+
+    for _ in range(5 * WRONG_TOKENS):
+        assert not opens("an old cookie") and not guard.opens({"client": ("192.168.1.5", 1), "method": "GET"}, {})
+    assert opens(TOKEN)  # the same wrong token is one guess
+    for guess in range(WRONG_TOKENS):
+        assert not opens(f"guess {guess}")
+    assert not opens(TOKEN)  # otherwise the limit would not limit anything
+    assert opens(TOKEN, "192.168.1.6")
+    assert 0 < guard.seconds_to_wait({"client": ("192.168.1.5", 2)}) <= WINDOW_SECONDS
+    clock[0] += WINDOW_SECONDS
+    assert opens(TOKEN) and guard.seconds_to_wait({"client": ("192.168.1.5", 2)}) == 0
+    for guess in range(WRONG_TOKENS):
+        assert not opens(f"guess {guess}", f"2001:db8:0:1::{guess:x}")
+    assert not opens(TOKEN, "2001:db8:0:1::ffff") and opens(TOKEN, "2001:db8:0:2::1")
 
 
 def test_settings_that_contradict_each_other() -> None:
@@ -116,6 +148,84 @@ def test_listeners_get_their_events_and_what_they_missed() -> None:
     for _ in range(KEPT_EVENTS + 10):
         hub.publish("state", {}, "a")
     assert len(hub._kept) == KEPT_EVENTS
+
+
+def test_a_listener_that_reads_nothing_takes_bounded_memory() -> None:
+    async def run() -> int:
+        hub = EventHub()
+        listener = hub.listen(None)
+        for number in range(20 * QUEUE_SIZE):
+            hub.publish("state", {"n": number}, "a")
+        await asyncio.sleep(0.1)
+        return listener._queue.qsize()
+
+    assert asyncio.run(run()) <= 4 * QUEUE_SIZE + 1
+
+
+def supervised(tmp_path: Path) -> tuple[Supervisor, Gallery]:
+    """Return a supervisor of two workers without processes, the first one with two jobs."""
+    settings, files = ServerSettings(state=tmp_path, devices=("cpu", "meta"), lease_seconds=60), Files(tmp_path)
+    gallery = Gallery(settings, Store(files.database), files, EventHub())
+    supervisor = Supervisor(settings, gallery)
+    for seed in (1, 2):
+        gallery.submit(JobRequest(prompt="a star", seed=seed))
+        for job in gallery.claim("worker-cpu", 1):
+            supervisor.workers[0]._running[job.id] = job
+    return supervisor, gallery
+
+
+def test_a_suspended_computer_loses_no_attempt(tmp_path: Path) -> None:
+    """All leases have expired then, although the workers still have their jobs."""
+    supervisor, gallery = supervised(tmp_path)
+    jobs = gallery.store.expired()
+    assert jobs == []
+    lost, _ = gallery.submit(JobRequest(prompt="a star", seed=3))
+    gallery.claim("worker-that-has-gone", 1)
+    with gallery.store.transaction() as connection:
+        connection.execute("UPDATE jobs SET lease_until = 1")
+    supervisor.workers[1]._handle(Alive())
+    states = {job.id: job.state for job in gallery.store.jobs(state=None, group=None, before=None, limit=9)}
+    assert states.pop(lost.id) == "queued" and set(states.values()) == {"running"}
+
+
+def test_a_crash_on_a_full_disk_is_overcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor, gallery = supervised(tmp_path)
+    requeue, failures = gallery.try_again, [sqlite3.OperationalError("database or disk is full")]
+
+    def try_again(job: str, **options: Any) -> None:
+        if failures:
+            raise failures.pop()
+        requeue(job, **options)
+
+    monkeypatch.setattr(gallery, "try_again", try_again)
+    supervisor.workers[0]._after_crash()
+    assert gallery.store.counts() == {"queued": 2} and not supervisor.held_jobs()
+
+
+def test_a_repeated_request_needs_its_pictures_no_more(tmp_path: Path) -> None:
+    _, gallery = supervised(tmp_path)
+    id = gallery.add_upload(png(), (96, 96))
+    request = JobRequest(mode="variations", image=Picture(upload=id))
+    first, _ = gallery.submit(request, "a key")
+    gallery.remove_upload(id, "9999")
+    assert gallery.submit(request, "a key") == (first, False)
+
+
+def test_one_depth_map_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process stands for one that loads a large model."""
+    stand_in = tmp_path / "kandinsky22.py"
+    stand_in.write_text("import sys, time, PIL.Image as i; time.sleep(1); i.new('L', (8, 8)).save(sys.argv[-3])")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    hint = HintRequest(kind="depth", image=Picture(upload="0" * 64))
+    settings, image = ServerSettings(depth_model="a model"), Image.new("RGB", (8, 8))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(make_hint, hint, image, settings)
+        while not _depth_process.locked():
+            time.sleep(0.01)
+        with pytest.raises(ApiError, match="in use"):
+            make_hint(hint, image, settings)
+        assert first.result().size == (8, 8)
+    assert make_hint(hint, image, settings).size == (8, 8)
 
 
 def test_previews_have_the_colours_of_the_picture() -> None:

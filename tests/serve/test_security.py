@@ -266,6 +266,21 @@ def test_without_the_token_nothing_opens(guarded: Server) -> None:
     guarded.request("GET", "/api/info", 200)
 
 
+def test_guesses_of_the_token_are_limited(tmp_path: Path) -> None:
+    with running(tmp_path, token=TOKEN) as server:
+        for number in range(10):
+            answer = server.request("POST", "/login", json={"token": f"guess {number}"})
+            assert_refused(answer, 401, 429)
+        assert_refused(server.request("POST", "/login", json={"token": TOKEN}), 429)
+        blocked = server.request("GET", "/api/info")
+        assert_refused(blocked, 429)
+        assert 0 < int(blocked.headers["retry-after"]) <= 60
+
+
+def test_bodies_without_a_token_are_small(guarded: Server) -> None:
+    assert_refused(guarded.request("POST", "/login", json={"token": "x" * 2**15}), 413)
+
+
 def test_an_allowed_site_may_call(guarded: Server) -> None:
     headers = {"Origin": "https://friend.example"}
     answer = guarded.request("GET", "/api/info", 200, headers=headers)

@@ -129,7 +129,7 @@ def test_draw_over_a_picture_and_vary_it(watched: Watched, server: StudioServer)
     press_run(screen)
     expect_picture(screen)
     assert newest(server)["mode"] == "img2img"
-    screen.get_by_text("Vary it").click()
+    screen.get_by_text("Variation", exact=True).click()
     screen.locator("textarea.prompt").fill("")
     press_run(screen)
     expect(screen.locator(".film-item")).to_have_count(2)
@@ -140,7 +140,7 @@ def test_draw_over_a_picture_and_vary_it(watched: Watched, server: StudioServer)
 def test_mixing_table(watched: Watched, server: StudioServer) -> None:
     page, screen = watched.page, open_screen(watched, "mix")
     for text in ("a red circle on a yellow background", "a blue square on a white background"):
-        screen.get_by_role("button", name="Words").click()
+        screen.get_by_role("button", name="Text").click()
         page.keyboard.type(text)
     cards = screen.locator("[data-card]")
     expect(cards).to_have_count(2)
@@ -467,6 +467,56 @@ def test_cancel_and_retry(watched: Watched, server: StudioServer) -> None:
     assert newest(server)["request"]["seed"] == job["request"]["seed"]
 
 
+def test_positions_and_numbers_count_from_one(watched: Watched, server: StudioServer) -> None:
+    screen = open_screen(watched, "draw")
+    _, running = server.call("POST", "/api/jobs", {"prompt": "long", "steps": LONG, "count": 2})
+    waiting = [server.call("POST", "/api/jobs", {"prompt": f"waiting {n}", "quality": "draft"})[1] for n in range(2)]
+    try:
+        watched.page.keyboard.press("q")
+        rows = watched.page.locator("k-queue .queue-status")
+        expect(rows.nth(0)).to_contain_text("picture 1 of 2", timeout=60_000)
+        expect(rows.nth(1)).to_have_text("Next in the queue")
+        expect(rows.nth(2)).to_have_text("1 job before this one")
+        server.call("DELETE", f"/api/jobs/{running['id']}")
+        expect(watched.page.locator(".queue-button")).to_have_attribute("title", "Queue: empty", timeout=60_000)
+        assert [server.wait(job["id"])["state"] for job in waiting] == ["done", "done"]
+        expect(screen).to_be_visible()
+    finally:
+        for job in (*waiting, running):
+            server.call("DELETE", f"/api/jobs/{job['id']}")
+
+
+def test_a_page_in_the_background_catches_up(watched: Watched, server: StudioServer) -> None:
+    """After a minute it gives its connection back, and misses the events of pictures."""
+    page = watched.page
+    page.clock.install()
+    screen = open_screen(watched, "gallery")
+    expect(screen.locator(".tile").first).to_be_visible()
+    hide = "hidden => { Object.defineProperty(document, 'hidden', { get: () => hidden, configurable: true });"
+    hide += " document.dispatchEvent(new Event('visibilitychange')); }"
+    page.evaluate(hide, True)
+    page.clock.fast_forward(61_000)
+    image = server.make(prompt="made in the background", seed=3)["images"][0]
+    page.evaluate(hide, False)
+    expect(screen.locator(f"[data-image='{image['id']}']")).to_be_visible()
+
+
+def test_pictures_that_the_server_has_removed_leave_the_inputs(watched: Watched) -> None:
+    watched.page.goto(f"{watched.address}/#gallery")
+    missing = {"upload": "0" * 64, "width": 64, "height": 64}
+    store = "([name, draft]) => localStorage.setItem(`k22.${name}`, JSON.stringify(draft))"
+    watched.page.evaluate(store, ["draw", {"picture": missing}])
+    card = {"id": 1, "weight": 1, "picture": missing}
+    watched.page.evaluate(store, ["mix", {"cards": [card], "next": 2}])
+    watched.page.reload()
+    for name, gone in (("draw", ".picture-slot.filled"), ("mix", ".picture-card")):
+        with watched.page.expect_response(lambda response: response.status == 404):
+            watched.page.goto(f"{watched.address}/#{name}")
+        expect(watched.page.locator(f"k-{name}")).to_be_visible()
+        expect(watched.page.locator(f"k-{name} {gone}")).to_have_count(0)
+    watched.messages = [message for message in watched.messages if "404" not in message]
+
+
 def test_reload_in_the_middle_of_a_job(watched: Watched) -> None:
     screen = open_screen(watched, "draw")
     start_long_job(screen)
@@ -556,7 +606,7 @@ def test_token_is_asked_for(browser: Any, tmp_path: Path) -> None:
     with running_server(tmp_path / "state", token="a secret token") as server:
         page = browser.new_page()
         page.goto(server.address)
-        dialog = page.get_by_role("dialog", name="This studio asks for a token")
+        dialog = page.get_by_role("dialog", name="This server requires a token")
         dialog.get_by_label("Token").fill("another token")
         dialog.get_by_role("button").click()
         expect(dialog.get_by_role("alert")).to_have_text("The server does not accept this token.")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kandinsky22.cli import options
+from kandinsky22.cli import option_values, options
 from kandinsky22.cli.console import Console, print_message, print_path, silenced_libraries
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.limits import MAX_IMAGES
@@ -97,7 +97,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         help="{red|blue} and {1-8} in prompts: draw all combinations, or one at random (default: plain text)",
     )
     group.add_argument(
-        "-n", type=options.integer(1, MAX_IMAGES), dest="count", default=1, metavar="N", help="pictures per row"
+        "-n", type=option_values.integer(1, MAX_IMAGES), dest="count", default=1, metavar="N", help="pictures per row"
     )
     group.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be drawn")
     options.add_strength(group, "for rows with an image, fraction of the steps that run")
@@ -108,7 +108,7 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--format", choices=FORMATS, default="files", help="format of the shards (default: files)")
     group.add_argument(
         "--shard-size",
-        type=options.integer(1, MAX_SHARD_SIZE),
+        type=option_values.integer(1, MAX_SHARD_SIZE),
         default=DEFAULT_SHARD_SIZE,
         metavar="N",
         help=f"pictures per shard (default: {DEFAULT_SHARD_SIZE})",
@@ -132,13 +132,13 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--batch-size",
-        type=options.integer(1, MAX_BATCH_SIZE),
+        type=option_values.integer(1, MAX_BATCH_SIZE),
         metavar="N",
         help="images that run together; 1 gives the bits of the other commands (default: measured once)",
     )
     group.add_argument(
         "--workers",
-        type=options.integer(1, MAX_WORKERS),
+        type=option_values.integer(1, MAX_WORKERS),
         default=1,
         metavar="N",
         help="worker processes on this machine (default: 1)",
@@ -152,13 +152,13 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--ray-prior-actors",
-        type=options.integer(1, MAX_WORKERS),
+        type=option_values.integer(1, MAX_WORKERS),
         metavar="N",
         help="with --ray, processes that run the prior (default: 1)",
     )
     group.add_argument(
         "--ray-decoder-actors",
-        type=options.integer(1, MAX_WORKERS),
+        type=option_values.integer(1, MAX_WORKERS),
         metavar="N",
         help="with --ray, processes that run the decoder (default: one per GPU, or per CPU that is left)",
     )

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from kandinsky22.cli.options import image_path
+from kandinsky22.cli.option_values import image_path
 from kandinsky22.cli.settings import IGNORES_SETTINGS, leaf_parsers
 from kandinsky22.errors import MissingDependencyError
 

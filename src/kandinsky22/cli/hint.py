@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kandinsky22.cli import options
+from kandinsky22.cli import option_values
 from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.console import print_path
 from kandinsky22.cli.output_files import OutputFiles, OutputName, check_extension
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = Path("hint.png")
 # Repeats defaults of kandinsky22.inputs.hints: importing that module would import torch.
 DEFAULT_LOW, DEFAULT_HIGH, DEFAULT_SIGMA = 100.0, 200.0, 1.0
-threshold = options.finite_number("a number from 0 to 1443", 0, 1443)
-blur = options.finite_number("a number of pixels from 0 to 100", 0, 100)
+threshold = option_values.finite_number("a number from 0 to 1443", 0, 1443)
+blur = option_values.finite_number("a number of pixels from 0 to 100", 0, 100)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,7 +82,9 @@ def _add_kind(
         epilog=f"example: kandinsky22 hint {name} photo.jpg -o hint.png",
         allow_abbrev=False,
     )
-    parser.add_argument("image", type=options.image_path, metavar="PHOTO", help="an image file; - reads standard input")
+    parser.add_argument(
+        "image", type=option_values.image_path, metavar="PHOTO", help="an image file; - reads standard input"
+    )
     parser.add_argument(
         "-o",
         "--output",

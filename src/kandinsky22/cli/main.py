@@ -16,7 +16,7 @@ from kandinsky22.cli import batch, compare, completion, configuration, hint, inf
 from kandinsky22.cli.console import print_message, safe_messages
 from kandinsky22.cli.failures import check_address_space, failure_message
 from kandinsky22.cli.modes import SUBCOMMANDS
-from kandinsky22.cli.options import join_values
+from kandinsky22.cli.option_values import join_values
 from kandinsky22.cli.run import run_mode
 from kandinsky22.cli.settings import IGNORES_SETTINGS, options_of, parse_command_line, subcommands_of, variables
 from kandinsky22.cli.settings_file import settings_path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from kandinsky22.cli import options
+from kandinsky22.cli import option_values, options
 from kandinsky22.cli.settings import SUPERSEDES
 from kandinsky22.generation.limits import MAX_IMAGES
 from kandinsky22.generation.modes import MODES, Mode
@@ -77,7 +77,7 @@ class Subcommand:
         output.add_argument(
             "--count",
             "-n",
-            type=options.integer(1, MAX_IMAGES),
+            type=option_values.integer(1, MAX_IMAGES),
             dest="count",
             metavar="N",
             help="number of images (default: 1)",
@@ -130,15 +130,15 @@ def _add_inpaint_inputs(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--crop",
-        type=options.integer(0),
+        type=option_values.integer(0),
         metavar="[PADDING]",
         help="repaint only the part around the mask, with PADDING pixels around it "
-        f"(default: {options.DEFAULT_CROP_PADDING}), and keep the image's own size and all its other pixels",
+        f"(default: {option_values.DEFAULT_CROP_PADDING}), and keep the image's own size and all its other pixels",
     )
     group.add_argument("--no-crop", dest="crop", action="store_false", default=None, help="repaint the entire image")
     group.add_argument(
         "--extend",
-        type=options.pixel_margins,
+        type=option_values.pixel_margins,
         metavar="L,T,R,B",
         help="add margins to the left, top, right and bottom, in pixels, and paint them",
     )
@@ -152,7 +152,7 @@ def _add_control_inputs(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_variations_inputs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("image", nargs="?", type=options.image_path, metavar="IMAGE", help="image to vary")
+    group.add_argument("image", nargs="?", type=option_values.image_path, metavar="IMAGE", help="image to vary")
     group.add_argument(
         "--prompt", metavar="TEXT", help=f"description towards which the variations are moved{options.TEXT_SOURCES}"
     )

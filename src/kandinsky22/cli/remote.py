@@ -19,22 +19,20 @@ from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError, KandinskyError
 from kandinsky22.generation.image_files import contact_sheet, embedded_recipe
 from kandinsky22.generation.recipe import InputFile, Recipe
-from kandinsky22.generation.request import Request, preset_settings
-from kandinsky22.sampling.presets import PRESETS
+from kandinsky22.generation.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Options that a server does not take: it has loaded its networks with settings of its own.
-LOCAL_OPTIONS = (
-    *("prior", "device", "dtype", "low_memory", "quantize", "cache_every", "compile"),
-    "prior_guidance_interval",  # the API has none
-)
+LOCAL_OPTIONS = ("prior", "device", "dtype", "low_memory", "quantize", "cache_every", "compile", "lora", "subject")
+NO_VALUES = (None, False, ["none"])  # "none" leaves out what a recipe has
 DIRECT = (
     *("prompt", "negative_prompt", "strength", "keep_pixels", "crop", "extend", "steps", "guidance", "prior_steps"),
-    *("prior_guidance", "prompt_weights", "guidance_interval", "guidance_rescale", "guidance_threshold"),
-    *("width", "height"),
+    *("prior_guidance", "prompt_weights", "guidance_interval", "prior_guidance_interval", "guidance_rescale"),
+    *("guidance_threshold", "width", "height"),
 )
+SCHEDULER_FIELDS = ("scheduler", "scheduler_settings", "prior_scheduler", "prior_scheduler_settings")
 UPLOADED_FORMATS = ("PNG", "JPEG", "WEBP")
 PATIENCE = 60.0  # seconds for which a server that has gone is awaited
 ENDED = ("done", "failed", "cancelled")
@@ -50,12 +48,12 @@ def run_on_server(command: Command) -> Path | None:
         Path of the last file; None for standard output.
 
     Raises:
-        InputError: If an option has no effect on a server, or the recipe cannot be expressed for it.
+        InputError: If the API cannot express the request.
         ServerError: If the server cannot be reached, or refuses the request.
         KandinskyError: If the generation fails.
         OSError: If a file cannot be written.
     """
-    _refuse_local_options(command.args)
+    _check_request(command.request)
     client = ApiClient(command.args.server, command.args.token)
     info = client.info()
     uploads = _upload_inputs(client, command)
@@ -73,12 +71,25 @@ def run_on_server(command: Command) -> Path | None:
     return path
 
 
-def _refuse_local_options(args: argparse.Namespace) -> None:
+def refuse_local_options(args: argparse.Namespace) -> None:
+    """End the command with an error if an option has no effect on a server.
+
+    Args:
+        args: Parsed command line.
+    """
     from_settings = getattr(args, FROM_SETTINGS, ())
-    names = [name for name in LOCAL_OPTIONS if getattr(args, name) not in (None, False) and name not in from_settings]
-    if names:
+    values = {name: getattr(args, name, None) for name in LOCAL_OPTIONS if name not in from_settings}
+    if names := [name for name, value in values.items() if value not in NO_VALUES]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
         args.fail(f"{options} would have no effect: the server has settings of its own")
+
+
+def _check_request(request: Request) -> None:
+    """Raise an error if the request has parts, also from a recipe, that the API cannot express."""
+    if request.lora:
+        raise InputError("the server applies no adapters; add --lora none to generate without those of the recipe")
+    if request.subject is not None or any(part.subject is not None for part in request.parts or ()):
+        raise InputError("the server mixes no learned subjects; generate without --server")
 
 
 # The request
@@ -140,28 +151,18 @@ def _job_request(command: Command, info: Mapping[str, Any], uploads: Mapping[Inp
             for part in request.parts
         ]
     job |= _schedulers(request)
+    if not request.texts():  # the prior samples only for texts; recipes record its settings of a preset all the same
+        job = {name: value for name, value in job.items() if not name.startswith("prior_")}
+        job |= {"quality": command.args.quality} if command.args.quality is not None else {}
     if (model := _model(command, info)) is not None:
         job["model"] = model
     return job
 
 
 def _schedulers(request: Request) -> dict[str, Any]:
-    """Return schedulers, or the preset whose scheduler settings the request has: the API has no such settings."""
-    explicit = {name: value for name in ("scheduler", "prior_scheduler") if (value := getattr(request, name))}
-    if not (request.scheduler_settings or request.prior_scheduler_settings):
-        return explicit
-    for quality in PRESETS:
-        preset, values = preset_settings(quality), {"quality": quality}
-        for name in ("scheduler", "prior_scheduler"):
-            settings = getattr(request, f"{name}_settings") or {}
-            if (getattr(request, name), settings) == (preset[name], preset[f"{name}_settings"]):
-                continue  # the preset's own
-            if settings or name not in explicit:
-                break
-            values[name] = explicit[name]  # it replaces the preset's together with the settings
-        else:
-            return values
-    raise InputError("the server's API has no scheduler settings such as those of the recipe; add --quality")
+    """Return the schedulers with their settings."""
+    values = {name: getattr(request, name) for name in SCHEDULER_FIELDS}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items() if value}
 
 
 def _model(command: Command, info: Mapping[str, Any]) -> str | None:

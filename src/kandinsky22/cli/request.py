@@ -11,7 +11,7 @@ from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.command_inputs import CommandInputs
-from kandinsky22.cli.options import MixtureOption
+from kandinsky22.cli.option_values import MixtureOption
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.adapters import find_adapter, find_recorded_adapter, split_weight
 from kandinsky22.generation.image_files import PNG, find_format

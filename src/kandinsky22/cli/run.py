@@ -117,13 +117,13 @@ class Command:
 
 
 def _run(subcommand: Subcommand, args: argparse.Namespace, console: Console, stdout: TextIO | None) -> None:
-    command = _check(subcommand, args, console, stdout)
     if args.server is None:
-        path = _run_here(command)
+        path = _run_here(_check(subcommand, args, console, stdout))
     else:
-        from kandinsky22.cli.remote import run_on_server
+        from kandinsky22.cli.remote import refuse_local_options, run_on_server
 
-        path = run_on_server(command)
+        refuse_local_options(args)
+        path = run_on_server(_check(subcommand, args, console, stdout))
     if args.open and path is not None:
         open_image_file(path, console)
 

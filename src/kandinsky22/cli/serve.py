@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.cli import options
+from kandinsky22.cli import option_values, options
 from kandinsky22.errors import MissingDependencyError, invalid
 
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_address_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", help="address to listen on (default: 127.0.0.1); any other one requires a token")
-    group.add_argument("--port", type=options.integer(0, 65535), help="port (default: 7822; 0 takes a free one)")
+    group.add_argument("--port", type=option_values.integer(0, 65535), help="port (default: 7822; 0 takes a free one)")
     group.add_argument("--token", help="secret that every request must carry; better set in KANDINSKY22_SERVE_TOKEN")
     group.add_argument("--open", action="store_true", help="open the studio in the browser")
     group.add_argument("--state", type=Path, metavar="FOLDER", help="folder of pictures and jobs")
@@ -65,29 +65,51 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--low-memory", action="store_true", default=None, help="hold networks only while they run")
     group.add_argument("--compile", action="store_true", default=None, help="compile the networks on first use")
     group.add_argument("--depth-model", metavar="MODEL", help="depth estimation model of transformers, for hints")
-    group.add_argument("--keep-models", type=options.integer(1, 100), metavar="N", help="models in memory (default: 3)")
+    group.add_argument(
+        "--keep-models", type=option_values.integer(1, 100), metavar="N", help="models in memory (default: 3)"
+    )
 
 
 def _add_limit_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--body-seconds", type=options.integer(1), metavar="N", help="longest time of a request's body (default: 60)"
+        "--body-seconds",
+        type=option_values.integer(1),
+        metavar="N",
+        help="longest time of a request's body (default: 60)",
     )
-    group.add_argument("--batch", type=options.integer(1, 256), metavar="N", help="most equal jobs drawn together")
-    group.add_argument("--max-waiting", type=options.integer(1), metavar="N", help="longest queue (default: 10000)")
-    group.add_argument("--max-count", type=options.integer(1, 10_000), metavar="N", help="most images of a job")
-    group.add_argument("--max-steps", type=options.integer(1, 10_000), metavar="N", help="most steps (default: 1000)")
-    group.add_argument("--max-side", type=options.integer(64, 8192), metavar="N", help="longest side (default: 2048)")
+    group.add_argument(
+        "--batch", type=option_values.integer(1, 256), metavar="N", help="most equal jobs drawn together"
+    )
+    group.add_argument(
+        "--max-waiting", type=option_values.integer(1), metavar="N", help="longest queue (default: 10000)"
+    )
+    group.add_argument("--max-count", type=option_values.integer(1, 10_000), metavar="N", help="most images of a job")
+    group.add_argument(
+        "--max-steps", type=option_values.integer(1, 10_000), metavar="N", help="most steps (default: 1000)"
+    )
+    group.add_argument(
+        "--max-side", type=option_values.integer(64, 8192), metavar="N", help="longest side (default: 2048)"
+    )
     group.add_argument(
         "--max-attempts",
-        type=options.integer(1, 100),
+        type=option_values.integer(1, 100),
         metavar="N",
         help="attempts of a job whose worker crashes (default: 3)",
     )
     group.add_argument(
-        "--max-upload-mb", type=options.integer(1, 1024), metavar="N", help="largest image file (default: 32)"
+        "--max-upload-mb", type=option_values.integer(1, 1024), metavar="N", help="largest image file (default: 32)"
     )
     group.add_argument(
-        "--trash-days", type=options.integer(0), metavar="N", help="days until deleted images are removed (default: 30)"
+        "--trash-days",
+        type=option_values.integer(0),
+        metavar="N",
+        help="days until deleted images are removed (default: 30)",
+    )
+    group.add_argument(
+        "--upload-days",
+        type=option_values.integer(1),
+        metavar="N",
+        help="days until uploads are removed that no waiting job and no image refers to (default: 30)",
     )
 
 

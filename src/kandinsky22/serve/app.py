@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -24,12 +25,14 @@ from kandinsky22.serve.events import EventHub
 from kandinsky22.serve.failures import ApiError, argument_of
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.housekeeping import tidy_regularly
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.security import SecurityMiddleware
 from kandinsky22.serve.services import Services
 from kandinsky22.serve.settings import ServerSettings
 from kandinsky22.serve.store import Store
 from kandinsky22.serve.supervisor import Supervisor
+from kandinsky22.serve.tokens import TokenGuard
 
 logger = logging.getLogger("kandinsky22.serve")
 
@@ -44,16 +47,18 @@ def build_app(settings: ServerSettings) -> FastAPI:
     """
     files = Files(settings.state_folder)
     gallery = Gallery(settings, Store(files.database), files, EventHub())
-    supervisor, metrics = Supervisor(settings, gallery), Metrics()
+    supervisor, metrics, guard = Supervisor(settings, gallery), Metrics(), TokenGuard(settings.token)
     metrics.watch_jobs(gallery.store.counts, lambda: {worker.name: worker.restarts for worker in supervisor.workers})
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         gallery.recover()
         supervisor.start()
+        housekeeping = asyncio.create_task(tidy_regularly(gallery))
         try:
             yield
         finally:
+            housekeeping.cancel()
             gallery.hub.close()
             supervisor.stop()
             gallery.store.close()
@@ -67,12 +72,12 @@ def build_app(settings: ServerSettings) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=_operation_id,
     )
-    app.state.services = Services(settings, gallery, supervisor, metrics)
+    app.state.services = Services(settings, gallery, supervisor, metrics, guard)
     for router in (routes_native.router, routes_openai.router, routes_sdapi.router, routes_native.login_router):
         app.include_router(router)
     _add_studio(app)
     _add_error_handlers(app)
-    app.add_middleware(SecurityMiddleware, settings=settings, metrics=metrics)
+    app.add_middleware(SecurityMiddleware, settings=settings, metrics=metrics, guard=guard)
     return app
 
 
@@ -125,7 +130,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _error(request: Request, status: int, code: str, message: str, argument: str | None) -> JSONResponse:
     body: dict[str, Any] = {"message": message, "argument": argument, "code": code}
+    headers = {}
     if request.url.path.startswith("/v1/"):  # as OpenAI's clients expect it
         status = 400 if status == 422 else status
         body |= {"param": argument, "type": "server_error" if status >= 500 else "invalid_request_error"}
-    return JSONResponse({"error": body}, status)
+        if status != 429:  # OpenAI's clients repeat a request by themselves: a job that was cancelled would run again
+            headers["x-should-retry"] = "false"
+    return JSONResponse({"error": body}, status, headers)

@@ -106,6 +106,7 @@ class Listener:
     def __init__(self, hub: EventHub, job: str | None, loop: asyncio.AbstractEventLoop) -> None:
         self._hub, self._job, self._loop = hub, job, loop
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._ended = False
 
     def offer(self, event: Event | None) -> None:
         """Hand over an event from any thread.
@@ -120,11 +121,14 @@ class Listener:
                 return
 
     def _put(self, event: Event | None) -> None:
+        if self._ended:
+            return
         if self._queue.qsize() >= QUEUE_SIZE:
             if event is not None and event.name in ("preview", "progress"):
                 return
             if self._queue.qsize() >= 4 * QUEUE_SIZE:  # a client that reads nothing; it resumes by the last id
                 event = None
+        self._ended = event is None
         self._queue.put_nowait(event)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import threading
@@ -178,6 +179,26 @@ class Files:
         for path in (self.image(id), self.record(id), self.thumbnail(id)):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+    def delete_upload(self, id: str) -> None:
+        """Remove an upload from the disk.
+
+        Args:
+            id: SHA-256 of its bytes.
+        """
+        with contextlib.suppress(OSError):
+            self.upload(id).unlink(missing_ok=True)
+
+    def upload_time(self, id: str) -> float:
+        """Return the time in seconds at which an upload was written; infinity if it is missing.
+
+        Args:
+            id: SHA-256 of its bytes.
+        """
+        try:
+            return self.upload(id).stat().st_mtime
+        except OSError:
+            return math.inf
 
     def image_ids(self) -> Iterator[str]:
         """Yield the ids of all pictures on the disk."""

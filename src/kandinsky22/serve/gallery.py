@@ -43,7 +43,7 @@ class Gallery:
     def __init__(self, settings: ServerSettings, store: Store, files: Files, hub: EventHub) -> None:
         self.settings, self.store, self.files, self.hub = settings, store, files, hub
         self.progress_of: Callable[[str], Progress | None] = lambda job: None
-        self.finished = threading.Condition()
+        self._uploads = threading.Lock()  # a file and its row appear and vanish together
 
     # Jobs
 
@@ -64,6 +64,9 @@ class Gallery:
 
         posted = job.model_dump(mode="json", exclude_none=True)
         digest = hashlib.sha256(json.dumps(posted, sort_keys=True).encode()).hexdigest()
+        # The answer to a repeated request is the same, also if its input pictures have gone since.
+        if key is not None and (known := self.store.job_of_key(key, digest)) is not None:
+            return known, False
         if job.seed is None:
             job = job.model_copy(update={"seed": secrets.randbelow(2**32)})
         sizes = {name: self.picture_size(name, picture) for name, picture in job.pictures().items()}
@@ -186,8 +189,6 @@ class Gallery:
     def _publish_end(self, job: str) -> None:
         self.publish_job(job, "state")
         self.publish_job(job, "end")
-        with self.finished:
-            self.finished.notify_all()
 
     # Images
 
@@ -241,21 +242,38 @@ class Gallery:
         self.hub.publish("gallery", {**kinds, "changed": [id] if starred is not None else []})
         return row
 
-    def empty_trash(self) -> int:
-        """Remove images from the disk that were deleted long ago.
+    # Input pictures
+
+    def add_upload(self, content: bytes, size: tuple[int, int]) -> str:
+        """Store an upload.
+
+        Args:
+            content: Bytes of the file, which have been checked.
+            size: Width and height in pixels.
 
         Returns:
-            Their number.
+            Its id.
         """
-        age = datetime.timedelta(days=self.settings.trash_days)
-        limit = (datetime.datetime.now(datetime.timezone.utc) - age).isoformat()
-        ids = self.store.trashed_before(limit)
-        for id in ids:
-            self.files.delete_image(id)
-        self.store.remove_images(ids)
-        return len(ids)
+        with self._uploads:
+            id = self.files.save_upload(content)
+            self.store.add_upload(id, size)
+        return id
 
-    # Input pictures
+    def remove_upload(self, id: str, before: str) -> bool:
+        """Remove an upload, unless it was used since a time.
+
+        Args:
+            id: Id of the upload.
+            before: Time in ISO 8601, in UTC.
+
+        Returns:
+            Whether it was removed.
+        """
+        with self._uploads:
+            is_removed = self.store.remove_upload(id, before)
+            if is_removed:
+                self.files.delete_upload(id)
+        return is_removed
 
     def picture_size(self, name: str, picture: Picture) -> tuple[int, int]:
         """Return the (width, height) of an input picture.
@@ -268,9 +286,11 @@ class Gallery:
             ApiError: If the server does not have it.
         """
         if picture.upload is not None:
-            size = self.store.upload_size(picture.upload)
-            if size is None or not self.files.upload(picture.upload).is_file():
-                raise invalid_request(f"there is no upload {picture.upload[:16]}...", name)
+            with self._uploads:
+                size = self.store.upload_size(picture.upload)
+                if size is None or not self.files.upload(picture.upload).is_file():
+                    raise invalid_request(f"there is no upload {picture.upload[:16]}...", name)
+                self.store.add_upload(picture.upload, size)  # it is in use, and not removed before the job refers to it
             return size
         row = self.store.image(str(picture.image))
         if row is None or not self.files.image(row.id).is_file():
@@ -299,8 +319,6 @@ class Gallery:
         if missing:
             logger.warning("%d images are missing on the disk and leave the gallery", len(missing))
             self.store.remove_images(missing)
-        self.store.forget_old_keys()
-        self.empty_trash()
 
 
 def image_info(image: ImageRow) -> ImageInfo:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEPTH_SECONDS = 300.0
+_depth_process = threading.Lock()  # each one loads the model: several would exhaust the memory and the server's threads
 
 
 def make_hint(hint: HintRequest, image: Image, settings: ServerSettings) -> Image:
@@ -29,14 +31,19 @@ def make_hint(hint: HintRequest, image: Image, settings: ServerSettings) -> Imag
         settings: Settings of the server.
 
     Raises:
-        ApiError: If the server has no model for hints of this kind.
+        ApiError: If the server has no model for hints of this kind, or if it is in use.
         InputError: If a threshold is invalid, or if the model cannot run.
     """
     if hint.kind == "depth":
         if settings.depth_model is None:
             message = "this server has no model for depth; start it with --depth-model"
             raise ApiError(501, "not_available", message, "kind")
-        return _depth(image, settings.depth_model)
+        if not _depth_process.acquire(blocking=False):
+            raise ApiError(429, "busy", "the depth model is in use; try again later")
+        try:
+            return _depth(image, settings.depth_model)
+        finally:
+            _depth_process.release()
     from kandinsky22.inputs.hints import DEFAULT_HIGH, DEFAULT_LOW, make_edge_hint
 
     return make_edge_hint(

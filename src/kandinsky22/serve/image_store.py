@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kandinsky22.serve.database import Database, now
@@ -192,14 +192,14 @@ class ImageStore(Database):
     # Uploads
 
     def add_upload(self, id: str, size: tuple[int, int]) -> None:
-        """Enter an upload, unless it is known.
+        """Enter an upload, or note that it is used again.
 
         Args:
             id: SHA-256 of its bytes.
             size: Width and height in pixels.
         """
         with self.transaction() as connection:
-            connection.execute("INSERT OR IGNORE INTO uploads VALUES (?, ?, ?, ?)", (id, *size, now()))
+            connection.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?)", (id, *size, now()))
 
     def upload_size(self, id: str) -> tuple[int, int] | None:
         """Return the (width, height) of an upload, or None if it is unknown.
@@ -209,6 +209,39 @@ class ImageStore(Database):
         """
         rows = self.rows("SELECT width, height FROM uploads WHERE id = ?", id)
         return (rows[0]["width"], rows[0]["height"]) if rows else None
+
+    def uploads_before(self, time: str) -> set[str]:
+        """Return the ids of uploads that were last used before a time.
+
+        Args:
+            time: Time in ISO 8601, in UTC.
+        """
+        return {row["id"] for row in self.rows("SELECT id FROM uploads WHERE created_at < ?", time)}
+
+    def remove_upload(self, id: str, before: str) -> bool:
+        """Remove an upload from the database, unless it was used since a time.
+
+        Args:
+            id: SHA-256 of its bytes.
+            before: Time in ISO 8601, in UTC.
+
+        Returns:
+            Whether it was removed.
+        """
+        with self.transaction() as connection:
+            statement = "DELETE FROM uploads WHERE id = ? AND created_at < ?"
+            return bool(connection.execute(statement, (id, before)).rowcount)
+
+    def texts_with_references(self) -> Iterator[str]:
+        """Yield all texts that refer to uploads: requests of jobs that have not ended, and recipes of images."""
+        for row in self.rows("SELECT request FROM jobs WHERE state IN ('queued', 'running')"):
+            yield row["request"]
+        last = 0
+        while rows := self.rows("SELECT seq, recipe, request FROM images WHERE seq > ? ORDER BY seq LIMIT 500", last):
+            for row in rows:
+                yield row["recipe"]
+                yield row["request"] or ""
+            last = rows[-1]["seq"]
 
 
 def _image(row: sqlite3.Row) -> ImageRow:

@@ -77,13 +77,8 @@ class JobStore(Database):
             KeyReusedError: If the key was used for another request.
         """
         with self.transaction() as connection:
-            if key is not None:
-                used = connection.execute("SELECT job, digest FROM idempotency WHERE key = ?", (key,)).fetchone()
-                if used is not None:
-                    if used["digest"] != digest:
-                        raise KeyReusedError("the idempotency key was used for another request")
-                    if (job := self.job(used["job"])) is not None:
-                        return job, False
+            if key is not None and (known := self.job_of_key(key, digest)) is not None:
+                return known, False
             if self.waiting_count() >= max_waiting:
                 raise QueueFullError(f"{max_waiting} jobs wait already")
             id = new_id()
@@ -97,6 +92,23 @@ class JobStore(Database):
             job = self.job(id)
             assert job is not None
             return job, True
+
+    def job_of_key(self, key: str, digest: str) -> JobRow | None:
+        """Return the job that was queued with an idempotency key, or None.
+
+        Args:
+            key: Idempotency key.
+            digest: Digest of the request as it was posted.
+
+        Raises:
+            KeyReusedError: If the key was used for another request.
+        """
+        used = self.rows("SELECT job, digest FROM idempotency WHERE key = ?", key)
+        if not used:
+            return None
+        if used[0]["digest"] != digest:
+            raise KeyReusedError("the idempotency key was used for another request")
+        return self.job(used[0]["job"])
 
     def job(self, id: str) -> JobRow | None:
         """Return a job, or None.

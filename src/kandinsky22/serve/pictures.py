@@ -41,9 +41,7 @@ def store_picture(server: Services, content: bytes) -> tuple[str, int, int]:
         width, height = checked_upload(content, server.settings.max_upload_pixels)
     except InputError as error:
         raise ApiError(415, "invalid_image", str(error)) from None
-    id = server.files.save_upload(content)
-    server.store.add_upload(id, (width, height))
-    return id, width, height
+    return server.gallery.add_upload(content, (width, height)), width, height
 
 
 def upload(server: Services, content: bytes) -> Picture:

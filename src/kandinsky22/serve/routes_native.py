@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -22,8 +23,8 @@ from kandinsky22.serve.hints import make_hint
 from kandinsky22.serve.image_store import ImageQuery, ImageRow
 from kandinsky22.serve.pictures import encoded_png, store_picture
 from kandinsky22.serve.recipes import request_of
-from kandinsky22.serve.security import COOKIE, equal_secrets
 from kandinsky22.serve.services import Server, Services
+from kandinsky22.serve.tokens import COOKIE
 
 router = APIRouter(prefix="/api", tags=["native"])
 login_router = APIRouter(tags=["native"])
@@ -161,7 +162,9 @@ def _cancel(id: JobId, server: Server) -> schemas.JobInfo:
 @router.post("/jobs/{id}/retry", response_model=schemas.JobInfo, responses=ERRORS)
 def _retry(id: JobId, server: Server) -> schemas.JobInfo:
     """Queue a failed or cancelled job again, with the same seed."""
-    server.job(id)
+    request = schemas.JobRequest.model_validate(server.job(id).request)
+    for name, picture in request.pictures().items():
+        server.gallery.picture_size(name, picture)  # an upload may have been removed since
     row = server.store.retry(id)
     if row is None:
         raise ApiError(409, "not_ended", "only failed and cancelled jobs can be retried")
@@ -176,40 +179,45 @@ def _retry(id: JobId, server: Server) -> schemas.JobInfo:
 @router.get("/jobs/{id}/events", response_class=StreamingResponse, responses=ERRORS)
 async def _job_events(id: JobId, server: Server, last_event: LastEvent = None) -> StreamingResponse:
     """Send the events of a job: state, progress, preview, image, end."""
-    import asyncio
+    from starlette.concurrency import run_in_threadpool
 
-    row = await asyncio.to_thread(server.job, id)
-    listener = server.gallery.hub.listen(id, _event_id(last_event))
-    info = await asyncio.to_thread(lambda: server.gallery.job_info(server.job(id)))
+    await run_in_threadpool(server.job, id)  # an unknown job is an error before the stream begins
 
     async def stream() -> AsyncIterator[bytes]:
-        yield encode_event("state", info.model_dump())
-        if info.state in ENDED:
-            listener.close()
-            yield encode_event("end", info.model_dump())
-            return
-        async for event in listener.events():
-            yield b": keepalive\n\n" if event is None else encode_event(event.name, event.data, event.id)
-            if event is not None and event.name == "end":
+        # The listener begins with the stream: a client that has gone before leaves none behind.
+        listener = server.gallery.hub.listen(id, _event_id(last_event))
+        try:
+            info = await run_in_threadpool(lambda: server.gallery.job_info(server.job(id)))
+            yield encode_event("state", info.model_dump())
+            if info.state in ENDED:
+                yield encode_event("end", info.model_dump())
                 return
+            async for event in listener.events():
+                yield b": keepalive\n\n" if event is None else encode_event(event.name, event.data, event.id)
+                if event is not None and event.name == "end":
+                    return
+        finally:
+            listener.close()
 
-    assert row.id == id
     return StreamingResponse(stream(), media_type="text/event-stream", headers=EVENT_HEADERS)
 
 
 @router.get("/events", response_class=StreamingResponse, responses=ERRORS)
 async def _all_events(server: Server, last_event: LastEvent = None) -> StreamingResponse:
     """Send the events of all jobs, of the gallery and of the workers."""
-    listener = server.gallery.hub.listen(None, _event_id(last_event))
 
     async def stream() -> AsyncIterator[bytes]:
-        yield encode_event("worker", {"state": server.supervisor.state})
-        async for event in listener.events():
-            if event is None:
-                yield b": keepalive\n\n"
-                continue
-            data = event.data if event.job is None else {**event.data, "job": event.job}
-            yield encode_event(event.name, data, event.id)
+        listener = server.gallery.hub.listen(None, _event_id(last_event))
+        try:
+            yield encode_event("worker", {"state": server.supervisor.state})
+            async for event in listener.events():
+                if event is None:
+                    yield b": keepalive\n\n"
+                    continue
+                data = event.data if event.job is None else {**event.data, "job": event.job}
+                yield encode_event(event.name, data, event.id)
+        finally:
+            listener.close()
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers=EVENT_HEADERS)
 
@@ -328,7 +336,10 @@ def _hint(hint: schemas.HintRequest, server: Server) -> schemas.UploadInfo:
     server.gallery.picture_size("image", hint.image)
     path = server.gallery.picture_path(hint.image)
     with open_picture(path.read_bytes(), server.settings.max_upload_pixels) as image:
-        picture = make_hint(hint, image, server.settings)
+        # A depth model takes long: decoding of other pictures must not wait for it.
+        picture = image.copy() if hint.kind == "depth" else make_hint(hint, image, server.settings)
+    if hint.kind == "depth":
+        picture = make_hint(hint, picture, server.settings)
     return _store_upload(server, encoded_png(picture))
 
 
@@ -341,7 +352,9 @@ def _login(login: schemas.Login, server: Server, request: Request, response: Res
     token = server.settings.token
     if token is None:
         return
-    if not equal_secrets(login.token, token):
+    if not server.guard.accepts(request.scope, login.token):
+        if (seconds := server.guard.seconds_to_wait(request.scope)) > 0:
+            raise ApiError(429, "too_many_tokens", f"too many wrong tokens; try again in {math.ceil(seconds)} s")
         raise ApiError(401, "unauthorized", "the token is wrong")
     is_secure = request.url.scheme == "https"
     response.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=is_secure, max_age=30 * 86400)

@@ -21,11 +21,11 @@ from kandinsky22.serve.failures import ApiError, invalid_request
 from kandinsky22.serve.image_store import ImageRow
 from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.output import encoded_image, preview_image
-from kandinsky22.serve.routes_native import ERRORS, EVENT_HEADERS
+from kandinsky22.serve.routes_native import ERRORS, EVENT_HEADERS, Key
 from kandinsky22.serve.schemas import JobRequest, Part
-from kandinsky22.serve.security import signature
 from kandinsky22.serve.services import Server, Services
 from kandinsky22.serve.settings import MODES_OF_KIND
+from kandinsky22.serve.tokens import signature
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -99,10 +99,10 @@ def _one_model(id: str, server: Server) -> dict[str, Any]:
 
 
 @router.post("/images/generations", responses=ERRORS)
-async def _generate(body: GenerationRequest, server: Server, request: Request) -> Any:
+async def _generate(body: GenerationRequest, server: Server, request: Request, key: Key = None) -> Any:
     """Generate images from a prompt. With `stream`, they are sent as events."""
     job = JobRequest(mode="generate", prompt=body.prompt, **_common(server, body, "generate"))
-    return await _respond(server, request, body, job, "image_generation")
+    return await _respond(server, request, body, job, "image_generation", key)
 
 
 @router.post(
@@ -127,7 +127,7 @@ async def _generate(body: GenerationRequest, server: Server, request: Request) -
         }
     },
 )
-async def _edit(request: Request, server: Server) -> Any:
+async def _edit(request: Request, server: Server, key: Key = None) -> Any:
     """Repaint an image where the mask is transparent, change it, or mix several images with the prompt."""
     form = await _form(request)
     body = _parsed(EditRequest, form)
@@ -136,7 +136,7 @@ async def _edit(request: Request, server: Server) -> Any:
         raise invalid_request(f"image is invalid: expected 1 to {MAX_IMAGES} files", "image")
     masks = await _files(form, "mask")
     job = await run_in_threadpool(_edit_job, server, body, images, masks[0] if masks else None)
-    return await _respond(server, request, body, job, "image_edit")
+    return await _respond(server, request, body, job, "image_edit", key)
 
 
 @router.post(
@@ -157,7 +157,7 @@ async def _edit(request: Request, server: Server) -> Any:
         }
     },
 )
-async def _vary(request: Request, server: Server) -> Any:
+async def _vary(request: Request, server: Server, key: Key = None) -> Any:
     """Generate variations of an image."""
     form = await _form(request)
     body = _parsed(ImagesRequest, form)
@@ -170,7 +170,7 @@ async def _vary(request: Request, server: Server) -> Any:
         values = _common(server, body, "variations")
         return JobRequest(mode="variations", image=image, **values)
 
-    return await _respond(server, request, body, await run_in_threadpool(make), "image_edit")
+    return await _respond(server, request, body, await run_in_threadpool(make), "image_edit", key)
 
 
 # From requests to jobs
@@ -273,28 +273,26 @@ async def _files(form: FormData, name: str) -> list[bytes]:
 # From jobs to responses
 
 
-async def _respond(server: Services, request: Request, body: ImagesRequest, job: JobRequest, kind: str) -> Any:
+async def _respond(
+    server: Services, request: Request, body: ImagesRequest, job: JobRequest, kind: str, key: str | None
+) -> Any:
+    """Answer with the images of a job. If its client disconnects, it is cancelled, unless a key can find it again."""
+    row, _ = await run_in_threadpool(server.submit, job, key)
     if body.stream:
-        row, _ = await run_in_threadpool(server.submit, job)
-        stream = _Stream(server, body, row, kind)
+        stream = _Stream(server, body, row, kind, cancels=key is None)
         return StreamingResponse(stream.events(), media_type="text/event-stream", headers=EVENT_HEADERS)
-    row, _ = await run_in_threadpool(server.submit, job)
-    row = await _until_done(server, request, row)
+    row = await _until_done(server, row, cancel_if=request.is_disconnected if key is None else None)
     return await run_in_threadpool(_images_response, server, request, body, row)
 
 
-async def _until_done(server: Services, request: Request, row: JobRow) -> JobRow:
-    """Return a job when it is done. It is cancelled if its client disconnects."""
-    row = await server.wait(row.id, cancel_if=_disconnected(request))
+async def _until_done(server: Services, row: JobRow, cancel_if: Callable[[], Awaitable[bool]] | None) -> JobRow:
+    """Return a job when it is done."""
+    row = await server.wait(row.id, cancel_if=cancel_if)
     if row.state == "done":
         return row
     if row.state == "cancelled":
         raise ApiError(409, "cancelled", "the job was cancelled")
     raise ApiError(422, "generation_failed", row.error or "the job failed")
-
-
-def _disconnected(request: Request) -> Callable[[], Awaitable[bool]]:
-    return request.is_disconnected
 
 
 def _images_response(server: Services, request: Request, body: ImagesRequest, row: JobRow) -> dict[str, Any]:
@@ -348,8 +346,9 @@ def _encoded(server: Services, body: ImagesRequest, image: ImageRow) -> str:
 class _Stream:
     """Events of a streamed call."""
 
-    def __init__(self, server: Services, body: ImagesRequest, row: JobRow, kind: str) -> None:
+    def __init__(self, server: Services, body: ImagesRequest, row: JobRow, kind: str, *, cancels: bool) -> None:
         self._server, self._body, self._row, self._kind = server, body, row, kind
+        self._cancels = cancels  # the job, if its client disconnects
         self._format = body.output_format or "png"
         self._sent: dict[int, int] = {}  # partial images by image
 
@@ -375,7 +374,8 @@ class _Stream:
                 error = {"type": "error", "code": row.state, "message": row.error or f"the job is {row.state}"}
                 yield _event("error", {"type": "error", "error": error})
         except BaseException:
-            await run_in_threadpool(self._server.cancel, self._row.id)
+            if self._cancels:
+                await run_in_threadpool(self._server.cancel, self._row.id)
             raise
         finally:
             listener.close()

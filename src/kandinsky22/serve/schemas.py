@@ -14,6 +14,7 @@ UploadId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ImageId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{22}$")]
 Text = Annotated[str, Field(max_length=10_000)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+Integer = Annotated[int, Field(strict=True, ge=-1_000_000, le=1_000_000)]  # otherwise 2 would become 2.0
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0, le=1000)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
@@ -22,7 +23,7 @@ Interval = tuple[Fraction, Fraction]
 SchedulerSettings = Annotated[
     dict[
         Annotated[str, Field(max_length=64, pattern=r"^[a-z_]+$")],
-        bool | Number | Annotated[str, Field(max_length=100)],
+        bool | Integer | Number | Annotated[str, Field(max_length=100)],
     ],
     Field(max_length=32),
 ]

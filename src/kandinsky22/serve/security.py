@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import ipaddress
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
@@ -18,14 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.settings import LOOPBACK, ServerSettings
+from kandinsky22.serve.tokens import TokenGuard
 
 logger = logging.getLogger("kandinsky22.serve")
 
-COOKIE = "kandinsky22_token"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # Paths that need no token: they show nothing but the program itself. The studio asks for the token with `POST /login`.
 OPEN_PATHS = ("/", "/login", "/healthz", "/readyz")
 OPEN_FOLDERS = ("/studio/",)
+OPEN_BODY_BYTES = 2**14  # largest body of a request that needs no token
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "font-src 'self'; manifest-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -50,11 +50,13 @@ class Refusal:
         status: HTTP status.
         code: Name of the kind of error.
         message: Description for the user.
+        headers: Further headers of the response.
     """
 
     status: int
     code: str
     message: str
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class BodyError(Exception):
@@ -76,10 +78,11 @@ class SecurityMiddleware:
         app: The application.
         settings: Settings of the server.
         metrics: Counts responses.
+        guard: Checks tokens.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, guard: TokenGuard) -> None:
+        self._app, self._settings, self._metrics, self._guard = app, settings, metrics, guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request.
@@ -95,7 +98,8 @@ class SecurityMiddleware:
         if scope["type"] != "http":  # there are no web sockets
             return
         headers = _decoded_headers(scope)
-        body = _LimitedBody(receive, headers, self._settings)
+        limit = OPEN_BODY_BYTES if is_open(scope["path"]) else self._settings.max_body_bytes
+        body = _LimitedBody(receive, headers, self._settings.body_seconds, limit)
         response = _Response(send, scope, self._metrics, self._allowed_origin(headers), body)
         if (refusal := self.refusal(scope, headers)) is not None:
             await response.refuse(refusal)
@@ -132,9 +136,10 @@ class SecurityMiddleware:
                 return Refusal(403, "wrong_origin", "the request comes from another site")
         elif origin is None and not is_safe and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             return Refusal(403, "wrong_origin", "the request comes from another site")
-        path = scope["path"]
-        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
-        if not is_open and scope["method"] != "OPTIONS" and not self._has_token(scope, headers):
+        needs_token = not is_open(scope["path"]) and scope["method"] != "OPTIONS"
+        if needs_token and not self._guard.opens(scope, headers):
+            if (seconds := self._guard.seconds_to_wait(scope)) > 0:
+                return too_many_tokens(seconds)
             return Refusal(401, "unauthorized", "the server requires its token: Authorization: Bearer TOKEN")
         return None
 
@@ -149,16 +154,25 @@ class SecurityMiddleware:
         origin = headers.get("origin")
         return origin if origin is not None and origin in self._settings.allowed_origins else None
 
-    def _has_token(self, scope: Scope, headers: Mapping[str, str]) -> bool:
-        token = self._settings.token
-        if token is None:
-            return True
-        kind, _, value = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and equal_secrets(value.strip(), token):
-            return True
-        if kind.lower() == "basic" and _basic_password_matches(value, token):
-            return True
-        return equal_secrets(_cookie(headers.get("cookie", "")), token) or has_valid_signature(scope, token)
+
+def is_open(path: str) -> bool:
+    """Return whether a path needs no token.
+
+    Args:
+        path: Path of the request.
+    """
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+
+
+def too_many_tokens(seconds: float) -> Refusal:
+    """Return the refusal of a client that sent too many wrong tokens.
+
+    Args:
+        seconds: Time for which it must wait.
+    """
+    wait = math.ceil(seconds)
+    message = f"too many wrong tokens; try again in {wait} s"
+    return Refusal(429, "too_many_tokens", message, (("retry-after", str(wait)),))
 
 
 def is_allowed_host(header: str, settings: ServerSettings) -> bool:
@@ -184,66 +198,6 @@ def is_allowed_host(header: str, settings: ServerSettings) -> bool:
     return settings.host in ("0.0.0.0", "::") and _is_address(name)  # addresses cannot be rebound
 
 
-def equal_secrets(first: str, second: str) -> bool:
-    """Return whether two secrets are equal, in a time that does not depend on where they differ.
-
-    Args:
-        first: A secret.
-        second: Another one.
-    """
-    return hmac.compare_digest(first.encode("utf-8", "replace"), second.encode("utf-8", "replace"))
-
-
-def signature(path: str, expires: int, token: str) -> str:
-    """Return the signature that opens one path without the token, for addresses in responses of the OpenAI API.
-
-    Args:
-        path: Path of the address.
-        expires: Time in seconds after which it is invalid.
-        token: Token of the server.
-    """
-    return hmac.new(token.encode(), f"{path}\n{expires}".encode(), "sha256").hexdigest()
-
-
-def has_valid_signature(scope: Scope, token: str) -> bool:
-    """Return whether a request's address carries a valid signature.
-
-    Args:
-        scope: The request.
-        token: Token of the server.
-    """
-    from urllib.parse import parse_qs
-
-    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-    signatures, expiries = query.get("signature", []), query.get("expires", [])
-    if scope["method"] not in ("GET", "HEAD") or len(signatures) != 1 or len(expiries) != 1:
-        return False
-    if not expiries[0].isascii() or not expiries[0].isdigit() or len(expiries[0]) > 12:
-        return False
-    expires = int(expiries[0])
-    return time.time() < expires and equal_secrets(signatures[0], signature(scope["path"], expires, token))
-
-
-def _basic_password_matches(value: str, token: str) -> bool:
-    """Return whether HTTP basic credentials carry the token as password, as clients of /sdapi send it."""
-    import base64
-    import binascii
-
-    try:
-        decoded = base64.b64decode(value, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError, ValueError):
-        return False
-    return equal_secrets(decoded.partition(":")[2], token)
-
-
-def _cookie(header: str) -> str:
-    try:
-        cookie = SimpleCookie(header).get(COOKIE)
-    except CookieError:
-        return ""
-    return "" if cookie is None else cookie.value
-
-
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -263,13 +217,13 @@ def _decoded_headers(scope: Scope) -> dict[str, str]:
 class _LimitedBody:
     """Body of a request, with limits of size and time."""
 
-    def __init__(self, receive: Receive, headers: Mapping[str, str], settings: ServerSettings) -> None:
-        self._receive, self._settings = receive, settings
+    def __init__(self, receive: Receive, headers: Mapping[str, str], seconds: float, limit: int) -> None:
+        self._receive, self._seconds, self._limit = receive, seconds, limit
         self._size, self._complete = 0, False
         self.refusal: Refusal | None = None  # frameworks replace the exception by one of their own
         self._deadline: float | None = None  # begins with the first part: a busy server is not a slow client
         length = headers.get("content-length", "0")
-        self._is_too_large = length.isascii() and length.isdigit() and int(length[:20]) > settings.max_body_bytes
+        self._is_too_large = length.isascii() and length.isdigit() and int(length[:20]) > limit
 
     async def receive(self) -> Message:
         if self._complete:
@@ -278,7 +232,7 @@ class _LimitedBody:
             raise self._too_large()
         try:
             if self._deadline is None:
-                self._deadline = time.monotonic() + self._settings.body_seconds
+                self._deadline = time.monotonic() + self._seconds
             left = self._deadline - time.monotonic()
             message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:
@@ -287,13 +241,12 @@ class _LimitedBody:
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
-            if self._size > self._settings.max_body_bytes:
+            if self._size > self._limit:
                 raise self._too_large()
         return message
 
     def _too_large(self) -> BodyError:
-        limit = self._settings.max_body_bytes
-        self.refusal = Refusal(413, "too_large", f"the body of the request has more than {limit} bytes")
+        self.refusal = Refusal(413, "too_large", f"the body of the request has more than {self._limit} bytes")
         return BodyError(self.refusal)
 
 
@@ -343,6 +296,7 @@ class _Response:
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            *((name.encode(), value.encode()) for name, value in refusal.headers),
         ]
         if refusal.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))

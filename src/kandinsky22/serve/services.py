@@ -20,6 +20,7 @@ from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.settings import ModelSettings, ServerSettings
 from kandinsky22.serve.store import Store
 from kandinsky22.serve.supervisor import Supervisor
+from kandinsky22.serve.tokens import TokenGuard
 
 POLL_SECONDS = 1.0  # interval at which disconnected clients are noticed
 
@@ -46,6 +47,7 @@ class Services:
         gallery: Jobs and images.
         supervisor: Worker processes.
         metrics: Counters for Prometheus.
+        guard: Checks tokens.
         sdapi: State of the API of the Stable Diffusion web UI.
     """
 
@@ -53,6 +55,7 @@ class Services:
     gallery: Gallery
     supervisor: Supervisor
     metrics: Metrics
+    guard: TokenGuard
     sdapi: WebUiState = dataclasses.field(default_factory=WebUiState)
 
     @property

@@ -83,6 +83,8 @@ class ServerSettings:
         previews_per_second: Largest rate of previews; 0 disables them.
         depth_model: Folder or Hub id of a depth estimation model for hints; None for none.
         trash_days: Days after which deleted images are removed from the disk.
+        upload_days: Days after its last use at which an upload is removed from the disk, unless a waiting job or an
+            image of the gallery refers to it.
     """
 
     host: str = "127.0.0.1"
@@ -115,6 +117,7 @@ class ServerSettings:
     previews_per_second: float = 5.0
     depth_model: str | None = None
     trash_days: float = 30.0
+    upload_days: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -36,17 +36,26 @@ class DeviceWorker(threading.Thread):
         device: The device.
         settings: Settings of the server.
         gallery: Jobs and images of the server.
-        on_state: Called with "starting", "ready", "busy" or "restarting" whenever the state changes.
+        on_state: Called whenever `state` changes: "starting", "ready", "busy" or "restarting".
+        held_jobs: Returns the ids of the jobs that any worker of the server has.
     """
 
-    def __init__(self, device: str, settings: ServerSettings, gallery: Gallery, on_state: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        device: str,
+        settings: ServerSettings,
+        gallery: Gallery,
+        on_state: Callable[[], None],
+        held_jobs: Callable[[], set[str]],
+    ) -> None:
         super().__init__(daemon=True, name=f"worker-{device}")
         self.state = "starting"
         self.device = device
         self.progress: dict[str, Progress] = {}
         self.previews: dict[str, str] = {}  # the last one of each running job
         self.restarts = 0
-        self._device, self._settings, self._gallery, self._on_state = device, settings, gallery, on_state
+        self._device, self._settings, self._gallery = device, settings, gallery
+        self._on_state, self._held_jobs = on_state, held_jobs
         self._wake_receiver, self._wake_sender = multiprocessing.Pipe(duplex=False)
         self._send_lock = threading.Lock()
         self._stopping = threading.Event()
@@ -63,6 +72,11 @@ class DeviceWorker(threading.Thread):
     def pid(self) -> int | None:
         """Process id of the worker, or None while it has none."""
         return None if self._process is None else self._process.pid
+
+    def held_jobs(self) -> set[str]:
+        """Return the ids of the jobs that this worker has."""
+        with self._send_lock:  # a claimed job is in `_running` when the lock is free
+            return set(self._running)
 
     def wake(self) -> None:
         """Look for waiting jobs now."""
@@ -101,7 +115,7 @@ class DeviceWorker(threading.Thread):
                 self._supervise()
             except Exception:
                 logger.exception("supervision of %s failed", self._device)
-                time.sleep(POLL_SECONDS)
+                self._stopping.wait(POLL_SECONDS)
             self._end_process()
             if not self._stopping.is_set():
                 self._after_crash()
@@ -211,16 +225,19 @@ class DeviceWorker(threading.Thread):
             self._end_job(message)
 
     def _renew_leases(self) -> None:
-        """Renew the leases of this worker's jobs, and queue jobs again that no worker has any more."""
+        """Renew the leases of this worker's jobs, and queue jobs again that no worker has any more.
+
+        An expired lease alone proves nothing: after a suspension of the computer, all leases have expired.
+        """
         if self._running and self._last_sign > self._next_renewal:
             self._next_renewal = self._last_sign + self._settings.lease_seconds / LEASE_RENEWALS
             self._gallery.store.renew(list(self._running), self._settings.lease_seconds)
-        for job in self._gallery.store.expired():
+        expired = self._gallery.store.expired()
+        for job in set(expired) - self._held_jobs() if expired else ():
             self._gallery.try_again(job, charged=True, reason="its worker has lost it")
 
     def _end_job(self, message: Any) -> None:
         job = message.job
-        self._running.pop(job, None)
         self.progress.pop(job, None)
         self.previews.pop(job, None)
         if isinstance(message, messages.JobDone):
@@ -231,6 +248,7 @@ class DeviceWorker(threading.Thread):
             self._gallery.try_again(job, charged=True, reason=message.message)
         else:
             self._gallery.finish(job, "failed", message.message)
+        del self._running[job]  # last: until the database says that it has ended, the job is this worker's
         if not self._running:
             self._set_state("ready")
 
@@ -250,19 +268,28 @@ class DeviceWorker(threading.Thread):
         self._process = None
 
     def _after_crash(self) -> None:
-        """Queue the interrupted jobs again. Only the job that ran is charged with the attempt."""
+        """Queue the interrupted jobs again, and pause before the next start."""
         lived = time.monotonic() - self._start_time
         self.restarts += 1
         logger.error("worker %s ended after %.0f s (%s); it is started again", self._device, lived, self._exit)
         self._set_state("restarting")
+        while self._running and not self._stopping.is_set():
+            try:
+                self._requeue_jobs()
+            except Exception:  # a full disk, for example: this thread must outlive it
+                logger.exception("the jobs of %s cannot be queued again yet", self._device)
+                self._stopping.wait(POLL_SECONDS)
+        self._current = None
+        self._pause = FIRST_PAUSE if lived > HEALTHY_SECONDS else min(2 * self._pause, LONGEST_PAUSE)
+        self._stopping.wait(self._pause)
+
+    def _requeue_jobs(self) -> None:
+        """Queue the jobs of this worker again. Only the job that ran is charged with the attempt."""
         for job in list(self._running):
             self.progress.pop(job, None)
             self.previews.pop(job, None)
             self._gallery.try_again(job, charged=job == self._current, reason="the worker process ended unexpectedly")
-        self._running.clear()
-        self._current = None
-        self._pause = FIRST_PAUSE if lived > HEALTHY_SECONDS else min(2 * self._pause, LONGEST_PAUSE)
-        self._stopping.wait(self._pause)
+            del self._running[job]
 
     def _set_state(self, state: str) -> None:
         if state != self.state:
@@ -280,7 +307,9 @@ class Supervisor:
 
     def __init__(self, settings: ServerSettings, gallery: Gallery) -> None:
         self._gallery = gallery
-        self.workers = [DeviceWorker(device, settings, gallery, self._publish_state) for device in settings.devices]
+        self.workers = [
+            DeviceWorker(device, settings, gallery, self._publish_state, self.held_jobs) for device in settings.devices
+        ]
         gallery.progress_of = self.progress
 
     @property
@@ -288,6 +317,10 @@ class Supervisor:
         """State of the most available worker."""
         states = [worker.state for worker in self.workers]
         return next(state for state in ("ready", "busy", "starting", "restarting") if state in states)
+
+    def held_jobs(self) -> set[str]:
+        """Return the ids of the jobs that the workers have."""
+        return set().union(*(worker.held_jobs() for worker in self.workers))
 
     def start(self) -> None:
         """Start all workers."""

@@ -19,8 +19,9 @@ _SCALE = 0.2
 class Muon(torch.optim.Optimizer):
     """Optimizer for weight matrices, and for kernels of convolutions as matrices (out, in x height x width).
 
-    Each update costs several matrix products per matrix. Where they cost as much as the gradient, `interval` spreads them
-    over several steps: the momentum, which covers about 1 / (1 - momentum) steps, hardly changes between two updates.
+    Each update costs several matrix products per matrix. Where they cost as much as the gradient, `interval` spreads
+    them over several steps: the momentum, which covers about 1 / (1 - momentum) steps, hardly changes between two
+    updates.
 
     Args:
         params: Parameters with at least two dimensions, or groups of them.

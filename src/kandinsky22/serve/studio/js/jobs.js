@@ -12,12 +12,12 @@ export function duration(seconds) {
 /** Return how far a job is, in words. */
 export function progressText(job) {
   const texts = strings.progress;
-  if (job.state === "queued") return texts.queued(job.position ?? 1);
+  if (job.state === "queued") return texts.queued(job.position ?? 0);
   if (job.state !== "running") return texts[job.state];
   const { progress } = job;
   if (!progress) return texts.loading;
   const parts = [texts[progress.stage] ?? progress.stage];
-  if (progress.images > 1) parts.push(texts.of(progress.image, progress.images));
+  if (progress.images > 1) parts.push(texts.of(progress.image + 1, progress.images));
   if (progress.steps > 1) parts.push(texts.steps(progress.step, progress.steps));
   return parts.join(" · ");
 }

@@ -9,7 +9,7 @@ export const isEnded = (job) => ENDED.has(job.state);
 
 /**
  * The server's state. Events: `info`, `jobs` (any job changed), `job` (detail: the job), `gallery` (detail: added,
- * removed, changed), `connection` (detail: whether the server answers), `locked` (a token is needed).
+ * removed, changed; or `all`, `missed`: what changed is unknown), `connection` (detail: whether the server answers), `locked` (a token is needed).
  */
 class Store extends EventTarget {
   info = null;
@@ -22,6 +22,7 @@ class Store extends EventTarget {
   #lastEvent = new Map(); // job to the number of its last event
   #loading = new Set();
   #restTimer = 0;
+  #rested = false; // whether the connection was given back
 
   constructor() {
     super();
@@ -120,6 +121,8 @@ class Store extends EventTarget {
       this.#setConnected(true);
       // Between the first reading and the stream, and while the server was away, events may have been missed.
       this.refresh().catch(() => {});
+      if (this.#rested) this.#emit("gallery", { missed: true });
+      this.#rested = false;
       if (wasAway) {
         api.info().then((info) => { this.info = info; this.#emit("info"); }).catch(() => {});
         this.#emit("gallery", { added: [], removed: [], changed: [], all: true });
@@ -159,7 +162,7 @@ class Store extends EventTarget {
     const { state } = this.jobs.get(data.id) ?? {};
     this.update(data);
     // The positions of all that wait change when one starts or ends.
-    if (state !== data.state) for (const job of this.jobs.values()) if (job.state === "queued" && job.position > 1 && data.state === "running") job.position -= 1;
+    if (state !== data.state) for (const job of this.jobs.values()) if (job.state === "queued" && job.position > 0 && data.state === "running") job.position -= 1;
   }
 
   #count(jobId) {
@@ -177,7 +180,7 @@ class Store extends EventTarget {
   /** Give the connection back while the page is in the background: browsers allow six for each server. */
   #rest() {
     clearTimeout(this.#restTimer);
-    if (document.hidden) this.#restTimer = setTimeout(() => this.#source?.close(), 60_000);
+    if (document.hidden) this.#restTimer = setTimeout(() => { this.#source?.close(); this.#rested = true; }, 60_000);
     else if (this.#source?.readyState === EventSource.CLOSED && this.connected) this.#listen();
   }
 

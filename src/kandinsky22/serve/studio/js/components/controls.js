@@ -2,6 +2,7 @@
 
 import { uploadPicture, pictureUrl } from "../api.js";
 import { acceptDrops, clamp, fill, h, icon, iconButton, pictureFiles, uid } from "../dom.js";
+import { store } from "../store.js";
 import { strings } from "../strings.js";
 import { complain } from "./feedback.js";
 
@@ -158,7 +159,7 @@ export function pictureSlot({ label, hint, onpicture, removeLabel, class: extra 
     current = picture;
     element.classList.toggle("filled", Boolean(picture));
     if (picture) {
-      fill(element, h("img", { src: pictureUrl(picture), alt: label, draggable: false }), iconButton("close", removeLabel, () => set(null), { class: "on-picture" }));
+      fill(element, h("img", { src: pictureUrl(picture), alt: label, draggable: false, onerror: () => forgetMissing(() => current === picture && set(null)) }), iconButton("close", removeLabel, () => set(null), { class: "on-picture" }));
     } else {
       fill(element, h("button", { type: "button", class: "slot-button", onclick: () => chooseFiles((files) => take(files)) },
         icon("image"), h("span", { class: "slot-title" }, label), h("span", { class: "slot-hint" }, hint)));
@@ -185,6 +186,11 @@ export function pictureSlot({ label, hint, onpicture, removeLabel, class: extra 
   Object.defineProperty(element, "picture", { get: () => current });
   show(null);
   return element;
+}
+
+/** Call a function for a picture that the server no longer has: uploads are removed some time after their last use. */
+export function forgetMissing(forget) {
+  if (store.connected) forget();
 }
 
 /** Call a function with the files of each paste into a screen that is visible. */

@@ -160,8 +160,9 @@ class Gallery extends HTMLElement {
   }
 
   /** Follow the server: new pictures come to the front, removed ones leave, stars change. */
-  async #changed({ added = [], removed = [], changed = [], all }) {
+  async #changed({ added = [], removed = [], changed = [], all, missed }) {
     if (all) return this.#reload();
+    if (missed) return this.#refresh();
     if (removed.length && !this.filter.trash) {
       this.#images = this.#images.filter((image) => !removed.includes(image.id));
       for (const id of removed) this.wall.querySelector(`[data-image="${id}"]`)?.remove();

@@ -2,7 +2,7 @@
 
 import { pictureThumbnail, pictureUrl, randomGroup, uploadPicture } from "../api.js";
 import { board } from "../components/board.js";
-import { choices, chooseFiles, onPaste, slider, textField, toggle } from "../components/controls.js";
+import { choices, chooseFiles, forgetMissing, onPaste, slider, textField, toggle } from "../components/controls.js";
 import { announce, complain, toast } from "../components/feedback.js";
 import { DEFAULT_SETTINGS, settingsForm, settingsRequest } from "../components/settings.js";
 import { resolvePicture } from "../actions.js";
@@ -155,7 +155,7 @@ class Mix extends HTMLElement {
   #card(card, index) {
     const name = this.#name(card);
     const content = card.picture
-      ? h("img", { src: card.picture.image ? pictureThumbnail(card.picture) : pictureUrl(card.picture), alt: name, draggable: false, class: "card-picture" })
+      ? h("img", { src: card.picture.image ? pictureThumbnail(card.picture) : pictureUrl(card.picture), alt: name, draggable: false, class: "card-picture", onerror: () => forgetMissing(() => this.#removeCard(card)) })
       : h("textarea", { class: "card-words", value: card.text, placeholder: texts.wordsPlaceholder, "aria-label": `${texts.words}: ${texts.card(index + 1)}`, oninput: (event) => { card.text = event.target.value; this.#changed(); } });
     const choose = h("button", { type: "button", class: "card-choose", title: texts.select, "aria-label": `${texts.select}: ${texts.card(index + 1)}`, "aria-pressed": "false", onclick: () => this.#choose(card) }, icon("check"), h("span", { class: "card-order" }));
     const grip = h("button", { type: "button", class: "grip", title: texts.move(name), "aria-label": texts.move(texts.card(index + 1)), onkeydown: (event) => {
