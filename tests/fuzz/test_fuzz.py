@@ -10,7 +10,7 @@ from tests.fuzz.harness import case_of, check, known_cases
 from tests.fuzz.targets import NAMES, SHARES, targets_of
 from tests.fuzz.world import World
 
-SEED, CASES = 1, 1500
+SEED, CASES = 1, 800
 
 
 @pytest.fixture(scope="module")

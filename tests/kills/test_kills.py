@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, which is safe on Linux only"),
 ]
-KILLS = int(os.environ.get("KANDINSKY22_KILLS", "18"))
+KILLS = int(os.environ.get("KANDINSKY22_KILLS", "10"))
 SEED = int(os.environ.get("KANDINSKY22_KILLS_SEED", "0"))
 
 
