@@ -44,6 +44,7 @@ TOWERS = Settings(
     average=0.998,
     bf16=True,
     muon=True,
+    muon_interval=4,
     seed=6,
 )
 ZERO_WEIGHT = 10.0  # the negative embedding of guidance must stay what the decoder is trained with

@@ -73,7 +73,15 @@ SETTINGS = {
         seed=2,
     ),
     FULL_SIZE: Settings(
-        steps=6000, learning_rate=7e-4, warmup=200, decay=4500, average=0.999, bf16=True, muon=True, seed=3
+        steps=6000,
+        learning_rate=7e-4,
+        warmup=200,
+        decay=4500,
+        average=0.999,
+        bf16=True,
+        muon=True,
+        muon_interval=4,
+        seed=3,
     ),
 }
 

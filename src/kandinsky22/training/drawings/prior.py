@@ -54,7 +54,15 @@ EMPTY_SHARE = 0.1
 INVISIBLE_SHARE = 0.04
 DETAILS, DETAIL_SHARES = (FULL, Detail(), SPARSE), (0.3, 0.4, 0.3)
 SETTINGS = Settings(
-    steps=8000, learning_rate=1e-3, warmup=300, decay=5000, weight_decay=0.1, average=0.999, bf16=True, muon=True
+    steps=8000,
+    learning_rate=1e-3,
+    warmup=300,
+    decay=5000,
+    weight_decay=0.1,
+    average=0.999,
+    bf16=True,
+    muon=True,
+    muon_interval=4,
 )
 
 

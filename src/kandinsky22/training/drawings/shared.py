@@ -35,7 +35,9 @@ SINGLE_THING_SHARE = 0.5  # share of the masks around a thing whose embedding sh
 OTHER_LAYOUT_SHARE = 0.5  # share of hints whose embedding shows other positions and sizes than the hint
 EDGE_SHARE = 0.4  # share of hints that show edges
 BATCHES = {"strong_signal": 14, "inpaint": 10, "hints": 8}
-SETTINGS = Settings(steps=8000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, muon=True, seed=5)
+SETTINGS = Settings(
+    steps=8000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, muon=True, muon_interval=4, seed=5
+)
 
 
 class SceneBank:
