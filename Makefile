@@ -28,7 +28,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean serve-kills serve-load studio batch-kills batch-bench
+.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean serve-kills serve-load serve-latency studio batch-kills batch-bench
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -60,6 +60,9 @@ serve-kills: $(VENV)/.tools  ## kill the worker N times and the server N/2 times
 
 serve-load: $(VENV)/.tools  ## send 400 jobs from 20 clients to a server
 	KANDINSKY22_SERVE_LOAD=$(or $(filter-out 1000,$(N)),400) $(BIN)/python -m pytest -q -s tests/serve -k many_clients $(ARGS)
+
+serve-latency: $(VENV)/.tools  ## measure what the server adds to a generation
+	$(BIN)/python -m benchmarks.serve_latency $(ARGS)
 
 studio: $(VENV)/.serve  ## open the studio in the browser
 	@$(BIN)/kandinsky22 serve --open $(ARGS)
