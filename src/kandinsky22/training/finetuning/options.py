@@ -384,8 +384,9 @@ class DistillOptions(TrainingOptions):
 
     adapts_blocks: ClassVar[bool] = True
 
-    caption_dropout: float = _option(float, 0.0, _CONDITION, "no captions are dropped", lowest=0, highest=0)
-    condition_dropout: float = _option(float, 0.0, _CONDITION, "no conditions are dropped", lowest=0, highest=0)
+    # Nothing draws without a condition when guidance is part of the weights.
+    caption_dropout: float = _option(float, 0.0, _CONDITION, "no captions are dropped", lowest=0, highest=1)
+    condition_dropout: float = _option(float, 0.0, _CONDITION, "no conditions are dropped", lowest=0, highest=1)
     rank: int = _option(int, 64, _LORA, "rank of the adapters", lowest=1, highest=4096)
     target_modules: tuple[str, ...] = _option(
         str,
@@ -415,10 +416,20 @@ class DistillOptions(TrainingOptions):
         float, None, _DISTILL, "draw guidance scales from --guidance-scale up to this one", lowest=1
     )
     num_ddim_timesteps: int = _option(
-        int, 50, _DISTILL, "steps of the DDIM solver, one of which is skipped at a time", lowest=1, highest=1000
+        int,
+        50,
+        _DISTILL,
+        "steps of the original model with DDIM; a training example spans one of them",
+        lowest=1,
+        highest=1000,
     )
     huber_c: float = _option(
-        float, 0.001, _DISTILL, "errors that are small against this count squared", lowest=0, above=True
+        float,
+        0.001,
+        _DISTILL,
+        "smaller errors count squared, larger ones as they are (pseudo-Huber loss)",
+        lowest=0,
+        above=True,
     )
     num_inference_steps: int = _option(
         int, 4, _DISTILL, "steps of sample pictures, and of the pipelines that --full writes", lowest=1, highest=1000

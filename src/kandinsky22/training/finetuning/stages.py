@@ -21,6 +21,7 @@ from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.models import Model, UNet2DConditionModel
+from kandinsky22.schedulers import Scheduler
 from kandinsky22.training.finetuning import lora, preparation, samples
 from kandinsky22.training.finetuning.batches import BatchPlan, TensorStore, split_held_out
 from kandinsky22.training.finetuning.cache import TensorCache
@@ -70,6 +71,23 @@ class DecoderData:
     prompts: list[tuple[Tensor, Tensor]]
     image_digest: str
     preserved: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PriorData:
+    """What a prior is trained on.
+
+    Attributes:
+        entries: Image embeddings to train on.
+        held_out: Image embeddings to validate with.
+        texts: Cache files of the captions, the empty text and the validation prompts.
+        zero_embed: Embedding (1, D) of the all-zero image.
+    """
+
+    entries: list[Entry]
+    held_out: list[Entry]
+    texts: Mapping[str, Path]
+    zero_embed: Tensor
 
 
 class Training:
@@ -128,11 +146,22 @@ class Training:
         """
         options = self.options
         if kind == LORA:
-            lora.add_adapters(network, options.rank, options.lora_alpha, options.target_modules, options.seed)
+            self._add_adapters(network)
         else:
             trainable_entirely(network)
         if options.gradient_checkpointing and isinstance(network, Model):
             network.enable_gradient_checkpointing()
+
+    def _add_adapters(self, network: nn.Module) -> None:
+        options = self.options
+        lora.add_adapters(
+            network,
+            options.rank,
+            options.lora_alpha,
+            options.target_modules,
+            options.seed,
+            blocks=options.adapts_blocks,
+        )
 
     def plan(self, entries: Sequence[Entry], stream: int = 0) -> BatchPlan:
         """Return which pictures each step trains on.
@@ -181,10 +210,10 @@ class Training:
             CheckpointError: Files are missing or damaged.
         """
         options = self.options
-        embeddings = self._prompt_embeddings() if options.validation_prompt and mode == "plain" else []
+        embeddings = self.prompt_embeddings() if options.validation_prompt and mode == "plain" else []
         encoders = Encoders.load(options, mode, self.device, self.low_dtype, latents=True, texts=False)
         assert encoders.movq is not None
-        side, sizes = self._sizes(mode, encoders.movq.downscale_factor, kind)
+        side, sizes = self.sizes(mode, encoders.movq.downscale_factor, kind)
         job = preparation.DecoderJob(encoders, options, mode, sizes)
         entries = preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
         others = preparation.prepare(preserved, job, self.cache, self.accelerator, self.report) if preserved else []
@@ -194,20 +223,29 @@ class Training:
             encoders.zero_embed(),
         )
         del encoders, job
-        self._free()
+        self.free()
         training, held_out = split_held_out(entries, options.validation_images, options.seed)
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
         return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others)
 
-    def _sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
-        """Return the side of the square bucket, and all buckets."""
+    def sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
+        """Return the side of the square bucket, and all buckets.
+
+        Args:
+            mode: Kind of decoder.
+            factor: Pixels per latent.
+            kind: `LORA`, `FULL` or the method of a subject.
+
+        Raises:
+            InputError: The size or an option of adapters does not fit the network.
+        """
         options = self.options
         source = CheckpointSource(options.model, options.revision, embedded_subfolder=EMBEDDED_SUBFOLDERS[mode])
         config = read_json(model_folder(source, "unet", lambda names: ["config.json"]) / "config.json")
         if kind == LORA:  # without weights, so that a mistake is reported before pictures are encoded
             with torch.device("meta"):
                 unet = UNet2DConditionModel.from_config(config)
-            lora.add_adapters(unet, options.rank, options.lora_alpha, options.target_modules, options.seed)
+            self._add_adapters(unet)
         multiple = factor * 2 ** (len(config["block_out_channels"]) - 1)
         sample_size = config.get("sample_size")
         if options.resolution is None and sample_size is None:
@@ -217,7 +255,7 @@ class Training:
             raise invalid("--resolution", side, f"a multiple of {multiple} for this model")
         return side, buckets(side, multiple, aspects=options.aspect_buckets)
 
-    def _prompt_embeddings(self) -> list[tuple[Tensor, Tensor]]:
+    def prompt_embeddings(self) -> list[tuple[Tensor, Tensor]]:
         """Return image embedding and negative embedding of each validation prompt."""
         options = self.options
         pipe = load_prior(options, self.low_dtype, *COMPONENTS).to(self.device)
@@ -228,7 +266,7 @@ class Training:
             result = pipe(prompt, generator=generator, **pipe.generation_defaults)
             embeddings.append((result.image_embeds.float().cpu(), result.negative_image_embeds.float().cpu()))
         del pipe
-        self._free()
+        self.free()
         return embeddings
 
     def decoder_objective(self, data: DecoderData, scheduler: Any, mode: str) -> DecoderObjective:
@@ -302,7 +340,12 @@ class Training:
         )
 
     def decoder_sheet(
-        self, data: DecoderData, objective: DecoderObjective, unet: Any, mode: str
+        self,
+        data: DecoderData,
+        objective: DecoderObjective,
+        unet: Any,
+        mode: str,
+        drawing: samples.DecoderSamples | None = None,
     ) -> Callable[[], Image]:
         """Return the function that draws a sheet of samples: of prompts if there are any, else of pictures.
 
@@ -311,8 +354,9 @@ class Training:
             objective: Its objective.
             unet: The UNet in training.
             mode: Kind of decoder.
+            drawing: Draws the samples; None draws them as the checkpoint's pipeline does.
         """
-        drawing = samples.DecoderSamples(self.options, mode, unet, self.device)
+        drawing = drawing or samples.DecoderSamples(self.options, mode, unet, self.device)
         if data.prompts:
             return functools.partial(samples.prompts_sheet, drawing, data.prompts, (data.side, data.side))
         return functools.partial(samples.pictures_sheet, drawing, objective, data.held_out or data.entries, self.store)
@@ -330,61 +374,115 @@ class Training:
             InputError: An option does not fit the network, or no picture can be read.
             CheckpointError: Files are missing or damaged.
         """
+        data = self.prior_data(examples)
+        pipe = self.load_prior(kind)
+        signature = self.signature(kind, pipe.prior, data.entries)
+        self.make_trainable(pipe.prior, kind)
+        return Stage(
+            name="prior",
+            network=pipe.prior,
+            streams=[Stream(self.prior_objective(data, pipe), self.plan(data.entries))],
+            write_results=self.writer(pipe.prior, kind, "prior"),
+            signature=signature,
+            draw_samples=self.prior_sheet(data, pipe),
+        )
+
+    def prior_data(self, examples: Sequence[Example], generate: Callable[[], list[Entry]] | None = None) -> PriorData:
+        """Encode pictures and texts for the prior, and unload the encoders.
+
+        Args:
+            examples: The pictures, all with captions.
+            generate: Function that returns entries of generated embeddings, instead of pictures; None for pictures.
+
+        Raises:
+            InputError: No picture can be read.
+            CheckpointError: Files are missing or damaged.
+        """
         options = self.options
+        generated = None if generate is None else generate()
         encoders = Encoders.load(options, "plain", self.device, self.low_dtype, latents=False, texts=True)
         job = preparation.PriorJob(encoders, options)
-        entries = preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
+        entries = generated or preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
         captions = [entry.caption or EMPTY_TEXT for entry in entries]
         wanted = [EMPTY_TEXT, *captions, *options.validation_prompt]
         texts = preparation.prepare_texts(wanted, encoders, self.cache, self.accelerator)
         zero_embed = encoders.zero_embed()
         del encoders, job
-        self._free()
+        self.free()
         training, held_out = split_held_out(entries, options.validation_images, options.seed)
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out")
-        pipe = load_prior(options, self._dtype(kind), "prior", "scheduler")
-        prior = pipe.prior
+        return PriorData(training, held_out, texts, zero_embed)
+
+    def load_prior(self, kind: str) -> Any:
+        """Return the prior's pipeline with the prior and its scheduler alone.
+
+        Args:
+            kind: `LORA` for a frozen prior, or `FULL`.
+
+        Raises:
+            InputError: Its scheduler cannot be trained with.
+            CheckpointError: Files are missing or damaged.
+        """
+        pipe = load_prior(self.options, self._dtype(kind), "prior", "scheduler")
         check_scheduler(pipe.scheduler)
-        signature = self.signature(kind, prior, training)
-        self.make_trainable(prior, kind)
-        objective = PriorObjective(
-            training,
-            held_out,
+        return pipe
+
+    def prior_objective(self, data: PriorData, pipe: Any) -> PriorObjective:
+        """Return the objective of a prior.
+
+        Args:
+            data: What it is trained on.
+            pipe: Result of `load_prior`.
+        """
+        options = self.options
+        return PriorObjective(
+            data.entries,
+            data.held_out,
             self.store,
-            texts,
+            data.texts,
             pipe.scheduler,
-            (prior.clip_mean, prior.clip_std),
+            (pipe.prior.clip_mean, pipe.prior.clip_std),
             weights=LossWeights(options.snr_gamma),
             caption_dropout=options.caption_dropout,
             seed=options.seed,
             device=self.device,
         )
-        return Stage(
-            name="prior",
-            network=prior,
-            streams=[Stream(objective, self.plan(training))],
-            write_results=self.writer(prior, kind, "prior"),
-            signature=signature,
-            draw_samples=self._prior_sheet(pipe, texts, zero_embed) if options.validation_prompt else None,
-        )
 
-    def _prior_sheet(self, pipe: Any, texts: Mapping[str, Path], zero_embed: Tensor) -> Callable[[], Image]:
-        """Return the function that draws a sheet of validation prompts with the prior in training."""
+    def prior_sheet(
+        self,
+        data: PriorData,
+        pipe: Any,
+        *,
+        scheduler: Scheduler | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Callable[[], Image] | None:
+        """Return the function that draws a sheet of validation prompts with the prior in training; None without them.
+
+        Args:
+            data: What the prior is trained on.
+            pipe: Result of `load_prior`.
+            scheduler: Scheduler of the prior; None uses that of the checkpoint.
+            steps: Number of steps of the prior; None uses the checkpoint's default.
+            guidance: Guidance scale of the prior; None uses the checkpoint's default.
+        """
         options, defaults = self.options, pipe.generation_defaults
+        if not options.validation_prompt:
+            return None
         drawing = samples.DecoderSamples(options, "plain", None, self.device)
 
         def draw() -> Image:
             embeds = samples.sample_prior(
                 pipe.prior,
-                pipe.scheduler,
-                [self.store[texts[prompt]] for prompt in options.validation_prompt],
-                self.store[texts[EMPTY_TEXT]],
-                steps=int(defaults.get("num_inference_steps", 25)),
-                guidance=float(defaults.get("guidance_scale", 4.0)),
+                pipe.scheduler if scheduler is None else scheduler,
+                [self.store[data.texts[prompt]] for prompt in options.validation_prompt],
+                self.store[data.texts[EMPTY_TEXT]],
+                steps=int(defaults.get("num_inference_steps", 25)) if steps is None else steps,
+                guidance=float(defaults.get("guidance_scale", 4.0)) if guidance is None else guidance,
                 seed=options.seed,
             )
             side = options.resolution or drawing.pipe().default_size
-            return samples.prompts_sheet(drawing, [(row[None], zero_embed) for row in embeds], (side, side))
+            return samples.prompts_sheet(drawing, [(row[None], data.zero_embed) for row in embeds], (side, side))
 
         return draw
 
@@ -408,12 +506,21 @@ class Training:
 
         return write
 
-    def save_pipeline(self, name: str, network: nn.Module) -> None:
+    def save_pipeline(
+        self,
+        name: str,
+        network: nn.Module,
+        *,
+        scheduler: Scheduler | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write a pipeline with a network that was trained entirely.
 
         Args:
             name: "prior" or "decoder".
             network: The network.
+            scheduler: Its scheduler; None keeps that of the checkpoint.
+            defaults: Its generation defaults; None keeps those of the checkpoint.
 
         Raises:
             CheckpointError: The folder cannot be written.
@@ -425,10 +532,14 @@ class Training:
             mode = decoder_mode(self.options)
             movq = load_decoder(self.options, mode, torch.float32, movq=True)
             pipe = getattr(kandinsky22, DECODER_CLASSES[mode]).from_pipe(movq, unet=network)
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        if defaults is not None:
+            pipe.generation_defaults = defaults
         pipe.to("cpu")
         pipe.save_pretrained(self.folder / name)
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Return the memory of unloaded networks to the device."""
         gc.collect()
         if torch.cuda.is_available():
