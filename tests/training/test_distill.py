@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,38 +261,47 @@ def run_of(options: DistillOptions, name: str) -> tuple[TrainingRun, Stage]:
     return TrainingRun(stage, options, training.folder / name, training.accelerator, ignore), stage
 
 
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "decoder": ("decoder", "combined", {"learning_rate": 0.01}),
-    "decoder, full": ("decoder", "combined", {"learning_rate": 0.001, "full": True}),
-    "prior": ("prior", "combined", {"learning_rate": 0.01}),
-    "prior, full": ("prior", "combined", {"learning_rate": 0.001, "full": True, "use_ema": False}),
-    "inpaint": ("decoder", "inpaint", {"learning_rate": 0.01}),
-    "hint": ("decoder", "control/decoder", {"learning_rate": 0.01, "hint_type": "edges"}),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "decoder": ("decoder", {"learning_rate": 0.03}),
+    "decoder, full": ("decoder", {"learning_rate": 0.003, "full": True}),
+    "prior": ("prior", {"learning_rate": 0.01}),
+    "prior, full": ("prior", {"learning_rate": 0.001, "full": True, "use_ema": False}),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_training_brings_one_step_closer_to_the_teacher(case: str, distilled: Any, models: Path) -> None:
-    name, folder, changes = CASES[case]
-    options = distilled(
-        model=str(models / folder),
-        num_ddim_timesteps=4,
-        validation_images=2,
-        train_batch_size=4,
-        huber_c=0.1,
-        ema_decay=0.5,
-        **changes,
-    )
-    run, stage = run_of(options, name)
+def test_training_brings_one_step_closer_to_the_teacher(case: str, distilled: Any, model: Path, tmp_path: Path) -> None:
+    name, changes = CASES[case]
+    copy = tmp_path / "velocity"
+    shutil.copytree(model, copy)
+    # The noise that a random network predicts is far from pure noise, and says nothing about the clean sample.
+    config = copy / "scheduler" / "scheduler_config.json"
+    velocity = {"prediction_type": "v_prediction", "clip_sample": False}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **velocity}))
+    few = {"num_ddim_timesteps": 4, "validation_images": 2, "train_batch_size": 4, "ema_decay": 0.5, "huber_c": 0.1}
+    run, stage = run_of(distilled(model=str(copy), **few, **changes), name)
     objective = stage.streams[0].objective
     with run.results_in_network():
         before = objective.validation_losses(run.network)
-    for _ in range(30):
+    for _ in range(20):
         run.advance()
     with run.results_in_network():
         after = objective.validation_losses(run.network)
     assert after["distance"] < 0.8 * before["distance"], (before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["inpaint", "control/decoder"])
+def test_other_decoders_are_distilled(folder: str, distilled: Any, models: Path) -> None:
+    run, stage = run_of(distilled(model=str(models / folder), learning_rate=0.02, hint_type="edges"), "decoder")
+    objective = stage.streams[0].objective
+    with run.results_in_network():
+        before = objective.validation_losses(run.network)
+    for _ in range(6):
+        run.advance()
+    with run.results_in_network():
+        assert objective.validation_losses(run.network)["loss"] < 0.97 * before["loss"]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -314,9 +324,10 @@ def test_the_teacher_stays_as_it_was(full: bool, distilled: Any, model: Path) ->
 
 def test_both_factors_have_gradients_under_autocast(distilled: Any) -> None:
     """Weights that are cast while no gradient is needed must not be used again where one is."""
-    run, _ = run_of(distilled(mixed_precision="bf16", learning_rate=0.01), "decoder")
+    run, stage = run_of(distilled(learning_rate=0.01), "decoder")
     run.advance()
-    run.backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        stage.streams[0].objective.losses(run.network, [Draw(0, (1,)), Draw(1, (2,))])["loss"].backward()
     without = [name for name, value in run.parameters.items() if value.grad is None or not value.grad.any()]
     assert not without
 
