@@ -403,6 +403,7 @@ def test_the_adapter_file_computes_as_the_trained_network(distilled: Any, model:
     assert (loaded - before).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_model_draws_its_own_pictures(distilled: Any, prompts: Path) -> None:
     lines: list[str] = []
     options = distilled(prompts=str(prompts), num_images_per_prompt=2, validation_images=0, max_train_samples=2)
@@ -476,6 +477,7 @@ def test_other_decoders_need_pictures(distilled: Any, prompts: Path, models: Pat
         distilled(snr_gamma=5.0)
 
 
+@pytest.mark.slow
 def test_the_command_distils(command: Command, model: Path, prompts: Path) -> None:
     arguments = ("--model", model, "--prompts", prompts, "--max-train-steps", 1, "--rank", 2, "-q")
     result = command("train", "distill", *arguments, "--num-ddim-timesteps", 10, "--validation-images", 0)

@@ -22,7 +22,8 @@ from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import DistillOptions
 from kandinsky22.training.finetuning.preparation import Report
 from kandinsky22.training.finetuning.run import Stage, Stream
-from kandinsky22.training.finetuning.stages import FULL, LORA, Training
+from kandinsky22.training.finetuning.stages import Training
+from kandinsky22.training.finetuning.training_base import FULL, LORA
 
 UNGUIDED = 1.0  # guidance scale
 

@@ -20,7 +20,8 @@ from kandinsky22.training.finetuning.batches import split_held_out
 from kandinsky22.training.finetuning.networks import load_decoder, load_prior
 from kandinsky22.training.finetuning.options import DistillOptions
 from kandinsky22.training.finetuning.preparation import Entry
-from kandinsky22.training.finetuning.stages import COMPONENTS, DecoderData, Training
+from kandinsky22.training.finetuning.stages import DecoderData, Training
+from kandinsky22.training.finetuning.training_base import COMPONENTS
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gc
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +12,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 import kandinsky22
-from kandinsky22.adapters.files import write_adapter
 from kandinsky22.checkpoints.atomic_files import read_json
-from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.checkpoints.hub import CheckpointSource, model_folder
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.models import Model, UNet2DConditionModel
+from kandinsky22.models import UNet2DConditionModel
 from kandinsky22.schedulers import Scheduler
-from kandinsky22.training.finetuning import lora, preparation, samples
-from kandinsky22.training.finetuning.batches import BatchPlan, TensorStore, split_held_out
-from kandinsky22.training.finetuning.cache import TensorCache
+from kandinsky22.training.finetuning import preparation, samples
+from kandinsky22.training.finetuning.batches import split_held_out
 from kandinsky22.training.finetuning.data import Example
 from kandinsky22.training.finetuning.frames import buckets
 from kandinsky22.training.finetuning.losses import LossWeights
@@ -32,20 +26,16 @@ from kandinsky22.training.finetuning.networks import (
     DECODER_CLASSES,
     EMBEDDED_SUBFOLDERS,
     Encoders,
-    check_scheduler,
     checked_unet,
     decoder_mode,
     load_decoder,
     load_prior,
-    trainable_entirely,
 )
-from kandinsky22.training.finetuning.objectives import EMPTY_TEXT, DecoderObjective, PriorObjective
-from kandinsky22.training.finetuning.options import TrainingOptions
-from kandinsky22.training.finetuning.preparation import Entry, Report
-from kandinsky22.training.finetuning.run import Stage, Stream, Summary, train_stage
-
-LORA, FULL = "lora", "full"
-COMPONENTS = kandinsky22.KandinskyV22PriorPipeline.component_names()
+from kandinsky22.training.finetuning.objectives import DecoderObjective
+from kandinsky22.training.finetuning.preparation import Entry
+from kandinsky22.training.finetuning.prior_stages import PriorStages
+from kandinsky22.training.finetuning.run import Stage, Stream
+from kandinsky22.training.finetuning.training_base import COMPONENTS, LORA
 
 
 @dataclass(frozen=True)
@@ -73,121 +63,8 @@ class DecoderData:
     preserved: list[Entry] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class PriorData:
-    """What a prior is trained on.
-
-    Attributes:
-        entries: Image embeddings to train on.
-        held_out: Image embeddings to validate with.
-        texts: Cache files of the captions, the empty text and the validation prompts.
-        zero_embed: Embedding (1, D) of the all-zero image.
-    """
-
-    entries: list[Entry]
-    held_out: list[Entry]
-    texts: Mapping[str, Path]
-    zero_embed: Tensor
-
-
-class Training:
-    """One call of the command: options, devices, the folder of results and the cache.
-
-    Args:
-        options: Options of the training.
-        accelerator: Result of `new_accelerator`.
-        report: Receives lines of text for the person at the terminal, from the first process only; None shows nothing.
-
-    Attributes:
-        folder: Folder of results and checkpoints.
-        cache: The cache of embeddings and latents.
-        store: Reader of the cache.
-    """
-
-    def __init__(self, options: TrainingOptions, accelerator: Any, report: Report | None) -> None:
-        self.options, self.accelerator = options, accelerator
-        self._shows_progress = report is not None
-        self.is_main = bool(accelerator.is_main_process)
-        self.report: Report = report if report is not None and self.is_main else lambda line: None
-        self.folder = Path(options.output_dir)
-        self.cache = TensorCache(Path(options.cache_dir) if options.cache_dir else self.folder / "cache")
-        self.store = TensorStore(self.cache)
-        self.device: torch.device = accelerator.device
-        self.low_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
-
-    def run(self, stage: Stage) -> Summary:
-        """Train a stage in the folder of its name.
-
-        Args:
-            stage: The stage.
-
-        Returns:
-            The summary.
-        """
-        return train_stage(
-            stage,
-            self.options,
-            self.folder / stage.name,
-            self.accelerator,
-            self.report,
-            shows_progress=self._shows_progress,
-        )
-
-    def _dtype(self, kind: str) -> torch.dtype:
-        """Return the type of the weights: frozen ones have the type that networks compute in."""
-        return self.low_dtype if kind == LORA else torch.float32
-
-    def make_trainable(self, network: nn.Module, kind: str) -> None:
-        """Choose the parameters that are trained.
-
-        Args:
-            network: The network.
-            kind: `LORA` or `FULL`.
-        """
-        options = self.options
-        if kind == LORA:
-            self._add_adapters(network)
-        else:
-            trainable_entirely(network)
-        if options.gradient_checkpointing and isinstance(network, Model):
-            network.enable_gradient_checkpointing()
-
-    def _add_adapters(self, network: nn.Module) -> None:
-        options = self.options
-        lora.add_adapters(
-            network,
-            options.rank,
-            options.lora_alpha,
-            options.target_modules,
-            options.seed,
-            blocks=options.adapts_blocks,
-        )
-
-    def plan(self, entries: Sequence[Entry], stream: int = 0) -> BatchPlan:
-        """Return which pictures each step trains on.
-
-        Args:
-            entries: The pictures.
-            stream: Number that tells apart several plans of one training.
-        """
-        options = self.options
-        count = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
-        return BatchPlan([entry.size for entry in entries], count, options.seed, stream)
-
-    def signature(self, kind: str, network: nn.Module, entries: Sequence[Entry], **further: Any) -> dict[str, Any]:
-        """Return what a checkpoint must agree with to be continued.
-
-        Args:
-            network: The network as it was loaded.
-            kind: `LORA`, `FULL` or the method of a subject.
-            entries: Pictures to train on.
-            **further: Further entries.
-        """
-        text = "\n".join(f"{entry.path.name} {entry.caption}" for entry in entries)
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-        rank = {"--rank": self.options.rank, "--target-modules": list(self.options.target_modules)}
-        weights = weights_digest({"network": network})[:16]
-        return {"kind": kind, "weights": weights, "pictures": digest, **(rank if kind == LORA else {}), **further}
+class Training(PriorStages):
+    """Stages of a training; `TrainingBase` describes arguments and attributes."""
 
     # Decoders
 
@@ -254,20 +131,6 @@ class Training:
         if side % multiple:
             raise invalid("--resolution", side, f"a multiple of {multiple} for this model")
         return side, buckets(side, multiple, aspects=options.aspect_buckets)
-
-    def prompt_embeddings(self) -> list[tuple[Tensor, Tensor]]:
-        """Return image embedding and negative embedding of each validation prompt."""
-        options = self.options
-        pipe = load_prior(options, self.low_dtype, *COMPONENTS).to(self.device)
-        pipe.set_progress_bar_config(disable=True)
-        embeddings = []
-        for prompt in options.validation_prompt:
-            generator = torch.Generator().manual_seed(options.seed)
-            result = pipe(prompt, generator=generator, **pipe.generation_defaults)
-            embeddings.append((result.image_embeds.float().cpu(), result.negative_image_embeds.float().cpu()))
-        del pipe
-        self.free()
-        return embeddings
 
     def decoder_objective(self, data: DecoderData, scheduler: Any, mode: str) -> DecoderObjective:
         """Return the objective of a decoder.
@@ -361,150 +224,7 @@ class Training:
             return functools.partial(samples.prompts_sheet, drawing, data.prompts, (data.side, data.side))
         return functools.partial(samples.pictures_sheet, drawing, objective, data.held_out or data.entries, self.store)
 
-    # Prior
-
-    def prior_stage(self, examples: Sequence[Example], kind: str) -> Stage:
-        """Return the stage that trains a prior.
-
-        Args:
-            examples: The pictures, all with captions.
-            kind: `LORA` or `FULL`.
-
-        Raises:
-            InputError: An option does not fit the network, or no picture can be read.
-            CheckpointError: Files are missing or damaged.
-        """
-        data = self.prior_data(examples)
-        pipe = self.load_prior(kind)
-        signature = self.signature(kind, pipe.prior, data.entries)
-        self.make_trainable(pipe.prior, kind)
-        return Stage(
-            name="prior",
-            network=pipe.prior,
-            streams=[Stream(self.prior_objective(data, pipe), self.plan(data.entries))],
-            write_results=self.writer(pipe.prior, kind, "prior"),
-            signature=signature,
-            draw_samples=self.prior_sheet(data, pipe),
-        )
-
-    def prior_data(self, examples: Sequence[Example], generate: Callable[[], list[Entry]] | None = None) -> PriorData:
-        """Encode pictures and texts for the prior, and unload the encoders.
-
-        Args:
-            examples: The pictures, all with captions.
-            generate: Function that returns entries of generated embeddings, instead of pictures; None for pictures.
-
-        Raises:
-            InputError: No picture can be read.
-            CheckpointError: Files are missing or damaged.
-        """
-        options = self.options
-        generated = None if generate is None else generate()
-        encoders = Encoders.load(options, "plain", self.device, self.low_dtype, latents=False, texts=True)
-        job = preparation.PriorJob(encoders, options)
-        entries = generated or preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
-        captions = [entry.caption or EMPTY_TEXT for entry in entries]
-        wanted = [EMPTY_TEXT, *captions, *options.validation_prompt]
-        texts = preparation.prepare_texts(wanted, encoders, self.cache, self.accelerator)
-        zero_embed = encoders.zero_embed()
-        del encoders, job
-        self.free()
-        training, held_out = split_held_out(entries, options.validation_images, options.seed)
-        self.report(f"{len(training)} pictures to train on, {len(held_out)} held out")
-        return PriorData(training, held_out, texts, zero_embed)
-
-    def load_prior(self, kind: str) -> Any:
-        """Return the prior's pipeline with the prior and its scheduler alone.
-
-        Args:
-            kind: `LORA` for a frozen prior, or `FULL`.
-
-        Raises:
-            InputError: Its scheduler cannot be trained with.
-            CheckpointError: Files are missing or damaged.
-        """
-        pipe = load_prior(self.options, self._dtype(kind), "prior", "scheduler")
-        check_scheduler(pipe.scheduler)
-        return pipe
-
-    def prior_objective(self, data: PriorData, pipe: Any) -> PriorObjective:
-        """Return the objective of a prior.
-
-        Args:
-            data: What it is trained on.
-            pipe: Result of `load_prior`.
-        """
-        options = self.options
-        return PriorObjective(
-            data.entries,
-            data.held_out,
-            self.store,
-            data.texts,
-            pipe.scheduler,
-            (pipe.prior.clip_mean, pipe.prior.clip_std),
-            weights=LossWeights(options.snr_gamma),
-            caption_dropout=options.caption_dropout,
-            seed=options.seed,
-            device=self.device,
-        )
-
-    def prior_sheet(
-        self,
-        data: PriorData,
-        pipe: Any,
-        *,
-        scheduler: Scheduler | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-    ) -> Callable[[], Image] | None:
-        """Return the function that draws a sheet of validation prompts with the prior in training; None without them.
-
-        Args:
-            data: What the prior is trained on.
-            pipe: Result of `load_prior`.
-            scheduler: Scheduler of the prior; None uses that of the checkpoint.
-            steps: Number of steps of the prior; None uses the checkpoint's default.
-            guidance: Guidance scale of the prior; None uses the checkpoint's default.
-        """
-        options, defaults = self.options, pipe.generation_defaults
-        if not options.validation_prompt:
-            return None
-        drawing = samples.DecoderSamples(options, "plain", None, self.device)
-
-        def draw() -> Image:
-            embeds = samples.sample_prior(
-                pipe.prior,
-                pipe.scheduler if scheduler is None else scheduler,
-                [self.store[data.texts[prompt]] for prompt in options.validation_prompt],
-                self.store[data.texts[EMPTY_TEXT]],
-                steps=int(defaults.get("num_inference_steps", 25)) if steps is None else steps,
-                guidance=float(defaults.get("guidance_scale", 4.0)) if guidance is None else guidance,
-                seed=options.seed,
-            )
-            side = options.resolution or drawing.pipe().default_size
-            return samples.prompts_sheet(drawing, [(row[None], data.zero_embed) for row in embeds], (side, side))
-
-        return draw
-
     # Results
-
-    def writer(self, network: nn.Module, kind: str, role: str) -> Callable[[Path, Mapping[str, Tensor]], None]:
-        """Return the function that writes the weights of a checkpoint: adapters, or the network.
-
-        Args:
-            network: The network.
-            kind: `LORA` or `FULL`.
-            role: "unet" or "prior".
-        """
-
-        def write(folder: Path, values: Mapping[str, Tensor]) -> None:
-            if kind == LORA:
-                write_adapter(folder, {role: lora.trained_adapter(network, values)})
-            else:
-                with _values(network, values):
-                    network.save_pretrained(folder / role)  # type: ignore[operator]  # a Model
-
-        return write
 
     def save_pipeline(
         self,
@@ -538,33 +258,6 @@ class Training:
             pipe.generation_defaults = defaults
         pipe.to("cpu")
         pipe.save_pretrained(self.folder / name)
-
-    def free(self) -> None:
-        """Return the memory of unloaded networks to the device."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-class _values:
-    """Context in which a network's parameters have other values."""
-
-    def __init__(self, network: nn.Module, values: Mapping[str, Tensor]) -> None:
-        self._parameters, self._values = dict(network.named_parameters()), values
-        self._kept: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        for name, value in self._values.items():
-            parameter = self._parameters[name]
-            if parameter.data_ptr() != value.data_ptr():
-                self._kept[name] = parameter.detach().clone()
-                parameter.copy_(value)
-
-    @torch.no_grad()
-    def __exit__(self, *error: object) -> None:
-        for name, value in self._kept.items():
-            self._parameters[name].copy_(value)
 
 
 def _listed_sizes(entries: Sequence[Entry]) -> str:

@@ -33,7 +33,8 @@ from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Stream
-from kandinsky22.training.finetuning.stages import COMPONENTS, LORA, DecoderData, Training
+from kandinsky22.training.finetuning.stages import DecoderData, Training
+from kandinsky22.training.finetuning.training_base import COMPONENTS, LORA
 
 FILE = "subject.safetensors"
 INVERSION, DREAMBOOTH = "inversion", "dreambooth"
