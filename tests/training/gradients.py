@@ -1,4 +1,4 @@
-"""Gradients of one step in one or several processes: `torchrun ... -m tests.training.gradients OPTIONS.json OUT KIND`."""
+"""Gradients of one step in one or several processes: `python -m tests.training.gradients OPTIONS.json OUT KIND`."""
 
 from __future__ import annotations
 
