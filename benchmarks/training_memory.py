@@ -48,6 +48,8 @@ class Case:
     resolution: int = 512
     adam_bytes: int = 8  # both moments, per trained element
     ema: bool = False
+    blocks: bool = False  # adapters outside of the attention too
+    teacher: bool = False  # a frozen network of its own
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def build(case: Case) -> nn.Module:
         trainable_entirely(network)
     else:
         network.to(torch.bfloat16 if case.bf16 else torch.float32)
-        lora.add_adapters(network, case.rank, None, (), seed=0)
+        lora.add_adapters(network, case.rank, None, (), seed=0, blocks=case.blocks)
     if case.checkpointing:
         network.enable_gradient_checkpointing()
     network.train()
@@ -199,6 +201,8 @@ def measure(case: Case) -> Memory:
     elements = sum(parameter.numel() for parameter in trained)
     stored = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     average = 4 * elements if case.ema else 0
+    if case.teacher:
+        stored += sum(parameter.numel() for parameter in network.parameters()) * (2 if case.bf16 else 4)
     gradients = 4 * elements
     # What is alive at the peak besides gradients; the optimizer's step has all gradients and no activations.
     activations = max(tracker.peak - tracker.gradients_at_peak, 0)
@@ -207,6 +211,7 @@ def measure(case: Case) -> Memory:
 
 
 LORA = {"stage": "decoder", "rank": 16}
+DISTILLED = {"stage": "decoder", "checkpointing": True, "blocks": True, "ema": True}
 PRIOR = {"stage": "prior", "batch": 16}
 CASES: list[Case] = [
     Case("decoder, LoRA, float32", **LORA, bf16=False),
@@ -224,6 +229,8 @@ CASES: list[Case] = [
     Case("prior, LoRA, bf16, gradient checkpointing, batch 16", **PRIOR, rank=16, checkpointing=True),
     Case("prior, full, bf16, batch 16", **PRIOR),
     Case("prior, full, bf16, gradient checkpointing, 8-bit Adam, batch 16", **PRIOR, checkpointing=True, adam_bytes=2),
+    Case("distill: decoder, LoRA of rank 64, bf16, gradient checkpointing, batch 4", **DISTILLED, rank=64, batch=4),
+    Case("distill: decoder, full, bf16, gradient checkpointing, 8-bit Adam", **DISTILLED, adam_bytes=2, teacher=True),
 ]
 
 

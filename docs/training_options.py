@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kandinsky22.cli.train import KINDS
-from kandinsky22.training.finetuning.options import Option, SubjectOptions, TrainingOptions
+from kandinsky22.training.finetuning.options import DistillOptions, Option, SubjectOptions, TrainingOptions
 
 PAGE = Path(__file__).parent / "reference" / "training-options.md"
 INTRODUCTION = """# Training options
 
-Options of `kandinsky22 train lora`, `train full` and `train subject`, written by `docs/training_options.py`.
+Options of `kandinsky22 train lora`, `full`, `subject` and `distill`, written by `docs/training_options.py`.
 [Train on your own pictures](../how-to/training.md) explains them.
 
 - A YAML file may hold them: `--config FILE`, one `name: value` per line, with hyphens or underscores. The command line
   takes precedence.
 - Switches have a negative form: `--no-use-ema`.
-- In Python they are the fields of `TrainingOptions` and `SubjectOptions`, with underscores.
+- In Python they are the fields of `TrainingOptions`, `SubjectOptions` and `DistillOptions`, with underscores.
 """
+SWITCHES = {"True": "yes", "False": "no"}
 
 
 def rows(options: list[Option]) -> Iterator[str]:
@@ -27,7 +28,7 @@ def rows(options: list[Option]) -> Iterator[str]:
     yield "| Option | Default | Meaning |"
     yield "|---|---|---|"
     for option in options:
-        default = "" if option.default in (None, ()) else "no" if option.default is False else f"`{option.default}`"
+        default = "" if option.default in (None, ()) else SWITCHES.get(str(option.default), f"`{option.default}`")
         choices = f": {', '.join(f'`{choice}`' for choice in option.choices)}" if option.choices else ""
         yield f"| `{option.flag}` | {default} | {option.help}{choices} |"
 
@@ -36,14 +37,16 @@ def page() -> str:
     """Return the text of the page."""
     parts = [INTRODUCTION]
     listed = list(TrainingOptions.options())
-    subject = [option for option in SubjectOptions.options() if option not in listed]
     for group in dict.fromkeys(option.group for option in listed):
         only = [kind.name for kind in KINDS if group in kind.without]
         note = f"\nNot for `train {'`, `train '.join(only)}`.\n" if only else ""
         parts.append(f"## {group[0].upper()}{group[1:]}\n{note}")
         parts.append("\n".join(rows([option for option in listed if option.group == group])) + "\n")
-    parts.append("## Subject\n\nOnly for `train subject`, or with another default there.\n")
-    parts.append("\n".join(rows(subject)) + "\n")
+    for title, name, kind in (("Subject", "subject", SubjectOptions), ("Distillation", "distill", DistillOptions)):
+        without = next(each.without for each in KINDS if each.name == name)
+        own = [option for option in kind.options() if option not in listed and option.group not in without]
+        parts.append(f"## {title}\n\nOnly for `train {name}`, or with another default there.\n")
+        parts.append("\n".join(rows(own)) + "\n")
     parts.append(PYTHON)
     return "\n".join(parts)
 
@@ -53,6 +56,8 @@ PYTHON = """## In Python
 ::: kandinsky22.training.finetuning.finetune.finetune
 
 ::: kandinsky22.training.finetuning.subject.train_subject
+
+::: kandinsky22.training.finetuning.distill.distill
 
 ::: kandinsky22.checkpoints.subject_file.load_subject
 

@@ -1,4 +1,4 @@
-"""Gradients of one step in one or several processes: `torchrun ... -m tests.training.gradients OPTIONS.json OUT`."""
+"""Gradients of one step in one or several processes: `python -m tests.training.gradients OPTIONS.json OUT KIND`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky22.training.finetuning.data import read_examples
+from kandinsky22.training.finetuning.distill import Distiller
 from kandinsky22.training.finetuning.optimizer import new_accelerator
-from kandinsky22.training.finetuning.options import TrainingOptions
+from kandinsky22.training.finetuning.options import DistillOptions, TrainingOptions
 from kandinsky22.training.finetuning.run import TrainingRun
-from kandinsky22.training.finetuning.stages import FULL, Training
+from kandinsky22.training.finetuning.stages import Training
+from kandinsky22.training.finetuning.training_base import FULL
 
 
-def main(options_file: str, out: str) -> None:
+def main(options_file: str, out: str, kind: str) -> None:
     torch.set_num_threads(1)
-    options = TrainingOptions.from_mapping(json.loads(Path(options_file).read_text()))
-    training = Training(options, new_accelerator(options), None)
-    stage = training.decoder_stage(read_examples(options), FULL)
+    values = json.loads(Path(options_file).read_text())
+    if kind == "distill":
+        distilled = DistillOptions(**values, full=True)
+        options: TrainingOptions = distilled
+        training = Training(options, new_accelerator(options), None)
+        stage = Distiller(training, distilled).stage("decoder")
+    else:
+        options = TrainingOptions(**values)
+        training = Training(options, new_accelerator(options), None)
+        stage = training.decoder_stage(read_examples(options), FULL)
     run = TrainingRun(stage, options, training.folder, training.accelerator, print, shows_progress=False)
     run.backward()
     if training.is_main:

@@ -27,8 +27,8 @@ def test_the_commands_of_the_guide_are_valid() -> None:
             names = {option.name for option in kind.options.options()}
             kind.options.from_mapping({name: value for name, value in args.items() if name in names})
             kinds.add(kind.name)
-    assert kinds == {"lora", "subject"}
-    assert len(lines) == 9
+    assert kinds == {"lora", "subject", "distill"}
+    assert len(lines) == 12
 
 
 def test_the_reference_of_options_is_up_to_date() -> None:

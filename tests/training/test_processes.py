@@ -113,11 +113,11 @@ def test_ctrl_c_saves(arguments: Any, tmp_path: Path) -> None:
     assert checkpoints.read_checkpoint(saved)["step"] >= 3
 
 
-def run_gradients(launcher: list[str], options: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+def run_gradients(launcher: list[str], options: dict[str, Any], folder: Path, kind: str) -> dict[str, torch.Tensor]:
     folder.mkdir()
     file, out = folder / "options.json", folder / "gradients.safetensors"
     file.write_text(json.dumps({**options, "output_dir": str(folder / "out")}))
-    command = [*launcher, "-m", "tests.training.gradients", str(file), str(out)]
+    command = [*launcher, "-m", "tests.training.gradients", str(file), str(out), kind]
     done = subprocess.run(
         command, env=environment(), cwd=Path(__file__).parents[2], capture_output=True, timeout=LONGEST, check=False
     )
@@ -125,13 +125,14 @@ def run_gradients(launcher: list[str], options: dict[str, Any], folder: Path) ->
     return load_file(out)
 
 
+@pytest.mark.parametrize("kind", ["full", "distill"])
 def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(
-    model: Path, pictures: Path, tmp_path: Path
+    kind: str, model: Path, pictures: Path, tmp_path: Path
 ) -> None:
     options = {"model": str(model), "train_data_dir": str(pictures), "validation_images": 0, "aspect_buckets": True}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one = run_gradients([sys.executable], {**options, "train_batch_size": 4}, tmp_path / "one")
-    two = run_gradients(launcher, {**options, "train_batch_size": 2}, tmp_path / "two")
+    one = run_gradients([sys.executable], {**options, "train_batch_size": 4}, tmp_path / "one", kind)
+    two = run_gradients(launcher, {**options, "train_batch_size": 2}, tmp_path / "two", kind)
     assert (int(one.pop("processes")), int(two.pop("processes"))) == (1, 2)
     assert one.keys() == two.keys()
     largest = max(float(gradient.abs().max()) for gradient in one.values())

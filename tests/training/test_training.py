@@ -31,8 +31,9 @@ from kandinsky22.training.finetuning.frames import Frame
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions, read_config
 from kandinsky22.training.finetuning.run import Stage, TrainingRun
-from kandinsky22.training.finetuning.stages import FULL, LORA, Training
+from kandinsky22.training.finetuning.stages import Training
 from kandinsky22.training.finetuning.subject import _inversion, train_subject
+from kandinsky22.training.finetuning.training_base import FULL, LORA
 
 
 def ignore(line: str) -> None:

@@ -1,4 +1,4 @@
-"""`kandinsky22 train`: adapters, whole networks and subjects, learned from pictures."""
+"""`kandinsky22 train`: adapters, whole networks, subjects and fast networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
 from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError
-from kandinsky22.training.finetuning.options import Option, SubjectOptions, TrainingOptions, read_config
+from kandinsky22.training.finetuning.options import DistillOptions, Option, SubjectOptions, TrainingOptions, read_config
 
 Run = Callable[[Any, Callable[[str], None] | None], list[Path]]
 """Function that trains: (options, receiver of lines of text or None) -> the results."""
@@ -56,6 +56,12 @@ def _subject(options: Any, report: Callable[[str], None] | None) -> list[Path]:
     return train_subject(options, report)
 
 
+def _distill(options: Any, report: Callable[[str], None] | None) -> list[Path]:
+    from kandinsky22.training.finetuning.distill import distill
+
+    return distill(options, report)
+
+
 # A further kind is one more entry.
 KINDS = (
     Kind(
@@ -82,6 +88,15 @@ KINDS = (
         "--train-data-dir my-cat --output-dir my-cat-subject",
         SubjectOptions,
         _subject,
+    ),
+    Kind(
+        "distill",
+        "make the decoder, the prior or both draw in 2 to 4 steps",
+        "Train adapters, or with --full all weights, with which LCMScheduler draws in 2 to 4 steps without guidance.",
+        "--prompts prompts.txt --stage both --output-dir fast",
+        DistillOptions,
+        _distill,
+        without=("objective",),
     ),
 )
 

@@ -172,17 +172,39 @@ class LCMScheduler(StatefulScheduler):
         index = self._index_for_timestep(timestep)
         t = int(self._timestep_list[index])
         prev_t = int(self._timestep_list[index + 1]) if index + 1 < len(self._timestep_list) else -1
-        prediction = self._split_output(model_output, sample).prediction
-        x0 = self._threshold(self._predicted_x0(prediction, sample, self._alpha_bar(t)))
-        # Section 4.1: the consistency function c_skip(t) x_t + c_out(t) x_0 is the identity at t = 0.
-        scaled_t = t * self.config.timestep_scaling
-        c_skip = SIGMA_DATA**2 / (scaled_t**2 + SIGMA_DATA**2)
-        c_out = scaled_t / (scaled_t**2 + SIGMA_DATA**2) ** 0.5
-        denoised = c_out * x0 + c_skip * sample
+        denoised = self.consistency_function(model_output, t, sample)
         prev_sample = denoised
         if prev_t >= 0:
-            noise = randn_tensor(prediction.shape, generator, prediction.device, denoised.dtype)
+            noise = randn_tensor(sample.shape, generator, model_output.device, denoised.dtype)
             alpha_bar_prev = self._alpha_bar(prev_t)
             prev_sample = alpha_bar_prev**0.5 * denoised + (1 - alpha_bar_prev) ** 0.5 * noise
         self._step_index = index + 1
         return self._output(prev_sample, denoised, return_dict)
+
+    def consistency_function(
+        self, model_output: Tensor, timestep: int, sample: Tensor, *, bounded: bool = True
+    ) -> Tensor:
+        """Return c_skip(t) x_t + c_out(t) x_0, the clean sample that a consistency model predicts.
+
+        It is the sample itself at t = 0. Source: Luo et al. 2023, section 4.1, https://arxiv.org/abs/2310.04378.
+
+        Args:
+            model_output: Network output for `sample`, (B, C, ...), or (B, 2C, ...) with a learned variance.
+            timestep: Timestep of the sample; a negative number stands for the end of sampling.
+            sample: Sample x_t, (B, C, ...).
+            bounded: Whether x_0 is clipped or thresholded as configured.
+
+        Returns:
+            Predicted clean sample, (B, C, ...).
+
+        Raises:
+            InputError: If the shape of `model_output` is invalid.
+        """
+        if timestep < 0:
+            return sample
+        prediction = self._split_output(model_output, sample).prediction
+        x0 = self._predicted_x0(prediction, sample, self._alpha_bar(timestep))
+        scaled_t = timestep * self.config.timestep_scaling
+        c_skip = SIGMA_DATA**2 / (scaled_t**2 + SIGMA_DATA**2)
+        c_out = scaled_t / (scaled_t**2 + SIGMA_DATA**2) ** 0.5
+        return c_out * (self._threshold(x0) if bounded else x0) + c_skip * sample

@@ -12,7 +12,8 @@ from kandinsky22.training.finetuning.data import read_examples
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.preparation import Report
-from kandinsky22.training.finetuning.stages import FULL, LORA, Training
+from kandinsky22.training.finetuning.stages import Training
+from kandinsky22.training.finetuning.training_base import FULL, LORA
 
 
 def finetune(options: TrainingOptions, kind: str, report: Report | None = None) -> list[Path]:

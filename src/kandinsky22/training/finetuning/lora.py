@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kandinsky22.adapters.updates import Adapter, LowRankUpdate
 from kandinsky22.errors import invalid
+from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.models import PriorTransformer
 
 PRIOR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 UNET_TARGETS = (*PRIOR_TARGETS, "add_k_proj", "add_v_proj")
+# Layers outside of the attention, which hold most of the weights
+PRIOR_BLOCK_TARGETS = ("ff.net.0.proj", "ff.net.2")
+UNET_BLOCK_TARGETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer plus scale · B A, in which A and B are trained. B is zero at first.
+class LoraLayer(nn.Module):
+    """A frozen linear layer or convolution plus scale · B A, in which A and B are trained. B is zero at first.
+
+    Of a convolution, A is one with the same kernel and `rank` channels, and B one with a kernel of 1x1.
 
     Args:
         base: The layer.
-        rank: Rows of A.
+        rank: Rank of A and B.
         alpha: The scale is alpha / rank.
         generator: Source of A's initial values, on the CPU.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         device = base.weight.device
         self.base = base
         self.scale = alpha / rank
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device="meta")
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")
-        # uniform with the variance 1 / (3 in_features), as that of an initial linear layer
-        bound = base.in_features**-0.5
-        initial = (2 * torch.rand(rank, base.in_features, generator=generator) - 1) * bound
+        self.lora_A, self.lora_B = _factors(base, rank)
+        # uniform with the variance 1 / (3 inputs), as that of an initial layer
+        shape = self.lora_A.weight.shape
+        bound = shape[1:].numel() ** -0.5
+        initial = (2 * torch.rand(shape, generator=generator) - 1) * bound
         self.lora_A.weight = nn.Parameter(initial.to(device))
-        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_B.weight = nn.Parameter(torch.zeros(self.lora_B.weight.shape, device=device))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the layer's output for features (..., in_features).
+        """Return the layer's output.
 
         Args:
             features: Input of the layer; adapters compute in their own type where autocast is off.
@@ -48,6 +55,18 @@ class LoraLinear(nn.Module):
         # Under autocast a copy in another type would be stored for the backward pass.
         own = features if autocasts(features.device) else features.to(self.lora_A.weight.dtype)
         return out + (self.scale * self.lora_B(self.lora_A(own))).to(out.dtype)
+
+
+def _factors(base: nn.Linear | nn.Conv2d, rank: int) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
+    """Return A and B without values."""
+    with torch.device("meta"):
+        if isinstance(base, nn.Linear):
+            return nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        size: Any = base.kernel_size
+        step: Any = base.stride
+        margin: Any = base.padding
+        down = nn.Conv2d(base.in_channels, rank, size, step, margin, bias=False)
+        return down, nn.Conv2d(rank, base.out_channels, 1, bias=False)
 
 
 def autocasts(device: torch.device) -> bool:
@@ -60,9 +79,9 @@ def autocasts(device: torch.device) -> bool:
 
 
 def add_adapters(
-    network: nn.Module, rank: int, alpha: float | None, targets: Sequence[str], seed: int
-) -> dict[str, LoraLinear]:
-    """Freeze a network and put adapters around its linear layers.
+    network: nn.Module, rank: int, alpha: float | None, targets: Sequence[str], seed: int, *, blocks: bool = False
+) -> dict[str, LoraLayer]:
+    """Freeze a network and put adapters around its linear layers and convolutions.
 
     Args:
         network: The network.
@@ -70,35 +89,39 @@ def add_adapters(
         alpha: They are scaled by alpha / rank; None for 1.
         targets: Ends of the names of the layers; empty for the attention layers.
         seed: Seed of the initial values.
+        blocks: Whether empty `targets` mean the layers of residual blocks and feed-forward networks too.
 
     Returns:
         The adapters by the names of the layers.
 
     Raises:
-        InputError: No linear layer has such a name, or the rank is larger than a side of such a layer.
+        InputError: No layer has such a name, or the rank is larger than a side of such a layer.
     """
-    chosen = tuple(targets) or (PRIOR_TARGETS if isinstance(network, PriorTransformer) else UNET_TARGETS)
-    linear = {name: layer for name, layer in network.named_modules() if type(layer) is nn.Linear}
-    layers = {name: layer for name, layer in linear.items() if _matches(name, chosen)}
-    unused = [target for target in chosen if not any(_matches(name, (target,)) for name in linear)]
+    is_prior = isinstance(network, PriorTransformer)
+    usual = PRIOR_TARGETS if is_prior else UNET_TARGETS
+    further = () if not blocks else PRIOR_BLOCK_TARGETS if is_prior else UNET_BLOCK_TARGETS
+    chosen = tuple(targets) or (*usual, *further)
+    possible = {name: layer for name, layer in network.named_modules() if _takes_adapter(layer)}
+    layers: dict[str, Any] = {name: layer for name, layer in possible.items() if _matches(name, chosen)}
+    unused = [target for target in chosen if not any(_matches(name, (target,)) for name in possible)]
     if unused and (targets or not layers):
         endings = sorted(
-            {name.split(".")[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in linear}
+            {name.split(".")[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in possible}
         )
-        raise invalid("--target-modules", " ".join(unused), f"ends of names of linear layers: {', '.join(endings)}")
-    largest = min(min(layer.in_features, layer.out_features) for layer in layers.values())
+        raise invalid("--target-modules", " ".join(unused), f"ends of names of layers: {', '.join(endings)}")
+    largest = min(min(layer.weight.flatten(1).shape) for layer in layers.values())
     if rank > largest:
         raise invalid("--rank", rank, f"at most {largest}, the smallest side of a layer that gets an adapter")
     network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name, layer in layers.items():
-        adapters[name] = LoraLinear(layer, rank, float(rank if alpha is None else alpha), generator)
+        adapters[name] = LoraLayer(layer, rank, float(rank if alpha is None else alpha), generator)
         _replace(network, name, adapters[name])
     return adapters
 
 
-def remove_adapters(network: nn.Module, adapters: Mapping[str, LoraLinear]) -> None:
+def remove_adapters(network: nn.Module, adapters: Mapping[str, LoraLayer]) -> None:
     """Put the layers that adapters contain back into a network.
 
     Args:
@@ -107,6 +130,12 @@ def remove_adapters(network: nn.Module, adapters: Mapping[str, LoraLinear]) -> N
     """
     for name, adapter in adapters.items():
         _replace(network, name, adapter.base)
+
+
+def _takes_adapter(layer: nn.Module) -> bool:
+    if type(layer) in (nn.Conv2d, Conv2d):
+        return cast(nn.Conv2d, layer).groups == 1
+    return type(layer) is nn.Linear
 
 
 def _matches(name: str, targets: Sequence[str]) -> bool:
@@ -129,8 +158,23 @@ def trained_adapter(network: nn.Module, values: Mapping[str, Tensor] | None = No
     replaced = values or {}
     updates: dict[str, LowRankUpdate] = {}
     for name, module in network.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             down = replaced.get(f"{name}.lora_A.weight", module.lora_A.weight.detach())
             up = replaced.get(f"{name}.lora_B.weight", module.lora_B.weight.detach())
-            updates[f"{name}.weight"] = LowRankUpdate(down.float().cpu(), up.float().cpu(), module.scale * len(down))
+            updates[f"{name}.weight"] = LowRankUpdate(
+                down.float().cpu(), up.flatten(1).float().cpu(), module.scale * len(down)
+            )
     return updates
+
+
+def values_without_adapters(network: nn.Module) -> dict[str, Tensor]:
+    """Return values of the trained parameters with which the network computes as it did before it got adapters.
+
+    Args:
+        network: The network.
+    """
+    return {
+        name: torch.zeros_like(parameter) if ".lora_B." in name else parameter.detach()
+        for name, parameter in network.named_parameters()
+        if ".lora_" in name
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,30 @@ class Objective(Protocol):
         Args:
             network: The network.
         """
+
+    def follow(self, results: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Receive access to the weights that are saved, once before training.
+
+        Args:
+            results: Function that returns the trained parameters by name, or their moving averages.
+        """
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one pass, on the device of the network.
+
+    Attributes:
+        sample: Clean samples (batch, ...).
+        noise: Noise of the same shape.
+        timesteps: Timesteps (batch,), on the CPU.
+        condition: What the network is conditioned on, by name, each (batch, ...).
+    """
+
+    sample: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    condition: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,13 +125,19 @@ def random_mask(numbers: np.random.Generator, height: int, width: int) -> Tensor
     return mask
 
 
-class _CachedObjective:
-    """What the objectives of prior and decoder have in common: validation, and means over a batch."""
+class CachedObjective:
+    """What objectives have in common: validation, and means over a batch."""
 
     entries: Sequence[Entry]
     held_out: Sequence[Entry]
-    batch_size: int
     seed: int
+
+    def follow(self, results: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Receive access to the weights that are saved, which has no effect here.
+
+        Args:
+            results: Function that returns the trained parameters by name, or their moving averages.
+        """
 
     def _losses(
         self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
@@ -143,7 +173,69 @@ class _CachedObjective:
         return {name: value / len(draws) for name, value in sums.items()}
 
 
-class DecoderObjective(_CachedObjective):
+class DenoisingObjective(CachedObjective):
+    """Denoising: noise is added to clean samples, and the network predicts it."""
+
+    scheduler: Scheduler
+    weights: LossWeights
+    device: torch.device | str
+
+    def batch(self, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> Batch:
+        """Return the examples of one pass.
+
+        Args:
+            draws: The examples.
+            entries: The pictures that they are parts of.
+            training: Whether conditions are dropped and parts are drawn.
+        """
+        raise NotImplementedError
+
+    def predict(
+        self, network: Callable[..., Any], noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return a network's output.
+
+        Args:
+            network: The network, or a function that computes as it does.
+            noisy: Samples with noise (batch, ...).
+            timesteps: Timesteps (batch,), on the CPU.
+            condition: What it is conditioned on.
+        """
+        raise NotImplementedError
+
+    def unconditional(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the condition that guidance leads away from.
+
+        Args:
+            condition: A condition.
+        """
+        raise NotImplementedError
+
+    def _losses(
+        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
+    ) -> dict[str, Tensor]:
+        return self.denoising(network, self.batch(draws, entries, training=training))
+
+    def denoising(self, network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses per example (batch,).
+
+        Args:
+            network: The network.
+            batch: The examples.
+        """
+        noisy = self.scheduler.add_noise(batch.sample, batch.noise, batch.timesteps)
+        output = self.predict(network, noisy, batch.timesteps, batch.condition)
+        return denoising_losses(output, batch.sample, batch.noise, batch.timesteps, self.scheduler, self.weights)
+
+    def _stacked(self, noised: Sequence[Noised], condition: Mapping[str, Tensor]) -> Batch:
+        sample, noise = (
+            torch.stack([getattr(item, name) for item in noised]).to(self.device) for name in ("sample", "noise")
+        )
+        timesteps = torch.tensor([item.timestep for item in noised])
+        return Batch(sample, noise, timesteps, {name: value.to(self.device) for name, value in condition.items()})
+
+
+class DecoderObjective(DenoisingObjective):
     """Denoising of latents, given image embeddings.
 
     Args:
@@ -177,38 +269,48 @@ class DecoderObjective(_CachedObjective):
         self.zero_embed, self.mode, self.weights = zero_embed, mode, weights
         self.condition_dropout, self.seed, self.device = condition_dropout, seed, device
 
-    def _losses(
-        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
-    ) -> dict[str, Tensor]:
-        items = [self.item(draw, entries[draw.index], training=training) for draw in draws]
-        noised = [item["noised"] for item in items]
-        embeds = torch.stack([item["embeds"] for item in items]).to(self.device)
-        return self.noised_losses(network, noised, embeds, items)
-
-    def noised_losses(
-        self, network: nn.Module, noised: Sequence[Noised], embeds: Tensor, items: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Return the losses per example (batch,).
+    def batch(self, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> Batch:
+        """Return the examples of one pass; their condition has "image_embeds", and "hint" or "channels".
 
         Args:
-            network: The UNet.
-            noised: Latents with noise.
-            embeds: Image embeddings (batch, D).
-            items: "hint" or "known" per example, for decoders that have them.
+            draws: The examples.
+            entries: The pictures that they are parts of.
+            training: Whether conditions are dropped and parts are drawn.
         """
-        latents, noise = (
-            torch.stack([getattr(item, name) for item in noised]).to(self.device) for name in ("sample", "noise")
-        )
-        timesteps = torch.tensor([item.timestep for item in noised])
-        sample = self.scheduler.add_noise(latents, noise, timesteps)
-        added = {"image_embeds": embeds}
-        if self.mode == "inpaint":
-            known = torch.stack([item["known"] for item in items]).to(self.device)
-            sample = torch.cat([sample, latents * known, known], dim=1)
+        items = [self.item(draw, entries[draw.index], training=training) for draw in draws]
+        condition = {"image_embeds": torch.stack([item["embeds"] for item in items])}
         if self.mode == "hint":
-            added["hint"] = torch.stack([item["hint"] for item in items]).to(self.device)
-        output = network(sample, timesteps.to(self.device), added_cond_kwargs=added, return_dict=False)[0]
-        return denoising_losses(output, latents, noise, timesteps, self.scheduler, self.weights)
+            condition["hint"] = torch.stack([item["hint"] for item in items])
+        if self.mode == "inpaint":
+            known = torch.stack([item["known"] for item in items])
+            latents = torch.stack([item["noised"].sample for item in items])
+            condition["channels"] = torch.cat([latents * known, known], dim=1)
+        return self._stacked([item["noised"] for item in items], condition)
+
+    def predict(
+        self, network: Callable[..., Any], noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the UNet's output.
+
+        Args:
+            network: The UNet, or a function that computes as it does.
+            noisy: Latents with noise (batch, 4, h, w).
+            timesteps: Timesteps (batch,), on the CPU.
+            condition: Condition of a batch.
+        """
+        added = {name: value for name, value in condition.items() if name != "channels"}
+        sample = torch.cat([noisy, condition["channels"]], dim=1) if "channels" in condition else noisy
+        output: Tensor = network(sample, timesteps.to(noisy.device), added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+    def unconditional(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a condition with the embedding of the all-zero image.
+
+        Args:
+            condition: Condition of a batch.
+        """
+        embeds = condition["image_embeds"]
+        return {**condition, "image_embeds": self.zero_embed.to(embeds).expand_as(embeds)}
 
     def item(self, draw: Draw, entry: Entry, *, training: bool) -> dict[str, Any]:
         """Return the tensors of one example: "noised", "embeds", and "hint" or "known".
@@ -237,7 +339,7 @@ class DecoderObjective(_CachedObjective):
         return item
 
 
-class PriorObjective(_CachedObjective):
+class PriorObjective(DenoisingObjective):
     """Denoising of image embeddings, given captions.
 
     Args:
@@ -272,9 +374,14 @@ class PriorObjective(_CachedObjective):
         self.mean, self.std = (value.detach().float().cpu() for value in normalisation)
         self.seed, self.device = seed, device
 
-    def _losses(
-        self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
-    ) -> dict[str, Tensor]:
+    def batch(self, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> Batch:
+        """Return the examples of one pass; their condition consists of the prior's arguments for texts.
+
+        Args:
+            draws: The examples.
+            entries: The pictures, with captions.
+            training: Whether captions are dropped and mirror images are drawn.
+        """
         noised, texts = [], []
         for draw in draws:
             entry = entries[draw.index]
@@ -283,20 +390,39 @@ class PriorObjective(_CachedObjective):
             dropped = numbers.random() < self.caption_dropout and training
             embeds = (self.store[entry.path]["embeds"][variant] - self.mean[0]) / self.std[0]
             noised.append(draw_noise(embeds, len(self.scheduler), numbers, noise, draw.level))
-            texts.append(self.store[self.texts[EMPTY_TEXT if dropped else entry.caption or EMPTY_TEXT]])
-        sample, noise_ = (
-            torch.stack([getattr(item, name) for item in noised]).to(self.device) for name in ("sample", "noise")
-        )
-        timesteps = torch.tensor([item.timestep for item in noised])
+            texts.append(EMPTY_TEXT if dropped else entry.caption or EMPTY_TEXT)
+        return self._stacked(noised, self._condition(texts))
+
+    def _condition(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        texts = [self.store[self.texts[caption]] for caption in captions]
         length = max(len(text["hidden"]) for text in texts)
-        hidden = torch.stack([F.pad(text["hidden"], (0, 0, 0, length - len(text["hidden"]))) for text in texts])
-        mask = torch.stack([torch.arange(length) < len(text["hidden"]) for text in texts])
-        predicted = network(
-            self.scheduler.add_noise(sample, noise_, timesteps),
-            timesteps.to(self.device),
-            torch.stack([text["embeds"] for text in texts]).to(self.device),
-            encoder_hidden_states=hidden.to(self.device),
-            attention_mask=mask.to(self.device),
-            return_dict=False,
-        )[0]
-        return denoising_losses(predicted, sample, noise_, timesteps, self.scheduler, self.weights)
+        return {
+            "proj_embedding": torch.stack([text["embeds"] for text in texts]),
+            "encoder_hidden_states": torch.stack(
+                [F.pad(text["hidden"], (0, 0, 0, length - len(text["hidden"]))) for text in texts]
+            ),
+            "attention_mask": torch.stack([torch.arange(length) < len(text["hidden"]) for text in texts]),
+        }
+
+    def predict(
+        self, network: Callable[..., Any], noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the prior's output.
+
+        Args:
+            network: The prior, or a function that computes as it does.
+            noisy: Normalised image embeddings with noise (batch, D).
+            timesteps: Timesteps (batch,), on the CPU.
+            condition: Condition of a batch.
+        """
+        output: Tensor = network(noisy, timesteps.to(noisy.device), **condition, return_dict=False)[0]
+        return output
+
+    def unconditional(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the condition of empty texts.
+
+        Args:
+            condition: Condition of a batch.
+        """
+        texts = self._condition([EMPTY_TEXT] * len(condition["proj_embedding"]))
+        return {name: value.to(self.device) for name, value in texts.items()}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kandinsky22.errors import InputError, invalid
 
@@ -19,6 +19,10 @@ LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 HINT_KINDS = ("file", "edges")
 REPORTS = ("none", "tensorboard")
 SUBJECT_METHODS = ("inversion", "dreambooth")
+PICTURE_OPTIONS = (  # options of pictures that are read
+    *("dataset_config_name", "split", "image_column", "caption_column", "aspect_buckets"),
+    *("random_flip", "random_crop", "crops_per_image", "hint_type"),
+)
 LARGEST_INTEGER = 2**31 - 1
 
 
@@ -141,7 +145,7 @@ def _option(
 
 
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
-_OPTIMIZER, _RUN, _CHECK, _SUBJECT = "optimizer", "run", "validation", "subject"
+_OPTIMIZER, _RUN, _CHECK, _SUBJECT, _DISTILL = "optimizer", "run", "validation", "subject", "distillation"
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,9 @@ class TrainingOptions:
     Raises:
         InputError: A value is not accepted, or two options contradict each other.
     """
+
+    adapts_blocks: ClassVar[bool] = False
+    """Whether adapters are by default also put around layers other than those of the attention."""
 
     model: str = _option(str, "embedded", _MODEL, "folder or Hub id of a decoder")
     prior: str | None = _option(str, None, _MODEL, "folder or Hub id of a prior; by default the one of the model")
@@ -259,10 +266,13 @@ class TrainingOptions:
             object.__setattr__(self, option.name, option.checked(getattr(self, option.name)))
         self._check_combinations()
 
-    def _check_combinations(self) -> None:
+    def _check_data(self) -> None:
         if (self.train_data_dir is None) == (self.dataset_name is None):
             count = "neither" if self.train_data_dir is None else "both"
             raise InputError(f"pictures: {count} of --train-data-dir and --dataset-name set: expected exactly one")
+
+    def _check_combinations(self) -> None:
+        self._check_data()
         if self.mode in ("inpaint", "hint") and self.stage == "prior":
             raise invalid("--mode", self.mode, "no mode with --stage prior", "modes are those of decoders")
         if self.lr_warmup_steps > self.max_train_steps:
@@ -362,6 +372,108 @@ class SubjectOptions(TrainingOptions):
                 "--method dreambooth: neither --class-data-dir nor --class-prompt set: expected one of them, or "
                 "--prior-loss-weight 0 to train without prior preservation"
             )
+
+
+@dataclass(frozen=True)
+class DistillOptions(TrainingOptions):
+    """Options of `kandinsky22 train distill`.
+
+    Raises:
+        InputError: A value is not accepted, or two options contradict each other.
+    """
+
+    adapts_blocks: ClassVar[bool] = True
+
+    # Nothing draws without a condition when guidance is part of the weights.
+    caption_dropout: float = _option(float, 0.0, _CONDITION, "no captions are dropped", lowest=0, highest=1)
+    condition_dropout: float = _option(float, 0.0, _CONDITION, "no conditions are dropped", lowest=0, highest=1)
+    rank: int = _option(int, 64, _LORA, "rank of the adapters", lowest=1, highest=4096)
+    target_modules: tuple[str, ...] = _option(
+        str,
+        (),
+        _LORA,
+        "names of the layers that get adapters; by default attention, residual blocks and feed-forward",
+        repeatable=True,
+    )
+    learning_rate: float | None = _option(
+        float, None, _OPTIMIZER, "largest learning rate; by default 0.0001, with --full 0.00001", lowest=0, above=True
+    )
+    use_ema: bool = _option(
+        bool, True, _OPTIMIZER, "compare with, and save, the moving average of the weights instead of the weights"
+    )
+    ema_decay: float = _option(float, 0.95, _OPTIMIZER, "decay of the moving average", lowest=0, highest=0.999999)
+    output_dir: str = _option(str, "kandinsky22-distilled", _RUN, "folder of results and checkpoints")
+
+    prompts: str | None = _option(
+        str, None, _DISTILL, "file with a prompt per line: the model draws what it is trained on, instead of pictures"
+    )
+    num_images_per_prompt: int = _option(int, 1, _DISTILL, "samples drawn per prompt", lowest=1, highest=100000)
+    full: bool = _option(bool, False, _DISTILL, "train all weights instead of adapters")
+    guidance_scale: float | None = _option(
+        float, None, _DISTILL, "guidance scale that becomes part of the weights; by default that of the model", lowest=1
+    )
+    guidance_scale_max: float | None = _option(
+        float, None, _DISTILL, "draw guidance scales from --guidance-scale up to this one", lowest=1
+    )
+    num_ddim_timesteps: int = _option(
+        int,
+        50,
+        _DISTILL,
+        "steps of the original model with DDIM; a training example spans one of them",
+        lowest=1,
+        highest=1000,
+    )
+    huber_c: float = _option(
+        float,
+        0.001,
+        _DISTILL,
+        "smaller errors count squared, larger ones as they are (pseudo-Huber loss)",
+        lowest=0,
+        above=True,
+    )
+    num_inference_steps: int = _option(
+        int, 4, _DISTILL, "steps of sample pictures, and of the pipelines that --full writes", lowest=1, highest=1000
+    )
+
+    @property
+    def largest_learning_rate(self) -> float:
+        """The largest learning rate, or its default."""
+        return 1e-5 if self.learning_rate is None and self.full else super().largest_learning_rate
+
+    def _check_data(self) -> None:
+        sources = {
+            "--train-data-dir": self.train_data_dir,
+            "--dataset-name": self.dataset_name,
+            "--prompts": self.prompts,
+        }
+        chosen = [name for name, value in sources.items() if value is not None]
+        if len(chosen) != 1:
+            count = " and ".join(chosen) if chosen else "none"
+            raise InputError(f"pictures: {count} of {', '.join(sources)} set: expected exactly one")
+        if self.prompts is None:
+            self._refuse("without --prompts", "num_images_per_prompt")
+        else:
+            self._refuse("with --prompts", *(name for name in PICTURE_OPTIONS))
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        self._refuse("in distillation", *(option.name for option in self.options() if option.group == _CONDITION))
+        if self.full:
+            self._refuse("with --full", *(option.name for option in self.options() if option.group == _LORA))
+        if self.guidance_scale_max is not None and self.guidance_scale_max < (self.guidance_scale or math.inf):
+            expected = "None without --guidance-scale"
+            if self.guidance_scale is not None:
+                expected = f"at least --guidance-scale={self.guidance_scale:g}"
+            raise invalid("--guidance-scale-max", self.guidance_scale_max, expected)
+        if self.num_inference_steps > self.num_ddim_timesteps:
+            expected = f"at most --num-ddim-timesteps={self.num_ddim_timesteps}"
+            raise invalid("--num-inference-steps", self.num_inference_steps, expected)
+
+    def _refuse(self, where: str, *names: str) -> None:
+        """Raise an error if an option that has no effect is set."""
+        for option in self.options():
+            if option.name in names and getattr(self, option.name) != option.default:
+                raise InputError(f"{option.flag} has no effect {where}: leave it out")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

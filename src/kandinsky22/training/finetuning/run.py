@@ -157,6 +157,8 @@ class TrainingRun:
         self.losses: dict[str, float] = {}
         if resumed is not None:
             self._restore(resumed, checkpoints.read_checkpoint(resumed))
+        for stream in stage.streams:
+            stream.objective.follow(self.results)
         # only several processes need a wrapper, which replaces the network's forward
         self.wrapped = accelerator.prepare_model(self.network) if accelerator.num_processes > 1 else self.network
         if self.is_main:

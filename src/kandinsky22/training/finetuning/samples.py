@@ -13,6 +13,7 @@ from torch import Tensor
 import kandinsky22
 from kandinsky22.inputs import images
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel
+from kandinsky22.sampling.scheduler_adapter import SchedulerAdapter, TimestepOptions, schedule_timesteps
 from kandinsky22.schedulers import Scheduler
 from kandinsky22.training.finetuning.batches import Draw, TensorStore
 from kandinsky22.training.finetuning.networks import DECODER_CLASSES, load_decoder
@@ -33,12 +34,22 @@ class DecoderSamples:
         mode: Kind of decoder.
         unet: The UNet in training; None loads that of the checkpoint with MoVQ.
         device: Device of the networks.
+        scheduler: Scheduler; None uses that of the checkpoint.
+        arguments: Arguments of the pipeline that replace the checkpoint's generation defaults; None for none.
     """
 
     def __init__(
-        self, options: TrainingOptions, mode: str, unet: UNet2DConditionModel | None, device: torch.device
+        self,
+        options: TrainingOptions,
+        mode: str,
+        unet: UNet2DConditionModel | None,
+        device: torch.device,
+        *,
+        scheduler: Scheduler | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self._options, self._mode, self._unet, self._device = options, mode, unet, device
+        self._scheduler, self._arguments = scheduler, dict(arguments or {})
         self._pipe: Any = None
 
     def pipe(self) -> Any:
@@ -47,7 +58,8 @@ class DecoderSamples:
             pipe = load_decoder(self._options, self._mode, torch.float32, movq=True)
             unet = self._unet or load_decoder(self._options, self._mode, torch.float32, movq=False).unet
             kind = getattr(kandinsky22, DECODER_CLASSES[self._mode])
-            self._pipe = kind.from_pipe(pipe, unet=unet.to(self._device))
+            scheduler = pipe.scheduler if self._scheduler is None else self._scheduler
+            self._pipe = kind.from_pipe(pipe, unet=unet.to(self._device), scheduler=scheduler)
             self._pipe.movq.to(self._device)
             self._pipe.set_progress_bar_config(disable=True)
         return self._pipe
@@ -67,7 +79,12 @@ class DecoderSamples:
             negative_image_embeds=negative,
             width=size[0],
             height=size[1],
-            **{"generator": torch.Generator().manual_seed(self._options.seed), **pipe.generation_defaults, **arguments},
+            **{
+                "generator": torch.Generator().manual_seed(self._options.seed),
+                **pipe.generation_defaults,
+                **self._arguments,
+                **arguments,
+            },
         ).images[0]
         return result
 
@@ -179,17 +196,17 @@ def sample_prior(
     mask = torch.stack([torch.arange(length) < len(row["hidden"]) for row in rows])
     embeds = torch.stack([row["embeds"] for row in rows])
     generator = torch.Generator().manual_seed(seed)
-    scheduler = type(scheduler).from_config(scheduler.config)
-    scheduler.set_timesteps(steps)
+    shape = len(texts), embeds.shape[1]
+    schedule = schedule_timesteps(scheduler, TimestepOptions(steps), shape=shape, device=prior.device)
+    adapter = SchedulerAdapter(schedule, generator)
     embeds_, hidden, mask = (tensor.to(prior.device) for tensor in (embeds, hidden, mask))
-    condition = prior.encode_condition(embeds_, hidden, mask, scheduler.timesteps.tolist())
-    latents = torch.randn(len(texts), embeds.shape[1], generator=generator).to(prior.device)
-    for t, following in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+    condition = prior.encode_condition(embeds_, hidden, mask, schedule.timesteps.tolist())
+    latents = torch.randn(shape, generator=generator).to(prior.device)
+    for index, t in enumerate(schedule.timesteps):
         inputs = torch.cat([latents] * 2) if guidance > 1 else latents
         predicted = prior.denoise(inputs.to(prior.dtype), t, condition).float()
         if guidance > 1:
             unconditional, predicted = predicted.chunk(2)
             predicted = unconditional + guidance * (predicted - unconditional)
-        step: Any = scheduler.step
-        latents = step(predicted, t, latents, following, generator, return_dict=False)[0]
+        latents = adapter.step(index, predicted, latents)
     return prior.post_process_latents(latents).float().cpu()

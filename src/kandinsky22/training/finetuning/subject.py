@@ -8,6 +8,7 @@ so that the decoder forgets none of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Stream
-from kandinsky22.training.finetuning.stages import COMPONENTS, LORA, DecoderData, Training
+from kandinsky22.training.finetuning.stages import DecoderData, Training
+from kandinsky22.training.finetuning.training_base import COMPONENTS, LORA
 
 FILE = "subject.safetensors"
 INVERSION, DREAMBOOTH = "inversion", "dreambooth"
@@ -80,8 +82,9 @@ class InversionObjective(DecoderObjective):
     def _losses(
         self, network: nn.Module, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool
     ) -> dict[str, Tensor]:
-        items = [self.item(draw, entries[draw.index], training=training) for draw in draws]
-        return self.noised_losses(self.unet, [item["noised"] for item in items], network(len(items)), items)
+        batch = self.batch(draws, entries, training=training)
+        condition = {**batch.condition, "image_embeds": network(len(draws))}
+        return self.denoising(self.unet, dataclasses.replace(batch, condition=condition))
 
 
 def train_subject(options: SubjectOptions, report: Report | None = None) -> list[Path]:
