@@ -63,7 +63,8 @@ class TinyDecoderConfig(Config):
         if len(layers) != levels:
             expected = f"{levels}, one per entry of block_out_channels"
             raise invalid("TinyDecoder: len(layers_per_block)", len(layers), expected, error=ConfigError)
-        is_sample = isinstance(self.movq_weights, tuple) and len(self.movq_weights) in (0, SAMPLED_WEIGHTS)
+        sample: Any = self.movq_weights
+        is_sample = isinstance(sample, tuple) and len(sample) in (0, SAMPLED_WEIGHTS)
         settings.check("movq_weights", is_sample, f"{SAMPLED_WEIGHTS} numbers, or none")
         for index, weight in enumerate(self.movq_weights):
             accepted = type(weight) in (int, float) and math.isfinite(weight)
