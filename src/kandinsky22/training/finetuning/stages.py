@@ -184,7 +184,7 @@ class Training:
         embeddings = self._prompt_embeddings() if options.validation_prompt and mode == "plain" else []
         encoders = Encoders.load(options, mode, self.device, self.low_dtype, latents=True, texts=False)
         assert encoders.movq is not None
-        side, sizes = self._sizes(mode, encoders.movq.downscale_factor, kind)
+        side, sizes = self.sizes(mode, encoders.movq.downscale_factor, kind)
         job = preparation.DecoderJob(encoders, options, mode, sizes)
         entries = preparation.prepare(examples, job, self.cache, self.accelerator, self.report)
         others = preparation.prepare(preserved, job, self.cache, self.accelerator, self.report) if preserved else []
@@ -199,8 +199,17 @@ class Training:
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
         return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others)
 
-    def _sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
-        """Return the side of the square bucket, and all buckets."""
+    def sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
+        """Return the side of the square bucket, and all buckets.
+
+        Args:
+            mode: Kind of decoder.
+            factor: Pixels per latent.
+            kind: `LORA`, `FULL` or the method of a subject.
+
+        Raises:
+            InputError: The size or an option of adapters does not fit the network.
+        """
         options = self.options
         source = CheckpointSource(options.model, options.revision, embedded_subfolder=EMBEDDED_SUBFOLDERS[mode])
         config = read_json(model_folder(source, "unet", lambda names: ["config.json"]) / "config.json")
