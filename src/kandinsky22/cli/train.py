@@ -123,7 +123,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     Args:
         subparsers: Subcommands of the command's parser.
     """
-    parser = subparsers.add_parser("train", help="train adapters, networks, subjects or tiny decoders on pictures", allow_abbrev=False)
+    summary = "train adapters, networks, subjects or tiny decoders on pictures"
+    parser = subparsers.add_parser("train", help=summary, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     for kind in KINDS:
         _add_kind(kinds, kind)

@@ -195,7 +195,7 @@ class TinyDecoder(Model):
 
 def _config_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TinyDecoderConfig:
     """Return the config of a network whose tensors have these shapes, by name."""
-    levels = len({name.split(".")[1] for name in shapes if name.startswith("up_blocks.")})
+    levels = 1 + sum(name.endswith(".upsampler.weight") for name in shapes)
     widths = [shapes["conv_in.weight"][0]]
     widths += [shapes[f"up_blocks.{level}.upsampler.weight"][0] for level in range(levels - 1)]
     layers = [
