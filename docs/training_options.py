@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kandinsky22.cli.train import KINDS
-from kandinsky22.training.finetuning.options import Option, SubjectOptions, TrainingOptions
+from kandinsky22.training.finetuning.options import Option, SubjectOptions, TinyDecoderOptions, TrainingOptions
 
+TINY_DECODER = next(kind for kind in KINDS if kind.options is TinyDecoderOptions)
 PAGE = Path(__file__).parent / "reference" / "training-options.md"
 INTRODUCTION = """# Training options
 
-Options of `kandinsky22 train lora`, `train full` and `train subject`, written by `docs/training_options.py`.
+Options of `kandinsky22 train lora`, `full`, `subject` and `tiny-decoder`, written by `docs/training_options.py`.
 [Train on your own pictures](../how-to/training.md) explains them.
 
 - A YAML file may hold them: `--config FILE`, one `name: value` per line, with hyphens or underscores. The command line
   takes precedence.
 - Switches have a negative form: `--no-use-ema`.
-- In Python they are the fields of `TrainingOptions` and `SubjectOptions`, with underscores.
+- In Python they are the fields of `TrainingOptions`, `SubjectOptions` and `TinyDecoderOptions`, with underscores.
 """
 
 
@@ -36,14 +37,19 @@ def page() -> str:
     """Return the text of the page."""
     parts = [INTRODUCTION]
     listed = list(TrainingOptions.options())
-    subject = [option for option in SubjectOptions.options() if option not in listed]
     for group in dict.fromkeys(option.group for option in listed):
         only = [kind.name for kind in KINDS if group in kind.without]
         note = f"\nNot for `train {'`, `train '.join(only)}`.\n" if only else ""
         parts.append(f"## {group[0].upper()}{group[1:]}\n{note}")
         parts.append("\n".join(rows([option for option in listed if option.group == group])) + "\n")
-    parts.append("## Subject\n\nOnly for `train subject`, or with another default there.\n")
-    parts.append("\n".join(rows(subject)) + "\n")
+        lacking = [f"`{option.flag}`" for option in listed if option.group == group and not TINY_DECODER.has(option)]
+        if lacking:
+            parts.append(f"Not for `train tiny-decoder`: {', '.join(lacking)}.\n")
+    for kind, options in (("subject", SubjectOptions), ("tiny-decoder", TinyDecoderOptions)):
+        own = [option for option in options.options() if option not in listed]
+        title = kind.replace("-", " ").capitalize()
+        parts.append(f"## {title}\n\nOnly for `train {kind}`, or with another default there.\n")
+        parts.append("\n".join(rows(own)) + "\n")
     parts.append(PYTHON)
     return "\n".join(parts)
 
@@ -53,6 +59,8 @@ PYTHON = """## In Python
 ::: kandinsky22.training.finetuning.finetune.finetune
 
 ::: kandinsky22.training.finetuning.subject.train_subject
+
+::: kandinsky22.training.finetuning.tiny_decoder.train_tiny_decoder
 
 ::: kandinsky22.checkpoints.subject_file.load_subject
 

@@ -166,6 +166,9 @@ class TinyDecoder(Model):
             path: The file of weights.
             torch_dtype: Type to convert weights to; None for float32, "auto" for the stored type.
 
+        Returns:
+            The network, in evaluation mode, on the CPU.
+
         Raises:
             CheckpointError: The file is missing or damaged, or its tensors are not those of such a network.
             InputError: `torch_dtype` is not a floating-point type.

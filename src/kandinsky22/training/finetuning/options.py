@@ -378,6 +378,9 @@ class TinyDecoderOptions(TrainingOptions):
         InputError: A value is not accepted, or two options contradict each other.
     """
 
+    learning_rate: float | None = _option(
+        float, None, _OPTIMIZER, "largest learning rate; by default 0.001", lowest=0, above=True
+    )
     train_batch_size: int = _option(int, 8, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
     max_train_steps: int = _option(int, 10000, _OPTIMIZER, "number of steps", lowest=1)
     lr_scheduler: str = _option(
