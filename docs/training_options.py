@@ -7,18 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kandinsky22.cli.train import KINDS
-from kandinsky22.training.finetuning.options import DistillOptions, Option, SubjectOptions, TrainingOptions
+from kandinsky22.training.finetuning.options import (
+    Option,
+    TinyDecoderOptions,
+    TrainingOptions,
+)
 
+TINY_DECODER = next(kind for kind in KINDS if kind.options is TinyDecoderOptions)
 PAGE = Path(__file__).parent / "reference" / "training-options.md"
 INTRODUCTION = """# Training options
 
-Options of `kandinsky22 train lora`, `full`, `subject` and `distill`, written by `docs/training_options.py`.
+Options of `kandinsky22 train lora`, `full`, `subject`, `distill` and `tiny-decoder`, written by
+`docs/training_options.py`.
 [Train on your own pictures](../how-to/training.md) explains them.
 
 - A YAML file may hold them: `--config FILE`, one `name: value` per line, with hyphens or underscores. The command line
   takes precedence.
 - Switches have a negative form: `--no-use-ema`.
-- In Python they are the fields of `TrainingOptions`, `SubjectOptions` and `DistillOptions`, with underscores.
+- In Python they are the fields of `TrainingOptions`, `SubjectOptions`, `DistillOptions` and `TinyDecoderOptions`, with
+  underscores.
 """
 SWITCHES = {"True": "yes", "False": "no"}
 
@@ -42,10 +49,13 @@ def page() -> str:
         note = f"\nNot for `train {'`, `train '.join(only)}`.\n" if only else ""
         parts.append(f"## {group[0].upper()}{group[1:]}\n{note}")
         parts.append("\n".join(rows([option for option in listed if option.group == group])) + "\n")
-    for title, name, kind in (("Subject", "subject", SubjectOptions), ("Distillation", "distill", DistillOptions)):
-        without = next(each.without for each in KINDS if each.name == name)
-        own = [option for option in kind.options() if option not in listed and option.group not in without]
-        parts.append(f"## {title}\n\nOnly for `train {name}`, or with another default there.\n")
+        lacking = [f"`{option.flag}`" for option in listed if option.group == group and not TINY_DECODER.has(option)]
+        if lacking:
+            parts.append(f"Not for `train tiny-decoder`: {', '.join(lacking)}.\n")
+    titles = {"subject": "Subject", "distill": "Distillation", "tiny-decoder": "Tiny decoder"}
+    for kind in (each for each in KINDS if each.name in titles):
+        own = [option for option in kind.options.options() if option not in listed and kind.has(option)]
+        parts.append(f"## {titles[kind.name]}\n\nOnly for `train {kind.name}`, or with another default there.\n")
         parts.append("\n".join(rows(own)) + "\n")
     parts.append(PYTHON)
     return "\n".join(parts)
@@ -58,6 +68,8 @@ PYTHON = """## In Python
 ::: kandinsky22.training.finetuning.subject.train_subject
 
 ::: kandinsky22.training.finetuning.distill.distill
+
+::: kandinsky22.training.finetuning.tiny_decoder.train_tiny_decoder
 
 ::: kandinsky22.checkpoints.subject_file.load_subject
 

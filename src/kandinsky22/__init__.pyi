@@ -14,6 +14,7 @@ from kandinsky22.inputs.images import make_image_grid as make_image_grid
 from kandinsky22.kernels.settings import optimisations as optimisations
 from kandinsky22.models.movq import VQModel as VQModel
 from kandinsky22.models.prior import PriorTransformer as PriorTransformer
+from kandinsky22.models.tiny_decoder import TinyDecoder as TinyDecoder
 from kandinsky22.models.unet import UNet2DConditionModel as UNet2DConditionModel
 from kandinsky22.pipelines.auto import AutoPipelineForImage2Image as AutoPipelineForImage2Image
 from kandinsky22.pipelines.auto import AutoPipelineForInpainting as AutoPipelineForInpainting

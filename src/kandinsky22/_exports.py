@@ -41,6 +41,7 @@ MODULE_OF = {
     "NotFiniteError": "errors",
     "PNDMScheduler": "schedulers",
     "PriorTransformer": "models.prior",
+    "TinyDecoder": "models.tiny_decoder",
     "UNet2DConditionModel": "models.unet",
     "UnCLIPScheduler": "schedulers",
     "UniPCMultistepScheduler": "schedulers",

@@ -103,6 +103,7 @@ VALUES: dict[str, list[list[str]]] = {
     "--dtype": [["bfloat16"], ["auto"], ["float16"]],
     "--device": [["cpu"], ["auto"]],
     "--lora": [["none"], ["photo.png"], ["text.txt:0.5"], [".:1e30"], ["nobody:nan"], ["C:\\x:1"]],
+    "--tiny-decoder": [["none"], ["photo.png"], ["."], ["nobody"], ["C:\\x"], [""]],
     "--quantize": [["int8"], ["int4"], ["none"]],
     "--cache-every": [["2"], ["1"]],
 }
@@ -201,6 +202,12 @@ FIELD_VALUES: dict[str, list[Any]] = {
         [{"name": "\x1b[2J", "sha256": "x", "weight": -1e38}],
         [{"name": name, "sha256": "", "weight": 0} for name in (".", "/", "..", "C:\\x", "-", "a" * 300)],
         [{"name": "photo.png"}],
+    ],
+    "tiny_decoder": [
+        {"name": "photo.png", "sha256": ""},
+        {"name": "\x1b[2J", "sha256": "x"},
+        *({"name": name, "sha256": ""} for name in (".", "/", "..", "C:\\x", "-", "", "a" * 300)),
+        {"name": "photo.png"},
     ],
     "quantize": ["", "none", "int8", "int4", "int2", "\x1b[2J"],
     "cache_every": [1, 2, 10000],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kandinsky22.cli.main import build_parser
 from kandinsky22.cli.train import KINDS
+from kandinsky22.training.finetuning.options import TinyDecoderOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -29,6 +30,17 @@ def test_the_commands_of_the_guide_are_valid() -> None:
             kinds.add(kind.name)
     assert kinds == {"lora", "subject", "distill"}
     assert len(lines) == 12
+
+
+def test_the_commands_of_the_guide_of_tiny_decoders_are_valid() -> None:
+    text = (DOCS / "how-to" / "tiny-decoder.md").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for line in lines:
+        args = vars(build_parser().parse_args(shlex.split(line)[1:]))
+        if line.startswith("kandinsky22 train"):
+            names = {option.name for option in TinyDecoderOptions.options()}
+            TinyDecoderOptions.from_mapping({name: value for name, value in args.items() if name in names})
+    assert len(lines) == 4
 
 
 def test_the_reference_of_options_is_up_to_date() -> None:

@@ -23,6 +23,7 @@ from kandinsky22.generation.recipe import InputFile, MixtureItem
 from kandinsky22.generation.request import Request, preset_settings
 from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_class
 from kandinsky22.generation.sizes import check_aspect_ratios
+from kandinsky22.generation.tiny_decoders import NO_TINY_DECODER, FoundTinyDecoder, find_tiny_decoder
 from kandinsky22.sampling.presets import PRESETS
 
 NO_ADAPTER = "none"  # value of lora that leaves out the defaults' adapters
@@ -106,6 +107,7 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
         **images,
         **values,
         **_adapters(row, options.folder),
+        **_tiny_decoder(row, options.folder),
         seeds=(item.seed,),
         parts=None if row.parts is None else _mixture(row.parts, inputs, options.folder),
         subject=None if row.subject is None else _subject(row.subject, inputs, options.folder),
@@ -245,10 +247,27 @@ def _adapters(row: RowSettings, folder: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _find_adapter(text: str, folder: str) -> FoundAdapter:
-    """Return an adapter. A relative path starts from the current folder, as on the command line, else from `folder`."""
     name, weight = split_weight(text)
+    return find_adapter(_existing(name, folder), weight)
+
+
+def _existing(name: str, folder: str) -> str:
+    """Return a path. A relative one starts from the current folder, as on the command line, else from `folder`."""
     beside = os.path.join(folder, name)
-    return find_adapter(beside if os.path.lexists(beside) and not os.path.lexists(name) else name, weight)
+    return beside if os.path.lexists(beside) and not os.path.lexists(name) else name
+
+
+@functools.lru_cache(maxsize=64)
+def _find_tiny_decoder(name: str, folder: str) -> FoundTinyDecoder:
+    return find_tiny_decoder(_existing(name, folder))
+
+
+def _tiny_decoder(row: RowSettings, folder: Path) -> dict[str, Any]:
+    """Return the fields of Request that stand for the row's tiny decoder."""
+    if row.tiny_decoder in (None, NO_TINY_DECODER):
+        return {}
+    found = _find_tiny_decoder(str(row.tiny_decoder), str(folder))
+    return {"tiny_decoder": found.record, "tiny_decoder_location": found.location}
 
 
 def _check(mode: Mode, request: Request, inputs: InputImages) -> None:

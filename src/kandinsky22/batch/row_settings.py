@@ -51,6 +51,7 @@ class RowSettings:
         size: Size as WIDTHxHEIGHT.
         quality: Name of a preset.
         lora: Adapters, each of them as FILE or FILE:WEIGHT.
+        tiny_decoder: File, folder or Hub id of a tiny decoder, or "none".
         subject: Learned subject of the mode generate, as FILE or FILE:WEIGHT.
     """
 
@@ -90,6 +91,7 @@ class RowSettings:
     quantize: str | None = None
     cache_every: int | None = None
     lora: tuple[str, ...] | None = None
+    tiny_decoder: str | None = None
 
 
 FIELDS = frozenset(field.name for field in dataclasses.fields(RowSettings))

@@ -50,6 +50,8 @@ def _absolute_options(options: ItemOptions) -> ItemOptions:
         defaults["lora"] = [
             str(Path(text).absolute()) if Path(split_weight(text)[0]).exists() else text for text in defaults["lora"]
         ]
+    if "tiny_decoder" in defaults and Path(defaults["tiny_decoder"]).exists():
+        defaults["tiny_decoder"] = absolute_location(defaults["tiny_decoder"])
     return dataclasses.replace(options, defaults=defaults)
 
 

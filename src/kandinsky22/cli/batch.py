@@ -38,6 +38,7 @@ DEFAULTS = (
     "quantize",
     "cache_every",
     "lora",
+    "tiny_decoder",
     "strength",
 )
 FORMATS, INPUT_FORMATS = ("files", "webdataset", "parquet"), ("jsonl", "csv", "parquet", "text")

@@ -110,6 +110,20 @@ def adapter(text: str) -> str:
     return text
 
 
+def tiny_decoder(text: str) -> str:
+    """Return where a tiny decoder is, which is found later.
+
+    Args:
+        text: A file, a folder, a Hub id or "none".
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is empty.
+    """
+    if not text.strip():
+        raise _invalid(text, "a file, a folder or a Hub id")
+    return text
+
+
 def subject_path(text: str) -> Path:
     """Return the path of the file of a learned subject. The file is read later.
 

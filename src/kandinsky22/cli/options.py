@@ -107,6 +107,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             "(default: 1); can be repeated; with --from, none leaves out those of the recipe"
         ),
     )
+    group.add_argument(
+        "--tiny-decoder",
+        type=values.tiny_decoder,
+        metavar="FILE_OR_FOLDER",
+        help=(
+            "decode with a network that kandinsky22 train tiny-decoder wrote, faster and less exactly: its file, its "
+            "folder, or a checkpoint that has it; with --from, none leaves out that of the recipe"
+        ),
+    )
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(
         "--dtype",

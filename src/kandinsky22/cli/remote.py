@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Options that a server does not take: it has loaded its networks with settings of its own.
-LOCAL_OPTIONS = ("prior", "device", "dtype", "low_memory", "quantize", "cache_every", "compile", "lora", "subject")
-NO_VALUES = (None, False, ["none"])  # "none" leaves out what a recipe has
+LOCAL_OPTIONS = (
+    *("prior", "device", "dtype", "low_memory", "quantize", "cache_every", "compile"),
+    *("lora", "tiny_decoder", "subject"),
+)
+NO_VALUES = (None, False, "none", ["none"])  # "none" leaves out what a recipe has
 DIRECT = (
     *("prompt", "negative_prompt", "strength", "keep_pixels", "crop", "extend", "steps", "guidance", "prior_steps"),
     *("prior_guidance", "prompt_weights", "guidance_interval", "prior_guidance_interval", "guidance_rescale"),

@@ -19,6 +19,7 @@ from kandinsky22.generation.input_images import SUBJECT, check_text
 from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_SIDE
 from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.generation.request import Request, preset_settings
+from kandinsky22.generation.tiny_decoders import NO_TINY_DECODER, find_recorded_tiny_decoder, find_tiny_decoder
 
 IMAGE_OPTIONS = ("image", "mask", "hint")
 NO_ADAPTER = "none"  # value of --lora that leaves out the recipe's adapters
@@ -66,6 +67,7 @@ def read_request(
     derived["model_location"] = model_location(derived["model"], args.source if args.model is None else None)
     prior_source = args.source if args.prior is None else None
     derived |= _adapters(args, recipe, inputs)
+    derived |= _tiny_decoder(args, recipe, inputs)
     derived["prior_location"] = derived["prior"] and model_location(derived["prior"], prior_source)
     direct = {field.name: resolve(field.name) for field in dataclasses.fields(Request) if field.name not in derived}
     for name in TEXT_OPTIONS:
@@ -112,6 +114,21 @@ def _adapters(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandIn
         "lora": tuple(adapter.record for adapter in found),
         "lora_locations": tuple(adapter.location for adapter in found),
     }
+
+
+def _tiny_decoder(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs) -> dict[str, Any]:
+    """Return the tiny decoder of the command line, else that of the recipe, and where it is; `none` has none."""
+    name, recorded = args.tiny_decoder, None if recipe is None else recipe.tiny_decoder
+    if name == NO_TINY_DECODER or (name is None and recorded is None):
+        return {"tiny_decoder": None, "tiny_decoder_location": None}
+    if name is not None:
+        found = find_tiny_decoder(check_text("tiny_decoder", name))
+    else:
+        assert recorded is not None
+        found = find_recorded_tiny_decoder(recorded, args.source)
+    inputs.paths += found.paths
+    inputs.changes += [] if found.change is None else [found.change]
+    return {"tiny_decoder": found.record, "tiny_decoder_location": found.location}
 
 
 def _margins(margins: tuple[int, ...] | None) -> tuple[int, ...] | None:

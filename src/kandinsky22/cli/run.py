@@ -309,13 +309,13 @@ def report_model(published_model: str, request: Request, console: Console) -> No
 
 def _shown_steps(preview: TerminalPreview, networks: Networks, request: Request) -> stages.OnStep:
     """Return a callback that shows the first image of each batch after each step of the decoder."""
-    from kandinsky22.generation.previews import PreviewMap
+    from kandinsky22.generation.previews import new_previews
 
-    colours = PreviewMap(networks.decoder.movq, networks.device)
+    previews = new_previews(networks.decoder)
 
     def show(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
         if pipe is networks.decoder:
-            preview.show(colours.image(tensors["latents"][0]), f"step {step + 1} of {pipe.num_timesteps}")
+            preview.show(previews.image(tensors["latents"][0]), f"step {step + 1} of {pipe.num_timesteps}")
 
     return show
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.checkpoints.hub import EMBEDDED
+from kandinsky22.checkpoints.hub import EMBEDDED, HUB_ID
 from kandinsky22.cli import option_values, options
 from kandinsky22.errors import MissingDependencyError, invalid
 
@@ -59,6 +59,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
             help=f"folders or Hub ids of {kind} weights (default: the embedded model)",
         )
     group.add_argument("--prior", metavar="MODEL", help="folder or Hub id of a prior (default: each model's own)")
+    group.add_argument(
+        "--tiny-decoder",
+        type=option_values.tiny_decoder,
+        metavar="FILE_OR_FOLDER",
+        help=(
+            "tiny decoder for pictures and previews of the models that the other options name, or of the embedded model"
+        ),
+    )
     group.add_argument("--device", nargs="+", help="auto, cpu, cuda, cuda:N or mps, one worker each (default: auto)")
     group.add_argument("--dtype", help="float32, float16, bfloat16 or auto")
     group.add_argument("--quantize", choices=(*options.QUANTIZATION_KINDS, "none"), help="8-bit or 4-bit weights")
@@ -181,11 +189,16 @@ def _models(args: argparse.Namespace) -> tuple[Any, ...]:
     """Return the models of a command line; the embedded model stands for the kinds that it does not name."""
     from kandinsky22.serve.settings import EMBEDDED_MODELS, ModelSettings
 
+    tiny_decoder = _tiny_decoder(args)
+    named = [name for option in MODEL_OPTIONS.values() for name in getattr(args, option) or ()]
+    names_others = any((name.partition("=")[2] or name) != EMBEDDED for name in named)
     models = []
     for kind, option in MODEL_OPTIONS.items():
         names: Sequence[str] | None = getattr(args, option)
         if names is None:
-            models += [model for model in EMBEDDED_MODELS if model.kind == kind]
+            own_decoder = None if names_others else tiny_decoder
+            embedded = [model for model in EMBEDDED_MODELS if model.kind == kind]
+            models += [dataclasses.replace(model, tiny_decoder=own_decoder) for model in embedded]
             continue
         for name in names:
             id, separator, location = name.partition("=")
@@ -194,8 +207,22 @@ def _models(args: argparse.Namespace) -> tuple[Any, ...]:
                 raise invalid(f"--{option.replace('_', '-')}", name, "a folder or a Hub id, or ID=MODEL")
             suffix = "" if kind == "decoder" else f"-{kind}"
             own = id if separator else (Path(location).name or location) + (suffix if location == EMBEDDED else "")
-            models.append(ModelSettings(own, location, kind, args.prior if location != EMBEDDED else None))
+            prior = args.prior if location != EMBEDDED else None
+            own_decoder = tiny_decoder if (location != EMBEDDED) == names_others else None
+            models.append(ModelSettings(own, location, kind, prior, own_decoder))
     return tuple(models)
+
+
+def _tiny_decoder(args: argparse.Namespace) -> str | None:
+    """Return the path of the tiny decoder that does not depend on the current folder, or its Hub id."""
+    if args.tiny_decoder is None or args.tiny_decoder == "none":
+        return None
+    path = Path(args.tiny_decoder)
+    if path.exists():
+        return str(path.absolute())
+    if HUB_ID.fullmatch(args.tiny_decoder):
+        return str(args.tiny_decoder)
+    raise invalid("--tiny-decoder", args.tiny_decoder, "a file or a folder that exists, or a Hub id")
 
 
 def run_rebuild(args: argparse.Namespace) -> None:

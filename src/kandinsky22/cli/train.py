@@ -1,4 +1,4 @@
-"""`kandinsky22 train`: adapters, whole networks, subjects and fast networks."""
+"""`kandinsky22 train`: adapters, whole networks, subjects, fast networks and tiny decoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
 from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError
-from kandinsky22.training.finetuning.options import DistillOptions, Option, SubjectOptions, TrainingOptions, read_config
+from kandinsky22.training.finetuning.options import (
+    TINY_DECODER_LACKS,
+    DistillOptions,
+    Option,
+    SubjectOptions,
+    TinyDecoderOptions,
+    TrainingOptions,
+    read_config,
+)
 
 Run = Callable[[Any, Callable[[str], None] | None], list[Path]]
 """Function that trains: (options, receiver of lines of text or None) -> the results."""
@@ -29,7 +37,7 @@ class Kind:
         example: Arguments of the example at the end of the help.
         options: Class of the options.
         run: Function that trains.
-        without: Groups of options that have no effect.
+        without: Groups of options, and names of options, that have no effect.
     """
 
     name: str
@@ -39,6 +47,14 @@ class Kind:
     options: type[TrainingOptions]
     run: Run
     without: tuple[str, ...] = ()
+
+    def has(self, option: Option) -> bool:
+        """Return whether an option has an effect.
+
+        Args:
+            option: One of `options`.
+        """
+        return option.group not in self.without and option.name not in self.without
 
 
 def _finetune(kind: str) -> Run:
@@ -60,6 +76,12 @@ def _distill(options: Any, report: Callable[[str], None] | None) -> list[Path]:
     from kandinsky22.training.finetuning.distill import distill
 
     return distill(options, report)
+
+
+def _tiny_decoder(options: Any, report: Callable[[str], None] | None) -> list[Path]:
+    from kandinsky22.training.finetuning.tiny_decoder import train_tiny_decoder
+
+    return train_tiny_decoder(options, report)
 
 
 # A further kind is one more entry.
@@ -98,6 +120,16 @@ KINDS = (
         _distill,
         without=("objective",),
     ),
+    Kind(
+        "tiny-decoder",
+        "train a small decoder that stands in for MoVQ's",
+        "Train a small network to decode latents as MoVQ does, and write it to the folder tiny_decoder of the output "
+        "folder, for --tiny-decoder.",
+        "--train-data-dir pictures --output-dir tiny",
+        TinyDecoderOptions,
+        _tiny_decoder,
+        without=TINY_DECODER_LACKS,
+    ),
 )
 
 
@@ -107,7 +139,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     Args:
         subparsers: Subcommands of the command's parser.
     """
-    parser = subparsers.add_parser("train", help="train adapters, networks or subjects on pictures", allow_abbrev=False)
+    summary = "train adapters, networks, subjects or tiny decoders on pictures"
+    parser = subparsers.add_parser("train", help=summary, allow_abbrev=False)
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     for kind in KINDS:
         _add_kind(kinds, kind)
@@ -127,7 +160,7 @@ def _add_kind(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], k
     parser.add_argument("-q", "--quiet", action="store_true", help="print only errors and the path of the result")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in kind.options.options():
-        if option.group in kind.without:
+        if not kind.has(option):
             continue
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
@@ -201,4 +234,4 @@ def run(args: argparse.Namespace, kind: Kind) -> None:
 
 
 def _is_without(kind: Kind, name: str) -> bool:
-    return any(option.name == name and option.group in kind.without for option in kind.options.options())
+    return any(option.name == name and not kind.has(option) for option in kind.options.options())

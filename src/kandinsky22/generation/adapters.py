@@ -70,10 +70,7 @@ def find_recorded_adapter(record: AppliedAdapter, recipe_source: Path | None) ->
         InputError: If the file is missing.
         CheckpointError: If it cannot be read.
     """
-    folder = Path() if recipe_source is None else recipe_source.parent
-    recorded = Path(record.name)
-    candidates = dict.fromkeys(map(str, (recorded, folder / recorded, folder / recorded.name)))
-    existing = [name for name in candidates if os.path.exists(name)]
+    existing = existing_locations(record.name, recipe_source)
     try:
         found = [_found(record, name) for name in existing or [record.name]]
     except CheckpointError as error:
@@ -87,6 +84,22 @@ def find_recorded_adapter(record: AppliedAdapter, recipe_source: Path | None) ->
     if current.record.sha256 == record.sha256:
         return current
     return dataclasses.replace(current, change=f"the adapter {current.location} has changed")
+
+
+def existing_locations(name: str, recipe_source: Path | None) -> list[str]:
+    """Return where a file or folder that a recipe names may be: its path, then next to the image of the recipe.
+
+    Args:
+        name: The recorded path.
+        recipe_source: The image whose recipe is repeated; None for a recipe without image.
+
+    Returns:
+        Those that exist.
+    """
+    folder = Path() if recipe_source is None else recipe_source.parent
+    recorded = Path(name)
+    candidates = dict.fromkeys(map(str, (recorded, folder / recorded, folder / recorded.name)))
+    return [candidate for candidate in candidates if os.path.exists(candidate)]
 
 
 def _found(record: AppliedAdapter, location: str) -> FoundAdapter:

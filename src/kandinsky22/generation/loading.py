@@ -75,7 +75,7 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
 
 
 def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, compile: bool) -> None:
-    """Apply adapters, quantize the networks, enable feature caching, move or offload and compile them, as requested.
+    """Apply what is requested: adapters, quantization, caching, the tiny decoder; move or offload, and compile.
 
     Args:
         networks: The networks.
@@ -84,7 +84,8 @@ def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, 
         compile: Whether the networks' blocks are compiled on first use.
 
     Raises:
-        CheckpointError: If an adapter does not fit the networks.
+        CheckpointError: If an adapter does not fit the networks, or the tiny decoder cannot be read.
+        InputError: If the tiny decoder does not fit the networks.
         MissingDependencyError: If an option needs a package that is not installed.
     """
     if request.lora:
@@ -94,6 +95,10 @@ def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, 
         networks.combined.quantize(request.quantize)
     if request.cache_every is not None:
         networks.decoder.enable_feature_caching(request.cache_every)
+    if request.tiny_decoder is not None:
+        # one network for both pipelines: the combined one moves it, the decoder uses it
+        networks.decoder.enable_tiny_decoder(request.tiny_decoder_location or request.tiny_decoder.name)
+        networks.combined.enable_tiny_decoder(networks.decoder.tiny_decoder)
     if not low_memory:
         networks.combined.to(networks.device)
     elif networks.device.type == "cpu":

@@ -1,4 +1,8 @@
-"""Previews of latents: a linear map from latents to colours, fitted to the model's own decoder."""
+"""Previews of latents during sampling.
+
+A tiny decoder gives the picture itself. Without one, a linear map from latents to colours is fitted to the model's own
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,82 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from kandinsky22.models import TinyDecoder
+
 FIT_SIDE = 16  # side of the pictures that the map is fitted to, in latent pixels
 FIT_PICTURES = 4
 MAX_SIDE = 192  # longer side of a preview in pixels
 FIT_SEED = 22
 
 
-class PreviewMap:
+class Previews:
+    """Previews of latents, at any size."""
+
+    def image(self, latents: Tensor) -> Image:
+        """Return the preview of latents.
+
+        Args:
+            latents: Latents of one image, (4, height, width).
+        """
+        raise NotImplementedError
+
+    def data_url(self, latents: Tensor) -> str:
+        """Return the preview of latents as a WebP file in a data URL.
+
+        Args:
+            latents: Latents of one image, (4, height, width).
+        """
+        from PIL.Image import Resampling
+
+        image = self.image(latents)
+        scale = min(8, max(1, MAX_SIDE // max(image.size)))
+        image = image.resize((image.width * scale, image.height * scale), Resampling.BICUBIC)
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        content = io.BytesIO()
+        image.save(content, "WEBP", quality=70)
+        return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def new_previews(decoder: Any) -> Previews:
+    """Return the best previews of a decoder: by its tiny decoder if it has one in memory, else by a linear map.
+
+    An offloaded tiny decoder would move the UNet's weights at each step, to make room for its own.
+
+    Args:
+        decoder: Pipeline of the decoder.
+    """
+    from kandinsky22.runtime.device_offload import offload_of
+
+    network = decoder.tiny_decoder
+    if network is not None and offload_of(network) is None:
+        return DecodedPreviews(network)
+    return PreviewMap(decoder.movq, decoder.device)
+
+
+class DecodedPreviews(Previews):
+    """Previews by a tiny decoder, with one pixel per pixel of the image.
+
+    Args:
+        network: The tiny decoder.
+    """
+
+    def __init__(self, network: TinyDecoder) -> None:
+        self._network = network
+
+    def image(self, latents: Tensor) -> Image:
+        """Return the preview of latents.
+
+        Args:
+            latents: Latents of one image, (4, height, width).
+        """
+        import torch
+
+        with torch.no_grad():
+            rows = latents[None].to(device=self._network.device, dtype=self._network.dtype)
+            return _to_image(self._network(rows)[0].float().cpu().permute(1, 2, 0))
+
+
+class PreviewMap(Previews):
     """Linear map from latents to colours.
 
     A latent pixel (4 channels) stands for a square of pixels. Its mean colour is close to a linear function of the
@@ -49,29 +122,17 @@ class PreviewMap:
         Args:
             latents: Latents of one image, (4, height, width).
         """
-        import numpy as np
-        import PIL.Image
-
         values = latents.detach().float().cpu().permute(1, 2, 0)
-        colours = values @ self._matrix[:-1] + self._matrix[-1]
-        pixels = ((colours / 2 + 0.5).nan_to_num(0.5).clamp(0, 1) * 255).round().byte().numpy()
-        return PIL.Image.fromarray(np.ascontiguousarray(pixels))
+        return _to_image(values @ self._matrix[:-1] + self._matrix[-1])
 
-    def data_url(self, latents: Tensor) -> str:
-        """Return the preview of latents as a WebP file in a data URL.
 
-        Args:
-            latents: Latents of one image, (4, height, width).
-        """
-        from PIL.Image import Resampling
+def _to_image(colours: Tensor) -> Image:
+    """Return colours (height, width, 3), about in [-1, 1], as an image; NaN is grey."""
+    import numpy as np
+    import PIL.Image
 
-        image = self.image(latents)
-        scale = min(8, max(1, MAX_SIDE // max(image.size)))
-        image = image.resize((image.width * scale, image.height * scale), Resampling.BICUBIC)
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        content = io.BytesIO()
-        image.save(content, "WEBP", quality=70)
-        return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+    pixels = ((colours / 2 + 0.5).nan_to_num(0.5).clamp(0, 1) * 255).round().byte().numpy()
+    return PIL.Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _fit_pictures(side: int) -> Tensor:

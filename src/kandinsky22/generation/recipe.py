@@ -127,6 +127,7 @@ class Recipe:
         guidance_threshold: Quantile of dynamic thresholding.
         prior_guidance_interval: Like `guidance_interval`, for the prior.
         lora: Adapters of the networks.
+        tiny_decoder: File, folder or Hub id of the tiny decoder, and the digest of its weights.
         quantize: Kind of quantized weights.
         cache_every: Interval of full UNet evaluations with feature caching, in steps.
         batch_size: Largest number of images that ran together; None for an image that was generated alone. The same
@@ -169,6 +170,7 @@ class Recipe:
     guidance_threshold: float | None = None
     prior_guidance_interval: tuple[float, ...] | None = None
     lora: tuple[AppliedAdapter, ...] | None = None
+    tiny_decoder: InputFile | None = None
     quantize: str | None = None
     cache_every: int | None = None
     batch_size: int | None = None
@@ -251,6 +253,11 @@ class Recipe:
         """Return the active options that change the image for speed or memory, by name."""
         return {
             **({} if self.quantize is None else {"quantized": self.quantize}),
+            **(
+                {}
+                if self.tiny_decoder is None
+                else {"tiny decoder": f"{self.tiny_decoder.name} ({self.tiny_decoder.sha256[:12]})"}
+            ),
             **({} if self.cache_every is None else {"cached": f"all of the UNet every {self.cache_every} steps"}),
         }
 

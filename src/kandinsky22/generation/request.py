@@ -15,8 +15,9 @@ class Request:
     """Settings of one generation.
 
     Attributes: those of `Recipe` with the same names. None means that the model's default is used, or that the
-    mode does not have the setting. `model_location`, `prior_location` and `lora_locations` are the files, folders or
-    Hub ids that the names of `model`, `prior` and the adapters of `lora` stand for.
+    mode does not have the setting. `model_location`, `prior_location`, `lora_locations` and `tiny_decoder_location` are
+    the files, folders or Hub ids that the names of `model`, `prior`, the adapters of `lora` and the tiny decoder stand
+    for.
     """
 
     prompt: str | None
@@ -55,6 +56,8 @@ class Request:
     cache_every: int | None
     lora: tuple[AppliedAdapter, ...] | None = None
     lora_locations: tuple[str, ...] | None = None
+    tiny_decoder: InputFile | None = None
+    tiny_decoder_location: str | None = None
     subject: MixtureItem | None = None
 
     def texts(self) -> list[str]:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Settings that require other networks, or networks in another state.
-_NETWORK_SETTINGS = ("model_location", "prior_location", "device", "dtype", "quantize", "cache_every", "lora")
+_NETWORK_SETTINGS = (
+    *("model_location", "prior_location", "device", "dtype"),
+    *("quantize", "cache_every", "lora", "tiny_decoder"),
+)
 
 # Settings that differ between requests of one batch, besides seeds.
 _OWN_SETTINGS = ("prompt", "negative_prompt", "image", "mask", "hint", "parts")

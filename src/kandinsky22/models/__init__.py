@@ -11,13 +11,20 @@ if TYPE_CHECKING:
     from kandinsky22.models.base import Model
     from kandinsky22.models.movq import VQModel
     from kandinsky22.models.prior import PriorTransformer
+    from kandinsky22.models.tiny_decoder import TinyDecoder
     from kandinsky22.models.unet import UNet2DConditionModel
 
-__all__ = ["Model", "PriorTransformer", "UNet2DConditionModel", "VQModel"]
+__all__ = ["Model", "PriorTransformer", "TinyDecoder", "UNet2DConditionModel", "VQModel"]
 
 check_versions()
 
-_MODULE_OF = {"Model": "base", "PriorTransformer": "prior", "UNet2DConditionModel": "unet", "VQModel": "movq"}
+_MODULE_OF = {
+    "Model": "base",
+    "PriorTransformer": "prior",
+    "TinyDecoder": "tiny_decoder",
+    "UNet2DConditionModel": "unet",
+    "VQModel": "movq",
+}
 
 
 def __getattr__(name: str) -> Any:

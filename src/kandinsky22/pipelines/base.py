@@ -22,6 +22,7 @@ from kandinsky22.checkpoints.load_arguments import LoadArguments
 from kandinsky22.checkpoints.weights import check_save_arguments
 from kandinsky22.errors import CheckpointError, InputError, describe, invalid
 from kandinsky22.models.base import LAYOUT_VERSION
+from kandinsky22.models.tiny_decoder import SUBFOLDER
 from kandinsky22.pipelines.component_io import (
     LoadOptions,
     check_component,
@@ -35,6 +36,7 @@ from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
 from kandinsky22.pipelines.progress_bars import checked_options, new_bar
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
+from kandinsky22.pipelines.tiny_decoding import TinyDecoderMixin
 from kandinsky22.runtime.calls import check_idle, loading_networks
 from kandinsky22.runtime.compile import CompileMixin
 from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
@@ -53,7 +55,14 @@ P = TypeVar("P", bound="DiffusionPipeline")
 
 
 class DiffusionPipeline(
-    OffloadMixin, FeatureCachingMixin, CompileMixin, CudaGraphMixin, QuantizeMixin, AdapterMixin, ReferenceMethodsMixin
+    OffloadMixin,
+    FeatureCachingMixin,
+    TinyDecoderMixin,
+    CompileMixin,
+    CudaGraphMixin,
+    QuantizeMixin,
+    AdapterMixin,
+    ReferenceMethodsMixin,
 ):
     """Base class of all pipelines.
 
@@ -138,6 +147,11 @@ class DiffusionPipeline(
         """
         return dict(self._components)
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """All components by name, and the tiny decoder if there is one."""
+        return self._components | ({} if self._tiny_decoder is None else {SUBFOLDER: self._tiny_decoder})
+
     @classmethod
     def from_pipe(
         cls: type[P], pipeline: DiffusionPipeline, *, torch_dtype: torch.dtype | None = None, **components: Any
@@ -175,11 +189,13 @@ class DiffusionPipeline(
         return pipe if torch_dtype is None else pipe.to(dtype=torch_dtype)
 
     def _copy_settings(self, other: DiffusionPipeline, prefix: str) -> None:
-        """Copy origin, defaults, progress bar and feature caching of a pipeline whose components have this prefix."""
+        """Copy origin, defaults and other settings of a pipeline whose components have this prefix."""
         self.origin = other.origin
         self._progress_bar_config = dict(other._progress_bar_config)
         self._feature_caching = other._feature_caching
         self._cuda_graphs = other._cuda_graphs
+        if self._components.get("movq") is not None:
+            self._tiny_decoder = other._tiny_decoder
         defaults = other._generation_defaults
         self._set_defaults(
             {name.removeprefix(prefix): value for name, value in defaults.items() if name.startswith(prefix)}

@@ -172,6 +172,7 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         pipe._progress_bar_config = self._progress_bar_config
         pipe._feature_caching = self._feature_caching
         pipe._cuda_graphs = self._cuda_graphs
+        pipe._tiny_decoder = None if prefix else self._tiny_decoder
         return pipe
 
     def interrupt(self) -> None:

@@ -198,6 +198,7 @@ class DecoderPipeline(DenoisingPipeline):
         validation.output_format(output.output_type, output.return_dict, output_types)
         self._require("unet", "scheduler", "movq")
         self._check_unet()
+        self._check_tiny_decoder()
         if "image" in self._image_inputs:
             self._require_add_noise()
         batch = embedding_count * validation.copy_count(output.num_images_per_prompt)
@@ -360,7 +361,7 @@ class DecoderPipeline(DenoisingPipeline):
                 finite_result("latents", latents)
         else:
             with self._freed_on_error(), self._movq_after_unet():
-                pixels = unwrapped(self.movq).decode(latents.to(unwrapped(self.movq).dtype), force_not_quantize=True)[0]
+                pixels = self._decode_latents(latents)
                 finite_result("images", pixels)
             if plan.keep_pixels:
                 pixels = self._copy_known_pixels(plan, pixels)

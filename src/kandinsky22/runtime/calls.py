@@ -100,14 +100,14 @@ def running_call(pipeline: Any) -> Iterator[CallState]:
     """
     check_fork()
     _registry.threads.used_networks = True
-    call = _Use(pipeline, "a call", threading.get_ident(), _networks(pipeline.components))
+    call = _Use(pipeline, "a call", threading.get_ident(), _networks(_parts(pipeline)))
     with _registry.condition:
         while _blocking(call, _registry.changes) is not None:
             _registry.condition.wait()
         _registry.calls.append(call)
     try:
         with contextlib.ExitStack() as stack:
-            for lock in _offload_locks(pipeline.components):
+            for lock in _offload_locks(_parts(pipeline)):
                 stack.enter_context(lock)
             stack.enter_context(_host_device())
             yield call.state
@@ -232,7 +232,7 @@ def changing(pipeline: Any, name: str, components: Mapping[str, Any] | None = No
     Raises:
         InputError: If a call in another thread uses one of the networks.
     """
-    networks = _networks(pipeline.components if components is None else components)
+    networks = _networks(_parts(pipeline) if components is None else components)
     change = _Use(pipeline, name, threading.get_ident(), networks)
     with _registry.condition:
         call = _blocking(change, _registry.calls)
@@ -281,6 +281,12 @@ def _blocking(use: _Use, others: Iterable[_Use]) -> _Use | None:
 def _shared_name(use: _Use, other: _Use) -> str:
     """Return the name of a network that both use."""
     return next(name for key, name in use.networks.items() if key in other.networks)
+
+
+def _parts(pipeline: Any) -> Mapping[str, Any]:
+    """Return the components of a pipeline, and the networks that it uses besides them."""
+    parts: Mapping[str, Any] = getattr(pipeline, "_parts", None) or pipeline.components
+    return parts
 
 
 def _networks(components: Mapping[str, Any]) -> dict[int, str]:

@@ -38,13 +38,18 @@ class OffloadMixin:
         """All components by name."""
         raise NotImplementedError
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """All components by name, and the networks that are placed like them although they are none."""
+        return self.components
+
     def _networks(self) -> dict[str, nn.Module]:
         """Return networks by name, without those that are not loaded yet."""
-        return networks_in_memory(self.components)
+        return networks_in_memory(self._parts)
 
     def _all_networks(self) -> dict[str, AnyNetwork]:
         """Return networks by name, including those that are not loaded yet."""
-        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module | LazyComponent)}
+        return {name: part for name, part in self._parts.items() if isinstance(part, nn.Module | LazyComponent)}
 
     def _offloads(self) -> list[device_offload.Offloaded]:
         """Return how networks are offloaded, without those that are not."""
@@ -181,7 +186,8 @@ class OffloadMixin:
         self.remove_all_hooks()
         make_storage = functools.partial(device_offload.CpuStorage, accelerator)
         group = device_offload.ModelOffload(method, accelerator, make_storage, use_accelerate=True)
-        sequence = self.model_cpu_offload_seq.split("->")
+        others = self._parts.keys() - self.components.keys()
+        sequence = [*self.model_cpu_offload_seq.split("->"), *others]
         for name, network in self._all_networks().items():
             if name in sequence or name not in self._exclude_from_cpu_offload:
                 _offload(network, functools.partial(group.add, stays_until_freed=name not in sequence))

@@ -29,12 +29,14 @@ class ModelSettings:
         location: Folder, Hub id, or "embedded".
         kind: "decoder", "inpaint" or "control".
         prior: Folder or Hub id of the prior; None for the prior that belongs to the model.
+        tiny_decoder: File, folder or Hub id of the tiny decoder that decodes results and previews; None for MoVQ.
     """
 
     id: str
     location: str
     kind: str = "decoder"
     prior: str | None = None
+    tiny_decoder: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

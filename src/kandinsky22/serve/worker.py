@@ -24,7 +24,7 @@ from kandinsky22.errors import KandinskyError
 from kandinsky22.generation.input_images import InputImages
 from kandinsky22.generation.memory_errors import is_out_of_memory
 from kandinsky22.generation.modes import MODES
-from kandinsky22.generation.previews import PreviewMap
+from kandinsky22.generation.previews import Previews, new_previews
 from kandinsky22.generation.recipe import InputFile
 from kandinsky22.generation.request import Request
 from kandinsky22.serve import messages
@@ -62,7 +62,7 @@ class LoadedModel:
 
     session: Session
     times: StageTimes = dataclasses.field(default_factory=StageTimes)
-    preview: PreviewMap | None = None
+    previews: Previews | None = None
     has_no_preview: bool = False
 
 
@@ -130,10 +130,10 @@ class Worker:
             return
         job = JobRequest(mode="generate", prompt="")
         try:
-            request = generation_request(job, self._options.preload, self._settings, self._options.device, {})
+            request = self._request(job, self._options.preload, {})
             model = self._loaded("generate", request)
             if self.previews_per_second > 0:
-                self._preview_map(model)
+                self._previews(model)
         except (KandinskyError, OSError, RuntimeError) as error:  # the first job reports it to its client
             print(f"model {self._options.preload.id} cannot be loaded: {error}", file=sys.stderr)
 
@@ -226,7 +226,7 @@ class Worker:
             raise KandinskyError(f"the server has no model {job.model!r} any more")
         images = InputImages()
         records = _open_inputs(order.inputs, images)
-        request = generation_request(job, settings_model, self._settings, self._options.device, records)
+        request = self._request(job, settings_model, records)
         model = self._loaded(job.mode, request)
         prepared = model.session.prepare(MODES[job.mode], request, images.images)
         reporter = ProgressReporter(
@@ -239,6 +239,16 @@ class Worker:
             is_cancelled=lambda: order.job in self._cancelled,
         )
         return JobRun(order, job, settings_model, prepared, reporter, model)
+
+    def _request(self, job: JobRequest, model: ModelSettings, records: dict[str, InputFile]) -> Request:
+        """Return the request of a job, with the tiny decoder of its model."""
+        from kandinsky22.generation.tiny_decoders import find_tiny_decoder
+
+        request = generation_request(job, model, self._settings, self._options.device, records)
+        if model.tiny_decoder is None:
+            return request
+        found = find_tiny_decoder(model.tiny_decoder)
+        return dataclasses.replace(request, tiny_decoder=found.record, tiny_decoder_location=found.location)
 
     def _generate(self, chunk: list[tuple[JobRun, int]]) -> None:
         """Generate and save images that run together."""
@@ -309,18 +319,17 @@ class Worker:
         if model.has_no_preview:
             return
         try:
-            url = self._preview_map(model).data_url(latents)
+            url = self._previews(model).data_url(latents)
         except RuntimeError as error:  # no preview is worth a job
             model.has_no_preview = True
             print(f"no previews: {error}", file=sys.stderr)
         else:
             self._send(messages.Preview(job, image, step, url))
 
-    def _preview_map(self, model: LoadedModel) -> PreviewMap:
-        if model.preview is None:
-            decoder = model.session.decoder
-            model.preview = PreviewMap(decoder.movq, decoder.device)
-        return model.preview
+    def _previews(self, model: LoadedModel) -> Previews:
+        if model.previews is None:
+            model.previews = new_previews(model.session.decoder)
+        return model.previews
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Losses of fine-tuning, per example: what a network predicts, min-SNR weights and the learned variance."""
+"""Losses of fine-tuning: what a network predicts, min-SNR weights and the learned variance; and of pictures."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kandinsky22.schedulers import Scheduler
@@ -104,3 +105,27 @@ def velocity_factor(alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
     if prediction_type == "sample":
         return -((1 - alphas_cumprod) ** -0.5)
     return alphas_cumprod**0
+
+
+CHARBONNIER = 0.01  # below this difference the loss is nearly quadratic; a grey level is 0.008
+
+
+def picture_losses(pictures: Tensor, target: Tensor, gradient_weight: float) -> dict[str, Tensor]:
+    """Return the losses of pictures that should equal others, averaged over the batch.
+
+    Args:
+        pictures: Pictures (batch, 3, H, W), about in [-1, 1].
+        target: What they should be, in [-1, 1].
+        gradient_weight: Weight of the difference between neighbouring pixels, which keeps edges sharp.
+
+    Returns:
+        Scalars: "loss"; its parts "colour" (Charbonnier loss, https://arxiv.org/abs/1704.03915, section 3.2) and
+        "gradient"; and "levels", the mean absolute difference in grey levels of 255.
+    """
+    pictures, target = pictures.float(), target.float()
+    error = pictures - target
+    colour = (error.square() + CHARBONNIER**2).sqrt().mean() - CHARBONNIER
+    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    with torch.no_grad():
+        levels = (pictures.clamp(-1, 1) - target).abs().mean() * 127.5
+    return {"loss": colour + gradient_weight * gradient, "colour": colour, "gradient": gradient, "levels": levels}

@@ -24,6 +24,12 @@ PICTURE_OPTIONS = (  # options of pictures that are read
     *("random_flip", "random_crop", "crops_per_image", "hint_type"),
 )
 LARGEST_INTEGER = 2**31 - 1
+LARGEST_WIDTH = 4096
+# Options of other kinds of training that a tiny decoder, which learns from pictures and MoVQ alone, does not have.
+TINY_DECODER_LACKS = (
+    *("prior", "stage", "mode", "hint_type", "caption_column", "validation_prompt"),
+    *("caption_dropout", "condition_dropout", "snr_gamma", "vlb_weight", "rank", "lora_alpha", "target_modules"),
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ def _option(
 
 
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
-_OPTIMIZER, _RUN, _CHECK, _SUBJECT, _DISTILL = "optimizer", "run", "validation", "subject", "distillation"
+_OPTIMIZER, _RUN, _CHECK, _SUBJECT = "optimizer", "run", "validation", "subject"
+_DISTILL, _TINY = "distillation", "tiny decoder"
 
 
 @dataclass(frozen=True)
@@ -474,6 +481,63 @@ class DistillOptions(TrainingOptions):
         for option in self.options():
             if option.name in names and getattr(self, option.name) != option.default:
                 raise InputError(f"{option.flag} has no effect {where}: leave it out")
+
+
+@dataclass(frozen=True)
+class TinyDecoderOptions(TrainingOptions):
+    """Options of `kandinsky22 train tiny-decoder`.
+
+    Raises:
+        InputError: A value is not accepted, or two options contradict each other.
+    """
+
+    learning_rate: float | None = _option(
+        float, None, _OPTIMIZER, "largest learning rate; by default 0.001", lowest=0, above=True
+    )
+    train_batch_size: int = _option(int, 8, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
+    max_train_steps: int = _option(int, 10000, _OPTIMIZER, "number of steps", lowest=1)
+    lr_scheduler: str = _option(
+        str, "cosine", _OPTIMIZER, "course of the learning rate after the warm-up", choices=LR_SCHEDULES
+    )
+    output_dir: str = _option(
+        str, "kandinsky22-tiny-decoder", _RUN, "folder of results and checkpoints; the result is in tiny_decoder"
+    )
+
+    block_out_channels: tuple[str, ...] = _option(
+        str,
+        (),
+        _TINY,
+        "channels per resolution level, from full size to latent size; by default 32 64 128 192 for the published MoVQ",
+        repeatable=True,
+    )
+    gradient_weight: float = _option(
+        float, 1.0, _TINY, "weight of the loss on differences between neighbouring pixels", lowest=0
+    )
+    latent_noise: float = _option(
+        float, 0.1, _TINY, "largest standard deviation of noise in half of the latents", lowest=0, highest=10
+    )
+
+    @property
+    def largest_learning_rate(self) -> float:
+        """The largest learning rate, or its default."""
+        return 1e-3 if self.learning_rate is None else self.learning_rate
+
+    @property
+    def widths(self) -> tuple[int, ...] | None:
+        """Channels per resolution level; None for those that suit MoVQ."""
+        return tuple(int(text) for text in self.block_out_channels) or None
+
+    def _check_combinations(self) -> None:
+        super()._check_combinations()
+        ineffective = set(TINY_DECODER_LACKS) & {option.name for option in self.options()}
+        defaults = {option.name: option.default for option in self.options()}
+        for name in sorted(ineffective):
+            if getattr(self, name) != defaults[name]:
+                expected = f"{defaults[name]!r}, because a tiny decoder has no such setting"
+                raise invalid("--" + name.replace("_", "-"), getattr(self, name), expected)
+        for text in self.block_out_channels:
+            if not text.isdecimal() or not 1 <= int(text) <= LARGEST_WIDTH:
+                raise invalid("--block-out-channels", text, f"integers from 1 to {LARGEST_WIDTH}, one per level")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
