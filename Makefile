@@ -11,8 +11,9 @@ BENCH ?= bench
 ARGS ?=
 export PROMPT OUTPUT
 
-# Tests of one file run in one process, so that fixtures of a module or session are built once per process.
-PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+# Tests of one file run in one process, so that fixtures of a module or session are built once per process. There is one
+# process more than cores: some tests wait for servers or other processes.
+PARALLEL := -n $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))") --dist loadfile --no-loadscope-reorder
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
 EXE := .exe
@@ -39,7 +40,7 @@ install: $(VENV)/.tools  ## set up .venv with the package and all tools
 run: $(VENV)/.package  ## generate a picture with the embedded model: make run PROMPT="a green star" SEED=3
 	@$(BIN)/kandinsky22 generate "$$PROMPT" --seed $(SEED) -o "$$OUTPUT" $(ARGS)
 
-test: $(VENV)/.tools  ## run all tests, with one process per core: make test ARGS="-n 0 -k guidance" uses one
+test: $(VENV)/.tools  ## run all tests in parallel: make test ARGS="-n 0 -k guidance" uses one
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(VENV)/.tools  ## run the tests that are not marked slow
@@ -83,7 +84,7 @@ threads: $(VENV)/.tools  ## compare random parallel calls with serial ones: make
 test-oldest:  ## run the tests of kernels and files with the oldest accepted packages, in .venv-oldest
 	@$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/$(notdir $(BIN))/python -m pip --disable-pip-version-check --quiet install -c constraints-oldest.txt -e . pytest hypothesis
-	.venv-oldest/$(notdir $(BIN))/python -m pytest $(OLDEST_TESTS)
+	KANDINSKY22_OLDEST=1 .venv-oldest/$(notdir $(BIN))/python -m pytest $(OLDEST_TESTS)
 
 lint: $(VENV)/.tools  ## check style and spelling
 	$(BIN)/python -m ruff check $(CHECKED)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.serve.server import Server
 
-EXAMPLES = int(os.environ.get("KANDINSKY22_SERVE_EXAMPLES", "5"))
+EXAMPLES = int(os.environ.get("KANDINSKY22_SERVE_EXAMPLES", "2"))
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training import gradients
 
 from kandinsky22.cli.main import main
 from kandinsky22.training.finetuning import checkpoints
@@ -113,10 +114,14 @@ def test_ctrl_c_saves(arguments: Any, tmp_path: Path) -> None:
     assert checkpoints.read_checkpoint(saved)["step"] >= 3
 
 
-def run_gradients(launcher: list[str], options: dict[str, Any], folder: Path, kind: str) -> dict[str, torch.Tensor]:
+def run_gradients(processes: int, options: dict[str, Any], folder: Path, kind: str) -> dict[str, torch.Tensor]:
     folder.mkdir()
     file, out = folder / "options.json", folder / "gradients.safetensors"
     file.write_text(json.dumps({**options, "output_dir": str(folder / "out")}))
+    if processes == 1:
+        gradients.main(str(file), str(out), kind)
+        return load_file(out)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launcher, "-m", "tests.training.gradients", str(file), str(out), kind]
     done = subprocess.run(
         command, env=environment(), cwd=Path(__file__).parents[2], capture_output=True, timeout=LONGEST, check=False
@@ -130,9 +135,8 @@ def test_two_processes_give_the_gradients_of_one_with_twice_the_batch(
     kind: str, model: Path, pictures: Path, tmp_path: Path
 ) -> None:
     options = {"model": str(model), "train_data_dir": str(pictures), "validation_images": 0, "aspect_buckets": True}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one = run_gradients([sys.executable], {**options, "train_batch_size": 4}, tmp_path / "one", kind)
-    two = run_gradients(launcher, {**options, "train_batch_size": 2}, tmp_path / "two", kind)
+    one = run_gradients(1, {**options, "train_batch_size": 4}, tmp_path / "one", kind)
+    two = run_gradients(2, {**options, "train_batch_size": 2}, tmp_path / "two", kind)
     assert (int(one.pop("processes")), int(two.pop("processes"))) == (1, 2)
     assert one.keys() == two.keys()
     largest = max(float(gradient.abs().max()) for gradient in one.values())

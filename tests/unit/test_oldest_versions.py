@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_pictures_are_generated_and_saved(pipe: Any, tmp_path: Path) -> None:
     assert torch.isfinite(generate(half).float()).all()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("KANDINSKY22_OLDEST" not in os.environ, reason="other versions: tests/pipelines/test_compile.py")
 def test_compilation_block_by_block_and_of_a_network(pipe: Any) -> None:
     picture, unet = generate(pipe), pipe.unet
     pipe.compile(backend="eager")
