@@ -15,7 +15,7 @@ from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.limits import MAX_IMAGES, MAX_SEED
 
 SEED_BITS = 53  # seeds of rows are exact in JSON readers that know only floating-point numbers
-MAX_KEPT_CHARACTERS = 2000  # of a column that is no setting, in the metadata
+MAX_KEPT_CHARACTERS = 2000  # of an additional column, in the metadata
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _is_kept(value: Any) -> bool:
-    """Return whether a column that is no setting is repeated in the metadata: short texts and numbers."""
+    """Return whether the value of an additional column is copied to the metadata: short texts and numbers are."""
     if isinstance(value, str):
         return len(value) <= MAX_KEPT_CHARACTERS and not has_surrogates(value)
     return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))

@@ -39,7 +39,7 @@ def find_tiny_decoder(name: str) -> FoundTinyDecoder:
         name: A file, a folder or a Hub id.
 
     Raises:
-        CheckpointError: If there is no such network.
+        CheckpointError: If no tiny decoder is found there.
     """
     return _found(name, name)
 

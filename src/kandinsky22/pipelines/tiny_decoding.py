@@ -35,7 +35,7 @@ class TinyDecoderMixin:
     def tiny_decoder(self) -> TinyDecoder | None:
         """The tiny decoder that decodes latents; None while MoVQ does.
 
-        It is no component: it moves and is converted with the networks, and is not saved with them.
+        It moves and is converted with the networks, but is not a component and is not saved with them.
         """
         return self._tiny_decoder
 
@@ -49,7 +49,7 @@ class TinyDecoderMixin:
 
         Raises:
             InputError: If the pipeline has no MoVQ, or the network was trained for another one.
-            CheckpointError: If there is no such network, or its files are damaged.
+            CheckpointError: If no tiny decoder is found there, or its files are damaged.
         """
         movq = self._movq_to_replace()
         if isinstance(tiny_decoder, nn.Module):
@@ -137,7 +137,7 @@ def load_tiny_decoder(source: str | os.PathLike[str], dtype: torch.dtype) -> Tin
         dtype: Type to convert the weights to.
 
     Raises:
-        CheckpointError: If there is no such network, or its files are damaged.
+        CheckpointError: If no tiny decoder is found there, or its files are damaged.
         InputError: If `source` is not a path.
     """
     path = find_tiny_decoder(source)
@@ -154,7 +154,7 @@ def find_tiny_decoder(source: str | os.PathLike[str]) -> Path:
             that has it in the folder `tiny_decoder`.
 
     Raises:
-        CheckpointError: If there is no such network.
+        CheckpointError: If no tiny decoder is found there.
         InputError: If `source` is not a path.
     """
     given: Any = source

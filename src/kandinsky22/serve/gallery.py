@@ -289,7 +289,7 @@ class Gallery:
             with self._uploads:
                 size = self.store.upload_size(picture.upload)
                 if size is None or not self.files.upload(picture.upload).is_file():
-                    raise invalid_request(f"there is no upload {picture.upload[:16]}...", name)
+                    raise invalid_request(f"the upload {picture.upload[:16]}... does not exist", name)
                 self.store.add_upload(picture.upload, size)  # it is in use, and not removed before the job refers to it
             return size
         row = self.store.image(str(picture.image))

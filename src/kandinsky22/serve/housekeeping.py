@@ -17,7 +17,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 async def tidy_regularly(gallery: Gallery) -> None:
-    """Remove what is no longer needed, at once and then every `INTERVAL_SECONDS`.
+    """Delete expired files and records, at once and then every `INTERVAL_SECONDS`.
 
     Args:
         gallery: Jobs and images of the server.

@@ -32,7 +32,7 @@ COMPARED_PICTURES = 4  # held-out pictures whose complete trajectories are compu
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is distilled.
+    """Settings of a distillation.
 
     Attributes:
         guidance: Smallest and largest guidance scale of the teacher.
@@ -153,7 +153,7 @@ class ConsistencyObjective(CachedObjective):
         task: Denoising objective of the stage, which supplies examples, conditions and calls of the network.
         student: The network in training.
         teacher: The teacher, or a function that computes as it does.
-        settings: What is distilled.
+        settings: Settings of the distillation.
     """
 
     def __init__(
