@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kandinsky22.cli.train import KINDS
+from kandinsky22.training.finetuning.option import Option
 from kandinsky22.training.finetuning.options import (
-    Option,
     TinyDecoderOptions,
     TrainingOptions,
 )

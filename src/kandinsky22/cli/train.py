@@ -12,10 +12,10 @@ from typing import Any
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
 from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError
+from kandinsky22.training.finetuning.option import Option
 from kandinsky22.training.finetuning.options import (
     TINY_DECODER_LACKS,
     DistillOptions,
-    Option,
     SubjectOptions,
     TinyDecoderOptions,
     TrainingOptions,

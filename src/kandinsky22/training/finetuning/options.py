@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.training.finetuning.option import Option, option_field
 
 STAGES = ("prior", "decoder", "both")
 MODES = ("plain", "inpaint", "hint")
@@ -23,132 +24,12 @@ PICTURE_OPTIONS = (  # options of pictures that are read
     *("dataset_config_name", "split", "image_column", "caption_column", "aspect_buckets"),
     *("random_flip", "random_crop", "crops_per_image", "hint_type"),
 )
-LARGEST_INTEGER = 2**31 - 1
 LARGEST_WIDTH = 4096
 # Options of other kinds of training that a tiny decoder, which learns from pictures and MoVQ alone, does not have.
 TINY_DECODER_LACKS = (
     *("prior", "stage", "mode", "hint_type", "caption_column", "validation_prompt"),
     *("caption_dropout", "condition_dropout", "snr_gamma", "vlb_weight", "rank", "lora_alpha", "target_modules"),
 )
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option.
-
-    Attributes:
-        name: Name of the field; the command writes it with hyphens.
-        kind: Type of the value, of each value for a repeatable option: int, float, str or bool.
-        default: Value if the option is left out.
-        help: What it does, as a phrase.
-        group: Title of the group that help texts list it in.
-        lowest: Smallest accepted number.
-        highest: Largest accepted number.
-        choices: Accepted strings; empty accepts all.
-        repeatable: Whether the value is a tuple of values.
-        above: Whether `lowest` itself is not accepted.
-    """
-
-    name: str
-    kind: type
-    default: Any
-    help: str
-    group: str
-    lowest: float = -math.inf
-    highest: float = math.inf
-    choices: tuple[str, ...] = ()
-    repeatable: bool = False
-    above: bool = False
-
-    @property
-    def flag(self) -> str:
-        """The option as the command writes it."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def expected(self) -> str:
-        """Description of the accepted values, for messages."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        if self.kind is bool:
-            return "True or False"
-        if self.kind is str:
-            return "a list of texts" if self.repeatable else "a text that is not empty"
-        name = "an integer" if self.kind is int else "a finite number"
-        bounds = [f"above {self.lowest:g}" if self.above else f"of at least {self.lowest:g}"] * (
-            self.lowest > -math.inf
-        )
-        bounds += [f"at most {self.highest:g}"] * (self.highest < LARGEST_INTEGER)
-        return f"{name} {' and '.join(bounds)}".strip()
-
-    def checked(self, value: Any) -> Any:
-        """Return a value of the option's type.
-
-        Args:
-            value: Value from Python, YAML or the command line; None is accepted where the default is None.
-
-        Raises:
-            InputError: The value is not accepted.
-        """
-        if value is None and self.default is None:
-            return None
-        if self.repeatable:
-            values = [value] if isinstance(value, str) else value
-            if not isinstance(values, list | tuple) or not all(isinstance(item, str) and item for item in values):
-                raise invalid(self.flag, value, self.expected)
-            return tuple(values)
-        if self.kind is str and isinstance(value, Path):
-            value = str(value)
-        if self.kind is float and isinstance(value, str):  # YAML reads 1e-4 as a text
-            value = _as_number(value)
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not self.kind or not self._accepts(value):
-            raise invalid(self.flag, value, self.expected)
-        return value
-
-    def _accepts(self, value: Any) -> bool:
-        if self.choices:
-            return value in self.choices
-        if self.kind is str:
-            return bool(value)
-        if self.kind is bool:
-            return True
-        above = value > self.lowest if self.above else value >= self.lowest
-        return bool(math.isfinite(value) and above and value <= min(self.highest, LARGEST_INTEGER))
-
-
-def _as_number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _option(
-    kind: type,
-    default: Any,
-    group: str,
-    help: str,
-    *,
-    lowest: float = -math.inf,
-    highest: float = math.inf,
-    choices: tuple[str, ...] = (),
-    repeatable: bool = False,
-    above: bool = False,
-) -> Any:
-    about = {
-        "kind": kind,
-        "group": group,
-        "help": help,
-        "lowest": lowest,
-        "highest": highest,
-        "choices": choices,
-        "repeatable": repeatable,
-        "above": above,
-    }
-    return dataclasses.field(default=default, metadata=about)
-
 
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
 _OPTIMIZER, _RUN, _CHECK, _SUBJECT = "optimizer", "run", "validation", "subject"
@@ -166,42 +47,44 @@ class TrainingOptions:
     adapts_blocks: ClassVar[bool] = False
     """Whether adapters are by default also put around layers other than those of the attention."""
 
-    model: str = _option(str, "embedded", _MODEL, "folder or Hub id of a decoder")
-    prior: str | None = _option(str, None, _MODEL, "folder or Hub id of a prior; by default the one of the model")
-    variant: str | None = _option(str, None, _MODEL, "variant of the weight files, such as fp16")
-    revision: str | None = _option(str, None, _MODEL, "branch, tag or commit on the Hub")
-    stage: str = _option(str, "decoder", _MODEL, "networks to train", choices=STAGES)
-    mode: str | None = _option(
+    model: str = option_field(str, "embedded", _MODEL, "folder or Hub id of a decoder")
+    prior: str | None = option_field(str, None, _MODEL, "folder or Hub id of a prior; by default the one of the model")
+    variant: str | None = option_field(str, None, _MODEL, "variant of the weight files, such as fp16")
+    revision: str | None = option_field(str, None, _MODEL, "branch, tag or commit on the Hub")
+    stage: str = option_field(str, "decoder", _MODEL, "networks to train", choices=STAGES)
+    mode: str | None = option_field(
         str, None, _MODEL, "kind of decoder; by default the one of the checkpoint", choices=MODES
     )
 
-    train_data_dir: str | None = _option(
+    train_data_dir: str | None = option_field(
         str, None, _DATA, "folder of pictures, CSV file, or .tar shard or folder of shards (webdataset)"
     )
-    dataset_name: str | None = _option(str, None, _DATA, "data set on the Hub, instead of --train-data-dir")
-    dataset_config_name: str | None = _option(str, None, _DATA, "configuration of the data set on the Hub")
-    split: str = _option(str, "train", _DATA, "split of the data set on the Hub")
-    image_column: str | None = _option(str, None, _DATA, "column of pictures or file names")
-    caption_column: str | None = _option(str, None, _DATA, "column of captions")
-    max_train_samples: int | None = _option(int, None, _DATA, "number of pictures that are used", lowest=1)
-    resolution: int | None = _option(
+    dataset_name: str | None = option_field(str, None, _DATA, "data set on the Hub, instead of --train-data-dir")
+    dataset_config_name: str | None = option_field(str, None, _DATA, "configuration of the data set on the Hub")
+    split: str = option_field(str, "train", _DATA, "split of the data set on the Hub")
+    image_column: str | None = option_field(str, None, _DATA, "column of pictures or file names")
+    caption_column: str | None = option_field(str, None, _DATA, "column of captions")
+    max_train_samples: int | None = option_field(int, None, _DATA, "number of pictures that are used", lowest=1)
+    resolution: int | None = option_field(
         int, None, _DATA, "side of the pictures in pixels; by default that of the model", lowest=8, highest=4096
     )
-    aspect_buckets: bool = _option(bool, False, _DATA, "keep the proportions of pictures, at about the same area")
-    random_flip: bool = _option(bool, False, _DATA, "mirror half of the pictures")
-    random_crop: bool = _option(bool, False, _DATA, "cut out random parts instead of the centre")
-    crops_per_image: int = _option(int, 4, _DATA, "number of different random parts per picture", lowest=1, highest=256)
-    hint_type: str = _option(
+    aspect_buckets: bool = option_field(bool, False, _DATA, "keep the proportions of pictures, at about the same area")
+    random_flip: bool = option_field(bool, False, _DATA, "mirror half of the pictures")
+    random_crop: bool = option_field(bool, False, _DATA, "cut out random parts instead of the centre")
+    crops_per_image: int = option_field(
+        int, 4, _DATA, "number of different random parts per picture", lowest=1, highest=256
+    )
+    hint_type: str = option_field(
         str, "file", _DATA, "hints of a hint decoder: files named NAME.hint.png, or edges", choices=HINT_KINDS
     )
-    cache_dir: str | None = _option(
+    cache_dir: str | None = option_field(
         str, None, _DATA, "folder of stored embeddings and latents; by default OUTPUT_DIR/cache"
     )
 
-    caption_dropout: float = _option(
+    caption_dropout: float = option_field(
         float, 0.1, _CONDITION, "share of captions replaced by the empty text (prior)", lowest=0, highest=1
     )
-    condition_dropout: float = _option(
+    condition_dropout: float = option_field(
         float,
         0.1,
         _CONDITION,
@@ -209,22 +92,22 @@ class TrainingOptions:
         lowest=0,
         highest=1,
     )
-    snr_gamma: float | None = _option(
+    snr_gamma: float | None = option_field(
         float, None, _CONDITION, "gamma of min-SNR weights, 5 is usual; by default unweighted", lowest=0, above=True
     )
-    vlb_weight: float = _option(
+    vlb_weight: float = option_field(
         float, 0.001, _CONDITION, "weight of the learned variance's loss, for decoders that predict one", lowest=0
     )
 
-    rank: int = _option(int, 16, _LORA, "rank of the adapters", lowest=1, highest=4096)
-    lora_alpha: float | None = _option(
+    rank: int = option_field(int, 16, _LORA, "rank of the adapters", lowest=1, highest=4096)
+    lora_alpha: float | None = option_field(
         float, None, _LORA, "adapters are scaled by lora_alpha / rank; by default by 1", lowest=0, above=True
     )
-    target_modules: tuple[str, ...] = _option(
+    target_modules: tuple[str, ...] = option_field(
         str, (), _LORA, "names of the layers that get adapters; by default all of the attention", repeatable=True
     )
 
-    learning_rate: float | None = _option(
+    learning_rate: float | None = option_field(
         float,
         None,
         _OPTIMIZER,
@@ -232,39 +115,41 @@ class TrainingOptions:
         lowest=0,
         above=True,
     )
-    lr_scheduler: str = _option(
+    lr_scheduler: str = option_field(
         str, "constant", _OPTIMIZER, "course of the learning rate after the warm-up", choices=LR_SCHEDULES
     )
-    lr_warmup_steps: int = _option(int, 0, _OPTIMIZER, "steps in which the learning rate grows", lowest=0)
-    train_batch_size: int = _option(int, 1, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
-    gradient_accumulation_steps: int = _option(
+    lr_warmup_steps: int = option_field(int, 0, _OPTIMIZER, "steps in which the learning rate grows", lowest=0)
+    train_batch_size: int = option_field(int, 1, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
+    gradient_accumulation_steps: int = option_field(
         int, 1, _OPTIMIZER, "passes whose gradients are added up per step", lowest=1, highest=65536
     )
-    max_train_steps: int = _option(int, 1000, _OPTIMIZER, "number of steps", lowest=1)
-    adam_beta1: float = _option(float, 0.9, _OPTIMIZER, "decay of AdamW's first moment", lowest=0, highest=0.99999)
-    adam_beta2: float = _option(float, 0.999, _OPTIMIZER, "decay of AdamW's second moment", lowest=0, highest=0.99999)
-    adam_weight_decay: float = _option(float, 0.01, _OPTIMIZER, "weight decay of matrices", lowest=0)
-    adam_epsilon: float = _option(float, 1e-8, _OPTIMIZER, "epsilon of AdamW", lowest=0, above=True)
-    max_grad_norm: float = _option(float, 1.0, _OPTIMIZER, "largest norm of the gradients", lowest=0, above=True)
-    use_8bit_adam: bool = _option(bool, False, _OPTIMIZER, "AdamW with moments of 8 bits (bitsandbytes, CUDA)")
-    use_ema: bool = _option(bool, False, _OPTIMIZER, "save the moving average of the weights")
-    ema_decay: float = _option(float, 0.999, _OPTIMIZER, "decay of the moving average", lowest=0, highest=0.999999)
+    max_train_steps: int = option_field(int, 1000, _OPTIMIZER, "number of steps", lowest=1)
+    adam_beta1: float = option_field(float, 0.9, _OPTIMIZER, "decay of AdamW's first moment", lowest=0, highest=0.99999)
+    adam_beta2: float = option_field(
+        float, 0.999, _OPTIMIZER, "decay of AdamW's second moment", lowest=0, highest=0.99999
+    )
+    adam_weight_decay: float = option_field(float, 0.01, _OPTIMIZER, "weight decay of matrices", lowest=0)
+    adam_epsilon: float = option_field(float, 1e-8, _OPTIMIZER, "epsilon of AdamW", lowest=0, above=True)
+    max_grad_norm: float = option_field(float, 1.0, _OPTIMIZER, "largest norm of the gradients", lowest=0, above=True)
+    use_8bit_adam: bool = option_field(bool, False, _OPTIMIZER, "AdamW with moments of 8 bits (bitsandbytes, CUDA)")
+    use_ema: bool = option_field(bool, False, _OPTIMIZER, "save the moving average of the weights")
+    ema_decay: float = option_field(float, 0.999, _OPTIMIZER, "decay of the moving average", lowest=0, highest=0.999999)
 
-    output_dir: str = _option(str, "kandinsky22-training", _RUN, "folder of results and checkpoints")
-    seed: int = _option(int, 0, _RUN, "seed of all random numbers", lowest=0)
-    mixed_precision: str = _option(str, "no", _RUN, "type that networks compute in", choices=PRECISIONS)
-    gradient_checkpointing: bool = _option(bool, False, _RUN, "less memory, a third more time")
-    checkpointing_steps: int = _option(int, 500, _RUN, "steps between two checkpoints", lowest=1)
-    checkpoints_total_limit: int | None = _option(int, None, _RUN, "number of checkpoints that are kept", lowest=1)
-    resume: str | None = _option(str, None, _RUN, "checkpoint to continue, latest or a path")
-    report_to: str = _option(str, "none", _RUN, "where the log is written besides log.jsonl", choices=REPORTS)
-    log_every: int = _option(int, 10, _RUN, "steps per line of the log", lowest=1)
+    output_dir: str = option_field(str, "kandinsky22-training", _RUN, "folder of results and checkpoints")
+    seed: int = option_field(int, 0, _RUN, "seed of all random numbers", lowest=0)
+    mixed_precision: str = option_field(str, "no", _RUN, "type that networks compute in", choices=PRECISIONS)
+    gradient_checkpointing: bool = option_field(bool, False, _RUN, "less memory, a third more time")
+    checkpointing_steps: int = option_field(int, 500, _RUN, "steps between two checkpoints", lowest=1)
+    checkpoints_total_limit: int | None = option_field(int, None, _RUN, "number of checkpoints that are kept", lowest=1)
+    resume: str | None = option_field(str, None, _RUN, "checkpoint to continue, latest or a path")
+    report_to: str = option_field(str, "none", _RUN, "where the log is written besides log.jsonl", choices=REPORTS)
+    log_every: int = option_field(int, 10, _RUN, "steps per line of the log", lowest=1)
 
-    validation_prompt: tuple[str, ...] = _option(
+    validation_prompt: tuple[str, ...] = option_field(
         str, (), _CHECK, "prompt of a sample picture; may be repeated", repeatable=True
     )
-    validation_steps: int = _option(int, 100, _CHECK, "steps between two sheets of samples", lowest=1)
-    validation_images: int | None = _option(
+    validation_steps: int = option_field(int, 100, _CHECK, "steps between two sheets of samples", lowest=1)
+    validation_images: int | None = option_field(
         int, None, _CHECK, "pictures held out for the validation loss; by default a tenth, at most 16", lowest=0
     )
 
@@ -341,20 +226,22 @@ class SubjectOptions(TrainingOptions):
         InputError: A value is not accepted, or two options contradict each other.
     """
 
-    max_train_steps: int = _option(int, 300, _OPTIMIZER, "number of steps", lowest=1)
-    output_dir: str = _option(str, "kandinsky22-subject", _RUN, "folder of results and checkpoints")
+    max_train_steps: int = option_field(int, 300, _OPTIMIZER, "number of steps", lowest=1)
+    output_dir: str = option_field(str, "kandinsky22-subject", _RUN, "folder of results and checkpoints")
 
-    method: str = _option(
+    method: str = option_field(
         str, "inversion", _SUBJECT, "learn one image embedding, or an adapter of the decoder", choices=SUBJECT_METHODS
     )
-    class_data_dir: str | None = _option(
+    class_data_dir: str | None = option_field(
         str, None, _SUBJECT, "dreambooth: folder of other pictures of the subject's kind"
     )
-    class_prompt: str | None = _option(
+    class_prompt: str | None = option_field(
         str, None, _SUBJECT, "dreambooth: prompt of the pictures that are drawn if there is no folder"
     )
-    num_class_images: int = _option(int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000)
-    prior_loss_weight: float = _option(
+    num_class_images: int = option_field(
+        int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000
+    )
+    prior_loss_weight: float = option_field(
         float, 1.0, _SUBJECT, "dreambooth: weight of the loss on those pictures", lowest=0
     )
 
@@ -392,37 +279,37 @@ class DistillOptions(TrainingOptions):
     adapts_blocks: ClassVar[bool] = True
 
     # Nothing draws without a condition when guidance is part of the weights.
-    caption_dropout: float = _option(float, 0.0, _CONDITION, "no captions are dropped", lowest=0, highest=1)
-    condition_dropout: float = _option(float, 0.0, _CONDITION, "no conditions are dropped", lowest=0, highest=1)
-    rank: int = _option(int, 64, _LORA, "rank of the adapters", lowest=1, highest=4096)
-    target_modules: tuple[str, ...] = _option(
+    caption_dropout: float = option_field(float, 0.0, _CONDITION, "no captions are dropped", lowest=0, highest=1)
+    condition_dropout: float = option_field(float, 0.0, _CONDITION, "no conditions are dropped", lowest=0, highest=1)
+    rank: int = option_field(int, 64, _LORA, "rank of the adapters", lowest=1, highest=4096)
+    target_modules: tuple[str, ...] = option_field(
         str,
         (),
         _LORA,
         "names of the layers that get adapters; by default attention, residual blocks and feed-forward",
         repeatable=True,
     )
-    learning_rate: float | None = _option(
+    learning_rate: float | None = option_field(
         float, None, _OPTIMIZER, "largest learning rate; by default 0.0001, with --full 0.00001", lowest=0, above=True
     )
-    use_ema: bool = _option(
+    use_ema: bool = option_field(
         bool, True, _OPTIMIZER, "compare with, and save, the moving average of the weights instead of the weights"
     )
-    ema_decay: float = _option(float, 0.95, _OPTIMIZER, "decay of the moving average", lowest=0, highest=0.999999)
-    output_dir: str = _option(str, "kandinsky22-distilled", _RUN, "folder of results and checkpoints")
+    ema_decay: float = option_field(float, 0.95, _OPTIMIZER, "decay of the moving average", lowest=0, highest=0.999999)
+    output_dir: str = option_field(str, "kandinsky22-distilled", _RUN, "folder of results and checkpoints")
 
-    prompts: str | None = _option(
+    prompts: str | None = option_field(
         str, None, _DISTILL, "file with a prompt per line: the model draws what it is trained on, instead of pictures"
     )
-    num_images_per_prompt: int = _option(int, 1, _DISTILL, "samples drawn per prompt", lowest=1, highest=100000)
-    full: bool = _option(bool, False, _DISTILL, "train all weights instead of adapters")
-    guidance_scale: float | None = _option(
+    num_images_per_prompt: int = option_field(int, 1, _DISTILL, "samples drawn per prompt", lowest=1, highest=100000)
+    full: bool = option_field(bool, False, _DISTILL, "train all weights instead of adapters")
+    guidance_scale: float | None = option_field(
         float, None, _DISTILL, "guidance scale that becomes part of the weights; by default that of the model", lowest=1
     )
-    guidance_scale_max: float | None = _option(
+    guidance_scale_max: float | None = option_field(
         float, None, _DISTILL, "draw guidance scales from --guidance-scale up to this one", lowest=1
     )
-    num_ddim_timesteps: int = _option(
+    num_ddim_timesteps: int = option_field(
         int,
         50,
         _DISTILL,
@@ -430,7 +317,7 @@ class DistillOptions(TrainingOptions):
         lowest=1,
         highest=1000,
     )
-    huber_c: float = _option(
+    huber_c: float = option_field(
         float,
         0.001,
         _DISTILL,
@@ -438,7 +325,7 @@ class DistillOptions(TrainingOptions):
         lowest=0,
         above=True,
     )
-    num_inference_steps: int = _option(
+    num_inference_steps: int = option_field(
         int, 4, _DISTILL, "steps of sample pictures, and of the pipelines that --full writes", lowest=1, highest=1000
     )
 
@@ -491,29 +378,29 @@ class TinyDecoderOptions(TrainingOptions):
         InputError: A value is not accepted, or two options contradict each other.
     """
 
-    learning_rate: float | None = _option(
+    learning_rate: float | None = option_field(
         float, None, _OPTIMIZER, "largest learning rate; by default 0.001", lowest=0, above=True
     )
-    train_batch_size: int = _option(int, 8, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
-    max_train_steps: int = _option(int, 10000, _OPTIMIZER, "number of steps", lowest=1)
-    lr_scheduler: str = _option(
+    train_batch_size: int = option_field(int, 8, _OPTIMIZER, "pictures per process and pass", lowest=1, highest=65536)
+    max_train_steps: int = option_field(int, 10000, _OPTIMIZER, "number of steps", lowest=1)
+    lr_scheduler: str = option_field(
         str, "cosine", _OPTIMIZER, "course of the learning rate after the warm-up", choices=LR_SCHEDULES
     )
-    output_dir: str = _option(
+    output_dir: str = option_field(
         str, "kandinsky22-tiny-decoder", _RUN, "folder of results and checkpoints; the result is in tiny_decoder"
     )
 
-    block_out_channels: tuple[str, ...] = _option(
+    block_out_channels: tuple[str, ...] = option_field(
         str,
         (),
         _TINY,
         "channels per resolution level, from full size to latent size; by default 32 64 128 192 for the published MoVQ",
         repeatable=True,
     )
-    gradient_weight: float = _option(
+    gradient_weight: float = option_field(
         float, 1.0, _TINY, "weight of the loss on differences between neighbouring pixels", lowest=0
     )
-    latent_noise: float = _option(
+    latent_noise: float = option_field(
         float, 0.1, _TINY, "largest standard deviation of noise in half of the latents", lowest=0, highest=10
     )
 
