@@ -72,7 +72,7 @@ def test_waiting_jobs_keep_their_uploads_and_ended_ones_do_not(gallery: Gallery)
     gallery.store.finish(job.id, "failed", "a crash")
     tidy(gallery)
     assert not exists(gallery, id)
-    with pytest.raises(ApiError, match="upload .* does not exist"):
+    with pytest.raises(ApiError, match=r"upload .* does not exist"):
         gallery.picture_size("image", Picture(upload=id))
 
 
