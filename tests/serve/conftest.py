@@ -1,4 +1,4 @@
-"""One server for all tests that do not end it."""
+"""One server for all tests that neither end it nor change what others made."""
 
 from __future__ import annotations
 
