@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
@@ -154,12 +155,11 @@ def software_versions() -> dict[str, str]:
     """Return the versions of the packages that determine the pixels."""
     import PIL
     import torch
-    import transformers
 
     return {
         "kandinsky22": __version__,
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
         "pillow": PIL.__version__,
     }
 

@@ -22,7 +22,7 @@ from kandinsky22.checkpoints.folder_save import FolderSave
 from kandinsky22.checkpoints.hub import embedded_fallback_folder
 from kandinsky22.checkpoints.load_arguments import check_use_safetensors, check_variant_name
 from kandinsky22.checkpoints.pinned_files import PinnedFiles
-from kandinsky22.checkpoints.weights import STEM, replaced_weight_files, select_weight_files
+from kandinsky22.checkpoints.weights import STEM, TRANSFORMERS_STEM, replaced_weight_files, select_weight_files
 from kandinsky22.errors import (
     CheckpointError,
     ConfigError,
@@ -35,6 +35,7 @@ from kandinsky22.errors import (
 )
 from kandinsky22.kernels import settings
 from kandinsky22.models.base import checked_dtype, stage_network
+from kandinsky22.models.clip import CLIPTower, stage_tower
 from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.embedding_cache import encoder_files_digest
 from kandinsky22.runtime.lazy_component import LazyComponent, loaded
@@ -45,7 +46,7 @@ from kandinsky22.schedulers import substitutes
 OWN_CLASSES = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
 TRANSFORMERS_CLASSES = {role: names[0] for role, names in clip_files.CLIP_CLASSES.items()}
 SCHEDULER_PROTOCOL = ("config", "set_timesteps", "step", "timesteps")
-STEMS = (STEM, "model", "pytorch_model")  # names of weight files: ours, then those of transformers
+STEMS = (STEM, *TRANSFORMERS_STEM.values())  # names of weight files: ours, then those of transformers
 TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -160,7 +161,9 @@ def check_component(owner: str, name: str, component: Any) -> None:
         fits = expected in lineage
     elif role in TRANSFORMERS_CLASSES:
         expected = f"transformers.{TRANSFORMERS_CLASSES[role]}"
-        fits = any(base.startswith(expected) for base in lineage)  # ...Fast and ...Pil are implementations of the same
+        own = expected.replace("transformers", "kandinsky22", 1)
+        # ...Fast and ...Pil are implementations of the same
+        fits = any(base.startswith((expected, own)) for base in lineage)
     elif role == "scheduler":
         expected = f"a scheduler (an object with {', '.join(SCHEDULER_PROTOCOL)})"
         fits = all(hasattr(component, part) for part in SCHEDULER_PROTOCOL) and not isinstance(component, type)
@@ -184,7 +187,9 @@ def index_entry(name: str, component: Any) -> list[str | None]:
     library = component_class.__module__.split(".")[0]
     declared = TRANSFORMERS_CLASSES.get(component_role(name), component_class.__name__)
     class_name = declared if component_class.__name__.startswith(declared) else component_class.__name__
-    return ["diffusers" if library == "kandinsky22" else library, class_name]
+    if library == "kandinsky22":
+        library = "transformers" if component_class in clip_files.OWN_CLIP_CLASSES.values() else "diffusers"
+    return [library, class_name]
 
 
 def _component_class(component: Any) -> type:
@@ -281,7 +286,7 @@ def load_component(name: str, entry: Any, folder: Path, options: LoadOptions) ->
         if role == "tokenizer":
             return clip_files.load_tokenizer(component_class, component_folder)
         if role == "image_processor":
-            return clip_files.load_image_processor(component_class, component_folder)
+            return clip_files.load_image_processor(component_folder)
         if role == "scheduler":
             return _load_scheduler(component_class, component_folder)
         reader = NetworkReader(component_class, component_folder, options.for_component(name))
@@ -420,7 +425,8 @@ class NetworkReader:
         options = vars(self._options)
         if issubclass(self._class, models.Model):
             return self._class.from_pretrained(folder, **options)
-        return clip_files.load_tower(self._class, folder, _weight_paths(folder, self._options), **options)
+        tower_class: Any = self._class
+        return clip_files.load_tower(tower_class, folder, _weight_paths(folder, self._options), options["torch_dtype"])
 
     def digest(self) -> str | None:
         """Return the digest of the weight files (`embedding_cache.encoder_files_digest`); None if they are small."""
@@ -489,6 +495,10 @@ def save_component(
         if isinstance(component, models.Model):
             stage_network(component, save, name, variant=variant, max_shard_size=max_shard_size, safe=safe)
             save.replace(name, replaced_weight_files(variant, True))
+            return
+        if isinstance(component, CLIPTower):
+            save.replace(name, replaced_weight_files(variant, True, STEMS))
+            stage_tower(component, save, name, variant=variant, max_shard_size=max_shard_size)
             return
         options = {"variant": variant, "max_shard_size": max_shard_size}
         save.replace(name, replaced_weight_files(variant, True, STEMS))
