@@ -232,11 +232,12 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         """Return embeddings of token ids, (batch, tokens, hidden_size)."""
-        length, longest = ids.shape[-1], len(self.position_embedding.weight)
+        length, longest = ids.shape[-1], self.position_embedding.num_embeddings
         if length > longest:
             raise invalid("input_ids.shape[-1]", length, f"at most {longest} tokens")
-        table = self.position_embedding
-        output: Tensor = self.token_embedding(ids) + (table.weight[:length] if positions is None else table(positions))
+        if positions is None:
+            positions = torch.arange(length, device=ids.device)
+        output: Tensor = self.token_embedding(ids) + self.position_embedding(positions)
         return output
 
 
@@ -258,7 +259,7 @@ class VisionEmbeddings(nn.Module):
             raise invalid("pixel_values", pixels, f"pixels of shape (batch, 3, {side}, {side})")
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1)
-        output: Tensor = tokens + self.position_embedding.weight
+        output: Tensor = tokens + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
         return output
 
 

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.conversion import convert_weights
 from kandinsky22.checkpoints.weights import check_stored_once, check_weights, indexed_files, read_tensors
 from kandinsky22.errors import CheckpointError, KandinskyError
 from kandinsky22.inputs.clip_image_processor import CONFIG_NAME, CLIPImageProcessor
-from kandinsky22.kernels import host_memory
 from kandinsky22.models.clip import (
     CLIPTextModelWithProjection,
     CLIPTower,
@@ -227,12 +227,11 @@ def _tower_tensors(tower: CLIPTower, folder: Path, files: list[Path], dtype: tor
             if tensor.shape != expected[name].shape:
                 shapes = f"{tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
                 raise CheckpointError(f"{file} does not fit {name_of}: {name} {shapes}")
-            dtype = dtype or tensor.dtype
-            tensors[name] = host_memory.convert_and_drop(tensor, dtype)
+            tensors[name] = tensor
     if missing := [name for name in expected if name not in tensors]:
         listed = ", ".join(missing[:LISTED_TENSORS])
         raise CheckpointError(f"{folder} does not fit {name_of}: {len(missing)} missing: {listed}")
-    return tensors
+    return convert_weights(tensors, sources, dtype or next(iter(tensors.values())).dtype)
 
 
 def is_readable_tower(network_class: Any, config: Any, files: Iterable[Path]) -> bool:
