@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 from collections.abc import Mapping
@@ -39,7 +40,9 @@ class Networks:
     device: torch.device
 
 
-def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> Networks:
+def load_networks(
+    request: Request, *, prior_class: str, decoder_class: str, on_first_use: bool = False, used_once: bool = False
+) -> Networks:
     """Return the networks of the requested model, on the CPU, with the requested schedulers.
 
     `prepare_networks` moves them to the device.
@@ -48,6 +51,9 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
         request: Settings of the command.
         prior_class: Name of the prior's pipeline class.
         decoder_class: Name of the decoder's pipeline class.
+        on_first_use: Whether the weights of large networks are read when they first run, where that is possible: on
+            CPUs, for networks that nothing changes.
+        used_once: Whether such networks leave memory when the next one runs, and at the end of each call.
 
     Raises:
         InputError: If the device or dtype is not available, if the checkpoint belongs to another kind of decoder, if
@@ -55,6 +61,7 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
         CheckpointError: If a file of the checkpoint is missing or damaged.
     """
     import kandinsky22
+    from kandinsky22.pipelines.component_io import deferred_weights
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
     device = resolve_device(request.device)
@@ -65,11 +72,15 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
         _use_one_thread()
     prior_type, decoder_type = getattr(kandinsky22, prior_class), getattr(kandinsky22, decoder_class)
     _check_model(model, decoder_type)
-    decoder = decoder_type.from_pretrained(model, torch_dtype=dtype)
-    set_scheduler(decoder, request.scheduler, request.scheduler_settings)
-    # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
-    components = decoder.components | ({} if request.prior is None else {"prior": request.prior_location})
-    combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
+    defers = on_first_use and device.type == "cpu" and not _changes_weights(request)
+    with deferred_weights() if defers else contextlib.nullcontext():
+        decoder = decoder_type.from_pretrained(model, torch_dtype=dtype)
+        set_scheduler(decoder, request.scheduler, request.scheduler_settings)
+        # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
+        components = decoder.components | ({} if request.prior is None else {"prior": request.prior_location})
+        combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
+    if defers:
+        combined.load_on_first_use(used_once=used_once)
     prior = prior_type.from_pipe(combined)
     set_scheduler(prior, request.prior_scheduler, request.prior_scheduler_settings)
     return Networks(prior=prior, decoder=decoder, combined=combined, device=device)
@@ -100,12 +111,13 @@ def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, 
         # one network for both pipelines: the combined one moves it, the decoder uses it
         networks.decoder.enable_tiny_decoder(request.tiny_decoder_location or request.tiny_decoder.name)
         networks.combined.enable_tiny_decoder(networks.decoder.tiny_decoder)
-    if not low_memory:
-        networks.combined.to(networks.device)
-    elif networks.device.type == "cpu":
-        networks.combined.enable_low_memory()
-    else:
+    if networks.device.type == "cpu":
+        if low_memory:
+            networks.combined.enable_low_memory()
+    elif low_memory:
         networks.combined.enable_model_cpu_offload(device=networks.device)
+    else:
+        networks.combined.to(networks.device)
     if compile:
         networks.combined.compile()
 
@@ -130,25 +142,34 @@ def set_scheduler(pipe: Any, class_name: str | None, settings: Mapping[str, Any]
     pipe.scheduler = make_scheduler(new, pipe.scheduler.config, settings or {})
 
 
-def model_digest(combined: KandinskyV22CombinedPipeline, *, with_image_encoder: bool) -> str:
+def model_digest(combined: KandinskyV22CombinedPipeline, *, with_image_encoder: bool, read_missing: bool = True) -> str:
     """Return the fingerprint of the networks' weights.
 
     Args:
         combined: Pipeline of all components.
         with_image_encoder: Whether the image encoder is included. Without input images it does not run, and the
             fingerprint would be the only reason to read its weights from disk.
+        read_missing: Whether weights that were not read yet are read. If False and there are such, the result is "".
     """
     from torch import nn
 
     from kandinsky22.checkpoints.fingerprint import weights_digest
     from kandinsky22.runtime.lazy_component import loaded
+    from kandinsky22.runtime.network_state import is_unread, state_of
 
-    components = {
-        name: loaded(component)
-        for name, component in combined.components.items()
-        if with_image_encoder or "image_encoder" not in name
-    }
-    return weights_digest({name: part for name, part in components.items() if isinstance(part, nn.Module)})
+    parts: dict[str, Any] = {}
+    for name, component in combined.components.items():
+        if "image_encoder" in name and not with_image_encoder:
+            continue
+        network = loaded(component)
+        if not isinstance(network, nn.Module):
+            continue
+        source = state_of(network).source
+        samples = None if source is None else source.samples()
+        if samples is None and is_unread(network) and not read_missing:
+            return ""
+        parts[name] = samples or network
+    return weights_digest(parts)
 
 
 def software_versions() -> dict[str, str]:
@@ -177,6 +198,10 @@ def hardware_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _changes_weights(request: Request) -> bool:
+    return bool(request.lora or request.quantize is not None or request.tiny_decoder is not None)
 
 
 def _check_quantization(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:

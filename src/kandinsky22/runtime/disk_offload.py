@@ -22,7 +22,7 @@ from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import drop_packed, packing_layers
 from kandinsky22.kernels.locks import global_rng_restored
 from kandinsky22.kernels.modules import internal_hook
-from kandinsky22.runtime.network_state import NetworkSource, attached_state, state_of, unwrapped
+from kandinsky22.runtime.network_state import NetworkSource, attached_state, is_unread, state_of, unwrapped
 
 LARGE = 2**22  # smallest weight, in bytes, that is in memory only while its layer runs
 
@@ -132,7 +132,7 @@ class DiskStorage:
 
     def _find_or_write_files(self, network: nn.Module) -> None:
         source = state_of(network).source
-        if source is not None and source.is_current(network):
+        if source is not None and (is_unread(network) or source.is_current(network)):
             self._source = source
             return
         prefix = "kandinsky22-"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from kandinsky22.checkpoints.fingerprint import WeightFingerprint
+from kandinsky22.checkpoints.fingerprint import TensorSample, WeightFingerprint
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -35,12 +35,15 @@ class NetworkSource:
         files_digest: Digest of its weight files when they were read (`checkpoints.fingerprint.files_digest`); None if
             they have none.
         dtype: Type of the weights after loading; None if unknown.
+        samples: Returns the samples of the weights (`checkpoints.fingerprint.weight_samples`) once they were read;
+            before that, None.
     """
 
     load: Callable[[], nn.Module]
     fingerprint: WeightFingerprint
     files_digest: str | None = None
     dtype: torch.dtype | None = None
+    samples: Callable[[], list[TensorSample] | None] = lambda: None
 
     def is_current(self, network: nn.Module) -> bool:
         """Return whether the network still has the weights that were read, as far as its fingerprint shows.
@@ -128,6 +131,7 @@ def record_source(
     *,
     files_digest: str | None = None,
     dtype: torch.dtype | None = None,
+    samples: Callable[[], list[TensorSample] | None] = lambda: None,
 ) -> None:
     """Record the checkpoint that the current weights of a network were read from.
 
@@ -137,6 +141,17 @@ def record_source(
         files_digest: Digest of its weight files when they were read (`checkpoints.fingerprint.files_digest`); None if
             they have none.
         dtype: Type of the weights after loading; None if unknown.
+        samples: Returns the samples of the weights once they were read, before that None.
     """
     network = unwrapped(network)
-    attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype)
+    attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype, samples)
+
+
+def is_unread(network: nn.Module) -> bool:
+    """Return whether the weights of a network were left in their files, to be read when it first runs.
+
+    Args:
+        network: Any module.
+    """
+    source = state_of(network).source
+    return source is not None and all(parameter.is_meta for parameter in network.parameters())

@@ -17,6 +17,7 @@ from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device import floating_dtype, select_accelerator
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
+from kandinsky22.runtime.network_state import is_unread
 
 P = TypeVar("P", bound="OffloadMixin")
 
@@ -254,6 +255,22 @@ class OffloadMixin:
         group = device_offload.ModelOffload("enable_low_memory", cpu, make_storage, use_accelerate=False)
         for network in self._all_networks().values():
             _offload(network, group.add)
+
+    @changes_networks
+    def load_on_first_use(self, *, used_once: bool) -> None:
+        """Read the weights of networks that were loaded inside `component_io.deferred_weights` when they first run.
+
+        Args:
+            used_once: Whether each network leaves memory when the next one runs, and at the end of each call. If False,
+                networks leave only when the memory does not suffice.
+        """
+        if not any(map(is_unread, self._networks().values())):
+            return
+        make_storage = functools.partial(DiskStorage, None, by_layer=False)
+        group = device_offload.LoadingOnFirstUse(make_storage, used_once=used_once)
+        for network in self._all_networks().values():
+            if isinstance(network, LazyComponent) or is_unread(network):
+                _offload(network, group.add)
 
     def maybe_free_model_hooks(self) -> None:
         """Move offloaded networks that are still on the device back to their storage; every call ends with this."""
