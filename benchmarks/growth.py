@@ -255,13 +255,17 @@ def run_series(task: Task) -> tuple[list[dict[str, Any]], str | None]:
         The measurements until its end, and the error that ended it early or None.
     """
     command = [sys.executable, "-m", "benchmarks.growth_worker", json.dumps(dataclasses.asdict(task))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
     records = []
-    for line in process.stdout:
-        records.append(json.loads(line))
-        print(f"  {line.strip()}", file=sys.stderr, flush=True)
-    return records, None if process.wait() == 0 else f"exit code {process.returncode}"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                records.append(json.loads(line))
+                print(f"  {line.strip()}", file=sys.stderr, flush=True)
+        except BaseException:
+            process.kill()
+            raise
+    return records, None if process.returncode == 0 else f"exit code {process.returncode}"
 
 
 # Report
@@ -278,7 +282,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     load = "" if about["load"] is None else f", load average at the start {about['load']:.1f}"
     parts = [
         f"{about['processor']}, {options['threads']} of {about['cores']} cores, {about['memory_gib']} GiB{load}; "
-        f"{versions}. {options['config'].capitalize()} config, {options['dtype']}, {options['passes']} calls per value; "
+        f"{versions}. {options['config'].capitalize()} config, {options['dtype']}, {options['passes']} calls each; "
         f"{report['elapsed'] / 60:.0f} minutes. Where it does not grow, the size is {options['base_size']}."
     ]
     flagged: list[str] = []
@@ -289,9 +293,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             parts += [f"### {title[0].upper()}{title[1:]}", _series_table(series, measured)]
             flagged += _flagged(title, measured)
     if flagged:
-        parts += [f"### Deviations above {TOLERANCE:.0%}", "\n".join(f"- {line}" for line in flagged)]
+        parts += [f"### Deviations above {100 * TOLERANCE:.0f} %", "\n".join(f"- {line}" for line in flagged)]
     elif any(points(series["axis"], series["records"]) for series in report["series"]):
-        parts.append(f"No deviation is above {TOLERANCE:.0%}.")
+        parts.append(f"No deviation is above {100 * TOLERANCE:.0f} %.")
     if report["left_out"]:
         parts.append("Left out: " + "; ".join(report["left_out"]) + ".")
     return "\n\n".join(parts) + "\n"

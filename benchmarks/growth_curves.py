@@ -64,7 +64,21 @@ def _curves(
             if shown:
                 axes.plot(*zip(*shown, strict=True), style, color=color, **options)
     if axes.get_lines():
-        axes.set_yscale("log")
+        _scale_y(axes)
+
+
+def _scale_y(axes: Any) -> None:
+    """Make the axis logarithmic, over a decade at least: what is constant shall look constant."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    values = [float(value) for line in axes.get_lines() for value in line.get_ydata()]
+    low, high = min(values), max(values)
+    widening = max(1.3, (10 * low / high) ** 0.5)
+    axes.set_yscale("log")
+    axes.set_ylim(low / widening, high * widening)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _scale_x(axes: Any, values: Sequence[int], label: str) -> None:

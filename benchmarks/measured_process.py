@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import machine
@@ -70,7 +70,7 @@ def measure(command: Sequence[str], *, timeout: float) -> Measured:
         words = [str(started) if word == "{started}" else word for word in command]
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
         samples: list[tuple[float, float]] = []
-        with _end_of(process.pid) as wait:
+        with _killed_on_error(process), _end_of(process.pid) as wait:
             while True:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
                 if pid:
@@ -102,7 +102,18 @@ def measure(command: Sequence[str], *, timeout: float) -> Measured:
 
 
 @contextlib.contextmanager
-def _end_of(pid: int):  # type: ignore[no-untyped-def]
+def _killed_on_error(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Return a context manager that does not leave the process behind if the benchmark is interrupted."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+@contextlib.contextmanager
+def _end_of(pid: int) -> Iterator[Callable[[], object]]:
     """Return a context manager of a function that waits until a process ends, but not longer than the interval."""
     if not hasattr(os, "pidfd_open"):
         yield lambda: time.sleep(INTERVAL)
