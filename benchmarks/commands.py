@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -422,4 +423,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the measured process as well
     sys.exit(main())

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -428,4 +429,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the measured process as well
     sys.exit(main())

@@ -91,6 +91,7 @@ def test_a_page_has_tables_and_curves(tmp_path: Path) -> None:
     assert ElementTree.parse(tmp_path / "growth.svg").getroot().tag.endswith("svg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", growth_worker.STAGES)
 def test_a_series_runs_and_leaves_out_what_is_beyond_the_limits(stage: str) -> None:
     reported: list[dict[str, Any]] = []
