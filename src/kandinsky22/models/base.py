@@ -33,6 +33,7 @@ from kandinsky22.models.reference_methods import ReferenceMethods
 from kandinsky22.models.stored_tensors import stored_tensors
 from kandinsky22.runtime import quantize
 from kandinsky22.runtime.device import mapped_device
+from kandinsky22.runtime.prepared import attach_packed
 
 M = TypeVar("M", bound="Model")
 SHOWN_NAMES = 8  # names listed per kind of problem when weights do not fit
@@ -182,6 +183,7 @@ class Model(ReferenceMethods):
         fallback = embedded_fallback_folder(folder)
         files = find_weight_files(folder, weights.variant, weights.use_safetensors, fallback)
         info = model._fill(files, dtype, ignore_mismatched_sizes=weights.ignore_mismatched_sizes)
+        attach_packed(model, folder, files, model.dtype)
         return model.eval(), info
 
     def save_pretrained(

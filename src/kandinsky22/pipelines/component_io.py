@@ -43,6 +43,7 @@ from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.embedding_cache import encoder_files_digest
 from kandinsky22.runtime.lazy_component import LazyComponent, loaded
 from kandinsky22.runtime.network_state import record_source, state_of, unwrapped
+from kandinsky22.runtime.prepared import PACKED_FILE
 from kandinsky22.sampling.presets import PRIOR_PREFIX
 from kandinsky22.schedulers import substitutes
 
@@ -512,7 +513,7 @@ def _network_files(folder: Path, options: LoadOptions) -> list[Path]:
     selected = options.weight_files(_file_names(folder))
     if not selected:
         return []
-    names = ["config.json", *selected]
+    names = ["config.json", PACKED_FILE, *selected]
     if selected[0].endswith(".json"):
         weight_map = read_json(folder / selected[0]).get("weight_map")
         listed = weight_map.values() if isinstance(weight_map, dict) else []
