@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,12 @@ def test_networks_without_support_are_refused(monkeypatch: pytest.MonkeyPatch, t
         prepared.write_packed(torch.nn.Linear(1, 1), tmp_path, [])
     with pytest.raises(InputError):
         convert(source, tmp_path / "new", dtype="int9", prepare=True)
+
+
+def test_memory_is_given_back() -> None:
+    about = packed_memory.to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 64), 64))
+    memory, tensor = weakref.ref(about.memory), packed_memory.from_bytes(about)
+    del about
+    assert memory() is not None  # the tensor keeps it
+    del tensor
+    assert memory() is None

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import platform
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def from_bytes(packed: PackedBytes) -> Tensor:
     return tensor
 
 
-def _opaque(packed: PackedBytes) -> Tensor:
-    """Return an opaque tensor over the memory, which it does not keep."""
+def _opaque(packed: PackedBytes, *, is_probe: bool = False) -> Tensor:
+    """Return an opaque tensor over the memory, which it does not keep; one reference of a probe is left."""
     library = _library()
     if len(packed.layout) != _layout_bytes():
         raise RuntimeError("the layout of a packed weight has another length")
@@ -101,7 +102,25 @@ def _opaque(packed: PackedBytes) -> Tensor:
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     tensor: Tensor = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(new_capsule(handle.value, None, None))
+    if not is_probe and _leaves_references():
+        library.aoti_torch_delete_tensor_object(handle)
     return tensor
+
+
+@functools.cache
+def _leaves_references() -> bool:
+    """Return whether torch's function leaves the reference that it is said to take over, which then has to be deleted.
+
+    Releases up to 2.13 leave it. Deleting it where it was taken over would free the tensor twice.
+    """
+    about = to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16), 16))
+    tensor = _opaque(about, is_probe=True)
+    reference = weakref.ref(tensor)
+    del tensor
+    probe = reference()
+    if probe is not None:  # it stays for the rest of the process, and so does its memory
+        probe.packed_memory = about.memory  # type: ignore[attr-defined]
+    return probe is not None
 
 
 @functools.cache
