@@ -41,7 +41,7 @@ def denoising_inputs(
 
     has_hint = config.addition_embed_type == "image_hint"
     others = config.in_channels - latent_channels - (HINT_CHANNELS if has_hint else 0)
-    condition = {
+    condition: dict[str, Any] = {
         "image_embeds": embeds.to(unet.dtype),
         "hint": doubled(noise(3, 8 * side).clamp(-1, 1)) if has_hint else None,
         "channels": doubled(noise(others, side)) if others else None,

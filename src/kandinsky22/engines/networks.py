@@ -266,8 +266,8 @@ class _PriorBlocks(nn.Module):
             tokens, kv = block(tokens, mask, past, return_kv=True)
             layers.append(kv)
         predicted = self.prior.predicted_embedding(tokens)
-        stacked = (torch.stack(part).float() for part in zip(*layers, strict=True))
-        return predicted.float(), *stacked
+        new_keys, new_values = (torch.stack(part).float() for part in zip(*layers, strict=True))
+        return predicted.float(), new_keys, new_values
 
 
 def _no_tokens(prior: PriorTransformer, batch: int) -> tuple[Tensor, Tensor]:

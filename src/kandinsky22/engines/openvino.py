@@ -202,11 +202,11 @@ def check_installed(precision: str) -> None:
             )
 
 
-def required_packages(precision: str) -> tuple[str, ...]:
+def required_packages(precision: str | None) -> tuple[str, ...]:
     """Return the packages that determine the results, by the names under which they are imported and installed.
 
     Args:
-        precision: One of `CAPABILITIES`.
+        precision: One of `CAPABILITIES`; None for that of the networks.
     """
     return ("openvino", "nncf") if precision == INT8 else ("openvino",)
 

@@ -60,7 +60,11 @@ def bind_unet(
             if enabled is not None:
                 logger.warning("unet: %s has no effect, because %s", feature, modification)
         return call
-    inputs = {"image_embeds": embeds, "hint": hint, "channels": torch.cat(channels, dim=1) if channels else None}
+    inputs: dict[str, Any] = {
+        "image_embeds": embeds,
+        "hint": hint,
+        "channels": torch.cat(channels, dim=1) if channels else None,
+    }
     engine = state_of(unet).engine
     if isinstance(engine, UNetEngine):
         return _unless_modified(unet, current, engine.bind(unet, **inputs), call)
