@@ -51,8 +51,8 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
         decoder_class: Name of the decoder's pipeline class.
 
     Raises:
-        InputError: If the device, dtype or engine is not available, if the checkpoint belongs to another kind of decoder, if
-            prior and decoder have different embedding dimensions, or if a scheduler is unknown.
+        InputError: If the device, dtype or engine is not available, if the checkpoint belongs to another kind of
+            decoder, if prior and decoder have different embedding dimensions, or if a scheduler is unknown.
         CheckpointError: If a file of the checkpoint is missing or damaged.
         MissingDependencyError: If the packages of the engine are not installed.
     """
