@@ -52,6 +52,7 @@ def test_the_engine_acts_and_is_recorded(command: Command, model: Path) -> None:
     assert read_recipe(Path("back.png")).engine is None
 
 
+@pytest.mark.slow
 def test_int8_of_the_engine(command: Command, model: Path) -> None:
     pytest.importorskip("nncf")
     call = ("generate", "a cat", "--model", model, "--seed", 5, "--engine", "openvino")

@@ -40,7 +40,9 @@ DEVICES = ("CPU", "GPU", "NPU", "AUTO")
 CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16", "int8": "INT8"}
 INT8 = "int8"
 ELEMENT_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-STATIC_DEVICES = ("NPU",)  # devices that compile a graph for fixed shapes only
+# Devices that compile a graph for fixed shapes only. On CPUs one graph with variable shapes holds one copy of the weights,
+# and OpenVINO 2026.4 crashes when it compiles the UNet for fixed ones.
+STATIC_DEVICES = ("NPU",)
 MAX_SHAPES = 4  # compiled graphs per network on such devices, the least recently used ones discarded first
 FORMAT = 1  # counts changes of the exported graphs, so that older ones on disk are not used
 

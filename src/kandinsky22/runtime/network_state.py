@@ -64,7 +64,16 @@ class Engine(Protocol):
     """What runs a network instead of PyTorch, as far as the runtime has to know of it."""
 
     def check(self, name: str, component: Any, network: nn.Module) -> None:
-        """Raise InputError if the network is no longer the one that was exported."""
+        """Check that the network is still the one that was exported.
+
+        Args:
+            name: Name of the component.
+            component: The component as a pipeline has it.
+            network: The network inside of wrappers.
+
+        Raises:
+            InputError: If it is not.
+        """
 
 
 @dataclasses.dataclass
