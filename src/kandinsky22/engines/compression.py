@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-REPORTS_VARIABLE = "NNCF_CI"  # NNCF reports its use over the network unless this variable is set when it is imported
+from kandinsky22.engines.openvino import without_reports
+
 OUTER_LAYERS = (".*conv_in.*", ".*conv_out.*")  # few channels: nothing is gained, and all details pass through them
 
 
@@ -51,14 +51,8 @@ def _silent() -> contextlib.AbstractContextManager[Any]:
 
 
 def _nncf() -> Any:
-    before = os.environ.get(REPORTS_VARIABLE)
-    os.environ[REPORTS_VARIABLE] = "1"
-    try:
+    with without_reports():
         import nncf
-    finally:
-        if before is None:
-            del os.environ[REPORTS_VARIABLE]
-        else:
-            os.environ[REPORTS_VARIABLE] = before
+
     nncf.set_log_level("ERROR")
     return nncf

@@ -1,8 +1,8 @@
 """OpenVINO: graphs of networks are exported from PyTorch, stored on disk, compiled for a device, and called.
 
-Only this module and `calibration.py` import OpenVINO and NNCF. Both packages report their use over the network by
-default. The export here therefore calls OpenVINO's frontend itself instead of `openvino.convert_model`, which sends
-these reports.
+Only this module and `compression.py` import OpenVINO and NNCF. By default both packages report over the network that
+they are imported and what they convert. Imports here switch that off (`without_reports`), and the export calls
+OpenVINO's frontend itself instead of `openvino.convert_model`, which sends reports too.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ DEVICES = ("CPU", "GPU", "NPU", "AUTO")
 CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16", "int8": "INT8"}
 INT8 = "int8"
 ELEMENT_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-# Devices that compile a graph for fixed shapes only. On CPUs one graph with variable shapes holds one copy of the weights,
-# and OpenVINO 2026.4 crashes when it compiles the UNet for fixed ones.
+# Devices that compile a graph for fixed shapes only. On CPUs one graph with variable shapes holds one copy of the
+# weights, and OpenVINO 2026.4 crashes when it compiles the UNet for fixed ones.
 STATIC_DEVICES = ("NPU",)
 MAX_SHAPES = 4  # compiled graphs per network on such devices, the least recently used ones discarded first
+REPORTS_OFF = {"CI": "true", "NNCF_CI": "1"}  # environment variables
 FORMAT = 1  # counts changes of the exported graphs, so that older ones on disk are not used
 
 Compression = Callable[[Any], Any]
@@ -102,7 +103,7 @@ class Graph:
         self._requests: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         path = None if settings.folder is None else settings.folder / part.name / graph_key(part, compression)
         self._source: Any = None if path is None else _stored(path)
-        self._path = None if path is None else path
+        self._path = path
         if self._source is None:
             self._export(part, compress)
         if settings.device not in STATIC_DEVICES:
@@ -148,9 +149,7 @@ class Graph:
         return self._requests[key]
 
     def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        import openvino
-
-        settings, source = self._settings, self._source
+        openvino, settings, source = _openvino(), self._settings, self._source
         try:
             if shapes:
                 source = openvino.Core().read_model(source) if isinstance(source, Path) else source.clone()
@@ -213,12 +212,34 @@ def required_packages(precision: str | None) -> tuple[str, ...]:
     return ("openvino", "nncf") if precision == INT8 else ("openvino",)
 
 
+@contextlib.contextmanager
+def without_reports() -> Iterator[None]:
+    """Return a context manager inside of which OpenVINO and NNCF are imported without their reports.
+
+    They send none from continuous integration, which they recognise by variables when they are first imported.
+    """
+    before = {name: os.environ.get(name) for name in REPORTS_OFF}
+    os.environ.update(REPORTS_OFF)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _openvino() -> Any:
+    with without_reports():
+        import openvino
+    return openvino
+
+
 @functools.cache
 def core() -> Any:
     """Return OpenVINO's object for devices, which is the same for the entire process."""
-    import openvino
-
-    return openvino.Core()
+    return _openvino().Core()
 
 
 def graph_key(part: ExportedPart, compression: str) -> str:
@@ -262,8 +283,9 @@ def exported_model(part: ExportedPart) -> Any:
     Args:
         part: What to export.
     """
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+    with without_reports():
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with torch.inference_mode(False), torch.enable_grad(), optimisations(**dict.fromkeys(NAMES, False)):
         with warnings.catch_warnings():  # of the tracer, about sizes that are constant here
@@ -304,12 +326,10 @@ def _store(model: Any, folder: Path) -> bool:
 
     A cache folder that cannot be written, whatever is wrong with it, stores nothing.
     """
-    import openvino
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(folder.parent) as temporary:
-            openvino.save_model(model, temporary / "model.xml", compress_to_fp16=False)
+            _openvino().save_model(model, temporary / "model.xml", compress_to_fp16=False)
             with contextlib.suppress(FileExistsError):
                 os.replace(temporary, folder)
     except (OSError, RuntimeError) as error:
