@@ -126,7 +126,7 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
         "device": str(networks.device),
         "dtype": dtype_name(networks.combined.dtype),
         "hardware": hardware_name(networks.device),
-        "versions": software_versions(),
+        "versions": software_versions(request),
     }
     return Recipe(**(requested | resolved))
 

@@ -19,7 +19,7 @@ from kandinsky22.inputs.validation import names_among
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
-from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
+from kandinsky22.runtime.network_state import attached_state, check_run_by_torch, state_of, unwrapped
 
 KINDS: Mapping[str, str] = {
     "int8": "weights of 8 bits, activations and products in the network's dtype",
@@ -214,10 +214,11 @@ class QuantizeMixin:
 
         Raises:
             InputError: If the kind is unknown or unsupported here, or a component cannot be quantized, is quantized
-                already or is offloaded. Nothing has changed then.
+                already, is offloaded or runs by OpenVINO. Nothing has changed then.
             MissingDependencyError: If torchao is not installed.
         """
         _check_kind(kind)
+        check_run_by_torch(self.components, "quantize()")
         networks: dict[str, Any] = {name: loaded(self.components.get(name)) for name in NETWORKS}
         networks = {name: network for name, network in networks.items() if network is not None}
         names = list(networks)
