@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from kandinsky22 import InputError
-from kandinsky22.inputs.clip_image_processor import CLIPImageProcessor
 from kandinsky22.models import clip
 from kandinsky22.pipelines import clip_files
+from kandinsky22.pipelines.clip_image_processor import CLIPImageProcessor
 
 COMMON = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "projection_dim": 12}
 TEXT = {**COMMON, "num_hidden_layers": 3, "vocab_size": 30, "max_position_embeddings": 10, "eos_token_id": 29}

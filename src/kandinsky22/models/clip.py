@@ -154,7 +154,13 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Return states (batch, tokens, width) mixed over the tokens; `mask` is True where they attend."""
+        """Return new states.
+
+        Args:
+            states: Tensor (batch, tokens, width).
+            mask: True where a token attends to another, broadcastable to (batch, heads, tokens, tokens); None for all.
+            causal: Whether tokens attend to themselves and earlier ones only.
+        """
         query, key, value = (
             layer(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
@@ -174,7 +180,11 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return new states of the same shape."""
+        """Return new states.
+
+        Args:
+            states: Tensor (batch, tokens, width).
+        """
         output: Tensor = self.fc2(self.activation(self.fc1(states)))
         return output
 
@@ -190,7 +200,13 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Return new states of the same shape."""
+        """Return new states.
+
+        Args:
+            states: Tensor (batch, tokens, width).
+            mask: True where a token attends to another, broadcastable to (batch, heads, tokens, tokens); None for all.
+            causal: Whether tokens attend to themselves and earlier ones only.
+        """
         states = states + self.self_attn(self.layer_norm1(states), mask, causal)
         output: Tensor = states + self.mlp(self.layer_norm2(states))
         return output
@@ -204,7 +220,13 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, states: Tensor, mask: Tensor | None, causal: bool) -> list[Tensor]:
-        """Return the input and the output of each layer."""
+        """Return the input and the output of each layer.
+
+        Args:
+            states: Tensor (batch, tokens, width).
+            mask: True where a token attends to another, broadcastable to (batch, heads, tokens, tokens); None for all.
+            causal: Whether tokens attend to themselves and earlier ones only.
+        """
         results = [states]
         for layer in self.layers:
             results.append(layer(results[-1], mask, causal))
@@ -231,7 +253,15 @@ class TextEmbeddings(nn.Module):
         self.position_embedding = _embedding_table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        """Return embeddings of token ids, (batch, tokens, hidden_size)."""
+        """Return embeddings, (batch, tokens, hidden_size).
+
+        Args:
+            ids: Token ids, (batch, tokens).
+            positions: Positions of the tokens, (batch, tokens); None for 0, 1, 2, ...
+
+        Raises:
+            InputError: There are too many tokens.
+        """
         length, longest = ids.shape[-1], self.position_embedding.num_embeddings
         if length > longest:
             raise invalid("input_ids.shape[-1]", length, f"at most {longest} tokens")
@@ -253,7 +283,14 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = _embedding_table((config.image_size // patch) ** 2 + 1, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return embeddings of the class token and all patches, (batch, 1 + patches, hidden_size)."""
+        """Return embeddings of the class token and all patches, (batch, 1 + patches, hidden_size).
+
+        Args:
+            pixels: Tensor (batch, 3, image_size, image_size).
+
+        Raises:
+            InputError: The images have another size.
+        """
         side = self.image_size
         if tuple(pixels.shape[-2:]) != (side, side):
             raise invalid("pixel_values", pixels, f"pixels of shape (batch, 3, {side}, {side})")
@@ -273,7 +310,13 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None) -> list[Tensor]:
-        """Return the states before the first layer and after each."""
+        """Return the states before the first layer and after each, (batch, tokens, hidden_size).
+
+        Args:
+            ids: Token ids, (batch, tokens).
+            attention_mask: (batch, tokens), 0 for tokens that no other token attends to; None for none.
+            positions: Positions of the tokens; None for 0, 1, 2, ...
+        """
         states = self.embeddings(ids, positions)
         if attention_mask is None or bool(attention_mask.all()):
             return list(self.encoder(states, None, True))
@@ -293,7 +336,11 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Return the states before the first layer and after each."""
+        """Return the states before the first layer and after each, (batch, 1 + patches, hidden_size).
+
+        Args:
+            pixels: Tensor (batch, 3, image_size, image_size).
+        """
         return list(self.encoder(self.pre_layrnorm(self.embeddings(pixels)), None, False))
 
 
