@@ -271,7 +271,8 @@ class Bench:
         folder = self.folders.prepared(case)
         if folder.exists():
             return True
-        words = [console_command(), "models", "prepare", self.folders.decoder, *(case.prepare or ()), "-o", folder]
+        models = [self.folders.decoder, "--prior", self.folders.prior]
+        words = [console_command(), "models", "prepare", *models, *(case.prepare or ()), "-o", folder]
         try:
             measured = measure([str(word) for word in words], timeout=TIMEOUT)
         except FailedError as error:
