@@ -63,7 +63,7 @@ def weights_digest(networks: Mapping[str, nn.Module | list[TensorSample]]) -> st
     """
     digest = hashlib.sha256()
     for component, network in sorted(networks.items(), key=lambda item: item[0]):
-        for sample in weight_samples(network) if isinstance(network, nn.Module) else network:
+        for sample in network if isinstance(network, list) else weight_samples(network):
             digest.update(f"{component}.{sample.name} {sample.shape}\n".encode())
             digest.update(sample.values)
     return digest.hexdigest()

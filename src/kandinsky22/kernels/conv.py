@@ -221,7 +221,7 @@ def _corner_kernels(weight: Tensor) -> Tensor:
     fall into its own square and the third into the one below. A pixel below lies in the upper half, the other way
     round.
     """
-    above, below = torch.tensor([[1.0, 1, 0], [0, 0, 1]]), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    above, below = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=torch.float32)
     kernels = weight.reshape(-1, 9).float()
     sums = [torch.mm(kernels, torch.kron(rows, columns).T) for rows in (above, below) for columns in (above, below)]
     return torch.cat(sums).to(weight.dtype).view(4 * len(weight), -1, 2, 2)
