@@ -139,6 +139,8 @@ class Int8Conv2d(CalibratedMixin, QuantizedConv2d):
 class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
     """`nn.Linear` with 8-bit weights, and inputs of 8 bits in a range that does not change, or in one per token."""
 
+    rounds_inputs = True  # attention to results of this layer need not be more exact than they are
+
     bias: Tensor | None
 
     def __init__(self, layer: nn.Linear, *, per_token: bool) -> None:
