@@ -35,7 +35,7 @@ def _bfloat16(change: Change) -> Change:
     return convert_and_change
 
 
-# Other prompts than those that are judged, whose random numbers have the seed 0.
+# Not the prompts that are judged, whose seed is 0.
 CALIBRATION = [prompt.text for prompt in draw_prompts(2, seed=1000)]
 OPTIONS: dict[str, Change] = {
     "float32": lambda pipe: None,

@@ -126,9 +126,7 @@ def operator_times(call: Callable[[], Any], repeats: int = 3) -> dict[str, tuple
         with Times() as times:
             call()
         runs.append(times)
-    return {
-        name: (min(run.seconds[name] for run in runs), count) for name, count in runs[0].calls.items()
-    }
+    return {name: (min(run.seconds[name] for run in runs), count) for name, count in runs[0].calls.items()}
 
 
 def serve(options: argparse.Namespace) -> None:

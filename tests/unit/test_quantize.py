@@ -112,7 +112,8 @@ def test_other_libraries_quantized_checkpoints_are_named(tmp_path: Path) -> None
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gguf"}}))
     with pytest.raises(
-        ConfigError, match=r"quantization_config=.*gguf.*expected quant_method 'kandinsky22'.*int8, int8-dynamic, int8-static, int4"
+        ConfigError,
+        match=r"quantization_config=.*gguf.*expected quant_method 'kandinsky22'.*int8, int8-dynamic, int8-static, int4",
     ):
         PriorTransformer.from_pretrained(tmp_path)
 
@@ -155,7 +156,9 @@ def test_stored_4_bit_numbers_do_not_depend_on_the_order_of_this_cpu() -> None:
 
 def test_invalid_quantization_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     net = make_network(PriorTransformer, torch.float32)
-    with pytest.raises(InputError, match="kind='int2' is invalid: expected one of int8, int8-dynamic, int8-static, int4"):
+    with pytest.raises(
+        InputError, match="kind='int2' is invalid: expected one of int8, int8-dynamic, int8-static, int4"
+    ):
         quantize(net, "int2")
     quantize(net, "int8")
     with pytest.raises(InputError, match=r"quantized already \(int8\)"):

@@ -37,8 +37,10 @@ STATIC = "int8-static"
 # on everything that follows. They encode the image embedding, the hint and the timestep, and are the prior's first and
 # last layers.
 FLOAT_LAYERS = frozenset(
-    ("image_embeds", "image_proj", "input_hint_block", "time_emb_proj", "add_k_proj", "add_v_proj")
-    + ("proj_in", "embedding_proj", "encoder_hidden_states_proj", "proj_to_clip_embeddings")
+    (
+        *("image_embeds", "image_proj", "input_hint_block", "time_emb_proj", "add_k_proj", "add_v_proj"),
+        *("proj_in", "embedding_proj", "encoder_hidden_states_proj", "proj_to_clip_embeddings"),
+    )
 )
 
 
