@@ -4,10 +4,11 @@
     python -m benchmarks.int8_step --folder bench --kinds int8-static --profile
 
 The folder has random weights with the published configs, from `benchmarks.compare --make`. Each kind runs in a process
-of its own, and the processes take turns: one call each, `--repeats` times; the table has the minimum and the median.
-"first" is the first call, which packs weights. Errors are root mean squares relative to those of float32's output.
+of its own, which runs one call at a time, in turn with the others. The table has the minimum and the median of
+`--repeats` calls; "first" is the first call, which packs weights. Errors are root mean squares, relative to float32's
+output.
 
-With `--cpu-time`, the seconds are those of the processor, which other work on the machine hardly changes; use one thread
+With `--cpu-time`, the seconds are those of the processor, which other work on the machine changes less; use one thread
 then. `openvino-int8` needs `pipe.to_openvino`, OpenVINO and NNCF.
 """
 

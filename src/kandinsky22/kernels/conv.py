@@ -170,8 +170,8 @@ def apply_conv(layer: nn.Module, features: Tensor, *, upsample: bool = False, re
     """Return layer(features), of upsampled features and with a residual added if these are requested.
 
     The layer itself does both if its class has the attribute `fuses_upsample_and_residual` and nothing was attached to
-    it. Any other layer is called as torch's convolutions are: with the features that it convolves, and its hooks receive
-    the output without anything added.
+    it. Any other layer is called as torch's convolutions are: with the features that it convolves, and its hooks
+    receive the output without anything added.
 
     Args:
         layer: Any module in the position of a convolution.

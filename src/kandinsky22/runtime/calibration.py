@@ -17,6 +17,7 @@ SAMPLES = 2**13  # inputs of a layer that are stored per call, evenly spaced, to
 CANDIDATES = tuple(1 - index / 20 for index in range(13))  # shares of the complete range that are tried: 1 to 0.4
 TRAINING_STEPS = 1000
 BETAS = 0.00085, 0.012  # first and last beta of the published decoder's linear schedule
+LARGEST_CLEAN = 2.0  # limit of predicted clean latents, as schedulers have; random networks would diverge without it
 
 
 class Range(NamedTuple):
@@ -105,7 +106,8 @@ def random_steps(unet: Any, embeds: Tensor | None = None, seed: int = 0) -> None
         noise = unet.denoise(latents, float(step), condition)[:, :4]
         product = products[step]
         target = torch.ones(()) if following is None else products[following]
-        clean = (latents - (1 - product).sqrt() * noise) / product.sqrt()
+        clean = ((latents - (1 - product).sqrt() * noise) / product.sqrt()).clamp_(-LARGEST_CLEAN, LARGEST_CLEAN)
+        noise = (latents - product.sqrt() * clean) / (1 - product).sqrt()
         latents = (target.sqrt() * clean + (1 - target).sqrt() * noise).to(unet.dtype)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels.conv import can_accumulate, corner_kernels, upsample2x
-from kandinsky22.kernels.linear import PackedWeightMixin
+from kandinsky22.kernels.linear import PackedWeightMixin, may_pack
 from kandinsky22.runtime.quantized_layers import (
     HAS_INTEGER_CONVOLUTION,
     MAX_INT8,
@@ -57,6 +58,12 @@ class CalibratedMixin:
         assert self.input_range is not None, "layers that round per token have no range"
         with torch.no_grad():
             self.input_range.copy_(torch.tensor([min(0.0, low), max(0.0, high)]))
+
+    def _packed(self, layout: str, pack: Callable[[Tensor], Any]) -> Any:
+        layer: Any = self
+        if may_pack(layer):
+            return super()._packed(layout, pack)  # type: ignore[misc]  # of PackedWeightMixin
+        return pack(layer.weight.detach())  # the low-memory mode stores no copies
 
     def _step_and_zero_point(self) -> tuple[float, int]:
         assert self.input_range is not None
@@ -163,8 +170,8 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
         levels, scale = rounded_weight(weight)
         self.weight = nn.Parameter(levels, requires_grad=False)
         self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
-        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-        self.register_parameter("bias", bias)
+        bias: Tensor | None = layer.bias
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         input_range = None if per_token else nn.Parameter(weight.new_zeros(2), requires_grad=False)
         self.register_parameter("input_range", input_range)
 
