@@ -35,6 +35,8 @@ def _bfloat16(change: Change) -> Change:
     return convert_and_change
 
 
+# Not the prompts that are judged, whose seed is 0.
+CALIBRATION = [prompt.text for prompt in draw_prompts(2, seed=1000)]
 OPTIONS: dict[str, Change] = {
     "float32": lambda pipe: None,
     "bfloat16": _bfloat16(lambda pipe: None),
@@ -44,6 +46,9 @@ OPTIONS: dict[str, Change] = {
     "caching, every=3, levels=2": lambda pipe: pipe.enable_feature_caching(every=3, levels=2),
     "int8": lambda pipe: pipe.quantize("int8"),
     "int8-dynamic": lambda pipe: pipe.quantize("int8-dynamic"),
+    "int8-static": lambda pipe: pipe.quantize("int8-static", calibration=CALIBRATION),
+    "int8-static, random calibration": lambda pipe: pipe.quantize("int8-static"),
+    "int8-static (bfloat16)": _bfloat16(lambda pipe: pipe.quantize("int8-static", calibration=CALIBRATION)),
     "int4 (bfloat16)": _bfloat16(lambda pipe: pipe.quantize("int4")),
 }
 

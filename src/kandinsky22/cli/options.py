@@ -14,7 +14,7 @@ from kandinsky22.sampling.presets import PRESETS
 
 TEXT_SOURCES = "; - reads standard input, @FILE a file, @@ begins a text with @"
 # Repeats kandinsky22.runtime.quantize.KINDS: importing that module would import torch.
-QUANTIZATION_KINDS = ("int8", "int8-dynamic", "int4")
+QUANTIZATION_KINDS = ("int8", "int8-dynamic", "int8-static", "int4")
 
 
 def add_prompt(group: argparse._ArgumentGroup) -> None:

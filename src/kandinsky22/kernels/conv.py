@@ -37,6 +37,8 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
     are computed by torch.
     """
 
+    fuses_upsample_and_residual = True
+
     def forward(self, features: Tensor, upsample: bool = False, residual: Tensor | None = None) -> Tensor:
         """Return features (batch, out, H', W').
 
@@ -51,7 +53,7 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
         options, is_3x3 = settings.current(), self._is_same_3x3()
         if upsample and options.fused_upsample and is_3x3:
             return _add(self._upsampled(features.contiguous(memory_format=CHANNELS_LAST)), residual)
-        if residual is not None and not _can_accumulate(features, residual):
+        if residual is not None and not can_accumulate(features, residual):
             return _add(Conv2d.forward(self, features, upsample), residual)
         features = (upsample2x(features) if upsample else features).contiguous(memory_format=CHANNELS_LAST)
         if options.winograd and is_3x3 and self._is_winograd_faster(features):
@@ -92,7 +94,7 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
     def _upsampled(self, features: Tensor) -> Tensor:
         """Convolve upsampled features: compute results around each corner where four pixels meet, then move them."""
         batch, _, height, width = features.shape
-        weight = self._packed("fused_upsample", lambda w: self._reordered(_corner_kernels(w), features))
+        weight = self._packed("fused_upsample", lambda w: self._reordered(corner_kernels(w), features))
         out = host_memory.empty_large(features, batch, 2 * height, 2 * width, self.out_channels)
         squares = out.unflatten(2, (width, 2)).unflatten(1, (height, 2))
         for item, (first, last) in itertools.product(
@@ -167,8 +169,9 @@ def _padded_rows(features: Tensor, first: int, last: int) -> Tensor:
 def apply_conv(layer: nn.Module, features: Tensor, *, upsample: bool = False, residual: Tensor | None = None) -> Tensor:
     """Return layer(features), of upsampled features and with a residual added if these are requested.
 
-    The layer itself does both if it is a `Conv2d` that nothing was attached to. Any other layer is called as torch's
-    convolutions are: with the features that it convolves, and its hooks receive the output without anything added.
+    The layer itself does both if its class has the attribute `fuses_upsample_and_residual` and nothing was attached to
+    it. Any other layer is called as torch's convolutions are: with the features that it convolves, and its hooks
+    receive the output without anything added.
 
     Args:
         layer: Any module in the position of a convolution.
@@ -185,7 +188,8 @@ def apply_conv(layer: nn.Module, features: Tensor, *, upsample: bool = False, re
         if outside is not None:
             return outside(layer, features, upsample=upsample, residual=residual)
         return _add(layer(upsample2x(features) if upsample else features), residual)
-    if type(layer) is Conv2d and runs_own_forward(layer):
+    # an attribute of the very class: a subclass may have another `forward`
+    if vars(type(layer)).get("fuses_upsample_and_residual") and runs_own_forward(layer):
         return layer(features, upsample=upsample, residual=residual)
     return _add(layer(upsample2x(features) if upsample else features), residual)
 
@@ -205,8 +209,13 @@ def _add(out: Tensor, residual: Tensor | None) -> Tensor:
     return out + residual if torch.is_grad_enabled() else residual.add_(out)
 
 
-def _can_accumulate(features: Tensor, residual: Tensor) -> bool:
-    """Return whether a convolution can add its result to the residual in place."""
+def can_accumulate(features: Tensor, residual: Tensor) -> bool:
+    """Return whether a convolution can add its result to the residual in place.
+
+    Args:
+        features: Input of the convolution.
+        residual: Tensor of the result's shape.
+    """
     return (
         residual.dtype == features.dtype
         and residual.is_contiguous(memory_format=CHANNELS_LAST)
@@ -214,12 +223,15 @@ def _can_accumulate(features: Tensor, residual: Tensor) -> bool:
     )
 
 
-def _corner_kernels(weight: Tensor) -> Tensor:
+def corner_kernels(weight: Tensor) -> Tensor:
     """Return kernels (4 out, in, 2, 2) for the four pixels around a corner, in rows from the upper left.
 
     A pixel above a corner lies in the lower half of its square: of the three rows that its kernel reads, the first two
     fall into its own square and the third into the one below. A pixel below lies in the upper half, the other way
     round.
+
+    Args:
+        weight: Kernels (out, in, 3, 3).
     """
     above, below = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=torch.float32)
     kernels = weight.reshape(-1, 9).float()

@@ -67,15 +67,33 @@ def group_norm(
     Returns:
         Tensor (batch, channels, H, W), channels last.
     """
-    if features.dtype == torch.bfloat16 and scale.shape == shift.shape == (1, features.shape[1], 1, 1):
+    if features.dtype == torch.bfloat16 and scale.shape[2:] == shift.shape[2:] == (1, 1):
         # torch's kernel is faster, and keeps far more digits of the variance than the result has
-        normed = F.group_norm(features, groups, scale.flatten(), shift.flatten(), eps)
-        return F.silu(normed, inplace=True) if silu else normed
+        if len(scale) == len(shift) == 1:
+            normed = F.group_norm(features, groups, scale.flatten(), shift.flatten(), eps)
+            return F.silu(normed, inplace=True) if silu else normed
+        return _normalise_items(features, groups, eps, scale, shift, silu=silu, inplace=inplace)
     pixels = features.permute(0, 2, 3, 1)
     statistics = group_statistics(pixels.split(_row_count(pixels, STATISTICS_BLOCK), dim=1), groups, eps)
     out = pixels if inplace else host_memory.empty_large(pixels, *pixels.shape)
     normed = ScaleShift(statistics, scale, shift).apply(pixels, 0, pixels.shape[1], silu=silu, out=out)
     return normed.permute(0, 3, 1, 2)
+
+
+def _normalise_items(
+    features: Tensor, groups: int, eps: float, scale: Tensor, shift: Tensor, *, silu: bool, inplace: bool
+) -> Tensor:
+    """Compute `group_norm` by torch's kernel for a scale and shift that differ between the items of a batch."""
+    out = features if inplace else torch.empty_like(features)
+    scales, shifts = (part.flatten(1).expand(len(features), -1) for part in (scale, shift))
+    for index in range(len(features)):
+        item = slice(index, index + 1)
+        normed = F.group_norm(features[item], groups, scales[index], shifts[index], eps)
+        if silu:
+            torch.ops.aten.silu.out(normed, out=out[item])
+        else:
+            out[item].copy_(normed)
+    return out
 
 
 class ScaleShift:

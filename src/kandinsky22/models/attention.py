@@ -85,7 +85,7 @@ class Attention(nn.Module):
         """
         query = self._heads(apply_linear(self.to_q, tokens))
         if mask is None and attention.is_supported(query, *kv):
-            out = attention.attention(query, *kv)
+            out = attention.attention(query, *kv, rounded=getattr(self.to_q, "rounds_inputs", False))
         else:
             out = F.scaled_dot_product_attention(query, kv.key, kv.value, attn_mask=mask)
         return apply_linear(self.to_out[0], out.transpose(1, 2).flatten(2))

@@ -240,9 +240,8 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
         self.dynamic = dynamic
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
         weight = layer.weight.detach()
-        scale = (weight.abs().amax(dim=(1, 2, 3)).float() / MAX_INT8).clamp_min(torch.finfo(torch.float32).tiny)
-        rounded = (weight / scale[:, None, None, None]).round().to(torch.int8)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
+        levels, scale = rounded_weight(weight)
+        self.weight = nn.Parameter(levels, requires_grad=False)
         self.scale = nn.Parameter(scale.to(weight.dtype), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
@@ -308,6 +307,21 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
             "",
         )
         return out
+
+
+def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight rounded to integers in [-127, 127], and the scale of each output channel.
+
+    Args:
+        weight: Matrix (out, in) or kernels (out, in, height, width).
+
+    Returns:
+        Tensor of `int8`, and float32 scales of shape (out,).
+    """
+    largest = weight.abs().flatten(1).amax(dim=1).float()
+    scale = (largest / MAX_INT8).clamp_min(torch.finfo(torch.float32).tiny)
+    levels = (weight / scale.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8)
+    return levels, scale
 
 
 def _packed_integer_weight(weight: Tensor, scale: Tensor, geometry: Any) -> Tensor:
