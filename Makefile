@@ -29,7 +29,7 @@ CHECKED := src tests benchmarks docs
 PROSE := README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 .DEFAULT_GOAL := help
-.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench judge train-embedded clean serve-kills serve-load serve-latency studio batch-kills batch-bench
+.PHONY: help install run browser test test-fast test-oldest fuzz threads kills lint format typecheck docs bench bench-commands judge train-embedded clean serve-kills serve-load serve-latency studio batch-kills batch-bench
 
 help:  ## list these commands
 	@echo "kandinsky22: make COMMAND"
@@ -103,10 +103,14 @@ docs: $(VENV)/.tools  ## build the documentation into site/; look at it with: py
 	$(BIN)/python docs/drawings/draw.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-bench: $(VENV)/.tools  ## compare with the reference at published size: 20 minutes, 24 GiB of memory, 16 GB of disk
+bench: $(VENV)/.tools  ## compare with the reference at published size: 50 minutes, 24 GiB of memory, 16 GB of disk
 	$(BIN)/python -m benchmarks.compare --folder $(BENCH) --towers full --make
 	$(BIN)/python -m benchmarks.compare --folder $(BENCH) --towers full --dtype fp32 bf16 --minutes 18 \
 	  --out $(BENCH)/result $(ARGS)
+	$(BIN)/python -m benchmarks.commands --folder $(BENCH) --minutes 30 --out $(BENCH)/result/commands.json
+
+bench-commands: $(VENV)/.tools  ## measure whole commands at published size, and write docs/commands.md: 30 minutes
+	$(BIN)/python -m benchmarks.commands --folder $(BENCH) --minutes 30 --out benchmarks/results/commands.json --docs $(ARGS)
 
 judge: $(VENV)/.tools  ## measure how often the embedded model's pictures are right
 	$(BIN)/python -m benchmarks.embedded_success

@@ -9,7 +9,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import transformers
 from tests.pipelines.calls import CLASSES, COMBINED, PRIORS
 from tests.pipelines.tiny import MODES, load_quietly, oracle_decoder, oracle_prior
 
@@ -23,6 +22,7 @@ from kandinsky22 import (
     UNet2DConditionModel,
     VQModel,
 )
+from kandinsky22.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +157,7 @@ def no_network_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*_: Any, **__: Any) -> None:
         pytest.fail("a network ran before the arguments were checked")
 
-    towers = (transformers.CLIPTextModelWithProjection, transformers.CLIPVisionModelWithProjection)
+    towers = (CLIPTextModelWithProjection, CLIPVisionModelWithProjection)
     for network in (PriorTransformer, UNet2DConditionModel, VQModel, *towers):
         for method in ("forward", "encode_condition", "denoise", "decode", "encode"):
             if hasattr(network, method):

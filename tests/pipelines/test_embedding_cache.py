@@ -27,6 +27,7 @@ from kandinsky22 import (
     KandinskyV22PriorPipeline,
 )
 from kandinsky22.kernels import host_memory, settings
+from kandinsky22.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from kandinsky22.pipelines import embedding_cache
 from kandinsky22.runtime.lazy_component import LazyComponent
 
@@ -43,8 +44,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lists the towers that ran, in order."""
     towers: list[str] = []
     for name, kind in (
-        ("text", transformers.CLIPTextModelWithProjection),
-        ("image", transformers.CLIPVisionModelWithProjection),
+        ("text", CLIPTextModelWithProjection),
+        ("image", CLIPVisionModelWithProjection),
     ):
         original = kind.forward
 
@@ -121,7 +122,7 @@ USES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("how", USES)
 def test_it_is_loaded_on_first_use(how: str, checkpoints: Path) -> None:
     lazy = load(checkpoints / "prior").components["image_encoder"]
-    kind = transformers.CLIPVisionModelWithProjection
+    kind = CLIPVisionModelWithProjection
     assert isinstance(lazy, LazyComponent)
     assert lazy.component_class is kind
     assert lazy.config.projection_dim > 0
@@ -134,14 +135,16 @@ def test_it_is_loaded_on_first_use(how: str, checkpoints: Path) -> None:
     encoder = lazy.load()
     assert type(encoder) is kind
     assert encoder.training == (how == "training")
-    stored = kind.from_pretrained(checkpoints / "prior" / "image_encoder").state_dict()
+    stored = transformers.CLIPVisionModelWithProjection.from_pretrained(
+        checkpoints / "prior" / "image_encoder"
+    ).state_dict()
     assert all(torch.allclose(tensor.float(), stored[name], atol=1e-3) for name, tensor in encoder.state_dict().items())
 
 
 def test_copies_and_pickles_are_networks(checkpoints: Path) -> None:
     lazy = load(checkpoints / "prior").components["image_encoder"]
     for network in (copy.deepcopy(lazy), pickle.loads(pickle.dumps(lazy))):
-        assert type(network) is transformers.CLIPVisionModelWithProjection
+        assert type(network) is CLIPVisionModelWithProjection
         assert network is not lazy.load()
         assert same(list(network.parameters()), list(lazy.load().parameters()))
 
@@ -149,7 +152,7 @@ def test_copies_and_pickles_are_networks(checkpoints: Path) -> None:
 def test_the_pipeline_attribute_is_the_network(checkpoints: Path) -> None:
     pipe = load(checkpoints / "prior")
     assert not is_loaded(pipe)
-    assert type(pipe.image_encoder) is transformers.CLIPVisionModelWithProjection
+    assert type(pipe.image_encoder) is CLIPVisionModelWithProjection
     assert is_loaded(pipe)
     pipe.image_encoder.note = 1
     assert pipe.image_encoder.note == 1

@@ -165,6 +165,8 @@ def test_low_memory_holds_one_network_at_a_time(
 def test_every_public_method_of_networks_is_watched() -> None:
     harmless = {"reset_buffers", "enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing"}
     harmless |= {"has_own_structure", "defined_forward"}
+    # parts of `denoise`, which are called alone only for export, and offloaded networks are not exported
+    harmless |= {"text_tokens", "step_tokens", "predicted_embedding", "causal_mask", "encode_tokens"}
     for kind in (kandinsky22.PriorTransformer, kandinsky22.UNet2DConditionModel, kandinsky22.VQModel):
         methods = {name for name, value in vars(kind).items() if callable(value) and not name.startswith("_")}
         assert issubclass(kind, Model)

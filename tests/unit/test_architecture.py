@@ -20,7 +20,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 GROUND = {"errors", "config", "outputs", "noise", "kernels", "verbosity", "requirements"}
 FILES = GROUND | {"checkpoints", "inputs"}
 NETWORKS = FILES | {"runtime", "adapters", "models", "schedulers"}
-PIPELINES = NETWORKS | {"sampling", "pipelines", "embedded", "_exports"}
+PIPELINES = NETWORKS | {"engines", "sampling", "pipelines", "embedded", "_exports"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "_exports": set(),
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": FILES,
     "adapters": FILES | {"runtime"},
     "models": FILES | {"runtime", "adapters"},
+    "engines": NETWORKS,
     "sampling": FILES | {"schedulers"},
     "pipelines": PIPELINES,
     "training": PIPELINES,

@@ -34,7 +34,7 @@ from kandinsky22.checkpoints.load_arguments import LoadArguments, check_use_safe
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs.validation import names_among
 from kandinsky22.runtime.calls import changes_networks
-from kandinsky22.runtime.network_state import unwrapped
+from kandinsky22.runtime.network_state import check_run_by_torch, unwrapped
 from kandinsky22.runtime.quantize import kind_of
 
 
@@ -390,6 +390,8 @@ class AdapterMixin:
         networks: Mapping[str, nn.Module], selections: Mapping[str, Selection], *, check_finite: bool = False
     ) -> None:
         """Apply a selection per network; if one fails, those before it are as they were."""
+        adapted = [name for name, each in selections.items() if each.loaded or adapters_of(networks[name]).names]
+        check_run_by_torch({name: networks[name] for name in adapted}, "a change of adapters")
         with contextlib.ExitStack() as stack:
             for component, selection in selections.items():
                 network = networks[component]

@@ -129,6 +129,7 @@ def _cache_file(job: Job) -> Path | None:
         recipe.dtype,
         recipe.hardware,
         recipe.quantize,
+        recipe.engine,
         recipe.guidance > 1,
         job_pixels(job),
         torch.get_num_threads(),

@@ -16,6 +16,7 @@ from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.adapters import FoundAdapter, find_adapter, split_weight
 from kandinsky22.generation.canvas import extended_size
+from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.input_images import SUBJECT, InputImages
 from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, check_aspect_ratio, check_size
 from kandinsky22.generation.modes import MODES, Mode
@@ -121,6 +122,7 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
         prompt_weights=row.prompt_weights or None,
         quantize=None if row.quantize == "none" else row.quantize,
         cache_every=None if row.cache_every == 1 else row.cache_every,
+        engine=None if row.engine == TORCH else row.engine,
     )
     _check(mode, request, inputs)
     return RowRequest(mode, request, inputs)

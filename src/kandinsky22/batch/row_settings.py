@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.engine_names import ENGINES
 from kandinsky22.generation.limits import MAX_IMAGES
 from kandinsky22.generation.recipe_json import parse_value
 
@@ -90,6 +91,7 @@ class RowSettings:
     height: int | None = None
     quantize: str | None = None
     cache_every: int | None = None
+    engine: str | None = None
     lora: tuple[str, ...] | None = None
     tiny_decoder: str | None = None
 
@@ -130,6 +132,8 @@ def _check(name: str, value: Any) -> None:
         and not (len(value) == 2 and value[0] < value[1])
     ):
         raise invalid(name, value, "two numbers, the smaller one first")
+    if name == "engine" and value is not None and value not in ENGINES:
+        raise invalid(name, value, f"one of {', '.join(ENGINES)}")
     if name == "extend" and value is not None and len(value) != 4:
         raise invalid(name, value, "left, top, right and bottom margin")
     if name == "n" and value is not None and not 1 <= value <= MAX_IMAGES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,25 +20,52 @@ BLOCKS_PER_FILE = 64
 BYTES_PER_BLOCK = 4096
 
 
-def weights_digest(networks: Mapping[str, nn.Module]) -> str:
+@dataclasses.dataclass(frozen=True)
+class TensorSample:
+    """Evenly spread values of one tensor.
+
+    Attributes:
+        name: Name of the tensor in its network.
+        shape: Its shape.
+        values: The values, as bytes of float64 numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: bytes
+
+
+def weight_samples(network: nn.Module) -> list[TensorSample]:
+    """Return samples of all tensors of a network, ordered by name.
+
+    Args:
+        network: The network.
+    """
+    samples = []
+    for name, tensor in sorted(network.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, -(-flat.numel() // SAMPLES_PER_TENSOR))
+        values = flat[::stride].to("cpu", torch.float64).numpy().tobytes()
+        samples.append(TensorSample(name, tuple(tensor.shape), values))
+    return samples
+
+
+def weights_digest(networks: Mapping[str, nn.Module | list[TensorSample]]) -> str:
     """Return a SHA-256 digest over names, shapes and evenly spread values of the tensors of networks.
 
     The digest depends on the dtype that the weights were loaded in, but not on file format, sharding or device.
 
     Args:
-        networks: Networks by component name, such as "unet".
+        networks: Networks, or the samples of their weights, by component name, such as "unet".
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for component, network in sorted(networks.items()):
-        for name, tensor in sorted(network.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            stride = max(1, -(-flat.numel() // SAMPLES_PER_TENSOR))
-            values = flat[::stride].to("cpu", torch.float64).numpy()
-            digest.update(f"{component}.{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(values.tobytes())
+    for component, network in sorted(networks.items(), key=lambda item: item[0]):
+        for sample in network if isinstance(network, list) else weight_samples(network):
+            digest.update(f"{component}.{sample.name} {sample.shape}\n".encode())
+            digest.update(sample.values)
     return digest.hexdigest()
 
 

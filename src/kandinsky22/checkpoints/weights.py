@@ -28,6 +28,7 @@ from kandinsky22.checkpoints.load_arguments import check_variant_name
 from kandinsky22.errors import CheckpointError, describe, invalid, printable
 
 STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = {True: "model", False: "pytorch_model"}  # of safetensors and of pickled files
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DIGEST = "digest"  # entry of a shard's metadata, equal to that in the index if both are of one save
 STORED_FLOATS = {"float16", "bfloat16", "float32", "float64"} | {
@@ -337,7 +338,13 @@ def write_tensors(
 
 
 def write_weight_files(
-    folder: Path, tensors: Mapping[str, Tensor], *, variant: str | None, max_shard_size: int | str, safe: bool
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    variant: str | None,
+    max_shard_size: int | str,
+    safe: bool,
+    stem: str = STEM,
 ) -> None:
     """Write a network's weights into an empty folder, such as that of a temporary copy or of a `FolderSave`.
 
@@ -347,6 +354,7 @@ def write_weight_files(
         variant: Variant of the weights, part of the file names; None for none.
         max_shard_size: Largest size of a file: bytes, or text such as "5GB". A larger tensor gets a separate file.
         safe: Whether to write safetensors files; otherwise PyTorch files (`.bin`) are written.
+        stem: Beginning of the file names.
 
     Raises:
         InputError: If `max_shard_size` is not a size.
@@ -358,12 +366,12 @@ def write_weight_files(
             kind = "on the meta device, without values" if tensor.is_meta else "sparse"
             raise CheckpointError(f"cannot write weights to {folder}: tensor {describe(name)} is {kind}")
     shards = split_into_shards(tensors, byte_count(max_shard_size))
-    files = dict(zip(_shard_names(len(shards), variant, extension), shards, strict=True))
+    files = dict(zip(_shard_names(stem, len(shards), variant, extension), shards, strict=True))
     try:
         digests = {name: _write_shard(folder / name, shard, len(files), safe) for name, shard in files.items()}
         if len(files) > 1:
             tag = f".{variant}" if variant else ""
-            _write_index(folder / f"{STEM}.{extension}.index{tag}.json", files, digests if safe else {})
+            _write_index(folder / f"{stem}.{extension}.index{tag}.json", files, digests if safe else {})
     except CheckpointError:
         raise
     except (SafetensorError, RuntimeError, OSError, ValueError, TypeError) as error:
@@ -445,9 +453,9 @@ def split_into_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dic
     return shards
 
 
-def _shard_names(count: int, variant: str | None, extension: str) -> list[str]:
+def _shard_names(stem: str, count: int, variant: str | None, extension: str) -> list[str]:
     """File names of `count` shards; a single one has no number."""
-    stem = f"{STEM}.{variant}" if variant else STEM
+    stem = f"{stem}.{variant}" if variant else stem
     if count == 1:
         return [f"{stem}.{extension}"]
     return [f"{stem}-{number:05d}-of-{count:05d}.{extension}" for number in range(1, count + 1)]

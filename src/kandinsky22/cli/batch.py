@@ -37,6 +37,7 @@ DEFAULTS = (
     "dtype",
     "quantize",
     "cache_every",
+    "engine",
     "lora",
     "tiny_decoder",
     "strength",

@@ -1,4 +1,4 @@
-"""`kandinsky22 models`: list, download, describe, convert and remove checkpoints."""
+"""`kandinsky22 models`: list, download, describe, convert, prepare and remove checkpoints."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """
     parser = subparsers.add_parser(
         "models",
-        help="list, download, describe, convert and remove checkpoints",
-        description="List, download, describe, convert and remove checkpoints.",
+        help="list, download, describe, convert, prepare and remove checkpoints",
+        description="List, download, describe, convert, prepare and remove checkpoints.",
         epilog="examples:\n  kandinsky22 models pull --for inpaint\n"
         "  kandinsky22 models convert embedded small --dtype float16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -94,17 +94,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument("folder", metavar="FOLDER", type=Path, help="new folder to write to")
     convert.add_argument("--dtype", choices=DTYPES, default="float16", help="type to write (default: float16)")
     convert.add_argument("--no-prior", dest="prior", action="store_false", help="leave out the prior of a decoder")
-    for action in (info, convert):
+    prepare = add("prepare", "write a model in the form in which this machine computes with it", _prepare)
+    prepare.add_argument("model", metavar="MODEL", help="folder, Hub id, or embedded")
+    prepare.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="new folder to write to")
+    dtypes = ("bf16", "bfloat16", "float32")
+    prepare.add_argument("--dtype", choices=dtypes, default="bfloat16", help="type to write (default: bfloat16)")
+    prepare.add_argument("--prior", metavar="MODEL", help="prior to write too (default: the one that belongs to MODEL)")
+    for action in (info, convert, prepare):
         action.add_argument("--for", dest="purpose", choices=PURPOSES, help="part of the embedded model")
     remove = add("remove", "delete a downloaded model from the Hub cache", _remove)
     remove.add_argument("model", metavar="MODEL", help="Hub id")
     remove.add_argument("-y", "--yes", action="store_true", help="do not ask")
-    for action in (pull, info, convert):
+    for action in (pull, info, convert, prepare):
         action.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the Hub")
         action.add_argument("--hub-token", metavar="TOKEN", help="access token of the Hub (default: the stored one)")
-    for action in (pull, convert):
+    for action in (pull, convert, prepare):
         action.add_argument("-q", "--quiet", action="store_true", help="print no progress, only errors and results")
-    for action in (listing, pull, info, convert, remove):
+    for action in (listing, pull, info, convert, prepare, remove):
         action.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="Hub cache (default: the Hub client's)")
         action.add_argument("--json", action="store_true", help="print JSON, one object per line")
 
@@ -180,15 +186,31 @@ def _info(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     with _quiet(args):
-        from kandinsky22.pipelines.checkpoint_tools import convert, describe_checkpoint
+        from kandinsky22.pipelines.checkpoint_tools import convert
 
         convert(_source(args, args.model), args.folder, dtype=args.dtype, with_prior=args.prior)
+    _report_written(args, args.folder, args.dtype)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    dtype = "float32" if args.dtype == "float32" else "bfloat16"
+    with _quiet(args):
+        from kandinsky22.pipelines.checkpoint_tools import convert
+
+        convert(_source(args, args.model), args.output, dtype=dtype, prior=args.prior, prepare=True)
+    _report_written(args, args.output, dtype)
+
+
+def _report_written(args: argparse.Namespace, folder: Path, dtype: str) -> None:
+    """Print the folder of a new checkpoint, or describe it as JSON."""
+    from kandinsky22.pipelines.checkpoint_tools import describe_checkpoint
+
     if not args.json:
-        print_path(args.folder)
+        print_path(folder)
         return
-    folders = [args.folder, *([args.folder / "prior"] if (args.folder / "prior" / "model_index.json").exists() else [])]
-    size = sum(describe_checkpoint(folder, with_digests=False).bytes for folder in folders)
-    print(json.dumps({"model": args.model, "folder": str(args.folder), "dtype": args.dtype, "bytes": size}))
+    folders = [folder, *([folder / "prior"] if (folder / "prior" / "model_index.json").exists() else [])]
+    size = sum(describe_checkpoint(each, with_digests=False).bytes for each in folders)
+    print(json.dumps({"model": args.model, "folder": str(folder), "dtype": dtype, "bytes": size}))
 
 
 def _remove(args: argparse.Namespace) -> None:

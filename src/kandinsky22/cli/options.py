@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22.cli import option_values as values
+from kandinsky22.generation.engine_names import ENGINES, TORCH
 from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_STEPS
 from kandinsky22.generation.scheduler_names import SCHEDULERS
 from kandinsky22.sampling.presets import PRESETS
@@ -87,7 +88,7 @@ def add_mixture(group: argparse._ArgumentGroup) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for checkpoints, device, dtype, memory, quantization, feature caching and compilation.
+    """Add the options for checkpoints, device, dtype, engine, memory, quantization, feature caching and compilation.
 
     Args:
         parser: Parser of the subcommand.
@@ -122,6 +123,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=(
             "float32, float16, bfloat16, or auto for the fastest type of the device (default: float16 on CUDA, else "
             "float32)"
+        ),
+    )
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        metavar="NAME",
+        help=(
+            f"what runs prior, UNet and MoVQ: {', '.join(ENGINES)} (default: {TORCH}); --dtype and --quantize int8 are "
+            "the engine's precision too"
         ),
     )
     group.add_argument(

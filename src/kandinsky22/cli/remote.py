@@ -17,6 +17,7 @@ from kandinsky22.cli.api_client import ApiClient, Event, ServerError
 from kandinsky22.cli.run import SHEET, Command
 from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError, KandinskyError
+from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.image_files import contact_sheet, embedded_recipe
 from kandinsky22.generation.recipe import InputFile, Recipe
 from kandinsky22.generation.request import Request
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 # Options that a server does not take: it has loaded its networks with settings of its own.
 LOCAL_OPTIONS = (
     *("prior", "device", "dtype", "low_memory", "quantize", "cache_every", "compile"),
-    *("lora", "tiny_decoder", "subject"),
+    *("lora", "tiny_decoder", "subject", "engine"),
 )
-NO_VALUES = (None, False, "none", ["none"])  # "none" leaves out what a recipe has
+NO_VALUES = (None, False, "none", ["none"], TORCH)  # "none" leaves out what a recipe has
 DIRECT = (
     *("prompt", "negative_prompt", "strength", "keep_pixels", "crop", "extend", "steps", "guidance", "prior_steps"),
     *("prior_guidance", "prompt_weights", "guidance_interval", "prior_guidance_interval", "guidance_rescale"),

@@ -14,6 +14,7 @@ from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.option_values import MixtureOption
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.adapters import find_adapter, find_recorded_adapter, split_weight
+from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.image_files import PNG, find_format
 from kandinsky22.generation.input_images import SUBJECT, check_text
 from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_SIDE
@@ -77,6 +78,7 @@ def read_request(
     direct["crop"] = None if direct["crop"] is False else direct["crop"]
     direct["extend"] = _margins(direct["extend"])
     direct["quantize"] = None if direct["quantize"] == "none" else direct["quantize"]
+    direct["engine"] = None if direct["engine"] == TORCH else direct["engine"]
     direct["cache_every"] = None if direct["cache_every"] == 1 else direct["cache_every"]
     direct["device"] = "auto" if direct["device"] is None else direct["device"]
     return Request(**derived, **direct)

@@ -156,7 +156,13 @@ def _run_here(command: Command) -> Path | None:
     """Generate and save the images in this process, and return the path of the last file."""
     mode, args, request, inputs = command.mode, command.args, command.request, command.inputs
     report_model(mode.published_model, request, command.console)
-    networks = load_networks(request, prior_class=mode.prior_class(request), decoder_class=mode.decoder_class(request))
+    networks = load_networks(
+        request,
+        prior_class=mode.prior_class(request),
+        decoder_class=mode.decoder_class(request),
+        on_first_use=not (args.low_memory or args.compile),
+        used_once=len(request.seeds) == 1,
+    )
     for pipe in (networks.prior, networks.decoder):
         # None shows progress bars only if stderr is a terminal. A preview has a line of its own.
         pipe.set_progress_bar_config(disable=True if args.quiet or command.preview is not None else None)
@@ -170,11 +176,7 @@ def _run_here(command: Command) -> Path | None:
     saver = command.saver
     saver.check(recipe, request)
     prepare_networks(networks, request, low_memory=args.low_memory, compile=args.compile)
-    if command.old_recipe is not None:
-        changes = [*_recipe_changes(command.old_recipe, recipe), *inputs.changes]
-        if changes:
-            command.console.warn(f"the result may not be bit-identical to {args.source}: {'; '.join(changes)}")
-
+    _report_changes(command, recipe)
     results: list[Image] = []
     path = None
     on_step = None if command.preview is None else _shown_steps(command.preview, networks, request)
@@ -182,10 +184,14 @@ def _run_here(command: Command) -> Path | None:
     for number, name in enumerate(command.names[: len(request.seeds)], start=1):
         command.announce(number)
         result = next(series)
+        if not recipe.model_digest:
+            recipe = stages.with_digest(recipe, request, networks)
+            _report_changes(command, recipe)
+        result_recipe = dataclasses.replace(result.recipe, model_digest=recipe.model_digest)
         if command.preview is not None:
             command.preview.show(result.image, f"seed {request.seeds[number - 1]}")
             command.preview.finish()
-        path = saver.save(result.image, name, result.recipe.texts())
+        path = saver.save(result.image, name, result_recipe.texts())
         results.append(result.image)
     if len(results) > 1:
         texts = stages.sized_recipe(recipe, request.seeds, results[0], request).texts()
@@ -340,6 +346,15 @@ def _report_missing_steps(mode: Mode, networks: Networks, request: Request, cons
         return
     effect = "the image is only encoded and decoded" if pipe is networks.decoder else "the prompt has no effect"
     console.warn(f"--strength {request.strength:g} leaves no step of {steps}: {effect}")
+
+
+def _report_changes(command: Command, recipe: Recipe) -> None:
+    """Warn if a repeated recipe may not give the same image. Nothing is reported before the weights were read."""
+    if command.old_recipe is None or not recipe.model_digest:
+        return
+    if changes := [*_recipe_changes(command.old_recipe, recipe), *command.inputs.changes]:
+        message = f"the result may not be bit-identical to {command.args.source}: {'; '.join(changes)}"
+        command.console.warn(message)
 
 
 def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:

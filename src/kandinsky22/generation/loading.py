@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from kandinsky22 import __version__
 from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource
 from kandinsky22.errors import invalid
 from kandinsky22.generation.adapters import apply_adapters
+from kandinsky22.generation.engine_names import ENGINES, OPENVINO_DEVICES, TORCH
 from kandinsky22.generation.request import Request
 from kandinsky22.generation.scheduler_names import SCHEDULERS
 from kandinsky22.sampling.presets import make_scheduler
@@ -38,7 +41,9 @@ class Networks:
     device: torch.device
 
 
-def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> Networks:
+def load_networks(
+    request: Request, *, prior_class: str, decoder_class: str, on_first_use: bool = False, used_once: bool = False
+) -> Networks:
     """Return the networks of the requested model, on the CPU, with the requested schedulers.
 
     `prepare_networks` moves them to the device.
@@ -47,35 +52,45 @@ def load_networks(request: Request, *, prior_class: str, decoder_class: str) -> 
         request: Settings of the command.
         prior_class: Name of the prior's pipeline class.
         decoder_class: Name of the decoder's pipeline class.
+        on_first_use: Whether the weights of large networks are read when they first run, where that is possible: on
+            CPUs, for networks that nothing changes.
+        used_once: Whether such networks leave memory when the next one runs, and at the end of each call.
 
     Raises:
-        InputError: If the device or dtype is not available, if the checkpoint belongs to another kind of decoder, if
-            prior and decoder have different embedding dimensions, or if a scheduler is unknown.
+        InputError: If the device, dtype or engine is not available, if the checkpoint belongs to another kind of
+            decoder, if prior and decoder have different embedding dimensions, or if a scheduler is unknown.
         CheckpointError: If a file of the checkpoint is missing or damaged.
+        MissingDependencyError: If the packages of the engine are not installed.
     """
     import kandinsky22
+    from kandinsky22.pipelines.component_io import deferred_weights
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
-    device = resolve_device(request.device)
+    device = resolve_device("cpu" if request.engine is not None and request.device == "auto" else request.device)
     dtype = resolve_dtype(request.dtype, device)
     model = request.model_location
     _check_quantization(request.quantize, dtype, device)
+    _check_engine(request, dtype, device)
     if model == EMBEDDED:
         _use_one_thread()
     prior_type, decoder_type = getattr(kandinsky22, prior_class), getattr(kandinsky22, decoder_class)
     _check_model(model, decoder_type)
-    decoder = decoder_type.from_pretrained(model, torch_dtype=dtype)
-    set_scheduler(decoder, request.scheduler, request.scheduler_settings)
-    # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
-    components = decoder.components | ({} if request.prior is None else {"prior": request.prior_location})
-    combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
+    defers = on_first_use and device.type == "cpu" and not _changes_weights(request)
+    with deferred_weights() if defers else contextlib.nullcontext():
+        decoder = decoder_type.from_pretrained(model, torch_dtype=dtype)
+        set_scheduler(decoder, request.scheduler, request.scheduler_settings)
+        # The combined class finds the prior that belongs to a model. It accepts the components of any decoder class.
+        components = decoder.components | ({} if request.prior is None else {"prior": request.prior_location})
+        combined: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(model, torch_dtype=dtype, **components)
+    if defers:
+        combined.load_on_first_use(used_once=used_once)
     prior = prior_type.from_pipe(combined)
     set_scheduler(prior, request.prior_scheduler, request.prior_scheduler_settings)
     return Networks(prior=prior, decoder=decoder, combined=combined, device=device)
 
 
 def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, compile: bool) -> None:
-    """Apply what is requested: adapters, quantization, caching, the tiny decoder; move or offload, and compile.
+    """Apply what is requested: adapters, quantization, caching, the tiny decoder; move or offload, compile or export.
 
     Args:
         networks: The networks.
@@ -85,13 +100,17 @@ def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, 
 
     Raises:
         CheckpointError: If an adapter does not fit the networks, or the tiny decoder cannot be read.
-        InputError: If the tiny decoder does not fit the networks.
+        InputError: If the tiny decoder does not fit the networks, or an option has no effect with the engine.
         MissingDependencyError: If an option needs a package that is not installed.
     """
+    exported = request.engine is not None
+    for option, enabled in (("--low-memory", low_memory), ("--compile", compile)):
+        if exported and enabled:
+            raise invalid("--engine", request.engine, f"{TORCH} with {option}", f"{option} is for networks of PyTorch")
     if request.lora:
         locations = request.lora_locations or tuple(adapter.name for adapter in request.lora)
-        apply_adapters(networks.combined, request.lora, locations, permanently=request.quantize is not None)
-    if request.quantize is not None:
+        apply_adapters(networks.combined, request.lora, locations, permanently=exported or request.quantize is not None)
+    if request.quantize is not None and not exported:
         networks.combined.quantize(request.quantize)
     if request.cache_every is not None:
         networks.decoder.enable_feature_caching(request.cache_every)
@@ -99,14 +118,17 @@ def prepare_networks(networks: Networks, request: Request, *, low_memory: bool, 
         # one network for both pipelines: the combined one moves it, the decoder uses it
         networks.decoder.enable_tiny_decoder(request.tiny_decoder_location or request.tiny_decoder.name)
         networks.combined.enable_tiny_decoder(networks.decoder.tiny_decoder)
-    if not low_memory:
-        networks.combined.to(networks.device)
-    elif networks.device.type == "cpu":
-        networks.combined.enable_low_memory()
-    else:
+    if networks.device.type == "cpu":
+        if low_memory:
+            networks.combined.enable_low_memory()
+    elif low_memory:
         networks.combined.enable_model_cpu_offload(device=networks.device)
+    else:
+        networks.combined.to(networks.device)
     if compile:
         networks.combined.compile()
+    if request.engine is not None:
+        networks.combined.to_openvino(OPENVINO_DEVICES[request.engine], precision=request.quantize)
 
 
 def set_scheduler(pipe: Any, class_name: str | None, settings: Mapping[str, Any] | None = None) -> None:
@@ -129,38 +151,54 @@ def set_scheduler(pipe: Any, class_name: str | None, settings: Mapping[str, Any]
     pipe.scheduler = make_scheduler(new, pipe.scheduler.config, settings or {})
 
 
-def model_digest(combined: KandinskyV22CombinedPipeline, *, with_image_encoder: bool) -> str:
+def model_digest(combined: KandinskyV22CombinedPipeline, *, with_image_encoder: bool, read_missing: bool = True) -> str:
     """Return the fingerprint of the networks' weights.
 
     Args:
         combined: Pipeline of all components.
         with_image_encoder: Whether the image encoder is included. Without input images it does not run, and the
             fingerprint would be the only reason to read its weights from disk.
+        read_missing: Whether weights that were not read yet are read. If False and there are such, the result is "".
     """
     from torch import nn
 
     from kandinsky22.checkpoints.fingerprint import weights_digest
     from kandinsky22.runtime.lazy_component import loaded
+    from kandinsky22.runtime.network_state import is_unread, state_of
 
-    components = {
-        name: loaded(component)
-        for name, component in combined.components.items()
-        if with_image_encoder or "image_encoder" not in name
-    }
-    return weights_digest({name: part for name, part in components.items() if isinstance(part, nn.Module)})
+    parts: dict[str, Any] = {}
+    for name, component in combined.components.items():
+        if "image_encoder" in name and not with_image_encoder:
+            continue
+        network = loaded(component)
+        if not isinstance(network, nn.Module):
+            continue
+        source = state_of(network).source
+        samples = None if source is None else source.samples()
+        if samples is None and is_unread(network) and not read_missing:
+            return ""
+        parts[name] = samples or network
+    return weights_digest(parts)
 
 
-def software_versions() -> dict[str, str]:
-    """Return the versions of the packages that determine the pixels."""
+def software_versions(request: Request) -> dict[str, str]:
+    """Return the versions of the packages that determine the pixels.
+
+    Args:
+        request: Settings of the command.
+    """
     import PIL
     import torch
-    import transformers
 
+    from kandinsky22.engines.openvino import required_packages
+
+    engine = () if request.engine is None else required_packages(request.quantize)
     return {
         "kandinsky22": __version__,
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "pillow": PIL.__version__,
+        **{name: importlib.metadata.version(name) for name in engine},
     }
 
 
@@ -179,6 +217,11 @@ def hardware_name(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _changes_weights(request: Request) -> bool:
+    changes = (request.quantize, request.tiny_decoder, request.engine)
+    return bool(request.lora) or any(change is not None for change in changes)
+
+
 def _check_quantization(kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
     import torch
 
@@ -187,6 +230,28 @@ def _check_quantization(kind: str | None, dtype: torch.dtype, device: torch.devi
     if kind == "int4" and (dtype != torch.bfloat16 or device.type != "cpu"):
         expected = f"bfloat16 on a CPU for 4-bit weights, not {dtype_name(dtype)} on {device.type}"
         raise invalid("--quantize", kind, expected, "add --dtype bfloat16 --device cpu")
+
+
+def _check_engine(request: Request, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise an error if the engine is unknown or not available, or another option has no effect with it."""
+    if request.engine is None:
+        return
+    from kandinsky22.engines.openvino import INT8, EngineSettings, check_settings
+    from kandinsky22.runtime.device import dtype_name
+
+    if request.engine not in OPENVINO_DEVICES:
+        raise invalid("--engine", request.engine, f"one of {', '.join(ENGINES)}")
+    if device.type != "cpu":
+        names = ", ".join(OPENVINO_DEVICES)
+        raise invalid(
+            "--device", str(device), f"cpu with --engine {request.engine}", f"its devices are engines: {names}"
+        )
+    if request.quantize not in (None, INT8):
+        raise invalid("--quantize", request.quantize, f"{INT8} with --engine {request.engine}")
+    if request.cache_every is not None:
+        raise invalid("--cache-every", request.cache_every, f"1 with --engine {request.engine}, which runs all steps")
+    element = dtype_name(dtype)
+    check_settings(EngineSettings(OPENVINO_DEVICES[request.engine], request.quantize or element, element, folder=None))
 
 
 def _use_one_thread() -> None:

@@ -130,6 +130,7 @@ class Recipe:
         tiny_decoder: File, folder or Hub id of the tiny decoder, and the digest of its weights.
         quantize: Kind of quantized weights.
         cache_every: Interval of full UNet evaluations with feature caching, in steps.
+        engine: What ran prior, UNet and MoVQ, such as "openvino"; None for PyTorch.
         batch_size: Largest number of images that ran together; None for an image that was generated alone. The same
             image alone is equal up to rounding.
     """
@@ -173,6 +174,7 @@ class Recipe:
     tiny_decoder: InputFile | None = None
     quantize: str | None = None
     cache_every: int | None = None
+    engine: str | None = None
     batch_size: int | None = None
 
     def to_json(self) -> str:
@@ -241,6 +243,7 @@ class Recipe:
             *self.approximations().items(),
             *([("batch size", str(self.batch_size))] if self.batch_size is not None else []),
             ("digest", self.model_digest),
+            *([("engine", self.engine)] if self.engine is not None else []),
             ("device", f"{self.device}, {self.dtype}, {self.hardware}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]

@@ -59,6 +59,7 @@ class Request:
     tiny_decoder: InputFile | None = None
     tiny_decoder_location: str | None = None
     subject: MixtureItem | None = None
+    engine: str | None = None
 
     def texts(self) -> list[str]:
         """Return all texts that the text encoder encodes."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Settings that require other networks, or networks in another state.
 _NETWORK_SETTINGS = (
     *("model_location", "prior_location", "device", "dtype"),
-    *("quantize", "cache_every", "lora", "tiny_decoder"),
+    *("quantize", "cache_every", "lora", "tiny_decoder", "engine"),
 )
 
 # Settings that differ between requests of one batch, besides seeds.

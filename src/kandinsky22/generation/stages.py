@@ -101,6 +101,8 @@ def call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
     """Return the recipe of a request. Width and height are 0 until an image exists, if the request does not set them.
 
+    The fingerprint of the weights is "" if they are read when the networks first run: `with_digest` adds it then.
+
     Args:
         command: Name of the subcommand.
         request: Settings of the command, from `with_model_defaults`.
@@ -111,10 +113,9 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
     recorded = {field.name for field in dataclasses.fields(Recipe)}
     fields = [field.name for field in dataclasses.fields(request) if field.name in recorded]
     requested = {name: getattr(request, name) for name in fields}
-    uses_image_encoder = request.prompt is None or "image" in call_parameters(networks.prior)
     resolved = {
         "command": command,
-        "model_digest": model_digest(networks.combined, with_image_encoder=uses_image_encoder),
+        "model_digest": _digest(request, networks, read_missing=False),
         "scheduler": type(networks.decoder.scheduler).__name__,
         "prior_scheduler": type(networks.prior.scheduler).__name__,
         "guidance": float(requested["guidance"]),
@@ -125,9 +126,26 @@ def build_recipe(command: str, request: Request, networks: Networks) -> Recipe:
         "device": str(networks.device),
         "dtype": dtype_name(networks.combined.dtype),
         "hardware": hardware_name(networks.device),
-        "versions": software_versions(),
+        "versions": software_versions(request),
     }
     return Recipe(**(requested | resolved))
+
+
+def with_digest(recipe: Recipe, request: Request, networks: Networks) -> Recipe:
+    """Return a recipe with the fingerprint of the weights, after the networks have run.
+
+    Args:
+        recipe: Recipe from `build_recipe`, which lacks the fingerprint if the weights were not read by then.
+        request: Settings of the command.
+        networks: The networks.
+    """
+    digest = recipe.model_digest or _digest(request, networks, read_missing=True)
+    return dataclasses.replace(recipe, model_digest=digest)
+
+
+def _digest(request: Request, networks: Networks, *, read_missing: bool) -> str:
+    uses_image_encoder = request.prompt is None or "image" in call_parameters(networks.prior)
+    return model_digest(networks.combined, with_image_encoder=uses_image_encoder, read_missing=read_missing)
 
 
 def prior_options(prior: Any, request: Request) -> dict[str, Any]:

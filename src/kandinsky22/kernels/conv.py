@@ -233,14 +233,7 @@ def corner_kernels(weight: Tensor) -> Tensor:
     Args:
         weight: Kernels (out, in, 3, 3).
     """
-    above, below = ((0, 1), (2,)), ((0,), (1, 2))
-    kernels = [
-        torch.stack([torch.stack([_sum(weight, rows, columns) for columns in across], -1) for rows in down], -2)
-        for down in (above, below)
-        for across in (above, below)
-    ]
-    return torch.cat(kernels).contiguous()
-
-
-def _sum(weight: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
-    return weight[:, :, rows][..., columns].sum(dim=(-2, -1))
+    above, below = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=torch.float32)
+    kernels = weight.reshape(-1, 9).float()
+    sums = [torch.mm(kernels, torch.kron(rows, columns).T) for rows in (above, below) for columns in (above, below)]
+    return torch.cat(sums).to(weight.dtype).view(4 * len(weight), -1, 2, 2)

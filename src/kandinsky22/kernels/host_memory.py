@@ -201,6 +201,16 @@ def raise_mmap_threshold() -> None:
     torch.empty(LARGE_BUFFER - 2**16, dtype=torch.uint8)
 
 
+def available_bytes() -> int:
+    """Return the memory that this process can still use without swapping; a huge number where it is unknown."""
+    try:
+        with open("/proc/meminfo") as file:
+            entries = dict(line.split(":", 1) for line in file)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return sys.maxsize
+
+
 def malloc_trim() -> None:
     """Return freed memory to the system; the C library of Linux keeps some for later allocations."""
     if sys.platform.startswith("linux"):

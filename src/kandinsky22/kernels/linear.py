@@ -103,6 +103,42 @@ class PackedWeightMixin:
         return {name: value for name, value in self.__dict__.items() if name != "_packed_weight"}
 
 
+def stored_packed(layer: nn.Module) -> tuple[str, Any] | None:
+    """Return name and value of the packed copy that a layer stores now; None if it stores none.
+
+    Args:
+        layer: Any module.
+    """
+    packed: _PackedWeight | None = layer.__dict__.get("_packed_weight")
+    return None if packed is None else (packed.layout, packed.value)
+
+
+def store_packed(layer: nn.Module, layout: str, value: Any) -> None:
+    """Store a packed copy of a layer's weight that was made before, from equal values.
+
+    Args:
+        layer: A layer with a parameter `weight`.
+        layout: Name of its layout.
+        value: The copy.
+    """
+    weight: Any = layer.weight
+    layer.__dict__["_packed_weight"] = _PackedWeight(weight, layout, lambda _: value)
+
+
+def move_packed(source: nn.Module, target: nn.Module) -> None:
+    """Give the packed copies of a network's layers to another network that has taken over the same parameters.
+
+    Args:
+        source: Network that gives.
+        target: Network of the same structure.
+    """
+    layers = dict(target.named_modules())
+    for path, layer in source.named_modules():
+        packed = layer.__dict__.pop("_packed_weight", None)
+        if packed is not None and packed.is_current(layers[path].weight):
+            layers[path].__dict__["_packed_weight"] = packed
+
+
 class _PackedWeight:
     """A weight in another layout, with the state of the weight that it was made from."""
 

@@ -80,12 +80,8 @@ def transform_weight(weight: Tensor) -> list[Tensor]:
     Args:
         weight: Tensor (out, in, 3, 3).
     """
-    kernels = weight.reshape(-1, 9)
-    values = host_memory.empty_large(kernels.float(), INPUT_TILE * INPUT_TILE, len(kernels))
-    for start in range(0, len(kernels), KERNELS_PER_CHUNK):
-        chunk = kernels[start : start + KERNELS_PER_CHUNK].double()
-        values[:, start : start + KERNELS_PER_CHUNK] = transforms().weights @ chunk.T
-    return [pack_linear_weight(matrix) for matrix in values.view(-1, *weight.shape[:2])]
+    kernels, to_values = weight.reshape(-1, 9).float(), transforms().weights.float()
+    return [pack_linear_weight(torch.mv(kernels, row).view(weight.shape[:2])) for row in to_values]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kandinsky22.adapters.merging import adapters_of, own_weights
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
+from kandinsky22.checkpoints.conversion import convert_weights
 from kandinsky22.checkpoints.folder_save import FolderSave, folder_save, read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource, embedded_fallback_folder, model_folder
 from kandinsky22.checkpoints.load_arguments import LoadArguments, check_use_safetensors, check_variant_name
@@ -26,13 +27,13 @@ from kandinsky22.checkpoints.weights import (
     write_weight_files,
 )
 from kandinsky22.errors import CheckpointError, ConfigError, invalid, printable
-from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import drop_packed
 from kandinsky22.models.reference_methods import LAYOUT_VERSION as LAYOUT_VERSION
 from kandinsky22.models.reference_methods import ReferenceMethods
 from kandinsky22.models.stored_tensors import stored_tensors
 from kandinsky22.runtime import quantize
 from kandinsky22.runtime.device import mapped_device
+from kandinsky22.runtime.prepared import attach_packed
 
 M = TypeVar("M", bound="Model")
 SHOWN_NAMES = 8  # names listed per kind of problem when weights do not fit
@@ -182,6 +183,7 @@ class Model(ReferenceMethods):
         fallback = embedded_fallback_folder(folder)
         files = find_weight_files(folder, weights.variant, weights.use_safetensors, fallback)
         info = model._fill(files, dtype, ignore_mismatched_sizes=weights.ignore_mismatched_sizes)
+        attach_packed(model, folder, files, model.dtype)
         return model.eval(), info
 
     def save_pretrained(
@@ -239,7 +241,7 @@ class Model(ReferenceMethods):
                 elif not _is_convertible(tensor, expected[name].dtype, dtype):
                     mistyped.append(f"{name} {str(tensor.dtype).removeprefix('torch.')}")
                 else:
-                    tensors[name] = _converted(tensor, dtype)
+                    tensors[name] = _own_memory(tensor)
         missing = [name for name in expected if name not in sources]
         kinds = {
             "missing": missing,
@@ -259,7 +261,7 @@ class Model(ReferenceMethods):
             with torch.device("cpu"):
                 fresh = type(self)(**self.config).state_dict()
             tensors |= {name: fresh[name] if dtype is None else fresh[name].to(dtype) for name, _, _ in initialised}
-        self.load_state_dict(tensors, assign=True)
+        self.load_state_dict(convert_weights(tensors, sources, dtype), assign=True)
         self.reset_buffers()
         quantize.arrange(self)
         assert not any(tensor.is_meta for tensor in self.buffers()), "a buffer is not set by reset_buffers"
@@ -317,13 +319,10 @@ def _is_convertible(tensor: Tensor, expected: torch.dtype, requested: torch.dtyp
     return tensor.is_floating_point() and (requested is not None or tensor.dtype.itemsize > 1)
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor in the requested type; one whose elements share memory (`expand`) is copied."""
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        tensor = tensor.contiguous()
-    if dtype is None or not tensor.is_floating_point():
-        return tensor
-    return host_memory.convert_and_drop(tensor, dtype)
+def _own_memory(tensor: Tensor) -> Tensor:
+    """Return the tensor; a copy if its elements share memory, as those of `expand` do."""
+    is_shared = tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    return tensor.contiguous() if is_shared else tensor
 
 
 def stage_network(

@@ -242,6 +242,27 @@ class PriorTransformer(NetworkAdapterMixin, Model):
             schedule: Timesteps that `denoise` will be called with, in order: those steps share more of their work.
                 Other timesteps remain possible.
         """
+        tokens, padding = self.text_tokens(proj_embedding, encoder_hidden_states, attention_mask)
+        scores = padding + self.causal_mask(tokens.shape[1])
+        layers = []
+        for block in self.transformer_blocks:
+            tokens, kv = block(tokens, scores, return_kv=True)
+            layers.append(kv)
+        return PriorCondition(tuple(layers), padding, schedule)
+
+    def text_tokens(
+        self, proj_embedding: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens of a text and of its embedding, and what is added to the attention scores of padding.
+
+        Args:
+            proj_embedding: As for `encode_condition`.
+            encoder_hidden_states: As for `encode_condition`.
+            attention_mask: As for `encode_condition`.
+
+        Returns:
+            Tokens (batch, tokens, width) before the first block, and a mask (batch, 1, 1, tokens).
+        """
         mask = attention_mask.to(device=proj_embedding.device, dtype=torch.bool)
         used = int(mask.any(0).nonzero().max()) + 1 if mask.any() else 0
         tokens = torch.cat(
@@ -253,14 +274,27 @@ class PriorTransformer(NetworkAdapterMixin, Model):
         )
         positions = self.positional_embedding
         tokens = tokens + torch.cat([positions[:, :used], positions[:, -STEP_TOKENS - 1 : -STEP_TOKENS]], dim=1)
+        return tokens, F.pad(MASKED * (~mask[:, :used]).to(self.dtype), (0, 1))[:, None, None, :]
 
-        padding = F.pad(MASKED * (~mask[:, :used]).to(self.dtype), (0, 1))[:, None, None, :]
-        scores = padding + self._causal(used + 1)
-        layers = []
-        for block in self.transformer_blocks:
-            tokens, kv = block(tokens, scores, return_kv=True)
-            layers.append(kv)
-        return PriorCondition(tuple(layers), padding, schedule)
+    def step_tokens(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Return the tokens of a step before the first block: timestep, sample and query, (batch, 3, width).
+
+        Args:
+            sample: Noisy image embedding (batch, embedding_dim).
+            timestep: One timestep from 0 to 999, or a tensor (batch,) with one per batch item.
+        """
+        time = self.time_embedding(timestep).expand(len(sample), -1)
+        query = self.prd_embedding[0].expand(len(sample), -1)
+        tokens = torch.stack([time, apply_linear(self.proj_in, sample), query], dim=1)
+        return tokens + self.positional_embedding[:, -STEP_TOKENS:]
+
+    def predicted_embedding(self, tokens: Tensor) -> Tensor:
+        """Return the predicted image embedding (batch, embedding_dim), normalised, from the last block's tokens.
+
+        Args:
+            tokens: Tensor (batch, tokens, width), of which the last one is the query.
+        """
+        return apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens[:, -1]))
 
     def denoise(self, sample: Tensor, timestep: Tensor | float, condition: PriorCondition) -> Tensor:
         """Return the predicted image embedding (batch, embedding_dim), normalised.
@@ -273,15 +307,19 @@ class PriorTransformer(NetworkAdapterMixin, Model):
         query = self.prd_embedding[0].expand(len(sample), -1)
         tokens = torch.stack([apply_linear(self.proj_in, sample), query], dim=1)
         tokens = tokens + self.positional_embedding[:, 1 - STEP_TOKENS :]
-        causal = F.pad(self._causal(2), (1, 0))
+        causal = F.pad(self.causal_mask(2), (1, 0))
         mask = torch.cat([condition.mask.expand(-1, -1, 2, -1), causal.expand(len(condition.mask), 1, -1, -1)], dim=3)
         timestep_kv = self._timestep_kv(timestep, condition)
         for block, text, time in zip(self.transformer_blocks, condition.layers, timestep_kv, strict=True):
             tokens, _ = block(tokens, mask, text.followed_by(time), return_kv=True)
-        return apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens[:, -1]))
+        return self.predicted_embedding(tokens)
 
-    def _causal(self, length: int) -> Tensor:
-        """Return the additive mask (length, length) that hides later tokens."""
+    def causal_mask(self, length: int) -> Tensor:
+        """Return the mask (length, length) that is added to attention scores and hides later tokens.
+
+        Args:
+            length: Number of tokens.
+        """
         return torch.full((length, length), MASKED, dtype=self.dtype, device=self.device).triu(1)
 
     def _timestep_kv(self, timestep: Tensor | float, condition: PriorCondition) -> list[KeyValue]:
@@ -385,7 +423,7 @@ class PriorTransformer(NetworkAdapterMixin, Model):
         mask = None
         if attention_mask is not None:
             padding = F.pad(MASKED * (1 - attention_mask.to(device=tokens.device, dtype=dtype)), (0, STEP_TOKENS + 1))
-            mask = padding[:, None, None, :] + self._causal(tokens.shape[1])
+            mask = padding[:, None, None, :] + self.causal_mask(tokens.shape[1])
         for block in self.transformer_blocks:
             tokens = self.run_block(block, tokens, mask)
         return apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens)[:, -1])

@@ -233,16 +233,25 @@ class UNet2DConditionModel(NetworkAdapterMixin, Model):
         Raises:
             InputError: A hint is missing, or this UNet has no use for it.
         """
-        condition, tokens = self._condition_with_tokens(image_embeds, hint, channels)
+        condition, tokens = self.encode_tokens(image_embeds, hint, channels)
         layers = tuple(
             cast(ImageAttention, layer).encode_context(tokens) for stage in self._stages() for layer in stage.attentions
         )
         return dataclasses.replace(condition, layers=layers)
 
-    def _condition_with_tokens(
-        self, image_embeds: Tensor, hint: Tensor | None, channels: Tensor | None
+    def encode_tokens(
+        self, image_embeds: Tensor, hint: Tensor | None = None, channels: Tensor | None = None
     ) -> tuple[UNetCondition, Tensor]:
-        """Return a condition whose layers encode the image embedding's tokens at each call, and the tokens."""
+        """Return a condition whose layers encode the image embedding's tokens at each call, and the tokens.
+
+        Args:
+            image_embeds: Image embeddings (batch, encoder_hid_dim).
+            hint: As for `encode_condition`.
+            channels: As for `encode_condition`.
+
+        Raises:
+            InputError: A hint is missing, or this UNet has no use for it.
+        """
         if (hint is None) == (self.config.addition_embed_type == "image_hint"):
             expected = "None" if hint is not None else "a tensor (batch, 3, height, width)"
             advice = f"this UNet has addition_embed_type={self.config.addition_embed_type!r}"
@@ -375,9 +384,7 @@ class UNet2DConditionModel(NetworkAdapterMixin, Model):
             names = sorted(added_cond_kwargs) if isinstance(added_cond_kwargs, Mapping) else added_cond_kwargs
             expected = "a mapping with image_embeds, a tensor (batch, encoder_hid_dim)"
             raise invalid("added_cond_kwargs", names, expected)
-        condition, _ = self._condition_with_tokens(
-            added_cond_kwargs["image_embeds"], added_cond_kwargs.get("hint"), channels=None
-        )
+        condition, _ = self.encode_tokens(added_cond_kwargs["image_embeds"], added_cond_kwargs.get("hint"))
         out = self.denoise(sample, timestep, condition)
         return UNet2DConditionOutput(out) if return_dict else (out,)
 

@@ -34,6 +34,7 @@ from kandinsky22.pipelines.component_io import (
 )
 from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
+from kandinsky22.pipelines.openvino_engine import OpenVINOMixin
 from kandinsky22.pipelines.progress_bars import checked_options, new_bar
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
 from kandinsky22.pipelines.tiny_decoding import TinyDecoderMixin
@@ -61,6 +62,7 @@ class DiffusionPipeline(
     CompileMixin,
     CudaGraphMixin,
     QuantizeMixin,
+    OpenVINOMixin,
     AdapterMixin,
     ReferenceMethodsMixin,
 ):

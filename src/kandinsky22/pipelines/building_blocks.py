@@ -14,7 +14,7 @@ from torch import Tensor
 from kandinsky22.errors import invalid
 from kandinsky22.inputs import prompts, validation
 from kandinsky22.noise import Generators, randn_tensor
-from kandinsky22.runtime.network_state import unwrapped
+from kandinsky22.pipelines.network_calls import encode_images
 
 
 class NoiseStart:
@@ -107,8 +107,7 @@ class ImageStart:
         return noisy
 
     def _encoded(self, pixels: Tensor) -> Tensor:
-        latents: Tensor = unwrapped(self.movq).encode(pixels)[0]  # type: ignore[attr-defined]  # of the decoders
-        return latents
+        return encode_images(self.movq, pixels)  # type: ignore[attr-defined]  # of the decoders
 
 
 class PromptEncoding:

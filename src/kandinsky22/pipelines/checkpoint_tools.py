@@ -20,6 +20,7 @@ from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.component_io import LoadOptions
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
+from kandinsky22.pipelines.preparation import pack_checkpoint
 
 CARD = "README.md"
 INT8 = "int8"
@@ -141,7 +142,14 @@ def describe_checkpoint(folder: Path, *, with_digests: bool = True) -> Checkpoin
 
 
 def convert(
-    source: CheckpointSource, output: Path, *, dtype: str, with_prior: bool = True, max_shard_size: str = "10GB"
+    source: CheckpointSource,
+    output: Path,
+    *,
+    dtype: str,
+    with_prior: bool = True,
+    max_shard_size: str = "10GB",
+    prior: str | None = None,
+    prepare: bool = False,
 ) -> None:
     """Write a checkpoint in another floating-point type, or with 8-bit weights, as safetensors.
 
@@ -155,9 +163,12 @@ def convert(
             which needs torchao.
         with_prior: Whether the prior is written too.
         max_shard_size: Largest weight file.
+        prior: Prior to write, a folder or Hub id; None for the one that belongs to the decoder.
+        prepare: Whether packed weights for this machine are written too, see `runtime.prepared`.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be loaded, or the folder cannot be written.
+        CheckpointError: If the checkpoint cannot be loaded, if the folder cannot be written, or if it cannot be
+            prepared on this machine.
         InputError: If an argument is invalid.
         MissingDependencyError: If the type is "int8" and torchao is not installed.
     """
@@ -169,7 +180,7 @@ def convert(
     pipeline_class = _pipeline_class(source)
     sources = {"": source}
     if with_prior and _needs_prior(pipeline_class):
-        sources["prior"] = source.matching_prior()
+        sources["prior"] = source.matching_prior(prior)
     licence = licence_in_card(source.fetch(lambda names: {CARD} & set(names)) / CARD)
     staging = output.parent / f".{output.name}.converting-{secrets.token_hex(8)}"
     try:
@@ -179,6 +190,8 @@ def convert(
                 pipe.quantize(INT8)
             pipe.save_pretrained(staging / subfolder, max_shard_size=max_shard_size)
             del pipe
+            if prepare:
+                pack_checkpoint(staging / subfolder)
         (staging / CARD).write_text(_card(source, dtype, licence, has_prior="prior" in sources), encoding="utf-8")
         if output.exists():
             output.rmdir()

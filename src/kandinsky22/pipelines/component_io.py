@@ -7,8 +7,10 @@ transformers.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from torch import nn
 
 from kandinsky22 import models, schedulers
 from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.fingerprint import TensorSample, weight_samples
 from kandinsky22.checkpoints.folder_save import FolderSave
 from kandinsky22.checkpoints.hub import embedded_fallback_folder
 from kandinsky22.checkpoints.load_arguments import check_use_safetensors, check_variant_name
 from kandinsky22.checkpoints.pinned_files import PinnedFiles
-from kandinsky22.checkpoints.weights import STEM, replaced_weight_files, select_weight_files
+from kandinsky22.checkpoints.weights import STEM, TRANSFORMERS_STEM, replaced_weight_files, select_weight_files
 from kandinsky22.errors import (
     CheckpointError,
     ConfigError,
@@ -35,21 +38,40 @@ from kandinsky22.errors import (
 )
 from kandinsky22.kernels import settings
 from kandinsky22.models.base import checked_dtype, stage_network
+from kandinsky22.models.clip import CLIPTower, stage_tower
 from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.embedding_cache import encoder_files_digest
 from kandinsky22.runtime.lazy_component import LazyComponent, loaded
-from kandinsky22.runtime.network_state import record_source, unwrapped
+from kandinsky22.runtime.network_state import record_source, state_of, unwrapped
+from kandinsky22.runtime.prepared import PACKED_FILE
 from kandinsky22.sampling.presets import PRIOR_PREFIX
 from kandinsky22.schedulers import substitutes
 
 OWN_CLASSES = {"prior": "PriorTransformer", "unet": "UNet2DConditionModel", "movq": "VQModel"}
 TRANSFORMERS_CLASSES = {role: names[0] for role, names in clip_files.CLIP_CLASSES.items()}
+DEFERRED_BYTES = 2**28  # networks with smaller files are read at once
 SCHEDULER_PROTOCOL = ("config", "set_timesteps", "step", "timesteps")
-STEMS = (STEM, "model", "pytorch_model")  # names of weight files: ours, then those of transformers
+STEMS = (STEM, *TRANSFORMERS_STEM.values())  # names of weight files: ours, then those of transformers
 TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
 }
+
+
+_defers: ContextVar[bool] = ContextVar("kandinsky22_deferred_weights", default=False)
+
+
+@contextlib.contextmanager
+def deferred_weights() -> Iterator[None]:
+    """Return a context manager in which pipelines are loaded without the weights of large networks.
+
+    `OffloadMixin.load_on_first_use` has to be called before such a pipeline is used.
+    """
+    token = _defers.set(True)
+    try:
+        yield
+    finally:
+        _defers.reset(token)
 
 
 @dataclass(frozen=True)
@@ -160,7 +182,9 @@ def check_component(owner: str, name: str, component: Any) -> None:
         fits = expected in lineage
     elif role in TRANSFORMERS_CLASSES:
         expected = f"transformers.{TRANSFORMERS_CLASSES[role]}"
-        fits = any(base.startswith(expected) for base in lineage)  # ...Fast and ...Pil are implementations of the same
+        own = expected.replace("transformers", "kandinsky22", 1)
+        # ...Fast and ...Pil are implementations of the same
+        fits = any(base.startswith((expected, own)) for base in lineage)
     elif role == "scheduler":
         expected = f"a scheduler (an object with {', '.join(SCHEDULER_PROTOCOL)})"
         fits = all(hasattr(component, part) for part in SCHEDULER_PROTOCOL) and not isinstance(component, type)
@@ -184,7 +208,9 @@ def index_entry(name: str, component: Any) -> list[str | None]:
     library = component_class.__module__.split(".")[0]
     declared = TRANSFORMERS_CLASSES.get(component_role(name), component_class.__name__)
     class_name = declared if component_class.__name__.startswith(declared) else component_class.__name__
-    return ["diffusers" if library == "kandinsky22" else library, class_name]
+    if library == "kandinsky22":
+        library = "transformers" if component_class in clip_files.OWN_CLIP_CLASSES.values() else "diffusers"
+    return [library, class_name]
 
 
 def _component_class(component: Any) -> type:
@@ -281,10 +307,12 @@ def load_component(name: str, entry: Any, folder: Path, options: LoadOptions) ->
         if role == "tokenizer":
             return clip_files.load_tokenizer(component_class, component_folder)
         if role == "image_processor":
-            return clip_files.load_image_processor(component_class, component_folder)
+            return clip_files.load_image_processor(component_folder)
         if role == "scheduler":
             return _load_scheduler(component_class, component_folder)
         reader = NetworkReader(component_class, component_folder, options.for_component(name))
+        if _defers.get() and role != "image_encoder" and (network := reader.deferred()) is not None:
+            return network
         if role == "image_encoder" and settings.current().lazy_loading:
             lazy = reader.lazy()
             if lazy is not None:
@@ -355,6 +383,8 @@ class NetworkReader:
         self._files = PinnedFiles(folder, paths) if paths else None
         self._folder = folder
         self._digest: str | None = None
+        self._keeps_samples = _defers.get()
+        self._samples: list[TensorSample] | None = None
 
     def lazy(self) -> LazyComponent | None:
         """Return the network as a component that is loaded on first use.
@@ -385,22 +415,57 @@ class NetworkReader:
             files_digest=self.digest,
         )
 
+    def deferred(self) -> nn.Module | None:
+        """Return the network with its weights on the meta device; they are read when it is onloaded.
+
+        The files' headers are read and checked. The result is None for a network that is small, quantized or has no
+        weights.
+        """
+        if self._files is None or sum(os.path.getsize(path) for path in self._files.paths) < DEFERRED_BYTES:
+            return None
+        network = self.load(replace(self._options, torch_dtype="auto"))  # which maps the weights, without reading them
+        if state_of(network).quantization is not None:
+            return None
+        dtype = checked_dtype(self._options.torch_dtype)
+        for module in network.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, dtype=dtype or parameter.dtype, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        is_own = isinstance(network, models.Model)
+        dtype = next(network.parameters()).dtype
+        if not is_own:
+            network.config.dtype = dtype
+        digest = None if is_own else self.digest()
+        record_source(network, self._load_sampled, files_digest=digest, dtype=dtype, samples=lambda: self._samples)
+        return network
+
+    def _load_sampled(self) -> nn.Module:
+        network = self.load()
+        if self._samples is None and self._keeps_samples:
+            self._samples = weight_samples(network)
+        return network
+
     def load_and_record(self) -> nn.Module:
         """Load the network, and record how it is read again.
 
         Returns:
             The network.
         """
-        network = self.load()
+        network = self._load_sampled()
         if issubclass(self._class, models.Model):
-            record_source(network, self.load)
+            record_source(network, self.load, samples=lambda: self._samples)
         else:
             dtype = next(network.parameters()).dtype
-            record_source(network, self.load, files_digest=self.digest(), dtype=dtype)
+            digest = self.digest()
+            record_source(network, self.load, files_digest=digest, dtype=dtype, samples=lambda: self._samples)
         return network
 
-    def load(self) -> nn.Module:
+    def load(self, options: LoadOptions | None = None) -> nn.Module:
         """Load the network.
+
+        Args:
+            options: How weights are loaded; None for the reader's own options.
 
         Returns:
             The network.
@@ -408,19 +473,20 @@ class NetworkReader:
         Raises:
             CheckpointError: If the files do not fit the class.
         """
+        options = options or self._options
         if self._files is None:
-            return self._load_from(self._folder)
+            return self._load_from(self._folder, options)
         with self._files.folder() as folder, clip_files.reading(self._class.__name__, folder):
-            network = self._load_from(folder)
+            network = self._load_from(folder, options)
         self._name_origin(network)
         self._name_origin(getattr(network, "config", None))
         return network
 
-    def _load_from(self, folder: Path) -> nn.Module:
-        options = vars(self._options)
+    def _load_from(self, folder: Path, options: LoadOptions) -> nn.Module:
         if issubclass(self._class, models.Model):
-            return self._class.from_pretrained(folder, **options)
-        return clip_files.load_tower(self._class, folder, _weight_paths(folder, self._options), **options)
+            return self._class.from_pretrained(folder, **vars(options))
+        tower_class: Any = self._class
+        return clip_files.load_tower(tower_class, folder, _weight_paths(folder, options), options.torch_dtype)
 
     def digest(self) -> str | None:
         """Return the digest of the weight files (`embedding_cache.encoder_files_digest`); None if they are small."""
@@ -447,7 +513,7 @@ def _network_files(folder: Path, options: LoadOptions) -> list[Path]:
     selected = options.weight_files(_file_names(folder))
     if not selected:
         return []
-    names = ["config.json", *selected]
+    names = ["config.json", PACKED_FILE, *selected]
     if selected[0].endswith(".json"):
         weight_map = read_json(folder / selected[0]).get("weight_map")
         listed = weight_map.values() if isinstance(weight_map, dict) else []
@@ -489,6 +555,10 @@ def save_component(
         if isinstance(component, models.Model):
             stage_network(component, save, name, variant=variant, max_shard_size=max_shard_size, safe=safe)
             save.replace(name, replaced_weight_files(variant, True))
+            return
+        if isinstance(component, CLIPTower):
+            save.replace(name, replaced_weight_files(variant, True, STEMS))
+            stage_tower(component, save, name, variant=variant, max_shard_size=max_shard_size)
             return
         options = {"variant": variant, "max_shard_size": max_shard_size}
         save.replace(name, replaced_weight_files(variant, True, STEMS))

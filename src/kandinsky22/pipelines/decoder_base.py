@@ -21,7 +21,7 @@ from kandinsky22.pipelines.denoising import (
     SamplingOptions,
     SamplingPlan,
 )
-from kandinsky22.pipelines.network_calls import bind_unet
+from kandinsky22.pipelines.network_calls import bind_unet, encode_images
 from kandinsky22.pipelines.outputs import ImagePipelineOutput, finite_result
 from kandinsky22.runtime.calls import others_use
 from kandinsky22.runtime.network_state import unwrapped
@@ -199,6 +199,7 @@ class DecoderPipeline(DenoisingPipeline):
         self._require("unet", "scheduler", "movq")
         self._check_unet()
         self._check_tiny_decoder()
+        self._check_engines()
         if "image" in self._image_inputs:
             self._require_add_noise()
         batch = embedding_count * validation.copy_count(output.num_images_per_prompt)
@@ -331,9 +332,8 @@ class DecoderPipeline(DenoisingPipeline):
         image = plan.images["image"]
         if image.shape[1] == 3:
             with self._movq_after_unet():
-                image = unwrapped(self.movq).encode(
-                    image.to(device=self._execution_device, dtype=unwrapped(self.movq).dtype)
-                )[0]
+                pixels = image.to(device=self._execution_device, dtype=unwrapped(self.movq).dtype)
+                image = encode_images(self.movq, pixels)
         return self._expand_to_batch(plan, image)
 
     def _bind_condition(self, tensors: Mapping[str, Tensor], schedule: TimestepSchedule) -> Denoise:

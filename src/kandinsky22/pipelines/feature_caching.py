@@ -9,7 +9,7 @@ from kandinsky22.errors import InputError
 from kandinsky22.inputs.validation import positive_int
 from kandinsky22.models.feature_cache import FeatureCache, check_levels
 from kandinsky22.runtime.calls import check_idle
-from kandinsky22.runtime.network_state import unwrapped
+from kandinsky22.runtime.network_state import check_run_by_torch, unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,13 @@ class FeatureCachingMixin:
             levels: Outer resolution levels that run on every step, from 1 to one less than the UNet has.
 
         Raises:
-            InputError: If a number is out of range, or the pipeline has no UNet.
+            InputError: If a number is out of range, the pipeline has no UNet, or OpenVINO runs it.
         """
         settings = FeatureCaching(positive_int("every", every), positive_int("levels", levels))
         unet: Any = getattr(self, "unet", None)
         if unet is None:
             raise InputError(f"{type(self).__name__} has no unet, the network whose features can be cached")
+        check_run_by_torch({"unet": unet}, "enable_feature_caching()")
         check_levels(levels, len(unwrapped(unet).config.block_out_channels))
         check_idle(self, "feature caching")
         self._feature_caching = settings

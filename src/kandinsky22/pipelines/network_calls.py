@@ -2,7 +2,8 @@
 
 Both compute the same. `encode_condition` and `denoise` are `forward` with everything that depends on neither the sample
 nor the timestep moved out of the steps; the UNet's operations are the very same, the prior's differ by rounding. But
-only a call runs hooks, compiled forms, wrappers such as `nn.DataParallel` and whatever replaced `forward`.
+only a call runs hooks, compiled forms, wrappers such as `nn.DataParallel` and whatever replaced `forward`. Networks
+that were exported run by their engine, until something is attached to them during a call.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from kandinsky22.adapters.merging import adapters_version
+from kandinsky22.engines.networks import MoVQEngine, PriorEngine, UNetEngine
 from kandinsky22.kernels.modules import has_foreign_hooks
 from kandinsky22.models.feature_cache import FeatureCache
 from kandinsky22.models.modifications import find_modification
 from kandinsky22.runtime.cuda_graphs import DenoisingGraphs
 from kandinsky22.runtime.device_offload import has_offload_forward
+from kandinsky22.runtime.network_state import state_of, unwrapped
 from kandinsky22.sampling.loop import Denoise
 
 logger = logging.getLogger(__name__)
@@ -57,9 +60,15 @@ def bind_unet(
             if enabled is not None:
                 logger.warning("unet: %s has no effect, because %s", feature, modification)
         return call
-    condition = unet.encode_condition(
-        image_embeds=embeds, hint=hint, channels=torch.cat(channels, dim=1) if channels else None
-    )
+    inputs: dict[str, Any] = {
+        "image_embeds": embeds,
+        "hint": hint,
+        "channels": torch.cat(channels, dim=1) if channels else None,
+    }
+    engine = state_of(unet).engine
+    if isinstance(engine, UNetEngine):
+        return _unless_modified(unet, current, engine.bind(unet, **inputs), call)
+    condition = unet.encode_condition(**inputs)
     if graphs is not None and cache is None:
         step = graphs.bind(unet, condition)
     else:
@@ -88,8 +97,39 @@ def bind_prior(current: Callable[[], Any], tensors: Mapping[str, Tensor], timest
 
     if find_modification(prior) is not None:
         return call
+    engine = state_of(prior).engine
+    if isinstance(engine, PriorEngine):
+        return _unless_modified(prior, current, engine.bind(prior, **inputs), call)
     condition = prior.encode_condition(**inputs, schedule=timesteps)
     return _unless_modified(prior, current, lambda sample, timestep: prior.denoise(sample, timestep, condition), call)
+
+
+def encode_images(movq: Any, images: Tensor) -> Tensor:
+    """Return latents (batch, vq_embed_dim, H / f, W / f), not quantized.
+
+    Args:
+        movq: MoVQ, or a wrapper of it.
+        images: Images (batch, 3, H, W) in [-1, 1].
+    """
+    network = unwrapped(movq)
+    engine = state_of(network).engine
+    latents: Tensor = engine.encode(network, images) if isinstance(engine, MoVQEngine) else network.encode(images)[0]
+    return latents
+
+
+def decode_latents(movq: Any, latents: Tensor) -> Tensor:
+    """Return images (batch, 3, H, W), about in [-1, 1].
+
+    Args:
+        movq: MoVQ, or a wrapper of it.
+        latents: Latents (batch, vq_embed_dim, h, w), which are decoded as they are.
+    """
+    network = unwrapped(movq)
+    engine = state_of(network).engine
+    if isinstance(engine, MoVQEngine):
+        return engine.decode(network, latents)
+    images: Tensor = network.decode(latents, force_not_quantize=True)[0]
+    return images
 
 
 def _unless_modified(network: Any, current: Callable[[], Any], step: Denoise, call: Denoise) -> Denoise:

@@ -296,6 +296,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
                     weighted_prompts.parse(name, text)
         images = [] if image is None else interpolation.image_items("image", image, **self._image_options())
         self._require("prior", "text_encoder", "tokenizer", "scheduler", *(() if negative else ("image_encoder",)))
+        self._check_engines()
         if images:
             self._require_add_noise()
         count = sum(len(part) for part in images) or 1

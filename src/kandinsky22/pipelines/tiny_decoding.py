@@ -13,6 +13,7 @@ from kandinsky22.checkpoints.hub import HUB_ID, CheckpointSource
 from kandinsky22.checkpoints.weights import select_weight_files
 from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.models.tiny_decoder import SUBFOLDER, TinyDecoder
+from kandinsky22.pipelines.network_calls import decode_latents
 from kandinsky22.runtime.calls import changing, check_idle
 from kandinsky22.runtime.device_offload import remove_offload
 from kandinsky22.runtime.network_state import unwrapped
@@ -99,7 +100,7 @@ class TinyDecoderMixin:
             pixels: Tensor = self._tiny_decoder(latents.to(unwrapped(self._tiny_decoder).dtype))
             return pixels
         movq = self._movq_to_replace()
-        return movq.decode(latents.to(movq.dtype), force_not_quantize=True)[0]
+        return decode_latents(movq, latents.to(movq.dtype))
 
     def _check_tiny_decoder(self) -> None:
         """Raise InputError if MoVQ was replaced by one that the tiny decoder does not fit."""

@@ -29,7 +29,7 @@ from kandinsky22.kernels.modules import internal_hook
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import networks_in_memory
-from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
+from kandinsky22.runtime.network_state import attached_state, check_run_by_torch, state_of, unwrapped
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # modes that record CUDA graphs
 MODES = ("default", *CUDA_GRAPH_MODES, "max-autotune-no-cudagraphs")
@@ -68,10 +68,12 @@ class CompileMixin:
                 torch's setting.
 
         Raises:
-            InputError: If an argument is invalid, or a network is offloaded layer by layer. Nothing has changed then.
+            InputError: If an argument is invalid, a network is offloaded layer by layer, or OpenVINO runs one. Nothing
+                has changed then.
             MissingDependencyError: If the backend needs something that is not installed: a C++ compiler on CPUs, triton
                 on CUDA.
         """
+        check_run_by_torch(self.components, "compile()")
         given: Any = mode
         if not isinstance(given, str) or given not in MODES:
             raise invalid("mode", mode, f"one of {', '.join(MODES)}")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from kandinsky22.checkpoints.fingerprint import WeightFingerprint
 from kandinsky22.checkpoints.weights import find_weight_files, read_tensors, write_weight_files
 from kandinsky22.kernels import host_memory
-from kandinsky22.kernels.linear import drop_packed, packing_layers
+from kandinsky22.kernels.linear import drop_packed, move_packed, packing_layers
 from kandinsky22.kernels.locks import global_rng_restored
 from kandinsky22.kernels.modules import internal_hook
-from kandinsky22.runtime.network_state import NetworkSource, attached_state, state_of, unwrapped
+from kandinsky22.runtime.network_state import NetworkSource, attached_state, is_unread, state_of, unwrapped
 
 LARGE = 2**22  # smallest weight, in bytes, that is in memory only while its layer runs
 
@@ -97,14 +97,21 @@ class DiskStorage:
         """
         if self._source is not None:
             with global_rng_restored():  # the user's random numbers must not depend on when this runs
-                weights = {path: p.detach() for _, _, path, p in _named_parameters(self._source.load())}
+                read = self._source.load()
+            weights: dict[str, Tensor] = {path: parameter for _, _, path, parameter in _named_parameters(read)}
         else:
             assert self._temporary is not None
-            files = find_weight_files(Path(self._temporary.name))
+            read, files = None, find_weight_files(Path(self._temporary.name))
             weights = {path: self._in_memory(tensor) for file in files for path, tensor in read_tensors(file)}
         for module, name, path, parameter in _named_parameters(network):
             weight = _with_layout_of(parameter, weights[path])
-            module._parameters[name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+            if isinstance(weight, nn.Parameter):
+                weight.requires_grad_(parameter.requires_grad)
+                module._parameters[name] = weight
+            else:
+                module._parameters[name] = nn.Parameter(weight.detach(), requires_grad=parameter.requires_grad)
+        if read is not None and not self._by_layer:
+            move_packed(unwrapped(read), unwrapped(network))
 
     def close(self, network: nn.Module) -> None:
         """Leave the weights in memory and delete the temporary file; the storage is not used afterwards.
@@ -132,7 +139,7 @@ class DiskStorage:
 
     def _find_or_write_files(self, network: nn.Module) -> None:
         source = state_of(network).source
-        if source is not None and source.is_current(network):
+        if source is not None and (is_unread(network) or source.is_current(network)):
             self._source = source
             return
         prefix = "kandinsky22-"
@@ -153,7 +160,7 @@ def _with_layout_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     """Return a tensor with the dtype and strides (channels last, for example) of a parameter."""
     if tensor.dtype == parameter.dtype and tensor.stride() == parameter.stride():
         return tensor
-    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype).copy_(tensor)
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype).copy_(tensor.detach())
 
 
 @internal_hook

@@ -6,13 +6,14 @@ The record is an attribute of the network that no state dict contains: `state_of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
-from kandinsky22.checkpoints.fingerprint import WeightFingerprint
+from kandinsky22.checkpoints.fingerprint import TensorSample, WeightFingerprint
+from kandinsky22.errors import InputError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -35,12 +36,15 @@ class NetworkSource:
         files_digest: Digest of its weight files when they were read (`checkpoints.fingerprint.files_digest`); None if
             they have none.
         dtype: Type of the weights after loading; None if unknown.
+        samples: Returns the samples of the weights (`checkpoints.fingerprint.weight_samples`) once they were read;
+            before that, None.
     """
 
     load: Callable[[], nn.Module]
     fingerprint: WeightFingerprint
     files_digest: str | None = None
     dtype: torch.dtype | None = None
+    samples: Callable[[], list[TensorSample] | None] = lambda: None
 
     def is_current(self, network: nn.Module) -> bool:
         """Return whether the network still has the weights that were read, as far as its fingerprint shows.
@@ -59,6 +63,22 @@ class LoadedAdapters(Protocol):
         """Names of the loaded adapters, applied or not."""
 
 
+class Engine(Protocol):
+    """What runs a network instead of PyTorch, as far as the runtime has to know of it."""
+
+    def check(self, name: str, component: Any, network: nn.Module) -> None:
+        """Check that the network is still the one that was exported.
+
+        Args:
+            name: Name of the component.
+            component: The component as a pipeline has it.
+            network: The network inside of wrappers.
+
+        Raises:
+            InputError: If it is not.
+        """
+
+
 @dataclasses.dataclass
 class NetworkState:
     """Everything that the runtime knows about one network besides its weights.
@@ -68,6 +88,7 @@ class NetworkState:
         adapters: Its adapters; None for a network that never had one.
         offload: How it is offloaded; None for a network that is not.
         quantization: One of `runtime.quantize.KINDS`; None for a network with its original weights.
+        engine: What runs it in pipelines instead of PyTorch; None for PyTorch.
         compile_hooks: Hooks that mark the beginning of a step for CUDA graphs.
     """
 
@@ -75,11 +96,13 @@ class NetworkState:
     adapters: LoadedAdapters | None = None
     offload: Offloaded | None = None
     quantization: str | None = None
+    engine: Engine | None = None
     compile_hooks: list[RemovableHandle] = dataclasses.field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The weights of a copy or a pickle were not read from a file. Its hooks are copied with it and stay described.
-        return {**vars(self), "source": None}
+        # The weights of a copy or a pickle were not read from a file, and were not exported. Its hooks are copied with
+        # it and stay described.
+        return {**vars(self), "source": None, "engine": None}
 
 
 def unwrapped(network: N) -> N:
@@ -122,12 +145,28 @@ def attached_state(network: nn.Module) -> NetworkState:
     return state
 
 
+def check_run_by_torch(components: Mapping[str, Any], method: str) -> None:
+    """Check that PyTorch runs all networks, before a method that changes how it does.
+
+    Args:
+        components: Components of a pipeline by name; those that are not networks, or not loaded yet, do not count.
+        method: The method, for the message.
+
+    Raises:
+        InputError: If OpenVINO runs one of them.
+    """
+    for name, component in components.items():
+        if isinstance(component, nn.Module) and state_of(component).engine is not None:
+            raise InputError(f"{method} has no effect on {name}, which runs by OpenVINO: call to_torch() first")
+
+
 def record_source(
     network: nn.Module,
     load: Callable[[], nn.Module],
     *,
     files_digest: str | None = None,
     dtype: torch.dtype | None = None,
+    samples: Callable[[], list[TensorSample] | None] = lambda: None,
 ) -> None:
     """Record the checkpoint that the current weights of a network were read from.
 
@@ -137,6 +176,17 @@ def record_source(
         files_digest: Digest of its weight files when they were read (`checkpoints.fingerprint.files_digest`); None if
             they have none.
         dtype: Type of the weights after loading; None if unknown.
+        samples: Returns the samples of the weights once they were read, before that None.
     """
     network = unwrapped(network)
-    attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype)
+    attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype, samples)
+
+
+def is_unread(network: nn.Module) -> bool:
+    """Return whether the weights of a network were left in their files, to be read when it first runs.
+
+    Args:
+        network: Any module.
+    """
+    source = state_of(network).source
+    return source is not None and all(parameter.is_meta for parameter in network.parameters())

@@ -17,6 +17,7 @@ from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device import floating_dtype, select_accelerator
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
+from kandinsky22.runtime.network_state import check_run_by_torch, is_unread
 
 P = TypeVar("P", bound="OffloadMixin")
 
@@ -95,8 +96,8 @@ class OffloadMixin:
             The pipeline itself.
 
         Raises:
-            InputError: If the device cannot be used here, the dtype is not a floating-point type, or the networks are
-                offloaded. Nothing has moved then.
+            InputError: If the device cannot be used here, the dtype is not a floating-point type, the networks are
+                offloaded, or OpenVINO runs some of them. Nothing has moved then.
         """
         for target in targets:
             is_dtype = isinstance(target, torch.dtype)
@@ -110,6 +111,8 @@ class OffloadMixin:
             floating_dtype(dtype)
         target_device = None if device is None else usable_device(device)
         moves_off_cpu = target_device is not None and target_device.type != "cpu"
+        if moves_off_cpu or dtype not in (None, self.dtype):
+            check_run_by_torch(self._networks(), "to()")
         for offload in self._offloads():
             if offload.method != "enable_model_cpu_offload" or moves_off_cpu:
                 raise InputError(
@@ -177,10 +180,11 @@ class OffloadMixin:
             device: Any device of torch; None for CUDA or MPS, whichever is available.
 
         Raises:
-            InputError: If there is no accelerator, or `gpu_id` or `device` is invalid.
+            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or OpenVINO runs a network.
             MissingDependencyError: If accelerate is not installed.
         """
         method = "enable_model_cpu_offload"
+        check_run_by_torch(self._networks(), f"{method}()")
         accelerator = select_accelerator(method, gpu_id, device)
         device_offload.accelerate_hooks()
         self.remove_all_hooks()
@@ -208,9 +212,10 @@ class OffloadMixin:
             device: Any device of torch; None for CUDA or MPS, whichever is available.
 
         Raises:
-            InputError: If there is no accelerator, or `gpu_id` or `device` is invalid.
+            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or OpenVINO runs a network.
             MissingDependencyError: If accelerate is not installed.
         """
+        check_run_by_torch(self._networks(), "enable_sequential_cpu_offload()")
         accelerator = select_accelerator("enable_sequential_cpu_offload", gpu_id, device)
         device_offload.accelerate_hooks()
         self.remove_all_hooks()
@@ -238,10 +243,12 @@ class OffloadMixin:
                 bit for bit.
 
         Raises:
-            InputError: If the networks are on an accelerator, `folder` does not exist, or `by_layer` is not a bool.
+            InputError: If the networks are on an accelerator or run by OpenVINO, `folder` does not exist, or `by_layer`
+                is not a bool.
             CheckpointError: If the temporary file cannot be written.
         """
         strict_bool("by_layer", by_layer)
+        check_run_by_torch(self._networks(), "enable_low_memory()")
         folder = None if folder is None else existing_folder("folder", folder)
         self.remove_all_hooks()
         if self.device.type != "cpu":
@@ -254,6 +261,22 @@ class OffloadMixin:
         group = device_offload.ModelOffload("enable_low_memory", cpu, make_storage, use_accelerate=False)
         for network in self._all_networks().values():
             _offload(network, group.add)
+
+    @changes_networks
+    def load_on_first_use(self, *, used_once: bool) -> None:
+        """Read the weights of networks that were loaded inside `component_io.deferred_weights` when they first run.
+
+        Args:
+            used_once: Whether each network leaves memory when the next one runs, and at the end of each call. If False,
+                networks leave only when the memory does not suffice.
+        """
+        if not any(map(is_unread, self._networks().values())):
+            return
+        make_storage = functools.partial(DiskStorage, None, by_layer=False)
+        group = device_offload.LoadingOnFirstUse(make_storage, used_once=used_once)
+        for network in self._all_networks().values():
+            if isinstance(network, LazyComponent) or is_unread(network):
+                _offload(network, group.add)
 
     def maybe_free_model_hooks(self) -> None:
         """Move offloaded networks that are still on the device back to their storage; every call ends with this."""

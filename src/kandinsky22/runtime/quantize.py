@@ -20,7 +20,7 @@ from kandinsky22.runtime.calibration import CALIBRATION_STEPS, Range, observed_r
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device_offload import offload_of, reads_child_weights
 from kandinsky22.runtime.lazy_component import loaded
-from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
+from kandinsky22.runtime.network_state import attached_state, check_run_by_torch, state_of, unwrapped
 
 KINDS: Mapping[str, str] = {
     "int8": "weights of 8 bits, activations and products in the network's dtype",
@@ -285,11 +285,13 @@ class QuantizeMixin:
 
         Raises:
             InputError: If the kind is unknown or unsupported here, a component cannot be quantized, is quantized
-                already or is offloaded, or the calibration does not run the UNet. Nothing has changed then.
+                already, is offloaded or runs by OpenVINO, or the calibration does not run the UNet. Nothing has changed
+                then.
             MissingDependencyError: If torchao is not installed, which "int8-static" does not need.
         """
         _check_kind(kind)
         _check_calibration(calibration, kind)
+        check_run_by_torch(self.components, "quantize()")
         networks: dict[str, Any] = {name: loaded(self.components.get(name)) for name in NETWORKS}
         networks = {name: network for name, network in networks.items() if network is not None}
         names = list(networks)

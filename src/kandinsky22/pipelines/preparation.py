@@ -1,0 +1,70 @@
+"""Prepared checkpoints: packed weights of prior, UNet and MoVQ next to the weights themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kandinsky22 import models
+from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.weights import find_weight_files
+from kandinsky22.errors import CheckpointError
+from kandinsky22.kernels import packed_memory
+from kandinsky22.runtime.prepared import PACKED_FILE, write_packed
+
+NETWORKS = {"prior": models.PriorTransformer, "unet": models.UNet2DConditionModel, "movq": models.VQModel}
+LATENT_SIDE = 64  # of pictures with 512 x 512 pixels
+
+
+def pack_checkpoint(folder: Path) -> list[str]:
+    """Write the packed weights of the networks of a checkpoint, in the type in which the weights are stored.
+
+    Each network runs once. Quantized networks, and those of a type that oneDNN does not multiply here, are left out.
+
+    Args:
+        folder: Folder of a pipeline.
+
+    Returns:
+        Names of the components that were prepared.
+
+    Raises:
+        CheckpointError: This machine cannot map packed weights from files, or a file cannot be written.
+    """
+    if packed_memory.fingerprint() is None:
+        raise CheckpointError("prepared checkpoints need Linux, an x86 CPU, and a release of torch that can map them")
+    prepared = []
+    for name in read_json(folder / "model_index.json"):
+        network_class: Any = NETWORKS.get(name.removeprefix("prior_"))
+        component = folder / name
+        if network_class is None or not component.is_dir():
+            continue
+        (component / PACKED_FILE).unlink(missing_ok=True)
+        network = network_class.from_pretrained(component, torch_dtype="auto")
+        with torch.no_grad():
+            _run_once(network)
+        if write_packed(network, component, find_weight_files(component)):
+            prepared.append(name)
+    return prepared
+
+
+def _run_once(network: nn.Module) -> None:
+    """Run a network as pipelines do for a picture of 512 x 512 pixels, so that its layers pack their weights."""
+    config: Any = network.config
+    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    if isinstance(network, models.PriorTransformer):
+        rows = torch.zeros(2, config.embedding_dim, dtype=dtype)
+        states = torch.zeros(2, config.num_embeddings, config.embedding_dim, dtype=dtype)
+        network(rows, 0, proj_embedding=rows, encoder_hidden_states=states)
+    elif isinstance(network, models.VQModel):
+        network.decode(torch.zeros(1, config.latent_channels, LATENT_SIDE, LATENT_SIDE, dtype=dtype))
+    else:
+        condition = {"image_embeds": torch.zeros(2, config.encoder_hid_dim, dtype=dtype)}
+        channels = config.in_channels
+        if config.addition_embed_type == "image_hint":
+            condition["hint"] = torch.zeros(2, 3, 8 * LATENT_SIDE, 8 * LATENT_SIDE, dtype=dtype)
+            channels = 4
+        latents = torch.zeros(2, channels, LATENT_SIDE, LATENT_SIDE, dtype=dtype)
+        network(latents, 0, encoder_hidden_states=None, added_cond_kwargs=condition)

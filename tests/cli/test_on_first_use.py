@@ -1,0 +1,103 @@
+"""Weights that are read when their network first runs: the same picture and recipe, with less in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.helpers import Command
+from tests.cli.test_low_memory import EVERY, pictures  # noqa: F401 - a fixture
+
+from kandinsky22.kernels import host_memory
+from kandinsky22.pipelines import component_io
+from kandinsky22.runtime import device_offload
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Class names of the networks in memory, each time that one is read on first use."""
+    names: list[list[str]] = []
+    original = device_offload.LoadingOnFirstUse.onload
+
+    def onload(self: device_offload.LoadingOnFirstUse, *args: Any) -> None:
+        before = len(self.onloaded)
+        original(self, *args)
+        now = [type(network).__name__ for network in self.onloaded]
+        if len(now) != before or before == 1:
+            names.append(now)
+
+    monkeypatch.setattr(device_offload.LoadingOnFirstUse, "onload", onload)
+    return names
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_picture_and_recipe(
+    name: str, command: Command, models: Path, in_memory: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, needed = EVERY[name]
+    call = (name, *needed, "--model", models / folder, "--seed", 5)
+    assert command(*call, "-o", "at-once.png").code == 0
+    assert not in_memory
+    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    assert command(*call, "-o", "deferred.png").code == 0
+    assert all(len(names) == 1 for names in in_memory)  # each leaves before the next one comes
+    used = {names[0] for names in in_memory}
+    assert {"UNet2DConditionModel", "VQModel"} < used
+    assert Path("deferred.png").read_bytes() == Path("at-once.png").read_bytes()  # the recipe is part of the file
+    repeated = command(name, "--from", "at-once.png", "-o", "repeated.png")
+    assert repeated.code == 0 and "bit-identical" not in repeated.err
+
+
+@pytest.mark.parametrize("available", [0, 10**12])
+def test_several_pictures(
+    available: int, command: Command, model: Path, in_memory: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ("generate", "a cat", "--model", model, "--seed", 5, 6)
+    assert command(*call, "-o", "plain.png").code == 0
+    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: available)
+    assert command(*call, "-o", "deferred.png").code == 0
+    assert max(map(len, in_memory)) == (1 if available == 0 else 5)
+    for seed in (5, 6):
+        assert Path(f"deferred-seed{seed}.png").read_bytes() == Path(f"plain-seed{seed}.png").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_dtypes_and_adapters(
+    dtype: str, command: Command, model: Path, in_memory: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ("generate", "a cat", "--model", model, "--seed", 5, "--dtype", dtype)
+    assert command(*call, "-o", "plain.png").code == 0
+    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    assert command(*call, "-o", "deferred.png").code == 0
+    assert Path("deferred.png").read_bytes() == Path("plain.png").read_bytes()
+    in_memory.clear()
+    for option in ("--low-memory", "--compile"):  # which read everything themselves
+        assert command(*call, option, "-o", "other.png").code == 0
+        assert not in_memory
+
+
+def test_a_file_that_changes_in_between_is_an_error(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    original = component_io.NetworkReader.deferred
+
+    def deferred(self: component_io.NetworkReader) -> Any:
+        network = original(self)
+        if type(network).__name__ == "UNet2DConditionModel":
+            weights.unlink()
+            weights.write_bytes(content[:1000])
+        return network
+
+    monkeypatch.setattr(component_io.NetworkReader, "deferred", deferred)
+    try:
+        result = command("generate", "a cat", "--model", model, "--seed", 5, "-o", "a.png")
+    finally:
+        weights.unlink()
+        weights.write_bytes(content)
+    assert result.code == 0  # the file that was opened is read, whatever happens to its name

@@ -1,0 +1,161 @@
+"""CLIP's towers and image processor against those of transformers: the same numbers from the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from kandinsky22 import InputError
+from kandinsky22.models import clip
+from kandinsky22.pipelines import clip_files
+from kandinsky22.pipelines.clip_image_processor import CLIPImageProcessor
+
+COMMON = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "projection_dim": 12}
+TEXT = {**COMMON, "num_hidden_layers": 3, "vocab_size": 30, "max_position_embeddings": 10, "eos_token_id": 29}
+VISION = {**COMMON, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+
+
+def towers(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, Any]:
+    """Save a tower of transformers; return ours of the same files, and theirs."""
+    torch.manual_seed(0)
+    if kind == "text":
+        config: Any = transformers.CLIPTextConfig(**{**TEXT, **settings})
+        theirs: Any = transformers.CLIPTextModelWithProjection(config)
+    else:
+        config = transformers.CLIPVisionConfig(**{**VISION, **settings})
+        theirs = transformers.CLIPVisionModelWithProjection(config)
+    for parameter in theirs.parameters():
+        parameter.data.normal_(std=0.3)
+    theirs = theirs.to(dtype).eval()
+    theirs.save_pretrained(folder)
+    own = clip.CLIPTextModelWithProjection if kind == "text" else clip.CLIPVisionModelWithProjection
+    return clip_files.load_tower(own, folder, [folder / "model.safetensors"], "auto"), theirs
+
+
+def ids(batch: int = 3, length: int = 10) -> torch.Tensor:
+    tokens = torch.randint(0, 29, (batch, length), generator=torch.Generator().manual_seed(1))
+    tokens[torch.arange(batch), torch.tensor([3, 9, 5])[:batch]] = 29
+    return tokens
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu", "gelu_new", "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_text_tower(activation: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path, "text", dtype, hidden_act=activation)
+    found, expected = ours(ids(), output_hidden_states=True), theirs(ids(), output_hidden_states=True)
+    assert ours.dtype == dtype
+    tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds, **tolerance)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **tolerance)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 4
+    for own, other in zip(found.hidden_states[:-1], expected.hidden_states[:-1], strict=True):
+        torch.testing.assert_close(own, other, **tolerance)
+
+
+@pytest.mark.parametrize("end", [2, 29])
+@torch.no_grad()
+def test_masks_positions_and_ends_of_texts(end: int, tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path, "text", eos_token_id=end)
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[0, 4:] = 0
+    positions = torch.arange(10).flip(0).expand(3, -1)
+    for options in ({}, {"attention_mask": mask}, {"position_ids": positions}):
+        found, expected = ours(ids(), **options), theirs(ids(), **options)
+        torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=0, atol=1e-5)
+    shorter = ids()[:, :4]
+    torch.testing.assert_close(ours(shorter)[1], theirs(shorter)[1], rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match=r"input_ids.shape\[-1\]=11 is invalid: expected at most 10 tokens"):
+        ours(torch.zeros(1, 11, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_vision_tower(dtype: torch.dtype, tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path, "vision", dtype)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, expected = ours(pixels, output_hidden_states=True), theirs(pixels, output_hidden_states=True)
+    tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found.image_embeds, expected.image_embeds, **tolerance)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **tolerance)
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    with pytest.raises(InputError, match="pixel_values"):
+        ours(pixels[..., :8])
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+@pytest.mark.parametrize("shard_size", ["10GB", "4KB"])
+def test_transformers_reads_what_a_tower_writes(kind: str, shard_size: str, tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path / "theirs", kind, torch.float16)
+    ours.save_pretrained(tmp_path / "ours", max_shard_size=shard_size)
+    assert (tmp_path / "ours" / "model.safetensors").exists() == (shard_size == "10GB")
+    again, report = type(theirs).from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
+    assert not any(report.values())
+    assert again.dtype == torch.float16 and again.config.hidden_act == theirs.config.hidden_act
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
+    stored = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert stored["architectures"] == [type(theirs).__name__] and stored["torch_dtype"] == "float16"
+
+
+def test_a_tower_of_a_whole_clip_model(tmp_path: Path) -> None:
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    own = clip_files.load_tower(clip.CLIPTextModelWithProjection, tmp_path, [tmp_path / "model.safetensors"], None)
+    assert own.config.vocab_size == 30
+    torch.testing.assert_close(own.state_dict()["text_projection.weight"], model.text_projection.weight.data)
+
+
+SIZES = [(40, 30), (30, 40), (16, 16), (7, 90), (5, 3), (201, 200)]
+SETTINGS: list[dict[str, Any]] = [
+    {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
+    {"size": {"height": 12, "width": 20}, "crop_size": 11},
+    {"do_resize": False, "crop_size": {"height": 17, "width": 40}},
+    {"size": 16, "do_center_crop": False, "do_normalize": False},
+    {"size": 16, "crop_size": 16, "resample": 2, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
+    {"size": 16, "crop_size": 16, "do_rescale": False},
+    {},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_image_processor(settings: dict[str, Any], tmp_path: Path) -> None:
+    theirs_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    theirs = theirs_class(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = clip_files.load_image_processor(tmp_path)
+    generator = np.random.default_rng(0)
+    for width, height in SIZES:
+        picture = PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for mode in ("RGB", "L"):
+            shown = picture.convert(mode)
+            expected = np.asarray(theirs([shown], return_tensors="np").pixel_values)
+            found = ours([shown], return_tensors="pt").pixel_values
+            assert found.dtype == torch.float32 or not settings.get("do_rescale", True)
+            np.testing.assert_array_equal(found.numpy(), expected.astype(np.float32))
+    np.testing.assert_array_equal(ours(np.asarray(picture))["pixel_values"][0], found_rgb(ours, picture))
+
+
+def found_rgb(processor: CLIPImageProcessor, picture: PIL.Image.Image) -> np.ndarray:
+    return processor([picture], return_tensors="np").pixel_values[0]
+
+
+def test_transformers_reads_what_the_image_processor_writes(tmp_path: Path) -> None:
+    ours = CLIPImageProcessor(size=20, crop_size={"height": 10, "width": 12}, image_mean=[0.1, 0.2, 0.3])
+    ours.save_pretrained(tmp_path)
+    theirs = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor).from_pretrained(tmp_path)
+    picture = PIL.Image.radial_gradient("L").convert("RGB")
+    expected = np.asarray(theirs([picture], return_tensors="np").pixel_values)
+    np.testing.assert_array_equal(ours([picture], return_tensors="np").pixel_values, expected)
+    for invalid in ("text", 3, torch.zeros(3, 4, 4)):
+        with pytest.raises(InputError, match="images="):
+            ours(invalid)

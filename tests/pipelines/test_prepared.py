@@ -1,0 +1,163 @@
+"""Prepared checkpoints: packed weights from a file give the same bits, and are ignored wherever they do not fit."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kandinsky22 import CheckpointError, InputError, UNet2DConditionModel
+from kandinsky22.checkpoints.hub import CheckpointSource
+from kandinsky22.kernels import packed_memory
+from kandinsky22.kernels.linear import packing_layers, stored_packed
+from kandinsky22.pipelines.checkpoint_tools import convert
+from kandinsky22.runtime import prepared
+from kandinsky22.runtime.prepared import PACKED_FILE
+
+pytestmark = pytest.mark.skipif(packed_memory.fingerprint() is None, reason="needs Linux and an x86 CPU")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, prepared in both types; its layers are just large enough for packing."""
+    folder = tmp_path_factory.mktemp("prepared") / request.param
+    source = CheckpointSource("embedded", embedded_subfolder="decoder")
+    convert(source, folder, dtype=request.param, prepare=True)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+
+
+def load(folder: Path) -> Any:
+    return UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype="auto")
+
+
+def packed_layers(network: torch.nn.Module) -> list[str]:
+    """Return the paths of layers that hold packed weights."""
+    layers = {id(layer) for layer in packing_layers(network)}
+    return [path for path, m in network.named_modules() if id(m) in layers and stored_packed(m) is not None]
+
+
+def result(network: Any) -> torch.Tensor:
+    config, dtype = network.config, network.dtype
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, config.in_channels, 64, 64, generator=generator).to(dtype)
+    embeds = torch.randn(2, config.encoder_hid_dim, generator=generator).to(dtype)
+    with torch.no_grad():
+        out: torch.Tensor = network(
+            latents, 3, encoder_hidden_states=None, added_cond_kwargs={"image_embeds": embeds}
+        ).sample
+    return out
+
+
+def test_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    network = load(checkpoint)
+    assert packed_layers(network)
+    plain = shutil.copytree(checkpoint / "unet", tmp_path / "unet", ignore=shutil.ignore_patterns(PACKED_FILE))
+    other = load(Path(plain).parent)
+    assert not packed_layers(other)
+    assert torch.equal(result(network), result(other))
+
+
+def test_changed_weights_are_packed_again(copy: Path) -> None:
+    network = load(copy)
+    before = result(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.01)
+    changed = result(network)
+    assert not torch.equal(before, changed)
+    (copy / "unet" / PACKED_FILE).unlink()
+    expected = load(copy)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(1.01)
+    assert torch.equal(changed, result(expected))
+
+
+def test_replaced_weight_files_are_noticed(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = load(copy)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(2)
+    network.save_pretrained(copy / "unet")
+    assert not packed_layers(load(copy))
+
+
+def test_another_machine_packs_itself(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_memory, "fingerprint", lambda: "that of another machine")
+    assert not packed_layers(load(copy))
+    other = torch.float32 if copy.name == "bfloat16" else torch.bfloat16
+    monkeypatch.undo()
+    assert not packed_layers(UNet2DConditionModel.from_pretrained(copy / "unet", torch_dtype=other))
+
+
+DAMAGE: dict[str, Any] = {
+    "truncated": lambda content: content[:-64],
+    "no header": lambda content: b"\xff" * 64,
+    "empty": lambda content: b"",
+    "layouts of another length": lambda content: content.replace(b'\\"layout\\": \\"', b'\\"layout\\": \\"0', 1)[:-1],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_an_error(kind: str, copy: Path) -> None:
+    path = copy / "unet" / PACKED_FILE
+    path.write_bytes(DAMAGE[kind](path.read_bytes()))
+    with pytest.raises(CheckpointError, match=PACKED_FILE):
+        load(copy)
+
+
+def test_layouts_are_checked() -> None:
+    about = packed_memory.to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 64), 64))
+    for layout, memory in ((about.layout[:-1], about.memory), (about.layout, about.memory[:-64])):
+        packed = packed_memory.PackedBytes(memory, layout, about.shape, about.dtype)
+        with pytest.raises(RuntimeError, match="packed weight"):
+            packed_memory.from_bytes(packed)
+
+
+def test_a_copy_of_the_network_and_an_offload_keep_the_result(checkpoint: Path) -> None:
+    import kandinsky22
+
+    embeds = torch.randn(1, 128, generator=torch.Generator().manual_seed(1))
+    call: dict[str, Any] = {"image_embeds": embeds, "negative_image_embeds": -embeds, "num_inference_steps": 2}
+    dtype = DTYPES[checkpoint.name]
+    images = []
+    for low_memory in (False, True):
+        pipe: Any = kandinsky22.KandinskyV22Pipeline.from_pretrained(checkpoint, torch_dtype=dtype)
+        assert packed_layers(pipe.unet)
+        if low_memory:
+            pipe.enable_low_memory(by_layer=False)
+            assert not packed_layers(pipe.unet)
+        generator = torch.Generator().manual_seed(2)
+        images.append(pipe(**call, generator=generator, height=64, width=64, output_type="pt").images)
+    assert torch.equal(*images)
+
+
+def test_networks_without_support_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(packed_memory, "fingerprint", lambda: None)
+    source = CheckpointSource("embedded", embedded_subfolder="decoder")
+    with pytest.raises(CheckpointError, match="prepared checkpoints need"):
+        convert(source, tmp_path / "new", dtype="bfloat16", prepare=True)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match="does not map"):
+        prepared.write_packed(torch.nn.Linear(1, 1), tmp_path, [])
+    with pytest.raises(InputError):
+        convert(source, tmp_path / "new", dtype="int9", prepare=True)
+
+
+def test_memory_is_given_back() -> None:
+    about = packed_memory.to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 64), 64))
+    memory, tensor = weakref.ref(about.memory), packed_memory.from_bytes(about)
+    del about
+    assert memory() is not None  # the tensor keeps it
+    del tensor
+    assert memory() is None
