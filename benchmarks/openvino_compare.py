@@ -5,7 +5,7 @@
 writes random weights of the published configs into the folder if it has none. Both libraries run on the same files,
 each in a separate process. Their rounds alternate, ours and OpenVINO's, and which of them begins changes from round to
 round; the ratio is the median of those of the rounds. OpenVINO's graphs are exported once, into `--graphs`.
-int8 is `quantize("int8-dynamic")` against graphs that NNCF has quantized, each around layers of `--int8-type`. Neither
+int8 is `quantize("int8-static")` against graphs that NNCF has quantized, each around layers of `--int8-type`. Neither
 quantizes MoVQ, so decoding has no int8.
 """
 
@@ -86,7 +86,7 @@ def load(setting: Setting) -> Any:
     if setting.library == OPENVINO:
         pipe.to_openvino(precision=setting.precision, cache_dir=setting.graphs)
     elif is_int8:
-        pipe.quantize("int8-dynamic")
+        pipe.quantize("int8-static")
     return pipe
 
 
