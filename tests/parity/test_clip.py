@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from kandinsky22 import InputError
+from kandinsky22 import CheckpointError, ConfigError, InputError
 from kandinsky22.models import clip
 from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.clip_image_processor import CLIPImageProcessor
@@ -159,3 +159,24 @@ def test_transformers_reads_what_the_image_processor_writes(tmp_path: Path) -> N
     for invalid in ("text", 3, torch.zeros(3, 4, 4)):
         with pytest.raises(InputError, match="images="):
             ours(invalid)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "part"),
+    [
+        ("text", {"hidden_size": 10}, "num_attention_heads=8"),
+        ("text", {"hidden_act": "magic"}, "hidden_act"),
+        ("text", {"eos_token_id": None}, "eos_token_id"),
+        ("vision", {"patch_size": 300}, "image_size=224"),
+    ],
+)
+def test_settings_are_checked_with_their_defaults(
+    kind: str, settings: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    config_class = clip.CLIPTextConfig if kind == "text" else clip.CLIPVisionConfig
+    with pytest.raises(ConfigError, match=part):
+        config_class(**settings)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    own = clip.CLIPTextModelWithProjection if kind == "text" else clip.CLIPVisionModelWithProjection
+    with pytest.raises((ConfigError, CheckpointError)):
+        clip_files.tower_config(own, tmp_path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kandinsky22 import CheckpointError, InputError, UNet2DConditionModel
 from kandinsky22.checkpoints.hub import CheckpointSource
@@ -22,8 +24,17 @@ pytestmark = pytest.mark.skipif(packed_memory.fingerprint() is None, reason="nee
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder, with the key that prepared files are signed with."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("KANDINSKY22_CACHE", str(folder))
+        yield folder / "signing.key"
+
+
 @pytest.fixture(scope="module", params=DTYPES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(request: pytest.FixtureRequest, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, prepared in both types; its layers are just large enough for packing."""
     folder = tmp_path_factory.mktemp("prepared") / request.param
     source = CheckpointSource("embedded", embedded_subfolder="decoder")
@@ -83,13 +94,43 @@ def test_changed_weights_are_packed_again(copy: Path) -> None:
     assert torch.equal(changed, result(expected))
 
 
-def test_replaced_weight_files_are_noticed(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "written by another program"])
+def test_one_replaced_weight_is_noticed(saved: bool, copy: Path) -> None:
     network = load(copy)
+    name = packed_layers(network)[-1]
+    layer: Any = network.get_submodule(name)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(2)
-    network.save_pretrained(copy / "unet")
-    assert not packed_layers(load(copy))
+        layer.weight.mul_(1.5)
+    if saved:
+        network.save_pretrained(copy / "unet")
+        assert not (copy / "unet" / PACKED_FILE).exists()
+    else:
+        save_file(network.state_dict(), copy / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        assert (copy / "unet" / PACKED_FILE).exists()
+    again = load(copy)
+    assert not packed_layers(again)
+    assert torch.equal(again.get_submodule(name).weight, layer.weight)
+
+
+def test_files_of_another_user_are_ignored(copy: Path, key: Path) -> None:
+    secret = key.read_bytes()
+    try:
+        for other in (bytes(32), b"short", None):
+            key.unlink(missing_ok=True)
+            if other is not None:
+                key.write_bytes(other)
+            assert not packed_layers(load(copy))
+    finally:
+        key.write_bytes(secret)
+    assert packed_layers(load(copy))
+    assert len(secret) == 32
+
+
+def test_newly_initialised_layers_have_no_packed_weights(copy: Path) -> None:
+    network = UNet2DConditionModel.from_pretrained(
+        copy / "unet", torch_dtype="auto", in_channels=9, ignore_mismatched_sizes=True
+    )
+    assert not packed_layers(network)
 
 
 def test_another_machine_packs_itself(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,16 +145,29 @@ DAMAGE: dict[str, Any] = {
     "truncated": lambda content: content[:-64],
     "no header": lambda content: b"\xff" * 64,
     "empty": lambda content: b"",
-    "layouts of another length": lambda content: content.replace(b'\\"layout\\": \\"', b'\\"layout\\": \\"0', 1)[:-1],
+    "another layout": lambda content: content.replace(b'\\"layout\\": \\"00', b'\\"layout\\": \\"01', 1),
+    "another type": lambda content: content.replace(b'"dtype": "U8"', b'"dtype": "I8"', 1),
+    "deep": lambda content: (100_000).to_bytes(8, "little") + b"[" * 100_000,
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_files_are_an_error(kind: str, copy: Path) -> None:
+def test_damaged_files_are_ignored(kind: str, copy: Path) -> None:
     path = copy / "unet" / PACKED_FILE
-    path.write_bytes(DAMAGE[kind](path.read_bytes()))
-    with pytest.raises(CheckpointError, match=PACKED_FILE):
-        load(copy)
+    content = path.read_bytes()
+    damaged = DAMAGE[kind](content)
+    assert damaged != content
+    path.write_bytes(damaged)
+    assert not packed_layers(load(copy))
+
+
+def test_defaults_and_modes_of_torch(checkpoint: Path, tmp_path: Path) -> None:
+    expected = result(load(checkpoint))
+    with torch.inference_mode():
+        network = load(checkpoint)
+        converted = UNet2DConditionModel.from_pretrained(checkpoint / "unet", torch_dtype=torch.float16)
+    assert not any(p.is_inference() for p in converted.parameters())
+    assert torch.equal(result(network), expected)
 
 
 def test_layouts_are_checked() -> None:

@@ -14,10 +14,10 @@ from kandinsky22.batch.drawing import ShardDrawer, job_pixels
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.requests import build_request
 from kandinsky22.checkpoints.atomic_files import read_json, write_json
+from kandinsky22.checkpoints.cache_folder import cache_folder
 from kandinsky22.errors import KandinskyError
 from kandinsky22.generation.batching import generate_batch
 from kandinsky22.generation.memory_errors import is_out_of_memory
-from kandinsky22.pipelines.embedding_cache import cache_folder
 
 if TYPE_CHECKING:
     from kandinsky22.generation.session import Job

@@ -27,6 +27,7 @@ PIECE = 2**20  # bytes that are read at a time
 CONVERTED_ELEMENTS = 2**15 - 2**6
 
 
+@torch.inference_mode(False)  # its tensors cannot be written by the threads, and not be packed
 def convert_weights(
     tensors: Mapping[str, Tensor], sources: Mapping[str, Path], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
@@ -62,12 +63,12 @@ def convert_weights(
         def convert(piece: tuple[Path, int, str]) -> None:
             path, offset, name = piece
             if not hasattr(buffers, "own"):
-                buffers.own = torch.empty(PIECE, dtype=torch.uint8)
+                buffers.own = torch.empty(PIECE, dtype=torch.uint8, device="cpu")
             _read_converted(descriptors[path], path, offset, tensors[name].dtype, result[name], buffers.own)
 
         for _, _, name in in_pieces:
             # by this thread, because the C library keeps the freed memory of each thread apart
-            result[name] = torch.empty(tensors[name].shape, dtype=dtype)
+            result[name] = torch.empty(tensors[name].shape, dtype=dtype, device="cpu")
         pool = stack.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
         list(pool.map(convert, in_pieces))
     return result

@@ -161,7 +161,7 @@ def _run_here(command: Command) -> Path | None:
         prior_class=mode.prior_class(request),
         decoder_class=mode.decoder_class(request),
         on_first_use=not (args.low_memory or args.compile),
-        used_once=len(request.seeds) == 1,
+        used_once=len(request.seeds) == 1 and command.preview is None,  # which decodes after each step
     )
     for pipe in (networks.prior, networks.decoder):
         # None shows progress bars only if stderr is a terminal. A preview has a line of its own.
@@ -186,7 +186,7 @@ def _run_here(command: Command) -> Path | None:
         result = next(series)
         if not recipe.model_digest:
             recipe = stages.with_digest(recipe, request, networks)
-            _report_changes(command, recipe)
+            _report_changed_weights(command, recipe)
         result_recipe = dataclasses.replace(result.recipe, model_digest=recipe.model_digest)
         if command.preview is not None:
             command.preview.show(result.image, f"seed {request.seeds[number - 1]}")
@@ -349,8 +349,8 @@ def _report_missing_steps(mode: Mode, networks: Networks, request: Request, cons
 
 
 def _report_changes(command: Command, recipe: Recipe) -> None:
-    """Warn if a repeated recipe may not give the same image. Nothing is reported before the weights were read."""
-    if command.old_recipe is None or not recipe.model_digest:
+    """Warn if a repeated recipe may not give the same image."""
+    if command.old_recipe is None:
         return
     if changes := [*_recipe_changes(command.old_recipe, recipe), *command.inputs.changes]:
         message = f"the result may not be bit-identical to {command.args.source}: {'; '.join(changes)}"
@@ -368,7 +368,18 @@ def _recipe_changes(old: Recipe, new: Recipe) -> list[str]:
         changes.append(f"it was generated in a batch of up to {old.batch_size}")
     if old.hardware != new.hardware:
         changes.append(f"hardware was {old.hardware}, is {new.hardware}")
+    return [*changes, *_weight_changes(old, new)]
+
+
+def _weight_changes(old: Recipe, new: Recipe) -> list[str]:
+    """Return whether the weights have changed, as far as that is known: they may not be read yet."""
     is_same_model = (old.model, old.prior, old.dtype) == (new.model, new.prior, new.dtype)
-    if is_same_model and old.model_digest != new.model_digest:
-        changes.append(f"the weights of {new.model} have changed")
-    return changes
+    has_changed = is_same_model and new.model_digest not in ("", old.model_digest)
+    return [f"the weights of {new.model} have changed"] if has_changed else []
+
+
+def _report_changed_weights(command: Command, recipe: Recipe) -> None:
+    """Warn if the weights that were read for a repeated recipe are other ones."""
+    if command.old_recipe is not None:
+        for change in _weight_changes(command.old_recipe, recipe):
+            command.console.warn(f"the result may not be bit-identical to {command.args.source}: {change}")

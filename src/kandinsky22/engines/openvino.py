@@ -330,7 +330,7 @@ def _store(model: Any, folder: Path) -> bool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(folder.parent) as temporary:
             _openvino().save_model(model, temporary / "model.xml", compress_to_fp16=False)
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(OSError):  # another process was sooner
                 os.replace(temporary, folder)
     except (OSError, RuntimeError) as error:
         logger.warning("OpenVINO's graph cannot be stored in %s: %s", folder, error)

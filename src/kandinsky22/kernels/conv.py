@@ -233,7 +233,7 @@ def corner_kernels(weight: Tensor) -> Tensor:
     Args:
         weight: Kernels (out, in, 3, 3).
     """
-    above, below = torch.tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], dtype=torch.float32)
     kernels = weight.reshape(-1, 9).float()
+    above, below = kernels.new_tensor([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]])
     sums = [torch.mm(kernels, torch.kron(rows, columns).T) for rows in (above, below) for columns in (above, below)]
     return torch.cat(sums).to(weight.dtype).view(4 * len(weight), -1, 2, 2)

@@ -49,7 +49,7 @@ def to_bytes(packed: Tensor) -> PackedBytes:
     """
     operators = torch.ops.mkldnn
     size, address = int(operators._nbytes(packed)), int(operators.data_ptr(packed))
-    memory = torch.empty(size, dtype=torch.uint8)
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     ctypes.memmove(memory.data_ptr(), address, size)
     layout = operators._get_mkldnn_serialized_md(packed).numpy().tobytes()
     return PackedBytes(memory, layout, tuple(packed.shape), packed.dtype)
@@ -113,7 +113,7 @@ def _leaves_references() -> bool:
 
     Releases up to 2.13 leave it. Deleting it where it was taken over would free the tensor twice.
     """
-    about = to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16), 16))
+    about = _small()
     tensor = _opaque(about, is_probe=True)
     reference = weakref.ref(tensor)
     del tensor
@@ -146,7 +146,8 @@ def _processor() -> str:
 
 def _round_trip_works() -> bool:
     """Return whether a small matrix survives the way to bytes and back; the interface is not a public one of torch."""
-    weight, features = torch.arange(64.0 * 32).view(64, 32), torch.arange(32.0).view(1, 32)
+    weight = torch.arange(64 * 32, dtype=torch.float32, device="cpu").view(64, 32)
+    features = weight[:1]
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
         copy = to_bytes(packed)
@@ -158,10 +159,15 @@ def _round_trip_works() -> bool:
         return False
 
 
+def _small() -> PackedBytes:
+    """Return a packed matrix of a few numbers."""
+    return to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.float32, device="cpu"), 16))
+
+
 @functools.cache
 def _layout_bytes() -> int:
     """Return the length of oneDNN's description of a layout."""
-    return len(to_bytes(torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16), 16)).layout)
+    return len(_small().layout)
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from kandinsky22.models.reference_methods import ReferenceMethods
 from kandinsky22.models.stored_tensors import stored_tensors
 from kandinsky22.runtime import quantize
 from kandinsky22.runtime.device import mapped_device
-from kandinsky22.runtime.prepared import attach_packed
+from kandinsky22.runtime.prepared import PACKED_FILE, attach_packed
 
 M = TypeVar("M", bound="Model")
 SHOWN_NAMES = 8  # names listed per kind of problem when weights do not fit
@@ -183,7 +183,8 @@ class Model(ReferenceMethods):
         fallback = embedded_fallback_folder(folder)
         files = find_weight_files(folder, weights.variant, weights.use_safetensors, fallback)
         info = model._fill(files, dtype, ignore_mismatched_sizes=weights.ignore_mismatched_sizes)
-        attach_packed(model, folder, files, model.dtype)
+        if not info["mismatched_keys"]:
+            attach_packed(model, folder, files, model.dtype)
         return model.eval(), info
 
     def save_pretrained(
@@ -352,6 +353,7 @@ def stage_network(
     tensors = tensors if quantization else stored_tensors(network, tensors)
     write_weight_files(folder, tensors, variant=variant, max_shard_size=max_shard_size, safe=safe)
     save.replace(subfolder, replaced_weight_files(variant, safe))
+    save.replace(subfolder, {PACKED_FILE}.intersection)
     write_json(folder / network.config_name, {**network.stored_config(), **quantization}, flush=False)
 
 

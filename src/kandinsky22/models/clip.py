@@ -23,7 +23,7 @@ from kandinsky22.checkpoints.weights import (
     replaced_weight_files,
     write_weight_files,
 )
-from kandinsky22.errors import invalid
+from kandinsky22.errors import ConfigError, invalid
 from kandinsky22.outputs import Output
 
 # Early checkpoints of CLIP have this id here; their texts end at the token with the highest id.
@@ -85,9 +85,20 @@ class CLIPTowerConfig:
         dtype = settings.pop("dtype", None) or settings.pop("torch_dtype", None)
         settings.pop("torch_dtype", None)
         if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."))
+            dtype = getattr(torch, dtype.removeprefix("torch."), None)
         vars(self).update({**self.defaults, **settings, "dtype": dtype})
         self._name_or_path = ""
+        name, width, heads = type(self).__name__, self.hidden_size, self.num_attention_heads
+        if width % heads:
+            expected = f"a multiple of num_attention_heads={heads}"
+            raise invalid(f"{name}: hidden_size", width, expected, error=ConfigError)
+        if self.hidden_act not in ACTIVATIONS:
+            raise invalid(f"{name}: hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}", error=ConfigError)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Type of the weights, by the name of earlier releases of transformers."""
+        return self.dtype
 
     @property
     def name_or_path(self) -> str:
@@ -109,7 +120,11 @@ class CLIPTowerConfig:
 
 
 class CLIPTextConfig(CLIPTowerConfig):
-    """Settings of the text tower."""
+    """Settings of the text tower.
+
+    Args:
+        **settings: Settings by name, which replace the defaults.
+    """
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **CLIPTowerConfig.defaults,
@@ -120,7 +135,12 @@ class CLIPTextConfig(CLIPTowerConfig):
     }
     vocab_size: int
     max_position_embeddings: int
-    eos_token_id: int | None
+    eos_token_id: int
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.eos_token_id is None:  # the embedding of a text is read at its last token
+            raise invalid("CLIPTextConfig: eos_token_id", None, "the id of a token", error=ConfigError)
 
 
 class CLIPVisionConfig(CLIPTowerConfig):
@@ -139,6 +159,12 @@ class CLIPVisionConfig(CLIPTowerConfig):
     num_channels: int
     image_size: int
     patch_size: int
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.patch_size > self.image_size:
+            expected = f"at most image_size={self.image_size}"
+            raise invalid("CLIPVisionConfig: patch_size", self.patch_size, expected, error=ConfigError)
 
 
 # Layers
@@ -219,17 +245,18 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, states: Tensor, mask: Tensor | None, causal: bool) -> list[Tensor]:
-        """Return the input and the output of each layer.
+    def forward(self, states: Tensor, mask: Tensor | None, causal: bool, keep_all: bool) -> list[Tensor]:
+        """Return the output of the last layer; with `keep_all` the input of the first and the output of each.
 
         Args:
             states: Tensor (batch, tokens, width).
             mask: True where a token attends to another, broadcastable to (batch, heads, tokens, tokens); None for all.
             causal: Whether tokens attend to themselves and earlier ones only.
+            keep_all: Whether the outputs of all layers are returned.
         """
         results = [states]
         for layer in self.layers:
-            results.append(layer(results[-1], mask, causal))
+            results = [*(results if keep_all else ()), layer(results[-1], mask, causal)]
         return results
 
 
@@ -309,20 +336,23 @@ class TextTransformer(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None) -> list[Tensor]:
-        """Return the states before the first layer and after each, (batch, tokens, hidden_size).
+    def forward(
+        self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, keep_all: bool
+    ) -> list[Tensor]:
+        """Return the states after the last layer, (batch, tokens, hidden_size), or all states.
 
         Args:
             ids: Token ids, (batch, tokens).
             attention_mask: (batch, tokens), 0 for tokens that no other token attends to; None for none.
             positions: Positions of the tokens; None for 0, 1, 2, ...
+            keep_all: Whether the outputs of all layers are returned, after the input of the first.
         """
         states = self.embeddings(ids, positions)
         if attention_mask is None or bool(attention_mask.all()):
-            return list(self.encoder(states, None, True))
+            return list(self.encoder(states, None, True, keep_all))
         length = ids.shape[-1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        return list(self.encoder(states, earlier & attention_mask.bool()[:, None, None, :], False))
+        return list(self.encoder(states, earlier & attention_mask.bool()[:, None, None, :], False, keep_all))
 
 
 class VisionTransformer(nn.Module):
@@ -335,13 +365,14 @@ class VisionTransformer(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Return the states before the first layer and after each, (batch, 1 + patches, hidden_size).
+    def forward(self, pixels: Tensor, keep_all: bool) -> list[Tensor]:
+        """Return the states after the last layer, (batch, 1 + patches, hidden_size), or all states.
 
         Args:
             pixels: Tensor (batch, 3, image_size, image_size).
+            keep_all: Whether the outputs of all layers are returned, after the input of the first.
         """
-        return list(self.encoder(self.pre_layrnorm(self.embeddings(pixels)), None, False))
+        return list(self.encoder(self.pre_layrnorm(self.embeddings(pixels)), None, False, keep_all))
 
 
 # Towers
@@ -402,6 +433,10 @@ class CLIPTower(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.parameters()).device
+
+    def num_parameters(self) -> int:
+        """Return the number of parameter elements."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def save_pretrained(
         self,
@@ -465,7 +500,7 @@ class CLIPTextModelWithProjection(CLIPTower):
         Raises:
             InputError: There are too many tokens.
         """
-        hidden_states = self.text_model(input_ids, attention_mask, position_ids)
+        hidden_states = self.text_model(input_ids, attention_mask, position_ids, output_hidden_states)
         normalised = self.text_model.final_layer_norm(hidden_states[-1])
         last = normalised[torch.arange(len(input_ids), device=input_ids.device), self._ends(input_ids)]
         states = tuple(hidden_states) if output_hidden_states else None
@@ -475,6 +510,10 @@ class CLIPTextModelWithProjection(CLIPTower):
         """Return the position of the first token that ends each text, (batch,)."""
         end = self.config.eos_token_id
         return (ids if end == HIGHEST_ID_ENDS else (ids == end).int()).argmax(dim=-1)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the table of token embeddings."""
+        return self.text_model.embeddings.token_embedding
 
 
 class CLIPVisionModelWithProjection(CLIPTower):
@@ -504,7 +543,7 @@ class CLIPVisionModelWithProjection(CLIPTower):
         Raises:
             InputError: The images have another size.
         """
-        hidden_states = self.vision_model(pixel_values)
+        hidden_states = self.vision_model(pixel_values, output_hidden_states)
         pooled = self.vision_model.post_layernorm(hidden_states[-1][:, 0])
         states = tuple(hidden_states) if output_hidden_states else None
         return CLIPVisionOutput(self.visual_projection(pooled), hidden_states[-1], states)

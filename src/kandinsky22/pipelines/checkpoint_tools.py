@@ -179,11 +179,14 @@ def convert(
         raise InputError(f"{output} exists and is not empty; choose another folder, or remove it")
     pipeline_class = _pipeline_class(source)
     sources = {"": source}
+    if prior is not None and not (with_prior and _needs_prior(pipeline_class)):
+        raise invalid("prior", prior, f"None: no prior is written with a {pipeline_class.__name__} here")
     if with_prior and _needs_prior(pipeline_class):
         sources["prior"] = source.matching_prior(prior)
     licence = licence_in_card(source.fetch(lambda names: {CARD} & set(names)) / CARD)
     staging = output.parent / f".{output.name}.converting-{secrets.token_hex(8)}"
     try:
+        prepared: list[str] = []
         for subfolder, part in sources.items():
             pipe = _load(part, "float16" if dtype == INT8 else dtype)
             if dtype == INT8:
@@ -191,7 +194,11 @@ def convert(
             pipe.save_pretrained(staging / subfolder, max_shard_size=max_shard_size)
             del pipe
             if prepare:
-                pack_checkpoint(staging / subfolder)
+                prepared += pack_checkpoint(staging / subfolder)
+        if prepare and not prepared:
+            raise CheckpointError(
+                f"this machine computes in {dtype} without packed weights: there is nothing to prepare"
+            )
         (staging / CARD).write_text(_card(source, dtype, licence, has_prior="prior" in sources), encoding="utf-8")
         if output.exists():
             output.rmdir()

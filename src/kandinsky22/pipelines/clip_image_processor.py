@@ -33,11 +33,20 @@ class ProcessedImages(Output):
     """Result of the image processor.
 
     Attributes:
-        pixel_values: Normalised pixels, (batch, 3, height, width): a float32 tensor, or a list of arrays, one an image,
-            without `return_tensors`.
+        pixel_values: Normalised pixels, (batch, 3, height, width): a float32 tensor, or a list of arrays,
+            one per image, without `return_tensors`.
     """
 
     pixel_values: Any
+
+    def to(self, *args: Any, **kwargs: Any) -> ProcessedImages:
+        """Return the result on another device, or in another type.
+
+        Args:
+            *args: Arguments of `Tensor.to`.
+            **kwargs: Arguments of `Tensor.to`.
+        """
+        return ProcessedImages(self.pixel_values.to(*args, **kwargs))
 
 
 class CLIPImageProcessor:
@@ -111,6 +120,8 @@ class CLIPImageProcessor:
         if return_tensors not in (None, "pt", "np"):
             raise invalid("return_tensors", return_tensors, "'pt', 'np' or None")
         listed = list(images) if isinstance(images, list | tuple) else [images]
+        if not listed:
+            raise invalid("images", images, "at least one picture")
         pixels = [self._process(picture) for picture in map(_as_picture, listed)]
         if return_tensors is None:
             return ProcessedImages(pixels)
@@ -164,7 +175,7 @@ def _as_picture(value: Any) -> PIL.Image.Image:
     if isinstance(value, PIL.Image.Image):
         return images.convert_mode("images", value)
     if isinstance(value, Tensor):
-        value = value.numpy()
+        value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[-1] == 3:
         return PIL.Image.fromarray(value)
     raise invalid("images", value, "PIL images, or arrays (height, width, 3) of bytes")

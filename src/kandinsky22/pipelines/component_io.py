@@ -409,7 +409,7 @@ class NetworkReader:
         return LazyComponent(
             network_class,
             config,
-            self.load_and_record,
+            self._deferred_or_loaded if self._keeps_samples else self.load_and_record,
             files=tuple(path for path in self._files.paths if path.name != "config.json"),
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             files_digest=self.digest,
@@ -437,8 +437,18 @@ class NetworkReader:
         if not is_own:
             network.config.dtype = dtype
         digest = None if is_own else self.digest()
-        record_source(network, self._load_sampled, files_digest=digest, dtype=dtype, samples=lambda: self._samples)
+        record_source(
+            network,
+            self._load_sampled,
+            files_digest=digest,
+            dtype=dtype,
+            samples=lambda: self._samples,
+            deferred=True,
+        )
         return network
+
+    def _deferred_or_loaded(self) -> nn.Module:
+        return self.deferred() or self.load_and_record()
 
     def _load_sampled(self) -> nn.Module:
         network = self.load()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
+from kandinsky22.checkpoints.cache_folder import cache_folder
 from kandinsky22.checkpoints.fingerprint import WeightFingerprint, files_digest
 from kandinsky22.checkpoints.weights import read_tensors
 from kandinsky22.kernels import settings
@@ -25,7 +25,6 @@ from kandinsky22.runtime.network_state import state_of
 
 R = TypeVar("R")
 
-CACHE_VARIABLE = "KANDINSKY22_CACHE"  # environment variable: folder of cache files; empty disables them
 MIN_ENCODER_BYTES = 2**26  # smaller encoders run faster than a file is read
 TEXT_CACHE_SIZE = 16  # text encodings in memory per pipeline
 
@@ -96,22 +95,6 @@ def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = 
     return root / "zero-image" / f"{name}.safetensors"
 
 
-def cache_folder() -> Path | None:
-    """Return the folder of cache files, which may not exist yet, or None if there is none."""
-    root = os.environ.get(CACHE_VARIABLE)
-    if root == "":
-        return None
-    return Path(root) if root else _default_cache_folder()
-
-
-def _default_cache_folder() -> Path | None:
-    """Return the folder of cache files; None for a user without a home folder."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky22"
-    except RuntimeError:
-        return None
-
-
 def _read(path: Path | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
     """Return the embedding in a cache file; None if there is none, or if it is not an embedding of this encoder."""
     if path is None:
@@ -174,7 +157,7 @@ def _state(network: nn.Module) -> WeightFingerprint | Offloaded | None:
     Changes to weights that are offloaded to files are lost anyway, so that the offloading itself identifies them.
     """
     offload = offload_of(network)
-    if offload is not None and offload.method == "enable_low_memory":
+    if offload is not None and offload.method in ("enable_low_memory", "load_on_first_use"):
         return offload
     return None if any(parameter.is_meta for parameter in network.parameters()) else WeightFingerprint(network)
 

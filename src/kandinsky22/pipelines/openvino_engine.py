@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import checked_save_path
+from kandinsky22.checkpoints.cache_folder import cache_folder
 from kandinsky22.engines.calibration import denoising_inputs
 from kandinsky22.engines.networks import MoVQEngine, NetworkEngine, PriorEngine, UNetEngine, check_exportable
 from kandinsky22.engines.openvino import ELEMENT_TYPES, INT8, EngineSettings, check_settings
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.pipelines.embedding_cache import cache_folder
 from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device import dtype_name
 from kandinsky22.runtime.lazy_component import loaded, networks_in_memory

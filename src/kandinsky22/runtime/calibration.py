@@ -6,11 +6,14 @@ function for a UNet without prompts: it denoises latents for random image embedd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kandinsky22.errors import InputError
 
 CALIBRATION_STEPS = 8  # denoising steps, spread over all noise levels
 SAMPLES = 2**13  # inputs of a layer that are stored per call, evenly spaced, to choose the range
@@ -41,6 +44,8 @@ class _Observer:
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         features: Tensor = inputs[0].detach()
         low, high = features.aminmax()
+        if not math.isfinite((high - low).item()):
+            raise InputError("calibration: a layer received NaN or infinity; use float32 or bfloat16, or other prompts")
         self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
         values = features.contiguous(memory_format=_layout(features)).as_strided((features.numel(),), (1,))
         stride = max(1, values.numel() // SAMPLES) | 1  # odd, so that all channels are sampled

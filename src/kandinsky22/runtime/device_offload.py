@@ -183,7 +183,7 @@ class ModelOffload:
             _hook_methods(network, hook, ("forward", "state_dict", *ENTRY_POINTS))
 
     def onload(self, hook: OffloadHook, network: nn.Module) -> None:
-        """Move a network to the device and the previous one back to its storage.
+        """Move a network to the device, after those that it does not share it with have gone back to their storage.
 
         Args:
             hook: The hook of `network`.
@@ -191,14 +191,17 @@ class ModelOffload:
         """
         if any(network is other for other in self.onloaded):
             return
-        if not hook.stays_until_freed:
-            self._offload(entry for entry in self._onloaded if not entry[0].stays_until_freed)
+        self._offload(self._evicted_by(hook, network))
         try:
             hook.storage.onload(network)
         except BaseException:  # too little memory, for example: the part that was moved must not stay
             hook.storage.offload(network)
             raise
         self._onloaded.append((hook, network))
+
+    def _evicted_by(self, hook: OffloadHook, network: nn.Module) -> list[tuple[OffloadHook, nn.Module]]:
+        """Return the entries that leave the device before a network comes."""
+        return [] if hook.stays_until_freed else [entry for entry in self._onloaded if not entry[0].stays_until_freed]
 
     def free(self) -> None:
         """Move all networks back to their storage."""
@@ -231,23 +234,12 @@ class LoadingOnFirstUse(ModelOffload):
             make_storage: Returns a new storage, for one network.
             used_once: Whether a network leaves memory when the next one runs, and at the end of each call.
         """
-        super().__init__("enable_low_memory", torch.device("cpu"), make_storage, use_accelerate=False)
+        super().__init__("load_on_first_use", torch.device("cpu"), make_storage, use_accelerate=False)
         self._used_once = used_once
 
-    def onload(self, hook: OffloadHook, network: nn.Module) -> None:
-        """Read the weights of a network, after others have left memory if there is need.
-
-        Args:
-            hook: The hook of `network`.
-            network: A network that was added.
-        """
-        if any(network is other for other in self.onloaded):
-            return
+    def _evicted_by(self, hook: OffloadHook, network: nn.Module) -> list[tuple[OffloadHook, nn.Module]]:
         needed = WEIGHT_COPIES * sum(parameter.nbytes for parameter in network.parameters())
-        if self._used_once or needed > host_memory.available_bytes():
-            self._offload(self._onloaded)
-        hook.storage.onload(network)
-        self._onloaded.append((hook, network))
+        return list(self._onloaded) if self._used_once or needed > host_memory.available_bytes() else []
 
     def free(self) -> None:
         """Drop the weights at the end of a call if networks are used once."""

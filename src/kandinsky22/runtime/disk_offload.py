@@ -96,7 +96,8 @@ class DiskStorage:
             network: The network that owns the weights.
         """
         if self._source is not None:
-            with global_rng_restored():  # the user's random numbers must not depend on when this runs
+            # the user's random numbers, and the mode of later calls, must not depend on when this runs
+            with global_rng_restored(), torch.inference_mode(False):
                 read = self._source.load()
             weights: dict[str, Tensor] = {path: parameter for _, _, path, parameter in _named_parameters(read)}
         else:

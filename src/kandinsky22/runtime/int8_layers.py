@@ -16,6 +16,7 @@ than x86, GPUs, compiled code), the layers convert their weights and do not roun
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels.conv import can_accumulate, corner_kernels, upsample2x
 from kandinsky22.kernels.linear import PackedWeightMixin, may_pack
 from kandinsky22.runtime.quantized_layers import (
@@ -68,6 +70,8 @@ class CalibratedMixin:
     def _step_and_zero_point(self) -> tuple[float, int]:
         assert self.input_range is not None
         low, high = self.input_range.tolist()
+        if not (math.isfinite(high - low) and low <= 0 <= high):
+            raise CheckpointError(f"the range of a layer's inputs is {low:g} to {high:g}: expected one around 0")
         step = max((high - low) / LEVELS, MIN_STEP)
         return step, round(-low / step)
 

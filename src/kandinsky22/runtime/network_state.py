@@ -38,6 +38,7 @@ class NetworkSource:
         dtype: Type of the weights after loading; None if unknown.
         samples: Returns the samples of the weights (`checkpoints.fingerprint.weight_samples`) once they were read;
             before that, None.
+        deferred: Whether the weights were not read when the network was made.
     """
 
     load: Callable[[], nn.Module]
@@ -45,6 +46,7 @@ class NetworkSource:
     files_digest: str | None = None
     dtype: torch.dtype | None = None
     samples: Callable[[], list[TensorSample] | None] = lambda: None
+    deferred: bool = False
 
     def is_current(self, network: nn.Module) -> bool:
         """Return whether the network still has the weights that were read, as far as its fingerprint shows.
@@ -167,6 +169,7 @@ def record_source(
     files_digest: str | None = None,
     dtype: torch.dtype | None = None,
     samples: Callable[[], list[TensorSample] | None] = lambda: None,
+    deferred: bool = False,
 ) -> None:
     """Record the checkpoint that the current weights of a network were read from.
 
@@ -177,9 +180,11 @@ def record_source(
             they have none.
         dtype: Type of the weights after loading; None if unknown.
         samples: Returns the samples of the weights once they were read, before that None.
+        deferred: Whether the weights are still to be read.
     """
     network = unwrapped(network)
-    attached_state(network).source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype, samples)
+    source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype, samples, deferred)
+    attached_state(network).source = source
 
 
 def is_unread(network: nn.Module) -> bool:
@@ -189,4 +194,4 @@ def is_unread(network: nn.Module) -> bool:
         network: Any module.
     """
     source = state_of(network).source
-    return source is not None and all(parameter.is_meta for parameter in network.parameters())
+    return source is not None and source.deferred and all(parameter.is_meta for parameter in network.parameters())

@@ -4,15 +4,19 @@ Packing takes longer than a step of the denoising process. A prepared checkpoint
 the weights of each network a file with the copies that its layers multiply by. The file belongs to one kind of
 processor, one release of torch and one set of weights. Anywhere else, and after any change of the weights, it is
 ignored, and layers pack their weights as usual.
+
+oneDNN trusts the description of a layout: a forged one could make it read any memory. The file is therefore signed with
+a key in the user's cache folder, and used only if the signature is right.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,10 @@ import torch
 from torch import nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
+from kandinsky22.checkpoints.cache_folder import signing_key
 from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import packed_memory
-from kandinsky22.kernels.linear import packing_layers, store_packed, stored_packed
+from kandinsky22.kernels.linear import drop_packed, packing_layers, store_packed, stored_packed
 from kandinsky22.kernels.packed_memory import PackedBytes
 from kandinsky22.verbosity import warn_once
 
@@ -30,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 PACKED_FILE = "packed_weights.safetensors"
 ALIGNMENT = 64  # bytes; packed weights begin at multiples of a cache line
-BLOCKS, BLOCK_BYTES = 64, 4096  # parts of each weight file that its digest covers
+BLOCKS, BLOCK_BYTES = 3, 512  # parts of each tensor that the digest of the weights covers
+LAYOUTS = ("linear", "conv", "fused_upsample")
+SIGNATURE = "signature"
 
 
 def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]) -> int:
@@ -45,25 +52,33 @@ def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path])
         weight_files: The files of its weights.
 
     Returns:
-        Number of weights.
+        Number of weights; 0 if there are none, and no file then.
 
     Raises:
-        CheckpointError: This release of torch does not support it, or the file cannot be written.
+        CheckpointError: This release of torch does not support it, there is no cache folder for the key, or the file
+            cannot be written.
     """
-    fingerprint = packed_memory.fingerprint()
+    fingerprint, key = packed_memory.fingerprint(), signing_key(create=True)
     if fingerprint is None:
         raise CheckpointError("this release of torch, or this system, does not map packed weights from files")
+    if key is None:
+        raise CheckpointError("prepared checkpoints are signed with a key in the cache folder, which cannot be written")
     layers = {id(layer) for layer in packing_layers(network)}
-    packed: dict[str, Any] = {}
+    packed: dict[str, tuple[str, torch.Tensor]] = {}
     for path, layer in network.named_modules():
-        if id(layer) in layers and (stored := stored_packed(layer)) is not None and isinstance(stored[1], torch.Tensor):
+        stored = stored_packed(layer) if id(layer) in layers else None
+        if stored is not None and stored[0] in LAYOUTS and isinstance(stored[1], torch.Tensor):
             packed[path] = stored
-    _write_file(folder / PACKED_FILE, packed, fingerprint=fingerprint, weights=_weights_digest(weight_files))
+    if packed:
+        about = {"fingerprint": fingerprint, "weights": _weights_digest(weight_files)}
+        _write_file(folder / PACKED_FILE, packed, about, key)
     return len(packed)
 
 
 def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path], dtype: torch.dtype) -> int:
-    """Let the layers of a network use the packed weights of its folder, if they fit machine, weights and type.
+    """Let the layers of a network use the packed weights of its folder, if they fit machine, user, weights and type.
+
+    A file that does not fit is ignored, with a message in the log unless only the type is another one.
 
     Args:
         network: A network that was just read.
@@ -73,67 +88,93 @@ def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]
 
     Returns:
         Number of layers that use them; 0 if there is no file, or if it does not fit.
-
-    Raises:
-        CheckpointError: The file is damaged.
     """
     path = folder / PACKED_FILE
     if not os.path.isfile(path):
         return 0
-    header, start = _read_header(path)
-    about = header.pop("__metadata__")
-    if about.get("dtype") != str(dtype).removeprefix("torch."):
+    try:
+        header, start = _read_header(path)
+        about = header.pop("__metadata__")
+        if about["dtype"] != str(dtype).removeprefix("torch."):
+            return 0
+        if about["fingerprint"] != packed_memory.fingerprint():
+            raise ValueError("it was prepared on another kind of machine")
+        if about["weights"] != _weights_digest(weight_files):
+            raise ValueError("its weights were replaced since")
+        return _attach(network, path, header, start, json.loads(about["entries"]), dtype)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        drop_packed(network)
+        warn_once(logger, f"{folder} is prepared, but {error}: its weights are packed again")
         return 0
-    if about.get("fingerprint") != packed_memory.fingerprint():
-        warn_once(logger, f"{folder} was prepared on another kind of machine: its weights are packed again")
-        return 0
-    if about.get("weights") != _weights_digest(weight_files):
-        warn_once(logger, f"the weights in {folder} were replaced after it was prepared: they are packed again")
-        return 0
-    memory = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+
+
+def _attach(
+    network: nn.Module,
+    path: Path,
+    header: Mapping[str, Any],
+    start: int,
+    entries: Mapping[str, Mapping[str, Any]],
+    dtype: torch.dtype,
+) -> int:
+    """Give the layers that a signed file names their packed weights, and return their number."""
+    memory = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8, device="cpu")
     layers, allowed = dict(network.named_modules()), {id(layer) for layer in packing_layers(network)}
-    entries = json.loads(about["entries"])
     for name, entry in entries.items():
-        layer = layers.get(name)
-        if layer is None or id(layer) not in allowed or name not in header:
-            raise CheckpointError(f"{path} does not fit the network: it has no layer {name!r}")
+        layer: Any = layers[name]
+        shape = tuple(entry["shape"])
+        expected = tuple(layer.weight.shape)
+        if entry["name"] == "fused_upsample":  # four kernels of 2 x 2 each
+            expected = (4 * expected[0], expected[1], 2, 2)
+        if id(layer) not in allowed or shape != expected or entry["name"] not in LAYOUTS:
+            raise ValueError(f"it does not fit the layer {name!r}")
         first, last = header[name]["data_offsets"]
         block = memory[start + first : start + last]
-        try:
-            packed = PackedBytes(block, bytes.fromhex(entry["layout"]), tuple(entry["shape"]), dtype)
-            store_packed(layer, entry["name"], packed_memory.from_bytes(packed))
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"cannot read {path}: damaged ({error})") from error
+        packed = packed_memory.from_bytes(PackedBytes(block, bytes.fromhex(entry["layout"]), shape, dtype))
+        store_packed(layer, entry["name"], packed)
     return len(entries)
 
 
 def _weights_digest(files: Iterable[Path]) -> str:
-    """Return a digest over sizes and evenly spread blocks of weight files."""
+    """Return a digest over the headers of safetensors files, and over parts of each of their tensors.
+
+    Training changes all values of a tensor, so that a part of each shows it. Other files are read whole.
+    """
     digest = hashlib.sha256()
     for path in files:
-        size = os.path.getsize(path)
-        digest.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
-            for index in range(BLOCKS):
-                file.seek(size * index // BLOCKS)
-                digest.update(file.read(BLOCK_BYTES))
+            if path.suffix != ".safetensors":
+                digest.update(file.read())
+                continue
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(size)
+            digest.update(text)
+            for name, entry in sorted(json.loads(text).items()):
+                if name == "__metadata__":
+                    continue
+                first, last = entry["data_offsets"]
+                for block in range(BLOCKS):
+                    file.seek(8 + size + first + (last - first) * block // BLOCKS)
+                    digest.update(file.read(min(BLOCK_BYTES, last - first)))
     return digest.hexdigest()
 
 
-def _write_file(path: Path, packed: dict[str, Any], *, fingerprint: str, weights: str) -> None:
+def _write_file(
+    path: Path, packed: Mapping[str, tuple[str, torch.Tensor]], about: Mapping[str, str], key: bytes
+) -> None:
     """Write packed weights as bytes, in the safetensors format, each at an aligned position."""
     entries: dict[str, Any] = {}
-    header: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     position, dtype = 0, ""
     for name, (layout, tensor) in packed.items():
-        about = packed_memory.to_bytes(tensor)
-        size = -(-len(about.memory) // ALIGNMENT) * ALIGNMENT
-        dtype = str(about.dtype).removeprefix("torch.")
-        entries[name] = {"name": layout, "shape": list(about.shape), "layout": about.layout.hex()}
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
+        packed_bytes = packed_memory.to_bytes(tensor)
+        size = -(-len(packed_bytes.memory) // ALIGNMENT) * ALIGNMENT
+        dtype = str(packed_bytes.dtype).removeprefix("torch.")
+        entries[name] = {"name": layout, "shape": list(packed_bytes.shape), "layout": packed_bytes.layout.hex()}
+        tensors[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
         position += size
-    about_file = {"fingerprint": fingerprint, "weights": weights, "dtype": dtype, "entries": json.dumps(entries)}
-    text = json.dumps({"__metadata__": about_file, **header}).encode()
+    header = {"__metadata__": {**about, "dtype": dtype, "entries": json.dumps(entries)}, **tensors}
+    header["__metadata__"][SIGNATURE] = _signature(header, key)
+    text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -144,15 +185,31 @@ def _write_file(path: Path, packed: dict[str, Any], *, fingerprint: str, weights
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of the file, and the position of its data."""
+    """Return the header of a file that is complete and signed by this user, and the position of its data.
+
+    Raises:
+        ValueError: The file is damaged, or signed with another key.
+    """
+    length, key = os.path.getsize(path), signing_key(create=False)
+    if key is None:
+        raise ValueError("there is no key for its signature")
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, os.path.getsize(path))))
-        about = header["__metadata__"]
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if not isinstance(about, dict) or 8 + size + max(ends, default=0) != os.path.getsize(path):
-            raise ValueError("it is truncated")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {path}: damaged ({error})") from error
+            header = json.loads(file.read(min(size, length)))
+        signature = header["__metadata__"].pop(SIGNATURE)
+        is_signed = isinstance(signature, str) and hmac.compare_digest(
+            signature.encode(), _signature(header, key).encode()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its file of packed weights is damaged") from error
+    if not is_signed:
+        raise ValueError("by another user, or its file of packed weights is damaged")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if 8 + size + max(ends, default=0) != length:
+        raise ValueError("its file of packed weights is truncated")
     return header, 8 + size
+
+
+def _signature(header: Mapping[str, Any], key: bytes) -> str:
+    return hmac.new(key, json.dumps(header, sort_keys=True).encode(), "sha256").hexdigest()

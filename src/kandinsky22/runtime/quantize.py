@@ -327,7 +327,7 @@ def _run(pipe: Any, networks: Mapping[str, Any], calibration: Calibration | None
         return calibration
     if calibration is not None:
         arguments = {**pipe.generation_defaults, "num_inference_steps": CALIBRATION_STEPS, "output_type": "latent"}
-        return lambda: pipe(list(calibration), **arguments)
+        return lambda: pipe(list(calibration), generator=torch.Generator().manual_seed(0), **arguments)
     prior = networks.get("prior", networks.get("prior_prior"))
     embeds = None
     if prior is not None:  # embeddings with the mean and the deviation of real ones
