@@ -97,15 +97,19 @@ def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]
         about = header.pop("__metadata__")
         if about["dtype"] != str(dtype).removeprefix("torch."):
             return 0
-        if about["fingerprint"] != packed_memory.fingerprint():
-            raise ValueError("it was prepared on another kind of machine")
-        if about["weights"] != _weights_digest(weight_files):
-            raise ValueError("its weights were replaced since")
+        _check_origin(about, weight_files)
         return _attach(network, path, header, start, json.loads(about["entries"]), dtype)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         drop_packed(network)
         warn_once(logger, f"{folder} is prepared, but {error}: its weights are packed again")
         return 0
+
+
+def _check_origin(about: Mapping[str, str], weight_files: Iterable[Path]) -> None:
+    if about["fingerprint"] != packed_memory.fingerprint():
+        raise ValueError("on another kind of machine")
+    if about["weights"] != _weights_digest(weight_files):
+        raise ValueError("its weights were replaced since")
 
 
 def _attach(
