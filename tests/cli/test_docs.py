@@ -40,7 +40,10 @@ def redirected(words: list[str]) -> Iterator[list[str]]:
 
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_on_the_page_run_as_written(command: Command, page: str) -> None:
+def test_the_commands_on_the_page_run_as_written(
+    command: Command, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path / "cache"))  # of the key of prepared checkpoints
     for package in ("shtab",) * (page == "configuration") + ("torchao",) * (page == "models"):
         pytest.importorskip(package)
     blocks = re.findall(r"```bash\n(.*?)```", (GUIDES / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)

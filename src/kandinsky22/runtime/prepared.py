@@ -62,7 +62,8 @@ def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path])
     if fingerprint is None:
         raise CheckpointError("this release of torch, or this system, does not map packed weights from files")
     if key is None:
-        raise CheckpointError("prepared checkpoints are signed with a key in the cache folder, which cannot be written")
+        reason = "which is switched off or cannot be written"
+        raise CheckpointError(f"prepared checkpoints need a key in the cache folder (KANDINSKY22_CACHE), {reason}")
     layers = {id(layer) for layer in packing_layers(network)}
     packed: dict[str, tuple[str, torch.Tensor]] = {}
     for path, layer in network.named_modules():
