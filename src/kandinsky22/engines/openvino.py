@@ -53,7 +53,7 @@ Compression = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Where and how OpenVINO runs networks.
+    """Settings of OpenVINO for the networks of a pipeline.
 
     Attributes:
         device: One of `DEVICES`.
@@ -348,7 +348,7 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def changed_weights_error(name: str, reason: str) -> InputError:
-    """Return the error of a network that is no longer the one that was exported.
+    """Return the error for a network that has changed since it was exported.
 
     Args:
         name: Name of the component.

@@ -136,7 +136,7 @@ def fingerprint() -> str | None:
 
 
 def _processor() -> str:
-    """Return the processor's name and features, of which oneDNN chooses its layouts."""
+    """Return the processor's name and CPU flags, which determine the layouts that oneDNN chooses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

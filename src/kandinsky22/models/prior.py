@@ -292,7 +292,7 @@ class PriorTransformer(NetworkAdapterMixin, Model):
         """Return the predicted image embedding (batch, embedding_dim), normalised, from the last block's tokens.
 
         Args:
-            tokens: Tensor (batch, tokens, width), of which the last one is the query.
+            tokens: Tensor (batch, tokens, width). The last token is the query.
         """
         return apply_linear(self.proj_to_clip_embeddings, self.norm_out(tokens[:, -1]))
 

@@ -134,7 +134,7 @@ class OpenVINOMixin:
         return denoising_inputs(unet, scheduler, embeds, channels)
 
     def _check_engines(self) -> None:
-        """Raise InputError if a network that OpenVINO runs is no longer the one that was exported."""
+        """Raise InputError if a network that OpenVINO runs has changed since it was exported."""
         networks: Mapping[str, nn.Module] = networks_in_memory(self._components)
         for name, component in networks.items():
             engine = state_of(component).engine

@@ -66,7 +66,7 @@ class LoadedAdapters(Protocol):
 
 
 class Engine(Protocol):
-    """What runs a network instead of PyTorch, as far as the runtime has to know of it."""
+    """Interface of an engine that runs a network instead of PyTorch."""
 
     def check(self, name: str, component: Any, network: nn.Module) -> None:
         """Check that the network is still the one that was exported.

@@ -180,7 +180,7 @@ class OffloadMixin:
             device: Any device of torch; None for CUDA or MPS, whichever is available.
 
         Raises:
-            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or OpenVINO runs a network.
+            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or a network runs on OpenVINO.
             MissingDependencyError: If accelerate is not installed.
         """
         method = "enable_model_cpu_offload"
@@ -212,7 +212,7 @@ class OffloadMixin:
             device: Any device of torch; None for CUDA or MPS, whichever is available.
 
         Raises:
-            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or OpenVINO runs a network.
+            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or a network runs on OpenVINO.
             MissingDependencyError: If accelerate is not installed.
         """
         check_run_by_torch(self._networks(), "enable_sequential_cpu_offload()")

@@ -55,8 +55,8 @@ def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path])
         Number of weights; 0 if there are none, and no file then.
 
     Raises:
-        CheckpointError: This release of torch does not support it, there is no cache folder for the key, or the file
-            cannot be written.
+        CheckpointError: The installed torch cannot map packed weights, the cache folder for the key is unavailable, or
+            the file cannot be written.
     """
     fingerprint, key = packed_memory.fingerprint(), signing_key(create=True)
     if fingerprint is None:
