@@ -11,23 +11,23 @@ from tests.cli.test_low_memory import EVERY, pictures  # noqa: F401 - a fixture
 
 from kandinsky22.kernels import host_memory
 from kandinsky22.pipelines import component_io
-from kandinsky22.runtime import device_offload
+from kandinsky22.runtime.loading_on_first_use import LoadingOnFirstUse
 
 
 @pytest.fixture
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Class names of the networks in memory, each time that one is read on first use."""
     names: list[list[str]] = []
-    original = device_offload.LoadingOnFirstUse.onload
+    original = LoadingOnFirstUse.onload
 
-    def onload(self: device_offload.LoadingOnFirstUse, *args: Any) -> None:
+    def onload(self: LoadingOnFirstUse, *args: Any) -> None:
         before = len(self.onloaded)
         original(self, *args)
         now = [type(network).__name__ for network in self.onloaded]
         if len(now) != before or before == 1:
             names.append(now)
 
-    monkeypatch.setattr(device_offload.LoadingOnFirstUse, "onload", onload)
+    monkeypatch.setattr(LoadingOnFirstUse, "onload", onload)
     return names
 
 

@@ -14,6 +14,7 @@ import transformers
 
 from kandinsky22 import CheckpointError, ConfigError, InputError
 from kandinsky22.models import clip
+from kandinsky22.models.clip_config import CLIPTextConfig, CLIPVisionConfig
 from kandinsky22.pipelines import clip_files
 from kandinsky22.pipelines.clip_image_processor import CLIPImageProcessor
 
@@ -173,7 +174,7 @@ def test_transformers_reads_what_the_image_processor_writes(tmp_path: Path) -> N
 def test_settings_are_checked_with_their_defaults(
     kind: str, settings: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
-    config_class = clip.CLIPTextConfig if kind == "text" else clip.CLIPVisionConfig
+    config_class = CLIPTextConfig if kind == "text" else CLIPVisionConfig
     with pytest.raises(ConfigError, match=part):
         config_class(**settings)
     (tmp_path / "config.json").write_text(json.dumps(settings))

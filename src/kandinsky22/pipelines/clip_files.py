@@ -21,12 +21,8 @@ from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.conversion import convert_weights
 from kandinsky22.checkpoints.weights import check_stored_once, check_weights, indexed_files, read_tensors
 from kandinsky22.errors import CheckpointError, KandinskyError
-from kandinsky22.models.clip import (
-    CLIPTextModelWithProjection,
-    CLIPTower,
-    CLIPTowerConfig,
-    CLIPVisionModelWithProjection,
-)
+from kandinsky22.models.clip import CLIPTextModelWithProjection, CLIPTower, CLIPVisionModelWithProjection
+from kandinsky22.models.clip_config import CLIPTowerConfig
 from kandinsky22.pipelines.clip_image_processor import CONFIG_NAME, CLIPImageProcessor
 from kandinsky22.pipelines.clip_settings import (
     PROCESSOR_RULES,

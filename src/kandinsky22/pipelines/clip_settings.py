@@ -12,7 +12,8 @@ from typing import Any
 
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.errors import CheckpointError, describe
-from kandinsky22.models.clip import ACTIVATIONS, CLIPTower
+from kandinsky22.models.clip import CLIPTower
+from kandinsky22.models.clip_config import ACTIVATIONS
 
 MAX_SIDE = 2**12  # pixels; CLIP reads 224 to 448
 MAX_TEXT_LENGTH = 2**16  # tokens; CLIP reads 77

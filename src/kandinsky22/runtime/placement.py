@@ -17,6 +17,7 @@ from kandinsky22.runtime.calls import changes_networks
 from kandinsky22.runtime.device import floating_dtype, select_accelerator
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
+from kandinsky22.runtime.loading_on_first_use import LoadingOnFirstUse
 from kandinsky22.runtime.network_state import check_run_by_torch, is_unread
 
 P = TypeVar("P", bound="OffloadMixin")
@@ -273,7 +274,7 @@ class OffloadMixin:
         if not any(map(is_unread, self._networks().values())):
             return
         make_storage = functools.partial(DiskStorage, None, by_layer=False)
-        group = device_offload.LoadingOnFirstUse(make_storage, used_once=used_once)
+        group = LoadingOnFirstUse(make_storage, used_once=used_once)
         for network in self._all_networks().values():
             if isinstance(network, LazyComponent) or is_unread(network):
                 _offload(network, group.add)

@@ -1,0 +1,149 @@
+"""Settings of CLIP's towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kandinsky22.errors import ConfigError, invalid
+
+
+def quick_gelu(features: Tensor) -> Tensor:
+    """Return an approximation of GELU, with which OpenAI's CLIP was trained.
+
+    Args:
+        features: Any tensor.
+    """
+    return features * torch.sigmoid(1.702 * features)
+
+
+def _tanh_gelu(features: Tensor) -> Tensor:
+    return functional.gelu(features, approximate="tanh")
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class CLIPTowerConfig:
+    """Settings of a tower, as attributes. Entries of the file that the layers do not use are kept, and saved again.
+
+    Args:
+        **settings: Settings by name, which replace the defaults; `dtype` as text becomes a `torch.dtype`.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "projection_dim": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+    dtype: torch.dtype | None
+    _name_or_path: str
+
+    def __init__(self, **settings: Any) -> None:
+        dtype = settings.pop("dtype", None) or settings.pop("torch_dtype", None)
+        settings.pop("torch_dtype", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        vars(self).update({**self.defaults, **settings, "dtype": dtype})
+        self._name_or_path = ""
+        name, width, heads = type(self).__name__, self.hidden_size, self.num_attention_heads
+        if width % heads:
+            expected = f"a multiple of num_attention_heads={heads}"
+            raise invalid(f"{name}: hidden_size", width, expected, error=ConfigError)
+        if self.hidden_act not in ACTIVATIONS:
+            raise invalid(f"{name}: hidden_act", self.hidden_act, f"one of {', '.join(ACTIVATIONS)}", error=ConfigError)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Type of the weights, by the name of earlier releases of transformers."""
+        return self.dtype
+
+    @property
+    def name_or_path(self) -> str:
+        """Folder that the tower was loaded from; empty for one that was created in memory."""
+        return self._name_or_path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of `config.json`."""
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        # releases of transformers before 4.56 read only this name of the type
+        settings["torch_dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {name: value for name, value in settings.items() if name != "dtype" and value is not None}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CLIPTowerConfig) and type(other) is type(self) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+
+class CLIPTextConfig(CLIPTowerConfig):
+    """Settings of the text tower.
+
+    Args:
+        **settings: Settings by name, which replace the defaults.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **CLIPTowerConfig.defaults,
+        "model_type": "clip_text_model",
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "eos_token_id": 49407,
+    }
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_id: int
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.eos_token_id is None:  # the embedding of a text is read at its last token
+            raise invalid("CLIPTextConfig: eos_token_id", None, "the id of a token", error=ConfigError)
+
+
+class CLIPVisionConfig(CLIPTowerConfig):
+    """Settings of the vision tower."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **CLIPTowerConfig.defaults,
+        "model_type": "clip_vision_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+    }
+    num_channels: int
+    image_size: int
+    patch_size: int
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.patch_size > self.image_size:
+            expected = f"at most image_size={self.image_size}"
+            raise invalid("CLIPVisionConfig: patch_size", self.patch_size, expected, error=ConfigError)
