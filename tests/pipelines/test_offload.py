@@ -26,7 +26,7 @@ import kandinsky22
 from kandinsky22.errors import InputError, MissingDependencyError
 from kandinsky22.kernels import conv, linear
 from kandinsky22.models import Model
-from kandinsky22.runtime import device_offload, disk_offload
+from kandinsky22.runtime import cpu_storage, device_offload, disk_offload
 
 DECODER_CALL = {**two_step_call(""), "height": 32, "width": 32}
 MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory")
@@ -69,7 +69,7 @@ def devices_of(pipe: Any) -> dict[str, set[str]]:
 def onloads(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
     """The networks in the order in which they are onloaded."""
     onloaded: list[torch.nn.Module] = []
-    for storage in (device_offload.CpuStorage, disk_offload.DiskStorage):
+    for storage in (cpu_storage.CpuStorage, disk_offload.DiskStorage):
         original = storage.onload
 
         def onload(self: Any, network: Any, original: Any = original) -> None:

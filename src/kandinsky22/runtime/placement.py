@@ -14,6 +14,7 @@ from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs.validation import existing_folder, strict_bool, usable_device
 from kandinsky22.runtime import device_offload
 from kandinsky22.runtime.calls import changes_networks
+from kandinsky22.runtime.cpu_storage import CpuStorage
 from kandinsky22.runtime.device import floating_dtype, select_accelerator
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
@@ -189,7 +190,7 @@ class OffloadMixin:
         accelerator = select_accelerator(method, gpu_id, device)
         device_offload.accelerate_hooks()
         self.remove_all_hooks()
-        make_storage = functools.partial(device_offload.CpuStorage, accelerator)
+        make_storage = functools.partial(CpuStorage, accelerator)
         group = device_offload.ModelOffload(method, accelerator, make_storage, use_accelerate=True)
         others = self._parts.keys() - self.components.keys()
         sequence = [*self.model_cpu_offload_seq.split("->"), *others]
