@@ -42,7 +42,7 @@ WRAPPED = (
     ("load", "kandinsky22.runtime.disk_offload", "DiskStorage.offload"),
     ("fingerprint", "kandinsky22.generation.stages", "build_recipe"),
     ("fingerprint", "kandinsky22.generation.stages", "with_digest"),
-    ("fingerprint", "kandinsky22.pipelines.component_io", "weight_samples"),
+    ("fingerprint", "kandinsky22.pipelines.network_reader", "weight_samples"),
     ("text encoding", "kandinsky22.pipelines.prior_base", "PriorPipeline.encode_text"),
     ("prior", "kandinsky22.generation.stages", "run_prior"),
     ("first step", "kandinsky22.generation.stages", "run_decoder"),

@@ -10,7 +10,7 @@ from tests.cli.helpers import Command
 from tests.cli.test_low_memory import EVERY, pictures  # noqa: F401 - a fixture
 
 from kandinsky22.kernels import host_memory
-from kandinsky22.pipelines import component_io
+from kandinsky22.pipelines import network_reader
 from kandinsky22.runtime.loading_on_first_use import LoadingOnFirstUse
 
 
@@ -40,7 +40,7 @@ def test_the_same_picture_and_recipe(
     call = (name, *needed, "--model", models / folder, "--seed", 5)
     assert command(*call, "-o", "at-once.png").code == 0
     assert not in_memory
-    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
     assert command(*call, "-o", "deferred.png").code == 0
     assert all(len(names) == 1 for names in in_memory)  # each leaves before the next one comes
     used = {names[0] for names in in_memory}
@@ -56,7 +56,7 @@ def test_several_pictures(
 ) -> None:
     call = ("generate", "a cat", "--model", model, "--seed", 5, 6)
     assert command(*call, "-o", "plain.png").code == 0
-    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
     monkeypatch.setattr(host_memory, "available_bytes", lambda: available)
     assert command(*call, "-o", "deferred.png").code == 0
     assert max(map(len, in_memory)) == (1 if available == 0 else 5)
@@ -70,7 +70,7 @@ def test_other_dtypes_and_adapters(
 ) -> None:
     call = ("generate", "a cat", "--model", model, "--seed", 5, "--dtype", dtype)
     assert command(*call, "-o", "plain.png").code == 0
-    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
     assert command(*call, "-o", "deferred.png").code == 0
     assert Path("deferred.png").read_bytes() == Path("plain.png").read_bytes()
     in_memory.clear()
@@ -82,19 +82,19 @@ def test_other_dtypes_and_adapters(
 def test_a_file_that_changes_in_between_is_an_error(
     command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(component_io, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     content = weights.read_bytes()
-    original = component_io.NetworkReader.deferred
+    original = network_reader.NetworkReader.deferred
 
-    def deferred(self: component_io.NetworkReader) -> Any:
+    def deferred(self: network_reader.NetworkReader) -> Any:
         network = original(self)
         if type(network).__name__ == "UNet2DConditionModel":
             weights.unlink()
             weights.write_bytes(content[:1000])
         return network
 
-    monkeypatch.setattr(component_io.NetworkReader, "deferred", deferred)
+    monkeypatch.setattr(network_reader.NetworkReader, "deferred", deferred)
     try:
         result = command("generate", "a cat", "--model", model, "--seed", 5, "-o", "a.png")
     finally:

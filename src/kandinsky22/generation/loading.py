@@ -63,7 +63,7 @@ def load_networks(
         MissingDependencyError: If the packages of the engine are not installed.
     """
     import kandinsky22
-    from kandinsky22.pipelines.component_io import deferred_weights
+    from kandinsky22.pipelines.network_reader import deferred_weights
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
 
     device = resolve_device("cpu" if request.engine is not None and request.device == "auto" else request.device)

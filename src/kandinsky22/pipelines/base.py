@@ -24,7 +24,6 @@ from kandinsky22.errors import CheckpointError, InputError, describe, invalid
 from kandinsky22.models.base import LAYOUT_VERSION
 from kandinsky22.models.tiny_decoder import SUBFOLDER
 from kandinsky22.pipelines.component_io import (
-    LoadOptions,
     check_component,
     check_variant,
     index_entry,
@@ -34,6 +33,7 @@ from kandinsky22.pipelines.component_io import (
 )
 from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
+from kandinsky22.pipelines.load_options import LoadOptions
 from kandinsky22.pipelines.openvino_engine import OpenVINOMixin
 from kandinsky22.pipelines.progress_bars import checked_options, new_bar
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin

@@ -18,8 +18,8 @@ from kandinsky22.checkpoints.hub_files import file_digest
 from kandinsky22.checkpoints.weights import indexed_files
 from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.pipelines.base import DiffusionPipeline
-from kandinsky22.pipelines.component_io import LoadOptions
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
+from kandinsky22.pipelines.load_options import LoadOptions
 from kandinsky22.pipelines.preparation import pack_checkpoint
 
 CARD = "README.md"

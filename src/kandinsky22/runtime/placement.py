@@ -266,7 +266,7 @@ class OffloadMixin:
 
     @changes_networks
     def load_on_first_use(self, *, used_once: bool) -> None:
-        """Read the weights of networks that were loaded inside `component_io.deferred_weights` when they first run.
+        """Read the weights of networks that were loaded inside `network_reader.deferred_weights` when they first run.
 
         Args:
             used_once: Whether each network leaves memory when the next one runs, and at the end of each call. If False,
