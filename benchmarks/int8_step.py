@@ -31,8 +31,6 @@ from typing import Any
 KINDS = ("float32", "bfloat16", "int8-dynamic", "int8-static", "openvino-int8")
 DEFAULT_KINDS = ("bfloat16", "int8-dynamic", "int8-static")
 STAGES = ("step", "prior")
-PRIOR_STEPS = 25
-TEXT_TOKENS = 12
 
 
 def load(kind: str, stage: str, folder: Path, dtype: str) -> Any:
@@ -60,44 +58,6 @@ def load(kind: str, stage: str, folder: Path, dtype: str) -> Any:
     elif kind.startswith("int8"):
         pipe.quantize(kind)
     return pipe
-
-
-def bind(pipe: Any, stage: str, size: int) -> Callable[[], Any]:
-    """Return the call of a stage on fixed inputs.
-
-    Args:
-        pipe: The pipeline.
-        stage: One of STAGES.
-        size: Side of the image in pixels.
-    """
-    import torch
-
-    from kandinsky22.pipelines.network_calls import bind_prior, bind_unet
-
-    generator = torch.Generator().manual_seed(1)
-
-    def noise(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator).to(pipe.dtype)
-
-    if stage == "step":
-        embeds, sample = noise(2, pipe.unet.config.encoder_hid_dim), noise(2, 4, size // 8, size // 8)
-        step = bind_unet(lambda: pipe.unet, {"image_embeds": embeds}, None, None)
-        return lambda: step(sample, torch.tensor(500))
-    config = pipe.prior.config
-    mask = torch.zeros(2, config.num_embeddings, dtype=torch.bool)
-    mask[0, :2], mask[1, :TEXT_TOKENS] = True, True
-    texts = {
-        "prompt_embeds": noise(2, config.embedding_dim),
-        "text_encoder_hidden_states": noise(2, config.num_embeddings, config.embedding_dim),
-        "text_mask": mask,
-    }
-    sample, timesteps = noise(2, config.embedding_dim), torch.linspace(999, 0, PRIOR_STEPS).round().tolist()
-
-    def all_steps() -> Any:
-        step = bind_prior(lambda: pipe.prior, texts, timesteps)
-        return [step(sample, timestep) for timestep in timesteps][-1]
-
-    return all_steps
 
 
 def operator_times(call: Callable[[], Any], repeats: int = 3) -> dict[str, tuple[float, int]]:
@@ -140,6 +100,8 @@ def serve(options: argparse.Namespace) -> None:
     os.dup2(2, 1)  # libraries that print must not disturb the answers
     import torch
 
+    from benchmarks.network_steps import bind_network
+
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
 
@@ -148,7 +110,8 @@ def serve(options: argparse.Namespace) -> None:
 
     with torch.no_grad():
         start = clock()
-        call = bind(load(options.kinds[0], options.stage, options.folder, options.dtype), options.stage, options.size)
+        pipe = load(options.kinds[0], options.stage, options.folder, options.dtype)
+        call = bind_network(pipe, options.stage, options.size)
         ready = clock() - start
         start = clock()
         result = call()

@@ -30,9 +30,6 @@ from benchmarks import compare_weights, machine
 OURS, OPENVINO = "ours", "openvino"
 STAGES = ("step", "prior", "decode")
 PRECISIONS = ("float32", "bfloat16", "int8")
-PRIOR_STEPS = 25
-TEXT_TOKENS = 12  # of the prompt; the negative one is empty
-FACTOR = 8  # pixels per latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,37 +94,9 @@ def bind(setting: Setting, pipe: Any) -> tuple[Callable[[], Any], int]:
         setting: What to run.
         pipe: The pipeline.
     """
-    import torch
+    from benchmarks.network_steps import PRIOR_STEPS, bind_network
 
-    from kandinsky22.pipelines.network_calls import bind_prior, bind_unet, decode_latents
-
-    generator, side = torch.Generator().manual_seed(0), setting.size // FACTOR
-
-    def noise(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator).to(pipe.dtype)
-
-    if setting.stage == "decode":
-        latents = noise(1, 4, side, side)
-        return lambda: decode_latents(pipe.movq, latents), 1
-    if setting.stage == "step":
-        embeds, sample = noise(2, pipe.unet.config.encoder_hid_dim), noise(2, 4, side, side)
-        step = bind_unet(lambda: pipe.unet, {"image_embeds": embeds}, None, None)
-        return lambda: step(sample, torch.tensor(500)), 1
-    config = pipe.prior.config
-    mask = torch.zeros(2, config.num_embeddings, dtype=torch.bool)
-    mask[0, :2], mask[1, : TEXT_TOKENS + 2] = True, True
-    texts = {
-        "prompt_embeds": noise(2, config.embedding_dim),
-        "text_encoder_hidden_states": noise(2, config.num_embeddings, config.embedding_dim),
-        "text_mask": mask,
-    }
-    sample, timesteps = noise(2, config.embedding_dim), torch.linspace(999, 0, PRIOR_STEPS).round().tolist()
-
-    def all_steps() -> Any:
-        step = bind_prior(lambda: pipe.prior, texts, timesteps)
-        return [step(sample, timestep) for timestep in timesteps][-1]
-
-    return all_steps, PRIOR_STEPS
+    return bind_network(pipe, setting.stage, setting.size), PRIOR_STEPS if setting.stage == "prior" else 1
 
 
 def serve(setting: Setting) -> None:
