@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from kandinsky22 import CheckpointError, InputError, UNet2DConditionModel
 from kandinsky22.checkpoints import conversion
 from kandinsky22.checkpoints.hub import CheckpointSource
+from kandinsky22.checkpoints.weights import read_tensors
 from kandinsky22.kernels import packed_memory
 from kandinsky22.kernels.linear import packing_layers, stored_packed
 from kandinsky22.pipelines.checkpoint_tools import convert
@@ -218,3 +219,16 @@ def test_memory_is_given_back() -> None:
     assert memory() is not None  # the tensor keeps it
     del tensor
     assert memory() is None
+
+
+def test_a_file_that_was_replaced_is_not_read_at_foreign_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "LARGE", 0)
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.full((40,), 1.0), "b": torch.full((50,), 2.0)}, path)
+    tensors = dict(read_tensors(path))
+    path.unlink()
+    save_file({"a": torch.full((10,), 5.0), "b": torch.full((50,), 6.0, dtype=torch.float64)}, path)
+    converted = conversion.convert_weights(tensors, dict.fromkeys(tensors, path), torch.float16)
+    assert bool((converted["a"] == 1).all()) and bool((converted["b"] == 2).all())
