@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kandinsky22 import CheckpointError, InputError, UNet2DConditionModel
+from kandinsky22 import CheckpointError, InputError, KandinskyV22Pipeline, UNet2DConditionModel
 from kandinsky22.checkpoints import conversion
 from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.checkpoints.weights import read_tensors
@@ -21,6 +21,7 @@ from kandinsky22.kernels import packed_memory
 from kandinsky22.kernels.linear import packing_layers, stored_packed
 from kandinsky22.pipelines.checkpoint_tools import convert
 from kandinsky22.runtime import prepared
+from kandinsky22.runtime.int8_layers import Int8Conv2d
 from kandinsky22.runtime.prepared import PACKED_FILE
 
 pytestmark = pytest.mark.skipif(packed_memory.fingerprint() is None, reason="needs Linux and an x86 CPU")
@@ -198,6 +199,84 @@ def test_a_copy_of_the_network_and_an_offload_keep_the_result(checkpoint: Path) 
         generator = torch.Generator().manual_seed(2)
         images.append(pipe(**call, generator=generator, height=64, width=64, output_type="pt").images)
     assert torch.equal(*images)
+
+
+def test_int8_gives_the_same_bits(tmp_path: Path) -> None:
+    source = CheckpointSource("embedded", embedded_subfolder="decoder")
+    folder = tmp_path / "int8"
+    convert(source, folder, dtype="int8", prepare=True, calibration=["a red circle", "two squares"])
+    network = load(folder)
+    layouts = {stored[0] for m in packing_layers(network) if (stored := stored_packed(m)) is not None}
+    assert layouts >= {"int8", "int8_upsample"}
+    expected = result(network)
+    (folder / "unet" / PACKED_FILE).unlink()
+    other = load(folder)
+    assert not packed_layers(other)
+    assert torch.equal(result(other), expected)
+    random = tmp_path / "random"
+    convert(source, random, dtype="int8", prepare=True, with_prior=False)
+    assert not torch.equal(result(load(random)), expected)  # ranges of other inputs
+
+
+def test_int8_files_of_other_layers_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(
+        CheckpointSource("embedded", embedded_subfolder="decoder"),
+        tmp_path / "int8",
+        dtype="int8",
+        prepare=True,
+        with_prior=False,
+    )
+    monkeypatch.setattr(prepared, "INT8_LAYOUTS", ("int8",))  # as in a release without the others
+    assert not packed_layers(load(tmp_path / "int8"))
+
+
+def test_small_features_are_packed_for_their_margin(tmp_path: Path) -> None:
+    """The layout for features of at most 64 positions has sums of its own in the file."""
+    layer = Int8Conv2d(torch.nn.Conv2d(64, 64, 3, padding=1))
+    layer.set_input_range(-1.0, 2.0)
+    features = torch.randn(2, 64, 8, 8)
+    with torch.no_grad():
+        expected = layer(features)
+    network = torch.nn.Sequential(layer)
+    weights = tmp_path / "weights.safetensors"
+    save_file(network.state_dict(), weights)
+    assert prepared.write_packed(network, tmp_path, [weights]) == 1
+    other = torch.nn.Sequential(Int8Conv2d(torch.nn.Conv2d(64, 64, 3, padding=1)))
+    other.load_state_dict(network.state_dict())
+    assert prepared.attach_packed(other, tmp_path, [weights]) == 1
+    restored: Any = other[0]
+    restored._pack = None  # nothing is packed again
+    with torch.no_grad():
+        assert torch.equal(other(features), expected)
+
+
+def test_save_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = KandinskyV22Pipeline.from_pretrained("embedded", torch_dtype=torch.bfloat16)
+    pipe.save_prepared(tmp_path / "new")
+    assert packed_layers(load(tmp_path / "new"))
+    assert torch.equal(result(load(tmp_path / "new")), result(pipe.unet))
+    monkeypatch.setenv("KANDINSKY22_CACHE", "")
+    with pytest.raises(CheckpointError, match="need a key"):
+        pipe.save_prepared(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="is complete, but"):
+        pipe.to(torch.float16).save_prepared(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "subfolder"),
+    [
+        ({"dtype": "bfloat16", "prepare": True}, "decoder"),
+        ({"dtype": "int8", "prepare": False}, "decoder"),
+        ({"dtype": "int8", "prepare": True}, "inpaint"),
+    ],
+)
+def test_calibration_is_for_int8_of_text_to_image(arguments: dict[str, Any], subfolder: str, tmp_path: Path) -> None:
+    source = CheckpointSource("embedded", embedded_subfolder=subfolder)
+    with pytest.raises(InputError, match="calibration"):
+        convert(source, tmp_path / "new", calibration=["a red circle"], **arguments)
+    assert not any(tmp_path.iterdir())
 
 
 def test_networks_without_support_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

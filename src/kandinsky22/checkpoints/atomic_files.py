@@ -38,9 +38,12 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
     final.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(final)
     temporary, lock = _create_temporary(final)
+    new_mode = permissions(temporary)
     try:
         yield temporary
-        if (mode := permissions(final)) is not None:
+        mode = permissions(final)
+        mode = new_mode if mode is None else mode  # libraries that replace the temporary file make a private one
+        if mode is not None:
             os.chmod(temporary, mode)
         if flush:
             flush_to_disk(temporary)

@@ -469,7 +469,10 @@ def _write_shard(path: Path, shard: Mapping[str, Tensor], count: int, safe: bool
     contiguous = {name: tensor.contiguous() for name, tensor in shard.items()}
     digest = tensors_digest(contiguous) if count > 1 else ""
     metadata = {"format": "pt", DIGEST: digest} if digest else {"format": "pt"}
+    path.touch()
+    mode = path.stat().st_mode
     save_file(contiguous, path, metadata=metadata)
+    path.chmod(mode)  # safetensors makes files that only their owner can read
     if digest:
         _sort_metadata(path, digest)
     return digest

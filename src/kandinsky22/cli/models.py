@@ -15,6 +15,7 @@ from typing import Any
 from kandinsky22._exports import MODULE_OF
 from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource, embedded_folder
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.standard_input import StandardInput
 from kandinsky22.errors import InputError, printable
 
 PURPOSES = {"generate": "decoder", "inpaint": "inpaint", "control": "control"}  # values of --for, and kinds of decoder
@@ -97,8 +98,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare = add("prepare", "write a model in the form in which this machine computes with it", _prepare)
     prepare.add_argument("model", metavar="MODEL", help="folder, Hub id, or embedded")
     prepare.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="new folder to write to")
-    dtypes = ("bf16", "bfloat16", "float32")
-    prepare.add_argument("--dtype", choices=dtypes, default="bfloat16", help="type to write (default: bfloat16)")
+    dtypes = ("bf16", "bfloat16", "float32", "int8")
+    help = "type to write; int8 rounds activations too (default: bfloat16)"
+    prepare.add_argument("--dtype", choices=dtypes, default="bfloat16", help=help)
+    help = "prompts, one per line, that int8 is calibrated with (default: random image embeddings)"
+    prepare.add_argument("--calibration", type=Path, metavar="FILE", help=help)
     prepare.add_argument("--prior", metavar="MODEL", help="prior to write too (default: the one that belongs to MODEL)")
     for action in (info, convert, prepare):
         action.add_argument("--for", dest="purpose", choices=PURPOSES, help="part of the embedded model")
@@ -193,12 +197,21 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    dtype = "float32" if args.dtype == "float32" else "bfloat16"
+    dtype = "bfloat16" if args.dtype == "bf16" else args.dtype
+    prompts = None if args.calibration is None else _prompts(args.calibration)
     with _quiet(args):
         from kandinsky22.pipelines.checkpoint_tools import convert
 
-        convert(_source(args, args.model), args.output, dtype=dtype, prior=args.prior, prepare=True)
+        convert(
+            _source(args, args.model), args.output, dtype=dtype, prior=args.prior, prepare=True, calibration=prompts
+        )
     _report_written(args, args.output, dtype)
+
+
+def _prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    text = StandardInput().read_text("calibration", f"@{path}")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _report_written(args: argparse.Namespace, folder: Path, dtype: str) -> None:

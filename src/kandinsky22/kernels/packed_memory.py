@@ -21,7 +21,21 @@ import torch
 from torch import Tensor
 
 _CPU = 0  # number of the device type in torch's C interface
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+
+class PackedProduct:
+    """A packed weight that is multiplied together with vectors, such as the scales of its rows.
+
+    Attributes:
+        weight: Opaque tensor.
+    """
+
+    weight: Tensor
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Return the float32 vectors that are not parameters of the layer, by name."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +46,7 @@ class PackedBytes:
         memory: The bytes, a tensor of uint8. Its address should be a multiple of 64.
         layout: oneDNN's description of the layout.
         shape: Shape of the weight.
-        dtype: Type of the weight, float32 or bfloat16.
+        dtype: Type of the weight: float32, bfloat16 or int8.
     """
 
     memory: Tensor

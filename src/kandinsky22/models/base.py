@@ -184,7 +184,7 @@ class Model(ReferenceMethods):
         files = find_weight_files(folder, weights.variant, weights.use_safetensors, fallback)
         info = model._fill(files, dtype, ignore_mismatched_sizes=weights.ignore_mismatched_sizes)
         if not info["mismatched_keys"]:
-            attach_packed(model, folder, files, model.dtype)
+            attach_packed(model, folder, files)
         return model.eval(), info
 
     def save_pretrained(

@@ -35,6 +35,7 @@ from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
 from kandinsky22.pipelines.load_options import LoadOptions
 from kandinsky22.pipelines.openvino_engine import OpenVINOMixin
+from kandinsky22.pipelines.preparation import PreparedMixin
 from kandinsky22.pipelines.progress_bars import checked_options, new_bar
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
 from kandinsky22.pipelines.tiny_decoding import TinyDecoderMixin
@@ -62,6 +63,7 @@ class DiffusionPipeline(
     CompileMixin,
     CudaGraphMixin,
     QuantizeMixin,
+    PreparedMixin,
     OpenVINOMixin,
     AdapterMixin,
     ReferenceMethodsMixin,

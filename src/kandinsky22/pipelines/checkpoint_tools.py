@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
 from kandinsky22.pipelines.load_options import LoadOptions
 from kandinsky22.pipelines.preparation import pack_checkpoint
+from kandinsky22.runtime.calibration import CALIBRATION_STEPS
+from kandinsky22.runtime.quantize import STATIC
 
 CARD = "README.md"
 INT8 = "int8"
@@ -150,6 +152,7 @@ def convert(
     max_shard_size: str = "10GB",
     prior: str | None = None,
     prepare: bool = False,
+    calibration: Sequence[str] | None = None,
 ) -> None:
     """Write a checkpoint in another floating-point type, or with 8-bit weights, as safetensors.
 
@@ -160,11 +163,14 @@ def convert(
         source: The checkpoint. Of the embedded model, `embedded_subfolder` is converted.
         output: Folder that does not exist, or is empty.
         dtype: "float16", "bfloat16" or "float32"; "int8" for prior and UNet with 8-bit weights and the rest in float16,
-            which needs torchao.
+            which needs torchao. If `prepare` is True, "int8" rounds activations to 8 bits too ("int8-static"), and the
+            rest is in bfloat16.
         with_prior: Whether the prior is written too.
         max_shard_size: Largest weight file.
         prior: Prior to write, a folder or Hub id; None for the one that belongs to the decoder.
         prepare: Whether packed weights for this machine are written too, see `runtime.prepared`.
+        calibration: Prompts that the model draws while the ranges of activations are measured; None for random image
+            embeddings. Only for a decoder of text to image that is prepared in "int8".
 
     Raises:
         CheckpointError: If the checkpoint cannot be loaded, if the folder cannot be written, or if it cannot be
@@ -183,14 +189,18 @@ def convert(
         raise invalid("prior", prior, f"None: no prior is written with a {pipeline_class.__name__} here")
     if with_prior and _needs_prior(pipeline_class):
         sources["prior"] = source.matching_prior(prior)
+    _check_calibration(calibration, pipeline_class, dtype if prepare else None)
     licence = licence_in_card(source.fetch(lambda names: {CARD} & set(names)) / CARD)
     staging = output.parent / f".{output.name}.converting-{secrets.token_hex(8)}"
     try:
         prepared: list[str] = []
         for subfolder, part in sources.items():
-            pipe = _load(part, "float16" if dtype == INT8 else dtype)
-            if dtype == INT8:
+            pipe = _load(part, _stored_dtype(dtype, is_prepared=prepare))
+            if dtype == INT8 and not prepare:
                 pipe.quantize(INT8)
+            elif dtype == INT8:
+                is_calibrated = calibration is not None and part is source
+                pipe.quantize(STATIC, calibration=_drawing(pipe, part, prior, calibration) if is_calibrated else None)
             pipe.save_pretrained(staging / subfolder, max_shard_size=max_shard_size)
             del pipe
             if prepare:
@@ -221,6 +231,46 @@ def _pipeline_class(source: CheckpointSource) -> type[DiffusionPipeline]:
 def _needs_prior(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Return whether a class is a decoder, whose prior is a checkpoint of its own."""
     return issubclass(pipeline_class, DecoderPipeline)
+
+
+def _check_calibration(
+    calibration: Sequence[str] | None, pipeline_class: type[DiffusionPipeline], prepared_dtype: str | None
+) -> None:
+    if calibration is None:
+        return
+    if prepared_dtype != INT8 or pipeline_class.__name__ != "KandinskyV22Pipeline":
+        expected = f"None, or a decoder of text to image that is prepared in int8, not a {pipeline_class.__name__}"
+        raise invalid("calibration", calibration, expected)
+    if isinstance(calibration, str) or not calibration or not all(isinstance(each, str) for each in calibration):
+        raise invalid("calibration", calibration, "a list of prompts")
+
+
+def _stored_dtype(dtype: str, *, is_prepared: bool) -> str:
+    """Return the floating-point type of the networks that are written."""
+    if dtype == INT8:
+        return "bfloat16" if is_prepared else "float16"
+    return dtype
+
+
+def _drawing(
+    decoder: Any, source: CheckpointSource, prior: str | None, prompts: Sequence[str] | None
+) -> Callable[[], object]:
+    """Return a function that draws prompts with a decoder and the prior that belongs to it, up to their latents."""
+    import torch
+
+    def draw() -> object:
+        pipe = _load(source.matching_prior(prior), "bfloat16")
+        embeddings = pipe(list(prompts or ()), generator=torch.Generator().manual_seed(0), **pipe.generation_defaults)
+        del pipe  # the decoder needs the memory
+        arguments = {**decoder.generation_defaults, "num_inference_steps": CALIBRATION_STEPS, "output_type": "latent"}
+        return decoder(
+            image_embeds=embeddings.image_embeds,
+            negative_image_embeds=embeddings.negative_image_embeds,
+            generator=torch.Generator().manual_seed(0),
+            **arguments,
+        )
+
+    return draw
 
 
 def _load(source: CheckpointSource, dtype: str) -> Any:

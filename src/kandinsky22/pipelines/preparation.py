@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import nn
 
 from kandinsky22 import models
-from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json
+from kandinsky22.checkpoints.cache_folder import signing_key
 from kandinsky22.checkpoints.weights import find_weight_files
 from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import packed_memory
-from kandinsky22.runtime.prepared import PACKED_FILE, write_packed
+from kandinsky22.runtime.prepared import NO_KEY, PACKED_FILE, write_packed
 
 NETWORKS = {"prior": models.PriorTransformer, "unet": models.UNet2DConditionModel, "movq": models.VQModel}
 LATENT_SIDE = 64  # of pictures with 512 x 512 pixels
@@ -22,7 +24,8 @@ LATENT_SIDE = 64  # of pictures with 512 x 512 pixels
 def pack_checkpoint(folder: Path) -> list[str]:
     """Write the packed weights of the networks of a checkpoint, in the type in which the weights are stored.
 
-    Each network runs once. Quantized networks, and those of a type that oneDNN does not multiply here, are left out.
+    Each network runs once. Networks of a type that oneDNN does not multiply here, and those of another quantization
+    than "int8-static", are left out.
 
     Args:
         folder: Folder of a pipeline.
@@ -33,8 +36,7 @@ def pack_checkpoint(folder: Path) -> list[str]:
     Raises:
         CheckpointError: This machine cannot map packed weights from files, or a file cannot be written.
     """
-    if packed_memory.fingerprint() is None:
-        raise CheckpointError("prepared checkpoints need Linux, an x86 CPU, and a release of torch that can map them")
+    _check_available()
     prepared = []
     for name in read_json(folder / "model_index.json"):
         network_class: Any = NETWORKS.get(name.removeprefix("prior_"))
@@ -48,6 +50,46 @@ def pack_checkpoint(folder: Path) -> list[str]:
         if write_packed(network, component, find_weight_files(component)):
             prepared.append(name)
     return prepared
+
+
+class PreparedMixin:
+    """Mixin for pipelines: saves prepared checkpoints."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write all components in the published layout.
+
+        Args:
+            save_directory: Folder to write to.
+        """
+        raise NotImplementedError
+
+    def save_prepared(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write all components in the published layout, and next to them weights as this machine multiplies them.
+
+        `from_pretrained` maps the packed weights from their files, which processes share, so that nothing is converted
+        or packed when the checkpoint is used. They serve this user and this kind of machine; on others the checkpoint
+        works as any other. Networks quantized by `quantize("int8-static")` are packed as well.
+
+        Args:
+            save_directory: Folder to write to.
+
+        Raises:
+            CheckpointError: If the folder cannot be written, or this machine has no packed weights for the type of the
+                pipeline.
+            InputError: If an argument is invalid.
+        """
+        folder = checked_save_path(save_directory)
+        _check_available()
+        self.save_pretrained(folder)
+        if not pack_checkpoint(folder):
+            raise CheckpointError(f"{folder} is complete, but this machine multiplies its types without packed weights")
+
+
+def _check_available() -> None:
+    if packed_memory.fingerprint() is None:
+        raise CheckpointError("prepared checkpoints need Linux, an x86 CPU, and a release of torch that can map them")
+    if signing_key(create=True) is None:
+        raise CheckpointError(NO_KEY)
 
 
 def _run_once(network: nn.Module) -> None:

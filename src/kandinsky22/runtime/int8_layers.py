@@ -18,8 +18,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels.conv import can_accumulate, corner_kernels, upsample2x
 from kandinsky22.kernels.linear import PackedWeightMixin, may_pack
+from kandinsky22.kernels.packed_memory import PackedProduct
 from kandinsky22.runtime.quantized_layers import (
     HAS_INTEGER_CONVOLUTION,
     MAX_INT8,
@@ -43,6 +44,8 @@ MIN_STEP = torch.finfo(torch.float32).tiny  # of inputs that are all zero
 # points at the edges otherwise (1536 channels, batch of two: 13.4 instead of 15.5 ms). At 32 x 32 nothing is gained.
 MAX_PADDED = 64
 FLOATS = (torch.float32, torch.bfloat16)  # types of results that oneDNN writes
+WHOLE, PADDED, CORNERS = "int8", "int8_padded", "int8_upsample"  # layouts of packed weights
+Geometry: TypeAlias = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation and groups
 
 
 class CalibratedMixin:
@@ -129,17 +132,14 @@ class Int8Conv2d(CalibratedMixin, QuantizedConv2d):
         is_small = levels.shape[2] * levels.shape[3] <= MAX_PADDED and self.padding != [0, 0]
         if is_small:
             levels = _padded(levels, self.padding, zero_point)
-        geometry = self.stride, [0, 0] if is_small else self.padding, [1, 1], 1  # stride, padding, dilation, groups
-        packed = self._packed(
-            "int8_padded" if is_small else "int8",
-            lambda weight: _Packed(weight, self.scale, self.bias, geometry, levels, zero_point_in_bias=is_small),
-        )
+        layout = PADDED if is_small else WHOLE
+        packed = self._packed(layout, lambda weight: self._pack(layout, weight, levels))
         return packed.convolve(levels, step, zero_point, dtype, residual)
 
     def _upsampled(self, levels: Tensor, step: float, zero_point: int, dtype: torch.dtype) -> Tensor:
         """Convolve upsampled features by four 2x2 kernels; `kernels/conv.py` describes the method."""
         batch, _, height, width = levels.shape
-        packed = self._packed("int8_upsample", lambda weight: self._packed_corners(weight, levels))
+        packed = self._packed(CORNERS, lambda weight: self._pack(CORNERS, weight, levels))
         corners = packed.convolve(levels, step, zero_point, dtype).permute(0, 2, 3, 1)
         corners = corners.unflatten(3, (2, 2, -1))  # (batch, row, column, above or below, left or right, out)
         out = torch.empty(batch, height, 2, width, 2, corners.shape[-1], dtype=dtype)
@@ -148,11 +148,36 @@ class Int8Conv2d(CalibratedMixin, QuantizedConv2d):
                 out[:, :, a, :, b] = corners[:, a : a + height, b : b + width, 1 - a, 1 - b]
         return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
-    def _packed_corners(self, weight: Tensor, levels: Tensor) -> _Packed:
-        kernels = corner_kernels(weight.float() * self.scale.float()[:, None, None, None])
-        corners, scale = rounded_weight(kernels)
-        bias = None if self.bias is None else self.bias.repeat(4)
-        return _Packed(corners, scale, bias, ([1, 1], [1, 1], [1, 1], 1), levels)
+    def _pack(self, layout: str, weight: Tensor, levels: Tensor) -> _PackedKernels:
+        """Pack a weight in the layout that suits these features. Others are multiplied correctly too."""
+        vectors = {"scale": self.scale.detach().float()}
+        if layout == CORNERS:
+            weight, vectors["scale"] = rounded_weight(
+                corner_kernels(weight.float() * vectors["scale"][:, None, None, None])
+            )
+        elif layout == PADDED:
+            vectors["sums"] = weight.sum(dim=(1, 2, 3)).float() * vectors["scale"]
+        zero_point = 0 if layout == PADDED else ZERO_POINT
+        packed = torch.ops.onednn.qconv_prepack(
+            weight, vectors["scale"], 1.0, zero_point, *self._geometry(layout), list(levels.shape)
+        )
+        return self.packed_product(layout, packed, vectors)
+
+    def packed_product(self, layout: str, weight: Tensor, vectors: Mapping[str, Tensor]) -> _PackedKernels:
+        """Return what products need, from a weight that was packed before.
+
+        Args:
+            layout: Name of its layout.
+            weight: Opaque tensor.
+            vectors: The vectors of the packed product.
+        """
+        bias = self.bias.repeat(4) if self.bias is not None and layout == CORNERS else self.bias
+        return _PackedKernels(weight, vectors["scale"], bias, self._geometry(layout), vectors.get("sums"))
+
+    def _geometry(self, layout: str) -> Geometry:
+        if layout == CORNERS:
+            return [1, 1], [1, 1], [1, 1], 1
+        return self.stride, [0, 0] if layout == PADDED else self.padding, [1, 1], 1
 
 
 class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
@@ -196,7 +221,7 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
         else:
             step, zero_point = self._step_and_zero_point()
             levels = rounded(features.contiguous(), step, zero_point)
-            packed = self._packed("int8", lambda weight: _PackedMatrix(weight, self.scale, self.bias))
+            packed = self._packed(WHOLE, self._pack)
             out = packed.multiply(levels, step, zero_point, features.dtype)
         if (low_rank := self.low_rank) is not None:
             down, up = (factor.to(features.dtype) for factor in low_rank)
@@ -208,50 +233,50 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
         """Shape of the weight."""
         return tuple(self.weight.shape)
 
+    def packed_product(self, layout: str, weight: Tensor, vectors: Mapping[str, Tensor]) -> _PackedMatrix:
+        """Return what products need, from a weight that was packed before.
+
+        Args:
+            layout: Name of its layout.
+            weight: Opaque tensor.
+            vectors: The vectors of the packed product.
+        """
+        return _PackedMatrix(weight, self.scale, None if self.input_range is None else self.bias)
+
+    def _pack(self, weight: Tensor) -> _PackedMatrix:
+        return self.packed_product(WHOLE, torch.ops.onednn.qlinear_prepack(weight, None), {})
+
     def _by_token(self, features: Tensor) -> Tensor:
         """Multiply tokens that are rounded one by one, in as few operations as possible: the prior has few tokens."""
         tokens = features.float()
         step = tokens.abs().amax(-1, keepdim=True).mul_(1 / MAX_INT8).add_(MIN_STEP)
         levels = tokens.div(step).add_(ZERO_POINT + 0.5).to(torch.uint8)  # conversion cuts off: rounds to the nearest
-        packed = self._packed("int8", lambda weight: _PackedMatrix(weight, self.scale, None))
+        packed = self._packed(WHOLE, self._pack)
         out: Tensor = packed.multiply(levels, 1.0, ZERO_POINT, torch.float32)
         out = out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
         return out.to(features.dtype)
 
 
-class _Packed:
+class _PackedKernels(PackedProduct):
     """Weight of a convolution in oneDNN's layout, with its scales and its bias in the types that oneDNN reads."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        geometry: tuple[Any, ...],
-        levels: Tensor,
-        *,
-        zero_point_in_bias: bool = False,
-    ) -> None:
-        """Pack a weight.
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry, sums: Tensor | None):
+        """Take a weight that is packed already.
 
         Args:
-            weight: Kernels (out, in, height, width) of `int8`.
+            weight: Opaque tensor.
             scale: Scales of shape (out,).
             bias: Vector of shape (out,); None for none.
             geometry: Stride, padding, dilation and groups.
-            levels: Features, for whose shape the layout is chosen.
-            zero_point_in_bias: Whether what the zero point of the features contributes is subtracted with the bias,
-                which needs features without padding.
+            sums: Sums of the kernels of each output channel, multiplied by its scale: what the zero point of the
+                features contributes is subtracted with the bias. None leaves this to oneDNN.
         """
-        self.geometry = geometry
-        self.sums: Tensor | None = None
-        if zero_point_in_bias:
-            self.sums = weight.sum(dim=(1, 2, 3)).float() * scale.detach().float()
+        self.weight, self.geometry, self.sums = weight, geometry, sums
         self.scale, self.bias = scale.detach().float(), None if bias is None else bias.detach().float()
         self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
-        shape = list(levels.shape)  # the layout that suits these features; others are multiplied correctly too
-        packed_for = 0 if zero_point_in_bias else ZERO_POINT
-        self.weight = torch.ops.onednn.qconv_prepack(weight, self.scale, 1.0, packed_for, *geometry, shape)
+
+    def vectors(self) -> dict[str, Tensor]:
+        return {"scale": self.scale} if self.sums is None else {"scale": self.scale, "sums": self.sums}
 
     def convolve(
         self, levels: Tensor, step: float, zero_point: int, dtype: torch.dtype, residual: Tensor | None = None
@@ -273,13 +298,13 @@ class _Packed:
         return residual
 
 
-class _PackedMatrix:
+class _PackedMatrix(PackedProduct):
     """Weight of a linear layer in oneDNN's layout, with its scales and its bias in the types that oneDNN reads."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
         self.scale, self.bias = scale.detach().float(), None if bias is None else bias.detach().float()
         self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
-        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
 
     def multiply(self, levels: Tensor, step: float, zero_point: int, dtype: torch.dtype) -> Tensor:
         operands = levels, step, zero_point, self.weight, self.scale, self.zero_points, self.bias

@@ -11,6 +11,7 @@ a key in the user's cache folder, and used only if the signature is right.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import json
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.cache_folder import signing_key
 from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import packed_memory
 from kandinsky22.kernels.linear import drop_packed, packing_layers, store_packed, stored_packed
-from kandinsky22.kernels.packed_memory import PackedBytes
+from kandinsky22.kernels.packed_memory import PackedBytes, PackedProduct
 from kandinsky22.verbosity import warn_once
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,29 @@ PACKED_FILE = "packed_weights.safetensors"
 ALIGNMENT = 64  # bytes; packed weights begin at multiples of a cache line
 BLOCKS, BLOCK_BYTES = 3, 512  # parts of each tensor that the digest of the weights covers
 LAYOUTS = ("linear", "conv", "fused_upsample")
+INT8_LAYOUTS = ("int8", "int8_padded", "int8_upsample")
+CORNER_LAYOUTS = ("fused_upsample", "int8_upsample")  # four kernels of 2 x 2 each
 SIGNATURE = "signature"
+NO_KEY = "prepared checkpoints need a key in the cache folder (KANDINSKY22_CACHE), which is off or cannot be written"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Packed weight of a layer: its layout, the opaque tensor, and the vectors that products need besides."""
+
+    layout: str
+    weight: Tensor
+    vectors: Mapping[str, Tensor]
+
+    @classmethod
+    def stored_with(cls, layer: nn.Module) -> _Packed | None:
+        """Return what a layer stores now; None if that is nothing, or nothing that is written."""
+        layout, value = stored_packed(layer) or ("", None)
+        if layout in LAYOUTS and isinstance(value, Tensor):
+            return cls(layout, value, {})
+        if layout in INT8_LAYOUTS and isinstance(value, PackedProduct):
+            return cls(layout, value.weight, value.vectors())
+        return None
 
 
 def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]) -> int:
@@ -62,21 +85,21 @@ def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path])
     if fingerprint is None:
         raise CheckpointError("this release of torch, or this system, does not map packed weights from files")
     if key is None:
-        reason = "which is switched off or cannot be written"
-        raise CheckpointError(f"prepared checkpoints need a key in the cache folder (KANDINSKY22_CACHE), {reason}")
+        raise CheckpointError(NO_KEY)
     layers = {id(layer) for layer in packing_layers(network)}
-    packed: dict[str, tuple[str, torch.Tensor]] = {}
+    packed: dict[str, _Packed] = {}
     for path, layer in network.named_modules():
-        stored = stored_packed(layer) if id(layer) in layers else None
-        if stored is not None and stored[0] in LAYOUTS and isinstance(stored[1], torch.Tensor):
+        stored = _Packed.stored_with(layer) if id(layer) in layers else None
+        if stored is not None:
             packed[path] = stored
     if packed:
-        about = {"fingerprint": fingerprint, "weights": _weights_digest(weight_files)}
+        dtype = str(_dtype(network)).removeprefix("torch.")
+        about = {"fingerprint": fingerprint, "weights": _weights_digest(weight_files), "dtype": dtype}
         _write_file(folder / PACKED_FILE, packed, about, key)
     return len(packed)
 
 
-def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path], dtype: torch.dtype) -> int:
+def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]) -> int:
     """Let the layers of a network use the packed weights of its folder, if they fit machine, user, weights and type.
 
     A file that does not fit is ignored, with a message in the log unless only the type is another one.
@@ -85,12 +108,11 @@ def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]
         network: A network that was just read.
         folder: Its folder.
         weight_files: The files that its weights were read from.
-        dtype: Type of the weights.
 
     Returns:
         Number of layers that use them; 0 if there is no file, or if it does not fit.
     """
-    path = folder / PACKED_FILE
+    path, dtype = folder / PACKED_FILE, _dtype(network)
     if not os.path.isfile(path):
         return 0
     try:
@@ -126,17 +148,43 @@ def _attach(
     layers, allowed = dict(network.named_modules()), {id(layer) for layer in packing_layers(network)}
     for name, entry in entries.items():
         layer: Any = layers[name]
-        shape = tuple(entry["shape"])
-        expected = tuple(layer.weight.shape)
-        if entry["name"] == "fused_upsample":  # four kernels of 2 x 2 each
-            expected = (4 * expected[0], expected[1], 2, 2)
-        if id(layer) not in allowed or shape != expected or entry["name"] not in LAYOUTS:
+        layout, shape = entry["name"], tuple(entry["shape"])
+        is_integer = layer.weight.dtype == torch.int8
+        if (
+            id(layer) not in allowed
+            or shape != _packed_shape(layer, layout)
+            or layout not in (INT8_LAYOUTS if is_integer else LAYOUTS)
+        ):
             raise ValueError(f"it does not fit the layer {name!r}")
-        first, last = header[name]["data_offsets"]
-        block = memory[start + first : start + last]
-        packed = packed_memory.from_bytes(PackedBytes(block, bytes.fromhex(entry["layout"]), shape, dtype))
-        store_packed(layer, entry["name"], packed)
+
+        def block(part: str) -> Tensor:
+            first, last = header[part]["data_offsets"]
+            return memory[start + first : start + last]
+
+        layer_dtype = torch.int8 if is_integer else dtype
+        packed: Any = PackedBytes(block(name), bytes.fromhex(entry["layout"]), shape, layer_dtype)
+        packed = packed_memory.from_bytes(packed)
+        if is_integer:
+            vectors = {
+                vector: block(f"{name}:{vector}").view(torch.float32)[:length]
+                for vector, length in entry["vectors"].items()
+            }
+            packed = layer.packed_product(layout, packed, vectors)
+        store_packed(layer, layout, packed)
     return len(entries)
+
+
+def _packed_shape(layer: Any, layout: str) -> tuple[int, ...]:
+    """Return the shape that a packed weight of a layer has."""
+    shape = tuple(layer.weight.shape)
+    if layout in CORNER_LAYOUTS:
+        return 4 * shape[0], shape[1], 2, 2
+    return shape[::-1] if layout in INT8_LAYOUTS and len(shape) == 2 else shape
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """Return the type in which a network computes."""
+    return next(p.dtype for p in network.parameters() if p.is_floating_point())
 
 
 def _weights_digest(files: Iterable[Path]) -> str:
@@ -163,30 +211,36 @@ def _weights_digest(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _write_file(
-    path: Path, packed: Mapping[str, tuple[str, torch.Tensor]], about: Mapping[str, str], key: bytes
-) -> None:
-    """Write packed weights as bytes, in the safetensors format, each at an aligned position."""
+def _write_file(path: Path, packed: Mapping[str, _Packed], about: Mapping[str, str], key: bytes) -> None:
+    """Write packed weights and their vectors as bytes, in the safetensors format, each at an aligned position."""
     entries: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
-    position, dtype = 0, ""
-    for name, (layout, tensor) in packed.items():
-        packed_bytes = packed_memory.to_bytes(tensor)
-        size = -(-len(packed_bytes.memory) // ALIGNMENT) * ALIGNMENT
-        dtype = str(packed_bytes.dtype).removeprefix("torch.")
-        entries[name] = {"name": layout, "shape": list(packed_bytes.shape), "layout": packed_bytes.layout.hex()}
-        tensors[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
-        position += size
-    header = {"__metadata__": {**about, "dtype": dtype, "entries": json.dumps(entries)}, **tensors}
+    position = 0
+    for name, each in packed.items():
+        packed_bytes = packed_memory.to_bytes(each.weight)
+        lengths = {vector: len(value) for vector, value in each.vectors.items()}
+        entries[name] = {
+            "name": each.layout,
+            "shape": list(packed_bytes.shape),
+            "layout": packed_bytes.layout.hex(),
+            "vectors": lengths,
+        }
+        sizes = {name: len(packed_bytes.memory)}
+        sizes.update({f"{name}:{vector}": 4 * length for vector, length in lengths.items()})
+        for part, size in sizes.items():
+            size += -size % ALIGNMENT
+            tensors[part] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
+            position += size
+    header = {"__metadata__": {**about, "entries": json.dumps(entries)}, **tensors}
     header["__metadata__"][SIGNATURE] = _signature(header, key)
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in packed.values():
-            content = packed_memory.to_bytes(tensor).memory.numpy()
-            file.write(content.tobytes())
-            file.write(bytes(-len(content) % ALIGNMENT))
+        for each in packed.values():
+            for content in (packed_memory.to_bytes(each.weight).memory, *each.vectors.values()):
+                file.write(content.numpy())
+                file.write(bytes(-content.nbytes % ALIGNMENT))
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
