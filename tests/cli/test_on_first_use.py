@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from tests.cli.helpers import Command
 from tests.cli.test_low_memory import EVERY, pictures  # noqa: F401 - a fixture
 
+from kandinsky22.checkpoints import pinned_files
 from kandinsky22.kernels import host_memory
 from kandinsky22.pipelines import network_reader
 from kandinsky22.runtime.loading_on_first_use import LoadingOnFirstUse
@@ -101,3 +104,38 @@ def test_a_file_that_changes_in_between_is_an_error(
         weights.unlink()
         weights.write_bytes(content)
     assert result.code == 0  # the file that was opened is read, whatever happens to its name
+
+
+def test_files_are_read_ahead_while_the_first_network_runs(
+    command: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(pinned_files, "COPIED_BYTES", 0)
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, position, size, _: asked.append((os.readlink(f"/proc/self/fd/{fd}"), position))
+    )
+    assert command("generate", "a cat", "--model", model, "--seed", 5, "-o", "a.png").code == 0
+    _join_read_ahead()
+    weights = [f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "movq")]
+    for name in weights:
+        path = model / name
+        positions = [position for other, position in asked if other == str(path)]
+        assert positions == list(range(0, path.stat().st_size, pinned_files.READ_AHEAD))
+    assert not any("text_encoder" in other for other, _ in asked)  # it has been read by then
+
+
+def test_little_memory_reads_nothing_ahead(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
+    asked: list[Any] = []
+    monkeypatch.setattr(pinned_files.PinnedFiles, "read_ahead", asked.append)
+    assert command("generate", "a cat", "--model", model, "--seed", 5, "-o", "a.png").code == 0
+    _join_read_ahead()
+    assert not asked
+
+
+def _join_read_ahead() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "kandinsky22-read-ahead":
+            thread.join()

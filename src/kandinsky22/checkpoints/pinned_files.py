@@ -24,6 +24,8 @@ from kandinsky22.errors import CheckpointError, KandinskyError
 # opened: a change in place is noticed, but their earlier content no longer exists.
 COPIED_BYTES = 2**22
 
+READ_AHEAD = 2**17  # bytes that Linux reads ahead per request at least; it ignores the rest of larger ones
+
 # Folders in which the system lists the open files of this process, Linux first; other systems have none.
 OPEN_FILES = next((folder for folder in ("/proc/self/fd", "/dev/fd") if os.path.isdir(folder)), None)
 
@@ -95,6 +97,21 @@ class PinnedFiles:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PinnedFiles:
         return self  # copies of a network read the same files
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.identity.size for file in self._files)
+
+    def read_ahead(self) -> None:
+        """Ask the system to read the files into its cache; nothing happens on systems that cannot be asked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file in self._files:
+            if file.handle is None or file.is_copy:
+                continue
+            for position in range(0, file.identity.size, READ_AHEAD):
+                os.posix_fadvise(file.handle.fileno(), position, READ_AHEAD, os.POSIX_FADV_WILLNEED)
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[Path]:

@@ -125,7 +125,7 @@ class NetworkReader:
             files_digest=digest,
             dtype=dtype,
             samples=lambda: self._samples,
-            deferred=True,
+            unread_files=self._files,
         )
         return network
 

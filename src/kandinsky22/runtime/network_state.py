@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kandinsky22.checkpoints.fingerprint import TensorSample, WeightFingerprint
+from kandinsky22.checkpoints.pinned_files import PinnedFiles
 from kandinsky22.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class NetworkSource:
         dtype: Type of the weights after loading; None if unknown.
         samples: Returns the samples of the weights (`checkpoints.fingerprint.weight_samples`) once they were read;
             before that, None.
-        deferred: Whether the weights were not read when the network was made.
+        unread_files: Files of the weights if these were not read when the network was made; None if they were.
     """
 
     load: Callable[[], nn.Module]
@@ -46,7 +47,7 @@ class NetworkSource:
     files_digest: str | None = None
     dtype: torch.dtype | None = None
     samples: Callable[[], list[TensorSample] | None] = lambda: None
-    deferred: bool = False
+    unread_files: PinnedFiles | None = None
 
     def is_current(self, network: nn.Module) -> bool:
         """Return whether the network still has the weights that were read, as far as its fingerprint shows.
@@ -169,7 +170,7 @@ def record_source(
     files_digest: str | None = None,
     dtype: torch.dtype | None = None,
     samples: Callable[[], list[TensorSample] | None] = lambda: None,
-    deferred: bool = False,
+    unread_files: PinnedFiles | None = None,
 ) -> None:
     """Record the checkpoint that the current weights of a network were read from.
 
@@ -180,10 +181,10 @@ def record_source(
             they have none.
         dtype: Type of the weights after loading; None if unknown.
         samples: Returns the samples of the weights once they were read, before that None.
-        deferred: Whether the weights are still to be read.
+        unread_files: Files of the weights if these are still to be read; None if they were read.
     """
     network = unwrapped(network)
-    source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype, samples, deferred)
+    source = NetworkSource(load, WeightFingerprint(network), files_digest, dtype, samples, unread_files)
     attached_state(network).source = source
 
 
@@ -193,5 +194,16 @@ def is_unread(network: nn.Module) -> bool:
     Args:
         network: Any module.
     """
+    return unread_files(network) is not None
+
+
+def unread_files(network: nn.Module) -> PinnedFiles | None:
+    """Return the files in which the weights of a network were left until it first runs; None if they were read.
+
+    Args:
+        network: Any module.
+    """
     source = state_of(network).source
-    return source is not None and source.deferred and all(parameter.is_meta for parameter in network.parameters())
+    if source is None or not all(parameter.is_meta for parameter in network.parameters()):
+        return None
+    return source.unread_files

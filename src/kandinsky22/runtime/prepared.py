@@ -239,7 +239,7 @@ def _write_file(path: Path, packed: Mapping[str, _Packed], about: Mapping[str, s
         file.write(len(text).to_bytes(8, "little") + text)
         for each in packed.values():
             for content in (packed_memory.to_bytes(each.weight).memory, *each.vectors.values()):
-                file.write(content.numpy())
+                file.write(content.numpy().data)
                 file.write(bytes(-content.nbytes % ALIGNMENT))
 
 
