@@ -62,6 +62,18 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def test_static_leaves_the_last_shortcuts_alone() -> None:
+    """More than half of the error of all layers comes from them: benchmarks/int8_sensitivity.py."""
+    net = make_network(UNet2DConditionModel, torch.float32)
+    quantize(net, "int8-static")
+    shortcuts = {name: type(layer) for name, layer in net.named_modules() if name.endswith("conv_shortcut")}
+    last = f"up_blocks.{len(net.up_blocks) - 1}."
+    kept = {name for name, kind in shortcuts.items() if issubclass(kind, torch.nn.Conv2d)}
+    assert kept == {name for name in shortcuts if name.startswith(last)}
+    assert kept
+    assert len(kept) < len(shortcuts)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("network_class", [UNet2DConditionModel, PriorTransformer])
 def test_results_stay_close_and_weights_become_small(network_class: type[Any], kind: str) -> None:
