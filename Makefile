@@ -103,11 +103,12 @@ docs: $(VENV)/.tools  ## build the documentation into site/; look at it with: py
 	$(BIN)/python docs/drawings/draw.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-bench: $(VENV)/.tools  ## compare with the reference at published size: 50 minutes, 24 GiB of memory, 16 GB of disk
+bench: $(VENV)/.tools  ## compare with the reference and OpenVINO at published size: 80 minutes, 24 GiB of memory, 16 GB of disk
 	$(BIN)/python -m benchmarks.compare --folder $(BENCH) --towers full --make
 	$(BIN)/python -m benchmarks.compare --folder $(BENCH) --towers full --dtype fp32 bf16 --minutes 18 \
 	  --out $(BENCH)/result $(ARGS)
 	$(BIN)/python -m benchmarks.commands --folder $(BENCH) --minutes 30 --out $(BENCH)/result/commands.json
+	$(BIN)/python -m benchmarks.openvino_compare --folder $(BENCH) --out $(BENCH)/result/openvino.json
 
 bench-commands: $(VENV)/.tools  ## measure whole commands at published size, and write docs/commands.md: 30 minutes
 	$(BIN)/python -m benchmarks.commands --folder $(BENCH) --minutes 30 --out benchmarks/results/commands.json --docs $(ARGS)
