@@ -18,6 +18,9 @@ from tests.hub_server import Hub, etag, serving
 from kandinsky22 import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.checkpoints import hub_files
 from kandinsky22.cli.models import PUBLISHED, kind_of_class, readable_size
+from kandinsky22.generation.recipe import read_recipe
+from kandinsky22.kernels import packed_memory
+from kandinsky22.runtime.prepared import PACKED_FILE
 
 DECODER, PRIOR = PUBLISHED[0].name, PUBLISHED[3].name
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -223,3 +226,19 @@ def test_kinds_and_sizes() -> None:
         "1000.0 kB",
         "5.3 GB",
     ]
+
+
+@pytest.mark.skipif(packed_memory.fingerprint() is None, reason="needs Linux and an x86 CPU")
+def test_prepare_in_int8_with_prompts(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path / "cache"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n two blue squares\n", encoding="utf-8")
+    words = ("models", "prepare", "embedded", "-o", tmp_path / "new", "--dtype", "int8")
+    assert_one_line(command(*words, "--calibration", tmp_path / "none.txt"), 1, "calibration", "none.txt")
+    assert_one_line(command(*words, "--for", "inpaint", "--calibration", prompts), 1, "calibration", "text to image")
+    assert not (tmp_path / "new").exists()
+    assert command(*words, "--calibration", prompts).code == 0
+    assert (tmp_path / "new" / "unet" / PACKED_FILE).exists()
+    result = command("generate", "a red circle", "--model", tmp_path / "new", "--seed", 7, "-o", tmp_path / "a.png")
+    assert result.code == 0
+    assert read_recipe(tmp_path / "a.png").dtype == "bfloat16"  # that of the checkpoint, without --dtype

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22 import __version__
@@ -65,10 +66,12 @@ def load_networks(
     import kandinsky22
     from kandinsky22.pipelines.network_reader import deferred_weights
     from kandinsky22.runtime.device import resolve_device, resolve_dtype
+    from kandinsky22.runtime.prepared import prepared_dtype
 
     device = resolve_device("cpu" if request.engine is not None and request.device == "auto" else request.device)
-    dtype = resolve_dtype(request.dtype, device)
     model = request.model_location
+    stored = prepared_dtype(Path(model) / "unet") if device.type == "cpu" else None
+    dtype = resolve_dtype(request.dtype or stored, device)
     _check_quantization(request.quantize, dtype, device)
     _check_engine(request, dtype, device)
     if model == EMBEDDED:

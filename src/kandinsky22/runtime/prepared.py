@@ -128,6 +128,23 @@ def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]
         return 0
 
 
+def prepared_dtype(folder: Path) -> str | None:
+    """Return the name of the type for which a network was prepared; None if it was not.
+
+    Args:
+        folder: Its folder.
+    """
+    path = folder / PACKED_FILE
+    if not os.path.isfile(path):
+        return None
+    try:
+        header, _ = _read_header(path)
+        name = header["__metadata__"]["dtype"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return name if name in ("float32", "bfloat16") else None
+
+
 def _check_origin(about: Mapping[str, str], weight_files: Iterable[Path]) -> None:
     if about["fingerprint"] != packed_memory.fingerprint():
         raise ValueError("on another kind of machine")
