@@ -27,6 +27,7 @@ from kandinsky22.runtime.quantize import STATIC
 CARD = "README.md"
 INT8 = "int8"
 STORED_DTYPES = ("float16", "bfloat16", "float32")
+TEXT_TO_IMAGE = ("KandinskyV22Pipeline", "KandinskyV22CombinedPipeline")  # classes that draw prompts for a calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _check_calibration(
 ) -> None:
     if calibration is None:
         return
-    if prepared_dtype != INT8 or pipeline_class.__name__ != "KandinskyV22Pipeline":
+    if prepared_dtype != INT8 or pipeline_class.__name__ not in TEXT_TO_IMAGE:
         expected = f"None, or a decoder of text to image that is prepared in int8, not a {pipeline_class.__name__}"
         raise invalid("calibration", calibration, expected)
     if isinstance(calibration, str) or not calibration or not all(isinstance(each, str) for each in calibration):
@@ -258,16 +259,20 @@ def _drawing(
     """Return a function that draws prompts with a decoder and the prior that belongs to it, up to their latents."""
     import torch
 
+    holds_prior = not isinstance(decoder, DecoderPipeline)
+
     def draw() -> object:
+        settings = {"num_inference_steps": CALIBRATION_STEPS, "output_type": "latent"}
+        settings |= {"generator": torch.Generator().manual_seed(0)}
+        if holds_prior:
+            return decoder(list(prompts or ()), **{**decoder.generation_defaults, **settings})
         pipe = _load(source.matching_prior(prior), "bfloat16")
         embeddings = pipe(list(prompts or ()), generator=torch.Generator().manual_seed(0), **pipe.generation_defaults)
         del pipe  # the decoder needs the memory
-        arguments = {**decoder.generation_defaults, "num_inference_steps": CALIBRATION_STEPS, "output_type": "latent"}
         return decoder(
             image_embeds=embeddings.image_embeds,
             negative_image_embeds=embeddings.negative_image_embeds,
-            generator=torch.Generator().manual_seed(0),
-            **arguments,
+            **{**decoder.generation_defaults, **settings},
         )
 
     return draw
