@@ -360,6 +360,26 @@ def test_modulation_by_broadcasting_equals_that_by_interpolation(
     assert torch.equal(normed.grad, scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_one_item_with_groups_of_one_value_becomes_the_shift(
+    dtype: torch.dtype, modulated: bool, gradients: bool
+) -> None:
+    """As in batches; torch's function refuses it, for the sake of batch norms in training."""
+    norm = GroupNorm(32, 32).to(dtype)
+    torch.nn.init.uniform_(norm.bias)
+    features = torch.randn(1, 32, 1, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    shift = torch.rand(1, 32, 1, 1, dtype=dtype)
+    modulation = Modulation(torch.rand(1, 32, 1, 1, dtype=dtype), shift) if modulated else None
+    with torch.set_grad_enabled(gradients):
+        alone = norm(features, modulation=modulation)
+        pair = None if modulation is None else Modulation(*(part.repeat(2, 1, 1, 1) for part in modulation))
+        assert torch.equal(alone, norm(features.repeat(2, 1, 1, 1), modulation=pair)[:1])
+    if modulation is None:
+        torch.testing.assert_close(alone.flatten(), norm.bias, atol=0.002, rtol=0.01)
+
+
 @torch.no_grad()
 def test_norms_in_bfloat16() -> None:
     features = (torch.randn(2, 64, 16, 16) + 2).bfloat16().contiguous(memory_format=torch.channels_last)

@@ -70,7 +70,7 @@ def group_norm(
     if features.dtype == torch.bfloat16 and scale.shape[2:] == shift.shape[2:] == (1, 1):
         # torch's kernel is faster, and keeps far more digits of the variance than the result has
         if len(scale) == len(shift) == 1:
-            normed = F.group_norm(features, groups, scale.flatten(), shift.flatten(), eps)
+            normed = torch.group_norm(features, groups, scale.flatten(), shift.flatten(), eps)
             return F.silu(normed, inplace=True) if silu else normed
         return _normalise_items(features, groups, eps, scale, shift, silu=silu, inplace=inplace)
     pixels = features.permute(0, 2, 3, 1)
@@ -88,7 +88,7 @@ def _normalise_items(
     scales, shifts = (part.flatten(1).expand(len(features), -1) for part in (scale, shift))
     for index in range(len(features)):
         item = slice(index, index + 1)
-        normed = F.group_norm(features[item], groups, scales[index], shifts[index], eps)
+        normed = torch.group_norm(features[item], groups, scales[index], shifts[index], eps)
         if silu:
             torch.ops.aten.silu.out(normed, out=out[item])
         else:

@@ -55,7 +55,10 @@ class GroupNorm(nn.GroupNorm):
         """
         if group_norm.is_supported(features):
             return _fused_norm(self, features, modulation, silu=silu, inplace=inplace)
-        return _modulate(super().forward(layout_for_backward(features)), modulation, silu=silu, inplace=True)
+        # `functional.group_norm` is this with a check that refuses one item with groups of one value
+        features = layout_for_backward(features)
+        normed = torch.group_norm(features, self.num_groups, self.weight, self.bias, self.eps)
+        return _modulate(normed, modulation, silu=silu, inplace=True)
 
     def scale_shift(self, rows: RowSource, latents: Tensor | None = None) -> ScaleShift:
         """Return what the norm multiplies features with and adds to them, for features that are not all in memory.
