@@ -397,6 +397,24 @@ def test_gallery(watched: Watched, server: StudioServer) -> None:
     assert again == before
 
 
+def test_recall_of_a_seed_beyond_the_precision_of_the_browser(watched: Watched, server: StudioServer) -> None:
+    seed = 2**63 - 2
+    server.make(prompt="a large seed", seed=seed)
+    page, screen = watched.page, open_screen(watched, "gallery")
+    screen.locator(".tile-open").first.click()
+    expect(page.locator("dialog.viewer .recipe")).to_contain_text(str(seed))
+    page.keyboard.press("r")
+    draw = page.locator("k-draw")
+    field = draw.get_by_role("textbox", name="Seed")
+    expect(field).to_have_value(str(seed))
+    page.reload()
+    expect(field).to_have_value(str(seed))
+    press_run(draw)
+    expect_picture(draw)
+    again, before = (job["images"][0]["sha256"] for job in server.jobs()[:2])
+    assert again == before
+
+
 def test_recall_of_a_mixture_and_of_a_mask(watched: Watched, server: StudioServer) -> None:
     _, picture = server.call("POST", "/api/uploads", scene())
     _, mask = server.call("POST", "/api/uploads", mask_png())
@@ -533,8 +551,11 @@ def test_restart_of_the_server_in_the_middle_of_a_job(watched: Watched, server: 
     screen.locator("textarea.prompt").fill(PROMPT)
     start_long_job(screen)
     job = newest(server)
+    watched.page.set_viewport_size({"width": 1280, "height": 500})
+    watched.page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
     server.kill()
     expect(watched.page.locator(".notice")).to_contain_text("does not answer")
+    expect(watched.page.locator(".notice")).to_be_in_viewport()  # wherever the page is scrolled to
     server.start()
     expect(watched.page.locator(".notice")).to_be_hidden(timeout=60_000)
     expect(screen.locator(".stage-status")).to_contain_text(f"of {LONG}", timeout=60_000)
