@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from tests.serve.conftest import png
 
+from kandinsky22.serve.database import now
 from kandinsky22.serve.events import EventHub
 from kandinsky22.serve.failures import ApiError
 from kandinsky22.serve.files import Files, image_id
-from kandinsky22.serve.gallery import Gallery
+from kandinsky22.serve.gallery import Gallery, rebuild
 from kandinsky22.serve.housekeeping import tidy
 from kandinsky22.serve.image_store import NewImage
 from kandinsky22.serve.schemas import JobRequest, Picture
@@ -90,6 +91,18 @@ def test_files_of_interrupted_uploads_go(gallery: Gallery) -> None:
     os.utime(gallery.files.upload(old), (month, month))
     tidy(gallery)
     assert not gallery.files.upload(old).exists() and gallery.files.upload(fresh).exists()
+
+
+def test_a_rebuilt_database_knows_uploads_and_their_times(gallery: Gallery) -> None:
+    """The command enters what the database lacks; what it has stays as it is."""
+    id = gallery.add_upload(png(), SIZE)
+    gallery.store.remove_upload(id, "9999")
+    assert rebuild(gallery.files, gallery.store, 10**6)["uploads"] == 1
+    time.sleep(0.01)
+    limit = now()
+    time.sleep(0.01)
+    assert rebuild(gallery.files, gallery.store, 10**6)["uploads"] == 0
+    assert gallery.store.uploads_before(limit) == {id}
 
 
 def test_the_trash_is_emptied(gallery: Gallery) -> None:

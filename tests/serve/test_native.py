@@ -33,6 +33,10 @@ def test_info_says_what_the_server_offers(server: Server) -> None:
     assert info["device"] == "cpu"
 
 
+def test_info_names_the_kinds_of_hints(server: Server) -> None:
+    assert server.get("/api/info")["hints"] == ["edges"]  # this server has no depth model
+
+
 def test_a_picture_equals_that_of_the_command(server: Server, tmp_path: Any) -> None:
     job = server.draw(seed=11, count=2)
     for index, image in enumerate(job["images"]):

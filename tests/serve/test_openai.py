@@ -165,3 +165,15 @@ def test_errors_are_those_of_the_api(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.images.edit(image=("x.png", b"<svg/>"), prompt="a")
     assert caught.value.status_code == 415
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", n=999)
+    assert (caught.value.param, caught.value.type) == ("n", "invalid_request_error")
+
+
+def test_refusals_before_any_route_have_the_fields_of_the_api(server: Server) -> None:
+    client = openai.OpenAI(
+        base_url=f"{server.address}/v1", api_key="unused", default_headers={"Origin": "https://other.example"}
+    )
+    with pytest.raises(openai.PermissionDeniedError) as caught:
+        client.images.generate(prompt="a")
+    assert (caught.value.code, caught.value.type) == ("wrong_origin", "invalid_request_error")

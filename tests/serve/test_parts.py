@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import errno
 import io
 import sqlite3
 import time
@@ -15,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 from tests.serve.conftest import png
 
 from kandinsky22 import VQModel
 from kandinsky22.errors import ConfigError, InputError
 from kandinsky22.generation.previews import PreviewMap
+from kandinsky22.serve.app import build_app
 from kandinsky22.serve.events import KEPT_EVENTS, QUEUE_SIZE, EventHub
-from kandinsky22.serve.failures import ApiError
+from kandinsky22.serve.failures import ApiError, is_disk_full
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import Gallery
 from kandinsky22.serve.hints import _depth_process, make_hint
@@ -200,6 +203,24 @@ def test_a_crash_on_a_full_disk_is_overcome(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(gallery, "try_again", try_again)
     supervisor.workers[0]._after_crash()
     assert gallery.store.counts() == {"queued": 2} and not supervisor.held_jobs()
+
+
+def test_a_full_disk_is_recognised() -> None:
+    assert is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_disk_full(sqlite3.OperationalError("database or disk is full"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    assert not is_disk_full(sqlite3.OperationalError("database is locked"))
+
+
+def test_a_full_disk_is_reported_as_such(tmp_path: Path) -> None:
+    app = build_app(ServerSettings(state=tmp_path))
+    client = TestClient(app, base_url="http://127.0.0.1")
+    assert client.post("/api/jobs", json={"prompt": "a star"}).status_code == 201
+    app.state.services.store.rows("PRAGMA max_page_count = 1")  # the database then takes no further page
+    response = client.post("/api/jobs", json={"prompt": "a star " * 1400})
+    assert response.status_code == 507
+    assert response.json()["error"]["code"] == "disk_full" and "free some space" in response.text
+    assert client.get("/api/jobs").json()["items"][0]["request"]["prompt"] == "a star"
 
 
 def test_a_repeated_request_needs_its_pictures_no_more(tmp_path: Path) -> None:

@@ -46,12 +46,32 @@ def test_img2img_and_inpainting(api: webuiapi.WebUIApi) -> None:
     assert painted.info["recipes"][0]["command"] == "inpaint"
 
 
+def test_settings_without_effect_are_named(api: webuiapi.WebUIApi) -> None:
+    result = api.img2img(
+        images=[picture()],
+        mask_image=picture("white"),
+        prompt="a red star",
+        sampler_name="DPM++ 2M Karras",
+        mask_blur=4,
+        override_settings={"CLIP_stop_at_last_layers": 2, "sd_model_checkpoint": "embedded-inpaint"},
+        **SMALL,
+    )
+    expected = {"mask_blur", "sampler_name", "denoising_strength", "override_settings.CLIP_stop_at_last_layers"}
+    assert expected <= set(result.info["ignored"])
+    assert "override_settings.sd_model_checkpoint" not in result.info["ignored"]
+    assert result.info["recipes"][0]["scheduler"] == "DPMSolverMultistepScheduler"
+    assert result.info["infotexts"] == [result.image.info["parameters"]]
+
+
 def test_lists_and_options(api: webuiapi.WebUIApi) -> None:
     assert "Euler a" in api.util_get_sampler_names()
     assert api.util_get_model_names()[0] == "embedded"
     api.util_set_model("embedded")
     assert api.util_get_current_model() == "embedded"
     assert api.get_progress()["state"]["job_count"] == 0
+    assert api.get_upscalers() == api.get_hypernetworks() == api.get_prompt_styles() == api.get_loras() == []
+    assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
+    api.refresh_checkpoints()
 
 
 def test_progress_and_interrupt(api: webuiapi.WebUIApi) -> None:
@@ -74,6 +94,8 @@ def test_progress_and_interrupt(api: webuiapi.WebUIApi) -> None:
 def test_errors(api: webuiapi.WebUIApi, server: Server) -> None:
     with pytest.raises(RuntimeError, match="404"):
         api.txt2img(prompt="a", sampler_name="Magic", **SMALL)
+    error = server.post("/sdapi/v1/options", {"sd_model_checkpoint": "magic"}, 422)["error"]
+    assert error["message"].startswith("sd_model_checkpoint='magic' is invalid: expected 'embedded' or")
     body = {"prompt": "a", "init_images": ["https://example.org/x.png"]}
     error = server.post("/sdapi/v1/img2img", body, 422)["error"]
     assert "downloads nothing" in error["message"]

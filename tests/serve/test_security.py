@@ -201,7 +201,7 @@ def test_large_bodies_are_refused_early(server: Server) -> None:
         pass  # the server had closed the connection while the client was still sending
     limit = server.get("/api/info")["limits"]["max_upload_bytes"]
     assert_refused(server.request("POST", "/api/uploads", data=b"\0" * (limit + 1)), 413)
-    assert_refused(server.request("POST", "/api/jobs", data=b'{"prompt": "' + b"a" * 20_000 + b'"}'), 422)
+    assert_refused(server.request("POST", "/api/jobs", json={"prompt": "a" * 20_000}), 422)
 
 
 def test_bodies_that_are_not_json_are_refused(server: Server) -> None:
@@ -215,6 +215,13 @@ def test_bodies_that_are_not_json_are_refused(server: Server) -> None:
     assert_refused(
         server.request("POST", "/v1/images/edits", data=b"x", headers={"Content-Type": "multipart/form-data"}), 400
     )
+
+
+def test_json_under_another_media_type_is_explained(server: Server) -> None:
+    """As curl sends it without the header."""
+    for kind in (None, "application/x-www-form-urlencoded", "text/plain"):
+        response = server.request("POST", "/api/jobs", 415, data=b'{"prompt": "a"}', headers={"Content-Type": kind})
+        assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 
 def test_every_response_has_the_security_headers(server: Server) -> None:

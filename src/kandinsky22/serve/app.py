@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,7 +22,14 @@ from kandinsky22.errors import KandinskyError
 from kandinsky22.serve import routes_native, routes_openai, routes_sdapi
 from kandinsky22.serve.docs_page import DOCS_STYLE, docs_page
 from kandinsky22.serve.events import EventHub
-from kandinsky22.serve.failures import ApiError, argument_of
+from kandinsky22.serve.failures import (
+    DISK_FULL,
+    OPENAI_PREFIX,
+    ApiError,
+    argument_of,
+    error_body,
+    is_disk_full,
+)
 from kandinsky22.serve.files import Files
 from kandinsky22.serve.gallery import Gallery
 from kandinsky22.serve.housekeeping import tidy_regularly
@@ -35,6 +42,8 @@ from kandinsky22.serve.supervisor import Supervisor
 from kandinsky22.serve.tokens import TokenGuard
 
 logger = logging.getLogger("kandinsky22.serve")
+
+NOT_JSON = "expected a body in JSON, with the header Content-Type: application/json"
 
 STUDIO = Path(__file__).parent / "studio"
 
@@ -75,6 +84,9 @@ def build_app(settings: ServerSettings) -> FastAPI:
     app.state.services = Services(settings, gallery, supervisor, metrics, guard)
     for router in (routes_native.router, routes_openai.router, routes_sdapi.router, routes_native.login_router):
         app.include_router(router)
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            route.summary = _operation_id(route).replace("_", " ").capitalize()
     _add_studio(app)
     _add_error_handlers(app)
     app.add_middleware(SecurityMiddleware, settings=settings, metrics=metrics, guard=guard)
@@ -113,10 +125,20 @@ def _add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return _error(request, 400, "invalid_json", "the body is not valid JSON", None)
+        if first["loc"] == ("body",) and not is_json(request.headers.get("content-type", "")):
+            return _error(request, 415, "unsupported_media_type", NOT_JSON, None)
         place = [str(part) for part in first["loc"][1:]]
         name = ".".join(place) or None
         message = f"{name or 'body'} is invalid: {first['msg']}"
         return _error(request, 422, "invalid_request", message, name)
+
+    @app.exception_handler(OSError)
+    @app.exception_handler(sqlite3.Error)
+    async def _disk_error(request: Request, error: Exception) -> JSONResponse:
+        if not is_disk_full(error):
+            raise error
+        logger.error("%s %s failed: %s", request.method, request.url.path, error)
+        return _error(request, 507, "disk_full", DISK_FULL, None)
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -128,12 +150,20 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response
 
 
+def is_json(content_type: str) -> bool:
+    """Return whether a media type is that of JSON.
+
+    Args:
+        content_type: Value of the header.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
 def _error(request: Request, status: int, code: str, message: str, argument: str | None) -> JSONResponse:
-    body: dict[str, Any] = {"message": message, "argument": argument, "code": code}
     headers = {}
-    if request.url.path.startswith("/v1/"):  # as OpenAI's clients expect it
-        status = 400 if status == 422 else status
-        body |= {"param": argument, "type": "server_error" if status >= 500 else "invalid_request_error"}
+    if request.url.path.startswith(OPENAI_PREFIX):
+        status = 400 if status == 422 else status  # as OpenAI's clients expect it
         if status != 429:  # OpenAI's clients repeat a request by themselves: a job that was cancelled would run again
             headers["x-should-retry"] = "false"
-    return JSONResponse({"error": body}, status, headers)
+    return JSONResponse(error_body(request.url.path, status, code, message, argument), status, headers)

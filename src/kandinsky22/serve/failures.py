@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import sqlite3
+from typing import Any
 
 from kandinsky22.errors import KandinskyError
+
+OPENAI_PREFIX = "/v1/"
+DISK_FULL = "the disk is full: free some space, and try again"
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class ApiError(KandinskyError):
@@ -22,6 +29,33 @@ class ApiError(KandinskyError):
         self.status = status
         self.code = code
         self.argument = argument
+
+
+def error_body(path: str, status: int, code: str, message: str, argument: str | None = None) -> dict[str, Any]:
+    """Return the body of an error. Below /v1 it also has the fields that OpenAI's clients read.
+
+    Args:
+        path: Path of the request.
+        status: HTTP status.
+        code: Name of the kind of error.
+        message: Description for the user.
+        argument: Name of the invalid argument; None if there is none.
+    """
+    error: dict[str, Any] = {"message": message, "argument": argument, "code": code}
+    if path.startswith(OPENAI_PREFIX):
+        error |= {"param": argument, "type": "server_error" if status >= 500 else "invalid_request_error"}
+    return {"error": error}
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk, or a quota of it, is full.
+
+    Args:
+        error: The error.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return isinstance(error, sqlite3.Error) and "disk is full" in str(error)
 
 
 def not_found(what: str) -> ApiError:

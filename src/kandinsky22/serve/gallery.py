@@ -414,6 +414,8 @@ def rebuild(files: Files, store: Store, max_pixels: int) -> Mapping[str, int]:
             state = "done" if is_complete else "cancelled"  # a cancelled job can be run again
             store.restore_job(image.job, state, image.mode, image.request, created_at)
     for id in files.upload_ids():
+        if store.upload_size(id) is not None:
+            continue
         try:
             size = checked_upload(files.upload(id).read_bytes(), max_pixels)
         except (OSError, KandinskyError):

@@ -44,7 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/info")
 def _info(server: Server) -> dict[str, Any]:
-    """Return what the server offers: models, modes, presets, schedulers and limits."""
+    """Return what the server offers: models, modes, presets, schedulers, kinds of hints and limits."""
     settings = server.settings
     return {
         "version": __version__,
@@ -59,6 +59,7 @@ def _info(server: Server) -> dict[str, Any]:
             for name, preset in PRESETS.items()
         ],
         "schedulers": list(SCHEDULERS),
+        "hints": ["edges", "depth"] if settings.depth_model is not None else ["edges"],
         "limits": {
             "max_side": settings.max_side,
             "max_pixels": settings.max_pixels,

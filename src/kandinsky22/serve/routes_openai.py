@@ -209,6 +209,8 @@ def _common(server: Services, body: ImagesRequest, mode: str) -> dict[str, Any]:
         "quality": _quality(body.quality),
         "previews": bool(body.stream and body.partial_images),
     }
+    if (limit := server.settings.max_count) < values["count"]:
+        raise invalid_request(f"n={body.n} is invalid: expected an integer from 1 to {limit}", "n")
     if body.size not in (None, "auto"):
         width, height = map(int, str(body.size).split("x"))
         if not 0 < min(width, height) <= max(width, height) <= server.settings.max_side:

@@ -10,7 +10,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from kandinsky22.errors import invalid
+from kandinsky22.generation.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD
 from kandinsky22.generation.limits import MAX_SEED
+from kandinsky22.generation.recipe import Recipe
 from kandinsky22.generation.scheduler_names import SCHEDULERS
 from kandinsky22.serve import pictures
 from kandinsky22.serve.failures import ApiError, invalid_request
@@ -20,7 +23,7 @@ from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.routes_native import ERRORS
 from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.services import Server, Services
-from kandinsky22.serve.settings import MODES_OF_KIND
+from kandinsky22.serve.settings import MODES_OF_KIND, ModelSettings
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
 
@@ -44,14 +47,14 @@ SAMPLERS = {
 }
 # Settings of that application which would change the picture there and have no meaning here.
 IGNORED = (
-    "enable_hr",
-    "restore_faces",
-    "tiling",
-    "subseed_strength",
-    "styles",
-    "script_name",
-    "eta",
-    "refiner_checkpoint",
+    *("enable_hr", "restore_faces", "tiling", "subseed_strength", "styles", "script_name", "alwayson_scripts", "eta"),
+    *("refiner_checkpoint", "clip_skip", "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_fill", "resize_mode"),
+)
+NOISE_SCHEDULES = (" karras", " exponential")  # ends of names of samplers
+# Kinds of additions that programs ask for, and of which there are none.
+NO_ADDITIONS = (
+    *("upscalers", "latent-upscale-modes", "face-restorers", "realesrgan-models", "hypernetworks", "loras", "sd-vae"),
+    "prompt-styles",
 )
 Picture64 = Annotated[str, Field(min_length=1)]
 
@@ -196,18 +199,12 @@ def _options(server: Server) -> dict[str, Any]:
 def _set_options(body: Options, server: Server) -> None:
     """Select the model of requests that name none."""
     if body.sd_model_checkpoint is not None:
-        if server.settings.model(body.sd_model_checkpoint) is None:
-            raise invalid_request(
-                f"sd_model_checkpoint={body.sd_model_checkpoint!r} is not a model", "sd_model_checkpoint"
-            )
-        server.sdapi.model = body.sd_model_checkpoint
+        server.sdapi.model = _model(server, body.sd_model_checkpoint).id
 
 
 @router.post("/png-info", responses=ERRORS)
 def _png_info(body: PngInfoRequest, server: Server) -> dict[str, Any]:
     """Return the generation parameters that a picture contains."""
-    from kandinsky22.generation.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD
-
     content = pictures.decoded_picture(server, "image", body.image)
     with open_picture(content, server.settings.max_upload_pixels) as image:
         texts = {name: value for name, value in image.info.items() if isinstance(name, str) and isinstance(value, str)}
@@ -223,6 +220,26 @@ def _png_info(body: PngInfoRequest, server: Server) -> dict[str, Any]:
 def _scripts() -> dict[str, list[str]]:
     """List the scripts, of which there are none."""
     return {"txt2img": [], "img2img": []}
+
+
+def _nothing() -> list[dict[str, Any]]:
+    """Return no additions, of which there are none; programs expect an answer."""
+    return []
+
+
+for _name in NO_ADDITIONS:
+    router.get(f"/{_name}", name=_name.replace("-", "_"))(_nothing)
+
+
+@router.get("/embeddings")
+def _embeddings() -> dict[str, Any]:
+    """Return the embeddings, of which there are none."""
+    return {"loaded": {}, "skipped": {}}
+
+
+@router.post("/refresh-checkpoints")
+def _refresh_checkpoints() -> None:
+    """Do nothing: the list of models is that of the server's settings."""
 
 
 @router.get("/memory")
@@ -260,7 +277,9 @@ def _scheduler(name: str | None) -> str | None:
     if name is None:
         return None
     names = {**{key.lower(): value for key, value in SAMPLERS.items()}, **{key: key for key in SCHEDULERS}}
-    base = name.lower().removesuffix(" karras").removesuffix(" exponential")
+    base = name.lower()
+    for ending in NOISE_SCHEDULES:
+        base = base.removesuffix(ending)
     if base in ("automatic", ""):
         return None
     if base not in names:
@@ -269,10 +288,15 @@ def _scheduler(name: str | None) -> str | None:
 
 
 def _model_id(server: Services, name: str | None, mode: str) -> str | None:
-    model = None if name is None else server.settings.model(name)
-    if name is not None and model is None:
-        raise invalid_request(f"sd_model_checkpoint={name!r} is not a model", "sd_model_checkpoint")
+    model = None if name is None else _model(server, name)
     return model.id if model is not None and mode in MODES_OF_KIND[model.kind] else None
+
+
+def _model(server: Services, name: str) -> ModelSettings:
+    model = server.settings.model(name)
+    if model is None:
+        raise invalid("sd_model_checkpoint", name, " or ".join(repr(each.id) for each in server.settings.models))
+    return model
 
 
 def _mask(server: Services, body: ImageRequest) -> bytes:
@@ -307,28 +331,50 @@ def _response(server: Services, body: TextRequest, row: JobRow) -> dict[str, Any
     }
 
 
+def _ignored(body: TextRequest) -> list[str]:
+    """Return the names of settings in a request that do not change the picture here."""
+    extra = body.model_extra or {}
+    names = [name for name in IGNORED if extra.get(name)]
+    if (body.sampler_name or body.sampler_index or "").lower().endswith(NOISE_SCHEDULES):
+        names.append("sampler_name")
+    if str(extra.get("scheduler") or "automatic").lower() != "automatic":
+        names.append("scheduler")
+    if isinstance(body, ImageRequest) and body.mask is not None and "denoising_strength" in body.model_fields_set:
+        names.append("denoising_strength")
+    others = set(body.override_settings or ()) - {"sd_model_checkpoint"}
+    return [*names, *(f"override_settings.{name}" for name in sorted(others))]
+
+
+def _infotext(image: ImageRow) -> str:
+    """Return the line of parameters in the file of a picture."""
+    return Recipe.from_json(json.dumps(image.recipe), origin=image.id).texts()[GALLERY_KEYWORD]
+
+
 def _info(body: TextRequest, row: JobRow, images: list[ImageRow]) -> dict[str, Any]:
     first = images[0] if images else None
-    extra = body.model_extra or {}
     return {
         "prompt": body.prompt,
         "all_prompts": [body.prompt] * len(images),
         "negative_prompt": body.negative_prompt or "",
+        "all_negative_prompts": [body.negative_prompt or ""] * len(images),
         "seed": row.request["seed"],
         "all_seeds": [image.seed for image in images],
         "width": None if first is None else first.width,
         "height": None if first is None else first.height,
         "sampler_name": body.sampler_name or body.sampler_index,
         "cfg_scale": None if first is None else first.recipe["guidance"],
+        "denoising_strength": None if first is None else first.recipe.get("strength"),
         "steps": None if first is None else first.recipe["steps"],
         "batch_size": body.batch_size,
         "sd_model_name": row.request["model"],
         "sd_model_hash": None if first is None else first.recipe["model_digest"][:10],
         "job_timestamp": row.created_at,
+        "index_of_first_image": 0,
+        "infotexts": [_infotext(image) for image in images],
         "ids": [image.id for image in images],
         "sha256": [image.sha256 for image in images],
         "recipes": [image.recipe for image in images],
-        "ignored": [name for name in IGNORED if extra.get(name)],
+        "ignored": _ignored(body),
         "interrupted": row.state == "cancelled",
     }
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kandinsky22.serve.failures import error_body
 from kandinsky22.serve.metrics import Metrics
 from kandinsky22.serve.settings import LOOPBACK, ServerSettings
 from kandinsky22.serve.tokens import TokenGuard
@@ -290,8 +291,8 @@ class _Response:
         if self._started or self._refused:
             return
         self._body.refusal = None
-        error = {"message": refusal.message, "argument": None, "code": refusal.code}
-        body = json.dumps({"error": error}).encode()
+        error = error_body(self._scope["path"], refusal.status, refusal.code, refusal.message)
+        body = json.dumps(error).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

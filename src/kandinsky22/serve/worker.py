@@ -29,6 +29,7 @@ from kandinsky22.generation.recipe import InputFile
 from kandinsky22.generation.request import Request
 from kandinsky22.serve import messages
 from kandinsky22.serve.database import now
+from kandinsky22.serve.failures import DISK_FULL, is_disk_full
 from kandinsky22.serve.files import Files, image_id
 from kandinsky22.serve.progress import CancelledError, ProgressReporter, StageTimes
 from kandinsky22.serve.requests import generation_request, title
@@ -199,6 +200,8 @@ class Worker:
         if is_out_of_memory(error):
             self._free_memory()
             self._send(messages.JobFailed(job, OUT_OF_MEMORY, again=True))
+        elif is_disk_full(error):
+            self._send(messages.JobFailed(job, DISK_FULL))
         elif isinstance(error, KandinskyError | OSError):
             self._send(messages.JobFailed(job, " ".join(str(error).split()) or type(error).__name__))
         else:

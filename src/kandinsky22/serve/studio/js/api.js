@@ -11,6 +11,16 @@ export class ApiError extends Error {
   }
 }
 
+/**
+ * Parse JSON. Whole numbers beyond JavaScript's precision, such as some seeds, remain texts, which the server reads as numbers.
+ *
+ * @param {string} text
+ */
+export function parseJson(text) {
+  return JSON.parse(text, (key, value, context) =>
+    Number.isInteger(value) && !Number.isSafeInteger(value) && /^\d+$/.test(context?.source ?? "") ? context.source : value);
+}
+
 async function request(method, path, { json, body, headers = {} } = {}) {
   const options = { method, headers: { Accept: "application/json", ...headers }, credentials: "same-origin" };
   if (json !== undefined) {
@@ -27,7 +37,7 @@ async function request(method, path, { json, body, headers = {} } = {}) {
     throw new ApiError(0, strings.errors.offline);
   }
   const hasBody = response.status !== 204;
-  const answer = hasBody && response.headers.get("Content-Type")?.includes("json") ? await response.json() : null;
+  const answer = hasBody && response.headers.get("Content-Type")?.includes("json") ? parseJson(await response.text()) : null;
   if (!response.ok) {
     const error = answer?.error ?? {};
     throw new ApiError(response.status, error.message ?? answer?.detail ?? strings.errors.status(response.status), error.argument ?? null);

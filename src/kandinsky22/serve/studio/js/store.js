@@ -1,6 +1,6 @@
 // State of the studio: what the server says about itself and its jobs, and the drafts of inputs in this browser.
 
-import { api, ApiError } from "./api.js";
+import { api, ApiError, parseJson } from "./api.js";
 
 const EVENT_NAMES = ["state", "progress", "preview", "image", "end", "gallery", "worker"];
 const ENDED = new Set(["done", "failed", "cancelled"]);
@@ -133,7 +133,7 @@ class Store extends EventTarget {
       // A refused connection closes the source for good in some browsers; start over then.
       if (source.readyState === EventSource.CLOSED) this.#later();
     });
-    for (const name of EVENT_NAMES) source.addEventListener(name, (event) => this.#receive(name, JSON.parse(event.data)));
+    for (const name of EVENT_NAMES) source.addEventListener(name, (event) => this.#receive(name, parseJson(event.data)));
   }
 
   #receive(name, data) {

@@ -232,7 +232,7 @@ export const strings = {
     kinds: { edges: "Edges", depth: "Depth", paint: "By hand", image: "As it is" },
     kind: "Guide from",
     choose: "Drop a picture",
-    chooseHint: "or paste it, or choose a file. Its edges become the guide.",
+    chooseHint: "or paste it, or choose a file. The guide is taken from it.",
     low: "Low threshold",
     high: "High threshold",
     blur: "Smoothing",

@@ -11,7 +11,7 @@ const region = () => document.querySelector(".toasts");
  * @param {string} text
  * @param {{action?: string, onaction?: () => void, kind?: "note"|"error", seconds?: number}} [options]
  */
-export function toast(text, { action, onaction, kind = "note", seconds = kind === "error" ? 8 : 5 } = {}) {
+export function toast(text, { action, onaction, kind = "note", seconds = action ? 12 : kind === "error" ? 8 : 5 } = {}) {
   const remove = () => message.remove();
   const message = h("div", { class: `toast ${kind}`, role: kind === "error" ? "alert" : "status" },
     h("span", {}, text),

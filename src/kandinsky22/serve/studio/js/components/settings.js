@@ -128,7 +128,9 @@ function stepper(label, start, low, high, onchange) {
 
 function seedField(value, onchange) {
   const input = h("input", { type: "text", inputMode: "numeric", class: "seed", value: value.seed ?? "", placeholder: texts.seedRandom, "aria-label": texts.seed, onchange: () => {
-    const seed = /^\d{1,18}$/.test(input.value.trim()) ? Number(input.value) : null;
+    const text = input.value.trim();
+    // A number that JavaScript would round remains a text.
+    const seed = !/^\d{1,19}$/.test(text) ? null : Number.isSafeInteger(Number(text)) ? Number(text) : text;
     Object.assign(value, { seed, locked: seed !== null });
     update();
   } });

@@ -21,12 +21,13 @@ class Guide extends HTMLElement {
   #abort = new AbortController();
   #image = null;
   #depth = null;
+  #measuring = null; // the picture whose depth the server estimates
   #frame = 0;
 
   connectedCallback() {
     if (this.childElementCount) return;
     const { signal } = this.#abort;
-    this.draft = loadDraft("guide", { prompt: "", kind: "edges", picture: null, low: 20, high: 50, blur: 1, over: false, strength: 0.8, tone: 255, settings: DEFAULT_SETTINGS });
+    this.draft = loadDraft("guide", { prompt: "", kind: "edges", picture: null, start: null, low: 20, high: 50, blur: 1, over: false, strength: 0.8, tone: 255, settings: DEFAULT_SETTINGS });
     this.stage = h("k-stage");
     this.stage.setAttribute("name", "guide");
     this.prompt = textField({ label: texts.prompt, value: this.draft.prompt, placeholder: texts.placeholder, class: "prompt", rows: 2, oninput: (text) => { this.draft.prompt = text; this.#save(); } });
@@ -94,7 +95,7 @@ class Guide extends HTMLElement {
   }
 
   async #take(picture) {
-    this.draft.picture = picture;
+    Object.assign(this.draft, { picture, start: null });
     this.#depth = null;
     this.#image = picture ? await loadPicture(pictureUrl(picture)).catch(() => null) : null;
     if (!this.#image) this.draft.picture = null;
@@ -124,7 +125,7 @@ class Guide extends HTMLElement {
     this.paintTools.lastElementChild.hidden = !picture;
     this.over.hidden = !picture;
     this.strength.hidden = !picture || !over;
-    this.surface.hidden = !painting && !(picture && kind !== "image");
+    this.surface.hidden = !painting && !(picture && kind !== "image") && !(kind === "depth" && !hasDepth());
     const { width, height } = this.#size();
     this.surface.style.setProperty("--ratio", String(width / height));
     if (painting) {
@@ -162,15 +163,24 @@ class Guide extends HTMLElement {
 
   async #measureDepth() {
     const { picture } = this.draft;
+    const note = (text) => fill(this.surface, h("p", { class: "surface-note" }, text));
+    const show = () => fill(this.surface, h("img", { src: pictureUrl(this.#depth), alt: texts.hint }));
+    if (!hasDepth()) return note(texts.depthNone);
     if (!picture) return;
-    if (this.#depth) return fill(this.surface, h("img", { src: pictureUrl(this.#depth), alt: texts.hint }));
-    fill(this.surface, h("p", { class: "surface-note" }, texts.depthWait));
+    if (this.#depth) return show();
+    note(texts.depthWait);
+    if (this.#measuring === picture) return;
+    this.#measuring = picture;
+    const isCurrent = () => this.draft.picture === picture;
     try {
       const upload = await api.hint({ kind: "depth", image: pictureReference(picture) });
+      if (!isCurrent()) return;
       this.#depth = { upload: upload.id, width: upload.width, height: upload.height };
-      if (this.draft.kind === "depth") fill(this.surface, h("img", { src: pictureUrl(this.#depth), alt: texts.hint }));
+      if (this.draft.kind === "depth") show();
     } catch (error) {
-      if (this.draft.kind === "depth") fill(this.surface, h("p", { class: "surface-note" }, error.status === 501 ? texts.depthNone : error.message, error.status === 501 && h("span", { class: "muted" }, error.message)));
+      if (isCurrent() && this.draft.kind === "depth") note(error.message);
+    } finally {
+      if (this.#measuring === picture) this.#measuring = null;
     }
   }
 
@@ -200,8 +210,9 @@ class Guide extends HTMLElement {
     try {
       const hint = await this.#hint();
       if (!hint) throw new Error(texts.needHint);
-      const { picture, over, strength } = this.draft;
-      const start = over && picture ? { image: pictureReference(picture), strength } : {};
+      const { picture, start: recalled, over, strength } = this.draft;
+      const from = recalled ?? picture; // a recalled guide says nothing about the picture that it was taken from
+      const start = over && from ? { image: pictureReference(from), strength } : {};
       await this.stage.run(compact({ mode: "control", prompt, hint: pictureReference(hint), ...start, ...settingsRequest(this.draft.settings, { kind: "control", size: false }), previews: true }), this.draft.settings);
     } catch (error) {
       complain(error);
@@ -224,14 +235,21 @@ class Guide extends HTMLElement {
       await this.#take(picture);
       return this.source.show(this.draft.picture);
     }
-    Object.assign(this.draft, { prompt: request.prompt ?? "", kind: "image", over: false });
+    const [hint, start] = await Promise.all([resolvePicture(request.hint), resolvePicture(request.image)]);
+    Object.assign(this.draft, { prompt: request.prompt ?? "", kind: "image", over: Boolean(start), strength: request.strength ?? this.draft.strength });
     this.prompt.set(this.draft.prompt);
     this.kind.set("image");
-    this.over.set(false);
+    this.over.set(this.draft.over);
+    this.strength.set(this.draft.strength);
     this.settings.recall(request);
-    await this.#take(await resolvePicture(request.hint));
+    await this.#take(hint);
+    this.draft.start = start;
+    this.#changed();
     this.source.show(this.draft.picture);
   }
 }
+
+/** Return whether the server has a model for depth. */
+const hasDepth = () => store.info.hints.includes("depth");
 
 customElements.define("k-guide", Guide);
