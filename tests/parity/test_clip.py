@@ -310,3 +310,41 @@ def test_image_processor_takes_what_transformers_takes() -> None:
         ours([pixels, pixels[:20]], return_tensors="pt", do_resize=False, do_center_crop=False)
     with pytest.raises(InputError, match="do_magic"):
         ours(pixels, do_magic=True)
+
+
+@pytest.mark.parametrize(
+    "names", [("do_convert_rgb",), ("do_resize", "do_normalize"), ("do_center_crop", "do_rescale")]
+)
+def test_steps_that_are_null_in_the_file(names: tuple[str, ...], tmp_path: Path) -> None:
+    null = dict.fromkeys(names)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(null))
+    theirs = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor).from_pretrained(tmp_path)
+    ours = clip_files.load_image_processor(tmp_path)
+    picture = PIL.Image.radial_gradient("L").convert("RGB").resize((300, 230))
+    expected = np.asarray(theirs([picture], return_tensors="np").pixel_values)
+    np.testing.assert_array_equal(ours([picture], return_tensors="np").pixel_values, expected)
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+@pytest.mark.parametrize(
+    "entries", [{"dtype": "auto"}, {"torch_dtype": "auto", "dtype": None}, {"text_config": None, "vision_config": None}]
+)
+def test_entries_that_transformers_accepts(kind: str, entries: dict[str, Any], tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, kind, torch.float16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    for dtype, expected in (("auto", torch.float16), (None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        tower = clip_files.load_tower(type(ours), tmp_path, [tmp_path / "model.safetensors"], dtype)
+        assert tower.dtype == tower.config.dtype == expected
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_a_config_with_fewer_layers_than_the_weights(kind: str, tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, kind)
+    path, weights = tmp_path / "config.json", [tmp_path / "model.safetensors"]
+    assert clip_files.is_readable_tower(type(ours), ours.config, weights)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"unexpected: .*_model\.encoder\.layers\.1\."):
+        clip_files.load_tower(type(ours), tmp_path, weights, None)
+    if kind == "vision":  # the tower that is read later
+        assert not clip_files.is_readable_tower(type(ours), clip_files.tower_config(type(ours), tmp_path), weights)

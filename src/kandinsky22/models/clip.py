@@ -263,11 +263,11 @@ class CLIPTextModelWithProjection(CLIPTower):
         """Return the table of token embeddings."""
         return self.text_model.embeddings.token_embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the table of token embeddings.
 
         Args:
-            value: The new table.
+            value: The new table, an `nn.Embedding`.
 
         Raises:
             InputError: It has another width.
@@ -276,7 +276,7 @@ class CLIPTextModelWithProjection(CLIPTower):
             raise invalid("value", value, f"an nn.Embedding of width {self.config.hidden_size}")
         self.text_model.embeddings.token_embedding = value
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, **options: Any) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: Any = None, **options: Any) -> nn.Embedding:
         """Change the number of token embeddings, as textual inversion does after new tokens.
 
         Args:

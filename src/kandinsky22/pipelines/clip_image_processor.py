@@ -56,19 +56,20 @@ class ProcessedImages(Output):
 
 
 class CLIPImageProcessor:
-    """Resizes, crops and normalises pictures.
+    """Resizes, crops and normalises pictures. Steps that are None do not run.
 
     Args:
         do_resize: Whether pictures are resized.
-        size: Size to resize to, in pixels: {"shortest_edge": n}, or n alone, or {"height": h, "width": w}.
+        size: Size to resize to, in pixels: {"shortest_edge": n}, or n alone, or {"height": h, "width": w}; None for
+            224.
         resample: Filter of PIL, such as 3 for bicubic; None for bicubic.
         do_center_crop: Whether the centre is cut out; smaller pictures get black borders.
-        crop_size: Size of the centre: {"height": h, "width": w}, or n alone.
+        crop_size: Size of the centre: {"height": h, "width": w}, or n alone; None for 224.
         do_rescale: Whether values are multiplied by `rescale_factor`.
         rescale_factor: Usually 1 / 255.
         do_normalize: Whether `image_mean` is subtracted, and the result divided by `image_std`.
-        image_mean: Means of the three channels, or one number for all.
-        image_std: Standard deviations of the three channels, or one number for all.
+        image_mean: Means of the three channels, or one number for all; None for those of CLIP.
+        image_std: Standard deviations of the three channels, or one number for all; None for those of CLIP.
         do_convert_rgb: Accepted for files that have it: pictures are always converted to RGB.
         **others: Entries of the file that have no effect; they are saved again.
     """
