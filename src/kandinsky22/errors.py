@@ -55,6 +55,10 @@ class ForkError(KandinskyError, RuntimeError):
     """Networks cannot run in this process, because it was forked after they had run."""
 
 
+class DeadlockError(KandinskyError, RuntimeError):
+    """Threads wait for each other. One of them fails, so that the others go on."""
+
+
 def invalid(
     argument: str,
     value: object,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,15 @@ def test_seeds_follow_from_the_run_and_the_row() -> None:
     assert len(seeds) == 10_000
     assert max(seeds) < 2**53
     assert row_seed(0, "1") == 1419406389890805  # seeds never change: finished runs are repeated from them
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_files_that_cannot_be_read_twice(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (RowFile(str(path), "jsonl").digest, lambda: list(RowFile(str(path), "text").rows())):
+        with pytest.raises(InputError, match="it is a pipe or a device; redirect it to standard input"):
+            read()

@@ -151,6 +151,13 @@ def test_invalid_grids_are_reported_before_anything_is_generated(
     assert len(list(Path().iterdir())) == 2
 
 
+def test_grids_have_a_largest_number_of_pictures(command: Command, model: Path) -> None:
+    steps = ",".join(map(str, range(1, 1000)))
+    guidance = ",".join(map(str, range(1, 10)))
+    result = command("compare", "a cat", "--model", model, "--steps", steps, "--guidance", guidance)
+    assert_one_line(result, 2, "44955 combinations", "at most 10000")
+
+
 def test_sheets_scale_large_pictures_down_and_keep_small_ones() -> None:
     for side, shown in ((SIZE, SIZE), (4 * MAX_IMAGE_SIDE, MAX_IMAGE_SIDE)):
         images = [Image.new("RGB", (side, side // 2), color) for color in ("#0000ff", "#ff0000")]

@@ -248,8 +248,8 @@ def test_prompts_are_read_from_files_and_standard_input(
         (None, "@missing.txt", ("prompt='@missing.txt'", "No such file", "@@")),
         (b"\xff\xfe\x00", "@prompt.txt", ("prompt", "not text in UTF-8")),
         (b"\n", "@prompt.txt", ("prompt", "empty")),
-        (b"a " * 600_000, "@prompt.txt", ("at most 1048576 bytes",)),
-        (None, "@/dev/zero", ("at most 1048576 bytes",)),
+        (b"a " * 600_000, "@prompt.txt", ("more than 1048576 bytes",)),
+        (None, "@/dev/zero", ("more than 1048576 bytes",)),
         (None, "@.", ("prompt='@.'", "directory")),
     ],
 )

@@ -157,7 +157,7 @@ def test_transformers_reads_what_the_image_processor_writes(tmp_path: Path) -> N
     picture = PIL.Image.radial_gradient("L").convert("RGB")
     expected = np.asarray(theirs([picture], return_tensors="np").pixel_values)
     np.testing.assert_array_equal(ours([picture], return_tensors="np").pixel_values, expected)
-    for invalid in ("text", 3, torch.zeros(3, 4, 4)):
+    for invalid in ("text", 3, torch.zeros(4, 5, 6), torch.full((3, 4, 4), 0.5) - 1, np.full((3, 4, 4), np.nan), []):
         with pytest.raises(InputError, match="images="):
             ours(invalid)
 
@@ -181,3 +181,170 @@ def test_settings_are_checked_with_their_defaults(
     own = clip.CLIPTextModelWithProjection if kind == "text" else clip.CLIPVisionModelWithProjection
     with pytest.raises((ConfigError, CheckpointError)):
         clip_files.tower_config(own, tmp_path)
+
+
+CALLS: list[tuple[str, Any]] = [
+    ("tuple", lambda tower, inputs: tower(inputs, return_dict=False)),
+    ("names", lambda tower, inputs: tower(inputs, return_dict=True, output_attentions=False)[0]),
+    ("states", lambda tower, inputs: tower(inputs, output_hidden_states=True, return_dict=False)[2][1]),
+    ("base", lambda tower, inputs: tower.base_model(inputs).last_hidden_state),
+    ("pooled", lambda tower, inputs: tower.base_model(inputs)[1]),
+    ("states of the base", lambda tower, inputs: tower.base_model(inputs, output_hidden_states=True).hidden_states[-2]),
+    ("embeddings", lambda tower, inputs: tower.base_model.embeddings(inputs)),
+    ("parameters", lambda tower, inputs: torch.tensor(tower.num_parameters(only_trainable=True))),
+    ("without tables", lambda tower, inputs: torch.tensor(tower.num_parameters(exclude_embeddings=True))),
+    ("config", lambda tower, inputs: torch.tensor(tower.config.use_return_dict and not tower.config.output_attentions)),
+    ("copy", lambda tower, inputs: type(tower)(type(tower.config).from_dict(tower.config.to_dict()))(inputs)[0] * 0),
+    ("text", lambda tower, inputs: torch.tensor(json.loads(tower.config.to_json_string())["hidden_size"])),
+]
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+@torch.no_grad()
+def test_calls_of_scripts_for_transformers(kind: str, tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path, kind)
+    inputs = ids() if kind == "text" else torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for name, call in CALLS:
+        found, expected = call(ours, inputs), call(theirs, inputs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=name)
+    assert ours.main_input_name == theirs.main_input_name
+    assert ours.name_or_path == str(tmp_path)
+    ours.set_attn_implementation("eager")
+    ours.config.update({"output_hidden_states": True, "return_dict": False})
+    assert len(ours(inputs)) == 3 and len(ours.base_model(inputs, output_hidden_states=False)) == 2
+    for call in (
+        lambda: ours(inputs, output_attentions=True),
+        lambda: ours.set_attn_implementation("owner/kernel"),
+        lambda: ours.config.update({"hidden_act": "magic"}),
+        lambda: ours.save_pretrained(tmp_path, state_dict={}),
+        lambda: ours.save_pretrained(tmp_path, push_to_hub=True),
+    ):
+        with pytest.raises((InputError, ConfigError)):
+            call()
+    ours.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    ours.save_pretrained(tmp_path / "saved", True, ours.state_dict())
+    ours.config.save_pretrained(tmp_path / "saved")
+    stored = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert stored["output_hidden_states"] is True and "output_attentions" not in stored
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_gradient_checkpointing_of_towers(kind: str, tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, kind)
+    inputs = ids() if kind == "text" else torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    gradients, runs = [], []
+    ours.base_model.encoder.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    for enabled in (False, True):
+        if enabled:
+            ours.gradient_checkpointing_enable({"use_reentrant": False})
+        ours.zero_grad()
+        ours(inputs)[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in ours.base_model.encoder.parameters()])
+    assert ours.is_gradient_checkpointing and len(runs) == 3
+    torch.testing.assert_close(gradients[0], gradients[1])
+    ours.gradient_checkpointing_disable()
+    assert not ours.is_gradient_checkpointing
+    ours.requires_grad_(False)
+    ours.enable_input_require_grads()
+    assert ours(inputs)[0].requires_grad
+    ours.disable_input_require_grads()
+    assert not ours(inputs)[0].requires_grad
+
+
+@torch.no_grad()
+def test_images_of_other_sizes_with_interpolated_positions(tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path, "vision")
+    for height, width in ((16, 16), (24, 20), (8, 8)):
+        pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+        found, expected = (tower(pixels, interpolate_pos_encoding=True)[0] for tower in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for shape in ((3, 16, 16), (1, 4, 16, 16), (1, 3, 2, 16), (1, 3)):
+        with pytest.raises(InputError, match="pixel_values"):
+            ours(torch.zeros(shape), interpolate_pos_encoding=True)
+        with pytest.raises(InputError, match="pixel_values"):
+            ours(torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_new_tokens(tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, "text")
+    before = ours(ids())[0]
+    assert ours.resize_token_embeddings() is ours.get_input_embeddings()
+    table = ours.resize_token_embeddings(33)
+    assert table.weight.shape == (33, 16) and ours.config.vocab_size == 33
+    torch.testing.assert_close(table.weight[-1], table.weight[:30].mean(dim=0))
+    torch.testing.assert_close(ours(ids())[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(ours(ids()[0])[0], before[:1])
+    for wrong in (0, "3", True):
+        with pytest.raises(InputError, match="new_num_tokens"):
+            ours.resize_token_embeddings(wrong)
+    with pytest.raises(InputError, match="value"):
+        ours.set_input_embeddings(torch.nn.Embedding(4, 5))
+
+
+def test_image_processor_takes_what_transformers_takes() -> None:
+    theirs = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(size=16, crop_size=16)
+    ours = CLIPImageProcessor(size=16, crop_size=16)
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    fractions = generator.random((3, 24, 40), dtype=np.float32)
+    inputs: list[tuple[Any, dict[str, Any]]] = [
+        (np.stack([pixels, pixels[::-1]]), {}),
+        (torch.from_numpy(pixels).permute(2, 0, 1), {}),
+        ([torch.from_numpy(pixels).permute(2, 0, 1)[None]], {}),
+        (pixels.astype(np.float32), {}),
+        (torch.from_numpy(fractions), {"do_rescale": False}),
+        (fractions[:, :16, :16], {"do_rescale": False, "do_resize": False, "do_center_crop": False}),
+        (PIL.Image.fromarray(pixels), {"size": {"shortest_edge": 20}, "crop_size": 18, "do_convert_rgb": True}),
+        (PIL.Image.fromarray(pixels), {"do_normalize": False, "resample": 2}),
+        (PIL.Image.fromarray(pixels), {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 2.0]}),
+    ]
+    for images, settings in inputs:
+        expected = np.asarray(theirs(images, return_tensors="np", **settings).pixel_values)
+        found = ours(images=images, return_tensors="np", **settings).pixel_values
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert ours.preprocess(pixels, return_tensors=transformers.TensorType.PYTORCH).data["pixel_values"].shape[1] == 3
+    assert CLIPImageProcessor.from_dict(json.loads(ours.to_json_string())).to_dict() == ours.to_dict()
+    with pytest.raises(InputError, match="one size to stack"):
+        ours([pixels, pixels[:20]], return_tensors="pt", do_resize=False, do_center_crop=False)
+    with pytest.raises(InputError, match="do_magic"):
+        ours(pixels, do_magic=True)
+
+
+@pytest.mark.parametrize(
+    "names", [("do_convert_rgb",), ("do_resize", "do_normalize"), ("do_center_crop", "do_rescale")]
+)
+def test_steps_that_are_null_in_the_file(names: tuple[str, ...], tmp_path: Path) -> None:
+    null = dict.fromkeys(names)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(null))
+    theirs = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor).from_pretrained(tmp_path)
+    ours = clip_files.load_image_processor(tmp_path)
+    picture = PIL.Image.radial_gradient("L").convert("RGB").resize((300, 230))
+    expected = np.asarray(theirs([picture], return_tensors="np").pixel_values)
+    np.testing.assert_array_equal(ours([picture], return_tensors="np").pixel_values, expected)
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+@pytest.mark.parametrize(
+    "entries", [{"dtype": "auto"}, {"torch_dtype": "auto", "dtype": None}, {"text_config": None, "vision_config": None}]
+)
+def test_entries_that_transformers_accepts(kind: str, entries: dict[str, Any], tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, kind, torch.float16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    for dtype, expected in (("auto", torch.float16), (None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        tower = clip_files.load_tower(type(ours), tmp_path, [tmp_path / "model.safetensors"], dtype)
+        assert tower.dtype == tower.config.dtype == expected
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_a_config_with_fewer_layers_than_the_weights(kind: str, tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, kind)
+    path, weights = tmp_path / "config.json", [tmp_path / "model.safetensors"]
+    assert clip_files.is_readable_tower(type(ours), ours.config, weights)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"unexpected: .*_model\.encoder\.layers\.1\."):
+        clip_files.load_tower(type(ours), tmp_path, weights, None)
+    if kind == "vision":  # the tower that is read later
+        assert not clip_files.is_readable_tower(type(ours), clip_files.tower_config(type(ours), tmp_path), weights)

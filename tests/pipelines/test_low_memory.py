@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.pipelines.tiny import DECODER_SCHEDULER, difference, seeded
+from tests.pipelines.tiny import DECODER_SCHEDULER, difference, load_quietly, seeded
 from torch import nn
 
 import kandinsky22
+from kandinsky22 import KandinskyV22PriorPipeline
 from kandinsky22.errors import InputError
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.conv import Conv2d
+from kandinsky22.pipelines import network_reader
 from kandinsky22.runtime import disk_offload
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/pagemap"), reason="memory is read from Linux's /proc")
@@ -149,3 +152,21 @@ def test_by_layer_must_be_a_bool(by_layer_value: Any, decoder: Any) -> None:
     with pytest.raises(InputError, match="by_layer="):
         decoder.enable_low_memory(by_layer=by_layer_value)
     assert decoder._offloads() == []
+
+
+@pytest.mark.parametrize("ends", ["offloaded", "kept", "removed"])
+def test_a_large_image_encoder_among_small_networks(
+    ends: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only networks that are offloaded are made without weights; files that were opened may go."""
+    expected = load_quietly(KandinskyV22PriorPipeline, checkpoints / "prior").get_zero_embed(1)
+    encoder = (checkpoints / "prior" / "image_encoder" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0 if ends != "kept" else encoder)
+    folder = shutil.copytree(checkpoints / "prior", tmp_path / "prior")
+    with network_reader.deferred_weights():
+        pipe = load_quietly(KandinskyV22PriorPipeline, folder)
+    pipe.load_on_first_use(used_once=True)
+    if ends == "removed":
+        pipe.remove_all_hooks()
+    shutil.rmtree(folder)
+    torch.testing.assert_close(pipe.get_zero_embed(1), expected, rtol=0, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import weakref
@@ -20,6 +21,7 @@ from kandinsky22.checkpoints.weights import read_tensors
 from kandinsky22.kernels import packed_memory
 from kandinsky22.kernels.linear import packing_layers, stored_packed
 from kandinsky22.pipelines.checkpoint_tools import convert
+from kandinsky22.pipelines.preparation import pack_checkpoint
 from kandinsky22.runtime import prepared
 from kandinsky22.runtime.int8_layers import Int8Conv2d
 from kandinsky22.runtime.prepared import PACKED_FILE
@@ -128,6 +130,37 @@ def test_files_of_another_user_are_ignored(copy: Path, key: Path) -> None:
         key.write_bytes(secret)
     assert packed_layers(load(copy))
     assert len(secret) == 32
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "longer", "shorter"])
+def test_keys_that_are_no_keys(kind: str, copy: Path, key: Path) -> None:
+    content = key.read_bytes()
+    key.unlink()
+    if kind == "pipe":
+        os.mkfifo(key)
+    elif kind == "folder":
+        key.mkdir()
+    elif kind == "device":
+        key.symlink_to("/dev/zero")
+    else:
+        key.write_bytes(content + b"0" if kind == "longer" else content[:-1])
+    try:
+        assert not packed_layers(load(copy))
+    finally:
+        if kind == "folder":
+            key.rmdir()
+        else:
+            key.unlink()
+        key.write_bytes(content)
+    assert packed_layers(load(copy))
+
+
+def test_a_folder_in_place_of_the_file_is_one_error(copy: Path) -> None:
+    path = copy / "unet" / PACKED_FILE
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        pack_checkpoint(copy)
 
 
 def test_newly_initialised_layers_have_no_packed_weights(copy: Path) -> None:

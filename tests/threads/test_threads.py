@@ -187,6 +187,24 @@ def test_calls_with_offloaded_networks_run_one_after_another(decoder: Any) -> No
     assert all(torch.equal(got, want) for got, want in zip(actual, expected * 3, strict=True))
 
 
+def test_threads_that_wait_for_each_other_end_with_an_error(make_pipeline: Callable[..., Any]) -> None:
+    """Each of two calls runs a call of the other one's networks in its callback."""
+    pipes = [make_pipeline(""), make_pipeline("")]
+    for pipe in pipes:
+        pipe.enable_low_memory()
+    in_callbacks = threading.Barrier(2)
+
+    def call(index: int) -> Any:
+        def nested(*_: Any) -> None:
+            in_callbacks.wait(60)
+            latents(pipes[1 - index], num_inference_steps=1)
+
+        return latents(pipes[index], num_inference_steps=1, callback_on_step_end=nested)
+
+    results = in_threads([functools.partial(call, index) for index in range(2)], threads=2)
+    assert sorted(type(result).__name__ for result in results) == ["DeadlockError", "Tensor"]
+
+
 def test_the_image_encoder_is_loaded_once(prior: Any) -> None:
     loaded = []
     lazy = prior.components["image_encoder"]

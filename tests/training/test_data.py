@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from kandinsky22.training.finetuning.batches import BatchPlan, split_held_out
 from kandinsky22.training.finetuning.cache import TensorCache
 from kandinsky22.training.finetuning.data import Example, read_path
 from kandinsky22.training.finetuning.frames import Frame, buckets, edges, frames, nearest_bucket
+from kandinsky22.training.finetuning.options import read_config
 from kandinsky22.training.finetuning.preparation import Entry, prepare, require_captions
 
 
@@ -59,6 +61,39 @@ def test_folders_with_texts_hints_and_masks(pictures: Path) -> None:
     assert [example.caption for example in examples][2:4] == ["a cat on a red thing 2", None]
     assert [bool(example.hint) for example in examples] == [False, True, False, False, False, False]
     assert [bool(example.mask) for example in examples] == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"file_name": "p0.png", "hint": 3}', "hint in .*=3 is invalid"),
+        ('{"file_name": "p0.png", "mask": ["p0.png"]}', "mask in .*p0.png"),
+        ('{"file_name": "p0.png", "mask": "nowhere.png"}', "mask in .*nowhere.png"),
+        ('{"file_name": "p0.png", "mask": "pipe.png"}', "mask in .*pipe.png"),
+        ('{"file_name": "pipe.png", "text": "a"}', "without pictures: pipe.png"),
+        ('{"file_name": "a\\u0000b"}', "without pictures"),
+        ('{"file_name": "' + "n" * 5000 + '"}', "without pictures"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("9" * 5000, "line 1 is not JSON"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_damaged_rows_of_tables(row: str, words: str, pictures: Path) -> None:
+    os.mkfifo(pictures / "pipe.png")
+    (pictures / "metadata.jsonl").write_text(row + "\n")
+    with pytest.raises(InputError, match=words):
+        read_path(pictures, "x")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"a: 2001-99-99", b"- 1", None])
+def test_damaged_configs(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"--config .*config\.yaml"):
+        read_config(path)
 
 
 def test_tables(pictures: Path) -> None:

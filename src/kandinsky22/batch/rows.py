@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -140,10 +142,13 @@ def open_input(path: str) -> IO[bytes]:
 
     Raises:
         MissingDependencyError: If the address needs fsspec, which is not installed.
-        InputError: If the address cannot be opened.
+        InputError: If the address cannot be opened, or the local file is a pipe or a device: rows are read twice.
         OSError: If the local file cannot be opened.
     """
     if not is_address(path):
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise InputError(f"{path} cannot be read: it is a pipe or a device; redirect it to standard input, named -")
         return open(path, "rb")
     try:
         import fsspec

@@ -7,6 +7,8 @@ import os
 import secrets
 from pathlib import Path
 
+from kandinsky22.checkpoints.atomic_files import open_regular_file
+
 CACHE_VARIABLE = "KANDINSKY22_CACHE"  # environment variable: folder of cache files; empty disables them
 KEY_BYTES = 32
 
@@ -29,7 +31,7 @@ def signing_key(*, create: bool) -> bytes | None:
     if folder is None:
         return None
     path = folder / "signing.key"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that no folder can have
         if create and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f".signing-{secrets.token_hex(8)}"
@@ -39,8 +41,9 @@ def signing_key(*, create: bool) -> bytes | None:
                 os.link(temporary, path)  # unlike a rename, this never replaces the key of another process
             temporary.unlink()
     try:
-        key = path.read_bytes()
-    except OSError:
+        with open_regular_file(path) as file:
+            key = file.read(KEY_BYTES + 1)
+    except (OSError, ValueError):
         return None
     return key if len(key) == KEY_BYTES else None
 

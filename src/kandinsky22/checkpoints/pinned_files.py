@@ -77,6 +77,7 @@ class PinnedFiles:
     Attributes:
         origin: Folder of the component, as an absolute path.
         paths: Absolute paths of the files.
+        size: Size of all files when they were opened, in bytes.
     """
 
     def __init__(self, origin: Path, files: Iterable[Path]) -> None:
@@ -94,6 +95,7 @@ class PinnedFiles:
         weakref.finalize(self, _close, self._files)
         self._files.extend(_pin(Path(os.path.abspath(file))) for file in files)
         self.paths = tuple(file.path for file in self._files)
+        self.size = sum(file.identity.size for file in self._files)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PinnedFiles:
         return self  # copies of a network read the same files

@@ -26,6 +26,7 @@ from kandinsky22.cli.viewer import open_image_file
 from kandinsky22.errors import InputError
 from kandinsky22.generation import stages
 from kandinsky22.generation.image_files import EXTENSIONS, PNG, check_image, find_format
+from kandinsky22.generation.limits import MAX_IMAGES
 from kandinsky22.generation.loading import Networks, load_networks, prepare_networks
 from kandinsky22.generation.recipe import Recipe
 from kandinsky22.generation.request import Request
@@ -139,6 +140,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     inputs = CommandInputs(None)
     if len(args.seed or ()) > 1:
         args.fail("--seed takes one seed here: all images are generated from the same noise")
+    count = len(args.grid_guidance or (None,)) * len(args.grid_scheduler) * len(args.grid_steps)
+    if count > MAX_IMAGES:
+        args.fail(f"{count} combinations of schedulers, steps and guidance scales: expected at most {MAX_IMAGES}")
     output = Path("compare.png") if args.output is None else args.output
     check_extension(output, EXTENSIONS)
     request = read_request(args, None, inputs)

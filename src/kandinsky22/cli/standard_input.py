@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.input_images import STDIN
@@ -78,13 +77,11 @@ class StandardInput:
 
 
 def _read_file(name: str, value: str) -> bytes:
-    advice = "write @@ for a text that begins with @"
+    from kandinsky22.inputs.sources import read_file  # imports PIL
+
     try:
-        with Path(value[1:]).open("rb") as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
+        return read_file(value[1:], MAX_TEXT_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
+        advice = "write @@ for a text that begins with @"
         raise invalid(name, value, f"@ and the path of a text file ({reason})", advice) from error
-    if len(content) > MAX_TEXT_BYTES:
-        raise invalid(name, value, f"@ and the path of a text file of at most {MAX_TEXT_BYTES} bytes", advice)
-    return content

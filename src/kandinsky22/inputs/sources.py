@@ -50,7 +50,7 @@ def read_bytes(argument: str, location: str) -> bytes:
         InputError: If it cannot be read, has more than `MAX_FILE_BYTES` bytes, or takes too long.
     """
     with _one_error_family(argument, location):
-        return _download(location) if is_address(location) else _read_file(location)
+        return _download(location) if is_address(location) else read_file(location)
 
 
 def decode_image(argument: str, content: bytes, name: str) -> Image:
@@ -146,17 +146,27 @@ def _one_error_family(argument: str, source: Any) -> Iterator[None]:
 # Files
 
 
-def _read_file(path: str) -> bytes:
+def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
+    """Return the content of a file, a pipe or a device.
+
+    Args:
+        path: The path.
+        limit: Largest accepted number of bytes.
+
+    Raises:
+        OSError: If it cannot be read, or takes too long.
+        ValueError: If it has more bytes, or the path is one that no file can have.
+    """
     if os.path.isdir(path):
         raise IsADirectoryError("it is a directory")
     # Opening a named pipe without a writer would otherwise block forever.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb", buffering=0) as file:
         kind = os.fstat(descriptor).st_mode
-        return _read_limited(file.read) if stat.S_ISREG(kind) else _read_stream(file)
+        return _read_limited(file.read, limit) if stat.S_ISREG(kind) else _read_stream(file, limit)
 
 
-def _read_stream(file: IO[bytes]) -> bytes:
+def _read_stream(file: IO[bytes], limit: int) -> bytes:
     """Return the content of a pipe or a device, whose writer may be slow, endless or missing."""
     start, is_pipe = time.monotonic(), stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
     has_writer = not is_pipe
@@ -169,19 +179,20 @@ def _read_stream(file: IO[bytes]) -> bytes:
             has_writer = has_writer or chunk != b""
             if chunk or (chunk is not None and has_writer):
                 return chunk
-            if time.monotonic() - start > (limit := PIPE_SECONDS if has_writer else WRITER_SECONDS):
-                raise TimeoutError(f"it has not ended after {limit:g} s" if has_writer else "no program writes into it")
+            if time.monotonic() - start > (seconds := PIPE_SECONDS if has_writer else WRITER_SECONDS):
+                ended = f"it has not ended after {seconds:g} s"
+                raise TimeoutError(ended if has_writer else "no program writes into it")
             time.sleep(0.01)
 
-    return _read_limited(read)
+    return _read_limited(read, limit)
 
 
-def _read_limited(read: Callable[[int], bytes]) -> bytes:
+def _read_limited(read: Callable[[int], bytes], limit: int = MAX_FILE_BYTES) -> bytes:
     content = bytearray()
     while chunk := read(CHUNK_BYTES):
         content += chunk
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
+        if len(content) > limit:
+            raise ValueError(f"it has more than {limit} bytes")
     return bytes(content)
 
 

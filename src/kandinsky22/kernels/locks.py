@@ -11,7 +11,27 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
+CHECK_SECONDS = 1.0  # between two looks whether threads wait for each other
+
 _numbers = itertools.count()
+
+
+class MutualWaitError(RuntimeError):
+    """Threads wait for each other. One of them fails, so that the others go on."""
+
+
+class _Waits:
+    """What threads wait for without a time limit: locks by thread."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.mutex = threading.Lock()
+        self.locks: dict[int, ObjectLock] = {}
+
+
+_waits = _Waits()
 
 
 class ObjectLock:
@@ -26,6 +46,8 @@ class ObjectLock:
 
     def __init__(self) -> None:
         self._lock, self.number = threading.RLock(), next(_numbers)
+        self._owner: int | None = None  # the thread that holds the lock, `_depth` times
+        self._depth = 0
         _locks.add(self)
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
@@ -37,20 +59,64 @@ class ObjectLock:
 
         Returns:
             Whether the lock was acquired.
+
+        Raises:
+            MutualWaitError: Without a time limit, if the thread that holds the lock waits for this one.
         """
-        return self._lock.acquire(blocking, timeout)
+        if not self._lock.acquire(blocking=False):
+            if not blocking or timeout >= 0:
+                if not self._lock.acquire(blocking, timeout):
+                    return False
+            else:
+                self._wait()
+        self._owner, self._depth = threading.get_ident(), self._depth + 1
+        return True
 
     def release(self) -> None:
         """Release the lock, which this thread holds."""
+        if self._owner == threading.get_ident():
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None  # before another thread can acquire the lock
         self._lock.release()
 
+    def _wait(self) -> None:
+        """Acquire the lock, and look from time to time whether its owner waits for this thread, maybe through others.
+
+        Raises:
+            MutualWaitError: If it does.
+        """
+        thread = threading.get_ident()
+        with _waits.mutex:
+            _waits.locks[thread] = self
+        try:
+            while not self._lock.acquire(timeout=CHECK_SECONDS):
+                with _waits.mutex:
+                    if self._is_waiting_for(thread):
+                        del _waits.locks[thread]  # so that only one of the threads fails
+                        raise MutualWaitError("threads wait for each other's locks")
+        finally:
+            with _waits.mutex:
+                _waits.locks.pop(thread, None)
+
+    def _is_waiting_for(self, thread: int) -> bool:
+        """Return whether the owner of this lock waits for a lock of a thread, or for an owner that does."""
+        lock: ObjectLock | None = self
+        seen: set[int] = set()
+        while lock is not None and (owner := lock._owner) is not None and owner not in seen:
+            if owner == thread:
+                return True
+            seen.add(owner)
+            lock = _waits.locks.get(owner)
+        return False
+
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.acquire()
 
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._lock.release()
+        self.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectLock, ()
@@ -81,8 +147,9 @@ def global_rng_restored() -> Iterator[None]:
 
 
 def _free_in_child() -> None:
+    _waits.reset()
     for lock in list(_locks):
-        lock._lock = threading.RLock()
+        lock._lock, lock._owner, lock._depth = threading.RLock(), None, 0
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
 from kandinsky22.errors import ConfigError, invalid
+
+C = TypeVar("C", bound="CLIPTowerConfig")
 
 
 def quick_gelu(features: Tensor) -> Tensor:
@@ -52,6 +57,18 @@ class CLIPTowerConfig:
         "num_attention_heads": 8,
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "return_dict": True,
+        "output_hidden_states": False,
+        "output_attentions": False,
+    }
+    # entries that every config of transformers has, and that its files leave out
+    implied: ClassVar[Mapping[str, Any]] = {
+        "return_dict": True,
+        "output_hidden_states": False,
+        "output_attentions": False,
     }
     hidden_size: int
     intermediate_size: int
@@ -60,6 +77,8 @@ class CLIPTowerConfig:
     num_attention_heads: int
     hidden_act: str
     layer_norm_eps: float
+    return_dict: bool
+    output_hidden_states: bool
     dtype: torch.dtype | None
     _name_or_path: str
 
@@ -92,7 +111,65 @@ class CLIPTowerConfig:
         settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         # releases of transformers before 4.56 read only this name of the type
         settings["torch_dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {name: value for name, value in settings.items() if name != "dtype" and value is not None}
+        implied = {name for name, value in self.implied.items() if settings.get(name) is value}
+        return {n: value for n, value in settings.items() if n not in {"dtype", *implied} and value is not None}
+
+    @property
+    def use_return_dict(self) -> bool:
+        """Whether results have names, by the name of earlier releases of transformers."""
+        return self.return_dict
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the content of `config.json`.
+
+        Args:
+            use_diff: Accepted for transformers' sake: all entries are returned.
+        """
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls: type[C], config_dict: Mapping[str, Any], **settings: Any) -> C:
+        """Return a config.
+
+        Args:
+            config_dict: Settings by name.
+            **settings: Settings that replace them.
+
+        Raises:
+            ConfigError: A setting is invalid.
+            InputError: `config_dict` is not a mapping.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise invalid("config_dict", config_dict, "a mapping of settings by name")
+        return cls(**{**config_dict, **settings})
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Replace settings. Layers that exist do not change.
+
+        Args:
+            config_dict: Settings by name.
+
+        Raises:
+            ConfigError: A setting is invalid. The config has not changed then.
+            InputError: `config_dict` is not a mapping.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise invalid("config_dict", config_dict, "a mapping of settings by name")
+        name = self._name_or_path
+        vars(self).update(vars(type(self)(**{**self.to_dict(), "dtype": self.dtype, **config_dict})))
+        self._name_or_path = name
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `config.json`.
+
+        Args:
+            save_directory: Folder, which is created if it does not exist.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+            InputError: `save_directory` is not a path.
+        """
+        write_json(checked_save_path(save_directory) / "config.json", self.to_dict())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CLIPTowerConfig) and type(other) is type(self) and self.to_dict() == other.to_dict()
@@ -113,6 +190,8 @@ class CLIPTextConfig(CLIPTowerConfig):
         "model_type": "clip_text_model",
         "vocab_size": 49408,
         "max_position_embeddings": 77,
+        "pad_token_id": 1,
+        "bos_token_id": 49406,
         "eos_token_id": 49407,
     }
     vocab_size: int

@@ -20,7 +20,7 @@ from torch import Tensor
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.conversion import convert_weights
 from kandinsky22.checkpoints.weights import check_stored_once, check_weights, indexed_files, read_tensors
-from kandinsky22.errors import CheckpointError, KandinskyError
+from kandinsky22.errors import CheckpointError, KandinskyError, printable
 from kandinsky22.models.clip import CLIPTextModelWithProjection, CLIPTower, CLIPVisionModelWithProjection
 from kandinsky22.models.clip_config import CLIPTowerConfig
 from kandinsky22.pipelines.clip_image_processor import CONFIG_NAME, CLIPImageProcessor
@@ -211,22 +211,28 @@ def load_tower(network_class: type[CLIPTower], folder: Path, files: Iterable[Pat
 def _tower_tensors(tower: CLIPTower, folder: Path, files: list[Path], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Return the weights of a tower by name, in one type: `dtype`, or that of the first one.
 
-    Files may hold other tensors too: those of a whole CLIP model, or constant positions.
+    Files may hold other tensors too: those of a whole CLIP model, or constant positions. Other tensors of this tower
+    mean that its config is not that of the weights.
     """
     expected, tensors, name_of = tower.state_dict(), dict[str, Tensor](), type(tower).__name__
     sources: dict[str, Path] = {}
+    unexpected: list[str] = []
     for file in indexed_files(files[0]) if files[0].suffix == ".json" else files:
         for name, tensor in read_tensors(file):
             check_stored_once(sources, name, file)
             if name not in expected:
+                if name.startswith(f"{tower.base_model_prefix}.") and not name.endswith("position_ids"):
+                    unexpected.append(name)
                 continue
             if tensor.shape != expected[name].shape:
                 shapes = f"{tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
                 raise CheckpointError(f"{file} does not fit {name_of}: {name} {shapes}")
             tensors[name] = tensor
-    if missing := [name for name in expected if name not in tensors]:
-        listed = ", ".join(missing[:LISTED_TENSORS])
-        raise CheckpointError(f"{folder} does not fit {name_of}: {len(missing)} missing: {listed}")
+    missing = [name for name in expected if name not in tensors]
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            listed = ", ".join(map(printable, names[:LISTED_TENSORS]))
+            raise CheckpointError(f"{folder} does not fit {name_of}: {len(names)} {kind}: {listed}")
     return convert_weights(tensors, sources, dtype or next(iter(tensors.values())).dtype)
 
 
@@ -260,7 +266,8 @@ def is_readable_tower(network_class: Any, config: Any, files: Iterable[Path]) ->
         f"vision_model.encoder.layers.{last}.mlp.fc2.weight": (width, config.intermediate_size),
         "visual_projection.weight": (config.projection_dim, width),
     }
-    return all(shapes.get(name) == shape for name, shape in expected.items())
+    has_more_layers = f"vision_model.encoder.layers.{last + 1}.mlp.fc2.weight" in shapes
+    return not has_more_layers and all(shapes.get(name) == shape for name, shape in expected.items())
 
 
 def _from_pretrained(component_class: Any, folder: Path) -> Any:

@@ -7,6 +7,7 @@ implementation with PIL, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
-from kandinsky22.errors import invalid
+from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images
 from kandinsky22.outputs import Output
 
@@ -39,6 +40,11 @@ class ProcessedImages(Output):
 
     pixel_values: Any
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The entries by name."""
+        return dict(self.items())
+
     def to(self, *args: Any, **kwargs: Any) -> ProcessedImages:
         """Return the result on another device, or in another type.
 
@@ -50,19 +56,20 @@ class ProcessedImages(Output):
 
 
 class CLIPImageProcessor:
-    """Resizes, crops and normalises pictures.
+    """Resizes, crops and normalises pictures. Steps that are None do not run.
 
     Args:
         do_resize: Whether pictures are resized.
-        size: Size to resize to, in pixels: {"shortest_edge": n}, or n alone, or {"height": h, "width": w}.
+        size: Size to resize to, in pixels: {"shortest_edge": n}, or n alone, or {"height": h, "width": w}; None for
+            224.
         resample: Filter of PIL, such as 3 for bicubic; None for bicubic.
         do_center_crop: Whether the centre is cut out; smaller pictures get black borders.
-        crop_size: Size of the centre: {"height": h, "width": w}, or n alone.
+        crop_size: Size of the centre: {"height": h, "width": w}, or n alone; None for 224.
         do_rescale: Whether values are multiplied by `rescale_factor`.
         rescale_factor: Usually 1 / 255.
         do_normalize: Whether `image_mean` is subtracted, and the result divided by `image_std`.
-        image_mean: Means of the three channels, or one number for all.
-        image_std: Standard deviations of the three channels, or one number for all.
+        image_mean: Means of the three channels, or one number for all; None for those of CLIP.
+        image_std: Standard deviations of the three channels, or one number for all; None for those of CLIP.
         do_convert_rgb: Accepted for files that have it: pictures are always converted to RGB.
         **others: Entries of the file that have no effect; they are saved again.
     """
@@ -95,48 +102,70 @@ class CLIPImageProcessor:
         self.image_std = list(DEVIATION) if image_std is None else image_std
         self._others = others
 
-    def __call__(self, images: Any, return_tensors: str | None = None) -> ProcessedImages:
+    def __call__(self, images: Any, return_tensors: Any = None, **settings: Any) -> ProcessedImages:
         """Return normalised pixels.
 
         Args:
-            images: A picture, or a list of pictures: PIL images, or arrays (height, width, 3) of bytes.
-            return_tensors: "pt" for a tensor, "np" for an array, None for a list of arrays.
+            images: See `preprocess`.
+            return_tensors: See `preprocess`.
+            **settings: See `preprocess`.
 
         Raises:
-            InputError: If `images` is anything else.
+            InputError: See `preprocess`.
         """
-        return self.preprocess(images, return_tensors=return_tensors)
+        return self.preprocess(images, return_tensors, **settings)
 
-    def preprocess(self, images: Any, return_tensors: str | None = None) -> ProcessedImages:
-        """Return normalised pixels, as calling the processor does.
+    def preprocess(self, images: Any, return_tensors: Any = None, **settings: Any) -> ProcessedImages:
+        """Return normalised pixels.
 
         Args:
-            images: A picture, or a list of pictures: PIL images, or arrays (height, width, 3) of bytes.
+            images: A picture, a list of pictures, or a batch: PIL images, or arrays and tensors (height, width, 3) or
+                (3, height, width) of bytes, of numbers from 0 to 255, or, with `do_rescale=False`, from 0 to 1.
             return_tensors: "pt" for a tensor, "np" for an array, None for a list of arrays.
+            **settings: Settings of the constructor that replace those of the object in this call; None replaces none.
 
         Raises:
-            InputError: If `images` is anything else.
+            InputError: If an argument is anything else, or a picture has another number of channels.
         """
-        if return_tensors not in (None, "pt", "np"):
+        kind = getattr(return_tensors, "value", return_tensors)  # transformers has an enumeration of these names
+        if kind not in (None, "pt", "np"):
             raise invalid("return_tensors", return_tensors, "'pt', 'np' or None")
-        listed = list(images) if isinstance(images, list | tuple) else [images]
-        if not listed:
-            raise invalid("images", images, "at least one picture")
-        pixels = [self._process(picture) for picture in map(_as_picture, listed)]
-        if return_tensors is None:
+        pictures = _as_pictures(images)
+        processor = self._with(settings)
+        pixels = [processor._process(picture) for picture in pictures]
+        if kind is None:
             return ProcessedImages(pixels)
+        if len(shapes := {each.shape for each in pixels}) > 1:
+            expected = f"one size to stack, not {' and '.join(str(shape[1:]) for shape in sorted(shapes))}"
+            raise invalid("images", f"{len(pixels)} pictures", expected, "do_resize and do_center_crop give one size")
         stacked = np.stack(pixels)
-        return ProcessedImages(torch.from_numpy(stacked) if return_tensors == "pt" else stacked)
+        return ProcessedImages(torch.from_numpy(stacked) if kind == "pt" else stacked)
 
-    def _process(self, picture: PIL.Image.Image) -> npt.NDArray[np.float32]:
+    def _with(self, settings: Mapping[str, Any]) -> CLIPImageProcessor:
+        """Return a processor with some other settings."""
+        replaced = {name: value for name, value in settings.items() if value is not None}
+        if not replaced:
+            return self
+        own = self._settings()
+        if unknown := sorted(set(replaced) - set(own)):
+            raise invalid("settings of the image processor", ", ".join(unknown), f"some of {', '.join(own)}")
+        return type(self)(**{**own, **replaced})
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def _process(self, picture: PIL.Image.Image | npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Return the pixels of one RGB picture, (3, height, width)."""
-        if self.do_resize:
-            picture = picture.resize(self._resized(*picture.size), PIL.Image.Resampling(self.resample))
         pixels: npt.NDArray[Any] = np.asarray(picture)
+        if self.do_resize:
+            image, is_scaled = _as_image(picture)
+            pixels = np.asarray(image.resize(self._resized(*image.size), PIL.Image.Resampling(self.resample)))
+            if is_scaled:
+                pixels = _rescaled(pixels, 1 / 255)
         if self.do_center_crop:
             pixels = _center(pixels, self.crop_size["height"], self.crop_size["width"])
         if self.do_rescale:
-            pixels = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+            pixels = _rescaled(pixels, self.rescale_factor)
         if self.do_normalize:
             mean, deviation = (np.array(value, np.float32) for value in (self.image_mean, self.image_std))
             pixels = (pixels.astype(np.float32) - mean) / deviation
@@ -152,8 +181,26 @@ class CLIPImageProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of the config file."""
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return {**self._others, **own, "image_processor_type": type(self).__name__}
+        return {**self._others, **self._settings(), "image_processor_type": type(self).__name__}
+
+    def to_json_string(self) -> str:
+        """Return the content of the config file."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: Mapping[str, Any], **settings: Any) -> CLIPImageProcessor:
+        """Return a processor with the entries of a config file.
+
+        Args:
+            image_processor_dict: Entries by name.
+            **settings: Settings that replace them.
+
+        Raises:
+            InputError: `image_processor_dict` is not a mapping.
+        """
+        if not isinstance(image_processor_dict, Mapping):
+            raise invalid("image_processor_dict", image_processor_dict, "a mapping of settings by name")
+        return cls(**{**image_processor_dict, **settings})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the config file.
@@ -171,14 +218,56 @@ class CLIPImageProcessor:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
 
-def _as_picture(value: Any) -> PIL.Image.Image:
-    if isinstance(value, PIL.Image.Image):
-        return images.convert_mode("images", value)
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[-1] == 3:
-        return PIL.Image.fromarray(value)
-    raise invalid("images", value, "PIL images, or arrays (height, width, 3) of bytes")
+def _as_pictures(values: Any) -> list[PIL.Image.Image | npt.NDArray[Any]]:
+    """Return RGB pictures, and arrays (height, width, 3) of bytes or floating-point numbers."""
+    listed = list(values) if isinstance(values, list | tuple) else [values]
+    pictures: list[PIL.Image.Image | npt.NDArray[Any]] = []
+    for value in listed:
+        if isinstance(value, PIL.Image.Image):
+            pictures.append(images.convert_mode("images", value))
+            continue
+        array = value.detach().cpu().float().numpy() if _is_float_tensor(value) else value
+        array = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+        if not isinstance(array, np.ndarray) or array.ndim not in (3, 4) or array.dtype.kind not in "uif":
+            raise _not_pictures(value)
+        pictures += [_channels_last(value, each) for each in (array if array.ndim == 4 else [array])]
+    if not pictures:
+        raise invalid("images", values, "at least one picture")
+    return pictures
+
+
+def _is_float_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _channels_last(value: Any, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return one picture as an array (height, width, 3)."""
+    if array.shape[0] == 3:  # before the last axis, as in transformers
+        array = array.transpose(1, 2, 0)
+    if array.shape[-1] != 3 or 0 in array.shape or not np.isfinite(array).all():
+        raise _not_pictures(value)
+    return array
+
+
+def _not_pictures(value: Any) -> InputError:
+    return invalid("images", value, "PIL images, or arrays (height, width, 3) or (3, height, width) of finite numbers")
+
+
+def _as_image(picture: PIL.Image.Image | npt.NDArray[Any]) -> tuple[PIL.Image.Image, bool]:
+    """Return a picture with bytes for PIL, and whether it had numbers from 0 to 1."""
+    if isinstance(picture, PIL.Image.Image) or picture.dtype == np.uint8:
+        return picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture), False
+    low, high = float(picture.min()), float(picture.max())
+    is_whole = np.allclose(picture, np.trunc(picture))
+    if low < 0 or high > (255 if is_whole else 1):
+        expected = "bytes, or numbers from 0 to 255, or fractions from 0 to 1"
+        raise invalid("images", picture, f"{expected}, not {low:g} to {high:g}")
+    values = picture if is_whole else _rescaled(picture, 255)
+    return PIL.Image.fromarray(np.ascontiguousarray(values.astype(np.uint8))), not is_whole
+
+
+def _rescaled(pixels: npt.NDArray[Any], factor: float) -> npt.NDArray[np.float32]:
+    return (pixels.astype(np.float64) * factor).astype(np.float32)
 
 
 def _shortest_edge(size: int | Mapping[str, int]) -> dict[str, int]:

@@ -80,7 +80,9 @@ _TEXT = Rule(lambda value: isinstance(value, str), "text")
 _SIZE = Rule(_is_size, f"1 to {MAX_SIDE} pixels, or an object with height and width or shortest_edge")
 _CHANNELS = Rule(_is_channel_numbers, "three numbers")
 _TOKEN_ID = Rule(lambda value: value is None or (is_integer(value) and -1 <= value < 2**20), "a token id, or null")
-_DTYPE = _one_of(None, *(f"{p}{n}" for p in ("", "torch.") for n in ("float16", "bfloat16", "float32", "float64")))
+_DTYPE = _one_of(
+    None, "auto", *(f"{p}{n}" for p in ("", "torch.") for n in ("float16", "bfloat16", "float32", "float64"))
+)
 # Upper bounds are several times those of the largest CLIP models: larger values are damage, and would fill the memory.
 TOWER_RULES: Mapping[str, Rule] = {
     "hidden_size": _integer(1, 2**14),
@@ -103,8 +105,8 @@ TOWER_RULES: Mapping[str, Rule] = {
     "pad_token_id": _TOKEN_ID,
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
-    "return_dict": _one_of(True),
-    "use_return_dict": _one_of(True),
+    "return_dict": _BOOL,
+    "use_return_dict": _BOOL,
     "torchscript": _one_of(False),
     "output_attentions": _one_of(False),
     "output_hidden_states": _BOOL,

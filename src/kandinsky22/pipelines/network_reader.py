@@ -91,10 +91,12 @@ class NetworkReader:
         return LazyComponent(
             network_class,
             config,
-            self._deferred_or_loaded if self._keeps_samples else self.load_and_record,
+            self.load_and_record,
             files=tuple(path for path in self._files.paths if path.name != "config.json"),
             dtype=dtype if isinstance(dtype, torch.dtype) else None,
             files_digest=self.digest,
+            # an offload reads the weights again when the network runs: here they would be read for nothing
+            load_offloaded=self._deferred_or_loaded if self._keeps_samples else None,
         )
 
     def deferred(self) -> nn.Module | None:
@@ -103,7 +105,7 @@ class NetworkReader:
         The files' headers are read and checked. The result is None for a network that is small, quantized or has no
         weights.
         """
-        if self._files is None or sum(os.path.getsize(path) for path in self._files.paths) < DEFERRED_BYTES:
+        if self._files is None or self._files.size < DEFERRED_BYTES:
             return None
         network = self.load(replace(self._options, torch_dtype="auto"))  # which maps the weights, without reading them
         if state_of(network).quantization is not None:

@@ -43,7 +43,10 @@ def pack_checkpoint(folder: Path) -> list[str]:
         component = folder / name
         if network_class is None or not component.is_dir():
             continue
-        (component / PACKED_FILE).unlink(missing_ok=True)
+        try:
+            (component / PACKED_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot replace {component / PACKED_FILE}: {error.strerror or error}") from error
         network = network_class.from_pretrained(component, torch_dtype="auto")
         with torch.no_grad():
             _run_once(network)

@@ -27,6 +27,7 @@ OWN_ATTRIBUTES = {
     "files_digest",
     "_dtype",
     "_load",
+    "_load_offloaded",
     "_network",
     "_conversions",
     "_offload",
@@ -58,11 +59,12 @@ class LazyComponent:
         files: tuple[Path, ...] = (),
         dtype: torch.dtype | None = None,
         files_digest: Callable[[], str | None] = lambda: None,
+        load_offloaded: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.component_class, self.config, self.files = component_class, config, files
         self.files_digest = files_digest
         self._dtype = dtype
-        self._load = load
+        self._load, self._load_offloaded = load, load_offloaded or load
         self._network: nn.Module | None = None
         self._conversions: list[dict[str, Any]] = []
         self._offload: Callable[[nn.Module], Any] | None = None
@@ -100,7 +102,7 @@ class LazyComponent:
             if self._network is None:
                 # The user's random numbers, and the mode of later calls, must not depend on when this runs.
                 with global_rng_restored(), torch.inference_mode(False):
-                    network = self._load()
+                    network = self._load() if self._offload is None else self._load_offloaded()
                 for conversion in self._conversions:
                     network.to(**conversion)
                 if self._offload is not None:

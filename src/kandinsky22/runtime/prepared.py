@@ -124,7 +124,9 @@ def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]
         return _attach(network, path, header, start, json.loads(about["entries"]), dtype)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         drop_packed(network)
-        warn_once(logger, f"{folder} is prepared, but {error}: its weights are packed again")
+        # not the folder, which can be a temporary one with links to files that are open
+        name = type(network).__name__
+        warn_once(logger, f"{name}: the checkpoint is prepared, but {error}: weights are packed again")
         return 0
 
 

@@ -193,20 +193,30 @@ def _table_examples(path: Path, image_column: str | None, caption_column: str | 
     examples, orphans = [], []
     for row in rows:
         name = row.get(image)
-        if not isinstance(name, str) or not (path.parent / name).is_file():
+        if not isinstance(name, str) or not os.path.isfile(path.parent / name):
             orphans.append(str(name))
             continue
-        hint, mask = ((path.parent / row[key]) if row.get(key) else None for key in (HINT_COLUMN, MASK_COLUMN))
+        hint, mask = (_listed_file(path, row, key) for key in (HINT_COLUMN, MASK_COLUMN))
         examples.append(
             Example(
                 _file(path.parent / name),
                 _text(row.get(caption)) if caption else None,
-                None if hint is None else _file(hint),
-                None if mask is None else _file(mask),
+                hint,
+                mask,
             )
         )
     _check_orphans(orphans, str(path))
     return examples
+
+
+def _listed_file(table: Path, row: Mapping[str, Any], column: str) -> PictureBytes | None:
+    """Return the file that a row names in a column; None if it names none."""
+    name = row.get(column)
+    if name in (None, ""):
+        return None
+    if not isinstance(name, str) or not os.path.isfile(table.parent / name):
+        raise invalid(f"{column} in {table}", name, "the path of a file, relative to the table")
+    return _file(table.parent / name)
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -227,7 +237,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: expected an object with file_name and text")
@@ -297,7 +307,7 @@ def _shard_example(parts: Mapping[str, PictureBytes], image_column: str | None, 
     if "json" in parts:
         try:
             content = json.loads(parts["json"].read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{parts['json'].name} is not JSON: {error}") from error
         names = (caption_column,) if caption_column else CAPTION_COLUMNS
         if isinstance(content, dict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kandinsky22
+from kandinsky22.checkpoints.atomic_files import open_regular_file
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.runtime.lazy_component import loaded
@@ -57,7 +58,8 @@ def read_prompts(options: DistillOptions) -> list[Sample]:
     """
     path = Path(options.prompts or "")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with open_regular_file(path) as file:
+            lines = file.read().decode("utf-8").splitlines()
     except OSError as error:
         raise InputError(f"--prompts {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

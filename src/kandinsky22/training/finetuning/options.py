@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kandinsky22.checkpoints.atomic_files import open_regular_file
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.training.finetuning.option import Option, option_field
 
@@ -441,10 +442,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     yaml = require("yaml", "--config", package="pyyaml")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open_regular_file(path) as file:
+            content = yaml.safe_load(file.read().decode("utf-8"))
     except OSError as error:
         raise InputError(f"--config {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
         raise InputError(f"--config {path} is not YAML: {error}") from error
     if content is None:
         return {}
