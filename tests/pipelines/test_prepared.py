@@ -118,6 +118,18 @@ def test_one_replaced_weight_is_noticed(saved: bool, copy: Path) -> None:
     assert torch.equal(again.get_submodule(name).weight, layer.weight)
 
 
+def test_one_changed_element_is_noticed_and_a_copy_is_not(copy: Path) -> None:
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    os.utime(weights, ns=(1, 1))  # as a copy without its times
+    assert packed_layers(load(copy))
+    with open(weights, "r+b") as file:
+        file.seek(weights.stat().st_size - 1)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert not packed_layers(load(copy))
+
+
 def test_files_of_another_user_are_ignored(copy: Path, key: Path) -> None:
     secret = key.read_bytes()
     try:

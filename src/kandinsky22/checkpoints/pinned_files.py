@@ -100,11 +100,6 @@ class PinnedFiles:
     def __deepcopy__(self, memo: dict[int, Any]) -> PinnedFiles:
         return self  # copies of a network read the same files
 
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(file.identity.size for file in self._files)
-
     def read_ahead(self) -> None:
         """Ask the system to read the files into its cache; nothing happens on systems that cannot be asked."""
         if not hasattr(os, "posix_fadvise"):

@@ -69,7 +69,7 @@ class LoadingOnFirstUse(ModelOffload):
 
 def _read_ahead(files: Sequence[PinnedFiles]) -> None:
     """Let the system read files into its cache in the background, if they take at most half of the free memory."""
-    if not files or 2 * sum(each.bytes for each in files) > host_memory.available_bytes():
+    if not files or 2 * sum(each.size for each in files) > host_memory.available_bytes():
         return
 
     def read() -> None:
