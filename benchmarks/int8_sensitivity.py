@@ -96,7 +96,7 @@ def measure() -> Errors:
     def error() -> float:
         return float((predict() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
-    found = {}
+    alone = {}
     for name, layer in layers.items():
         if name not in ranges:
             continue
@@ -106,12 +106,12 @@ def measure() -> Errors:
         setattr(parent, name.rpartition(".")[2], replacement)
         # what the condition holds was computed by the float layers
         condition = unet.encode_condition(torch.cat([embeds.negative_image_embeds, embeds.image_embeds]))
-        found[name] = error()
+        alone[name] = error()
         setattr(parent, name.rpartition(".")[2], layer)
     condition = unet.encode_condition(torch.cat([embeds.negative_image_embeds, embeds.image_embeds]))
     static = measure_ranges(unet, draw)
     quantize(unet, "int8-static", static)
-    return Errors(found, error(), frozenset(static))
+    return Errors(alone, error(), frozenset(static))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -130,10 +130,14 @@ def test_little_memory_reads_nothing_ahead(command: Command, model: Path, monkey
     monkeypatch.setattr(network_reader, "DEFERRED_BYTES", 0)
     monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
     asked: list[Any] = []
-    monkeypatch.setattr(pinned_files.PinnedFiles, "read_ahead", asked.append)
+    monkeypatch.setattr(pinned_files.PinnedFiles, "read_ahead", lambda self, paths: asked.append(paths))
     assert command("generate", "a cat", "--model", model, "--seed", 5, "-o", "a.png").code == 0
     _join_read_ahead()
     assert not asked
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**40)
+    assert command("generate", "a cat", "--model", model, "--seed", 5, "-o", "b.png").code == 0
+    _join_read_ahead()
+    assert asked
 
 
 def _join_read_ahead() -> None:

@@ -130,6 +130,46 @@ def test_one_changed_element_is_noticed_and_a_copy_is_not(copy: Path) -> None:
     assert not packed_layers(load(copy))
 
 
+def test_the_digest_of_large_files_is_computed_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Any] = []
+    original = prepared._digest
+    monkeypatch.setattr(prepared, "_digest", lambda files: computed.append(files) or original(files))
+    assert packed_layers(load(copy))
+    assert packed_layers(load(copy))
+    assert len(computed) == 2  # small files
+    monkeypatch.setattr(prepared, "RECORDED_BYTES", 0)
+    assert packed_layers(load(copy))
+    assert packed_layers(load(copy))
+    assert len(computed) == 3
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    times = weights.stat()
+    with open(weights, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not packed_layers(load(copy))
+
+
+def test_the_type_is_known_without_the_key(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepared.prepared_dtype(copy / "unet") == copy.name
+    monkeypatch.setenv("KANDINSKY22_CACHE", "")
+    assert prepared.prepared_dtype(copy / "unet") == copy.name
+    assert prepared.prepared_dtype(copy / "scheduler") is None
+    (copy / "unet" / PACKED_FILE).write_bytes((2**62).to_bytes(8, "little") + b"{")
+    assert prepared.prepared_dtype(copy / "unet") is None
+    assert not packed_layers(load(copy))
+
+
+def test_the_default_device_of_torch_changes_nothing(tmp_path: Path) -> None:
+    pipe = KandinskyV22Pipeline.from_pretrained("embedded", torch_dtype=torch.bfloat16)
+    pipe.quantize("int8-static")
+    with torch.device("meta"):
+        pipe.save_prepared(tmp_path / "new")
+        network = load(tmp_path / "new")
+    assert packed_layers(network)
+    assert torch.equal(result(network), result(pipe.unet))
+
+
 def test_files_of_another_user_are_ignored(copy: Path, key: Path) -> None:
     secret = key.read_bytes()
     try:

@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
         yield temporary
         mode = permissions(final)
         mode = new_mode if mode is None else mode  # libraries that replace the temporary file make a private one
-        if mode is not None:
+        if mode is not None and mode != permissions(temporary):
             os.chmod(temporary, mode)
         if flush:
             flush_to_disk(temporary)

@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,7 @@ from kandinsky22.errors import CheckpointError, KandinskyError
 # opened: a change in place is noticed, but their earlier content no longer exists.
 COPIED_BYTES = 2**22
 
-READ_AHEAD = 2**17  # bytes that Linux reads ahead per request at least; it ignores the rest of larger ones
+READ_AHEAD = 2**17  # bytes per request: Linux ignores what is beyond a device's limit, which is this or more
 
 # Folders in which the system lists the open files of this process, Linux first; other systems have none.
 OPEN_FILES = next((folder for folder in ("/proc/self/fd", "/dev/fd") if os.path.isdir(folder)), None)
@@ -77,7 +77,7 @@ class PinnedFiles:
     Attributes:
         origin: Folder of the component, as an absolute path.
         paths: Absolute paths of the files.
-        size: Size of all files when they were opened, in bytes.
+        sizes: Sizes of the files in bytes when they were opened, in the order of `paths`.
     """
 
     def __init__(self, origin: Path, files: Iterable[Path]) -> None:
@@ -95,17 +95,21 @@ class PinnedFiles:
         weakref.finalize(self, _close, self._files)
         self._files.extend(_pin(Path(os.path.abspath(file))) for file in files)
         self.paths = tuple(file.path for file in self._files)
-        self.size = sum(file.identity.size for file in self._files)
+        self.sizes = tuple(file.identity.size for file in self._files)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PinnedFiles:
         return self  # copies of a network read the same files
 
-    def read_ahead(self) -> None:
-        """Ask the system to read the files into its cache; nothing happens on systems that cannot be asked."""
+    def read_ahead(self, paths: Collection[Path]) -> None:
+        """Let the system read files into its cache; nothing happens on systems without posix_fadvise.
+
+        Args:
+            paths: Those of `paths` that are read.
+        """
         if not hasattr(os, "posix_fadvise"):
             return
         for file in self._files:
-            if file.handle is None or file.is_copy:
+            if file.path not in paths or file.handle is None or file.is_copy:
                 continue
             for position in range(0, file.identity.size, READ_AHEAD):
                 os.posix_fadvise(file.handle.fileno(), position, READ_AHEAD, os.POSIX_FADV_WILLNEED)

@@ -472,7 +472,8 @@ def _write_shard(path: Path, shard: Mapping[str, Tensor], count: int, safe: bool
     path.touch()
     mode = path.stat().st_mode
     save_file(contiguous, path, metadata=metadata)
-    path.chmod(mode)  # safetensors makes files that only their owner can read
+    if path.stat().st_mode != mode:
+        path.chmod(mode)  # safetensors makes files that only their owner can read
     if digest:
         _sort_metadata(path, digest)
     return digest

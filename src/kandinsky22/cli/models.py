@@ -15,8 +15,8 @@ from typing import Any
 from kandinsky22._exports import MODULE_OF
 from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource, embedded_folder
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
-from kandinsky22.cli.standard_input import StandardInput
-from kandinsky22.errors import InputError, printable
+from kandinsky22.cli.standard_input import MAX_TEXT_BYTES
+from kandinsky22.errors import InputError, invalid, printable
 
 PURPOSES = {"generate": "decoder", "inpaint": "inpaint", "control": "control"}  # values of --for, and kinds of decoder
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -99,10 +99,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare.add_argument("model", metavar="MODEL", help="folder, Hub id, or embedded")
     prepare.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="new folder to write to")
     dtypes = ("bf16", "bfloat16", "float32", "int8")
-    help = "type to write; int8 rounds activations too (default: bfloat16)"
-    prepare.add_argument("--dtype", choices=dtypes, default="bfloat16", help=help)
-    help = "prompts, one per line, that int8 is calibrated with (default: random image embeddings)"
-    prepare.add_argument("--calibration", type=Path, metavar="FILE", help=help)
+    about = "type to write; int8 rounds activations too (default: bfloat16)"
+    prepare.add_argument("--dtype", choices=dtypes, default="bfloat16", help=about)
+    about = "prompts, one per line, that int8 is calibrated with (default: random image embeddings)"
+    prepare.add_argument("--calibration", type=Path, metavar="FILE", help=about)
     prepare.add_argument("--prior", metavar="MODEL", help="prior to write too (default: the one that belongs to MODEL)")
     for action in (info, convert, prepare):
         action.add_argument("--for", dest="purpose", choices=PURPOSES, help="part of the embedded model")
@@ -210,8 +210,16 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _prompts(path: Path) -> list[str]:
     """Return the lines of a text file that are not empty."""
-    text = StandardInput().read_text("calibration", f"@{path}")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    from kandinsky22.inputs.sources import read_file
+
+    try:
+        lines = read_file(str(path), MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise invalid("--calibration", str(path), "a text file in UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise invalid("--calibration", str(path), f"a text file ({reason})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _report_written(args: argparse.Namespace, folder: Path, dtype: str) -> None:

@@ -121,8 +121,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         help=(
-            "float32, float16, bfloat16, or auto for the fastest type of the device (default: float16 on CUDA, else "
-            "float32)"
+            "float32, float16, bfloat16, or auto for the fastest type of the device (default: float16 on CUDA, that of "
+            "a prepared model on CPUs, else float32)"
         ),
     )
     group.add_argument(

@@ -70,7 +70,8 @@ def load_networks(
 
     device = resolve_device("cpu" if request.engine is not None and request.device == "auto" else request.device)
     model = request.model_location
-    stored = prepared_dtype(Path(model) / "unet") if device.type == "cpu" else None
+    is_prepared_for = model != EMBEDDED and device.type == "cpu"
+    stored = prepared_dtype(Path(model) / "unet") if is_prepared_for else None
     dtype = resolve_dtype(request.dtype or stored, device)
     _check_quantization(request.quantize, dtype, device)
     _check_engine(request, dtype, device)

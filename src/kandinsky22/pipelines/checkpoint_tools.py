@@ -7,7 +7,7 @@ import hashlib
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
 from kandinsky22.pipelines.load_options import LoadOptions
-from kandinsky22.pipelines.preparation import pack_checkpoint
+from kandinsky22.pipelines.preparation import NOTHING_PACKED, check_preparation, pack_checkpoint
 from kandinsky22.runtime.calibration import CALIBRATION_STEPS
-from kandinsky22.runtime.quantize import STATIC
+from kandinsky22.runtime.quantize import STATIC, Calibration
 
 CARD = "README.md"
 INT8 = "int8"
@@ -181,6 +181,8 @@ def convert(
     """
     if dtype not in (*STORED_DTYPES, INT8):
         raise invalid("dtype", dtype, f"one of {', '.join((*STORED_DTYPES, INT8))}")
+    if prepare:
+        check_preparation()
     output = checked_save_path(output, "output")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} exists and is not empty; choose another folder, or remove it")
@@ -200,16 +202,14 @@ def convert(
             if dtype == INT8 and not prepare:
                 pipe.quantize(INT8)
             elif dtype == INT8:
-                is_calibrated = calibration is not None and part is source
-                pipe.quantize(STATIC, calibration=_drawing(pipe, part, prior, calibration) if is_calibrated else None)
+                prompts = calibration if part is source else None
+                pipe.quantize(STATIC, calibration=prompts and _drawing(pipe, part, prior, prompts))
             pipe.save_pretrained(staging / subfolder, max_shard_size=max_shard_size)
             del pipe
             if prepare:
                 prepared += pack_checkpoint(staging / subfolder)
         if prepare and not prepared:
-            raise CheckpointError(
-                f"this machine computes in {dtype} without packed weights: there is nothing to prepare"
-            )
+            raise CheckpointError(f"{output} was not written: {NOTHING_PACKED}")
         (staging / CARD).write_text(_card(source, dtype, licence, has_prior="prior" in sources), encoding="utf-8")
         if output.exists():
             output.rmdir()
@@ -242,7 +242,7 @@ def _check_calibration(
     if prepared_dtype != INT8 or pipeline_class.__name__ not in TEXT_TO_IMAGE:
         expected = f"None, or a decoder of text to image that is prepared in int8, not a {pipeline_class.__name__}"
         raise invalid("calibration", calibration, expected)
-    if isinstance(calibration, str) or not calibration or not all(isinstance(each, str) for each in calibration):
+    if isinstance(calibration, str) or not calibration or not all(calibration):
         raise invalid("calibration", calibration, "a list of prompts")
 
 
@@ -253,27 +253,26 @@ def _stored_dtype(dtype: str, *, is_prepared: bool) -> str:
     return dtype
 
 
-def _drawing(
-    decoder: Any, source: CheckpointSource, prior: str | None, prompts: Sequence[str] | None
-) -> Callable[[], object]:
-    """Return a function that draws prompts with a decoder and the prior that belongs to it, up to their latents."""
+def _drawing(pipe: Any, source: CheckpointSource, prior: str | None, prompts: Sequence[str]) -> Calibration:
+    """Return a calibration that draws prompts, one by one; a decoder does so with the prior that belongs to it."""
     import torch
 
-    holds_prior = not isinstance(decoder, DecoderPipeline)
+    if "prior_prior" in pipe.components:
+        return list(prompts)
 
-    def draw() -> object:
-        settings = {"num_inference_steps": CALIBRATION_STEPS, "output_type": "latent"}
-        settings |= {"generator": torch.Generator().manual_seed(0)}
-        if holds_prior:
-            return decoder(list(prompts or ()), **{**decoder.generation_defaults, **settings})
-        pipe = _load(source.matching_prior(prior), "bfloat16")
-        embeddings = pipe(list(prompts or ()), generator=torch.Generator().manual_seed(0), **pipe.generation_defaults)
-        del pipe  # the decoder needs the memory
-        return decoder(
-            image_embeds=embeddings.image_embeds,
-            negative_image_embeds=embeddings.negative_image_embeds,
-            **{**decoder.generation_defaults, **settings},
-        )
+    def draw() -> None:
+        encoder = _load(source.matching_prior(prior), "bfloat16")
+        generator = torch.Generator().manual_seed(0)
+        embeddings = [encoder([prompt], generator=generator, **encoder.generation_defaults) for prompt in prompts]
+        del encoder  # the decoder needs the memory
+        settings = {**pipe.generation_defaults, "num_inference_steps": CALIBRATION_STEPS, "output_type": "latent"}
+        for each in embeddings:
+            pipe(
+                image_embeds=each.image_embeds,
+                negative_image_embeds=each.negative_image_embeds,
+                generator=generator,
+                **settings,
+            )
 
     return draw
 

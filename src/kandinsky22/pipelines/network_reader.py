@@ -105,7 +105,7 @@ class NetworkReader:
         The files' headers are read and checked. The result is None for a network that is small, quantized or has no
         weights.
         """
-        if self._files is None or self._files.size < DEFERRED_BYTES:
+        if self._files is None or sum(self._files.sizes) < DEFERRED_BYTES:
             return None
         network = self.load(replace(self._options, torch_dtype="auto"))  # which maps the weights, without reading them
         if state_of(network).quantization is not None:

@@ -15,9 +15,14 @@ from kandinsky22.checkpoints.cache_folder import signing_key
 from kandinsky22.checkpoints.weights import find_weight_files
 from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import packed_memory
+from kandinsky22.runtime.calls import loading_networks
 from kandinsky22.runtime.prepared import NO_KEY, PACKED_FILE, write_packed
 
 NETWORKS = {"prior": models.PriorTransformer, "unet": models.UNet2DConditionModel, "movq": models.VQModel}
+NOTHING_PACKED = (
+    "nothing was packed: this machine multiplies its types without packed weights, or packing is switched off "
+    "(optimisations, KANDINSKY22_DISABLE)"
+)
 LATENT_SIDE = 64  # of pictures with 512 x 512 pixels
 
 
@@ -36,7 +41,7 @@ def pack_checkpoint(folder: Path) -> list[str]:
     Raises:
         CheckpointError: This machine cannot map packed weights from files, or a file cannot be written.
     """
-    _check_available()
+    check_preparation()
     prepared = []
     for name in read_json(folder / "model_index.json"):
         network_class: Any = NETWORKS.get(name.removeprefix("prior_"))
@@ -47,8 +52,8 @@ def pack_checkpoint(folder: Path) -> list[str]:
             (component / PACKED_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot replace {component / PACKED_FILE}: {error.strerror or error}") from error
-        network = network_class.from_pretrained(component, torch_dtype="auto")
-        with torch.no_grad():
+        with loading_networks(), torch.no_grad():
+            network = network_class.from_pretrained(component, torch_dtype="auto")
             _run_once(network)
         if write_packed(network, component, find_weight_files(component)):
             prepared.append(name)
@@ -82,13 +87,18 @@ class PreparedMixin:
             InputError: If an argument is invalid.
         """
         folder = checked_save_path(save_directory)
-        _check_available()
+        check_preparation()
         self.save_pretrained(folder)
         if not pack_checkpoint(folder):
-            raise CheckpointError(f"{folder} is complete, but this machine multiplies its types without packed weights")
+            raise CheckpointError(f"{folder} is complete, but {NOTHING_PACKED}")
 
 
-def _check_available() -> None:
+def check_preparation() -> None:
+    """Check that packed weights can be written.
+
+    Raises:
+        CheckpointError: The system or the installed torch cannot map them, or there is no key for their signature.
+    """
     if packed_memory.fingerprint() is None:
         raise CheckpointError("prepared checkpoints need Linux, an x86 CPU, and a release of torch that can map them")
     if signing_key(create=True) is None:

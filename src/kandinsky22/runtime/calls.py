@@ -23,10 +23,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from kandinsky22.errors import DeadlockError, ForkError, InputError, invalid
-from kandinsky22.kernels.locks import MutualWaitError
+from kandinsky22.errors import ForkError, InputError, invalid
 from kandinsky22.runtime.device_offload import offload_of
 from kandinsky22.runtime.lazy_component import LazyComponent, networks_in_memory
+from kandinsky22.runtime.network_locks import holding
 from kandinsky22.runtime.network_state import unwrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,14 +110,9 @@ def running_call(pipeline: Any) -> Iterator[CallState]:
     try:
         with contextlib.ExitStack() as stack:
             for lock in _offload_locks(_parts(pipeline)):
-                stack.enter_context(lock)
+                stack.enter_context(holding(lock))
             stack.enter_context(_host_device())
             yield call.state
-    except MutualWaitError as error:
-        raise DeadlockError(
-            "two threads wait for each other: each runs a call with offloaded networks, and in it, as in a callback, a "
-            "call with those of the other one; call the second pipeline after the first one's call, or from one thread"
-        ) from error
     finally:
         with _registry.condition:
             _registry.calls.remove(call)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kandinsky22.errors import MissingDependencyError
 from kandinsky22.kernels.linear import drop_packed, packing_layers
 from kandinsky22.kernels.locks import ObjectLock
+from kandinsky22.runtime.network_locks import holding
 from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
 
 ENTRY_POINTS = ("encode_condition", "denoise", "post_process_latents", "encode", "decode")
@@ -439,7 +440,7 @@ def _hook_methods(network: nn.Module, hook: Any, names: Iterable[str]) -> None:
 
 
 def _call_with_hook(hook: Any, network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    with hook.lock if isinstance(hook, OffloadHook) else contextlib.nullcontext():
+    with holding(hook.lock) if isinstance(hook, OffloadHook) else contextlib.nullcontext():
         args, kwargs = hook.pre_forward(network, *args, **kwargs)
         return hook.post_forward(network, getattr(type(network), name)(network, *args, **kwargs))
 

@@ -273,7 +273,7 @@ class _PackedKernels(PackedProduct):
         """
         self.weight, self.geometry, self.sums = weight, geometry, sums
         self.scale, self.bias = scale.detach().float(), None if bias is None else bias.detach().float()
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int32, device="cpu")
 
     def vectors(self) -> dict[str, Tensor]:
         return {"scale": self.scale} if self.sums is None else {"scale": self.scale, "sums": self.sums}
@@ -304,7 +304,7 @@ class _PackedMatrix(PackedProduct):
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
         self.scale, self.bias = scale.detach().float(), None if bias is None else bias.detach().float()
-        self.zero_points = torch.zeros(len(scale), dtype=torch.int32)
+        self.zero_points = torch.zeros(len(scale), dtype=torch.int32, device="cpu")
 
     def multiply(self, levels: Tensor, step: float, zero_point: int, dtype: torch.dtype) -> Tensor:
         operands = levels, step, zero_point, self.weight, self.scale, self.zero_points, self.bias

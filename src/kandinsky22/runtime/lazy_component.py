@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kandinsky22.kernels.locks import ObjectLock, global_rng_restored
+from kandinsky22.runtime.network_locks import holding
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class LazyComponent:
         Raises:
             CheckpointError: If the files cannot be read.
         """
-        with self.lock:
+        with holding(self.lock):
             if self._network is None:
                 # The user's random numbers, and the mode of later calls, must not depend on when this runs.
                 with global_rng_restored(), torch.inference_mode(False):
@@ -117,7 +118,7 @@ class LazyComponent:
             device: Where to move it; None leaves it where it is.
             dtype: Floating-point type to convert to; None leaves the type.
         """
-        with self.lock:
+        with holding(self.lock):
             if self._network is not None:
                 self._network.to(device=device, dtype=dtype)
             else:
@@ -130,7 +131,7 @@ class LazyComponent:
         Args:
             offload: Called with the network; None cancels what was requested before loading.
         """
-        with self.lock:
+        with holding(self.lock):
             if self._network is None:
                 self._offload = offload
             elif offload is not None:

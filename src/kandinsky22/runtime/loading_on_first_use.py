@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from kandinsky22.checkpoints.pinned_files import PinnedFiles
 from kandinsky22.kernels import host_memory
 from kandinsky22.runtime.device_offload import ModelOffload, OffloadHook, WeightStorage
 from kandinsky22.runtime.network_state import unread_files
+from kandinsky22.runtime.prepared import PACKED_FILE
 
 WEIGHT_COPIES = 2.2  # memory of a network that runs, in relation to its weights: these, packed copies, and features
 
@@ -69,12 +71,21 @@ class LoadingOnFirstUse(ModelOffload):
 
 def _read_ahead(files: Sequence[PinnedFiles]) -> None:
     """Let the system read files into its cache in the background, if they take at most half of the free memory."""
-    if not files or 2 * sum(each.size for each in files) > host_memory.available_bytes():
+    selected = [(each, _needed(each)) for each in files]
+    size = sum(sum(paths.values()) for _, paths in selected)
+    if not size or 2 * size > host_memory.available_bytes():
         return
 
     def read() -> None:
         with contextlib.suppress(OSError):
-            for each in files:
-                each.read_ahead()
+            for each, paths in selected:
+                each.read_ahead(paths)
 
     threading.Thread(target=read, name="kandinsky22-read-ahead", daemon=True).start()
+
+
+def _needed(files: PinnedFiles) -> dict[Path, int]:
+    """Return the files that are read completely, with their sizes: of a prepared network those of packed weights."""
+    sizes = dict(zip(files.paths, files.sizes, strict=True))
+    packed = {path: size for path, size in sizes.items() if path.name == PACKED_FILE}
+    return packed or sizes

@@ -19,6 +19,7 @@ from kandinsky22.runtime.device import floating_dtype, select_accelerator
 from kandinsky22.runtime.disk_offload import DiskStorage
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, networks_in_memory
 from kandinsky22.runtime.loading_on_first_use import LoadingOnFirstUse
+from kandinsky22.runtime.network_locks import holding
 from kandinsky22.runtime.network_state import check_run_by_torch, is_unread
 
 P = TypeVar("P", bound="OffloadMixin")
@@ -283,7 +284,7 @@ class OffloadMixin:
     def maybe_free_model_hooks(self) -> None:
         """Move offloaded networks that are still on the device back to their storage; every call ends with this."""
         for offload in self._offloads():
-            with offload.lock:  # waits for the call of another thread
+            with holding(offload.lock):  # waits for the call of another thread
                 offload.free()
 
     @changes_networks

@@ -11,21 +11,22 @@ a key in the user's cache folder, and used only if the signature is right.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import hmac
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.checkpoints.atomic_files import atomic_write
-from kandinsky22.checkpoints.cache_folder import signing_key
+from kandinsky22.checkpoints.atomic_files import atomic_write, open_regular_file
+from kandinsky22.checkpoints.cache_folder import cache_folder, signing_key
 from kandinsky22.checkpoints.hub_files import file_digest
 from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import packed_memory
@@ -41,6 +42,8 @@ LAYOUTS = ("linear", "conv", "fused_upsample")
 INT8_LAYOUTS = ("int8", "int8_padded", "int8_upsample")
 CORNER_LAYOUTS = ("fused_upsample", "int8_upsample")  # four kernels of 2 x 2 each
 SIGNATURE = "signature"
+MAX_HEADER_BYTES = 2**25  # that of a published network has less than 2**21
+RECORDED_BYTES = 2**26  # digests of smaller files are computed at each load
 NO_KEY = "prepared checkpoints need a key in the cache folder (KANDINSKY22_CACHE), which is off or cannot be written"
 
 
@@ -95,7 +98,7 @@ def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path])
     if packed:
         dtype = str(_dtype(network)).removeprefix("torch.")
         files = list(weight_files)
-        about = {"fingerprint": fingerprint, "weights": _weights_digest(files), "times": _times(files), "dtype": dtype}
+        about = {"fingerprint": fingerprint, "weights": _digest(files), "dtype": dtype}
         _write_file(folder / PACKED_FILE, packed, about, key)
     return len(packed)
 
@@ -132,7 +135,7 @@ def attach_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path]
 
 
 def prepared_dtype(folder: Path) -> str | None:
-    """Return the name of the type for which a network was prepared; None if it was not.
+    """Return the name of the type for which a network was prepared, by whomever; None if it was not.
 
     Args:
         folder: Its folder.
@@ -141,9 +144,9 @@ def prepared_dtype(folder: Path) -> str | None:
     if not os.path.isfile(path):
         return None
     try:
-        header, _ = _read_header(path)
+        header, _ = _read_json(path)
         name = header["__metadata__"]["dtype"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return name if name in ("float32", "bfloat16") else None
 
@@ -151,8 +154,7 @@ def prepared_dtype(folder: Path) -> str | None:
 def _check_origin(about: Mapping[str, str], weight_files: Iterable[Path]) -> None:
     if about["fingerprint"] != packed_memory.fingerprint():
         raise ValueError("on another kind of machine")
-    files = list(weight_files)
-    if about["times"] != _times(files) and about["weights"] != _weights_digest(files):  # a copy has other times
+    if not _have_digest(list(weight_files), about["weights"]):
         raise ValueError("its weights were replaced since")
 
 
@@ -208,12 +210,30 @@ def _dtype(network: nn.Module) -> torch.dtype:
     return next(p.dtype for p in network.parameters() if p.is_floating_point())
 
 
-def _times(files: Iterable[Path]) -> str:
-    """Return sizes and modification times of files: as long as these are the same, nobody has written to them."""
-    return " ".join(f"{status.st_size}:{status.st_mtime_ns}" for status in map(os.stat, files))
+def _have_digest(files: Sequence[Path], digest: str) -> bool:
+    """Return whether files have a digest, which is computed once for large files that nobody writes to.
+
+    An empty file of the cache folder records it. Its name is a digest of the file system's numbers, sizes and times of
+    the files, of which one at least is another after every change.
+    """
+    cache, status = cache_folder(), [os.stat(file) for file in files]
+    stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status]
+    record = None
+    if cache is not None and sum(s.st_size for s in status) >= RECORDED_BYTES:
+        name = hashlib.sha256(json.dumps([digest, stamps]).encode()).hexdigest()
+        record = cache / "prepared" / name
+        if record.exists():
+            return True
+    if _digest(files) != digest:
+        return False
+    if record is not None:
+        with contextlib.suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.touch()
+    return True
 
 
-def _weights_digest(files: Iterable[Path]) -> str:
+def _digest(files: Iterable[Path]) -> str:
     """Return a digest of the content of files."""
     return hashlib.sha256(" ".join(map(file_digest, files)).encode()).hexdigest()
 
@@ -260,9 +280,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     if key is None:
         raise ValueError("there is no key for its signature")
     try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, length)))
+        header, size = _read_json(path)
         signature = header["__metadata__"].pop(SIGNATURE)
         is_signed = isinstance(signature, str) and hmac.compare_digest(
             signature.encode(), _signature(header, key).encode()
@@ -275,6 +293,23 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     if 8 + size + max(ends, default=0) != length:
         raise ValueError("its file of packed weights is truncated")
     return header, 8 + size
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file as it is, and its length in bytes.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no such file, or its header is too long.
+    """
+    with open_regular_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError("its header is too long")
+        header = json.loads(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no mapping")
+    return header, size
 
 
 def _signature(header: Mapping[str, Any], key: bytes) -> str:

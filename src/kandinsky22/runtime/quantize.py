@@ -35,7 +35,7 @@ MIN_CHANNELS = 16  # convolutions with fewer input or output channels are not qu
 STATIC = "int8-static"
 # Layers that "int8-static" leaves alone: each is a small part of a step, or runs once per picture, and its error acts
 # on everything that follows. They encode the image embedding, the hint and the timestep, and are the prior's first and
-# last layers. Besides, the shortcuts of the UNet's last block (`_stays_float`).
+# last layers. So do those that `_stays_float` names.
 FLOAT_LAYERS = frozenset(
     (
         *("image_embeds", "image_proj", "input_hint_block", "time_emb_proj", "add_k_proj", "add_v_proj"),

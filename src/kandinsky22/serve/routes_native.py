@@ -39,6 +39,7 @@ EVENT_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 KEPT = {"cache-control": "private, max-age=31536000, immutable"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": schemas.ErrorBody, "description": "The request is invalid."},
+    "507": {"model": schemas.ErrorBody, "description": "The disk is full."},
 }
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import kandinsky22
-from kandinsky22.checkpoints.atomic_files import open_regular_file
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.inputs.sources import read_file
 from kandinsky22.runtime.lazy_component import loaded
 from kandinsky22.schedulers import DDIMScheduler
 from kandinsky22.training.finetuning.batches import split_held_out
@@ -58,12 +58,11 @@ def read_prompts(options: DistillOptions) -> list[Sample]:
     """
     path = Path(options.prompts or "")
     try:
-        with open_regular_file(path) as file:
-            lines = file.read().decode("utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"--prompts {path} cannot be read: {error.strerror or error}") from error
+        lines = read_file(str(path)).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts {path} is not text in UTF-8: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))[: options.max_train_samples]
     if not prompts:
         raise InputError(f"--prompts {path} holds no prompts: expected one per line")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kandinsky22.checkpoints.atomic_files import open_regular_file
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.inputs.sources import read_file
 from kandinsky22.training.finetuning.option import Option, option_field
 
 STAGES = ("prior", "decoder", "both")
@@ -442,8 +442,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     yaml = require("yaml", "--config", package="pyyaml")
     try:
-        with open_regular_file(path) as file:
-            content = yaml.safe_load(file.read().decode("utf-8"))
+        content = yaml.safe_load(read_file(str(path)).decode("utf-8"))
     except OSError as error:
         raise InputError(f"--config {path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
