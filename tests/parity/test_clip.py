@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tests.pipelines.fake_accelerator import fake_accelerator
 
 from kandinsky22 import CheckpointError, ConfigError, InputError
 from kandinsky22.models import clip
@@ -51,13 +55,13 @@ def ids(batch: int = 3, length: int = 10) -> torch.Tensor:
 @torch.no_grad()
 def test_text_tower(activation: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ours, theirs = towers(tmp_path, "text", dtype, hidden_act=activation)
-    found, expected = ours(ids(), output_hidden_states=True), theirs(ids(), output_hidden_states=True)
+    actual, expected = ours(ids(), output_hidden_states=True), theirs(ids(), output_hidden_states=True)
     assert ours.dtype == dtype
     tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
-    torch.testing.assert_close(found.text_embeds, expected.text_embeds, **tolerance)
-    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **tolerance)
-    assert len(found.hidden_states) == len(expected.hidden_states) == 4
-    for own, other in zip(found.hidden_states[:-1], expected.hidden_states[:-1], strict=True):
+    torch.testing.assert_close(actual.text_embeds, expected.text_embeds, **tolerance)
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, **tolerance)
+    assert len(actual.hidden_states) == len(expected.hidden_states) == 4
+    for own, other in zip(actual.hidden_states[:-1], expected.hidden_states[:-1], strict=True):
         torch.testing.assert_close(own, other, **tolerance)
 
 
@@ -69,8 +73,8 @@ def test_masks_positions_and_ends_of_texts(end: int, tmp_path: Path) -> None:
     mask[0, 4:] = 0
     positions = torch.arange(10).flip(0).expand(3, -1)
     for options in ({}, {"attention_mask": mask}, {"position_ids": positions}):
-        found, expected = ours(ids(), **options), theirs(ids(), **options)
-        torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=0, atol=1e-5)
+        actual, expected = ours(ids(), **options), theirs(ids(), **options)
+        torch.testing.assert_close(actual.text_embeds, expected.text_embeds, rtol=0, atol=1e-5)
     shorter = ids()[:, :4]
     torch.testing.assert_close(ours(shorter)[1], theirs(shorter)[1], rtol=0, atol=1e-5)
     with pytest.raises(InputError, match=r"input_ids.shape\[-1\]=11 is invalid: expected at most 10 tokens"):
@@ -82,11 +86,11 @@ def test_masks_positions_and_ends_of_texts(end: int, tmp_path: Path) -> None:
 def test_vision_tower(dtype: torch.dtype, tmp_path: Path) -> None:
     ours, theirs = towers(tmp_path, "vision", dtype)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found, expected = ours(pixels, output_hidden_states=True), theirs(pixels, output_hidden_states=True)
+    actual, expected = ours(pixels, output_hidden_states=True), theirs(pixels, output_hidden_states=True)
     tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
-    torch.testing.assert_close(found.image_embeds, expected.image_embeds, **tolerance)
-    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, **tolerance)
-    assert len(found.hidden_states) == len(expected.hidden_states)
+    torch.testing.assert_close(actual.image_embeds, expected.image_embeds, **tolerance)
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, **tolerance)
+    assert len(actual.hidden_states) == len(expected.hidden_states)
     with pytest.raises(InputError, match="pixel_values"):
         ours(pixels[..., :8])
 
@@ -140,13 +144,13 @@ def test_image_processor(settings: dict[str, Any], tmp_path: Path) -> None:
         for mode in ("RGB", "L"):
             shown = picture.convert(mode)
             expected = np.asarray(theirs([shown], return_tensors="np").pixel_values)
-            found = ours([shown], return_tensors="pt").pixel_values
-            assert found.dtype == torch.float32 or not settings.get("do_rescale", True)
-            np.testing.assert_array_equal(found.numpy(), expected.astype(np.float32))
-    np.testing.assert_array_equal(ours(np.asarray(picture))["pixel_values"][0], found_rgb(ours, picture))
+            actual = ours([shown], return_tensors="pt").pixel_values
+            assert actual.dtype == torch.float32 or not settings.get("do_rescale", True)
+            np.testing.assert_array_equal(actual.numpy(), expected.astype(np.float32))
+    np.testing.assert_array_equal(ours(np.asarray(picture))["pixel_values"][0], rgb_pixels(ours, picture))
 
 
-def found_rgb(processor: CLIPImageProcessor, picture: PIL.Image.Image) -> np.ndarray:
+def rgb_pixels(processor: CLIPImageProcessor, picture: PIL.Image.Image) -> np.ndarray:
     return processor([picture], return_tensors="np").pixel_values[0]
 
 
@@ -205,8 +209,8 @@ def test_calls_of_scripts_for_transformers(kind: str, tmp_path: Path) -> None:
     ours, theirs = towers(tmp_path, kind)
     inputs = ids() if kind == "text" else torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for name, call in CALLS:
-        found, expected = call(ours, inputs), call(theirs, inputs)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=name)
+        actual, expected = call(ours, inputs), call(theirs, inputs)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=name)
     assert ours.main_input_name == theirs.main_input_name
     assert ours.name_or_path == str(tmp_path)
     ours.set_attn_implementation("eager")
@@ -252,13 +256,36 @@ def test_gradient_checkpointing_of_towers(kind: str, tmp_path: Path) -> None:
     assert not ours(inputs)[0].requires_grad
 
 
+def test_gradients_of_inputs_after_new_tokens(tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, "text")
+    ours.requires_grad_(False)
+    ours.enable_input_require_grads()
+    old = ours.get_input_embeddings()
+    for change in (
+        lambda: ours.resize_token_embeddings(33),
+        lambda: ours.set_input_embeddings(torch.nn.Embedding.from_pretrained(old.weight.data)),
+    ):
+        change()
+        assert ours.get_input_embeddings() is not old
+        assert ours(ids())[0].requires_grad and not old(ids()).requires_grad
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert other(ids())[0].requires_grad
+        other.disable_input_require_grads()
+        assert not other(ids())[0].requires_grad
+    assert ours(ids())[0].requires_grad
+    ours.disable_input_require_grads()
+    assert not ours(ids())[0].requires_grad
+    ours.resize_token_embeddings(34)
+    assert not ours(ids())[0].requires_grad
+
+
 @torch.no_grad()
 def test_images_of_other_sizes_with_interpolated_positions(tmp_path: Path) -> None:
     ours, theirs = towers(tmp_path, "vision")
     for height, width in ((16, 16), (24, 20), (8, 8)):
         pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-        found, expected = (tower(pixels, interpolate_pos_encoding=True)[0] for tower in (ours, theirs))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual, expected = (tower(pixels, interpolate_pos_encoding=True)[0] for tower in (ours, theirs))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     for shape in ((3, 16, 16), (1, 4, 16, 16), (1, 3, 2, 16), (1, 3)):
         with pytest.raises(InputError, match="pixel_values"):
             ours(torch.zeros(shape), interpolate_pos_encoding=True)
@@ -279,8 +306,140 @@ def test_new_tokens(tmp_path: Path) -> None:
     for wrong in (0, "3", True):
         with pytest.raises(InputError, match="new_num_tokens"):
             ours.resize_token_embeddings(wrong)
+        with pytest.raises(InputError, match="pad_to_multiple_of"):
+            ours.resize_token_embeddings(34, wrong)
+    with pytest.raises(InputError, match="mean_resizing='no' is invalid"):
+        ours.resize_token_embeddings(34, mean_resizing="no")
+    with pytest.raises(InputError, match="resize_token_embeddings='factor' is invalid: expected new_num_tokens"):
+        ours.resize_token_embeddings(34, factor=2)
+    assert ours.get_input_embeddings() is table
     with pytest.raises(InputError, match="value"):
         ours.set_input_embeddings(torch.nn.Embedding(4, 5))
+
+
+def test_numbers_of_new_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    ours, theirs = towers(tmp_path, "text", initializer_range=3.0)
+    before = ours.get_input_embeddings().weight.detach().clone()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((None, 8), {}),
+        ((33,), {"pad_to_multiple_of": 20, "mean_resizing": False}),
+        ((40, 4), {}),
+        ((31,), {"mean_resizing": False}),
+    ]
+    for args, options in calls:
+        for tower in (ours, theirs):
+            tower.resize_token_embeddings(*args, **options)
+        assert ours.get_input_embeddings().weight.shape == theirs.get_input_embeddings().weight.shape
+        assert ours.config.vocab_size == theirs.config.vocab_size == len(ours.get_input_embeddings().weight)
+        torch.testing.assert_close(ours.get_input_embeddings().weight[:30], before, rtol=0, atol=0)
+    ours.resize_token_embeddings(1031, mean_resizing=False)
+    drawn = ours.get_input_embeddings().weight[31:].detach()
+    assert abs(float(drawn.mean())) < 0.2 and 2.8 < float(drawn.std()) < 3.2
+
+
+def test_names_of_one_setting_in_configs(tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, "text", torch.bfloat16)
+    config = ours.config
+    config.update({"torch_dtype": "float16"})
+    assert config.dtype == config.torch_dtype == torch.float16
+    config.update({"dtype": torch.float32})
+    config.update({"hidden_act": "gelu"})
+    assert config.dtype == torch.float32
+    for entries in ({"use_return_dict": False}, {"dtype": "magic"}, {"torch_dtype": 16}):
+        with pytest.raises(ConfigError, match=next(iter(entries))):
+            config.update(entries)
+        with pytest.raises(ConfigError, match=next(iter(entries))):
+            CLIPTextConfig(**entries)
+    config.update({"use_return_dict": True, "return_dict": False})
+    assert "use_return_dict" not in config.to_dict() and not config.use_return_dict
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_return_dict": False}))
+    with pytest.raises(CheckpointError, match="use_return_dict is False: expected true"):
+        clip_files.tower_config(type(ours), tmp_path)
+
+
+def test_state_dicts_that_are_saved_are_those_of_the_tower(tmp_path: Path) -> None:
+    ours, _ = towers(tmp_path, "text")
+    name, tensor = next(iter(ours.state_dict().items()))
+    for other in (tensor + 1, tensor.half(), tensor[:1], tensor.to("meta"), tensor.tolist()):
+        with pytest.raises(InputError, match="state_dict"):
+            ours.save_pretrained(tmp_path / "saved", state_dict={**ours.state_dict(), name: other})
+    assert not (tmp_path / "saved").exists()
+    with fake_accelerator() as device:
+        elsewhere = {name: tensor.to(device) for name, tensor in ours.state_dict().items()}
+        assert elsewhere[name].device != tensor.device
+        ours.save_pretrained(tmp_path / "saved", state_dict=elsewhere)
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+PICTURE = PIL.Image.radial_gradient("L").convert("RGB")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"longest_edge": 20}},
+        {"size": {"height": 20}},
+        {"size": {"shortest_edge": 20, "longest_edge": 30}},
+        {"size": {}},
+        {"size": True},
+        {"size": 2.5},
+        {"crop_size": -3},
+        {"crop_size": {"height": 3}},
+        {"crop_size": (3, 4)},
+        {"resample": 99},
+        {"resample": "bicubic"},
+        {"image_mean": [1, 2]},
+        {"image_mean": float("nan")},
+        {"image_std": 0.0},
+        {"image_std": (1.0, 0.0, 1.0)},
+        {"rescale_factor": 0},
+        {"rescale_factor": "1/255"},
+        {"do_resize": "no"},
+    ],
+    ids=str,
+)
+def test_settings_of_the_image_processor_are_checked(settings: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = settings
+    with pytest.raises(InputError, match=f"{name}=.* is invalid"):
+        CLIPImageProcessor(**settings)
+    ours = CLIPImageProcessor(size=16, crop_size=16)
+    before = ours.to_dict()
+    with pytest.raises(InputError, match=f"{name}=.* is invalid"):
+        ours(PICTURE, **settings)
+    assert ours.to_dict() == before
+    setattr(ours, name, settings[name])
+    with pytest.raises(InputError, match=f"{name}=.* is invalid"):
+        ours(PICTURE)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=f"preprocessor_config.json: {name} is"):
+        clip_files.load_image_processor(tmp_path)
+
+
+def test_forms_of_settings_of_the_image_processor() -> None:
+    ours = CLIPImageProcessor(
+        size={"shortest_edge": np.int64(16), "height": None},
+        crop_size={"shortest_edge": 12},
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=np.array([0.5, 0.25, 1.0]),
+        resample=PIL.Image.Resampling.BILINEAR,
+    )
+    assert (ours.size, ours.crop_size) == ({"shortest_edge": 16}, {"height": 12, "width": 12})
+    assert (ours.image_mean, ours.image_std, ours.resample) == ([0.1, 0.2, 0.3], [0.5, 0.25, 1.0], 2)
+    assert json.loads(ours.to_json_string()) == ours.to_dict()
+    expected = ours(PICTURE, return_tensors="np", size=20, crop_size=18).pixel_values
+    ours.size, ours.crop_size = 20, 18  # type: ignore[assignment]
+    np.testing.assert_array_equal(ours(PICTURE, return_tensors="np").pixel_values, expected)
+
+
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_the_range_of_values_is_checked_without_resizing_too(do_resize: bool) -> None:
+    ours = CLIPImageProcessor(size=16, crop_size=16)
+    for value in (256, -1):
+        for dtype in (np.int64, np.float32):
+            with pytest.raises(InputError, match=f"not {value} to {value}"):
+                ours(np.full((3, 16, 16), value, dtype), do_resize=do_resize)
+    ours(np.full((3, 16, 16), 255), do_resize=do_resize)
 
 
 def test_image_processor_takes_what_transformers_takes() -> None:
@@ -302,8 +461,8 @@ def test_image_processor_takes_what_transformers_takes() -> None:
     ]
     for images, settings in inputs:
         expected = np.asarray(theirs(images, return_tensors="np", **settings).pixel_values)
-        found = ours(images=images, return_tensors="np", **settings).pixel_values
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        actual = ours(images=images, return_tensors="np", **settings).pixel_values
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
     assert ours.preprocess(pixels, return_tensors=transformers.TensorType.PYTORCH).data["pixel_values"].shape[1] == 3
     assert CLIPImageProcessor.from_dict(json.loads(ours.to_json_string())).to_dict() == ours.to_dict()
     with pytest.raises(InputError, match="one size to stack"):
@@ -345,6 +504,14 @@ def test_a_config_with_fewer_layers_than_the_weights(kind: str, tmp_path: Path) 
     assert clip_files.is_readable_tower(type(ours), ours.config, weights)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match=r"unexpected: .*_model\.encoder\.layers\.1\."):
+        clip_files.load_tower(type(ours), tmp_path, weights, None)
+    names = list(ours.state_dict())
+    ours.save_pretrained(tmp_path)  # with all layers
+    tensors = load_file(weights[0])
+    del tensors[names[0]]
+    save_file(tensors, weights[0], metadata={"format": "pt"})
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=rf"1 missing: {names[0]}; \d+ unexpected: .*\.layers\.1\."):
         clip_files.load_tower(type(ours), tmp_path, weights, None)
     if kind == "vision":  # the tower that is read later
         assert not clip_files.is_readable_tower(type(ours), clip_files.tower_config(type(ours), tmp_path), weights)

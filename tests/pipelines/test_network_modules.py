@@ -31,8 +31,10 @@ from kandinsky22.errors import CheckpointError
 from kandinsky22.kernels import conv, linear
 from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.kernels.linear import apply_linear
+from kandinsky22.models.clip import CLIPTextModelWithProjection
 from kandinsky22.models.modifications import find_modification
 from kandinsky22.runtime.network_state import unwrapped
+from kandinsky22.training.finetuning.networks import Encoders
 
 STEPS = 3
 
@@ -50,7 +52,9 @@ def decode(pipe: Any, **arguments: Any) -> Tensor:
 
 
 def embed(pipe: Any, **arguments: Any) -> Tensor:
-    return pipe("a red cat", **{"num_inference_steps": STEPS, "generator": seeded(3), **arguments}).image_embeds
+    return pipe(
+        **{"prompt": "a red cat", "num_inference_steps": STEPS, "generator": seeded(3), **arguments}
+    ).image_embeds
 
 
 RUN: dict[str, Callable[..., Tensor]] = {"unet": decode, "prior": embed}
@@ -72,6 +76,37 @@ def count_calls(network: nn.Module) -> Counter[str]:
     for name, module in network.named_modules():
         module.register_forward_hook(functools.partial(count, name))
     return calls
+
+
+# Towers
+
+
+class IdsOnly(CLIPTextModelWithProjection):
+    """A text tower that knows no argument but the ids."""
+
+    def forward(self, ids: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(ids)
+
+
+def test_towers_whose_config_asks_for_tuples(prior: Any) -> None:
+    def results() -> list[Tensor]:
+        pipe = type(prior)(**prior.components)  # without stored text encodings
+        pipe.set_progress_bar_config(disable=True)
+        training = Encoders(
+            prior.image_encoder, prior.image_processor, None, prior.text_encoder, prior.tokenizer, torch.device("cpu")
+        )
+        embeds = [embed(pipe), embed(pipe, prompt="a (red:1.5) cat", prompt_weights=True), pipe.get_zero_embed()]
+        return [*embeds, training.zero_embed(), *training.text("a red cat").values()]
+
+    expected = results()
+    for tower in (prior.text_encoder, prior.image_encoder):
+        tower.config.update({"return_dict": False})
+    torch.testing.assert_close(results(), expected, rtol=0, atol=1e-5)
+    prior.text_encoder.config.update({"return_dict": True})
+    other = IdsOnly(prior.text_encoder.config).eval()
+    other.load_state_dict(prior.text_encoder.state_dict())
+    prior.text_encoder = other
+    torch.testing.assert_close(results(), expected, rtol=0, atol=1e-5)
 
 
 # Hooks and replaced forwards

@@ -275,32 +275,53 @@ class CLIPTextModelWithProjection(CLIPTower):
         if not isinstance(value, nn.Embedding) or value.embedding_dim != self.config.hidden_size:
             raise invalid("value", value, f"an nn.Embedding of width {self.config.hidden_size}")
         self.text_model.embeddings.token_embedding = value
+        self._renew_input_hook()
 
-    def resize_token_embeddings(self, new_num_tokens: Any = None, **options: Any) -> nn.Embedding:
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+        **unknown: Any,
+    ) -> nn.Embedding:
         """Change the number of token embeddings, as textual inversion does after new tokens.
 
         Args:
-            new_num_tokens: Number of tokens; rows that are added have the mean of the others. None changes nothing.
-            **options: Other arguments of transformers, which are not needed here.
+            new_num_tokens: Number of tokens; None for the present one.
+            pad_to_multiple_of: The number of tokens is rounded up to a multiple of it; None does not round.
+            mean_resizing: Whether rows that are added have the mean of the others. Otherwise they are drawn from the
+                normal distribution around 0 whose standard deviation is the config's `initializer_range`.
+            **unknown: Nothing: other arguments are refused.
 
         Returns:
-            The table of token embeddings.
+            The table of token embeddings: the present one if its size does not change.
 
         Raises:
-            InputError: `new_num_tokens` is not a positive integer.
+            InputError: An argument is invalid or unknown.
         """
+        if unknown:
+            accepted = "new_num_tokens, pad_to_multiple_of and mean_resizing"
+            raise invalid("arguments of resize_token_embeddings", ", ".join(sorted(unknown)), accepted)
+        numbers: dict[str, Any] = {"new_num_tokens": new_num_tokens, "pad_to_multiple_of": pad_to_multiple_of}
+        for name, number in numbers.items():
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise invalid(name, number, "a number of tokens, or None")
+        if not isinstance(mean_resizing, bool):
+            raise invalid("mean_resizing", mean_resizing, "True or False")
         old = self.get_input_embeddings()
-        if new_num_tokens is None:
-            return old
-        if isinstance(new_num_tokens, bool) or not isinstance(new_num_tokens, int) or new_num_tokens < 1:
-            raise invalid("new_num_tokens", new_num_tokens, "a number of tokens, or None")
         rows = old.weight.detach()
-        added = rows.mean(dim=0, keepdim=True).expand(max(0, new_num_tokens - len(rows)), -1)
-        table = nn.Embedding.from_pretrained(torch.cat([rows[:new_num_tokens], added]), freeze=False)
-        table.weight.requires_grad_(old.weight.requires_grad)
-        self.set_input_embeddings(table)
-        self.config.vocab_size = new_num_tokens
-        return table
+        length, factor = new_num_tokens or len(rows), pad_to_multiple_of or 1
+        length = -(-length // factor) * factor
+        if length != len(rows):
+            added = rows.mean(dim=0, keepdim=True).repeat(max(0, length - len(rows)), 1)
+            if not mean_resizing:
+                added.normal_(0, self.config.initializer_range)
+            table = nn.Embedding.from_pretrained(torch.cat([rows[:length], added]), freeze=False)
+            table.weight.requires_grad_(old.weight.requires_grad)
+            self.set_input_embeddings(table)
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            self.config.vocab_size = length
+        return self.get_input_embeddings()
 
 
 class CLIPVisionModelWithProjection(CLIPTower):

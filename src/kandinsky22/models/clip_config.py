@@ -42,6 +42,16 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _as_dtype(name: str, value: Any) -> torch.dtype | None:
+    """Return a type of weights that may be named; None for "auto", which is the type of the weight files."""
+    dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) and value != "auto" else value
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if value not in (None, "auto"):
+        raise invalid(name, value, "a torch.dtype, its name, 'auto' or None", error=ConfigError)
+    return None
+
+
 class CLIPTowerConfig:
     """Settings of a tower, as attributes. Entries of the file that the layers do not use are kept, and saved again.
 
@@ -83,13 +93,14 @@ class CLIPTowerConfig:
     _name_or_path: str
 
     def __init__(self, **settings: Any) -> None:
-        dtype = settings.pop("dtype", None) or settings.pop("torch_dtype", None)
-        settings.pop("torch_dtype", None)
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        vars(self).update({**self.defaults, **settings, "dtype": dtype})
+        name = type(self).__name__
+        if (use_return_dict := settings.pop("use_return_dict", True)) is not True:
+            raise invalid(f"{name}: use_return_dict", use_return_dict, "True", "set return_dict", error=ConfigError)
+        names = ("dtype", "torch_dtype")
+        dtypes = [_as_dtype(f"{name}: {entry}", settings.pop(entry, None)) for entry in names]
+        vars(self).update({**self.defaults, **settings, "dtype": dtypes[0] or dtypes[1]})
         self._name_or_path = ""
-        name, width, heads = type(self).__name__, self.hidden_size, self.num_attention_heads
+        width, heads = self.hidden_size, self.num_attention_heads
         if width % heads:
             expected = f"a multiple of num_attention_heads={heads}"
             raise invalid(f"{name}: hidden_size", width, expected, error=ConfigError)
@@ -155,9 +166,12 @@ class CLIPTowerConfig:
         """
         if not isinstance(config_dict, Mapping):
             raise invalid("config_dict", config_dict, "a mapping of settings by name")
-        name = self._name_or_path
-        vars(self).update(vars(type(self)(**{**self.to_dict(), "dtype": self.dtype, **config_dict})))
-        self._name_or_path = name
+        current = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        if "torch_dtype" in config_dict:  # the other name of the same setting
+            del current["dtype"]
+        path = self._name_or_path
+        vars(self).update(vars(type(self)(**{**current, **config_dict})))
+        self._name_or_path = path
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `config.json`.

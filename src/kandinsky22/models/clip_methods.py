@@ -122,17 +122,18 @@ class CLIPMethods:
 
     def enable_input_require_grads(self) -> None:
         """Let gradients flow to the embeddings of tokens or patches although their weights are frozen."""
-
-        def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            output.requires_grad_(True)
-
         self.disable_input_require_grads()
-        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grad)
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grad)
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`."""
         if (hook := vars(self).pop("_require_grads_hook", None)) is not None:
             hook.remove()
+
+    def _renew_input_hook(self) -> None:
+        """Move the hook of `enable_input_require_grads` to the present embeddings, which have just been replaced."""
+        if "_require_grads_hook" in vars(self):
+            self.enable_input_require_grads()
 
     # Parts
 
@@ -198,11 +199,23 @@ class CLIPMethods:
             self._stage(save, variant, max_shard_size, safe_serialization)
 
 
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """Forward hook; at the level of the module, so that towers that have it can be pickled."""
+    output.requires_grad_(True)
+
+
 def _is_same(tensors: Any, own: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors are those of a network: the same memory under the same names."""
+    """Return whether tensors are those of a network: equal values of the same types under the same names."""
     if not isinstance(tensors, Mapping) or tensors.keys() != own.keys():
         return False
-    return all(
-        isinstance(tensors[name], Tensor) and (tensors[name] is own[name] or torch.equal(tensors[name], own[name]))
-        for name in own
-    )
+    return all(_has_equal_values(tensors[name], tensor) for name, tensor in own.items())
+
+
+def _has_equal_values(value: Any, own: Tensor) -> bool:
+    """Return whether a value is a tensor that equals another one; each may be on any device."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
+        return False
+    try:
+        return torch.equal(value.cpu(), own.cpu())
+    except NotImplementedError:  # a tensor without values, on the meta device
+        return False

@@ -50,7 +50,7 @@ OWN_CLIP_CLASSES: Mapping[str, Any] = {
     "image_encoder": CLIPVisionModelWithProjection,
     "image_processor": CLIPImageProcessor,
 }
-LISTED_TENSORS = 8  # missing tensors that a message names
+LISTED_TENSORS = 8  # missing and unexpected tensors, each, that a message names
 
 
 @contextlib.contextmanager
@@ -95,8 +95,8 @@ def clip_class(role: str, class_name: str) -> Any:
 
     for name in (class_name, CLIP_CLASSES[role][0]):
         with contextlib.suppress(Exception):  # lazily imported: a missing dependency raises here
-            if isinstance(found := getattr(transformers, name, None), type):
-                return found
+            if isinstance(tokenizer_class := getattr(transformers, name, None), type):
+                return tokenizer_class
     raise CheckpointError(f"transformers {transformers.__version__} has no {class_name}; pass {role}=")
 
 
@@ -229,10 +229,13 @@ def _tower_tensors(tower: CLIPTower, folder: Path, files: list[Path], dtype: tor
                 raise CheckpointError(f"{file} does not fit {name_of}: {name} {shapes}")
             tensors[name] = tensor
     missing = [name for name in expected if name not in tensors]
-    for kind, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            listed = ", ".join(map(printable, names[:LISTED_TENSORS]))
-            raise CheckpointError(f"{folder} does not fit {name_of}: {len(names)} {kind}: {listed}")
+    differences = [
+        f"{len(names)} {kind}: {', '.join(map(printable, names[:LISTED_TENSORS]))}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if differences:
+        raise CheckpointError(f"{folder} does not fit {name_of}: {'; '.join(differences)}")
     return convert_weights(tensors, sources, dtype or next(iter(tensors.values())).dtype)
 
 

@@ -6,6 +6,7 @@ implementation with PIL, bit for bit.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -23,10 +24,18 @@ from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images
 from kandinsky22.outputs import Output
+from kandinsky22.pipelines.clip_settings import PROCESSOR_RULES
 
 CONFIG_NAME = "preprocessor_config.json"
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
 BICUBIC = int(PIL.Image.Resampling.BICUBIC)
+DEFAULTS: Mapping[str, Any] = {  # of settings that are None
+    "size": 224,
+    "crop_size": 224,
+    "resample": BICUBIC,
+    "image_mean": MEAN,
+    "image_std": DEVIATION,
+}
 
 
 @dataclasses.dataclass
@@ -72,9 +81,23 @@ class CLIPImageProcessor:
         image_std: Standard deviations of the three channels, or one number for all; None for those of CLIP.
         do_convert_rgb: Accepted for files that have it: pictures are always converted to RGB.
         **others: Entries of the file that have no effect; they are saved again.
+
+    Raises:
+        InputError: A setting has a value that is not accepted.
     """
 
     model_input_names = ("pixel_values",)
+    do_resize: bool | None
+    size: dict[str, int]
+    resample: int
+    do_center_crop: bool | None
+    crop_size: dict[str, int]
+    do_rescale: bool | None
+    rescale_factor: float
+    do_normalize: bool | None
+    image_mean: float | list[float]
+    image_std: float | list[float]
+    do_convert_rgb: bool | None
 
     def __init__(
         self,
@@ -92,14 +115,20 @@ class CLIPImageProcessor:
         do_convert_rgb: bool | None = True,
         **others: Any,
     ) -> None:
-        self.do_resize, self.do_center_crop = do_resize, do_center_crop
-        self.do_rescale, self.do_normalize, self.do_convert_rgb = do_rescale, do_normalize, do_convert_rgb
-        self.size = _shortest_edge(224 if size is None else size)
-        self.crop_size = _square(224 if crop_size is None else crop_size)
-        self.resample = BICUBIC if resample is None else resample
-        self.rescale_factor = rescale_factor
-        self.image_mean = list(MEAN) if image_mean is None else image_mean
-        self.image_std = list(DEVIATION) if image_std is None else image_std
+        settings: dict[str, Any] = {
+            "do_resize": do_resize,
+            "size": size,
+            "resample": resample,
+            "do_center_crop": do_center_crop,
+            "crop_size": crop_size,
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+            "do_convert_rgb": do_convert_rgb,
+        }
+        vars(self).update(_checked(settings))
         self._others = others
 
     def __call__(self, images: Any, return_tensors: Any = None, **settings: Any) -> ProcessedImages:
@@ -121,6 +150,7 @@ class CLIPImageProcessor:
         Args:
             images: A picture, a list of pictures, or a batch: PIL images, or arrays and tensors (height, width, 3) or
                 (3, height, width) of bytes, of numbers from 0 to 255, or, with `do_rescale=False`, from 0 to 1.
+                Arrays that are resized have whole numbers, or fractions from 0 to 1.
             return_tensors: "pt" for a tensor, "np" for an array, None for a list of arrays.
             **settings: Settings of the constructor that replace those of the object in this call; None replaces none.
 
@@ -142,14 +172,14 @@ class CLIPImageProcessor:
         return ProcessedImages(torch.from_numpy(stacked) if kind == "pt" else stacked)
 
     def _with(self, settings: Mapping[str, Any]) -> CLIPImageProcessor:
-        """Return a processor with some other settings."""
+        """Return a processor with some other settings. All are checked: attributes may have been set since."""
         replaced = {name: value for name, value in settings.items() if value is not None}
-        if not replaced:
-            return self
         own = self._settings()
         if unknown := sorted(set(replaced) - set(own)):
             raise invalid("settings of the image processor", ", ".join(unknown), f"some of {', '.join(own)}")
-        return type(self)(**{**own, **replaced})
+        processor = copy.copy(self)
+        vars(processor).update(_checked({**own, **replaced}))
+        return processor
 
     def _settings(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -246,6 +276,8 @@ def _channels_last(value: Any, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         array = array.transpose(1, 2, 0)
     if array.shape[-1] != 3 or 0 in array.shape or not np.isfinite(array).all():
         raise _not_pictures(value)
+    if array.min() < 0 or array.max() > 255:
+        raise _out_of_range(value, array)
     return array
 
 
@@ -253,15 +285,18 @@ def _not_pictures(value: Any) -> InputError:
     return invalid("images", value, "PIL images, or arrays (height, width, 3) or (3, height, width) of finite numbers")
 
 
+def _out_of_range(value: Any, array: npt.NDArray[Any]) -> InputError:
+    values = f"not {float(array.min()):g} to {float(array.max()):g}"
+    return invalid("images", value, f"bytes, or whole numbers from 0 to 255, or fractions from 0 to 1, {values}")
+
+
 def _as_image(picture: PIL.Image.Image | npt.NDArray[Any]) -> tuple[PIL.Image.Image, bool]:
     """Return a picture with bytes for PIL, and whether it had numbers from 0 to 1."""
     if isinstance(picture, PIL.Image.Image) or picture.dtype == np.uint8:
         return picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture), False
-    low, high = float(picture.min()), float(picture.max())
     is_whole = np.allclose(picture, np.trunc(picture))
-    if low < 0 or high > (255 if is_whole else 1):
-        expected = "bytes, or numbers from 0 to 255, or fractions from 0 to 1"
-        raise invalid("images", picture, f"{expected}, not {low:g} to {high:g}")
+    if not is_whole and picture.max() > 1:
+        raise _out_of_range(picture, picture)
     values = picture if is_whole else _rescaled(picture, 255)
     return PIL.Image.fromarray(np.ascontiguousarray(values.astype(np.uint8))), not is_whole
 
@@ -270,15 +305,36 @@ def _rescaled(pixels: npt.NDArray[Any], factor: float) -> npt.NDArray[np.float32
     return (pixels.astype(np.float64) * factor).astype(np.float32)
 
 
-def _shortest_edge(size: int | Mapping[str, int]) -> dict[str, int]:
-    return {"shortest_edge": size} if isinstance(size, int) else dict(size)
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in the form that steps read: sizes with names, lists of numbers, no None with a default.
+
+    Raises:
+        InputError: A setting has a value that files may not have either.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in settings.items():
+        plain = _plain(DEFAULTS.get(name) if value is None else value)
+        if name in PROCESSOR_RULES and not PROCESSOR_RULES[name].accepts(plain):
+            raise invalid(name, value, PROCESSOR_RULES[name].expected)
+        checked[name] = plain
+    size, crop_size = checked["size"], checked["crop_size"]
+    side = crop_size.get("shortest_edge") if isinstance(crop_size, dict) else crop_size
+    return {
+        **checked,
+        "size": size if isinstance(size, dict) else {"shortest_edge": size},
+        "crop_size": crop_size if side is None else {"height": side, "width": side},
+    }
 
 
-def _square(size: int | Mapping[str, int]) -> dict[str, int]:
-    if isinstance(size, int):
-        return {"height": size, "width": size}
-    side = size.get("shortest_edge")
-    return dict(size) if side is None else {"height": side, "width": side}
+def _plain(value: Any) -> Any:
+    """Return a setting as a JSON file would have it."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return value.tolist()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a size of transformers
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items() if entry is not None}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _center(pixels: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[Any]:

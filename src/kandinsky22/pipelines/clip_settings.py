@@ -64,10 +64,13 @@ def _json_text(value: Any) -> str:
 
 
 def _is_size(value: Any) -> bool:
-    sides = value.values() if isinstance(value, dict) and value else [value]
-    sides = [side for side in sides if side is not None]
-    known = not isinstance(value, dict) or set(value) <= {"height", "width", "shortest_edge", "longest_edge"}
-    return bool(sides) and known and all(is_integer(side) and 1 <= side <= MAX_SIDE for side in sides)
+    sides = [value]
+    if isinstance(value, dict):
+        entries = {name: side for name, side in value.items() if side is not None}
+        if set(entries) not in ({"height", "width"}, {"shortest_edge"}):
+            return False
+        sides = list(entries.values())
+    return all(is_integer(side) and 1 <= side <= MAX_SIDE for side in sides)
 
 
 def _is_channel_numbers(value: Any) -> bool:
@@ -106,7 +109,7 @@ TOWER_RULES: Mapping[str, Rule] = {
     "dtype": _DTYPE,
     "torch_dtype": _DTYPE,
     "return_dict": _BOOL,
-    "use_return_dict": _BOOL,
+    "use_return_dict": _one_of(True),  # another name of return_dict, which cannot be set
     "torchscript": _one_of(False),
     "output_attentions": _one_of(False),
     "output_hidden_states": _BOOL,

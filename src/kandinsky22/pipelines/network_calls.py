@@ -104,6 +104,20 @@ def bind_prior(current: Callable[[], Any], tensors: Mapping[str, Tensor], timest
     return _unless_modified(prior, current, lambda sample, timestep: prior.denoise(sample, timestep, condition), call)
 
 
+def run_tower(tower: Any, inputs: Tensor) -> Any:
+    """Return the result of a CLIP tower, with named entries.
+
+    Towers whose config says `return_dict: false` return tuples otherwise. Other modules in place of a tower need not
+    know the argument: they are called with the inputs alone.
+
+    Args:
+        tower: A tower, or a wrapper of it, or any module that returns the same.
+        inputs: Token ids (batch, tokens), or normalised pixels (batch, 3, size, size).
+    """
+    returns_names = getattr(getattr(unwrapped(tower), "config", None), "return_dict", True)
+    return tower(inputs) if returns_names else tower(inputs, return_dict=True)
+
+
 def encode_images(movq: Any, images: Tensor) -> Tensor:
     """Return latents (batch, vq_embed_dim, H / f, W / f), not quantized.
 

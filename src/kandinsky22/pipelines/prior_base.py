@@ -25,7 +25,7 @@ from kandinsky22.pipelines.denoising import (
     StepEndCallback,
 )
 from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
-from kandinsky22.pipelines.network_calls import bind_prior
+from kandinsky22.pipelines.network_calls import bind_prior, run_tower
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, finite_result
 from kandinsky22.runtime.calls import as_call
 from kandinsky22.runtime.network_state import unwrapped
@@ -176,7 +176,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
     def _run_text_encoder(self, ids: Tensor) -> Any:
         """Return the output of the text tower for token ids, (batch, length)."""
         with onednn_linear_layers():
-            encoded = self.text_encoder(ids.to(self._execution_device))
+            encoded = run_tower(self.text_encoder, ids.to(self._execution_device))
         host_memory.drop_large_mapped_pages(self.text_encoder.parameters())  # the prior runs without them
         return encoded
 
@@ -245,7 +245,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         """
         pixels = pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
         with onednn_linear_layers():
-            embeds: Tensor = self.image_encoder(pixels).image_embeds
+            embeds: Tensor = run_tower(self.image_encoder, pixels).image_embeds
         return embeds.to(unwrapped(self.prior).dtype)
 
     def encode_picture(self, picture: Tensor) -> Tensor:

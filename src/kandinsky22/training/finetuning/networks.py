@@ -18,6 +18,7 @@ from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource
 from kandinsky22.errors import InputError
 from kandinsky22.inputs import prompts
 from kandinsky22.models import PriorTransformer, UNet2DConditionModel, VQModel
+from kandinsky22.pipelines.network_calls import run_tower
 from kandinsky22.runtime.lazy_component import loaded
 from kandinsky22.schedulers import Scheduler
 from kandinsky22.training.finetuning.options import TrainingOptions
@@ -235,7 +236,7 @@ class Encoders:
     @torch.no_grad()
     def _embed(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.device, self.image_encoder.dtype)
-        embeds: Tensor = self.image_encoder(pixels).image_embeds
+        embeds: Tensor = run_tower(self.image_encoder, pixels).image_embeds
         return embeds.float().cpu()
 
     @torch.no_grad()
@@ -248,7 +249,7 @@ class Encoders:
             text: The text. Tokens beyond the context length are cut off, with a warning.
         """
         tokens = prompts.tokenize(self.tokenizer, [text])
-        encoded = self.text_encoder(tokens.ids.to(self.device))
+        encoded = run_tower(self.text_encoder, tokens.ids.to(self.device))
         used = int(tokens.mask[0].nonzero().max()) + 1
         hidden = encoded.last_hidden_state[0, :used]
         return {"embeds": encoded.text_embeds[0].float().cpu(), "hidden": hidden.float().cpu()}
