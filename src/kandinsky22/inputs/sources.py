@@ -146,12 +146,12 @@ def _one_error_family(argument: str, source: Any) -> Iterator[None]:
 # Files
 
 
-def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
+def read_file(path: str, limit: int | None = None) -> bytes:
     """Return the content of a file, a pipe or a device.
 
     Args:
         path: The path.
-        limit: Largest accepted number of bytes.
+        limit: Largest accepted number of bytes; None for `MAX_FILE_BYTES`.
 
     Raises:
         OSError: If it cannot be read, or takes too long.
@@ -166,7 +166,7 @@ def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
         return _read_limited(file.read, limit) if stat.S_ISREG(kind) else _read_stream(file, limit)
 
 
-def _read_stream(file: IO[bytes], limit: int) -> bytes:
+def _read_stream(file: IO[bytes], limit: int | None) -> bytes:
     """Return the content of a pipe or a device, whose writer may be slow, endless or missing."""
     start, is_pipe = time.monotonic(), stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
     has_writer = not is_pipe
@@ -187,8 +187,8 @@ def _read_stream(file: IO[bytes], limit: int) -> bytes:
     return _read_limited(read, limit)
 
 
-def _read_limited(read: Callable[[int], bytes], limit: int = MAX_FILE_BYTES) -> bytes:
-    content = bytearray()
+def _read_limited(read: Callable[[int], bytes], limit: int | None = None) -> bytes:
+    content, limit = bytearray(), MAX_FILE_BYTES if limit is None else limit
     while chunk := read(CHUNK_BYTES):
         content += chunk
         if len(content) > limit:
