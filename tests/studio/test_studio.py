@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Error, Locator, Page, expect
 from tests.studio.browser import StudioServer, Watched, mask_png, running_server, scene
 
 SCREENS = ("mix", "draw", "canvas", "guide", "gallery", "compare")
@@ -109,7 +109,7 @@ def test_draw_shows_previews_and_the_result(watched: Watched, server: StudioServ
     screen.get_by_role("textbox", name="Seed").fill("11")
     screen.get_by_role("textbox", name="Seed").blur()
     screen.locator("summary").click()
-    screen.get_by_label("Steps", exact=True).fill("150")  # long enough to be looked at
+    screen.get_by_label("Steps", exact=True).fill("400")  # long enough to be looked at
     screen.get_by_label("Steps", exact=True).blur()
     watched.page.keyboard.press("Control+Enter")
     expect(screen.locator("k-stage.is-preview")).to_be_visible()
@@ -557,13 +557,20 @@ def test_pictures_that_the_server_has_removed_leave_the_inputs(watched: Watched)
 
 def test_reload_in_the_middle_of_a_job(watched: Watched) -> None:
     screen = open_screen(watched, "draw")
-    start_long_job(screen)
-    watched.page.reload()
-    expect(screen.locator("textarea.prompt")).to_have_value(PROMPT)
-    expect(screen.locator(".stage-status")).to_contain_text(f"of {LONG}")
-    expect(screen.locator("k-stage.is-preview")).to_be_visible()
-    screen.locator(".stage-progress").get_by_role("button", name="Cancel").click()
-    expect(screen.locator("k-stage")).to_have_attribute("data-state", "cancelled")
+    for attempt in range(4):
+        start_long_job(screen)
+        watched.page.reload()
+        expect(screen.locator("textarea.prompt")).to_have_value(PROMPT)
+        try:
+            expect(screen.locator(".stage-status")).to_contain_text(f"of {LONG}")
+            expect(screen.locator("k-stage.is-preview")).to_be_visible()
+            screen.locator(".stage-progress").get_by_role("button", name="Cancel").click()
+            expect(screen.locator("k-stage")).to_have_attribute("data-state", "cancelled")
+            return
+        except (AssertionError, Error):
+            # the machine may be faster than the browser loads the page
+            if attempt == 3 or screen.locator("k-stage").get_attribute("data-state") != "done":
+                raise
 
 
 def test_restart_of_the_server_in_the_middle_of_a_job(watched: Watched, server: StudioServer) -> None:

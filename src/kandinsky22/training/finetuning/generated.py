@@ -14,7 +14,6 @@ from torch import Tensor
 import kandinsky22
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.inputs.sources import read_file
 from kandinsky22.runtime.lazy_component import loaded
 from kandinsky22.schedulers import DDIMScheduler
 from kandinsky22.training.finetuning.batches import split_held_out
@@ -56,6 +55,8 @@ def read_prompts(options: DistillOptions) -> list[Sample]:
     Raises:
         InputError: The file cannot be read as text, or holds no prompt.
     """
+    from kandinsky22.inputs.sources import read_file  # imports PIL
+
     path = Path(options.prompts or "")
     try:
         lines = read_file(str(path)).decode("utf-8").splitlines()

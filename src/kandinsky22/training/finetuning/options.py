@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.inputs.sources import read_file
 from kandinsky22.training.finetuning.option import Option, option_field
 
 STAGES = ("prior", "decoder", "both")
@@ -438,6 +437,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         InputError: The file cannot be read, or is not such a mapping.
         MissingDependencyError: PyYAML is not installed.
     """
+    from kandinsky22.inputs.sources import read_file  # imports PIL
     from kandinsky22.training.finetuning.packages import require
 
     yaml = require("yaml", "--config", package="pyyaml")
