@@ -21,7 +21,7 @@ class MutualWaitError(RuntimeError):
 
 
 class _Waits:
-    """What threads wait for without a time limit: locks by thread."""
+    """Registry of the locks that threads wait for without a timeout, by thread."""
 
     def __init__(self) -> None:
         self.reset()

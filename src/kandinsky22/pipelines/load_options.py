@@ -107,7 +107,7 @@ def component_role(name: str) -> str:
 
 
 def file_names(folder: Path) -> list[str]:
-    """Return the names of the files of a folder; none if there is no such folder.
+    """Return the names of the files in a folder, an empty list if the folder does not exist.
 
     Args:
         folder: The folder.

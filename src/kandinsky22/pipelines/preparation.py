@@ -97,7 +97,7 @@ def check_preparation() -> None:
     """Check that packed weights can be written.
 
     Raises:
-        CheckpointError: The system or the installed torch cannot map them, or there is no key for their signature.
+        CheckpointError: The system or the installed torch cannot map them, or the signing key cannot be created.
     """
     if packed_memory.fingerprint() is None:
         raise CheckpointError("prepared checkpoints need Linux, an x86 CPU, and a release of torch that can map them")

@@ -183,7 +183,7 @@ class OffloadMixin:
             device: Any device of torch; None for CUDA or MPS, whichever is available.
 
         Raises:
-            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or a network runs on OpenVINO.
+            InputError: If no accelerator is available, `gpu_id` or `device` is invalid, or OpenVINO runs a network.
             MissingDependencyError: If accelerate is not installed.
         """
         method = "enable_model_cpu_offload"
@@ -215,7 +215,7 @@ class OffloadMixin:
             device: Any device of torch; None for CUDA or MPS, whichever is available.
 
         Raises:
-            InputError: If there is no accelerator, `gpu_id` or `device` is invalid, or a network runs on OpenVINO.
+            InputError: If no accelerator is available, `gpu_id` or `device` is invalid, or OpenVINO runs a network.
             MissingDependencyError: If accelerate is not installed.
         """
         check_run_by_torch(self._networks(), "enable_sequential_cpu_offload()")

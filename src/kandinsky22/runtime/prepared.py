@@ -211,10 +211,10 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _have_digest(files: Sequence[Path], digest: str) -> bool:
-    """Return whether files have a digest, which is computed once for large files that nobody writes to.
+    """Return whether the digest of files equals `digest`. For large files, a successful check is cached.
 
-    An empty file of the cache folder records it. Its name is a digest of the file system's numbers, sizes and times of
-    the files, of which one at least is another after every change.
+    The cache entry is an empty file. Its name is a hash of the digest and of device, inode, size and times of each
+    file. Every write changes at least one of these.
     """
     cache, status = cache_folder(), [os.stat(file) for file in files]
     stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status]
@@ -278,7 +278,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """
     length, key = os.path.getsize(path), signing_key(create=False)
     if key is None:
-        raise ValueError("there is no key for its signature")
+        raise ValueError("the signing key is missing")
     try:
         header, size = _read_json(path)
         signature = header["__metadata__"].pop(SIGNATURE)
@@ -300,7 +300,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no such file, or its header is too long.
+        ValueError: The header is invalid or too long.
     """
     with open_regular_file(path) as file:
         size = int.from_bytes(file.read(8), "little")
@@ -308,7 +308,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError("its header is too long")
         header = json.loads(file.read(size))
     if not isinstance(header, dict):
-        raise ValueError("its header is no mapping")
+        raise ValueError("its header is not a JSON object")
     return header, size
 
 
