@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels.conv import Conv2d
-from kandinsky22.runtime import int8_layers
+from kandinsky22.runtime import int8_layers, quantized_layers
 from kandinsky22.runtime.calibration import Range, observed_ranges
 from kandinsky22.runtime.int8_layers import Int8Conv2d, Int8Linear, rounded
 from kandinsky22.runtime.quantized_layers import HAS_INTEGER_CONVOLUTION
@@ -37,6 +37,7 @@ def channels_last(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_rounding_is_to_the_nearest_level_within_256(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_layers, "largest_level", lambda: 255)
     available = int8_layers._has_fused_rounding()  # torch warns at the first call of the operator
     monkeypatch.setattr(int8_layers, "_has_fused_rounding", lambda: fused and available)
     values = torch.tensor([-9.0, -1.0, -0.3, 0.0, 0.2, 1.0, 30.0, 99.0])
@@ -48,6 +49,41 @@ def test_rounding_is_to_the_nearest_level_within_256(fused: bool, monkeypatch: p
     levels = rounded(image, 0.02, 20)
     assert levels.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(levels, (image / 0.02).round().add(20).clamp(0, 255).to(torch.uint8))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rounding_to_7_bits(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    available = int8_layers._has_fused_rounding()
+    monkeypatch.setattr(int8_layers, "_has_fused_rounding", lambda: fused and available)
+    monkeypatch.setattr(int8_layers, "largest_level", lambda: 127)
+    values = torch.tensor([-9.0, -1.0, -0.3, 0.0, 0.2, 1.0, 25.0, 30.0, 99.0])
+    assert rounded(values, 0.25, 8).tolist() == [0, 4, 7, 8, 9, 12, 108, 127, 127]
+
+
+@needs_integers
+@pytest.mark.parametrize("largest", [None, 127])
+@torch.no_grad()
+def test_the_largest_products_do_not_overflow(largest: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs without VNNI add products in 16 bits: equal weights and inputs at the end of their range are the worst."""
+    if largest is not None:
+        for module in (int8_layers, quantized_layers):
+            monkeypatch.setattr(module, "largest_level", lambda: largest)
+    image = torch.rand(1, 48, 10, 12).add_(3.0).contiguous(memory_format=torch.channels_last)
+    convolution, matrix = nn.Conv2d(48, 32, 3, padding=1, bias=False), nn.Linear(48, 32, bias=False)
+    for layer in (convolution, matrix):
+        layer.weight.fill_(0.1)
+    tokens = image[0].flatten(1).T.contiguous()
+    calibrated = Int8Conv2d(convolution), Int8Linear(matrix, per_token=False)
+    for layer in calibrated:
+        layer.set_input_range(0.0, 4.0)
+    dynamic, per_token = quantized_layers.QuantizedConv2d(convolution, dynamic=True), Int8Linear(matrix, per_token=True)
+    for layer, exact, features in (
+        (calibrated[0], convolution, image),
+        (calibrated[1], matrix, tokens),
+        (dynamic, convolution, image),
+        (per_token, matrix, tokens),
+    ):
+        torch.testing.assert_close(layer(features), exact(features), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.kernels import host_memory, settings, winograd
+from kandinsky22.kernels import half_precision, host_memory, settings, winograd
 from kandinsky22.kernels.linear import PackedWeightMixin, can_pack, may_pack
 from kandinsky22.kernels.modules import runs_own_forward
 
@@ -48,6 +48,12 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
             residual: Tensor of the result's shape to add. It is overwritten with the sum where no gradient is needed.
                 None adds nothing.
         """
+        if self._is_slow(features, upsample):
+            parts = [
+                Conv2d.forward(layer, features.float(), upsample).to(features.dtype)
+                for layer in half_precision.float32_layers(self)
+            ]
+            return _add(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], residual)
         if not self._should_pack(features, upsample):
             return _add(super().forward(upsample2x(features) if upsample else features), residual)
         options, is_3x3 = settings.current(), self._is_same_3x3()
@@ -61,16 +67,25 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
             return winograd.convolve(features, matrices, self.out_channels, self.bias, residual)
         return self._direct(features, residual)
 
-    def _should_pack(self, features: Tensor, upsample: bool) -> bool:
-        # Compiled code must not read sizes here: it would then be compiled for these sizes only. The batch does not
-        # count, so that an image does not depend on the number of images that are generated with it.
-        if torch.compiler.is_compiling():
-            return False
-        if features.device.type != "cpu" or not may_pack(self):
-            return False
-        multiplications = features[:1, 0].numel() * self.weight.numel() * (4 if upsample else 1)
+    def _multiplications(self, features: Tensor, upsample: bool) -> int:
+        # Per batch item, so that an image does not depend on the number of images that are generated with it.
+        return features[:1, 0].numel() * self.weight.numel() * (4 if upsample else 1)
+
+    def _is_slow(self, features: Tensor, upsample: bool) -> bool:
+        weight = self._parameters.get("weight")
         return (
-            multiplications >= MIN_MULTIPLICATIONS
+            weight is not None
+            and half_precision.is_slow(features, weight, self.bias)
+            and self._multiplications(features, upsample) >= half_precision.MIN_MULTIPLICATIONS
+        )
+
+    def _should_pack(self, features: Tensor, upsample: bool) -> bool:
+        # Compiled code must not read sizes here: it would then be compiled for these sizes only.
+        return (
+            not torch.compiler.is_compiling()
+            and features.device.type == "cpu"
+            and may_pack(self)
+            and self._multiplications(features, upsample) >= MIN_MULTIPLICATIONS
             and settings.current().packed_conv
             and self.groups == 1
             and self.dilation == (1, 1)

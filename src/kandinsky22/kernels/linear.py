@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kandinsky22.kernels import host_memory, settings
+from kandinsky22.kernels import half_precision, host_memory, settings
 from kandinsky22.kernels.fingerprint import TensorFingerprint
 from kandinsky22.kernels.locks import ObjectLock
 from kandinsky22.kernels.modules import runs_own_forward
@@ -199,6 +199,8 @@ def apply_linear(layer: nn.Module, features: Tensor) -> Tensor:
         return _called(layer, features)
     weight: Any = layer.weight
     bias: Any = layer.bias
+    if _is_slow(features, weight, bias):
+        return half_precision.linear(features, weight, bias, _linear)
     if features.numel() * len(weight) < MIN_MULTIPLICATIONS:
         return F.linear(features, weight, bias)
     if may_pack(layer) and settings.current().packed_linear and can_pack(features, weight, bias):
@@ -238,6 +240,8 @@ class _OneDnnLinearMode(TorchFunctionMode):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` (same argument names) by oneDNN where that is faster, with the weight as it is."""
+    if _is_slow(input, weight, bias):
+        return half_precision.linear(input, weight, bias, _linear)
     if (
         not _is_small(input, weight)
         and settings.current().onednn_linear
@@ -246,6 +250,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     ):
         return onednn_linear(input, weight, bias)
     return F.linear(input, weight, bias)
+
+
+def _is_slow(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        half_precision.is_slow(features, weight, bias)
+        and features.numel() * len(weight) >= half_precision.MIN_MULTIPLICATIONS
+    )
 
 
 def _is_small(features: Tensor, weight: Tensor) -> bool:

@@ -9,6 +9,9 @@ The numbers of a layer, all of them in its state dict:
   point = round(-low / step); inputs outside of the range become its ends. Layers of the prior have no range: each token
   is rounded to integers in [-127, 127], with a step of its largest absolute value divided by 127.
 
+CPUs without VNNI would add two such products with overflow (`largest_level`). There inputs have 7 bits: 127 takes the
+place of 255, and 63 that of 127.
+
 The rounding of an input does not depend on the other items of a batch. Where oneDNN multiplies no integers (other CPUs
 than x86, GPUs, compiled code), the layers convert their weights and do not round their inputs.
 """
@@ -26,19 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.errors import CheckpointError
+from kandinsky22.kernels import half_precision
 from kandinsky22.kernels.conv import can_accumulate, corner_kernels, upsample2x
 from kandinsky22.kernels.linear import PackedWeightMixin, may_pack
 from kandinsky22.kernels.packed_memory import PackedProduct
 from kandinsky22.runtime.quantized_layers import (
     HAS_INTEGER_CONVOLUTION,
-    MAX_INT8,
     ZERO_POINT,
     LowRankMixin,
     QuantizedConv2d,
+    largest_level,
     rounded_weight,
 )
 
-LEVELS = 255  # largest 8-bit input
+LEVELS = 255  # largest unsigned integer of 8 bits
 MIN_STEP = torch.finfo(torch.float32).tiny  # of inputs that are all zero
 # Spatial positions up to which features are padded here instead of by oneDNN: a third of its time at 8 x 8 goes to zero
 # points at the edges otherwise (1536 channels, batch of two: 13.4 instead of 15.5 ms). At 32 x 32 nothing is gained.
@@ -75,7 +79,7 @@ class CalibratedMixin:
         low, high = self.input_range.tolist()
         if not (math.isfinite(high - low) and low <= 0 <= high):
             raise CheckpointError(f"the range of a layer's inputs is {low:g} to {high:g}: expected one around 0")
-        step = max((high - low) / LEVELS, MIN_STEP)
+        step = max((high - low) / largest_level(), MIN_STEP)
         return step, round(-low / step)
 
 
@@ -214,7 +218,10 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
             Tensor of shape (..., out_features).
         """
         if not _multiplies_integers(features):
-            out = F.linear(features, self.weight.to(features.dtype)) * self.scale.to(features.dtype)
+            weight = self.weight.to(features.dtype)
+            is_slow = half_precision.is_slow(features, weight)
+            out = half_precision.linear(features, weight, None) if is_slow else F.linear(features, weight)
+            out = out * self.scale.to(features.dtype)
             out = out if self.bias is None else out + self.bias
         elif self.input_range is None:
             out = self._by_token(features)
@@ -249,10 +256,11 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
     def _by_token(self, features: Tensor) -> Tensor:
         """Multiply tokens that are rounded one by one, in as few operations as possible: the prior has few tokens."""
         tokens = features.float()
-        step = tokens.abs().amax(-1, keepdim=True).mul_(1 / MAX_INT8).add_(MIN_STEP)
-        levels = tokens.div(step).add_(ZERO_POINT + 0.5).to(torch.uint8)  # conversion cuts off: rounds to the nearest
+        largest = largest_level() // 2
+        step = tokens.abs().amax(-1, keepdim=True).mul_(1 / largest).add_(MIN_STEP)
+        levels = tokens.div(step).add_(largest + 1.5).to(torch.uint8)  # conversion cuts off: rounds to the nearest
         packed = self._packed(WHOLE, self._pack)
-        out: Tensor = packed.multiply(levels, 1.0, ZERO_POINT, torch.float32)
+        out: Tensor = packed.multiply(levels, 1.0, largest + 1, torch.float32)
         out = out.mul_(step) if self.bias is None else torch.addcmul(self.bias, out, step)
         return out.to(features.dtype)
 
@@ -322,7 +330,7 @@ def _padded(levels: Tensor, padding: list[int], zero_point: int) -> Tensor:
 
 
 def rounded(features: Tensor, step: float, zero_point: int) -> Tensor:
-    """Return round(features / step) + zero point, limited to [0, 255], as `uint8`.
+    """Return round(features / step) + zero point, limited to [0, `largest_level()`], as `uint8`.
 
     Args:
         features: Tensor of any shape, dense.
@@ -331,11 +339,12 @@ def rounded(features: Tensor, step: float, zero_point: int) -> Tensor:
     """
     if not _has_fused_rounding():
         scaled = features.float().mul(1 / step).round_().add_(zero_point)
-        return scaled.clamp_(0, LEVELS).to(torch.uint8)
+        return scaled.clamp_(0, largest_level()).to(torch.uint8)
     levels = torch.quantize_per_tensor(features.float(), step, zero_point, torch.quint8)
     # the same memory without torch's quantized type, which oneDNN's operators do not take
     plain = torch.empty(0, dtype=torch.uint8)
-    return plain.set_(levels.untyped_storage(), 0, levels.shape, levels.stride())
+    plain = plain.set_(levels.untyped_storage(), 0, levels.shape, levels.stride())
+    return plain if largest_level() == LEVELS else plain.clamp_(max=largest_level())
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.errors import InputError
+from kandinsky22.kernels import half_precision
 from kandinsky22.kernels.linear import PackedWeightMixin
 
 GROUP = 32  # elements of a 4-bit weight that share a scale and a zero point; input features must be a multiple of it
@@ -173,13 +174,18 @@ class QuantizedLinear(LowRankMixin, nn.Module):
         """
         if self.kind == "int4" and (features.dtype != torch.bfloat16 or features.device.type != "cpu"):
             raise InputError(f"int4 weights compute in bfloat16 on CPUs, not {features.dtype} on {features.device}")
+        if self.kind != "int4" and half_precision.is_slow(features, self.bias):
+            return self._multiply(features.float(), None if self.bias is None else self.bias.float()).to(features.dtype)
+        return self._multiply(features, self.bias)
+
+    def _multiply(self, features: Tensor, bias: Tensor | None) -> Tensor:
         tensor_class, attributes, _ = _tensor_layout(self.kind, self.out_features, self.in_features)
         if "dtype" in attributes:
             attributes = {**attributes, "dtype": features.dtype}
         parts = {name: getattr(self, f"weight_{name}").detach() for name in self._part_names()}
         shape, stride = torch.Size((self.out_features, self.in_features)), (self.in_features, 1)
         weight = tensor_class.__tensor_unflatten__(parts, attributes, shape, stride)  # type: ignore[attr-defined]
-        out = F.linear(features, weight, self.bias)
+        out = F.linear(features, weight, bias)
         if (low_rank := self.low_rank) is not None:
             down, up = (factor.to(features.dtype) for factor in low_rank)
             out = out + F.linear(F.linear(features, down), up)
@@ -232,9 +238,9 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
 
         Args:
             layer: The layer, with one group and no dilation.
-            dynamic: Whether activations are rounded to 256 values too, between the smallest and the largest of each
-                batch item, and multiplied as integers, wherever oneDNN supports it. Elsewhere, and if False, the weight
-                is converted for each call.
+            dynamic: Whether activations are rounded to integers up to `largest_level` too, between the smallest and the
+                largest of each batch item, and multiplied as integers, wherever oneDNN supports it. Elsewhere, and if
+                False, the weight is converted for each call.
         """
         super().__init__()
         self.dynamic = dynamic
@@ -273,7 +279,10 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
         if self.dynamic and HAS_INTEGER_CONVOLUTION and features.device.type == "cpu":
             # Item by item, so that an image does not depend on the others of its batch.
             return torch.cat([self._integer_convolution(item) for item in features.split(1)])
-        out = F.conv2d(features, self.weight.to(features.dtype), None, self.stride, self.padding)
+        if half_precision.is_slow(features, self.bias):
+            out = F.conv2d(features.float(), self.weight.float(), None, self.stride, self.padding).to(features.dtype)
+        else:
+            out = F.conv2d(features, self.weight.to(features.dtype), None, self.stride, self.padding)
         out = out * self.scale[:, None, None]
         return out if self.bias is None else out + self.bias[:, None, None]
 
@@ -281,9 +290,9 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
         item = item.contiguous(memory_format=torch.channels_last)
         # The range includes zero, which is the value of the padding.
         low, high = min(0.0, item.amin().item()), max(0.0, item.amax().item())
-        step = max((high - low) / 255, torch.finfo(torch.float32).tiny)
+        step = max((high - low) / largest_level(), torch.finfo(torch.float32).tiny)
         zero_point = round(-low / step)
-        rounded = (item.float() * (1 / step) + zero_point).round_().clamp_(0, 255).to(torch.uint8)
+        rounded = (item.float() * (1 / step) + zero_point).round_().clamp_(0, largest_level()).to(torch.uint8)
         geometry = self.stride, self.padding, [1, 1], 1  # stride, padding, dilation, groups
         scale = self.scale.float()
         # A packed weight is the same for all scales and zero points of activations.
@@ -341,3 +350,19 @@ def _has_integer_convolution() -> bool:
 
 
 HAS_INTEGER_CONVOLUTION = _has_integer_convolution()
+
+
+@functools.cache
+def largest_level() -> int:
+    """Return the largest unsigned 8-bit input whose products with 8-bit weights oneDNN adds exactly on this CPU.
+
+    It is 255 on CPUs with VNNI. Others add two products in a signed 16-bit integer, which overflows from 2 * 129 * 127
+    on and is then replaced by the largest one: there it is 127. `HAS_INTEGER_CONVOLUTION` must be true.
+    """
+    inputs, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    scales, zero_points = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    product = torch.ops.onednn.qlinear_pointwise(
+        *(inputs, 1.0, 0, packed, scales, zero_points, None), *(1.0, 0, torch.float32, "none", [], "")
+    )
+    return 255 if int(product[0, 0]) == 255 * 127 * inputs.shape[1] else 127
