@@ -25,7 +25,7 @@ from kandinsky22.training.denoising import (
     stratified_timesteps,
     timestep_distribution,
 )
-from kandinsky22.training.loop import Objective, Settings, StepRandomness, load_average, train
+from kandinsky22.training.loop import Objective, Settings, StepRandomness, bfloat16_autocast, load_average, train
 from kandinsky22.training.movq import SIZE
 from kandinsky22.training.scenes import Palette, Scene, mixed_palettes, render, sample_scene
 
@@ -223,7 +223,7 @@ class Bank:
 
     @torch.no_grad()
     def _fill(self, first: int) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_autocast():
             scenes, palettes, embeds = self.encode_chunk(first)
             images = (render(scenes, SIZE, palettes) * 2 - 1).split(16)
             latents = torch.cat([self.movq.quant_conv(self.movq.encoder(part)) for part in images])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.errors import CheckpointError, invalid
+from kandinsky22.runtime.device import computes_bfloat16
 from kandinsky22.training.muon import Muon
 
 CHECKPOINT = "checkpoint.pt"
@@ -42,7 +43,7 @@ class Settings:
         clip: Largest norm of the gradient of all parameters together.
         average: Decay rate of the running average of the parameters, from 0 to below 1.
         seed: Seed of all random numbers of the stage.
-        bf16: Whether the objective runs under bfloat16 autocast.
+        bf16: Whether the objective runs under `bfloat16_autocast`.
         muon: Whether Muon instead of AdamW trains weight matrices and kernels.
         muon_interval: Number of steps between two updates of a matrix by Muon.
         log_every: Number of steps per line of the log.
@@ -168,6 +169,15 @@ def train(
     return run.summary()
 
 
+def bfloat16_autocast(*, enabled: bool = True) -> torch.autocast:
+    """Return a context manager that multiplies in bfloat16 on CPUs that compute in it; others are faster in float32.
+
+    Args:
+        enabled: Whether it does so at all.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled and computes_bfloat16())
+
+
 def load_average(network: nn.Module, folder: str | Path) -> int:
     """Load the running average of a checkpoint into a network.
 
@@ -218,7 +228,7 @@ class _TrainingRun:
         torch.manual_seed(int(randomness.numpy.integers(2**62)))  # dropout uses the global generator
         for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
             group["lr"] = settings.learning_rate_at(self.step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+        with bfloat16_autocast(enabled=settings.bf16):
             values = objective(randomness)
         for parameter in self.parameters.values():
             parameter.grad = None

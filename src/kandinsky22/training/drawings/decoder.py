@@ -25,7 +25,15 @@ from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import render
 from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
-from kandinsky22.training.loop import CHECKPOINT, Settings, StepRandomness, is_finished, load_average, train
+from kandinsky22.training.loop import (
+    CHECKPOINT,
+    Settings,
+    StepRandomness,
+    bfloat16_autocast,
+    is_finished,
+    load_average,
+    train,
+)
 
 CONFIG: Mapping[str, Any] = {
     "sample_size": SIZE // FACTOR,
@@ -289,7 +297,7 @@ class Bank:
     @torch.no_grad()
     def _seen(self, images: Tensor) -> npt.NDArray[np.float16]:
         """Return the vision tower's embeddings of images."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_autocast():
             embeds = self.clip.towers.embed_images(images)
         return embeds.half().numpy()
 
@@ -297,7 +305,7 @@ class Bank:
     def _fill(self, first: int) -> None:
         scenes = self.chunk_scenes(first)
         images = self._render(scenes)
-        with torch.autocast("cpu", torch.bfloat16):
+        with bfloat16_autocast():
             latents = autoencoder.encode(self.movq, images * 2 - 1)
         composed = self.clip.probe.compose(SceneLabels.of(scenes)).float()
         self.latents[first : first + CHUNK] = latents.half().numpy()

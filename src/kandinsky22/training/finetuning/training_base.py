@@ -15,6 +15,7 @@ import kandinsky22
 from kandinsky22.adapters.files import write_adapter
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.models import Model
+from kandinsky22.runtime.device import computes_bfloat16
 from kandinsky22.training.finetuning import lora
 from kandinsky22.training.finetuning.batches import BatchPlan, TensorStore
 from kandinsky22.training.finetuning.cache import TensorCache
@@ -54,6 +55,8 @@ class TrainingBase:
         self.store = TensorStore(self.cache)
         self.device: torch.device = accelerator.device
         self.low_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+        if self.low_dtype == torch.bfloat16 and self.device.type == "cpu" and not computes_bfloat16():
+            self.report("warning: this CPU does not multiply bfloat16; --mixed-precision no is many times faster")
 
     def run(self, stage: Stage) -> Summary:
         """Train a stage in the folder of its name.
