@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.cli.helpers import Command
 from tests.cli.test_low_memory import EVERY, pictures  # noqa: F401 - a fixture
+from torch import nn
 
 from kandinsky22.checkpoints import pinned_files
 from kandinsky22.kernels import host_memory
@@ -67,6 +68,10 @@ def test_several_pictures(
         assert Path(f"deferred-seed{seed}.png").read_bytes() == Path(f"plain-seed{seed}.png").read_bytes()
 
 
+def _run_uncompiled(module: nn.Module, **_: Any) -> None:
+    module._compiled_call_impl = module._call_impl
+
+
 @pytest.mark.parametrize(
     ("dtype", "option"), [("bfloat16", "--compile"), ("float32", "--low-memory")], ids=lambda value: value.strip("-")
 )
@@ -79,6 +84,10 @@ def test_other_dtypes_and_options(
     assert command(*call, "-o", "deferred.png").code == 0
     assert Path("deferred.png").read_bytes() == Path("plain.png").read_bytes()
     in_memory.clear()
+    # compiling takes minutes on a slow machine, and is not what this test is about
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda block, **_: setattr(block, "_compiled_call_impl", block._call_impl)
+    )
     assert command(*call, option, "-o", "other.png").code == 0  # the option reads everything itself
     assert not in_memory
 

@@ -107,7 +107,7 @@ def test_model_offload(name: str, make_pipeline: Callable[..., Any], onloads: li
     for ours, theirs in zip(offloaded, baseline, strict=True):
         assert difference(ours, theirs) < 1e-4  # another attention kernel
     for ours, theirs in zip(run(pipe, name), baseline, strict=True):
-        assert difference(ours, theirs) < 1e-5  # rounding depends on the memory alignment of weights
+        assert difference(ours, theirs) < 5e-5  # rounding depends on the memory alignment of weights
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -121,7 +121,7 @@ def test_weights_are_in_memory_only_during_use(name: str, mode: str, make_pipeli
     assert all(devices == {"meta"} for devices in devices_of(pipe).values())
     assert pipe._execution_device == torch.device("cpu")
     assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), expected, strict=True))
-    assert all(difference(a, b) < 1e-5 for a, b in zip(expected, baseline, strict=True))
+    assert all(difference(a, b) < 5e-5 for a, b in zip(expected, baseline, strict=True))
     assert all(devices == {"meta"} for devices in devices_of(pipe).values())
     pipe.remove_all_hooks()
     assert all(devices == {"cpu"} for devices in devices_of(pipe).values())

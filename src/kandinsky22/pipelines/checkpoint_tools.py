@@ -17,11 +17,13 @@ from kandinsky22.checkpoints.hub import CheckpointSource, embedded_fallback_fold
 from kandinsky22.checkpoints.hub_files import file_digest
 from kandinsky22.checkpoints.weights import indexed_files
 from kandinsky22.errors import CheckpointError, InputError, invalid
+from kandinsky22.kernels import half_precision
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
 from kandinsky22.pipelines.load_options import LoadOptions
 from kandinsky22.pipelines.preparation import NOTHING_PACKED, check_preparation, pack_checkpoint
 from kandinsky22.runtime.calibration import CALIBRATION_STEPS
+from kandinsky22.runtime.device import dtype_name
 from kandinsky22.runtime.quantize import STATIC, Calibration
 
 CARD = "README.md"
@@ -183,6 +185,8 @@ def convert(
         raise invalid("dtype", dtype, f"one of {', '.join((*STORED_DTYPES, INT8))}")
     if prepare:
         check_preparation()
+        if dtype in map(dtype_name, half_precision.SLOW_TYPES):
+            raise invalid("dtype", dtype, "float32 or int8", "this CPU does not multiply it")
     output = checked_save_path(output, "output")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} exists and is not empty; choose another folder, or remove it")

@@ -23,7 +23,7 @@ NOTHING_PACKED = (
     "nothing was packed: this machine multiplies its types without packed weights, or packing is switched off "
     "(optimisations, KANDINSKY22_DISABLE)"
 )
-LATENT_SIDE = 64  # of pictures with 512 x 512 pixels
+LATENT_SIDE = 64  # of pictures with 512 x 512 pixels; the config of a UNet may have another one
 
 
 def pack_checkpoint(folder: Path) -> list[str]:
@@ -42,7 +42,7 @@ def pack_checkpoint(folder: Path) -> list[str]:
         CheckpointError: This machine cannot map packed weights from files, or a file cannot be written.
     """
     check_preparation()
-    prepared = []
+    prepared, side = [], _latent_side(folder)
     for name in read_json(folder / "model_index.json"):
         network_class: Any = NETWORKS.get(name.removeprefix("prior_"))
         component = folder / name
@@ -54,7 +54,7 @@ def pack_checkpoint(folder: Path) -> list[str]:
             raise CheckpointError(f"cannot replace {component / PACKED_FILE}: {error.strerror or error}") from error
         with loading_networks(), torch.no_grad():
             network = network_class.from_pretrained(component, torch_dtype="auto")
-            _run_once(network)
+            _run_once(network, side)
         if write_packed(network, component, find_weight_files(component)):
             prepared.append(name)
     return prepared
@@ -105,8 +105,15 @@ def check_preparation() -> None:
         raise CheckpointError(NO_KEY)
 
 
-def _run_once(network: nn.Module) -> None:
-    """Run a network as pipelines do for a picture of 512 x 512 pixels, so that its layers pack their weights."""
+def _latent_side(folder: Path) -> int:
+    """Return the side of the latents of pictures in the model's own size."""
+    config = folder / "unet" / models.UNet2DConditionModel.config_name
+    side = read_json(config).get("sample_size") if config.is_file() else None
+    return side if isinstance(side, int) and 0 < side <= LATENT_SIDE else LATENT_SIDE
+
+
+def _run_once(network: nn.Module, side: int) -> None:
+    """Run a network as pipelines do for a picture of the model's own size, so that its layers pack their weights."""
     config: Any = network.config
     dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
     if isinstance(network, models.PriorTransformer):
@@ -114,12 +121,12 @@ def _run_once(network: nn.Module) -> None:
         states = torch.zeros(2, config.num_embeddings, config.embedding_dim, dtype=dtype)
         network(rows, 0, proj_embedding=rows, encoder_hidden_states=states)
     elif isinstance(network, models.VQModel):
-        network.decode(torch.zeros(1, config.latent_channels, LATENT_SIDE, LATENT_SIDE, dtype=dtype))
+        network.decode(torch.zeros(1, config.latent_channels, side, side, dtype=dtype))
     else:
         condition = {"image_embeds": torch.zeros(2, config.encoder_hid_dim, dtype=dtype)}
         channels = config.in_channels
         if config.addition_embed_type == "image_hint":
-            condition["hint"] = torch.zeros(2, 3, 8 * LATENT_SIDE, 8 * LATENT_SIDE, dtype=dtype)
+            condition["hint"] = torch.zeros(2, 3, 8 * side, 8 * side, dtype=dtype)
             channels = 4
-        latents = torch.zeros(2, channels, LATENT_SIDE, LATENT_SIDE, dtype=dtype)
+        latents = torch.zeros(2, channels, side, side, dtype=dtype)
         network(latents, 0, encoder_hidden_states=None, added_cond_kwargs=condition)

@@ -294,16 +294,20 @@ class _PackedKernels(PackedProduct):
             correction = self.sums * (step * zero_point)
             bias, zero_point = -correction if bias is None else bias - correction, 0
         operands = levels, step, zero_point, self.weight, self.scale, self.zero_points
-        # the output has no scale of its own (1.0) and no zero point (0), and no operation follows ("none")
+        if dtype in half_precision.SLOW_TYPES:  # oneDNN rounds results to such types one element at a time
+            out = self._convolve(operands, bias, torch.float32).to(dtype)
+            return out if residual is None else residual.add_(out)
         if residual is None:
-            out: Tensor = torch.ops.onednn.qconv2d_pointwise(
-                *operands, bias, *self.geometry, 1.0, 0, dtype, "none", [], ""
-            )
-            return out
+            return self._convolve(operands, bias, dtype)
+        # the output has no scale of its own (1.0) and no zero point (0), and no operation follows ("none")
         torch.ops.onednn.qconv2d_pointwise.binary(
             *operands, residual, bias, *self.geometry, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", [], ""
         )
         return residual
+
+    def _convolve(self, operands: tuple[Any, ...], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        out: Tensor = torch.ops.onednn.qconv2d_pointwise(*operands, bias, *self.geometry, 1.0, 0, dtype, "none", [], "")
+        return out
 
 
 class _PackedMatrix(PackedProduct):
@@ -316,8 +320,9 @@ class _PackedMatrix(PackedProduct):
 
     def multiply(self, levels: Tensor, step: float, zero_point: int, dtype: torch.dtype) -> Tensor:
         operands = levels, step, zero_point, self.weight, self.scale, self.zero_points, self.bias
-        out: Tensor = torch.ops.onednn.qlinear_pointwise(*operands, 1.0, 0, dtype, "none", [], "")
-        return out
+        written = torch.float32 if dtype in half_precision.SLOW_TYPES else dtype
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(*operands, 1.0, 0, written, "none", [], "")
+        return out.to(dtype)
 
 
 def _padded(levels: Tensor, padding: list[int], zero_point: int) -> Tensor:

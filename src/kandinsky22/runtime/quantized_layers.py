@@ -310,12 +310,12 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
             *geometry,
             1.0,  # scale of the output, which is not quantized
             0,  # zero point of the output
-            item.dtype,
+            torch.float32 if item.dtype in half_precision.SLOW_TYPES else item.dtype,
             "none",  # no operation after the convolution, without arguments
             [],
             "",
         )
-        return out
+        return out.to(item.dtype)
 
 
 def rounded_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
