@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kandinsky22.kernels import conv, half_precision, linear
-from kandinsky22.kernels.conv import Conv2d
+from kandinsky22.kernels.conv import Conv2d, apply_conv
 from kandinsky22.kernels.linear import apply_linear, onednn_linear_layers
 from kandinsky22.runtime.quantized_layers import QuantizedConv2d, QuantizedLinear
 
@@ -104,3 +104,15 @@ def test_weights_of_8_bits() -> None:
         ):
             assert out.dtype == dtype
             assert (out.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_plain_convolutions(dtype: torch.dtype) -> None:
+    layer, features = nn.Conv2d(4, 40, 1).to(dtype), torch.randn(2, 4, 16, 16).to(dtype)
+    exact = F.conv2d(features.double(), layer.weight.double(), layer.bias.double())  # type: ignore[union-attr]
+    assert_rounded(half_precision.call_conv(layer, features), exact)
+    assert_rounded(apply_conv(layer, features), exact)
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert torch.equal(half_precision.call_conv(layer, features), seen[0]), "hooks are called"

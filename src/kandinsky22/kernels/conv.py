@@ -206,7 +206,7 @@ def apply_conv(layer: nn.Module, features: Tensor, *, upsample: bool = False, re
     # an attribute of the very class: a subclass may have another `forward`
     if vars(type(layer)).get("fuses_upsample_and_residual") and runs_own_forward(layer):
         return layer(features, upsample=upsample, residual=residual)
-    return _add(layer(upsample2x(features) if upsample else features), residual)
+    return _add(half_precision.call_conv(layer, upsample2x(features) if upsample else features), residual)
 
 
 def upsample2x(features: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kandinsky22.kernels.modules import runs_own_forward
+
 MIN_MULTIPLICATIONS = 2**16  # below this, torch's products are as fast
 # Elements of a matrix, and of kernels, that are converted at a time: four and ten megabytes, which stay in the caches.
 BLOCK = 2**20
@@ -82,6 +84,21 @@ def linear(
     biases = [None] * -(-len(weight) // rows) if bias is None else bias.split(rows)
     parts = [multiply(features, part.float(), b).to(dtype) for part, b in zip(weight.split(rows), biases, strict=True)]
     return torch.cat(parts, dim=-1)
+
+
+def call_conv(layer: nn.Module, features: Tensor) -> Tensor:
+    """Return layer(features), with float32 products if the layer is a plain `nn.Conv2d` and they are faster.
+
+    Args:
+        layer: Any module in the position of a convolution.
+        features: Tensor (batch, in, H, W).
+    """
+    is_plain = not torch.compiler.is_compiling() and type(layer) is nn.Conv2d and runs_own_forward(layer)
+    if is_plain and is_slow(features, layer.weight, layer.bias):
+        parts = [part(features.float()).to(features.dtype) for part in float32_layers(layer)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    out: Tensor = layer(features)
+    return out
 
 
 def float32_layers(layer: LayerT) -> Iterator[LayerT]:

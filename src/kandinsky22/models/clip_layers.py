@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kandinsky22.errors import invalid
+from kandinsky22.kernels.half_precision import call_conv
 from kandinsky22.models.checkpointing import Checkpointing
 from kandinsky22.models.clip_config import ACTIVATIONS, CLIPTextConfig, CLIPTowerConfig, CLIPVisionConfig
 
@@ -178,7 +179,7 @@ class VisionEmbeddings(nn.Module):
             shape = f"(batch, {channels}, {side}, {side})"
         if not fits:
             raise invalid("pixel_values", pixel_values, f"pixels of shape {shape}")
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = call_conv(self.patch_embedding, pixel_values.to(self.patch_embedding.weight.dtype))
         tokens = torch.cat(
             [self.class_embedding.expand(len(patches), 1, -1), patches.flatten(2).transpose(1, 2)], dim=1
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kandinsky22.kernels import group_norm
 from kandinsky22.kernels.conv import Conv2d, apply_conv, upsample2x
 from kandinsky22.kernels.group_norm import ScaleShift
+from kandinsky22.kernels.half_precision import call_conv
 from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.kernels.modules import has_foreign_hooks, has_global_hooks, runs_own_forward
 from kandinsky22.models.movq_tiling import RowSource, row_statistics
@@ -94,7 +95,7 @@ class SpatialNorm(nn.Module):
             silu: Whether SiLU follows.
             inplace: Whether `features` may be overwritten.
         """
-        modulation = Modulation(self.conv_y(latents), self.conv_b(latents))
+        modulation = self._modulation(latents)
         is_plain = _is_plain_norm(self.norm_layer)
         if is_plain and group_norm.is_supported(features):
             return _fused_norm(self.norm_layer, features, modulation, silu=silu, inplace=inplace)
@@ -107,7 +108,10 @@ class SpatialNorm(nn.Module):
             rows: Source of the features.
             latents: Tensor (batch, latent_channels, h, w).
         """
-        return _scale_shift(self.norm_layer, rows, Modulation(self.conv_y(latents), self.conv_b(latents)))
+        return _scale_shift(self.norm_layer, rows, self._modulation(latents))
+
+    def _modulation(self, latents: Tensor) -> Modulation:
+        return Modulation(call_conv(self.conv_y, latents), call_conv(self.conv_b, latents))
 
 
 def apply_norm(
