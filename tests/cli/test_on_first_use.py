@@ -85,9 +85,7 @@ def test_other_dtypes_and_options(
     assert Path("deferred.png").read_bytes() == Path("plain.png").read_bytes()
     in_memory.clear()
     # compiling takes minutes on a slow machine, and is not what this test is about
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda block, **_: setattr(block, "_compiled_call_impl", block._call_impl)
-    )
+    monkeypatch.setattr(nn.Module, "compile", _run_uncompiled)
     assert command(*call, option, "-o", "other.png").code == 0  # the option reads everything itself
     assert not in_memory
 

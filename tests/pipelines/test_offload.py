@@ -20,7 +20,7 @@ import torch
 from tests.pipelines.calls import CLASSES, two_step_call
 from tests.pipelines.fake_accelerator import fake_accelerator
 from tests.pipelines.pictures import photo
-from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, difference, seeded
+from tests.pipelines.tiny import DECODER_SCHEDULER, DIM, HAS_AVX512, difference, seeded
 
 import kandinsky22
 from kandinsky22.errors import InputError, MissingDependencyError
@@ -29,6 +29,7 @@ from kandinsky22.models import Model
 from kandinsky22.runtime import cpu_storage, device_offload, disk_offload
 
 DECODER_CALL = {**two_step_call(""), "height": 32, "width": 32}
+ROUNDING = 1e-5 if HAS_AVX512 else 5e-5  # largest difference by rounding
 MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_low_memory")
 
 
@@ -107,7 +108,7 @@ def test_model_offload(name: str, make_pipeline: Callable[..., Any], onloads: li
     for ours, theirs in zip(offloaded, baseline, strict=True):
         assert difference(ours, theirs) < 1e-4  # another attention kernel
     for ours, theirs in zip(run(pipe, name), baseline, strict=True):
-        assert difference(ours, theirs) < 5e-5  # rounding depends on the memory alignment of weights
+        assert difference(ours, theirs) < ROUNDING  # which depends on the memory alignment of weights
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -121,7 +122,7 @@ def test_weights_are_in_memory_only_during_use(name: str, mode: str, make_pipeli
     assert all(devices == {"meta"} for devices in devices_of(pipe).values())
     assert pipe._execution_device == torch.device("cpu")
     assert all(torch.equal(a, b) for a, b in zip(run(pipe, name), expected, strict=True))
-    assert all(difference(a, b) < 5e-5 for a, b in zip(expected, baseline, strict=True))
+    assert all(difference(a, b) < ROUNDING for a, b in zip(expected, baseline, strict=True))
     assert all(devices == {"meta"} for devices in devices_of(pipe).values())
     pipe.remove_all_hooks()
     assert all(devices == {"cpu"} for devices in devices_of(pipe).values())

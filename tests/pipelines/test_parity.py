@@ -92,7 +92,7 @@ DECODER_CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "pil": lambda: {"output_type": "pil", "generator": seeded(12)},
     "pt": lambda: {"output_type": "pt", "generator": seeded(13)},
     "latent": lambda: {"output_type": "latent", "generator": seeded(14)},
-    "more steps": lambda: {"num_inference_steps": 5, "generator": seeded(15)},
+    "more steps": lambda: {"num_inference_steps": 4, "generator": seeded(15)},
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.pipelines.tiny import HAS_AVX512
 
 from kandinsky22 import CheckpointError, InputError, KandinskyV22Pipeline, UNet2DConditionModel
 from kandinsky22.checkpoints import conversion
@@ -29,7 +30,7 @@ from kandinsky22.runtime.prepared import PACKED_FILE
 pytestmark = pytest.mark.skipif(packed_memory.fingerprint() is None, reason="needs Linux and an x86 CPU")
 ALL_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype not in half_precision.SLOW_TYPES}
-FIRST = next(iter(DTYPES.values()))
+FASTEST = next(iter(DTYPES.values()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -163,14 +164,14 @@ def test_the_type_is_known_without_the_key(copy: Path, monkeypatch: pytest.Monke
 
 
 def test_the_default_device_of_torch_changes_nothing(tmp_path: Path) -> None:
-    pipe = KandinskyV22Pipeline.from_pretrained("embedded", torch_dtype=FIRST)
+    pipe = KandinskyV22Pipeline.from_pretrained("embedded", torch_dtype=FASTEST)
     pipe.quantize("int8-static")
     with torch.device("meta"):
         pipe.save_prepared(tmp_path / "new")
         network = load(tmp_path / "new")
     assert packed_layers(network)
-    # rounding of small layers may depend on the memory alignment of their weights, and change an 8-bit integer
-    torch.testing.assert_close(result(network), result(pipe.unet), rtol=0, atol=0.05)
+    # where rounding depends on the memory alignment of weights, it changes some 8-bit integers
+    torch.testing.assert_close(result(network), result(pipe.unet), rtol=0, atol=0 if HAS_AVX512 else 0.05)
 
 
 def test_files_of_another_user_are_ignored(copy: Path, key: Path) -> None:
@@ -339,10 +340,11 @@ def test_small_features_are_packed_for_their_margin(tmp_path: Path) -> None:
 
 
 def test_save_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = KandinskyV22Pipeline.from_pretrained("embedded", torch_dtype=FIRST)
+    pipe = KandinskyV22Pipeline.from_pretrained("embedded", torch_dtype=FASTEST)
     pipe.save_prepared(tmp_path / "new")
     assert packed_layers(load(tmp_path / "new"))
-    torch.testing.assert_close(result(load(tmp_path / "new")), result(pipe.unet), rtol=0, atol=1e-3)
+    tolerance = 0 if HAS_AVX512 else 1e-3
+    torch.testing.assert_close(result(load(tmp_path / "new")), result(pipe.unet), rtol=0, atol=tolerance)
     monkeypatch.setenv("KANDINSKY22_CACHE", "")
     with pytest.raises(CheckpointError, match="need a key"):
         pipe.save_prepared(tmp_path / "other")

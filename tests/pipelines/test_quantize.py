@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.pipelines.tiny import difference, pair, seeded
+from tests.pipelines.tiny import HAS_AVX512, difference, pair, seeded
 
 from kandinsky22 import KandinskyV22CombinedPipeline, KandinskyV22Pipeline
 from kandinsky22.errors import InputError, MissingDependencyError
@@ -42,7 +42,7 @@ def test_a_quantized_pipeline_is_saved_and_loaded(
     again = KandinskyV22CombinedPipeline.from_pretrained(tmp_path, torch_dtype=combined.dtype)
     again.set_progress_bar_config(disable=True)
     # results depend, by rounding, on the alignment of weights: an activation between two levels may become the other
-    bounds = {"int4": 0.05, "int8-static": 5e-3}
+    bounds = {"int4": 0.05, "int8-static": 2e-3 if HAS_AVX512 else 5e-3}
     assert difference(generate(again), quantized) < bounds.get(kind, 1e-5)
 
 

@@ -12,6 +12,8 @@ import torch
 import transformers
 
 # Width of the embeddings: a multiple of 16, so that random numbers drawn in parts equal those drawn at once.
+# On other CPUs, rounding of small layers depends on the memory alignment of their weights.
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 DIM = 32
 PIXELS = 32  # side of the pictures that the vision tower reads
 

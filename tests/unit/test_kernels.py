@@ -416,9 +416,9 @@ def test_large_attention(shape: tuple[int, ...], weights: int, monkeypatch: pyte
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     assert attention.is_supported(query, key, value)
     assert distance(attention.attention(query, key, value), exact) < 1e-5
+    if torch.bfloat16 not in linear.ONEDNN_DTYPES:
+        pytest.skip("this CPU does not multiply bfloat16")
     halves = [part.bfloat16() for part in (query, key, value)]
-    if not attention.is_supported(*halves):
-        return
     assert attention.attention(*halves).dtype == torch.bfloat16
     assert distance(attention.attention(*halves), exact) < 0.03
 

@@ -99,7 +99,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prepare.add_argument("model", metavar="MODEL", help="folder, Hub id, or embedded")
     prepare.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="new folder to write to")
     dtypes = ("auto", "bf16", "bfloat16", "float32", "int8")
-    about = "type to write; int8 rounds activations too; auto is the fastest other one on this CPU (default: auto)"
+    about = (
+        "type to write; int8 rounds activations too; auto: bfloat16 if this CPU has instructions for it, else float32"
+    )
     prepare.add_argument("--dtype", choices=dtypes, default="auto", help=about)
     about = "prompts, one per line, that int8 is calibrated with (default: random image embeddings)"
     prepare.add_argument("--calibration", type=Path, metavar="FILE", help=about)
@@ -197,7 +199,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    dtype = {"bf16": "bfloat16", "auto": _fastest_dtype()}.get(args.dtype, args.dtype)
+    dtype = _fastest_dtype() if args.dtype == "auto" else args.dtype.replace("bf16", "bfloat16")
     prompts = None if args.calibration is None else _prompts(args.calibration)
     with _quiet(args):
         from kandinsky22.pipelines.checkpoint_tools import convert

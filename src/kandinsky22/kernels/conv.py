@@ -2,7 +2,8 @@
 
 - *Packed*: the weight is converted to oneDNN's layout once, not at each call, and features are channels last.
 - *Winograd*: a 3x3 convolution with a quarter of the multiplications (`winograd.py`), for float32 at large sizes. In
-  bfloat16 it would cost precision, and in float32 instead of bfloat16 everything that it gains.
+  bfloat16 it would cost precision, and in float32 instead of bfloat16 everything that it gains, except on CPUs that
+  compute bfloat16 in float32 anyway (`half_precision.py`).
 - *Fused upsampling*: a 3x3 convolution after nearest-neighbour upsampling reads every pixel more than once. Four 2x2
   convolutions with summed weights, one per pixel of the 2x2 square, are the same sums with 4/9 of the work.
 """
@@ -10,7 +11,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,11 +50,9 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
                 None adds nothing.
         """
         if self._is_slow(features, upsample):
-            parts = [
-                Conv2d.forward(layer, features.float(), upsample).to(features.dtype)
-                for layer in half_precision.float32_layers(self)
-            ]
-            return _add(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], residual)
+            return _add(
+                half_precision.convolve(features, *self._plain_parameters(), self._for_one_call(upsample)), residual
+            )
         if not self._should_pack(features, upsample):
             return _add(super().forward(upsample2x(features) if upsample else features), residual)
         options, is_3x3 = settings.current(), self._is_same_3x3()
@@ -72,12 +71,30 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
         return features[:1, 0].numel() * self.weight.numel() * (4 if upsample else 1)
 
     def _is_slow(self, features: Tensor, upsample: bool) -> bool:
-        weight = self._parameters.get("weight")
+        weight, bias = self._plain_parameters()
         return (
-            weight is not None
-            and half_precision.is_slow(features, weight, self.bias)
+            type(self) is Conv2d
+            and self.groups == 1
+            and weight is not None
+            and bias is self.bias
+            and half_precision.is_slow(features, weight, bias)
             and self._multiplications(features, upsample) >= half_precision.MIN_MULTIPLICATIONS
         )
+
+    def _plain_parameters(self) -> tuple[Any, Any]:
+        """Return weight and bias, None where they are missing or computed for each call."""
+        return self._parameters.get("weight"), self._parameters.get("bias")
+
+    def _for_one_call(self, upsample: bool) -> half_precision.Product:
+        """Return this convolution as a function of features, weight and bias, which packs nothing for later calls."""
+
+        def convolve(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            layer = _Conv2dOfOneCall.__new__(_Conv2dOfOneCall)
+            parameters = {"weight": weight, "bias": bias}
+            layer.__dict__.update(self.__dict__, _parameters=parameters, out_channels=len(weight))
+            return Conv2d.forward(layer, features, upsample)
+
+        return convolve
 
     def _should_pack(self, features: Tensor, upsample: bool) -> bool:
         # Compiled code must not read sizes here: it would then be compiled for these sizes only.
@@ -158,6 +175,13 @@ class Conv2d(PackedWeightMixin, nn.Conv2d):
             features, weight, self.bias if bias else None, list(padding), list(self.stride), [1, 1], 1, "none", [], ""
         )
         return out
+
+
+class _Conv2dOfOneCall(Conv2d):
+    """A convolution whose weight exists for one call: packed weights are not stored."""
+
+    def _packed(self, layout: str, pack: Callable[[Tensor], Any]) -> Any:
+        return pack(self.weight)
 
 
 def row_strips(height: int, row_elements: int) -> Iterator[tuple[int, int]]:

@@ -179,7 +179,8 @@ def drop_packed(network: nn.Module, layout: str | None = None) -> None:
 def apply_linear(layer: nn.Module, features: Tensor) -> Tensor:
     """Return layer(features), by a packed copy of the weight wherever no gradient is needed on an x86 CPU.
 
-    The layer is called unless it is a plain `nn.Linear` that nothing was attached to. The copy takes as much memory as
+    The layer is called unless it is a plain `nn.Linear` that nothing was attached to. In half precision on CPUs that do
+    not multiply it, the product is that of `half_precision.py`, and nothing is stored. The copy takes as much memory as
     the weight. Without it (`pack_weights`, the setting `packed_linear`) the product is oneDNN's with the weight as it
     is.
 
@@ -224,7 +225,8 @@ def onednn_linear_layers() -> contextlib.AbstractContextManager[Any]:
 
     It acts on the calls of this thread, and therefore on all linear layers that run inside, whatever their class. With
     gradients, under autocast, in compiled code, for small products, for weights that are not contiguous and on other
-    devices than x86 CPUs torch's product is used. Results differ from it by rounding.
+    devices than x86 CPUs torch's product is used. Half precision that the CPU does not multiply is computed in float32.
+    Results differ from torch's by rounding.
     """
     if torch.compiler.is_compiling() or not (ONEDNN_DTYPES and settings.current().onednn_linear):
         return contextlib.nullcontext()

@@ -29,6 +29,7 @@ class Optimisations:
         packed_conv: Convolutions use a copy of their weight in oneDNN's layout, over channels-last features. False also
             switches off `winograd` and `fused_upsample`.
         onednn_linear: Linear layers whose weight is not packed multiply by oneDNN instead of torch.
+        float32_products: On x86 CPUs that do not multiply half precision, its layers compute in float32.
         winograd: 3x3 convolutions of large float32 features use Winograd's method, F(4x4, 3x3).
         free_winograd_weights: Winograd weights are freed when a pipeline goes from one network to the next.
         fused_upsample: A nearest-neighbour upsampling and the 3x3 convolution after it run as four 2x2 convolutions.
@@ -45,6 +46,7 @@ class Optimisations:
     packed_linear: bool = True
     packed_conv: bool = True
     onednn_linear: bool = True
+    float32_products: bool = True
     winograd: bool = True
     free_winograd_weights: bool = True
     fused_upsample: bool = True

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.kernels import attention
+from kandinsky22.kernels import attention, half_precision
 from kandinsky22.kernels.linear import apply_linear
 from kandinsky22.models.layers import GroupNorm, SpatialNorm, apply_norm
 
@@ -84,11 +84,15 @@ class Attention(nn.Module):
             mask: Additive or boolean mask, broadcastable to (batch, heads, tokens, keys); None masks nothing.
         """
         query = self._heads(apply_linear(self.to_q, tokens))
+        dtype = query.dtype
+        if half_precision.is_slow(query, *kv):
+            query, kv = query.float(), KeyValue(kv.key.float(), kv.value.float())
         if mask is None and attention.is_supported(query, *kv):
             out = attention.attention(query, *kv, rounded=getattr(self.to_q, "rounds_inputs", False))
         else:
+            mask = mask.to(query.dtype) if mask is not None and mask.is_floating_point() else mask
             out = F.scaled_dot_product_attention(query, kv.key, kv.value, attn_mask=mask)
-        return apply_linear(self.to_out[0], out.transpose(1, 2).flatten(2))
+        return apply_linear(self.to_out[0], out.transpose(1, 2).flatten(2).to(dtype))
 
     def forward(self, tokens: Tensor, context: KeyValue | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the output for tokens that attend to the context and to each other, (batch, tokens, channels).

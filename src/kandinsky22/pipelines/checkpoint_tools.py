@@ -167,7 +167,7 @@ def convert(
         output: Folder that does not exist, or is empty.
         dtype: "float16", "bfloat16" or "float32"; "int8" for prior and UNet with 8-bit weights and the rest in float16,
             which needs torchao. If `prepare` is True, "int8" rounds activations to 8 bits too ("int8-static"), and the
-            rest is in bfloat16.
+            rest is in bfloat16, or in float32 on CPUs that do not multiply bfloat16.
         with_prior: Whether the prior is written too.
         max_shard_size: Largest weight file.
         prior: Prior to write, a folder or Hub id; None for the one that belongs to the decoder.
@@ -186,7 +186,8 @@ def convert(
     if prepare:
         check_preparation()
         if dtype in map(dtype_name, half_precision.SLOW_TYPES):
-            raise invalid("dtype", dtype, "float32 or int8", "this CPU does not multiply it")
+            fast = [name for name in STORED_DTYPES if name not in map(dtype_name, half_precision.SLOW_TYPES)]
+            raise invalid("dtype", dtype, f"one of {', '.join((*fast, INT8))}: this CPU does not multiply {dtype}")
     output = checked_save_path(output, "output")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} exists and is not empty; choose another folder, or remove it")
@@ -252,8 +253,11 @@ def _check_calibration(
 
 def _stored_dtype(dtype: str, *, is_prepared: bool) -> str:
     """Return the floating-point type of the networks that are written."""
+    import torch
+
     if dtype == INT8:
-        return "bfloat16" if is_prepared else "float16"
+        fast = "float32" if torch.bfloat16 in half_precision.SLOW_TYPES else "bfloat16"
+        return fast if is_prepared else "float16"
     return dtype
 
 

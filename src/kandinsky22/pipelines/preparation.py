@@ -109,7 +109,8 @@ def _latent_side(folder: Path) -> int:
     """Return the side of the latents of pictures in the model's own size."""
     config = folder / "unet" / models.UNet2DConditionModel.config_name
     side = read_json(config).get("sample_size") if config.is_file() else None
-    return side if isinstance(side, int) and 0 < side <= LATENT_SIDE else LATENT_SIDE
+    # a multiple of 8 has complete features at each of up to four resolution levels
+    return side if isinstance(side, int) and 0 < side <= LATENT_SIDE and side % 8 == 0 else LATENT_SIDE
 
 
 def _run_once(network: nn.Module, side: int) -> None:

@@ -136,7 +136,8 @@ def floating_dtype(dtype: Any, argument: str = "dtype") -> torch.dtype:
 def computes_bfloat16() -> bool:
     """Return whether this CPU multiplies bfloat16 natively: x86 with AMX or AVX512-BF16, Arm with its BF16 extension.
 
-    Other x86 CPUs multiply in float32 (`kernels/half_precision.py`), which saves memory and takes a little more time.
+    Others are faster in float32. Those with AVX-512 convert each product, those without it each layer
+    (`kernels/half_precision.py`).
     """
     if platform.machine().lower() in ("x86_64", "amd64"):
         # These functions are not part of torch's public interface, and early releases lack them.

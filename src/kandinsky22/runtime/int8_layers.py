@@ -218,11 +218,7 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
             Tensor of shape (..., out_features).
         """
         if not _multiplies_integers(features):
-            weight = self.weight.to(features.dtype)
-            is_slow = half_precision.is_slow(features, weight)
-            out = half_precision.linear(features, weight, None) if is_slow else F.linear(features, weight)
-            out = out * self.scale.to(features.dtype)
-            out = out if self.bias is None else out + self.bias
+            out = self._without_rounding(features)
         elif self.input_range is None:
             out = self._by_token(features)
         else:
@@ -230,10 +226,12 @@ class Int8Linear(CalibratedMixin, LowRankMixin, PackedWeightMixin, nn.Module):
             levels = rounded(features.contiguous(), step, zero_point)
             packed = self._packed(WHOLE, self._pack)
             out = packed.multiply(levels, step, zero_point, features.dtype)
-        if (low_rank := self.low_rank) is not None:
-            down, up = (factor.to(features.dtype) for factor in low_rank)
-            out = out + F.linear(F.linear(features, down), up)
-        return out
+        return self.plus_low_rank(out, features)
+
+    def _without_rounding(self, features: Tensor) -> Tensor:
+        dtype = torch.float32 if half_precision.is_slow(features, self.scale, self.bias) else features.dtype
+        out = F.linear(features.to(dtype), self.weight.to(dtype)) * self.scale.to(dtype)
+        return (out if self.bias is None else out + self.bias).to(features.dtype)
 
     @property
     def unquantized_shape(self) -> tuple[int, ...]:

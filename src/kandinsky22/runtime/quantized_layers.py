@@ -109,11 +109,29 @@ class LowRankMixin:
             value = None if factor is None else factor.to(floating.device, floating.dtype)
             layer.register_buffer(name, value, persistent=False)
 
+    def plus_low_rank(self, out: Tensor, features: Tensor) -> Tensor:
+        """Return the output of a linear layer with the low-rank product of its features added, if there is one.
+
+        Args:
+            out: Output without the product (..., out).
+            features: Input of the layer (..., in).
+        """
+        if self.low_rank is None:
+            return out
+        down, up = (factor.to(features.dtype) for factor in self.low_rank)
+        return out + _linear(_linear(features, down), up)
+
     @property
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Factors of the product; None if there is none."""
         down: Tensor | None = getattr(self, "low_rank_down", None)
         return None if down is None else (down, getattr(self, "low_rank_up"))  # noqa: B009 - a buffer
+
+
+def _linear(features: Tensor, weight: Tensor) -> Tensor:
+    if half_precision.is_slow(features, weight):
+        return half_precision.linear(features, weight, None)
+    return F.linear(features, weight)
 
 
 def _is_floating(tensor: Tensor | None) -> bool:
@@ -175,8 +193,11 @@ class QuantizedLinear(LowRankMixin, nn.Module):
         if self.kind == "int4" and (features.dtype != torch.bfloat16 or features.device.type != "cpu"):
             raise InputError(f"int4 weights compute in bfloat16 on CPUs, not {features.dtype} on {features.device}")
         if self.kind != "int4" and half_precision.is_slow(features, self.bias):
-            return self._multiply(features.float(), None if self.bias is None else self.bias.float()).to(features.dtype)
-        return self._multiply(features, self.bias)
+            bias = None if self.bias is None else self.bias.float()
+            out = self._multiply(features.float(), bias).to(features.dtype)
+        else:
+            out = self._multiply(features, self.bias)
+        return self.plus_low_rank(out, features)
 
     def _multiply(self, features: Tensor, bias: Tensor | None) -> Tensor:
         tensor_class, attributes, _ = _tensor_layout(self.kind, self.out_features, self.in_features)
@@ -185,11 +206,7 @@ class QuantizedLinear(LowRankMixin, nn.Module):
         parts = {name: getattr(self, f"weight_{name}").detach() for name in self._part_names()}
         shape, stride = torch.Size((self.out_features, self.in_features)), (self.in_features, 1)
         weight = tensor_class.__tensor_unflatten__(parts, attributes, shape, stride)  # type: ignore[attr-defined]
-        out = F.linear(features, weight, bias)
-        if (low_rank := self.low_rank) is not None:
-            down, up = (factor.to(features.dtype) for factor in low_rank)
-            out = out + F.linear(F.linear(features, down), up)
-        return out
+        return F.linear(features, weight, bias)
 
     @property
     def unquantized_shape(self) -> tuple[int, ...]:
@@ -267,7 +284,8 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
         out = self._convolve(features)
         if (low_rank := self.low_rank) is not None:
             down, up = (factor.to(features.dtype) for factor in low_rank)
-            out = out + F.conv2d(F.conv2d(features, down, None, self.stride, self.padding), up[:, :, None, None])
+            reduced = self._float_convolution(features, down)
+            out = out + _linear(reduced.movedim(1, -1), up).movedim(-1, 1)
         return out
 
     @property
@@ -279,12 +297,22 @@ class QuantizedConv2d(LowRankMixin, PackedWeightMixin, nn.Module):
         if self.dynamic and HAS_INTEGER_CONVOLUTION and features.device.type == "cpu":
             # Item by item, so that an image does not depend on the others of its batch.
             return torch.cat([self._integer_convolution(item) for item in features.split(1)])
-        if half_precision.is_slow(features, self.bias):
-            out = F.conv2d(features.float(), self.weight.float(), None, self.stride, self.padding).to(features.dtype)
-        else:
-            out = F.conv2d(features, self.weight.to(features.dtype), None, self.stride, self.padding)
+        if half_precision.is_slow(features, self.scale, self.bias):
+            out = F.conv2d(features.float(), self.weight.float(), None, self.stride, self.padding)
+            return self._scaled(out).to(features.dtype)
+        return self._scaled(F.conv2d(features, self.weight.to(features.dtype), None, self.stride, self.padding))
+
+    def _scaled(self, out: Tensor) -> Tensor:
         out = out * self.scale[:, None, None]
         return out if self.bias is None else out + self.bias[:, None, None]
+
+    def _float_convolution(self, features: Tensor, weight: Tensor) -> Tensor:
+        def convolution(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.conv2d(features, weight, bias, self.stride, self.padding)
+
+        if half_precision.is_slow(features, weight):
+            return half_precision.convolve(features, weight, None, convolution)
+        return convolution(features, weight, None)
 
     def _integer_convolution(self, item: Tensor) -> Tensor:
         item = item.contiguous(memory_format=torch.channels_last)
@@ -354,14 +382,15 @@ HAS_INTEGER_CONVOLUTION = _has_integer_convolution()
 
 @functools.cache
 def largest_level() -> int:
-    """Return the largest unsigned 8-bit input whose products with 8-bit weights oneDNN adds exactly on this CPU.
+    """Return the largest input for which oneDNN adds products with 8-bit weights exactly on this CPU.
 
-    It is 255 on CPUs with VNNI. Others add two products in a signed 16-bit integer, which overflows from 2 * 129 * 127
-    on and is then replaced by the largest one: there it is 127. `HAS_INTEGER_CONVOLUTION` must be true.
+    It is 255, or 127 (inputs of 7 bits) on CPUs without VNNI: they add two products in a signed 16-bit integer, and
+    2 * 130 * 127 does not fit. `HAS_INTEGER_CONVOLUTION` must be true.
     """
-    inputs, weight = torch.full((1, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    inputs = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
+    weight = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    scales, zero_points = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    scales, zero_points = torch.ones(16, device="cpu"), torch.zeros(16, dtype=torch.int32, device="cpu")
     product = torch.ops.onednn.qlinear_pointwise(
         *(inputs, 1.0, 0, packed, scales, zero_points, None), *(1.0, 0, torch.float32, "none", [], "")
     )

@@ -56,7 +56,7 @@ class TrainingBase:
         self.device: torch.device = accelerator.device
         self.low_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
         if self.low_dtype == torch.bfloat16 and self.device.type == "cpu" and not computes_bfloat16():
-            self.report("warning: this CPU does not multiply bfloat16; --mixed-precision no is many times faster")
+            self.report("warning: this CPU has no instructions for bfloat16; --mixed-precision no is faster")
 
     def run(self, stage: Stage) -> Summary:
         """Train a stage in the folder of its name.
