@@ -103,9 +103,15 @@ def call_conv(layer: nn.Module, features: Tensor) -> Tensor:
         layer: Any module in the position of a convolution.
         features: Tensor (batch, in, H, W).
     """
-    is_plain = not torch.compiler.is_compiling() and type(layer) is nn.Conv2d and runs_own_forward(layer)
-    if is_plain and layer.groups == 1 and is_slow(features, layer.weight, layer.bias):
-        return convolve(features, layer.weight, layer.bias, layer._conv_forward)  # type: ignore[operator]
+    if (
+        not torch.compiler.is_compiling()
+        and isinstance(layer, nn.Conv2d)
+        and type(layer) is nn.Conv2d
+        and layer.groups == 1
+        and runs_own_forward(layer)
+        and is_slow(features, layer.weight, layer.bias)
+    ):
+        return convolve(features, layer.weight, layer.bias, layer._conv_forward)
     out: Tensor = layer(features)
     return out
 
