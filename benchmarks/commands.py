@@ -73,9 +73,10 @@ CASES = (
     Case("balanced bf16, OpenVINO", (*BF16, *ENGINE), option="--engine", package="openvino"),
     Case("draft bf16", BF16, quality="draft"),
     Case("balanced bf16, int8-dynamic", (*BF16, "--quantize", "int8-dynamic")),
-    Case("balanced int8, prepared", BF16, prepare=("--dtype", "int8")),
+    Case("balanced int8, prepared", prepare=("--dtype", "int8")),  # in the type of the checkpoint
     Case("diffusers float32", FP32, library=THEIRS, package="diffusers"),
     Case("balanced float32", FP32),
+    Case("balanced float32, prepared", FP32, prepare=("--dtype", "float32")),
     Case("balanced float32, OpenVINO", (*FP32, *ENGINE), option="--engine", package="openvino"),
     Case("embedded model", model=EMBEDDED, quality=None),
 )
