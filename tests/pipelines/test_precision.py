@@ -29,7 +29,7 @@ from kandinsky22 import KandinskyV22PriorPipeline
 
 SEEDS = range(5)
 RMS_RATIO = 1.25  # largest ratio of our root mean square error to the reference's, over all seeds
-MAX_RATIO = 1.6  # largest ratio of the maxima, which vary more
+MAX_RATIO = 2.0  # largest ratio of the maxima, which vary more
 
 PROMPTS = ("a red cat", "on a mat", "dog, 4k photo", "red", "cat on a red mat")
 
