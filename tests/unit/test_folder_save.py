@@ -306,7 +306,8 @@ def test_threads_that_save_into_one_folder(tmp_path: Path) -> None:
 # Reading
 
 
-def test_folders_that_are_replaced_meanwhile_are_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [CheckpointError, ConfigError, InputError])
+def test_folders_that_are_replaced_meanwhile_are_read_again(error: type[Exception], tmp_path: Path) -> None:
     save_files(tmp_path, OLD)
     reads: list[str] = []
 
@@ -316,7 +317,7 @@ def test_folders_that_are_replaced_meanwhile_are_read_again(tmp_path: Path) -> N
             save_files(tmp_path, NEW)
         if len(reads) == 2:
             save_files(tmp_path, OLD)
-            raise CheckpointError("half old and half new")
+            raise error("half old and half new")
         return reads[-1]
 
     assert read_consistently(tmp_path, read) == "old"

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from kandinsky22.checkpoints.atomic_files import flush_folder, flush_to_disk, permissions, read_json
 from kandinsky22.checkpoints.locks import LOCK_TIMEOUT, POLL_INTERVAL, abandoned, lock_file, locked_folders, open_folder
 from kandinsky22.checkpoints.locks import unlock as release
-from kandinsky22.errors import CheckpointError, ConfigError
+from kandinsky22.errors import CheckpointError, KandinskyError
 
 R = TypeVar("R")
 
@@ -438,7 +438,7 @@ def read_consistently(folder: Path, read: Callable[[], R]) -> R:
             continue
         try:
             result = read()
-        except (CheckpointError, ConfigError):
+        except KandinskyError:  # files of two saves may also not fit each other
             if _state(folder) == before:
                 raise
             continue
