@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.unit.tiny_models import TINY_MOVQ, assert_same_weights
 
-from kandinsky22 import CheckpointError, InputError, KandinskyV22Pipeline, VQModel
+from kandinsky22 import CheckpointError, ConfigError, InputError, KandinskyV22Pipeline, VQModel
 from kandinsky22.checkpoints import atomic_files, folder_save, locks
 from kandinsky22.checkpoints.folder_save import JOURNAL, complete_saves, read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource
