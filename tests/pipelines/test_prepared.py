@@ -385,7 +385,7 @@ def test_types_that_this_cpu_does_not_multiply_are_refused(monkeypatch: pytest.M
     monkeypatch.setattr(half_precision, "SLOW_TYPES", (torch.bfloat16, torch.float16))
     source = CheckpointSource("embedded", embedded_subfolder="decoder")
     for dtype in ("bfloat16", "float16"):
-        with pytest.raises(InputError, match="expected float32 or int8; this CPU"):
+        with pytest.raises(InputError, match="expected one of float32, int8; this CPU does not multiply"):
             convert(source, tmp_path / "new", dtype=dtype, prepare=True)
     assert not any(tmp_path.iterdir())
 

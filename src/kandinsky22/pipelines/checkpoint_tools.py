@@ -187,7 +187,7 @@ def convert(
         check_preparation()
         if dtype in map(dtype_name, half_precision.SLOW_TYPES):
             fast = [name for name in STORED_DTYPES if name not in map(dtype_name, half_precision.SLOW_TYPES)]
-            raise invalid("dtype", dtype, f"one of {', '.join((*fast, INT8))}: this CPU does not multiply {dtype}")
+            raise invalid("dtype", dtype, f"one of {', '.join((*fast, INT8))}", f"this CPU does not multiply {dtype}")
     output = checked_save_path(output, "output")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output} exists and is not empty; choose another folder, or remove it")
