@@ -23,13 +23,13 @@ import torch
 import transformers
 from tests.pipelines.calls import CLASSES, DECODERS, PRIORS, inputs, step_counts
 from tests.pipelines.pictures import hint
-from tests.pipelines.tiny import pair, seeded
+from tests.pipelines.tiny import HAS_AVX512, pair, seeded
 
 from kandinsky22 import KandinskyV22PriorPipeline
 
 SEEDS = range(5)
 RMS_RATIO = 1.25  # largest ratio of our root mean square error to the reference's, over all seeds
-MAX_RATIO = 2.0  # largest ratio of the maxima, which vary more
+MAX_RATIO = 1.6 if HAS_AVX512 else 2.0  # largest ratio of the maxima, which vary more
 
 PROMPTS = ("a red cat", "on a mat", "dog, 4k photo", "red", "cat on a red mat")
 

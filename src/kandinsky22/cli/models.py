@@ -199,7 +199,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    dtype = _fastest_dtype() if args.dtype == "auto" else args.dtype.replace("bf16", "bfloat16")
+    from kandinsky22.runtime.device import dtype_name, resolve_device, resolve_dtype
+
+    dtype = args.dtype if args.dtype == "int8" else dtype_name(resolve_dtype(args.dtype, resolve_device("cpu")))
     prompts = None if args.calibration is None else _prompts(args.calibration)
     with _quiet(args):
         from kandinsky22.pipelines.checkpoint_tools import convert
@@ -208,12 +210,6 @@ def _prepare(args: argparse.Namespace) -> None:
             _source(args, args.model), args.output, dtype=dtype, prior=args.prior, prepare=True, calibration=prompts
         )
     _report_written(args, args.output, dtype)
-
-
-def _fastest_dtype() -> str:
-    from kandinsky22.runtime.device import computes_bfloat16
-
-    return "bfloat16" if computes_bfloat16() else "float32"
 
 
 def _prompts(path: Path) -> list[str]:
