@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from kandinsky22.adapters.files import distilled_steps, find_adapter_files
+from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 
 
@@ -58,6 +60,7 @@ KINDS: dict[str, Kind] = {
     "DPM++ 2M": Kind("DPMSolverMultistepScheduler", _TRAILING),
     "DPM++ 2S": Kind("DPMSolverSinglestepScheduler"),
     "DPM++ 2M SDE": Kind("DPMSolverMultistepScheduler", _SDE, draws_noise=True),
+    "LCM": Kind("LCMScheduler", draws_noise=True),
 }
 
 
@@ -101,6 +104,7 @@ class Cell:
         guidance: Guidance scale of the decoder; None takes that of the model.
         prior_guidance: Guidance scale of the prior; None takes that of the model.
         options: Further arguments of the call, such as guidance_interval.
+        distilled: Whether the decoder has the distilled adapter of the model.
     """
 
     decoder: Sampler
@@ -108,6 +112,7 @@ class Cell:
     guidance: float | None = None
     prior_guidance: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distilled: bool = False
 
     @classmethod
     def of(cls, preset: Preset) -> Cell:
@@ -118,7 +123,9 @@ class Cell:
         """
         intervals = {name: getattr(preset, name) for name in INTERVALS}
         options = {name: interval for name, interval in intervals.items() if interval is not None}
-        return cls(preset.decoder, preset.prior, options=options)
+        return cls(
+            preset.decoder, preset.prior, guidance=preset.guidance_scale, options=options, distilled=preset.distilled
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the cell for JSON."""
@@ -128,6 +135,7 @@ class Cell:
             "guidance": self.guidance,
             "prior_guidance": self.prior_guidance,
             "options": dict(self.options),
+            **({"distilled": True} if self.distilled else {}),  # measurements of other cells keep their keys
         }
 
     def key(self, **context: Any) -> str:
@@ -141,6 +149,7 @@ class Cell:
 
     def __str__(self) -> str:
         parts = [f"{name_of(self.decoder)} {self.decoder.steps}", f"prior {name_of(self.prior)} {self.prior.steps}"]
+        parts += ["distilled"] if self.distilled else []
         parts += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
         parts += [] if self.prior_guidance is None else [f"prior guidance {self.prior_guidance:g}"]
         return ", ".join([*parts, *(f"{name} {value}" for name, value in self.options.items())])
@@ -197,14 +206,24 @@ GUIDANCE: tuple[tuple[float | None, Mapping[str, Any]], ...] = (
 )
 
 
+def presets() -> dict[str, Preset]:
+    """Return the presets with the number of steps that the embedded model's distilled adapter was made for."""
+    steps = distilled_steps(find_adapter_files(EMBEDDED)[0])
+    return {
+        name: dataclasses.replace(preset, decoder=dataclasses.replace(preset.decoder, steps=steps))
+        if preset.distilled and steps is not None
+        else preset
+        for name, preset in PRESETS.items()
+    }
+
+
 def grid() -> dict[str, list[Cell]]:
     """Return the cells of each group, most important first; a cell may be in several groups."""
-    presets = [SPECIFICATION, *PRESETS.values()]
     decoder = [Cell(KINDS[name].steps(steps)) for name, numbers in DECODER_STEPS.items() for steps in numbers]
     prior = [Cell(MIDDLE, KINDS[name].steps(steps)) for name, numbers in PRIOR_STEPS.items() for steps in numbers]
     guidance = [Cell(MIDDLE, guidance=scale, options=options) for scale, options in GUIDANCE]
     return {
-        "presets": [Cell.of(preset) for preset in presets],
+        "presets": [Cell.of(preset) for preset in (SPECIFICATION, *presets().values())],
         "prior": prior,
         "guidance": guidance,
         "decoder": sorted(decoder, key=lambda cell: cell.decoder.steps),

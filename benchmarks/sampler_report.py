@@ -19,8 +19,9 @@ from benchmarks.sampler_cells import (
     Cell,
     grid,
     name_of,
+    presets,
 )
-from kandinsky22.sampling.presets import PRESETS, Sampler
+from kandinsky22.sampling.presets import Preset, Sampler
 
 Find = Callable[[str, Cell], dict[str, Any] | None]
 Rows = dict[str, list[tuple[int, dict[str, Any]]]]
@@ -125,6 +126,13 @@ def _title(sampler: Sampler) -> str:
     return f"{name_of(sampler)}, {sampler.steps} steps"
 
 
+SPECIFICATION_NAME = "the specification's defaults"
+
+
+def _named_presets() -> dict[str, Preset]:
+    return {f"`{name}`": preset for name, preset in presets().items()}
+
+
 def preset_table(find: Find) -> str:
     """Return success and time of the presets and of the specification's defaults.
 
@@ -133,7 +141,7 @@ def preset_table(find: Find) -> str:
     """
     base = find("success", Cell.of(SPECIFICATION))
     rows = []
-    for name, preset in {"specification": SPECIFICATION, **PRESETS}.items():
+    for name, preset in {SPECIFICATION_NAME: SPECIFICATION, **_named_presets()}.items():
         cell = Cell.of(preset)
         record, timed = find("success", cell), find("time", cell)
         if record is None or base is None:
@@ -142,15 +150,16 @@ def preset_table(find: Find) -> str:
         gap, worst, best = (100 * value for value in difference(record, base))
         rows.append(
             [
-                f"`{name}`" if name in PRESETS else "the specification's defaults",
+                name,
                 _title(preset.decoder),
-                _guided_steps(preset.guidance_interval),
+                "no step" if preset.guidance_scale == 1 else _guided_steps(preset.guidance_interval),
                 _title(preset.prior),
                 _guided_steps(preset.prior_guidance_interval),
                 f"{_percent(record)} ({100 * low:.1f} to {100 * high:.1f})",
                 "" if preset is SPECIFICATION else f"{gap:+.1f} ({worst:+.1f} to {best:+.1f})",
                 "" if timed is None else f"{timed['median']:.2f} s",
                 "" if timed is None else f"{timed['faster']:.1f}",
+                "" if timed is None or "unet_median" not in timed else f"{timed['unet_median']:.3f} s",
             ]
         )
     head = [
@@ -163,6 +172,7 @@ def preset_table(find: Find) -> str:
         "difference, points",
         "time per image",
         "times as fast",
+        "UNet's part",
     ]
     return _table(head, rows)
 
@@ -177,13 +187,9 @@ def others_table(finds: Mapping[int, Find]) -> str:
     Args:
         finds: Functions that return measurements, by seed of the prompts.
     """
-    presets = {
-        "the specification's defaults": SPECIFICATION,
-        **{f"`{name}`": preset for name, preset in PRESETS.items()},
-    }
     base: list[dict[str, Any]] = []
     rows = []
-    for name, preset in presets.items():
+    for name, preset in {SPECIFICATION_NAME: SPECIFICATION, **_named_presets()}.items():
         records = [record for find in finds.values() if (record := find("success", Cell.of(preset))) is not None]
         if len(records) < len(finds):
             continue

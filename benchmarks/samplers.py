@@ -32,8 +32,10 @@ from benchmarks.embedded_prompts import Prompt, Share, draw_prompts
 from benchmarks.embedded_success import Generate, run
 from benchmarks.sampler_cells import INTERVALS, KINDS, Cell, distance_grid, grid
 from benchmarks.sampler_report import preset_table, write_report
-from kandinsky22 import AutoPipelineForText2Image
+from kandinsky22 import AutoPipelineForText2Image, CheckpointError
+from kandinsky22.adapters.files import file_digest, find_adapter_files
 from kandinsky22.checkpoints.fingerprint import weights_digest
+from kandinsky22.checkpoints.hub import DISTILLED
 
 SUCCESS_GROUPS = tuple(grid())
 GROUPS = (*SUCCESS_GROUPS, "others", "distance", "time")
@@ -133,6 +135,8 @@ class Bench:
         }
         self._machine = f"{options.device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         self._embeddings: dict[str, dict[tuple[str, int], list[Tensor]]] = {}
+        # digest of the model's distilled adapter; None if it has none
+        self.adapter = None if self.pipe.origin is None else _adapter_digest(self.pipe.origin)
 
     def _key(self, kind: str, cell: Cell) -> str:
         """Return the digest of everything that determines a measurement."""
@@ -141,7 +145,8 @@ class Bench:
             "distance": len(self.distance_prompts),
             "time": f"{self._machine}, {torch.get_num_threads()} threads",
         }
-        return cell.key(**self._context, of=extent[kind])
+        adapter = {"adapter": self.adapter} if cell.distilled else {}
+        return cell.key(**self._context, of=extent[kind], **adapter)
 
     def find(self, kind: str, cell: Cell) -> dict[str, Any] | None:
         """Return a measurement, or None.
@@ -161,6 +166,10 @@ class Bench:
         """Assign the cell's schedulers to the pipeline, and return the arguments of its call."""
         self.pipe.scheduler = cell.decoder.from_config(self._configs[0])
         self.pipe.prior_scheduler = cell.prior.from_config(self._configs[1])
+        if cell.distilled:
+            self.pipe.load_distilled_adapter()
+        elif DISTILLED in self.pipe.get_active_adapters():
+            self.pipe.delete_adapters(DISTILLED)
         steps = {"num_inference_steps": cell.decoder.steps, "prior_num_inference_steps": cell.prior.steps}
         scales = {"guidance_scale": cell.guidance, "prior_guidance_scale": cell.prior_guidance}
         scales = {name: value for name, value in scales.items() if value is not None}
@@ -248,12 +257,21 @@ class Bench:
         self._store("distance", cell, distance=distance, evaluations=count)
         return f"{distance:.2g}"
 
-    def _seconds(self, cell: Cell, number: int) -> float:
+    def _seconds(self, cell: Cell, number: int) -> tuple[float, float]:
+        """Return the seconds of an image, and those of the UNet among them."""
         arguments = self._arguments(cell)
         prompt = self.prompts[number % len(self.prompts)]
+        started: list[float] = []
+        ended: list[float] = []
+        before = self.pipe.unet.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
+        after = self.pipe.unet.register_forward_hook(lambda *_: ended.append(time.perf_counter()))
         start = time.perf_counter()
-        self.pipe(prompt.text, generator=_generators([prompt])[0], **arguments)
-        return time.perf_counter() - start
+        try:
+            self.pipe(prompt.text, generator=_generators([prompt])[0], **arguments)
+        finally:
+            before.remove()
+            after.remove()
+        return time.perf_counter() - start, sum(ended) - sum(started)
 
     def measure_times(self, cells: Sequence[Cell], rounds: int) -> None:
         """Measure times of single images, with the cells interleaved, since other work on the machine varies.
@@ -265,15 +283,29 @@ class Bench:
         self._seconds(cells[-1], 0)  # warm up
         table = [[self._seconds(cell, number) for cell in cells] for number in range(rounds)]
         for index, cell in enumerate(cells):
-            seconds = [row[index] for row in table]
-            faster = statistics.median(row[0] / row[index] for row in table)
-            self._store("time", cell, median=statistics.median(seconds), faster=faster, seconds=seconds)
+            seconds, unet = zip(*(row[index] for row in table), strict=True)
+            faster = statistics.median(row[0][0] / row[index][0] for row in table)
+            times = {"seconds": seconds, "unet": unet, "unet_median": statistics.median(unet)}
+            self._store("time", cell, median=statistics.median(seconds), faster=faster, **times)
             print(f"{cell}: {statistics.median(seconds):.3f} s, {faster:.1f} times as fast", flush=True)
 
 
+def _adapter_digest(model: str) -> str | None:
+    try:
+        return file_digest(find_adapter_files(model)[0])
+    except CheckpointError:
+        return None
+
+
 def _missing(bench: Bench, kind: str, cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that have not been measured, each once."""
-    return [cell for cell in {cell.key(): cell for cell in cells}.values() if bench.find(kind, cell) is None]
+    """Return the cells that can be measured and have not been, each once."""
+    different = {cell.key(): cell for cell in _measurable(bench, cells)}
+    return [cell for cell in different.values() if bench.find(kind, cell) is None]
+
+
+def _measurable(bench: Bench, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells without those whose adapter the model lacks."""
+    return [cell for cell in cells if bench.adapter is not None or not cell.distilled]
 
 
 def _measure(bench: Bench, kind: str, cells: Sequence[Cell], measure: Callable[[Cell], str]) -> None:
@@ -303,7 +335,7 @@ def measure(bench: Bench, others: Sequence[Bench], groups: Sequence[str]) -> Non
     if "distance" in groups:
         _measure(bench, "distance", distance_grid(), bench.measure_distance)
     if "time" in groups:
-        presets = cells["presets"]
+        presets = _measurable(bench, cells["presets"])
         if _missing(bench, "time", presets):
             bench.measure_times(presets, PRESET_ROUNDS)
         missing = _missing(bench, "time", [cell for group in cells.values() for cell in group])

@@ -40,6 +40,17 @@ def _items(file: RowFile, **options: Any) -> list[Item]:
     return list(read_items(file.rows(), ItemOptions(**options)))
 
 
+def test_presets_with_the_distilled_adapter_of_the_model() -> None:
+    def request(**row: Any) -> Any:
+        return build_request(Item(0, 1, "1", 5, {"prompt": "a", **row}, {}), RequestOptions()).request
+
+    instant, draft = request(quality="instant"), request(quality="draft")
+    assert [adapter.name for adapter in instant.lora] == list(instant.lora_locations) == ["embedded"]
+    assert (instant.scheduler, instant.steps, instant.guidance) == ("LCMScheduler", 1, 1.0)
+    assert draft.lora is None and draft.guidance is None
+    assert request(quality="instant", guidance=2.0).guidance == 2.0
+
+
 @pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
 def test_all_formats_give_the_same_requests(tmp_path: Path, format: str) -> None:
     first, second = [build_request(item, RequestOptions()).request for item in _items(_write(tmp_path, format))]

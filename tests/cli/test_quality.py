@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.cli.helpers import Command, pixels, stored
+from safetensors.torch import save_file
+from tests.cli.helpers import Command, assert_one_line, pixels, stored
+from tests.unit.adapter_layers import attention_layers, peft_layout, random_pairs
 
 import kandinsky22
 from kandinsky22.sampling import presets
@@ -107,6 +110,88 @@ def test_a_preset_overrides_a_recipe_and_a_named_scheduler_overrides_both(comman
     assert sampler_settings("better.png") == PRESET
     command("generate", "--from", "better.png", "--scheduler", "ddim", "-o", "ddim.png")
     assert sampler_settings("ddim.png") == PRESET | {"scheduler": "DDIMScheduler", "scheduler_settings": None}
+
+
+def add_distilled_adapter(model: Path, folder: Path) -> Path:
+    """Return a copy of a model with a distilled adapter of random values."""
+    copy = Path(shutil.copytree(model, folder))
+    unet = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained(copy).unet
+    (copy / "distilled").mkdir()
+    tensors = peft_layout(random_pairs(unet, attention_layers(unet)))
+    path = copy / "distilled" / "pytorch_lora_weights.safetensors"
+    save_file(tensors, path, metadata={"num_inference_steps": "2"})
+    return copy
+
+
+@pytest.fixture
+def distilled(model: Path, tmp_path: Path) -> Path:
+    return add_distilled_adapter(model, tmp_path / "distilled-model")
+
+
+def draw(command: Command, name: str, *options: object) -> dict[str, Any]:
+    """Return the recipe of an image."""
+    result = command("generate", *options, "-o", name)
+    assert result.code == 0, result.err
+    return stored(Path(name))
+
+
+def test_instant_equals_apply_quality_and_is_repeated(command: Command, distilled: Path) -> None:
+    recipe = draw(command, "instant.png", "a cat", "--model", distilled, "--seed", 5, "--quality", "instant")
+    assert (recipe["scheduler"], recipe["steps"], recipe["guidance"]) == ("LCMScheduler", 2, 1.0)
+    (adapter,) = recipe["lora"]
+    assert (adapter["name"], adapter["weight"]) == (str(distilled), 1.0)
+    pipe = kandinsky22.AutoPipelineForText2Image.from_pretrained(distilled)
+    options = presets.apply_quality(pipe, "instant")
+    (image,) = pipe("a cat", generator=torch.Generator().manual_seed(5), **options).images
+    assert np.array_equal(np.asarray(image), pixels(Path("instant.png")))
+    assert command("generate", "--from", "instant.png").code == 0
+    assert Path("instant-again.png").read_bytes() == Path("instant.png").read_bytes()
+
+
+def test_another_preset_leaves_nothing_of_instant(command: Command, distilled: Path) -> None:
+    options = ("a cat", "--model", distilled, "--seed", 5)
+    draw(command, "instant.png", *options, "--quality", "instant")
+    plain = draw(command, "draft.png", *options, "--quality", "draft")
+    assert draw(command, "again.png", "--from", "instant.png", "--quality", "draft") == plain
+    assert draw(command, "back.png", "--from", "draft.png", "--quality", "instant") == stored(Path("instant.png"))
+
+
+def test_instant_is_added_to_adapters_and_stays_without_them(command: Command, distilled: Path, tmp_path: Path) -> None:
+    style = tmp_path / "style.safetensors"
+    shutil.copy(distilled / "distilled" / "pytorch_lora_weights.safetensors", style)
+    options = ("a cat", "--model", distilled, "--seed", 5, "--quality", "instant")
+    recipe = draw(command, "both.png", *options, "--lora", f"{style}:0.5")
+    assert [adapter["name"] for adapter in recipe["lora"]] == [str(distilled), str(style)]
+    alone = draw(command, "alone.png", "--from", "both.png", "--lora", "none")
+    assert [adapter["name"] for adapter in alone["lora"]] == [str(distilled)]
+
+
+def test_instant_leaves_a_step_at_any_strength(command: Command, distilled: Path) -> None:
+    draw(command, "photo.png", "a cat", "--model", distilled, "--quality", "instant")
+    arguments = ("img2img", "a cat", "--image", "photo.png", "--model", distilled)
+    for strength, steps in ((None, 4), (0.2, 5), (1, 2), (0, 2)):
+        options = () if strength is None else ("--strength", strength)
+        result = command(*arguments, *options, "--quality", "instant", "-o", f"{strength}.png")
+        assert result.code == 0, result.err
+        assert stored(Path(f"{strength}.png"))["steps"] == steps
+        assert ("leaves no step" in result.err) == (strength == 0)
+    result = command(*arguments, "--quality", "instant", "--steps", 2, "-o", "explicit.png")
+    assert "--strength 0.3 leaves no step of 2" in result.err
+
+
+def test_instant_precedes_the_guidance_of_the_settings_file(
+    command: Command, distilled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KANDINSKY22_GUIDANCE", "6")
+    options = ("a cat", "--model", distilled)
+    assert draw(command, "instant.png", *options, "--quality", "instant")["guidance"] == 1.0
+    assert draw(command, "balanced.png", *options, "--quality", "balanced")["guidance"] == 6.0
+    assert draw(command, "own.png", *options, "--quality", "instant", "--guidance", 2)["guidance"] == 2.0
+
+
+def test_instant_needs_a_distilled_adapter(command: Command, model: Path) -> None:
+    result = command("generate", "a cat", "--model", model, "--quality", "instant")
+    assert_one_line(result, 1, f"the model {model} has no distilled adapter", "kandinsky22 train distill")
 
 
 @pytest.mark.usefixtures("embedded")

@@ -129,6 +129,22 @@ def test_settings_of_schedulers_and_intervals(remote: Command) -> None:
     assert stored(Path("repeated.png"))["scheduler_settings"] == recipe["scheduler_settings"]
 
 
+@pytest.mark.slow
+def test_the_server_applies_the_distilled_adapter(remote: Command) -> None:
+    options = [PROMPT, "--seed", 5, "--prior-steps", 2, "--quality", "instant"]
+    there = remote("generate", *options, "-o", "there.png")
+    assert there.code == 0, there.err
+    assert local(remote, "generate", *options, "-o", "here.png").code == 0
+    assert stored(Path("there.png")) == stored(Path("here.png"))
+    assert [adapter["name"] for adapter in stored(Path("there.png"))["lora"]] == ["embedded"]
+    np.testing.assert_array_equal(pixels(Path("there.png")), pixels(Path("here.png")))
+    again = remote("generate", "--from", "here.png", "-o", "again.png")
+    assert again.code == 0, again.err
+    assert stored(Path("again.png")) == stored(Path("here.png"))
+    draft = remote("generate", "--from", "here.png", "--quality", "draft", "-o", "draft.png")
+    assert draft.code == 0 and "lora" not in stored(Path("draft.png")), draft.err
+
+
 def test_what_the_api_cannot_express_is_refused(command: Command) -> None:
     for option in ("--lora", "--subject"):
         result = command("generate", PROMPT, option, "style.safetensors", "--server", "http://127.0.0.1:9")

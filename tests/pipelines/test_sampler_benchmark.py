@@ -93,8 +93,9 @@ def test_other_prompts_leave_the_page_alone_and_print_their_presets(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sampler_report, "SPECIFICATION", SHORT)
-    monkeypatch.setattr(sampler_report, "PRESETS", {"balanced": dataclasses.replace(SHORT, decoder=QUICK.prior)})
-    cells = [Cell.of(preset) for preset in (SHORT, sampler_report.PRESETS["balanced"])]
+    balanced = dataclasses.replace(SHORT, decoder=QUICK.prior)
+    monkeypatch.setattr(sampler_report, "presets", lambda: {"balanced": balanced})
+    cells = [Cell.of(preset) for preset in (SHORT, balanced)]
     monkeypatch.setattr(samplers, "grid", lambda: {group: cells for group in samplers.SUCCESS_GROUPS})
     samplers.main([*options, "--only", "presets", "others"])
     page = (tmp_path / sampler_report.PAGE).read_text(encoding="utf-8")

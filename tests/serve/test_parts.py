@@ -285,6 +285,18 @@ def test_presets_and_schedulers_of_jobs() -> None:
         check_job(useless, settings, {"image": (8, 8)})
 
 
+def test_a_preset_that_the_model_lacks(tmp_path: Path) -> None:
+    without = ModelSettings("mine", str(tmp_path))
+    job = JobRequest(prompt="a", quality="instant")
+    with pytest.raises(InputError, match=r"expected 'draft' or .* mine has no distilled"):
+        check_job(job, ServerSettings(models=(without,)), {})
+    assert model_facts(without)["presets"] == ["draft", "balanced", "best"]
+    for model in EMBEDDED_MODELS:
+        assert model_facts(model)["presets"] == ["instant", "draft", "balanced", "best"]
+    (tmp_path / "other" / "distilled").mkdir(parents=True)
+    check_job(job, ServerSettings(models=(ModelSettings("other", str(tmp_path / "other")),)), {})
+
+
 def test_facts_of_models(tmp_path: Path) -> None:
     facts = model_facts(EMBEDDED_MODELS[0])
     assert facts["default_width"] == 128 and facts["defaults"]["steps"] > 1

@@ -24,6 +24,7 @@ from kandinsky22 import (
     KandinskyV22PriorPipeline,
     LCMScheduler,
 )
+from kandinsky22.adapters.files import distilled_steps
 from kandinsky22.errors import InputError
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.consistency import ConsistencyObjective, Distillation, Solver
@@ -370,6 +371,7 @@ def test_an_adapter_from_prompts_draws_in_two_steps(distilled: Any, prompts: Pat
     line = json.loads((path.parent / "decoder" / "log.jsonl").read_text().splitlines()[-1])
     assert line["validation_distance"] > 0
     assert any(".conv1.lora_A" in name for name in load_file(path))
+    assert distilled_steps(path) == 2
     pipe = KandinskyV22CombinedPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kandinsky22.adapters.updates import Adapter, LowRankUpdate
 from kandinsky22.checkpoints.atomic_files import atomic_write, checked_save_path, open_regular_file, read_json
-from kandinsky22.checkpoints.hub import HUB_ID, CheckpointSource, model_folder
+from kandinsky22.checkpoints.hub import DISTILLED, EMBEDDED, HUB_ID, CheckpointSource, model_folder
 from kandinsky22.checkpoints.weights import (
     check_stored_once,
     indexed_files,
@@ -34,10 +34,12 @@ WEIGHT_NAMES = (WEIGHT_NAME, "adapter_model.safetensors", PICKLED_WEIGHT_NAME, "
 PEFT_CONFIG = "adapter_config.json"  # settings next to `adapter_model.safetensors`
 SETTINGS = "lora_adapter_metadata"  # entry of the header with PEFT's settings, as JSON
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+PIPELINE_CONFIG = "model_index.json"  # the file that makes a folder a checkpoint
+STEPS = "num_inference_steps"  # entry of the header of a distilled adapter: the number of steps to sample with
 MAX_SETTINGS_CHARACTERS = 2**20
 
 AdapterSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-"""A file, a folder, a Hub id, or tensors by name."""
+"""A file, a folder, a Hub id, a checkpoint with a distilled adapter, or tensors by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,8 @@ def find_adapter_files(
     """Return the files of an adapter; several only for whole weights in several shards.
 
     Args:
-        source: A file, a folder, or a Hub id.
+        source: A file, a folder, or a Hub id; or a checkpoint, by its folder, its Hub id or "embedded", whose folder
+            `distilled` has the adapter.
         weight_name: Name of the file in the folder; None finds it.
         subfolder: Folder within the folder or repository; None for that itself.
         use_safetensors: True finds only safetensors files, False only pickled ones; None prefers safetensors.
@@ -138,7 +141,7 @@ def find_adapter_files(
         raise invalid("pretrained_model_name_or_path_or_dict", source, expected)
     if "\0" in os.fspath(given):
         raise invalid("pretrained_model_name_or_path_or_dict", source, expected)
-    if os.path.isfile(source):
+    if os.path.isfile(source) and source != EMBEDDED:
         if weight_name is not None or subfolder is not None:
             raise invalid("weight_name", weight_name or subfolder, f"None, because {os.fspath(source)!r} is a file")
         return [Path(source)]
@@ -151,13 +154,21 @@ def find_adapter_files(
 
     def select(names: list[str]) -> list[str]:
         available.update(names)
-        return _select(names, weight_name, use_safetensors)
+        if selected := _select(names, weight_name, use_safetensors):
+            return selected
+        inside = [name.removeprefix(f"{DISTILLED}/") for name in names if name.startswith(f"{DISTILLED}/")]
+        return [f"{DISTILLED}/{name}" for name in _select(inside, None, use_safetensors)]
 
-    folder = model_folder(checkpoint, subfolder, lambda names: [*select(names), *({PEFT_CONFIG} & set(names))])
+    settings = {PEFT_CONFIG, f"{DISTILLED}/{PEFT_CONFIG}"}
+    folder = model_folder(checkpoint, subfolder, lambda names: [*select(names), *(settings & set(names))])
     # nothing was downloaded from a repository without a suitable file
-    entries = os.listdir(folder) if os.path.isdir(folder) else []
-    names = sorted(entry for entry in entries if os.path.isfile(folder / entry))
+    names = [*_file_names(folder), *(f"{DISTILLED}/{name}" for name in _file_names(folder / DISTILLED))]
     selected = [name for name in select(names) if name in names]
+    if not selected and PIPELINE_CONFIG in available:
+        raise CheckpointError(
+            f"the model {text} has no distilled adapter: expected {DISTILLED}/{WEIGHT_NAME}, which kandinsky22 train "
+            "distill writes"
+        )
     if not selected:
         present = ", ".join(map(printable, sorted(available))) or "no files"
         raise CheckpointError(
@@ -167,6 +178,11 @@ def find_adapter_files(
     if selected[0].endswith(".json"):
         return indexed_files(folder / selected[0])
     return [folder / selected[0]]
+
+
+def _file_names(folder: Path) -> list[str]:
+    entries = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(entry for entry in entries if os.path.isfile(folder / entry))
 
 
 def _select(names: Iterable[str], weight_name: str | None, use_safetensors: bool | None) -> list[str]:
@@ -206,6 +222,28 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def distilled_steps(path: Path) -> int | None:
+    """Return the number of steps to sample with, according to the file of a distilled adapter.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The number; None if the file does not say.
+
+    Raises:
+        CheckpointError: If the file is damaged, or the number is none.
+    """
+    text = read_metadata(path).get(STEPS)
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not 0 < len(text) <= 4 or int(text) == 0:
+        raise CheckpointError(
+            f"cannot read {path}: {STEPS} in its header is {text!r}: expected a number from 1 to 9999"
+        )
+    return int(text)
+
+
 def file_digest(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 digest of a file, 64 hexadecimal digits.
 
@@ -234,6 +272,7 @@ def write_adapter(
     *,
     weight_name: str | None = None,
     safe_serialization: bool = True,
+    num_inference_steps: int | None = None,
 ) -> Path:
     """Write the adapters of one or several networks to one file, in PEFT's layout.
 
@@ -244,6 +283,8 @@ def write_adapter(
         adapters: Adapters by role: "unet", "prior".
         weight_name: Name of the file; None for `WEIGHT_NAME`, or its pickled form.
         safe_serialization: Whether to write a safetensors file instead of a pickled one, which has no settings.
+        num_inference_steps: Number of steps to sample with, for distilled adapters in a safetensors file; None for
+            others.
 
     Returns:
         Path of the file.
@@ -276,6 +317,7 @@ def write_adapter(
         with atomic_write(folder / name) as temporary:
             if safe_serialization:
                 header = {SETTINGS: json.dumps(settings, indent=2, sort_keys=True)} if settings else {}
+                header |= {} if num_inference_steps is None else {STEPS: str(num_inference_steps)}
                 save_file(contiguous, temporary, metadata={"format": "pt", **header})
             else:
                 torch.save(contiguous, temporary)

@@ -20,7 +20,14 @@ from kandinsky22.adapters.arguments import (
     new_name,
     weights_by_name,
 )
-from kandinsky22.adapters.files import AdapterSource, AdapterTensors, read_adapter, write_adapter
+from kandinsky22.adapters.files import (
+    AdapterSource,
+    AdapterTensors,
+    distilled_steps,
+    find_adapter_files,
+    read_adapter,
+    write_adapter,
+)
 from kandinsky22.adapters.formats import PRIOR, UNET, match_updates
 from kandinsky22.adapters.merging import (
     NetworkAdapters,
@@ -30,6 +37,7 @@ from kandinsky22.adapters.merging import (
     check_adaptable,
 )
 from kandinsky22.adapters.updates import Adapter
+from kandinsky22.checkpoints.hub import DISTILLED
 from kandinsky22.checkpoints.load_arguments import LoadArguments, check_use_safetensors, checked_flag
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs.validation import names_among
@@ -44,6 +52,7 @@ class AdapterMixin:
     Adapters belong to the networks: pipelines that share a network share its adapters.
     """
 
+    origin: str | None
     _components: dict[str, Any]
 
     @property
@@ -76,7 +85,8 @@ class AdapterMixin:
         otherwise nothing has changed.
 
         Args:
-            pretrained_model_name_or_path_or_dict: A file, a folder, a Hub id, or tensors by name.
+            pretrained_model_name_or_path_or_dict: A file, a folder, a Hub id, a checkpoint whose folder `distilled` has
+                the adapter, or tensors by name.
             adapter_name: Name for the other methods; None for "default_0", "default_1" and so on.
             hotswap: Whether the adapter replaces the one of this name, with its weight.
             weight_name: Name of the file in the folder; None finds it.
@@ -120,10 +130,49 @@ class AdapterMixin:
         )
         self._add_adapter(name, stored, prefix, networks)
 
+    @changes_networks
+    def load_distilled_adapter(self) -> int | None:
+        """Load the distilled adapter of the checkpoint, named "distilled", and apply it besides the active adapters.
+
+        `LCMScheduler` generates with it in 2 to 4 steps, with `guidance_scale=1`. `kandinsky22 train distill` writes
+        such adapters; a checkpoint has its own in the folder `distilled`.
+
+        Returns:
+            The number of steps that the adapter was made for; None if its file does not say.
+
+        Raises:
+            InputError: If the pipeline was not loaded from a checkpoint, or a network cannot take the adapter.
+            CheckpointError: If the checkpoint has no distilled adapter, or a damaged one.
+        """
+        networks = self._adaptable()
+        if self.origin is None:
+            raise InputError(
+                f"the {type(self).__name__} was made of objects, not loaded from a checkpoint that could have a "
+                "distilled adapter; pass the adapter to load_lora_weights"
+            )
+        steps = distilled_steps(find_adapter_files(self.origin)[0])
+        if DISTILLED not in all_names(networks):
+            self._add_adapter(DISTILLED, read_adapter(self.origin), None, networks, keeps_active=True)
+            return steps
+        selections = {component: adapters_of(network).selection for component, network in networks.items()}
+        inactive = [name for name, each in selections.items() if DISTILLED in each.loaded.keys() - set(each.active)]
+        selections |= {
+            name: dataclasses.replace(selections[name], active=(*selections[name].active, DISTILLED))
+            for name in inactive
+        }
+        self._select(networks, selections)
+        return steps
+
     def _add_adapter(
-        self, name: str, stored: AdapterTensors, prefix: str | None, networks: Mapping[str, nn.Module]
+        self,
+        name: str,
+        stored: AdapterTensors,
+        prefix: str | None,
+        networks: Mapping[str, nn.Module],
+        *,
+        keeps_active: bool = False,
     ) -> None:
-        """Add an adapter to the networks that it has tensors for, and make it the only active one."""
+        """Add an adapter to the networks that it has tensors for. It is the only active one unless the others stay."""
         by_role = {COMPONENTS[component]: network for component, network in networks.items()}
         matched = match_updates(stored.tensors, by_role, origin=stored.origin, settings=stored.settings, prefix=prefix)
         for role, adapter in matched.items():
@@ -131,7 +180,9 @@ class AdapterMixin:
         selections: dict[str, Selection] = {}
         for component, network in networks.items():
             current = adapters_of(network).selection
-            selections[component] = _with_adapter(current, name, matched.get(COMPONENTS[component]))
+            selections[component] = _with_adapter(
+                current, name, matched.get(COMPONENTS[component]), keeps_active=keeps_active
+            )
         self._select(networks, selections)
 
     def save_lora_weights(
@@ -413,7 +464,7 @@ def _undone_on_error(network: nn.Module) -> Iterator[NetworkAdapters]:
         raise
 
 
-def _with_adapter(current: Selection, name: str, adapter: Adapter | None) -> Selection:
+def _with_adapter(current: Selection, name: str, adapter: Adapter | None, *, keeps_active: bool) -> Selection:
     """Return a selection in which an adapter was added and activated, or replaced.
 
     A network that the adapter has no tensors for keeps its other adapters as they are.
@@ -426,4 +477,5 @@ def _with_adapter(current: Selection, name: str, adapter: Adapter | None) -> Sel
     if name in current.loaded:
         return dataclasses.replace(current, loaded={**current.loaded, name: adapter})
     weights = {**current.weights, name: 1.0}
-    return dataclasses.replace(current, loaded={**current.loaded, name: adapter}, weights=weights, active=(name,))
+    active = (*current.active, name) if keeps_active else (name,)
+    return dataclasses.replace(current, loaded={**current.loaded, name: adapter}, weights=weights, active=active)

@@ -14,7 +14,13 @@ from kandinsky22.batch.items import Item
 from kandinsky22.batch.row_settings import Part, RowSettings, parse_settings
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.generation.adapters import FoundAdapter, find_adapter, split_weight
+from kandinsky22.generation.adapters import (
+    FoundAdapter,
+    adapter_fields,
+    find_adapter,
+    find_distilled_adapter,
+    split_weight,
+)
 from kandinsky22.generation.canvas import extended_size
 from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.input_images import SUBJECT, InputImages
@@ -97,17 +103,18 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
     row = parse_settings({**_effective_defaults(options.defaults, item.settings), **item.settings})
     mode = _mode(row, item.settings)
     row = _without_ineffective_defaults(row, mode, item.settings)
-    values = _sampling_values(row)
-    inputs = InputImages()
-    images: dict[str, Any] = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
-    width, height = _size(row)
     model = EMBEDDED if row.model is None else row.model
     for name, location in (("model", model), ("prior", row.prior)):
         _check_location(name, location)
+    distilled = _distilled(row, model)
+    values = _sampling_values(row, distilled)
+    inputs = InputImages()
+    images: dict[str, Any] = {name: _open(inputs, name, getattr(row, name), options.folder) for name in IMAGES}
+    width, height = _size(row)
     request = Request(
         **images,
         **values,
-        **_adapters(row, options.folder),
+        **_adapters(row, options.folder, distilled),
         **_tiny_decoder(row, options.folder),
         seeds=(item.seed,),
         parts=None if row.parts is None else _mixture(row.parts, inputs, options.folder),
@@ -124,6 +131,8 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
         cache_every=None if row.cache_every == 1 else row.cache_every,
         engine=None if row.engine == TORCH else row.engine,
     )
+    if row.quality is not None and row.steps is None:
+        request = mode.with_decoder_step(request)
     _check(mode, request, inputs)
     return RowRequest(mode, request, inputs)
 
@@ -171,11 +180,10 @@ def _mode(row: RowSettings, settings: Mapping[str, Any]) -> Mode:
     return mode
 
 
-def _sampling_values(row: RowSettings) -> dict[str, Any]:
+def _sampling_values(row: RowSettings, distilled: FoundAdapter | None) -> dict[str, Any]:
     """Return fields of Request: the row's own ones, else those of its preset."""
-    if row.quality is not None and row.quality not in PRESETS:
-        raise invalid("quality", row.quality, f"one of {', '.join(PRESETS)}")
-    preset = {} if row.quality is None else preset_settings(row.quality)
+    steps = None if distilled is None else distilled.steps
+    preset = {} if row.quality is None else preset_settings(row.quality, steps)
     values = {name: getattr(row, name) for name in SAME_NAMES}
     values |= {name: preset.get(name) for name, value in values.items() if value is None}
     for name in ("scheduler", "prior_scheduler"):
@@ -236,21 +244,31 @@ def _subject(text: str, inputs: InputImages, folder: Path) -> MixtureItem:
     return MixtureItem(weight, subject=_open(inputs, SUBJECT, name, folder))
 
 
-def _adapters(row: RowSettings, folder: Path) -> dict[str, Any]:
+def _distilled(row: RowSettings, model: str) -> FoundAdapter | None:
+    """Return the distilled adapter of the model if the row's preset has it."""
+    if row.quality is None:
+        return None
+    if row.quality not in PRESETS:
+        raise invalid("quality", row.quality, f"one of {', '.join(PRESETS)}")
+    return _find_distilled_adapter(model) if PRESETS[row.quality].distilled else None
+
+
+def _adapters(row: RowSettings, folder: Path, distilled: FoundAdapter | None) -> dict[str, Any]:
     """Return the fields of Request that stand for the row's adapters, whose files are read once per process."""
-    if row.lora in (None, (NO_ADAPTER,)):
-        return {}
-    adapters = [_find_adapter(text, str(folder)) for text in row.lora or ()]
-    return {
-        "lora": tuple(adapter.record for adapter in adapters),
-        "lora_locations": tuple(adapter.location for adapter in adapters),
-    }
+    texts = () if row.lora in (None, (NO_ADAPTER,)) else row.lora or ()
+    own = [] if distilled is None else [distilled]
+    return adapter_fields([*own, *(_find_adapter(text, str(folder)) for text in texts)])
 
 
 @functools.lru_cache(maxsize=64)
 def _find_adapter(text: str, folder: str) -> FoundAdapter:
     name, weight = split_weight(text)
     return find_adapter(_existing(name, folder), weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _find_distilled_adapter(model: str) -> FoundAdapter:
+    return find_distilled_adapter(model, model)
 
 
 def _existing(name: str, folder: str) -> str:

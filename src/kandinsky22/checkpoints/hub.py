@@ -17,6 +17,7 @@ from kandinsky22.errors import CheckpointError, MissingDependencyError, invalid
 from kandinsky22.requirements import OLDEST_VERSIONS
 
 EMBEDDED = "embedded"
+DISTILLED = "distilled"  # folder of a checkpoint with the adapter for sampling in a few steps, and name of the adapter
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT = 30.0  # seconds without a response
 MAX_CARD_BYTES = 2**20  # the front matter of a model card is at its beginning

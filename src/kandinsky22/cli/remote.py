@@ -17,10 +17,12 @@ from kandinsky22.cli.api_client import ApiClient, Event, ServerError
 from kandinsky22.cli.run import SHEET, Command
 from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError, KandinskyError
+from kandinsky22.generation.adapters import distilled_record
 from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.image_files import contact_sheet, embedded_recipe
 from kandinsky22.generation.recipe import InputFile, Recipe
 from kandinsky22.generation.request import Request
+from kandinsky22.sampling.presets import PRESETS, find_preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,7 +92,7 @@ def refuse_local_options(args: argparse.Namespace) -> None:
 
 def _check_request(request: Request) -> None:
     """Raise an error if the request has parts, also from a recipe, that the API cannot express."""
-    if request.lora:
+    if request.lora:  # the server applies the distilled adapter of its own model
         raise InputError("the server applies no adapters; add --lora none to generate without those of the recipe")
     if request.subject is not None or any(part.subject is not None for part in request.parts or ()):
         raise InputError("the server mixes no learned subjects; generate without --server")
@@ -158,9 +160,22 @@ def _job_request(command: Command, info: Mapping[str, Any], uploads: Mapping[Inp
     if not request.texts():  # the prior samples only for texts; recipes record its settings of a preset all the same
         job = {name: value for name, value in job.items() if not name.startswith("prior_")}
         job |= {"quality": command.args.quality} if command.args.quality is not None else {}
+    if (quality := _distilled_preset(command)) is not None:
+        job["quality"] = quality
+        if command.args.quality is not None and command.args.steps is None:
+            job.pop("steps")  # its adapter says how many
     if (model := _model(command, info)) is not None:
         job["model"] = model
     return job
+
+
+def _distilled_preset(command: Command) -> str | None:
+    """Return the preset with the distilled adapter if the command, else its recipe, has that adapter; else None."""
+    if (quality := command.args.quality) is not None:
+        return str(quality) if find_preset(quality).distilled else None
+    recipe = command.old_recipe
+    has_adapter = recipe is not None and distilled_record(recipe.lora, recipe.model) is not None
+    return next(name for name, preset in PRESETS.items() if preset.distilled) if has_adapter else None
 
 
 def _schedulers(request: Request) -> dict[str, Any]:

@@ -12,8 +12,17 @@ from typing import Any
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.cli.command_inputs import CommandInputs
 from kandinsky22.cli.option_values import MixtureOption
+from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.generation.adapters import find_adapter, find_recorded_adapter, split_weight
+from kandinsky22.generation.adapters import (
+    FoundAdapter,
+    adapter_fields,
+    distilled_record,
+    find_adapter,
+    find_distilled_adapter,
+    find_recorded_adapter,
+    split_weight,
+)
 from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.image_files import PNG, find_format
 from kandinsky22.generation.input_images import SUBJECT, check_text
@@ -21,6 +30,7 @@ from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_SIDE
 from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.generation.request import Request, preset_settings
 from kandinsky22.generation.tiny_decoders import NO_TINY_DECODER, find_recorded_tiny_decoder, find_tiny_decoder
+from kandinsky22.sampling.presets import find_preset
 
 IMAGE_OPTIONS = ("image", "mask", "hint")
 NO_ADAPTER = "none"  # value of --lora that leaves out the recipe's adapters
@@ -43,12 +53,15 @@ def read_request(
             have weights.
         OSError: If an input file cannot be opened.
     """
-    preset_values = _preset_values(args)
+    preset_values = _preset_values(args, recipe)
     texts = _texts(args, inputs)
+    from_settings: frozenset[str] = getattr(args, FROM_SETTINGS, frozenset())
+    # a preset of the command line comes before options of the settings file
+    later = from_settings & preset_values.keys() if "quality" not in from_settings else frozenset()
 
     def resolve(name: str) -> Any:
         option = texts.get(name, getattr(args, name, None))
-        if option is not None:
+        if option is not None and name not in later:
             return option
         if name in preset_values:
             return preset_values[name]
@@ -67,7 +80,10 @@ def read_request(
     derived["model"] = EMBEDDED if model is None else model
     derived["model_location"] = model_location(derived["model"], args.source if args.model is None else None)
     prior_source = args.source if args.prior is None else None
-    derived |= _adapters(args, recipe, inputs)
+    distilled = _distilled(args, recipe, model=derived["model"], location=derived["model_location"])
+    if distilled is not None and distilled.steps is not None and "steps" in preset_values:
+        preset_values["steps"] = distilled.steps
+    derived |= _adapters(args, recipe, inputs, distilled)
     derived |= _tiny_decoder(args, recipe, inputs)
     derived["prior_location"] = derived["prior"] and model_location(derived["prior"], prior_source)
     direct = {field.name: resolve(field.name) for field in dataclasses.fields(Request) if field.name not in derived}
@@ -98,24 +114,41 @@ def model_location(name: str, recipe_source: Path | None) -> str:
     return str(candidate) if _is_folder(candidate) else name
 
 
-def _adapters(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs) -> dict[str, Any]:
-    """Return the adapters of the command line, else those of the recipe, and where they are; `--lora none` has none."""
+def _distilled(args: argparse.Namespace, recipe: Recipe | None, *, model: str, location: str) -> FoundAdapter | None:
+    """Return the distilled adapter of the model if the preset, else the recipe, has it.
+
+    A server has the adapters of its own models.
+    """
+    quality = getattr(args, "quality", None)
+    record = None if recipe is None else distilled_record(recipe.lora, recipe.model)
+    is_distilled = record is not None if quality is None else find_preset(quality).distilled
+    if not is_distilled or getattr(args, "server", None) is not None:
+        return None
+    if record is not None and quality is None and args.model is None:
+        return find_recorded_adapter(record, args.source)
+    return find_distilled_adapter(model, location)
+
+
+def _adapters(
+    args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs, distilled: FoundAdapter | None
+) -> dict[str, Any]:
+    """Return the adapters and where they are: those of the command line, else those of the recipe; `none` has none.
+
+    The distilled adapter of the model comes first.
+    """
+    recorded = [] if recipe is None else list(recipe.lora or ())
+    record = None if recipe is None else distilled_record(recorded, recipe.model)
+    found = [] if distilled is None else [distilled]
     if args.lora is not None:
         texts = [text for text in args.lora if text != NO_ADAPTER]
         if texts and len(texts) < len(args.lora):
             raise invalid("lora", args.lora, f"{NO_ADAPTER!r} alone, or adapters")
-        found = [find_adapter(*split_weight(check_text("lora", text))) for text in texts]
+        found += [find_adapter(*split_weight(check_text("lora", text))) for text in texts]
     else:
-        recorded = None if recipe is None else recipe.lora
-        found = [find_recorded_adapter(record, args.source) for record in recorded or ()]
+        found += [find_recorded_adapter(other, args.source) for other in recorded if other is not record]
     inputs.paths += [path for adapter in found for path in adapter.paths]
     inputs.changes += [adapter.change for adapter in found if adapter.change is not None]
-    if not found:
-        return {"lora": None, "lora_locations": None}
-    return {
-        "lora": tuple(adapter.record for adapter in found),
-        "lora_locations": tuple(adapter.location for adapter in found),
-    }
+    return adapter_fields(found)
 
 
 def _tiny_decoder(args: argparse.Namespace, recipe: Recipe | None, inputs: CommandInputs) -> dict[str, Any]:
@@ -167,13 +200,16 @@ def _texts(args: argparse.Namespace, inputs: CommandInputs) -> dict[str, str]:
     return {name: inputs.read_text(name, value) for name, value in values.items() if value is not None}
 
 
-def _preset_values(args: argparse.Namespace) -> dict[str, Any]:
+def _preset_values(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
     """Return the settings of `--quality`.
 
-    Scheduler settings belong to one scheduler class, so an explicit `--scheduler` resets them.
+    Scheduler settings belong to one scheduler class, so an explicit `--scheduler` resets them. The guidance scale of a
+    recipe with the distilled adapter belongs to that adapter.
     """
     name = getattr(args, "quality", None)
     values = {} if name is None else preset_settings(name)
+    if name is not None and recipe is not None and distilled_record(recipe.lora, recipe.model) is not None:
+        values.setdefault("guidance", None)
     for option in ("scheduler", "prior_scheduler"):
         if getattr(args, option, None) is not None:
             values[f"{option}_settings"] = None

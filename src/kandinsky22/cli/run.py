@@ -136,6 +136,8 @@ def _check(subcommand: Subcommand, args: argparse.Namespace, console: Console, s
     drop_ineffective_settings(mode, args)
     size_option = mode.base_images[0] if mode.base_images else None
     request = read_request(args, old_recipe, inputs, size_option=size_option)
+    if args.quality is not None and args.steps is None:
+        request = mode.with_decoder_step(request)
     subcommand.check(request, args.fail)
     _check_options(args, request)
     base_images = {

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.generation.recipe import AppliedAdapter
 
@@ -24,12 +26,14 @@ class FoundAdapter:
         location: The file, folder or Hub id that it is read from.
         paths: Its files.
         change: Message about a file that differs from the recipe's record; None if it does not.
+        steps: Number of steps that a distilled adapter was made for; None if it does not say, and for others.
     """
 
     record: AppliedAdapter
     location: str
     paths: tuple[Path, ...]
     change: str | None = None
+    steps: int | None = None
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -55,6 +59,44 @@ def find_adapter(name: str, weight: float) -> FoundAdapter:
         CheckpointError: If there is no such adapter.
     """
     return _found(AppliedAdapter(name, "", weight), name)
+
+
+def find_distilled_adapter(model: str, location: str) -> FoundAdapter:
+    """Return the adapter in a checkpoint's folder `distilled`, with which it samples in a few unguided steps.
+
+    Args:
+        model: Name of the checkpoint, which the recipe records.
+        location: Its folder or Hub id, or "embedded".
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist or has no such adapter.
+    """
+    from kandinsky22.adapters.files import distilled_steps
+
+    found = _found(AppliedAdapter(model, "", 1.0), location)
+    return dataclasses.replace(found, steps=distilled_steps(found.paths[0]))
+
+
+def distilled_record(adapters: Iterable[AppliedAdapter] | None, model: str) -> AppliedAdapter | None:
+    """Return the distilled adapter among those of a recipe, which has the name of the model; None if there is none.
+
+    Args:
+        adapters: Adapters of the recipe; None for none.
+        model: Model of the recipe.
+    """
+    return next((adapter for adapter in adapters or () if adapter.name == model), None)
+
+
+def adapter_fields(found: Sequence[FoundAdapter]) -> dict[str, Any]:
+    """Return the fields of `Request` that stand for adapters.
+
+    Args:
+        found: The adapters.
+    """
+    return {
+        "lora": tuple(adapter.record for adapter in found) or None,
+        "lora_locations": tuple(adapter.location for adapter in found) or None,
+    }
 
 
 def find_recorded_adapter(record: AppliedAdapter, recipe_source: Path | None) -> FoundAdapter:
@@ -96,6 +138,8 @@ def existing_locations(name: str, recipe_source: Path | None) -> list[str]:
     Returns:
         Those that exist.
     """
+    if name == EMBEDDED:
+        return []
     folder = Path() if recipe_source is None else recipe_source.parent
     recorded = Path(name)
     candidates = dict.fromkeys(map(str, (recorded, folder / recorded, folder / recorded.name)))

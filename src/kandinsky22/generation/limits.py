@@ -14,6 +14,7 @@ MAX_STEPS = 10_000  # ten times the training steps of the published checkpoints
 MAX_SIDE = 8192
 MAX_PIXELS = 4096 * 4096
 MAX_ASPECT_RATIO = 32
+DEFAULT_STRENGTH = 0.3  # of the specification
 DEFAULT_SUBJECT_WEIGHT = 0.5  # of a learned subject; the prompt has the other half
 
 SIZE_LIMITS = (

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from kandinsky22.generation.limits import DEFAULT_STRENGTH
 from kandinsky22.generation.request import Request
 
+MAX_PRESET_STEPS = 50  # a distilled network knows the timesteps of so many steps
 PRIOR, PRIOR_EMB2EMB = "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"
 
 
@@ -71,6 +73,20 @@ class Mode:
             if getattr(request, setting.name) is not None and getattr(request, setting.other) is None:
                 return setting
         return None
+
+    def with_decoder_step(self, request: Request) -> Request:
+        """Return a request with the steps of a preset, increased until `strength` leaves the decoder one of them.
+
+        Args:
+            request: The request. Its number of steps is that of a preset.
+        """
+        strength = DEFAULT_STRENGTH if request.strength is None else request.strength
+        starts_from_image = "strength" in self.inputs and "image" in self.base_images and request.image is not None
+        if not starts_from_image or not strength or request.steps is None:
+            return request
+        numbers = range(request.steps, max(request.steps, MAX_PRESET_STEPS) + 1)
+        steps = next((number for number in numbers if int(number * strength)), request.steps)
+        return dataclasses.replace(request, steps=steps)
 
 
 _ALL_MODES = (

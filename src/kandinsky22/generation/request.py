@@ -67,11 +67,12 @@ class Request:
         return [text for text in (self.prompt, self.negative_prompt, *mixed) if text is not None]
 
 
-def preset_settings(quality: str) -> dict[str, Any]:
-    """Return the fields of `Request` that a preset sets.
+def preset_settings(quality: str, distilled_steps: int | None = None) -> dict[str, Any]:
+    """Return the fields of `Request` that a preset sets, except for the distilled adapter of its model.
 
     Args:
         quality: Name of the preset.
+        distilled_steps: Number of steps that the distilled adapter was made for; None leaves it to the preset.
 
     Raises:
         InputError: If no preset has this name.
@@ -81,6 +82,13 @@ def preset_settings(quality: str) -> dict[str, Any]:
         field: getattr(preset, field) for field in ("guidance_interval", "prior_guidance_interval")
     }
     for prefix, sampler in (("", preset.decoder), ("prior_", preset.prior)):
-        values |= {f"{prefix}scheduler": sampler.scheduler, f"{prefix}scheduler_settings": dict(sampler.settings)}
+        values |= {
+            f"{prefix}scheduler": sampler.scheduler,
+            f"{prefix}scheduler_settings": dict(sampler.settings) or None,
+        }
         values[f"{prefix}steps"] = sampler.steps
+    if preset.guidance_scale is not None:
+        values["guidance"] = preset.guidance_scale
+    if preset.distilled and distilled_steps is not None:
+        values["steps"] = distilled_steps
     return values

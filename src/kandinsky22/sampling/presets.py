@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kandinsky22.checkpoints.hub import DISTILLED
 from kandinsky22.errors import invalid
 
 if TYPE_CHECKING:
@@ -50,12 +51,17 @@ class Preset:
         prior: Sampler of the prior.
         guidance_interval: Argument of that name for the decoder; None leaves it to the model.
         prior_guidance_interval: The same for the prior.
+        guidance_scale: Argument of that name for the decoder; None leaves it to the model.
+        distilled: Whether the decoder samples with the distilled adapter in its checkpoint's folder `distilled`. The
+            number of steps in its file replaces that of `decoder`.
     """
 
     decoder: Sampler
     prior: Sampler
     guidance_interval: tuple[float, float] | None = None
     prior_guidance_interval: tuple[float, float] | None = None
+    guidance_scale: float | None = None
+    distilled: bool = False
 
 
 # Every preset states the same settings, so that applying one after another leaves nothing of the first.
@@ -66,7 +72,16 @@ _FIRST_STEPS = (0.0, 0.7)  # the last steps only add details and do not need gui
 # selects one of them.
 _STOCHASTIC = {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++"}
 
+UNGUIDED = 1.0  # guidance scale
+
 PRESETS: Mapping[str, Preset] = {
+    "instant": Preset(
+        decoder=Sampler("LCMScheduler", 4),
+        prior=Sampler("DPMSolverMultistepScheduler", 5, _STOCHASTIC),
+        prior_guidance_interval=_FIRST_STEPS,
+        guidance_scale=UNGUIDED,
+        distilled=True,
+    ),
     "draft": Preset(
         decoder=Sampler("DPMSolverMultistepScheduler", 4, _TRAILING),
         prior=Sampler("DPMSolverMultistepScheduler", 4, _STOCHASTIC),
@@ -120,17 +135,22 @@ def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
 
     `pipe(prompt, **apply_quality(pipe, "balanced"))` generates with the preset.
 
+    "instant" also loads the distilled adapter of the checkpoint that the decoder was loaded from, under the name
+    "distilled", and applies it besides the active adapters. The other presets remove it.
+
     Args:
         pipe: A pipeline of the prior, the decoder, or both. Its schedulers are replaced.
-        quality: "draft", "balanced" or "best".
+        quality: "instant", "draft", "balanced" or "best".
 
     Returns:
-        `pipe.generation_defaults`, with the preset's numbers of steps and guidance intervals.
+        `pipe.generation_defaults`, with the preset's numbers of steps, guidance intervals and guidance scale.
 
     Raises:
-        InputError: For any other `quality`.
+        InputError: For any other `quality`, or if a pipeline without checkpoint should have a distilled adapter.
+        CheckpointError: If the checkpoint has no distilled adapter, or a damaged one.
     """
     preset = find_preset(quality)
+    steps = _apply_distilled(pipe, preset) if pipe.components.get("unet") is not None else None
     arguments = dict(pipe.generation_defaults)
     for name in ("scheduler", f"{PRIOR_PREFIX}scheduler"):
         scheduler = pipe.components.get(name)
@@ -138,11 +158,28 @@ def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
             continue
         prefix = name.removesuffix("scheduler")
         if prefix or "prior" in pipe.components:
-            sampler, interval = preset.prior, preset.prior_guidance_interval
+            sampler, interval, guidance = preset.prior, preset.prior_guidance_interval, None
         else:
-            sampler, interval = preset.decoder, preset.guidance_interval
+            sampler, interval, guidance = preset.decoder, preset.guidance_interval, preset.guidance_scale
+            sampler = sampler if steps is None else dataclasses.replace(sampler, steps=steps)
         setattr(pipe, name, sampler.from_config(scheduler.config))
         arguments[f"{prefix}num_inference_steps"] = sampler.steps
         if interval is not None:
             arguments[f"{prefix}guidance_interval"] = interval
+        if guidance is not None:
+            arguments[f"{prefix}guidance_scale"] = guidance
     return arguments
+
+
+def _apply_distilled(pipe: Any, preset: Preset) -> int | None:
+    """Apply the distilled adapter of the pipeline's checkpoint, or remove it, as the preset says.
+
+    Returns:
+        The adapter's number of steps; None if there is none.
+    """
+    if preset.distilled:
+        steps: int | None = pipe.load_distilled_adapter()
+        return steps
+    if any(DISTILLED in names for names in pipe.get_list_adapters().values()):
+        pipe.delete_adapters(DISTILLED)
+    return None

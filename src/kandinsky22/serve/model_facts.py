@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.checkpoints.hub import EMBEDDED, embedded_folder
+from kandinsky22.checkpoints.hub import DISTILLED, EMBEDDED, embedded_folder
+from kandinsky22.sampling.presets import PRESETS
 from kandinsky22.serve.settings import ModelSettings
 
 DEFAULT_SIDE = 512  # of the published models
@@ -45,7 +46,18 @@ def model_facts(model: ModelSettings) -> dict[str, Any]:
         "default_width": side,
         "default_height": side,
         "defaults": defaults,
+        "presets": [name for name, preset in PRESETS.items() if not preset.distilled or may_be_distilled(model)],
     }
+
+
+def may_be_distilled(model: ModelSettings) -> bool:
+    """Return whether a model has a distilled adapter; True for models on the Hub, whose files are not read here.
+
+    Args:
+        model: The model.
+    """
+    folder = embedded_folder("decoder") if model.location == EMBEDDED else _folder(model)
+    return folder is None or (folder / DISTILLED).is_dir()
 
 
 def _folder(model: ModelSettings) -> Path | None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from kandinsky22.errors import InputError
+from kandinsky22.generation.adapters import distilled_record
 from kandinsky22.generation.image_files import embedded_recipe
 from kandinsky22.generation.modes import MODES
 from kandinsky22.generation.recipe import Recipe
@@ -108,14 +109,17 @@ def request_of(recipe_json: dict[str, Any], gallery: Gallery) -> tuple[dict[str,
 
 def _quality(recipe: Recipe) -> str | None:
     """Return the preset whose schedulers a recipe has, or None. Numbers of steps and intervals stand for themselves."""
-    schedulers = (recipe.scheduler, recipe.scheduler_settings, recipe.prior_scheduler, recipe.prior_scheduler_settings)
+    is_distilled = distilled_record(recipe.lora, recipe.model) is not None
+    settings, prior_settings = recipe.scheduler_settings or {}, recipe.prior_scheduler_settings or {}
+    schedulers = (recipe.scheduler, settings, recipe.prior_scheduler, prior_settings)
     for name, preset in PRESETS.items():
         decoder, prior = preset.decoder, preset.prior
         has_intervals = all(
             getattr(recipe, field) is not None or getattr(preset, field) is None
             for field in ("guidance_interval", "prior_guidance_interval")
         )
-        if schedulers == (decoder.scheduler, decoder.settings, prior.scheduler, prior.settings) and has_intervals:
+        same_schedulers = schedulers == (decoder.scheduler, decoder.settings, prior.scheduler, prior.settings)
+        if same_schedulers and has_intervals and preset.distilled == is_distilled:
             return name
     return None
 

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from kandinsky22.errors import invalid
+from kandinsky22.generation.adapters import FoundAdapter, adapter_fields
 from kandinsky22.generation.limits import MAX_SEED, check_size
 from kandinsky22.generation.modes import MODES
 from kandinsky22.generation.recipe import InputFile, MixtureItem
 from kandinsky22.generation.request import Request, preset_settings
 from kandinsky22.generation.scheduler_names import SCHEDULERS, find_scheduler_class
+from kandinsky22.sampling.presets import PRESETS, find_preset
+from kandinsky22.serve.model_facts import may_be_distilled
 from kandinsky22.serve.schemas import JobRequest
 from kandinsky22.serve.settings import MODES_OF_KIND, ModelSettings, ServerSettings
 
@@ -41,6 +44,7 @@ def generation_request(
     settings: ServerSettings,
     device: str,
     records: Mapping[str, InputFile],
+    distilled: FoundAdapter | None = None,
 ) -> Request:
     """Return the request of generation that a job stands for.
 
@@ -50,13 +54,15 @@ def generation_request(
         settings: Settings of the server.
         device: Device of the worker.
         records: Records of the input pictures, by the names of `JobRequest.pictures`.
+        distilled: The distilled adapter that the preset of the job requires; None for checks without it.
 
     Raises:
         InputError: If a preset or a scheduler is unknown.
     """
     values: dict[str, Any] = {field.name: None for field in dataclasses.fields(Request)}
+    values |= adapter_fields([] if distilled is None else [distilled])
     if job.quality is not None:
-        values |= preset_settings(job.quality)
+        values |= preset_settings(job.quality, None if distilled is None else distilled.steps)
     for field in ("scheduler", "prior_scheduler"):
         if (name := getattr(job, field)) is not None:
             # Settings of a preset belong to its scheduler.
@@ -86,7 +92,9 @@ def generation_request(
         "dtype": settings.dtype,
         "quantize": settings.quantize,
     }
-    return Request(**values)
+    request = Request(**values)
+    is_preset = job.quality is not None and job.steps is None
+    return MODES[job.mode].with_decoder_step(request) if is_preset else request
 
 
 def check_job(job: JobRequest, settings: ServerSettings, sizes: Mapping[str, tuple[int, int]]) -> ModelSettings:
@@ -113,6 +121,7 @@ def check_job(job: JobRequest, settings: ServerSettings, sizes: Mapping[str, tup
         raise invalid(pair.name, getattr(request, pair.name), f"nothing unless {pair.other} is set")
     if not request.texts() and (useless := [name for name in PRIOR_SETTINGS if getattr(job, name) is not None]):
         raise invalid(useless[0], getattr(job, useless[0]), "nothing, because the prior samples only for texts")
+    _check_preset(job, model)
     _check_limits(job, request, settings)
     _check_sizes(job, settings, sizes)
     return model
@@ -149,6 +158,13 @@ def _model(job: JobRequest, settings: ServerSettings) -> ModelSettings:
         expected = " or ".join(map(repr, accepted)) if accepted else "no value: the server has no model for this mode"
         raise invalid("model", job.model, expected)
     return model
+
+
+def _check_preset(job: JobRequest, model: ModelSettings) -> None:
+    """Report a preset that needs a distilled adapter if the model has none."""
+    if job.quality is not None and find_preset(job.quality).distilled and not may_be_distilled(model):
+        others = " or ".join(repr(name) for name, preset in PRESETS.items() if not preset.distilled)
+        raise invalid("quality", job.quality, f"{others}, because {model.id} has no distilled adapter")
 
 
 def _scheduler_class(field: str, name: str) -> str:

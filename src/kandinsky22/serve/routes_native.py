@@ -56,7 +56,11 @@ def _info(server: Server) -> dict[str, Any]:
             {"name": mode.name, "inputs": list(mode.inputs), "required": list(mode.required)} for mode in MODES.values()
         ],
         "presets": [
-            {"name": name, "steps": preset.decoder.steps, "prior_steps": preset.prior.steps}
+            {
+                "name": name,
+                "steps": None if preset.distilled else preset.decoder.steps,  # the adapter says how many
+                "prior_steps": preset.prior.steps,
+            }
             for name, preset in PRESETS.items()
         ],
         "schedulers": list(SCHEDULERS),

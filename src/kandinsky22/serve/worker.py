@@ -27,6 +27,7 @@ from kandinsky22.generation.modes import MODES
 from kandinsky22.generation.previews import Previews, new_previews
 from kandinsky22.generation.recipe import InputFile
 from kandinsky22.generation.request import Request
+from kandinsky22.sampling.presets import find_preset
 from kandinsky22.serve import messages
 from kandinsky22.serve.database import now
 from kandinsky22.serve.failures import DISK_FULL, is_disk_full
@@ -244,10 +245,13 @@ class Worker:
         return JobRun(order, job, settings_model, prepared, reporter, model)
 
     def _request(self, job: JobRequest, model: ModelSettings, records: dict[str, InputFile]) -> Request:
-        """Return the request of a job, with the tiny decoder of its model."""
+        """Return the request of a job, with the tiny decoder and the distilled adapter of its model."""
+        from kandinsky22.generation.adapters import find_distilled_adapter
         from kandinsky22.generation.tiny_decoders import find_tiny_decoder
 
-        request = generation_request(job, model, self._settings, self._options.device, records)
+        is_distilled = job.quality is not None and find_preset(job.quality).distilled
+        distilled = find_distilled_adapter(model.location, model.location) if is_distilled else None
+        request = generation_request(job, model, self._settings, self._options.device, records, distilled)
         if model.tiny_decoder is None:
             return request
         found = find_tiny_decoder(model.tiny_decoder)

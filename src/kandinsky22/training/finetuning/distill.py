@@ -62,7 +62,11 @@ def distill(options: DistillOptions, report: Report | None = None) -> list[Path]
     folder = training.training.folder
     if not training.training.is_main:
         return []
-    return [folder / name for name in stages] if options.full else [write_adapter(folder, adapters)]
+    return (
+        [folder / name for name in stages]
+        if options.full
+        else [write_adapter(folder, adapters, num_inference_steps=options.num_inference_steps)]
+    )
 
 
 class Distiller:

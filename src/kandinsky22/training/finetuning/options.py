@@ -326,7 +326,12 @@ class DistillOptions(TrainingOptions):
         above=True,
     )
     num_inference_steps: int = option_field(
-        int, 4, _DISTILL, "steps of sample pictures, and of the pipelines that --full writes", lowest=1, highest=1000
+        int,
+        4,
+        _DISTILL,
+        "steps of sample pictures and of the result: a distilled adapter names them, and so do the pipelines of --full",
+        lowest=1,
+        highest=1000,
     )
 
     @property

@@ -104,7 +104,7 @@ export const strings = {
   settings: {
     title: "Settings",
     quality: "Quality",
-    qualities: { "": "Default", draft: "Draft", balanced: "Balanced", best: "Best" },
+    qualities: { "": "Default", instant: "Instant", draft: "Draft", balanced: "Balanced", best: "Best" },
     shape: "Shape",
     shapes: { square: "Square", portrait: "Portrait", landscape: "Landscape", tall: "Tall", wide: "Wide", custom: "Custom" },
     width: "Width",
@@ -123,6 +123,7 @@ export const strings = {
     guidance: "Guidance",
     priorGuidance: "Guidance of the prior",
     model: "Model",
+    ofAdapter: "as distilled",
     own: (value) => (value === undefined || value === null ? "model's default" : String(value)),
     promptWeights: "Brackets are weights",
     promptWeightsHint: "(words:1.5) counts more, [words] less",

@@ -35,7 +35,7 @@ export function settingsForm({ value, onchange, kind = "decoder", size = true, c
     const model = modelOf(kind);
     fill(element,
       quality && field(texts.quality, choices({
-        label: texts.quality, value: value.quality ?? "", options: [...store.info.presets.map((preset) => [preset.name, texts.qualities[preset.name] ?? preset.name]), ["", texts.qualities[""]]],
+        label: texts.quality, value: value.quality ?? "", options: [...model.presets.map((name) => [name, texts.qualities[name] ?? name]), ["", texts.qualities[""]]],
         onchange: (next) => { set("quality", next); render(); },
       })),
       size && shapeField(value, model, set, onchange),
@@ -176,6 +176,7 @@ function advanced(value, model, set, open) {
 /** Return what applies if a number is left empty: the preset's steps, or the model's own value. */
 function placeholder(value, name, defaults) {
   const preset = store.info.presets.find((one) => one.name === value.quality);
+  if (preset?.[name] === null) return texts.ofAdapter;
   return texts.own(preset?.[name] ?? defaults[name]);
 }
 
