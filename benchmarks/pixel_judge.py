@@ -143,9 +143,17 @@ def to_array(image: Any) -> Floats:
     return np.clip(np.nan_to_num(array / scale, nan=0.5), 0.0, 1.0).astype(np.float32)
 
 
-def _shifted(mask: npt.NDArray[Any], dy: int, dx: int, fill: Any) -> npt.NDArray[Any]:
+def shifted(mask: npt.NDArray[Any], dy: int, dx: int, fill: Any) -> npt.NDArray[Any]:
+    """Return an array (H, W, ...) moved down and to the right.
+
+    Args:
+        mask: The array.
+        dy: Number of rows.
+        dx: Number of columns.
+        fill: Value of the rows and columns that become free.
+    """
     moved = np.full_like(mask, fill)
-    height, width = mask.shape
+    height, width = mask.shape[:2]
     moved[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = mask[
         max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)
     ]
@@ -160,7 +168,7 @@ def _erode(mask: Bools, depth: int) -> Bools:
     """Erode by `depth` pixels; alternating crosses and squares make the structuring element an octagon."""
     for step in range(depth):
         around = CROSS if step % 2 == 0 else CROSS + DIAGONALS
-        mask = np.logical_and.reduce([mask, *(_shifted(mask, dy, dx, False) for dy, dx in around)])
+        mask = np.logical_and.reduce([mask, *(shifted(mask, dy, dx, False) for dy, dx in around)])
     return mask
 
 
@@ -178,7 +186,7 @@ def components(mask: Bools) -> Iterator[Bools]:
         while (grown := int(part.sum())) > size:
             size = grown
             for _ in range(4):
-                part = np.logical_or.reduce([part, *(_shifted(part, dy, dx, False) for dy, dx in CROSS)]) & rest
+                part = np.logical_or.reduce([part, *(shifted(part, dy, dx, False) for dy, dx in CROSS)]) & rest
         rest &= ~part
         yield part
 
@@ -231,7 +239,7 @@ def _grow(seeds: Sequence[Bools], foreground: Bools, free_steps: int) -> Labels:
         for step in range(limit):
             before = int((owner < 0).sum())
             for dy, dx in CROSS if step % 2 == 0 else CROSS + DIAGONALS:
-                neighbour = _shifted(owner, dy, dx, -1)
+                neighbour = shifted(owner, dy, dx, -1)
                 owner = np.where((owner < 0) & allowed, neighbour, owner)
             if step and int((owner < 0).sum()) == before:
                 break

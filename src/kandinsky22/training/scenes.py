@@ -230,21 +230,27 @@ _DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
 }
 
 
-def _coverage(shapes: Sequence[Shape], size: int, inset: float = 0.0) -> torch.Tensor:
-    """Return the fraction of each pixel that each shape covers, (len(shapes), size, size) in [0, 1].
+def coverage(shapes: Sequence[Shape], size: int, inset: float = 0.0) -> torch.Tensor:
+    """Return the fraction of each pixel that each shape covers.
 
-    Shapes are reduced by a rim of width `inset`, a fraction of the side.
+    Args:
+        shapes: The shapes.
+        size: Side of the image in pixels.
+        inset: Width of a rim by which shapes are reduced, as a fraction of the side; negative to enlarge them.
+
+    Returns:
+        Fractions (len(shapes), size, size) in [0, 1].
     """
     grid = (torch.arange(size, dtype=torch.float32) + 0.5) / size
-    coverage = torch.empty(len(shapes), size, size)
+    result = torch.empty(len(shapes), size, size)
     for kind, distance in _DISTANCES.items():
         indices = [i for i, shape in enumerate(shapes) if shape.kind == kind]
         if not indices:
             continue
         x, y, radius = torch.tensor([[shapes[i].x, shapes[i].y, shapes[i].radius] for i in indices]).T[:, :, None, None]
         dx, dy = torch.broadcast_tensors(grid[None, None, :] - x, grid[None, :, None] - y)
-        coverage[indices] = (0.5 - size * (distance(dx, dy, radius) + inset)).clamp_(0.0, 1.0)
-    return coverage
+        result[indices] = (0.5 - size * (distance(dx, dy, radius) + inset)).clamp_(0.0, 1.0)
+    return result
 
 
 def random_palette(scene: Scene, rng: np.random.Generator) -> Palette:
@@ -317,7 +323,7 @@ def render(scenes: Sequence[Scene], size: int = 128, palettes: Sequence[Palette]
     images = ground[:, :, None, None].repeat(1, 1, size, size)
     for indices, shapes in _layers(scenes):
         paint = torch.tensor([palettes[i][shape.color] for i, shape in zip(indices, shapes, strict=True)])
-        images[indices] = torch.lerp(images[indices], paint[:, :, None, None], _coverage(shapes, size)[:, None])
+        images[indices] = torch.lerp(images[indices], paint[:, :, None, None], coverage(shapes, size)[:, None])
     return images
 
 
@@ -338,8 +344,8 @@ def render_hints(scenes: Sequence[Scene], size: int = 128, *, outlines: Sequence
     lines = torch.as_tensor(outlines).expand(len(scenes))
     near = torch.zeros(len(scenes), size, size)
     for indices, shapes in _layers(scenes):
-        inner = _coverage(shapes, size, OUTLINE_WIDTH) * lines[indices, None, None]
-        near[indices] = torch.maximum(near[indices], _coverage(shapes, size) - inner)
+        inner = coverage(shapes, size, OUTLINE_WIDTH) * lines[indices, None, None]
+        near[indices] = torch.maximum(near[indices], coverage(shapes, size) - inner)
     return near[:, None].repeat(1, 3, 1, 1)
 
 

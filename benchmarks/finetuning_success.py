@@ -1,0 +1,374 @@
+"""Whether a style is learned from 20 pictures, and a subject from 4, judged on fresh prompts of the embedded model.
+
+    python -m benchmarks.finetuning_success --folder finetuning
+
+The style is light from above, which fades to the bottom; the subject is a purple circle with a yellow middle. The
+embedded model draws neither. The commands `kandinsky22 train lora` and `train subject --method dreambooth` learn them.
+Then 40 prompts that training never saw are drawn without and with the result. Pixel analysis judges whether the style
+or the subject is there, and whether the picture still shows what its prompt states. With weight 0 pictures must equal
+those without the adapter, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.embedded_prompts import EVALUATION_SEED, Prompt
+from benchmarks.pixel_judge import CROSS, Floats, judge, read_image, shifted, to_array
+from kandinsky22 import AutoPipelineForText2Image
+from kandinsky22.training.captions import FULL, caption
+from kandinsky22.training.scenes import COLORS, Scene, coverage, render, sample_scene
+
+SIDE = 128
+DARKEST = 0.4  # brightness of the last row in the style, relative to the first
+DARK_ENOUGH, EVEN = 0.6, 0.9  # largest such brightness that the judge accepts, and smallest linearity of the change
+MARGIN = 4  # columns on both sides, where the background is seen
+SUBJECT, MIDDLE = "purple", "yellow"  # colours of the subject
+MIDDLE_RADIUS = 0.5  # of the subject's yellow middle, relative to its radius
+SUBJECT_BACKGROUNDS = ("red", "green", "white", "blue")  # of the pictures of the subject
+PROMPTS = 40
+EQUAL = 8  # prompts that are also drawn with weight 0
+
+
+# Pictures to train on
+
+
+def lit_from_above(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Return scenes in the style: bright at the top and dark at the bottom.
+
+    Args:
+        scenes: The scenes, in colours other than black.
+
+    Returns:
+        Images (len(scenes), 3, 128, 128) in [0, 1].
+    """
+    light = torch.linspace(1, DARKEST, SIDE)[:, None]
+    return render(scenes, SIDE) * light
+
+
+def with_middle(scenes: Sequence[Scene]) -> torch.Tensor:
+    """Return scenes of one purple circle that has a yellow middle.
+
+    Args:
+        scenes: The scenes.
+
+    Returns:
+        Images (len(scenes), 3, 128, 128) in [0, 1].
+    """
+    images = render(scenes, SIDE)
+    paint = torch.tensor(COLORS[MIDDLE])[:, None, None]
+    for image, scene in zip(images, scenes, strict=True):
+        (circle,) = scene.shapes
+        middle = dataclasses.replace(circle, radius=circle.radius * MIDDLE_RADIUS)
+        image.copy_(torch.lerp(image, paint, coverage([middle], SIDE)[0]))
+    return images
+
+
+def style_scene(rng: np.random.Generator) -> Scene:
+    """Return a scene without black.
+
+    Args:
+        rng: Random generator.
+    """
+    while True:
+        scene = sample_scene(rng)
+        if "black" not in (scene.background, *(shape.color for shape in scene.shapes)):
+            return scene
+
+
+def subject_scene(rng: np.random.Generator, backgrounds: Sequence[str]) -> Scene:
+    """Return a scene of a large purple circle.
+
+    Args:
+        rng: Random generator.
+        backgrounds: Colours of the background.
+    """
+    while True:
+        scene = sample_scene(rng, shapes=1)
+        (shape,) = scene.shapes
+        circle = dataclasses.replace(shape, kind="circle", color=SUBJECT)
+        if shape.size == "large" and scene.background in backgrounds:
+            return Scene(scene.background, (circle,))
+
+
+def write_pictures(folder: Path, images: torch.Tensor, captions: Sequence[str]) -> None:
+    """Write pictures with their captions.
+
+    Args:
+        folder: Folder of the pictures.
+        images: Images (count, 3, H, W) in [0, 1].
+        captions: Their captions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (image, text) in enumerate(zip(images, captions, strict=True)):
+        pixels = (image.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"{text}\n", encoding="utf-8")
+
+
+# The judge
+
+
+def light_of(image: Any) -> tuple[float, float]:
+    """Return how bright the background's last row is relative to the first, and how close to linear the change is.
+
+    Args:
+        image: Any image that `to_array` accepts.
+
+    Returns:
+        The ratio of a straight line through the brightness of rows, and the share of the variance that it explains.
+    """
+    pixels = to_array(image)
+    rows = np.concatenate([pixels[:, :MARGIN], pixels[:, -MARGIN:]], axis=1).mean((1, 2))
+    positions = np.linspace(0, 1, len(rows))
+    slope, start = np.polyfit(positions, rows, 1)
+    residual = float(np.square(rows - start - slope * positions).sum())
+    variance = float(np.square(rows - rows.mean()).sum())
+    return float((start + slope) / max(start, 1e-3)), 1 - residual / max(variance, 1e-6)
+
+
+def is_lit_from_above(image: Any) -> bool:
+    """Return whether an image becomes darker from top to bottom, evenly.
+
+    Args:
+        image: Any image that `to_array` accepts.
+    """
+    ratio, linearity = light_of(image)
+    return ratio < DARK_ENOUGH and linearity > EVEN
+
+
+def in_even_light(image: Any) -> Floats:
+    """Return an image without the style's shading.
+
+    Args:
+        image: Any image that `to_array` accepts.
+    """
+    ratio, _ = light_of(image)
+    light = np.linspace(1, max(ratio, DARKEST / 2), SIDE, dtype=np.float32)[:, None, None]
+    even: Floats = (to_array(image) / light).clip(0, 1)
+    return even
+
+
+def has_subject(image: Any) -> bool:
+    """Return whether an image shows a purple circle with a yellow middle.
+
+    Args:
+        image: Any image that `to_array` accepts.
+    """
+    shapes = read_image(without_middle(image)).shapes
+    inner = _nearest(to_array(image)) == list(COLORS).index(MIDDLE)
+    if len(shapes) != 1 or (shapes[0].kind, shapes[0].color) != ("circle", SUBJECT):
+        return False
+    (circle,) = shapes
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
+    distance = np.hypot((columns + 0.5) / SIDE - circle.x, (rows + 0.5) / SIDE - circle.y) / circle.radius
+    is_yellow_inside = inner[distance < 0.3].mean() > 0.8
+    is_purple_outside = inner[(distance > 0.75) & (distance < 0.95)].mean() < 0.2
+    return bool(is_yellow_inside and is_purple_outside)
+
+
+def without_middle(image: Any) -> Floats:
+    """Return an image in which the yellow middle of a subject is purple.
+
+    Args:
+        image: Any image that `to_array` accepts.
+    """
+    return _painted(to_array(image), MIDDLE, SUBJECT)
+
+
+def _nearest(pixels: Floats) -> Any:
+    palette = np.array(list(COLORS.values()), np.float32)
+    return np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
+
+
+def _painted(pixels: Floats, old: str, new: str) -> Floats:
+    """Return an image with another colour instead of one, except for the background."""
+    result, names = pixels.copy(), list(COLORS)
+    area = _nearest(pixels) == names.index(old)
+    for dy, dx in (*CROSS, *CROSS):  # rims are mixtures of both colours
+        area |= shifted(area, dy, dx, False)
+    result[area] = COLORS[new]
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Something to learn.
+
+    Attributes:
+        name: Its name.
+        count: Number of pictures to train on.
+        pictures: Function from scenes to the pictures to train on.
+        train_scene: Function that draws a scene to train on.
+        judged_scene: Function that draws a scene whose caption is a prompt.
+        is_shown: Whether an image has the style or shows the subject.
+        plain: Function that removes it, for the judge of the content.
+        command: Arguments of `kandinsky22 train`.
+    """
+
+    name: str
+    count: int
+    pictures: Callable[[Sequence[Scene]], torch.Tensor]
+    train_scene: Callable[[np.random.Generator], Scene]
+    judged_scene: Callable[[np.random.Generator], Scene]
+    is_shown: Callable[[Any], bool]
+    plain: Callable[[Any], Floats]
+    command: tuple[str, ...]
+
+
+OTHERS = ("orange", *SUBJECT_BACKGROUNDS)
+CASES = (
+    Case(
+        name="style",
+        count=20,
+        pictures=lit_from_above,
+        train_scene=style_scene,
+        judged_scene=style_scene,
+        is_shown=is_lit_from_above,
+        plain=in_even_light,
+        command=(
+            *("lora", "--stage", "decoder", "--rank", "32", "--learning-rate", "2e-3", "--lr-scheduler", "cosine"),
+            *("--lr-warmup-steps", "20", "--train-batch-size", "8", "--max-train-steps", "1200", "--random-flip"),
+        ),
+    ),
+    Case(
+        name="subject",
+        count=4,
+        pictures=with_middle,
+        train_scene=lambda rng: subject_scene(rng, SUBJECT_BACKGROUNDS),
+        judged_scene=lambda rng: subject_scene(rng, OTHERS),
+        is_shown=has_subject,
+        plain=without_middle,
+        command=(
+            *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--rank", "16"),
+            *("--learning-rate", "1e-3", "--train-batch-size", "4", "--max-train-steps", "300"),
+        ),
+    ),
+)
+
+
+def draw_prompts(case: Case, seed: int) -> list[Prompt]:
+    """Return prompts that state all attributes of their scenes.
+
+    Args:
+        case: What was learned.
+        seed: Seed of the prompts.
+    """
+    prompts = []
+    for index in range(PROMPTS):
+        rng = np.random.default_rng([EVALUATION_SEED + seed, 77, index])
+        scene = case.judged_scene(rng)
+        result = caption(scene, rng, FULL)
+        prompts.append(Prompt(result.text, result.description, scene, int(rng.integers(2**31)), held_out=False))
+    return prompts
+
+
+def train(case: Case, folder: Path, seed: int) -> float:
+    """Write the pictures, train, and return the seconds of the command.
+
+    Args:
+        case: What is learned.
+        folder: Folder of pictures and result.
+        seed: Seed of the pictures.
+    """
+    rng = np.random.default_rng([seed, 55])
+    scenes = [case.train_scene(rng) for _ in range(case.count)]
+    write_pictures(folder / "pictures", case.pictures(scenes), [caption(scene, rng, FULL).text for scene in scenes])
+    places = ["--train-data-dir", str(folder / "pictures"), "--output-dir", str(folder / "result")]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "kandinsky22", "train", *case.command, *places], check=True)
+    return time.perf_counter() - start
+
+
+def measure(case: Case, folder: Path, seed: int, seconds: float | None) -> dict[str, Any]:
+    """Judge the pictures of fresh prompts without and with what was learned.
+
+    Args:
+        case: What was learned.
+        folder: Folder of pictures and result.
+        seed: Seed of the prompts.
+        seconds: Seconds of the training; None if it ran earlier.
+    """
+    pipe: Any = AutoPipelineForText2Image.from_pretrained("embedded")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = draw_prompts(case, seed)
+
+    def draw(count: int = PROMPTS) -> list[Image.Image]:
+        return [
+            pipe(prompt.text, generator=torch.Generator().manual_seed(prompt.seed), **pipe.generation_defaults).images[
+                0
+            ]
+            for prompt in prompts[:count]
+        ]
+
+    before = draw()
+    pipe.load_lora_weights(folder / "result")
+    after = draw()
+    pipe.set_adapters(pipe.get_active_adapters(), 0.0)
+    without = draw(EQUAL)
+    report: dict[str, Any] = {"prompts": len(prompts), "seconds": seconds}
+    for name, images in (("before", before), ("after", after)):
+        shown = [case.is_shown(image) for image in images]
+        right = [
+            judge(case.plain(image) if is_shown else image, prompt.description).all_correct
+            for image, prompt, is_shown in zip(images, prompts, shown, strict=True)
+        ]
+        report[name] = {"shown": sum(shown), "right": sum(right)}
+    report["weight 0 equals no adapter"] = all(
+        np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(before[:EQUAL], without, strict=True)
+    )
+    _sheet(folder, before, after).save(folder / "sheet.png")
+    return report
+
+
+def _sheet(folder: Path, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
+    """Return pictures to train on, then those of eight prompts without and with what was learned."""
+    paths = sorted((folder / "pictures").glob("*.png"))
+    rows = [[Image.open(path) for path in paths[:8]], before[:8], after[:8]]
+    sheet = Image.new("RGB", (SIDE * 8, SIDE * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * SIDE, y * SIDE))
+    return sheet
+
+
+def main() -> None:
+    """Train, judge, and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetuning_success", description=str(__doc__).split("\n")[0]
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="folder of pictures, results and sheets")
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="cases (all)")
+    parser.add_argument("--judge-only", action="store_true", help="judge what an earlier run has trained")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pictures and prompts (0)")
+    options = parser.parse_args()
+    print("| case | pictures | training | shown before | shown after | right before | right after | weight 0 |")
+    print("|---|--:|--:|--:|--:|--:|--:|---|")
+    for case in CASES:
+        if options.only is not None and case.name not in options.only:
+            continue
+        folder = options.folder / case.name
+        seconds = None if options.judge_only else train(case, folder, options.seed)
+        report = measure(case, folder, options.seed, seconds)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        before, after, total = report["before"], report["after"], report["prompts"]
+        cells = [f"{each[name]} of {total}" for name in ("shown", "right") for each in (before, after)]
+        training = "" if seconds is None else f"{seconds:.0f} s"
+        equal = "bit-equal" if report["weight 0 equals no adapter"] else "different"
+        print("| " + " | ".join([case.name, str(case.count), training, *cells, equal]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
