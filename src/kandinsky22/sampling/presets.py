@@ -77,7 +77,7 @@ UNGUIDED = 1.0  # guidance scale
 PRESETS: Mapping[str, Preset] = {
     "instant": Preset(
         decoder=Sampler("LCMScheduler", 4),
-        prior=Sampler("DPMSolverMultistepScheduler", 5, _STOCHASTIC),
+        prior=Sampler("DPMSolverMultistepScheduler", 10, _STOCHASTIC),
         prior_guidance_interval=_FIRST_STEPS,
         guidance_scale=UNGUIDED,
         distilled=True,
