@@ -244,7 +244,7 @@ CASES = (
         plain=without_middle,
         command=(
             *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--rank", "16"),
-            *("--learning-rate", "1e-3", "--train-batch-size", "4", "--max-train-steps", "300"),
+            *("--learning-rate", "1e-3", "--train-batch-size", "4", "--max-train-steps", "700"),
         ),
     ),
 )
@@ -316,7 +316,10 @@ def measure(case: Case, folder: Path, seed: int, seconds: float | None) -> dict[
             judge(case.plain(image) if is_shown else image, prompt.description).all_correct
             for image, prompt, is_shown in zip(images, prompts, shown, strict=True)
         ]
-        report[name] = {"shown": sum(shown), "right": sum(right)}
+        report[name] = {"shown": int(sum(shown)), "right": int(sum(right))}
+        (folder / name).mkdir(exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / name / f"{number:02d}.png")
     report["weight 0 equals no adapter"] = all(
         np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(before[:EQUAL], without, strict=True)
     )

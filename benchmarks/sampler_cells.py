@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kandinsky22.adapters.files import distilled_steps, find_adapter_files
+from kandinsky22.adapters.files import distilled_steps, find_distilled_files
 from kandinsky22.checkpoints.hub import EMBEDDED
 from kandinsky22.sampling.presets import PRESETS, Preset, Sampler
 
@@ -208,7 +208,7 @@ GUIDANCE: tuple[tuple[float | None, Mapping[str, Any]], ...] = (
 
 def presets() -> dict[str, Preset]:
     """Return the presets with the number of steps that the embedded model's distilled adapter was made for."""
-    steps = distilled_steps(find_adapter_files(EMBEDDED)[0])
+    steps = distilled_steps(find_distilled_files(EMBEDDED)[0])
     return {
         name: dataclasses.replace(preset, decoder=dataclasses.replace(preset.decoder, steps=steps))
         if preset.distilled and steps is not None

@@ -123,7 +123,7 @@ def _percent(record: Mapping[str, Any]) -> str:
 
 
 def _title(sampler: Sampler) -> str:
-    return f"{name_of(sampler)}, {sampler.steps} steps"
+    return f"{name_of(sampler)}, {sampler.steps} step{'' if sampler.steps == 1 else 's'}"
 
 
 SPECIFICATION_NAME = "the specification's defaults"

@@ -33,7 +33,7 @@ from benchmarks.embedded_success import Generate, run
 from benchmarks.sampler_cells import INTERVALS, KINDS, Cell, distance_grid, grid
 from benchmarks.sampler_report import preset_table, write_report
 from kandinsky22 import AutoPipelineForText2Image, CheckpointError
-from kandinsky22.adapters.files import file_digest, find_adapter_files
+from kandinsky22.adapters.files import file_digest, find_distilled_files
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.checkpoints.hub import DISTILLED
 
@@ -292,7 +292,7 @@ class Bench:
 
 def _adapter_digest(model: str) -> str | None:
     try:
-        return file_digest(find_adapter_files(model)[0])
+        return file_digest(find_distilled_files(model)[0])
     except CheckpointError:
         return None
 

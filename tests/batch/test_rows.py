@@ -45,7 +45,7 @@ def test_presets_with_the_distilled_adapter_of_the_model() -> None:
         return build_request(Item(0, 1, "1", 5, {"prompt": "a", **row}, {}), RequestOptions()).request
 
     instant, draft = request(quality="instant"), request(quality="draft")
-    assert [adapter.name for adapter in instant.lora] == list(instant.lora_locations) == ["embedded"]
+    assert [adapter.name for adapter in instant.lora] == list(instant.lora_locations) == ["embedded/distilled"]
     assert (instant.scheduler, instant.steps, instant.guidance) == ("LCMScheduler", 1, 1.0)
     assert draft.lora is None and draft.guidance is None
     assert request(quality="instant", guidance=2.0).guidance == 2.0

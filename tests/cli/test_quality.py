@@ -139,7 +139,7 @@ def test_instant_equals_apply_quality_and_is_repeated(command: Command, distille
     recipe = draw(command, "instant.png", "a cat", "--model", distilled, "--seed", 5, "--quality", "instant")
     assert (recipe["scheduler"], recipe["steps"], recipe["guidance"]) == ("LCMScheduler", 2, 1.0)
     (adapter,) = recipe["lora"]
-    assert (adapter["name"], adapter["weight"]) == (str(distilled), 1.0)
+    assert (adapter["name"], adapter["weight"]) == (f"{distilled}/distilled", 1.0)
     pipe = kandinsky22.AutoPipelineForText2Image.from_pretrained(distilled)
     options = presets.apply_quality(pipe, "instant")
     (image,) = pipe("a cat", generator=torch.Generator().manual_seed(5), **options).images
@@ -161,9 +161,9 @@ def test_instant_is_added_to_adapters_and_stays_without_them(command: Command, d
     shutil.copy(distilled / "distilled" / "pytorch_lora_weights.safetensors", style)
     options = ("a cat", "--model", distilled, "--seed", 5, "--quality", "instant")
     recipe = draw(command, "both.png", *options, "--lora", f"{style}:0.5")
-    assert [adapter["name"] for adapter in recipe["lora"]] == [str(distilled), str(style)]
+    assert [adapter["name"] for adapter in recipe["lora"]] == [f"{distilled}/distilled", str(style)]
     alone = draw(command, "alone.png", "--from", "both.png", "--lora", "none")
-    assert [adapter["name"] for adapter in alone["lora"]] == [str(distilled)]
+    assert [adapter["name"] for adapter in alone["lora"]] == [f"{distilled}/distilled"]
 
 
 def test_instant_leaves_a_step_at_any_strength(command: Command, distilled: Path) -> None:
@@ -186,6 +186,8 @@ def test_instant_precedes_the_guidance_of_the_settings_file(
     options = ("a cat", "--model", distilled)
     assert draw(command, "instant.png", *options, "--quality", "instant")["guidance"] == 1.0
     assert draw(command, "balanced.png", *options, "--quality", "balanced")["guidance"] == 6.0
+    monkeypatch.setenv("KANDINSKY22_QUALITY", "instant")
+    assert draw(command, "settings.png", *options)["guidance"] == 1.0
     assert draw(command, "own.png", *options, "--quality", "instant", "--guidance", 2)["guidance"] == 2.0
 
 

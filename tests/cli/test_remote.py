@@ -136,7 +136,7 @@ def test_the_server_applies_the_distilled_adapter(remote: Command) -> None:
     assert there.code == 0, there.err
     assert local(remote, "generate", *options, "-o", "here.png").code == 0
     assert stored(Path("there.png")) == stored(Path("here.png"))
-    assert [adapter["name"] for adapter in stored(Path("there.png"))["lora"]] == ["embedded"]
+    assert [adapter["name"] for adapter in stored(Path("there.png"))["lora"]] == ["embedded/distilled"]
     np.testing.assert_array_equal(pixels(Path("there.png")), pixels(Path("here.png")))
     again = remote("generate", "--from", "here.png", "-o", "again.png")
     assert again.code == 0, again.err

@@ -294,7 +294,11 @@ def test_a_preset_that_the_model_lacks(tmp_path: Path) -> None:
     for model in EMBEDDED_MODELS:
         assert model_facts(model)["presets"] == ["instant", "draft", "balanced", "best"]
     (tmp_path / "other" / "distilled").mkdir(parents=True)
-    check_job(job, ServerSettings(models=(ModelSettings("other", str(tmp_path / "other")),)), {})
+    other = ModelSettings("other", str(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"other has no distilled"):
+        check_job(job, ServerSettings(models=(other,)), {})
+    (tmp_path / "other" / "distilled" / "pytorch_lora_weights.safetensors").touch()
+    check_job(job, ServerSettings(models=(other,)), {})
 
 
 def test_facts_of_models(tmp_path: Path) -> None:

@@ -22,7 +22,14 @@ from tests.unit.tiny_models import TINY_PRIOR, TINY_UNET
 from torch import Tensor
 
 from kandinsky22 import PriorTransformer, UNet2DConditionModel
-from kandinsky22.adapters.files import distilled_steps, file_digest, find_adapter_files, read_adapter, write_adapter
+from kandinsky22.adapters.files import (
+    distilled_steps,
+    file_digest,
+    find_adapter_files,
+    find_distilled_files,
+    read_adapter,
+    write_adapter,
+)
 from kandinsky22.adapters.formats import PRIOR, UNET, match_updates
 from kandinsky22.adapters.updates import LowRankUpdate, ReplacementUpdate, merged
 from kandinsky22.errors import CheckpointError, InputError
@@ -282,14 +289,17 @@ def test_the_file_of_a_folder_is_found(unet: UNet2DConditionModel, tmp_path: Pat
 
 
 def test_the_distilled_adapter_of_a_checkpoint_is_found(unet: UNet2DConditionModel, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"has no distilled adapter: expected distilled/pytorch_lora_weights"):
-        find_adapter_files(tmp_path)
     tensors = peft_layout(random_pairs(unet, ["mid_block.attentions.0.to_q"]))
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")  # an adapter of another kind
+    with pytest.raises(CheckpointError, match=r"has no distilled adapter, .*: it has no folder distilled"):
+        find_distilled_files(tmp_path)
     path = tmp_path / "distilled" / "pytorch_lora_weights.safetensors"
     path.parent.mkdir()
+    with pytest.raises(CheckpointError, match=r"has no distilled adapter, .*: no adapter in"):
+        find_distilled_files(tmp_path)
     save_file(tensors, path)
-    assert find_adapter_files(tmp_path) == [path]
+    assert find_distilled_files(tmp_path) == find_adapter_files(tmp_path / "distilled") == [path]
+    assert find_distilled_files("embedded") == find_adapter_files("embedded/distilled")
     assert distilled_steps(path) is None
     for text, steps in (("4", 4), ("0", None), ("-1", None), ("a", None), ("9" * 5, None)):
         save_file(tensors, path, metadata={"num_inference_steps": text})
@@ -298,9 +308,6 @@ def test_the_distilled_adapter_of_a_checkpoint_is_found(unet: UNet2DConditionMod
                 distilled_steps(path)
         else:
             assert distilled_steps(path) == steps
-    assert read_adapter(tmp_path).tensors.keys() == tensors.keys()
-    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
-    assert find_adapter_files(tmp_path) == [tmp_path / "pytorch_lora_weights.safetensors"]
 
 
 @pytest.mark.parametrize("source", ["nowhere.safetensors", "./nowhere", "", 5, {"a": 1}, {1: torch.zeros(1)}, "a\0b"])

@@ -34,12 +34,11 @@ WEIGHT_NAMES = (WEIGHT_NAME, "adapter_model.safetensors", PICKLED_WEIGHT_NAME, "
 PEFT_CONFIG = "adapter_config.json"  # settings next to `adapter_model.safetensors`
 SETTINGS = "lora_adapter_metadata"  # entry of the header with PEFT's settings, as JSON
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-PIPELINE_CONFIG = "model_index.json"  # the file that makes a folder a checkpoint
 STEPS = "num_inference_steps"  # entry of the header of a distilled adapter: the number of steps to sample with
 MAX_SETTINGS_CHARACTERS = 2**20
 
 AdapterSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-"""A file, a folder, a Hub id, a checkpoint with a distilled adapter, or tensors by name."""
+"""A file, a folder, a Hub id, "MODEL/distilled", or tensors by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +123,8 @@ def find_adapter_files(
     """Return the files of an adapter; several only for whole weights in several shards.
 
     Args:
-        source: A file, a folder, or a Hub id; or a checkpoint, by its folder, its Hub id or "embedded", whose folder
-            `distilled` has the adapter.
+        source: A file, a folder, or a Hub id; or "embedded/distilled", or "owner/name/distilled", for the distilled
+            adapter of a checkpoint.
         weight_name: Name of the file in the folder; None finds it.
         subfolder: Folder within the folder or repository; None for that itself.
         use_safetensors: True finds only safetensors files, False only pickled ones; None prefers safetensors.
@@ -141,7 +140,11 @@ def find_adapter_files(
         raise invalid("pretrained_model_name_or_path_or_dict", source, expected)
     if "\0" in os.fspath(given):
         raise invalid("pretrained_model_name_or_path_or_dict", source, expected)
-    if os.path.isfile(source) and source != EMBEDDED:
+    model = os.fspath(source).removesuffix(f"/{DISTILLED}")
+    is_local = model != EMBEDDED and os.path.exists(source)
+    if subfolder is None and model != os.fspath(source) and not is_local and (model == EMBEDDED or "/" in model):
+        source, subfolder = model, DISTILLED
+    if os.path.isfile(source):
         if weight_name is not None or subfolder is not None:
             raise invalid("weight_name", weight_name or subfolder, f"None, because {os.fspath(source)!r} is a file")
         return [Path(source)]
@@ -154,21 +157,13 @@ def find_adapter_files(
 
     def select(names: list[str]) -> list[str]:
         available.update(names)
-        if selected := _select(names, weight_name, use_safetensors):
-            return selected
-        inside = [name.removeprefix(f"{DISTILLED}/") for name in names if name.startswith(f"{DISTILLED}/")]
-        return [f"{DISTILLED}/{name}" for name in _select(inside, None, use_safetensors)]
+        return _select(names, weight_name, use_safetensors)
 
-    settings = {PEFT_CONFIG, f"{DISTILLED}/{PEFT_CONFIG}"}
-    folder = model_folder(checkpoint, subfolder, lambda names: [*select(names), *(settings & set(names))])
+    folder = model_folder(checkpoint, subfolder, lambda names: [*select(names), *({PEFT_CONFIG} & set(names))])
     # nothing was downloaded from a repository without a suitable file
-    names = [*_file_names(folder), *(f"{DISTILLED}/{name}" for name in _file_names(folder / DISTILLED))]
+    entries = os.listdir(folder) if os.path.isdir(folder) else []
+    names = sorted(entry for entry in entries if os.path.isfile(folder / entry))
     selected = [name for name in select(names) if name in names]
-    if not selected and PIPELINE_CONFIG in available:
-        raise CheckpointError(
-            f"the model {text} has no distilled adapter: expected {DISTILLED}/{WEIGHT_NAME}, which kandinsky22 train "
-            "distill writes"
-        )
     if not selected:
         present = ", ".join(map(printable, sorted(available))) or "no files"
         raise CheckpointError(
@@ -178,11 +173,6 @@ def find_adapter_files(
     if selected[0].endswith(".json"):
         return indexed_files(folder / selected[0])
     return [folder / selected[0]]
-
-
-def _file_names(folder: Path) -> list[str]:
-    entries = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(entry for entry in entries if os.path.isfile(folder / entry))
 
 
 def _select(names: Iterable[str], weight_name: str | None, use_safetensors: bool | None) -> list[str]:
@@ -222,6 +212,26 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
+def find_distilled_files(model: str | os.PathLike[str]) -> list[Path]:
+    """Return the files of the adapter in a checkpoint's folder `distilled`.
+
+    Args:
+        model: Folder or Hub id of the checkpoint, or "embedded".
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist, or has no such adapter.
+    """
+    name = os.fspath(model)
+    try:
+        if name != EMBEDDED and os.path.isdir(name) and not os.path.isdir(os.path.join(name, DISTILLED)):
+            raise CheckpointError(f"it has no folder {DISTILLED}")
+        return find_adapter_files(f"{name}/{DISTILLED}")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the model {name} has no distilled adapter, which kandinsky22 train distill writes: {error}"
+        ) from error
+
+
 def distilled_steps(path: Path) -> int | None:
     """Return the number of steps to sample with, according to the file of a distilled adapter.
 
@@ -232,7 +242,7 @@ def distilled_steps(path: Path) -> int | None:
         The number; None if the file does not say.
 
     Raises:
-        CheckpointError: If the file is damaged, or the number is none.
+        CheckpointError: If the file is damaged, or the text is no number of steps.
     """
     text = read_metadata(path).get(STEPS)
     if text is None:

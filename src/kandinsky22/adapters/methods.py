@@ -24,7 +24,7 @@ from kandinsky22.adapters.files import (
     AdapterSource,
     AdapterTensors,
     distilled_steps,
-    find_adapter_files,
+    find_distilled_files,
     read_adapter,
     write_adapter,
 )
@@ -85,8 +85,8 @@ class AdapterMixin:
         otherwise nothing has changed.
 
         Args:
-            pretrained_model_name_or_path_or_dict: A file, a folder, a Hub id, a checkpoint whose folder `distilled` has
-                the adapter, or tensors by name.
+            pretrained_model_name_or_path_or_dict: A file, a folder, a Hub id, "MODEL/distilled" for the distilled
+                adapter of a checkpoint, or tensors by name.
             adapter_name: Name for the other methods; None for "default_0", "default_1" and so on.
             hotswap: Whether the adapter replaces the one of this name, with its weight.
             weight_name: Name of the file in the folder; None finds it.
@@ -150,9 +150,10 @@ class AdapterMixin:
                 f"the {type(self).__name__} was made of objects, not loaded from a checkpoint that could have a "
                 "distilled adapter; pass the adapter to load_lora_weights"
             )
-        steps = distilled_steps(find_adapter_files(self.origin)[0])
+        path = find_distilled_files(self.origin)[0]
+        steps = distilled_steps(path)
         if DISTILLED not in all_names(networks):
-            self._add_adapter(DISTILLED, read_adapter(self.origin), None, networks, keeps_active=True)
+            self._add_adapter(DISTILLED, read_adapter(path.parent), None, networks, keeps_active=True)
             return steps
         selections = {component: adapters_of(network).selection for component, network in networks.items()}
         inactive = [name for name, each in selections.items() if DISTILLED in each.loaded.keys() - set(each.active)]

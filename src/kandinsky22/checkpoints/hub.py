@@ -21,6 +21,7 @@ DISTILLED = "distilled"  # folder of a checkpoint with the adapter for sampling 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w][\w.-]*)?")
 HUB_TIMEOUT = 30.0  # seconds without a response
 MAX_CARD_BYTES = 2**20  # the front matter of a model card is at its beginning
+EMBEDDED_ADAPTER = f"{EMBEDDED}/{DISTILLED}"
 MODEL_NAMES = f"a folder, a Hub id such as 'owner/name', or {EMBEDDED!r}"
 
 SelectFiles: TypeAlias = Callable[[list[str]], Iterable[str]]

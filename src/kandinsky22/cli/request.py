@@ -56,12 +56,14 @@ def read_request(
     preset_values = _preset_values(args, recipe)
     texts = _texts(args, inputs)
     from_settings: frozenset[str] = getattr(args, FROM_SETTINGS, frozenset())
-    # a preset of the command line comes before options of the settings file
-    later = from_settings & preset_values.keys() if "quality" not in from_settings else frozenset()
+    # A preset of the command line comes before options of the settings file. A guidance scale that belongs to a preset
+    # comes before that of the file wherever the preset is from.
+    of_preset = preset_values.keys() if "quality" not in from_settings else preset_values.keys() & {"guidance"}
+    overridden = from_settings & of_preset
 
     def resolve(name: str) -> Any:
         option = texts.get(name, getattr(args, name, None))
-        if option is not None and name not in later:
+        if option is not None and name not in overridden:
             return option
         if name in preset_values:
             return preset_values[name]
@@ -81,7 +83,8 @@ def read_request(
     derived["model_location"] = model_location(derived["model"], args.source if args.model is None else None)
     prior_source = args.source if args.prior is None else None
     distilled = _distilled(args, recipe, model=derived["model"], location=derived["model_location"])
-    if distilled is not None and distilled.steps is not None and "steps" in preset_values:
+    is_new = args.model is not None or getattr(args, "quality", None) is not None
+    if distilled is not None and distilled.steps is not None and is_new:
         preset_values["steps"] = distilled.steps
     derived |= _adapters(args, recipe, inputs, distilled)
     derived |= _tiny_decoder(args, recipe, inputs)

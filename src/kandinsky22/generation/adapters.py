@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.checkpoints.hub import EMBEDDED
+from kandinsky22.checkpoints.hub import DISTILLED, EMBEDDED_ADAPTER
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.generation.recipe import AppliedAdapter
 
@@ -71,20 +71,23 @@ def find_distilled_adapter(model: str, location: str) -> FoundAdapter:
     Raises:
         CheckpointError: If the checkpoint does not exist or has no such adapter.
     """
-    from kandinsky22.adapters.files import distilled_steps
+    from kandinsky22.adapters.files import distilled_steps, find_distilled_files
 
-    found = _found(AppliedAdapter(model, "", 1.0), location)
-    return dataclasses.replace(found, steps=distilled_steps(found.paths[0]))
+    path = find_distilled_files(location)[0]
+    found = _found(AppliedAdapter(f"{model}/{DISTILLED}", "", 1.0), f"{location}/{DISTILLED}")
+    return dataclasses.replace(found, steps=distilled_steps(path))
 
 
 def distilled_record(adapters: Iterable[AppliedAdapter] | None, model: str) -> AppliedAdapter | None:
-    """Return the distilled adapter among those of a recipe, which has the name of the model; None if there is none.
+    """Return the distilled adapter of a model among the adapters of a recipe, or None.
+
+    Its name is "MODEL/distilled".
 
     Args:
         adapters: Adapters of the recipe; None for none.
         model: Model of the recipe.
     """
-    return next((adapter for adapter in adapters or () if adapter.name == model), None)
+    return next((adapter for adapter in adapters or () if adapter.name == f"{model}/{DISTILLED}"), None)
 
 
 def adapter_fields(found: Sequence[FoundAdapter]) -> dict[str, Any]:
@@ -118,9 +121,10 @@ def find_recorded_adapter(record: AppliedAdapter, recipe_source: Path | None) ->
     except CheckpointError as error:
         if existing:
             raise
+        other = "--quality" if record.name.endswith(f"/{DISTILLED}") else "one with --lora"
         raise InputError(
             f"{recipe_source} was generated with the adapter {record.name}, which is missing ({error}); restore it, or "
-            "pass another one with --lora"
+            f"pass another {other}"
         ) from error
     current = next((each for each in found if each.record.sha256 == record.sha256), found[0])
     if current.record.sha256 == record.sha256:
@@ -138,7 +142,7 @@ def existing_locations(name: str, recipe_source: Path | None) -> list[str]:
     Returns:
         Those that exist.
     """
-    if name == EMBEDDED:
+    if name == EMBEDDED_ADAPTER:
         return []
     folder = Path() if recipe_source is None else recipe_source.parent
     recorded = Path(name)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from kandinsky22.generation.limits import DEFAULT_STRENGTH
 from kandinsky22.generation.request import Request
 
-MAX_PRESET_STEPS = 50  # a distilled network knows the timesteps of so many steps
+MAX_PRESET_STEPS = 50  # LCMScheduler has 50 timesteps
 PRIOR, PRIOR_EMB2EMB = "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"
 
 

@@ -136,7 +136,8 @@ def apply_quality(pipe: Any, quality: str) -> dict[str, Any]:
     `pipe(prompt, **apply_quality(pipe, "balanced"))` generates with the preset.
 
     "instant" also loads the distilled adapter of the checkpoint that the decoder was loaded from, under the name
-    "distilled", and applies it besides the active adapters. The other presets remove it.
+    "distilled", and applies it besides the active adapters. The other presets remove it. Its number of steps is for
+    strength 1: image-to-image pipelines need more for one of them to remain.
 
     Args:
         pipe: A pipeline of the prior, the decoder, or both. Its schedulers are replaced.

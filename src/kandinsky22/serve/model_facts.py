@@ -57,7 +57,7 @@ def may_be_distilled(model: ModelSettings) -> bool:
         model: The model.
     """
     folder = embedded_folder("decoder") if model.location == EMBEDDED else _folder(model)
-    return folder is None or (folder / DISTILLED).is_dir()
+    return folder is None or any((folder / DISTILLED).glob("*.safetensors"))
 
 
 def _folder(model: ModelSettings) -> Path | None:

@@ -81,7 +81,7 @@ def request_of(recipe_json: dict[str, Any], gallery: Gallery) -> tuple[dict[str,
             request[name] = list(value) if isinstance(value, tuple) else value
     if (quality := _quality(recipe)) is not None:
         request["quality"] = quality
-    else:
+    if quality is None or PRESETS[quality].distilled:  # the adapter stands for the preset, whatever its schedulers
         for field in ("scheduler", "prior_scheduler"):
             if (class_name := getattr(recipe, field)) in SHORT_NAMES:
                 request[field] = SHORT_NAMES[class_name]
@@ -119,7 +119,7 @@ def _quality(recipe: Recipe) -> str | None:
             for field in ("guidance_interval", "prior_guidance_interval")
         )
         same_schedulers = schedulers == (decoder.scheduler, decoder.settings, prior.scheduler, prior.settings)
-        if same_schedulers and has_intervals and preset.distilled == is_distilled:
+        if preset.distilled == is_distilled and (is_distilled or (same_schedulers and has_intervals)):
             return name
     return None
 

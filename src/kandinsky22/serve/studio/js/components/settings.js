@@ -33,6 +33,7 @@ export function settingsForm({ value, onchange, kind = "decoder", size = true, c
     if (!store.info) return;
     const wasOpen = element.querySelector("details")?.open;
     const model = modelOf(kind);
+    if (value.quality && !model.presets.includes(value.quality)) value.quality = DEFAULT_SETTINGS.quality;
     fill(element,
       quality && field(texts.quality, choices({
         label: texts.quality, value: value.quality ?? "", options: [...model.presets.map((name) => [name, texts.qualities[name] ?? name]), ["", texts.qualities[""]]],
