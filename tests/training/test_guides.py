@@ -29,7 +29,7 @@ def test_the_commands_of_the_guide_are_valid() -> None:
             kind.options.from_mapping({name: value for name, value in args.items() if name in names})
             kinds.add(kind.name)
     assert kinds == {"lora", "subject", "distill"}
-    assert len(lines) == 12
+    assert len(lines) == 14
 
 
 def test_the_commands_of_the_guide_of_tiny_decoders_are_valid() -> None:
