@@ -223,9 +223,7 @@ def find_distilled_files(model: str | os.PathLike[str]) -> list[Path]:
     """
     name = os.fspath(model)
     try:
-        if name != EMBEDDED and os.path.isdir(name) and not os.path.isdir(os.path.join(name, DISTILLED)):
-            raise CheckpointError(f"it has no folder {DISTILLED}")
-        return find_adapter_files(f"{name}/{DISTILLED}")
+        return find_adapter_files(name, subfolder=DISTILLED)
     except CheckpointError as error:
         raise CheckpointError(
             f"the model {name} has no distilled adapter, which kandinsky22 train distill writes: {error}"
@@ -242,7 +240,7 @@ def distilled_steps(path: Path) -> int | None:
         The number; None if the file does not say.
 
     Raises:
-        CheckpointError: If the file is damaged, or the text is no number of steps.
+        CheckpointError: If the file is damaged, or its header has something else than a number.
     """
     text = read_metadata(path).get(STEPS)
     if text is None:

@@ -134,7 +134,7 @@ class AdapterMixin:
     def load_distilled_adapter(self) -> int | None:
         """Load the distilled adapter of the checkpoint, named "distilled", and apply it besides the active adapters.
 
-        `LCMScheduler` generates with it in 2 to 4 steps, with `guidance_scale=1`. `kandinsky22 train distill` writes
+        `LCMScheduler` generates with it in a few steps, with `guidance_scale=1`. `kandinsky22 train distill` writes
         such adapters; a checkpoint has its own in the folder `distilled`.
 
         Returns:
