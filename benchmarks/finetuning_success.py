@@ -231,7 +231,16 @@ CASES = (
         plain=without_frame,
         command=(
             *("lora", "--stage", "decoder", "--rank", "32", "--learning-rate", "1e-3", "--lr-scheduler", "cosine"),
-            *("--lr-warmup-steps", "20", "--train-batch-size", "8", "--max-train-steps", "700", "--random-flip"),
+            *(
+                "--lr-warmup-steps",
+                "20",
+                "--train-batch-size",
+                "8",
+                "--max-train-steps",
+                "700",
+                "--image-embeds",
+                "prior",
+            ),
         ),
     ),
     Case(
@@ -244,7 +253,16 @@ CASES = (
         plain=without_middle,
         command=(
             *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--rank", "16"),
-            *("--learning-rate", "1e-3", "--train-batch-size", "4", "--max-train-steps", "700"),
+            *(
+                "--learning-rate",
+                "1e-3",
+                "--train-batch-size",
+                "4",
+                "--max-train-steps",
+                "700",
+                "--image-embeds",
+                "prior",
+            ),
         ),
     ),
 )

@@ -15,12 +15,13 @@ from kandinsky22.adapters.updates import Adapter
 from kandinsky22.training.finetuning import lora, preparation, samples
 from kandinsky22.training.finetuning.consistency import ConsistencyObjective, Distillation, WithValues, lcm_scheduler
 from kandinsky22.training.finetuning.data import Example, read_examples
-from kandinsky22.training.finetuning.generated import Generation, Sample, guidance_scales, read_prompts
+from kandinsky22.training.finetuning.generated import Generation, guidance_scales, read_prompts
 from kandinsky22.training.finetuning.networks import decoder_mode, freeze
 from kandinsky22.training.finetuning.objectives import DenoisingObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import DistillOptions
 from kandinsky22.training.finetuning.preparation import Report
+from kandinsky22.training.finetuning.prior_samples import Sample
 from kandinsky22.training.finetuning.run import Stage, Stream
 from kandinsky22.training.finetuning.stages import Training
 from kandinsky22.training.finetuning.training_base import FULL, LORA

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import kandinsky22
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.runtime.lazy_component import loaded
 from kandinsky22.schedulers import DDIMScheduler
 from kandinsky22.training.finetuning.batches import split_held_out
-from kandinsky22.training.finetuning.networks import load_decoder, load_prior
+from kandinsky22.training.finetuning.networks import load_decoder
 from kandinsky22.training.finetuning.options import DistillOptions
 from kandinsky22.training.finetuning.preparation import Entry
+from kandinsky22.training.finetuning.prior_samples import PriorSampling, Sample
 from kandinsky22.training.finetuning.stages import DecoderData, Training
-from kandinsky22.training.finetuning.training_base import COMPONENTS
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample that the model draws.
-
-    Attributes:
-        prompt: Its prompt.
-        number: Number of the sample among those of the prompt.
-    """
-
-    prompt: str
-    number: int
-
-    def generator(self, seed: int) -> torch.Generator:
-        """Return a new generator of the sample's noise.
-
-        Args:
-            seed: Seed of the training.
-        """
-        digest = hashlib.sha256(f"{seed} {self.number} {self.prompt}".encode(errors="surrogatepass")).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def read_prompts(options: DistillOptions) -> list[Sample]:
@@ -82,7 +56,7 @@ def guidance_scales(options: DistillOptions, pipe: Any) -> tuple[float, float]:
     return lowest, lowest if options.guidance_scale_max is None else options.guidance_scale_max
 
 
-class Generation:
+class Generation(PriorSampling):
     """Draws what is missing in the cache, shared among the processes.
 
     Args:
@@ -90,60 +64,11 @@ class Generation:
         options: Its options.
     """
 
+    training: Training
+
     def __init__(self, training: Training, options: DistillOptions) -> None:
-        self.training, self.options = training, options
-
-    def _prior(self) -> tuple[Any, dict[str, Any]]:
-        """Return the prior's pipeline, and what its embeddings depend on."""
-        pipe = load_prior(self.options, self.training.low_dtype, *COMPONENTS).to(self.training.device)
-        pipe.set_progress_bar_config(disable=True)
-        names = ("prior", "text_encoder")
-        digest = weights_digest({name: loaded(pipe.components[name]) for name in names})
-        defaults = {name: repr(value) for name, value in pipe.generation_defaults.items()}
-        scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items()}
-        key = {"prior": digest, "defaults": defaults, "scheduler": scheduler, "seed": self.options.seed}
-        return pipe, {**key, "dtype": str(self.training.low_dtype)}
-
-    def _missing(self, samples: Sequence[Sample], paths: Mapping[Sample, Path], kind: str) -> Iterator[list[Sample]]:
-        """Yield this process's batches of samples that are not cached."""
-        processes, cache = self.training.accelerator, self.training.cache
-        own = list(samples)[processes.process_index :: processes.num_processes]
-        missing = [sample for sample in own if cache.read(paths[sample]) is None]
-        if missing:
-            self.training.report(f"draws {len(missing)} {kind}")
-        size = self.options.train_batch_size
-        for first in range(0, len(missing), size):
-            yield missing[first : first + size]
-
-    def _embeds(self, pipe: Any, samples: Sequence[Sample]) -> Tensor:
-        generators = [sample.generator(self.options.seed) for sample in samples]
-        prompts = [sample.prompt for sample in samples]
-        embeds: Tensor = pipe(prompts, generator=generators, **pipe.generation_defaults).image_embeds
-        return embeds.float().cpu()
-
-    def embeddings(self, samples: Sequence[Sample]) -> list[Entry]:
-        """Return entries of image embeddings that the prior generates.
-
-        Args:
-            samples: The samples.
-
-        Raises:
-            CheckpointError: Files are missing or damaged, or the cache cannot be written.
-        """
-        training = self.training
-        pipe, key = self._prior()
-        paths = self._paths(samples, {"kind": "generated prior", **key})
-        for batch in self._missing(samples, paths, "image embeddings"):
-            for sample, embeds in zip(batch, self._embeds(pipe, batch), strict=True):
-                training.cache.write(paths[sample], {"embeds": embeds[None]})
-        del pipe
-        training.free()
-        training.accelerator.wait_for_everyone()
-        return [Entry(sample.prompt, paths[sample], (0, 0), 1, sample.prompt) for sample in samples]
-
-    def _paths(self, samples: Sequence[Sample], key: Mapping[str, Any]) -> dict[Sample, Path]:
-        cache = self.training.cache
-        return {sample: cache.path({**key, "prompt": sample.prompt, "number": sample.number}) for sample in samples}
+        super().__init__(training)
+        self.options = options
 
     def latents(self, samples: Sequence[Sample], mode: str, kind: str) -> DecoderData:
         """Return latents that the decoder draws with DDIM, from embeddings that the prior generates.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -247,6 +248,8 @@ class DecoderObjective(DenoisingObjective):
         mode: Kind of decoder.
         weights: Weights of the parts of the loss.
         condition_dropout: Share of image embeddings that are replaced by `zero_embed`.
+        sampled: Cache files of image embeddings by caption; pictures with other captions are denoised given their own
+            embeddings.
         seed: Seed of the training.
         device: Device of the network.
     """
@@ -262,12 +265,13 @@ class DecoderObjective(DenoisingObjective):
         mode: str = "plain",
         weights: LossWeights = EQUAL_WEIGHTS,
         condition_dropout: float = 0.1,
+        sampled: Mapping[str, Sequence[Path]] = MappingProxyType({}),
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.entries, self.held_out, self.store, self.scheduler = entries, held_out, store, scheduler
         self.zero_embed, self.mode, self.weights = zero_embed, mode, weights
-        self.condition_dropout, self.seed, self.device = condition_dropout, seed, device
+        self.condition_dropout, self.sampled, self.seed, self.device = condition_dropout, sampled, seed, device
 
     def batch(self, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> Batch:
         """Return the examples of one pass; their condition has "image_embeds", and "hint" or "channels".
@@ -327,7 +331,7 @@ class DecoderObjective(DenoisingObjective):
         latents = tensors["latents"][variant]
         item: dict[str, Any] = {
             "noised": draw_noise(latents, len(self.scheduler), numbers, noise, draw.level),
-            "embeds": self.zero_embed[0] if dropped else tensors["embeds"][variant],
+            "embeds": self.zero_embed[0] if dropped else self._embeds(entry, variant, numbers, training=training),
         }
         if self.mode == "hint":
             item["hint"] = tensors["hint"][variant].float() / 127.5 - 1
@@ -337,6 +341,14 @@ class DecoderObjective(DenoisingObjective):
             mask = random_mask(numbers, 8 * height, 8 * width) if stored is None else (stored[variant] > 127).float()
             item["known"] = masks.unmasked_latents(mask[None], (height, width))[0]
         return item
+
+    def _embeds(self, entry: Entry, variant: int, numbers: np.random.Generator, *, training: bool) -> Tensor:
+        """Return an image embedding (D,) of a picture: the encoder's, or one that the prior samples."""
+        paths = self.sampled.get(entry.caption or EMPTY_TEXT, ())
+        if not paths:
+            return self.store[entry.path]["embeds"][variant]
+        path = paths[int(numbers.integers(len(paths))) if training else 0]
+        return self.store[path]["embeds"][0]
 
 
 class PriorObjective(DenoisingObjective):

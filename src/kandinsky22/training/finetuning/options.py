@@ -18,6 +18,8 @@ MODES = ("plain", "inpaint", "hint")
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 HINT_KINDS = ("file", "edges")
+ENCODER, PRIOR = "encoder", "prior"
+IMAGE_EMBEDS = (ENCODER, PRIOR)
 REPORTS = ("none", "tensorboard")
 SUBJECT_METHODS = ("inversion", "dreambooth")
 PICTURE_OPTIONS = (  # options of pictures that are read
@@ -28,7 +30,16 @@ LARGEST_WIDTH = 4096
 # Options of other kinds of training that a tiny decoder, which learns from pictures and MoVQ alone, does not have.
 TINY_DECODER_LACKS = (
     *("prior", "stage", "mode", "hint_type", "caption_column", "validation_prompt"),
-    *("caption_dropout", "condition_dropout", "snr_gamma", "vlb_weight", "rank", "lora_alpha", "target_modules"),
+    *(
+        "caption_dropout",
+        "condition_dropout",
+        "image_embeds",
+        "snr_gamma",
+        "vlb_weight",
+        "rank",
+        "lora_alpha",
+        "target_modules",
+    ),
 )
 
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
@@ -91,6 +102,14 @@ class TrainingOptions:
         "share of image embeddings replaced by that of the zero image (decoder)",
         lowest=0,
         highest=1,
+    )
+    image_embeds: str = option_field(
+        str,
+        "encoder",
+        _CONDITION,
+        "image embeddings that the decoder is trained with: encoder, those of the pictures, or prior, samples of the "
+        "prior for their captions, as in text-to-image",
+        choices=IMAGE_EMBEDS,
     )
     snr_gamma: float | None = option_field(
         float, None, _CONDITION, "gamma of min-SNR weights, 5 is usual; by default unweighted", lowest=0, above=True
@@ -167,6 +186,9 @@ class TrainingOptions:
         self._check_data()
         if self.mode in ("inpaint", "hint") and self.stage == "prior":
             raise invalid("--mode", self.mode, "no mode with --stage prior", "modes are those of decoders")
+        if self.image_embeds == PRIOR and self.stage != "decoder":
+            expected = f"{ENCODER} with --stage {self.stage}"
+            raise invalid("--image-embeds", self.image_embeds, expected, "a prior in training samples nothing")
         if self.lr_warmup_steps > self.max_train_steps:
             expected = f"at most --max-train-steps={self.max_train_steps}"
             raise invalid("--lr-warmup-steps", self.lr_warmup_steps, expected)
@@ -261,6 +283,8 @@ class SubjectOptions(TrainingOptions):
             raise InputError("--class-data-dir and --class-prompt have no effect with --method inversion")
         if self.method == "inversion" and self.mode not in (None, "plain"):
             raise invalid("--mode", self.mode, "plain", "embeddings are learned with the plain decoder")
+        if self.method == "inversion" and self.image_embeds != ENCODER:
+            raise invalid("--image-embeds", self.image_embeds, f"{ENCODER} with --method inversion")
         if self.method == "dreambooth" and self.prior_loss_weight > 0 and not has_class:
             raise InputError(
                 "--method dreambooth: neither --class-data-dir nor --class-prompt set: expected one of them, or "

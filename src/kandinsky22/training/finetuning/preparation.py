@@ -280,11 +280,12 @@ def prepare_texts(
     return paths
 
 
-def require_captions(examples: Sequence[Example]) -> None:
+def require_captions(examples: Sequence[Example], use: str = "which the prior is trained with") -> None:
     """Check that all pictures have captions, except broken ones, which are left out later.
 
     Args:
         examples: The examples.
+        use: What captions are needed for, as a clause of the message.
 
     Raises:
         InputError: Some have none. The message names them.
@@ -292,9 +293,7 @@ def require_captions(examples: Sequence[Example]) -> None:
     names = [example.picture.name for example in examples if not example.caption and _has_header(example.picture)]
     if names:
         listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-        raise InputError(
-            f"{len(names)} of {len(examples)} pictures have no caption, which the prior is trained with: {listed}"
-        )
+        raise InputError(f"{len(names)} of {len(examples)} pictures have no caption, {use}: {listed}")
 
 
 def _has_header(picture: PictureBytes) -> bool:

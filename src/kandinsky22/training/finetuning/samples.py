@@ -115,7 +115,7 @@ def prompts_sheet(samples: DecoderSamples, embeddings: Sequence[tuple[Tensor, Te
 def pictures_sheet(
     samples: DecoderSamples, objective: DecoderObjective, entries: Sequence[Entry], store: TensorStore
 ) -> Image:
-    """Return rows of pictures: originals, hints or masked originals, and what is drawn from their own embeddings.
+    """Return rows of pictures: originals, hints or masked originals, and what is drawn from their embeddings.
 
     Args:
         samples: Draws pictures.
@@ -142,8 +142,7 @@ def pictures_sheet(
             covered.paste("white", mask=white)
             rows[1].append(covered)
             arguments |= {"image": original, "mask_image": white}
-        embeds = tensors["embeds"][:1]
-        rows[2].append(samples.draw(embeds, objective.zero_embed, entry.size, **arguments))
+        rows[2].append(samples.draw(item["embeds"][None], objective.zero_embed, entry.size, **arguments))
     return grid([picture for row in rows for picture in row], columns=len(shown))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,9 @@ from kandinsky22.training.finetuning.networks import (
     load_prior,
 )
 from kandinsky22.training.finetuning.objectives import DecoderObjective
+from kandinsky22.training.finetuning.options import PRIOR
 from kandinsky22.training.finetuning.preparation import Entry
+from kandinsky22.training.finetuning.prior_samples import PriorSampling
 from kandinsky22.training.finetuning.prior_stages import PriorStages
 from kandinsky22.training.finetuning.run import Stage, Stream
 from kandinsky22.training.finetuning.training_base import COMPONENTS, LORA
@@ -51,6 +55,7 @@ class DecoderData:
         prompts: Image embedding and negative embedding per validation prompt.
         image_digest: Fingerprint of the image encoder.
         preserved: Pictures that keep the decoder as it is otherwise.
+        sampled: Cache files of image embeddings that the prior samples, by caption; empty without --image-embeds prior.
     """
 
     entries: list[Entry]
@@ -61,6 +66,14 @@ class DecoderData:
     prompts: list[tuple[Tensor, Tensor]]
     image_digest: str
     preserved: list[Entry] = field(default_factory=list)
+    sampled: dict[str, list[Path]] = field(default_factory=dict)
+
+    def signature(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree with besides the pictures: the embeddings that the prior samples."""
+        if not self.sampled:
+            return {}
+        names = " ".join(path.name for paths in self.sampled.values() for path in paths)
+        return {"--image-embeds": hashlib.sha256(names.encode()).hexdigest()[:16]}
 
 
 class Training(PriorStages):
@@ -83,10 +96,12 @@ class Training(PriorStages):
             What the decoder is trained on.
 
         Raises:
-            InputError: A size does not fit the network, or no picture can be read.
+            InputError: A size does not fit the network, no picture can be read, or captions are missing.
             CheckpointError: Files are missing or damaged.
         """
         options = self.options
+        if options.image_embeds == PRIOR:
+            preparation.require_captions(examples, "which --image-embeds prior needs")
         embeddings = self.prompt_embeddings() if options.validation_prompt and mode == "plain" else []
         encoders = Encoders.load(options, mode, self.device, self.low_dtype, latents=True, texts=False)
         assert encoders.movq is not None
@@ -101,9 +116,10 @@ class Training(PriorStages):
         )
         del encoders, job
         self.free()
+        sampled = PriorSampling(self).of_captions(entries) if options.image_embeds == PRIOR else {}
         training, held_out = split_held_out(entries, options.validation_images, options.seed)
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
-        return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others)
+        return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others, sampled)
 
     def sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
         """Return the side of the square bucket, and all buckets.
@@ -150,6 +166,7 @@ class Training(PriorStages):
             mode=mode,
             weights=LossWeights(options.snr_gamma, options.vlb_weight),
             condition_dropout=options.condition_dropout,
+            sampled=data.sampled,
             seed=options.seed,
             device=self.device,
         )
@@ -190,7 +207,7 @@ class Training(PriorStages):
         data = self.decoder_data(examples, mode, kind)
         pipe = self.load_unet(data, mode, kind)
         unet = pipe.unet
-        signature = self.signature(kind, unet, data.entries, mode=mode)
+        signature = self.signature(kind, unet, data.entries, mode=mode, **data.signature())
         self.make_trainable(unet, kind)
         objective = self.decoder_objective(data, pipe.scheduler, mode)
         return Stage(

@@ -185,7 +185,9 @@ def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[
     preserved = _class_examples(training, options) if options.prior_loss_weight > 0 else []
     data = training.decoder_data(examples, mode, LORA, preserved)
     pipe = training.load_unet(data, mode, LORA)
-    signature = training.signature(LORA, pipe.unet, data.entries, mode=mode, class_pictures=len(data.preserved))
+    signature = training.signature(
+        LORA, pipe.unet, data.entries, mode=mode, class_pictures=len(data.preserved), **data.signature()
+    )
     training.make_trainable(pipe.unet, LORA)
     objective = training.decoder_objective(data, pipe.scheduler, mode)
     streams = [Stream(objective, training.plan(data.entries))]
