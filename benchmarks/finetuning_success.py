@@ -29,6 +29,7 @@ from benchmarks.embedded_prompts import EVALUATION_SEED, Prompt
 from benchmarks.pixel_judge import CROSS, Floats, judge, read_image, shifted, to_array
 from kandinsky22 import AutoPipelineForText2Image
 from kandinsky22.training.captions import FULL, caption
+from kandinsky22.training.pictures import write_pictures
 from kandinsky22.training.scenes import COLORS, Scene, coverage, render, sample_scene
 
 SIDE = 128
@@ -105,21 +106,6 @@ def subject_scene(rng: np.random.Generator, backgrounds: Sequence[str]) -> Scene
         circle = dataclasses.replace(shape, kind="circle", color=SUBJECT)
         if shape.size == "large" and scene.background in backgrounds:
             return Scene(scene.background, (circle,))
-
-
-def write_pictures(folder: Path, images: torch.Tensor, captions: Sequence[str]) -> None:
-    """Write pictures with their captions.
-
-    Args:
-        folder: Folder of the pictures.
-        images: Images (count, 3, H, W) in [0, 1].
-        captions: Their captions.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (image, text) in enumerate(zip(images, captions, strict=True)):
-        pixels = (image.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
 # The judge
@@ -230,17 +216,10 @@ CASES = (
         is_shown=has_frame,
         plain=without_frame,
         command=(
-            *("lora", "--stage", "decoder", "--rank", "32", "--learning-rate", "1e-3", "--lr-scheduler", "cosine"),
-            *(
-                "--lr-warmup-steps",
-                "20",
-                "--train-batch-size",
-                "8",
-                "--max-train-steps",
-                "700",
-                "--image-embeds",
-                "prior",
-            ),
+            *("lora", "--stage", "decoder", "--image-embeds", "prior", "--rank", "16", "--learning-rate", "2e-3"),
+            *("--lr-scheduler", "cosine", "--lr-warmup-steps", "20", "--train-batch-size", "8"),
+            *("--max-train-steps", "300", "--target-modules", "to_q", "to_k", "to_v", "to_out.0", "add_k_proj"),
+            *("add_v_proj", "conv1", "conv2", "time_emb_proj"),
         ),
     ),
     Case(
@@ -294,7 +273,8 @@ def train(case: Case, folder: Path, seed: int) -> float:
     """
     rng = np.random.default_rng([seed, 55])
     scenes = [case.train_scene(rng) for _ in range(case.count)]
-    write_pictures(folder / "pictures", case.pictures(scenes), [caption(scene, rng, FULL).text for scene in scenes])
+    captions = [caption(scene, rng, FULL).text for scene in scenes]
+    write_pictures(folder / "pictures", zip(case.pictures(scenes), captions, strict=True))
     places = ["--train-data-dir", str(folder / "pictures"), "--output-dir", str(folder / "result")]
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "kandinsky22", "train", *case.command, *places], check=True)

@@ -28,8 +28,10 @@ from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.data import read_examples
 from kandinsky22.training.finetuning.finetune import finetune
 from kandinsky22.training.finetuning.frames import Frame
+from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions, read_config
+from kandinsky22.training.finetuning.prior_samples import EMBEDS_PER_CAPTION, Sample
 from kandinsky22.training.finetuning.run import Stage, TrainingRun
 from kandinsky22.training.finetuning.stages import Training
 from kandinsky22.training.finetuning.subject import _inversion, train_subject
@@ -152,6 +154,37 @@ def test_sheets_of_pictures(folder: str, options: Any, models: Path) -> None:
     assert Image.open(sheet).size == (64, 32 * rows)
 
 
+def test_decoders_are_trained_with_embeddings_that_the_prior_samples(options: Any, model: Path) -> None:
+    choices = options(image_embeds="prior", condition_dropout=0.0, seed=3)
+    stage, _ = stage_of(choices, "decoder", LORA)
+    (stream,) = stage.streams
+    objective = stream.objective
+    assert isinstance(objective, DecoderObjective)
+    prior = KandinskyV22CombinedPipeline.from_pretrained(model).prior_pipe
+    prior.set_progress_bar_config(disable=True)
+    used = set()
+    for draw in (draw for step in range(4) for draw in stream.plan.draws(step)):
+        caption = objective.entries[draw.index].caption
+        assert caption is not None
+        embeds = objective.batch([draw], objective.entries, training=True).condition["image_embeds"]
+        distances = []
+        for number in range(EMBEDS_PER_CAPTION):
+            generator = Sample(caption, number).generator(choices.seed)
+            sampled = prior(caption, generator=generator, **prior.generation_defaults).image_embeds
+            distances.append(float((sampled - embeds).abs().max()))
+        assert min(distances) < 1e-5
+        used.add(distances.index(min(distances)))
+    assert len(used) > 1  # of the samples of a caption
+
+
+@pytest.mark.slow
+def test_a_training_with_the_priors_embeddings_is_resumed_as_such(options: Any) -> None:
+    finetune(options(max_train_steps=2, image_embeds="prior"), LORA)
+    finetune(options(max_train_steps=3, image_embeds="prior", resume="latest"), LORA)
+    with pytest.raises(InputError, match="belongs to another training: --image-embeds was"):
+        finetune(options(max_train_steps=4, resume="latest"), LORA)
+
+
 # Subjects
 
 
@@ -174,7 +207,8 @@ def test_a_subject_starts_at_the_mean_of_its_pictures_and_is_learned(options: An
 @pytest.mark.slow
 def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
     others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
-    (path,) = train_subject(options(SubjectOptions, method="dreambooth", class_data_dir=str(others)))
+    choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others), image_embeds="prior")
+    (path,) = train_subject(choices)
     assert path.name == "pytorch_lora_weights.safetensors"
     lines = (Path(options().output_dir) / "subject" / "log.jsonl").read_text().splitlines()
     assert {"loss", "class_loss"} <= json.loads(lines[0]).keys()
@@ -384,6 +418,7 @@ def test_damaged_checkpoints_are_named(options: Any) -> None:
         (("--config", "missing.yaml"), 1, ("--config missing.yaml cannot be read",)),
         (("--learning-rate", "nan"), 2, ("--learning-rate", "finite")),
         (("--lr-warmup-steps", "2000"), 1, ("--lr-warmup-steps=2000",)),
+        (("--image-embeds", "prior", "--stage", "both"), 1, ("--image-embeds='prior'", "encoder with --stage both")),
     ],
 )
 def test_bad_input_is_one_line(
@@ -428,3 +463,4 @@ def test_the_subjects_options_contradict_each_other(command: Command, pictures: 
     assert_one_line(command(*base, "--method", "dreambooth"), 1, "--class-data-dir", "--prior-loss-weight 0")
     assert_one_line(command(*base, "--class-prompt", "a cat"), 1, "no effect with --method inversion")
     assert_one_line(command(*base, "--stage", "both"), 1, "--stage='both'")
+    assert_one_line(command(*base, "--image-embeds", "prior"), 1, "--image-embeds='prior'", "--method inversion")

@@ -73,7 +73,7 @@ class DecoderData:
         if not self.sampled:
             return {}
         names = " ".join(path.name for paths in self.sampled.values() for path in paths)
-        return {"--image-embeds": hashlib.sha256(names.encode()).hexdigest()[:16]}
+        return {"--image-embeds": f"prior, {hashlib.sha256(names.encode()).hexdigest()[:16]}"}
 
 
 class Training(PriorStages):
