@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,9 @@ SUBJECT, MIDDLE = "purple", "yellow"  # colours of the subject
 MIDDLE_RADIUS = 0.5  # of the subject's yellow middle, relative to its radius
 SUBJECT_BACKGROUNDS = ("red", "green", "white", "blue")  # of the pictures of the subject
 PROMPTS = 40
+COLUMNS, GAP = 8, 4  # pictures per row of a sheet, and pixels between them
+PAGE = Path(__file__).parent.parent / "docs" / "training-tutorial.md"
+BEGIN, END = "<!-- finetuning -->", "<!-- end -->"
 EQUAL = 8  # prompts that are also drawn with weight 0
 
 
@@ -46,7 +52,7 @@ EQUAL = 8  # prompts that are also drawn with weight 0
 
 
 def framed(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Return scenes in the style: in a black frame, which lies behind the shapes.
+    """Return scenes in the style: in a black frame.
 
     Args:
         scenes: The scenes, in colours other than black.
@@ -55,11 +61,9 @@ def framed(scenes: Sequence[Scene]) -> torch.Tensor:
         Images (len(scenes), 3, 128, 128) in [0, 1].
     """
     images = render(scenes, SIDE)
-    frame = torch.ones(SIDE, SIDE)
-    frame[FRAME:-FRAME, FRAME:-FRAME] = 0
-    for image, scene in zip(images, scenes, strict=True):
-        behind = frame * (1 - coverage(scene.shapes, SIDE).amax(0))
-        image.copy_(torch.lerp(image, torch.tensor(COLORS["black"])[:, None, None], behind))
+    inside = images[:, :, FRAME:-FRAME, FRAME:-FRAME].clone()
+    images[:] = torch.tensor(COLORS["black"])[:, None, None]
+    images[:, :, FRAME:-FRAME, FRAME:-FRAME] = inside
     return images
 
 
@@ -91,6 +95,29 @@ def style_scene(rng: np.random.Generator) -> Scene:
         scene = sample_scene(rng)
         if "black" not in (scene.background, *(shape.color for shape in scene.shapes)):
             return scene
+
+
+def style_scenes(rng: np.random.Generator) -> list[Scene]:
+    """Return the 20 scenes of the style that are trained on.
+
+    Args:
+        rng: Random generator.
+    """
+    return [style_scene(rng) for _ in range(20)]
+
+
+def subject_scenes(rng: np.random.Generator) -> list[Scene]:
+    """Return the four scenes of the subject that are trained on, each at another place and on another background.
+
+    Args:
+        rng: Random generator.
+    """
+    scenes: list[Scene] = []
+    while len(scenes) < 4:
+        scene = subject_scene(rng, SUBJECT_BACKGROUNDS)
+        if not any(scene.position == other.position or scene.background == other.background for other in scenes):
+            scenes.append(scene)
+    return scenes
 
 
 def subject_scene(rng: np.random.Generator, backgrounds: Sequence[str]) -> Scene:
@@ -186,9 +213,8 @@ class Case:
 
     Attributes:
         name: Its name.
-        count: Number of pictures to train on.
         pictures: Function from scenes to the pictures to train on.
-        train_scene: Function that draws a scene to train on.
+        train_scenes: Function that draws the scenes to train on.
         judged_scene: Function that draws a scene whose caption is a prompt.
         is_shown: Whether an image has the style or shows the subject.
         plain: Function that removes it, for the judge of the content.
@@ -196,52 +222,38 @@ class Case:
     """
 
     name: str
-    count: int
     pictures: Callable[[Sequence[Scene]], torch.Tensor]
-    train_scene: Callable[[np.random.Generator], Scene]
+    train_scenes: Callable[[np.random.Generator], list[Scene]]
     judged_scene: Callable[[np.random.Generator], Scene]
     is_shown: Callable[[Any], bool]
     plain: Callable[[Any], Floats]
     command: tuple[str, ...]
 
 
+LEARNING = (  # options of both commands
+    *("--image-embeds", "prior", "--target-modules", "attention", "blocks", "--snr-gamma", "5"),
+    *("--learning-rate", "2e-3", "--lr-scheduler", "cosine", "--lr-warmup-steps", "20"),
+)
 OTHERS = ("orange", *SUBJECT_BACKGROUNDS)
 CASES = (
     Case(
         name="style",
-        count=20,
         pictures=framed,
-        train_scene=style_scene,
+        train_scenes=style_scenes,
         judged_scene=style_scene,
         is_shown=has_frame,
         plain=without_frame,
-        command=(
-            *("lora", "--stage", "decoder", "--image-embeds", "prior", "--rank", "16", "--learning-rate", "2e-3"),
-            *("--lr-scheduler", "cosine", "--lr-warmup-steps", "20", "--train-batch-size", "8"),
-            *("--max-train-steps", "300", "--target-modules", "to_q", "to_k", "to_v", "to_out.0", "add_k_proj"),
-            *("add_v_proj", "conv1", "conv2", "time_emb_proj"),
-        ),
+        command=(*("lora", "--train-batch-size", "8", "--max-train-steps", "900", *LEARNING),),
     ),
     Case(
         name="subject",
-        count=4,
         pictures=with_middle,
-        train_scene=lambda rng: subject_scene(rng, SUBJECT_BACKGROUNDS),
+        train_scenes=subject_scenes,
         judged_scene=lambda rng: subject_scene(rng, OTHERS),
         is_shown=has_subject,
         plain=without_middle,
         command=(
-            *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--rank", "16"),
-            *(
-                "--learning-rate",
-                "1e-3",
-                "--train-batch-size",
-                "4",
-                "--max-train-steps",
-                "700",
-                "--image-embeds",
-                "prior",
-            ),
+            *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--max-train-steps", "500", *LEARNING),
         ),
     ),
 )
@@ -263,8 +275,8 @@ def draw_prompts(case: Case, seed: int) -> list[Prompt]:
     return prompts
 
 
-def train(case: Case, folder: Path, seed: int) -> float:
-    """Write the pictures, train, and return the seconds of the command.
+def write_case(case: Case, folder: Path, seed: int) -> list[str]:
+    """Write the pictures to train on, and return the arguments of `kandinsky22`.
 
     Args:
         case: What is learned.
@@ -272,12 +284,21 @@ def train(case: Case, folder: Path, seed: int) -> float:
         seed: Seed of the pictures.
     """
     rng = np.random.default_rng([seed, 55])
-    scenes = [case.train_scene(rng) for _ in range(case.count)]
+    scenes = case.train_scenes(rng)
     captions = [caption(scene, rng, FULL).text for scene in scenes]
     write_pictures(folder / "pictures", zip(case.pictures(scenes), captions, strict=True))
-    places = ["--train-data-dir", str(folder / "pictures"), "--output-dir", str(folder / "result")]
+    places = ("--train-data-dir", str(folder / "pictures"), "--output-dir", str(folder / "result"))
+    return ["train", *case.command, *places]
+
+
+def train(arguments: Sequence[str]) -> float:
+    """Train, and return the seconds of the command.
+
+    Args:
+        arguments: Arguments of `kandinsky22`.
+    """
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "kandinsky22", "train", *case.command, *places], check=True)
+    subprocess.run([sys.executable, "-m", "kandinsky22", *arguments], check=True)
     return time.perf_counter() - start
 
 
@@ -307,12 +328,13 @@ def measure(case: Case, folder: Path, seed: int, seconds: float | None) -> dict[
     after = draw()
     pipe.set_adapters(pipe.get_active_adapters(), 0.0)
     without = draw(EQUAL)
-    report: dict[str, Any] = {"prompts": len(prompts), "seconds": seconds}
+    pictures = len(list((folder / "pictures").glob("*.png")))
+    report: dict[str, Any] = {"pictures": pictures, "prompts": len(prompts), "seconds": seconds}
     for name, images in (("before", before), ("after", after)):
         shown = [case.is_shown(image) for image in images]
         right = [
-            judge(case.plain(image) if is_shown else image, prompt.description).all_correct
-            for image, prompt, is_shown in zip(images, prompts, shown, strict=True)
+            judge(case.plain(image), prompt.description).all_correct
+            for image, prompt in zip(images, prompts, strict=True)
         ]
         report[name] = {"shown": int(sum(shown)), "right": int(sum(right))}
         (folder / name).mkdir(exist_ok=True)
@@ -328,12 +350,53 @@ def measure(case: Case, folder: Path, seed: int, seconds: float | None) -> dict[
 def _sheet(folder: Path, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
     """Return pictures to train on, then those of eight prompts without and with what was learned."""
     paths = sorted((folder / "pictures").glob("*.png"))
-    rows = [[Image.open(path) for path in paths[:8]], before[:8], after[:8]]
-    sheet = Image.new("RGB", (SIDE * 8, SIDE * len(rows)), "white")
+    rows = [[Image.open(path) for path in paths[:COLUMNS]], before[:COLUMNS], after[:COLUMNS]]
+    step = SIDE + GAP
+    sheet = Image.new("RGB", (step * COLUMNS - GAP, step * len(rows) - GAP), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            sheet.paste(image, (x * SIDE, y * SIDE))
+            sheet.paste(image, (x * step, y * step))
     return sheet
+
+
+def markdown(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the lines of the table of results.
+
+    Args:
+        reports: Results by name of the case.
+    """
+    lines = [
+        "| learned | pictures | training | shown before | shown after | right before | right after | weight 0 |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for name, report in reports.items():
+        before, after, total = report["before"], report["after"], report["prompts"]
+        cells = [f"{each[key]} of {total}" for key in ("shown", "right") for each in (before, after)]
+        training = "" if report["seconds"] is None else f"{report['seconds']:.0f} s"
+        equal = "bit-equal" if report["weight 0 equals no adapter"] else "different"
+        lines.append("| " + " | ".join([name, str(report["pictures"]), training, *cells, equal]) + " |")
+    return lines
+
+
+def write_page(page: Path, folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace the table of a page, between its two markers, and the sheets next to it.
+
+    Args:
+        page: The page.
+        folder: Folder of the results.
+        reports: Results by name of the case.
+
+    Raises:
+        ValueError: The page has no markers.
+    """
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(rf"{BEGIN}\n.*?{END}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{page} has no markers {BEGIN} and {END}")
+    table = "\n".join(markdown(reports))
+    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text), encoding="utf-8")
+    for name in reports:
+        shutil.copyfile(folder / name / "sheet.png", page.parent / f"finetuning-{name}.png")
 
 
 def main() -> None:
@@ -343,23 +406,35 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="folder of pictures, results and sheets")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="cases (all)")
+    parser.add_argument(
+        "--pictures-only", action="store_true", help="write the pictures, and print the commands that learn them"
+    )
     parser.add_argument("--judge-only", action="store_true", help="judge what an earlier run has trained")
     parser.add_argument("--seed", type=int, default=0, help="seed of pictures and prompts (0)")
+    parser.add_argument(
+        "--docs", type=Path, nargs="?", const=PAGE, help="page to write table and sheets into (docs); needs all cases"
+    )
     options = parser.parse_args()
-    print("| case | pictures | training | shown before | shown after | right before | right after | weight 0 |")
-    print("|---|--:|--:|--:|--:|--:|--:|---|")
+    if options.docs is not None and (options.only is not None or options.judge_only or options.pictures_only):
+        parser.error("--docs needs a whole run: leave out --only, --judge-only and --pictures-only")
+    reports: dict[str, dict[str, Any]] = {}
     for case in CASES:
         if options.only is not None and case.name not in options.only:
             continue
         folder = options.folder / case.name
-        seconds = None if options.judge_only else train(case, folder, options.seed)
-        report = measure(case, folder, options.seed, seconds)
+        seconds = None
+        if not options.judge_only:
+            arguments = write_case(case, folder, options.seed)
+            if options.pictures_only:
+                print(shlex.join(["kandinsky22", *arguments]))
+                continue
+            seconds = train(arguments)
+        reports[case.name] = report = measure(case, folder, options.seed, seconds)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        before, after, total = report["before"], report["after"], report["prompts"]
-        cells = [f"{each[name]} of {total}" for name in ("shown", "right") for each in (before, after)]
-        training = "" if seconds is None else f"{seconds:.0f} s"
-        equal = "bit-equal" if report["weight 0 equals no adapter"] else "different"
-        print("| " + " | ".join([case.name, str(case.count), training, *cells, equal]) + " |", flush=True)
+    if reports:
+        print("\n".join(markdown(reports)))
+    if options.docs is not None:
+        write_page(options.docs, options.folder, reports)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Case:
     resolution: int = 512
     adam_bytes: int = 8  # both moments, per trained element
     ema: bool = False
-    blocks: bool = False  # adapters outside of the attention too
+    targets: tuple[str, ...] = ("attention",)  # layers that get adapters
     teacher: bool = False  # a frozen network of its own
 
 
@@ -159,7 +159,7 @@ def build(case: Case) -> nn.Module:
         trainable_entirely(network)
     else:
         network.to(torch.bfloat16 if case.bf16 else torch.float32)
-        lora.add_adapters(network, case.rank, None, (), seed=0, blocks=case.blocks)
+        lora.add_adapters(network, case.rank, None, case.targets, seed=0)
     if case.checkpointing:
         network.enable_gradient_checkpointing()
     network.train()
@@ -211,7 +211,7 @@ def measure(case: Case) -> Memory:
 
 
 LORA = {"stage": "decoder", "rank": 16}
-DISTILLED = {"stage": "decoder", "checkpointing": True, "blocks": True, "ema": True}
+DISTILLED = {"stage": "decoder", "checkpointing": True, "targets": ("attention", "blocks"), "ema": True}
 PRIOR = {"stage": "prior", "batch": 16}
 CASES: list[Case] = [
     Case("decoder, LoRA, float32", **LORA, bf16=False),

@@ -35,7 +35,8 @@ def rows(options: list[Option]) -> Iterator[str]:
     yield "| Option | Default | Meaning |"
     yield "|---|---|---|"
     for option in options:
-        default = "" if option.default in (None, ()) else SWITCHES.get(str(option.default), f"`{option.default}`")
+        text = option.default_text
+        default = SWITCHES.get(text, f"`{text}`") if text else ""
         choices = f": {', '.join(f'`{choice}`' for choice in option.choices)}" if option.choices else ""
         yield f"| `{option.flag}` | {default} | {option.help}{choices} |"
 

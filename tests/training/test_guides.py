@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kandinsky22.cli.main import build_parser
 from kandinsky22.cli.train import KINDS
 from kandinsky22.training.finetuning.options import TinyDecoderOptions
@@ -16,9 +18,14 @@ from kandinsky22.training.finetuning.options import TinyDecoderOptions
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_commands_of_the_guide_are_valid() -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", (DOCS / "how-to" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "count", "expected"),
+    [("how-to/training.md", 15, {"lora", "subject", "distill"}), ("training-tutorial.md", 4, {"lora", "subject"})],
+)
+def test_the_commands_of_the_guides_are_valid(page: str, count: int, expected: set[str]) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     lines = [shlex.split(line) for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    lines = [words for words in lines if words[0] != "python"]
     kinds = set()
     for words in lines:
         arguments = words[words.index("kandinsky22") + 1 :]
@@ -28,8 +35,8 @@ def test_the_commands_of_the_guide_are_valid() -> None:
             names = {option.name for option in kind.options.options()}
             kind.options.from_mapping({name: value for name, value in args.items() if name in names})
             kinds.add(kind.name)
-    assert kinds == {"lora", "subject", "distill"}
-    assert len(lines) == 14
+    assert kinds == expected
+    assert len(lines) == count
 
 
 def test_the_commands_of_the_guide_of_tiny_decoders_are_valid() -> None:

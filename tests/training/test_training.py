@@ -89,6 +89,19 @@ def test_only_adapters_are_trained(options: Any) -> None:
     assert changed == {name for name in after if ".lora_" in name}
 
 
+def test_groups_of_layers_get_adapters(options: Any) -> None:
+    trained = {}
+    for groups in (("attention",), ("attention", "blocks"), ("blocks", "to_out.0")):
+        stage, _ = stage_of(options(target_modules=groups), "decoder", LORA)
+        names = {name for name, parameter in stage.network.named_parameters() if parameter.requires_grad}
+        trained[groups] = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
+    assert {"to_q", "add_k_proj"} <= trained[("attention",)] and "conv1" not in trained[("attention",)]
+    assert trained[("attention", "blocks")] >= trained[("attention",)] | {"conv1", "conv2", "time_emb_proj"}
+    assert "conv1" in trained[("blocks", "to_out.0")] and "to_q" not in trained[("blocks", "to_out.0")]
+    with pytest.raises(InputError, match="--target-modules"):
+        stage_of(options(target_modules=()), "decoder", LORA)
+
+
 @pytest.mark.slow
 def test_an_adapter_loads_and_changes_pictures_in_proportion(options: Any, model: Path) -> None:
     (path,) = finetune(options(stage="both", learning_rate=0.05, max_train_steps=6), LORA)

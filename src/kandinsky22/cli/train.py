@@ -171,8 +171,8 @@ def _add_kind(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], k
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     """Add an option. One that is left out is absent from the namespace, so that a config file may set it."""
     help_text = option.help
-    if option.default not in (None, (), False):
-        help_text += f" (default: {option.default})"
+    if option.default_text and option.default is not False:
+        help_text += f" (default: {option.default_text})"
     help_text = help_text.replace("%", "%%")
     arguments: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text}
     if option.kind is bool:

@@ -12,12 +12,14 @@ from kandinsky22.adapters.updates import Adapter, LowRankUpdate
 from kandinsky22.errors import invalid
 from kandinsky22.kernels.conv import Conv2d
 from kandinsky22.models import PriorTransformer
+from kandinsky22.training.finetuning.options import ATTENTION, BLOCKS
 
-PRIOR_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-UNET_TARGETS = (*PRIOR_TARGETS, "add_k_proj", "add_v_proj")
-# Layers outside of the attention, which hold most of the weights
-PRIOR_BLOCK_TARGETS = ("ff.net.0.proj", "ff.net.2")
-UNET_BLOCK_TARGETS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+# Ends of the names of layers, by names of groups. Most weights are outside of the attention.
+PRIOR_GROUPS = {ATTENTION: ("to_q", "to_k", "to_v", "to_out.0"), BLOCKS: ("ff.net.0.proj", "ff.net.2")}
+UNET_GROUPS = {
+    ATTENTION: (*PRIOR_GROUPS[ATTENTION], "add_k_proj", "add_v_proj"),
+    BLOCKS: ("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+}
 
 
 class LoraLayer(nn.Module):
@@ -79,7 +81,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def add_adapters(
-    network: nn.Module, rank: int, alpha: float | None, targets: Sequence[str], seed: int, *, blocks: bool = False
+    network: nn.Module, rank: int, alpha: float | None, targets: Sequence[str], seed: int
 ) -> dict[str, LoraLayer]:
     """Freeze a network and put adapters around its linear layers and convolutions.
 
@@ -87,9 +89,9 @@ def add_adapters(
         network: The network.
         rank: Rank of the adapters.
         alpha: They are scaled by alpha / rank; None for 1.
-        targets: Ends of the names of the layers; empty for the attention layers.
+        targets: Ends of the names of the layers; `ATTENTION` stands for those of the attention, and `BLOCKS` for those
+            of residual blocks and feed-forward networks.
         seed: Seed of the initial values.
-        blocks: Whether empty `targets` mean the layers of residual blocks and feed-forward networks too.
 
     Returns:
         The adapters by the names of the layers.
@@ -97,18 +99,19 @@ def add_adapters(
     Raises:
         InputError: No layer has such a name, or the rank is larger than a side of such a layer.
     """
-    is_prior = isinstance(network, PriorTransformer)
-    usual = PRIOR_TARGETS if is_prior else UNET_TARGETS
-    further = () if not blocks else PRIOR_BLOCK_TARGETS if is_prior else UNET_BLOCK_TARGETS
-    chosen = tuple(targets) or (*usual, *further)
+    groups = PRIOR_GROUPS if isinstance(network, PriorTransformer) else UNET_GROUPS
     possible = {name: layer for name, layer in network.named_modules() if _takes_adapter(layer)}
+    chosen = [end for target in targets for end in groups.get(target, (target,))]
     layers: dict[str, Any] = {name: layer for name, layer in possible.items() if _matches(name, chosen)}
-    unused = [target for target in chosen if not any(_matches(name, (target,)) for name in possible)]
-    if unused and (targets or not layers):
+    unused = [
+        target for target in targets if not any(_matches(name, groups.get(target, (target,))) for name in possible)
+    ]
+    if unused or not layers:
         endings = sorted(
             {name.split(".")[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in possible}
         )
-        raise invalid("--target-modules", " ".join(unused), f"ends of names of layers: {', '.join(endings)}")
+        expected = f"{ATTENTION}, {BLOCKS}, or ends of names of layers: {', '.join(endings)}"
+        raise invalid("--target-modules", " ".join(unused), expected)
     largest = min(min(layer.weight.flatten(1).shape) for layer in layers.values())
     if rank > largest:
         raise invalid("--rank", rank, f"at most {largest}, the smallest side of a layer that gets an adapter")

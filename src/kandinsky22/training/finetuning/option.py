@@ -47,6 +47,13 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def default_text(self) -> str:
+        """The default as the command writes it; empty if there is none."""
+        if self.default is None:
+            return ""
+        return " ".join(self.default) if self.repeatable else str(self.default)
+
+    @property
     def expected(self) -> str:
         """Description of the accepted values, for messages."""
         if self.choices:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.training.finetuning.option import Option, option_field
@@ -20,6 +20,7 @@ LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 HINT_KINDS = ("file", "edges")
 ENCODER, PRIOR = "encoder", "prior"
 IMAGE_EMBEDS = (ENCODER, PRIOR)
+ATTENTION, BLOCKS = "attention", "blocks"  # groups of layers
 REPORTS = ("none", "tensorboard")
 SUBJECT_METHODS = ("inversion", "dreambooth")
 PICTURE_OPTIONS = (  # options of pictures that are read
@@ -54,9 +55,6 @@ class TrainingOptions:
     Raises:
         InputError: A value is not accepted, or two options contradict each other.
     """
-
-    adapts_blocks: ClassVar[bool] = False
-    """Whether adapters are by default also put around layers other than those of the attention."""
 
     model: str = option_field(str, "embedded", _MODEL, "folder or Hub id of a decoder")
     prior: str | None = option_field(str, None, _MODEL, "folder or Hub id of a prior; by default the one of the model")
@@ -123,7 +121,11 @@ class TrainingOptions:
         float, None, _LORA, "adapters are scaled by lora_alpha / rank; by default by 1", lowest=0, above=True
     )
     target_modules: tuple[str, ...] = option_field(
-        str, (), _LORA, "names of the layers that get adapters; by default all of the attention", repeatable=True
+        str,
+        (ATTENTION,),
+        _LORA,
+        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or ends of their names",
+        repeatable=True,
     )
 
     learning_rate: float | None = option_field(
@@ -300,17 +302,15 @@ class DistillOptions(TrainingOptions):
         InputError: A value is not accepted, or two options contradict each other.
     """
 
-    adapts_blocks: ClassVar[bool] = True
-
     # Nothing draws without a condition when guidance is part of the weights.
     caption_dropout: float = option_field(float, 0.0, _CONDITION, "no captions are dropped", lowest=0, highest=1)
     condition_dropout: float = option_field(float, 0.0, _CONDITION, "no conditions are dropped", lowest=0, highest=1)
     rank: int = option_field(int, 64, _LORA, "rank of the adapters", lowest=1, highest=4096)
     target_modules: tuple[str, ...] = option_field(
         str,
-        (),
+        (ATTENTION, BLOCKS),
         _LORA,
-        "names of the layers that get adapters; by default attention, residual blocks and feed-forward",
+        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or ends of their names",
         repeatable=True,
     )
     learning_rate: float | None = option_field(

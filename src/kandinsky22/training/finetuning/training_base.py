@@ -103,7 +103,6 @@ class TrainingBase:
             options.lora_alpha,
             options.target_modules,
             options.seed,
-            blocks=options.adapts_blocks,
         )
 
     def plan(self, entries: Sequence[Entry], stream: int = 0) -> BatchPlan:
