@@ -253,7 +253,8 @@ CASES = (
         is_shown=has_subject,
         plain=without_middle,
         command=(
-            *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--max-train-steps", "500", *LEARNING),
+            *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--num-class-images", "20"),
+            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "800", *LEARNING),
         ),
     ),
 )
