@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import machine
 from benchmarks.embedded_prompts import EVALUATION_SEED, Prompt
 from benchmarks.pixel_judge import CROSS, Floats, judge, read_image, shifted, to_array
 from kandinsky22 import AutoPipelineForText2Image
-from kandinsky22.training.captions import FULL, caption
+from kandinsky22.training.captions import FULL, caption, matches
 from kandinsky22.training.pictures import write_pictures
 from kandinsky22.training.scenes import COLORS, Scene, coverage, render, sample_scene
 
@@ -135,6 +136,18 @@ def subject_scene(rng: np.random.Generator, backgrounds: Sequence[str]) -> Scene
             return Scene(scene.background, (circle,))
 
 
+def other_scene(rng: np.random.Generator) -> Scene:
+    """Return a scene without a purple circle.
+
+    Args:
+        rng: Random generator.
+    """
+    while True:
+        scene = sample_scene(rng)
+        if not any((shape.kind, shape.color) == ("circle", SUBJECT) for shape in scene.shapes):
+            return scene
+
+
 # The judge
 
 
@@ -184,27 +197,24 @@ def has_subject(image: Any) -> bool:
 
 
 def without_middle(image: Any) -> Floats:
-    """Return an image in which the yellow middle of a subject is purple.
+    """Return an image in which yellow is purple, unless there is more yellow than purple.
 
     Args:
         image: Any image that `to_array` accepts.
     """
-    return _painted(to_array(image), MIDDLE, SUBJECT)
+    pixels, names = to_array(image), list(COLORS)
+    nearest = _nearest(pixels)
+    yellow, purple = nearest == names.index(MIDDLE), nearest == names.index(SUBJECT)
+    if yellow.sum() > purple.sum():
+        return pixels
+    for dy, dx in (*CROSS, *CROSS):  # rims are mixtures of both colours
+        yellow |= shifted(yellow, dy, dx, False)
+    return np.where(yellow[..., None], np.array(COLORS[SUBJECT], np.float32), pixels)
 
 
 def _nearest(pixels: Floats) -> Any:
     palette = np.array(list(COLORS.values()), np.float32)
     return np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
-
-
-def _painted(pixels: Floats, old: str, new: str) -> Floats:
-    """Return an image with another colour instead of one, except for the background."""
-    result, names = pixels.copy(), list(COLORS)
-    area = _nearest(pixels) == names.index(old)
-    for dy, dx in (*CROSS, *CROSS):  # rims are mixtures of both colours
-        area |= shifted(area, dy, dx, False)
-    result[area] = COLORS[new]
-    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +223,13 @@ class Case:
 
     Attributes:
         name: Its name.
-        pictures: Function from scenes to the pictures to train on.
+        pictures: Function from scenes to pictures that show it.
         train_scenes: Function that draws the scenes to train on.
         judged_scene: Function that draws a scene whose caption is a prompt.
         is_shown: Whether an image has the style or shows the subject.
         plain: Function that removes it, for the judge of the content.
         command: Arguments of `kandinsky22 train`.
+        other_scene: Function that draws scenes in which it should not be shown; None if it should always be.
     """
 
     name: str
@@ -228,6 +239,7 @@ class Case:
     is_shown: Callable[[Any], bool]
     plain: Callable[[Any], Floats]
     command: tuple[str, ...]
+    other_scene: Callable[[np.random.Generator], Scene] | None = None
 
 
 LEARNING = (  # options of both commands
@@ -256,24 +268,43 @@ CASES = (
             *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--num-class-images", "20"),
             *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "800", *LEARNING),
         ),
+        other_scene=other_scene,
     ),
 )
 
 
-def draw_prompts(case: Case, seed: int) -> list[Prompt]:
-    """Return prompts that state all attributes of their scenes.
+def draw_prompts(
+    judged_scene: Callable[[np.random.Generator], Scene], seed: int, trained: Sequence[Scene]
+) -> list[Prompt]:
+    """Return prompts that state all attributes of their scenes, and that are true of no scene that was trained on.
 
     Args:
-        case: What was learned.
+        judged_scene: Function that draws a scene.
         seed: Seed of the prompts.
+        trained: Scenes that were trained on.
     """
     prompts = []
     for index in range(PROMPTS):
         rng = np.random.default_rng([EVALUATION_SEED + seed, 77, index])
-        scene = case.judged_scene(rng)
-        result = caption(scene, rng, FULL)
+        while True:
+            scene = judged_scene(rng)
+            result = caption(scene, rng, FULL)
+            if not any(matches(result.description, other) for other in trained):
+                break
         prompts.append(Prompt(result.text, result.description, scene, int(rng.integers(2**31)), held_out=False))
     return prompts
+
+
+def train_scenes(case: Case, seed: int) -> tuple[list[Scene], list[str]]:
+    """Return the scenes to train on, and their captions.
+
+    Args:
+        case: What is learned.
+        seed: Seed of the scenes.
+    """
+    rng = np.random.default_rng([seed, 55])
+    scenes = case.train_scenes(rng)
+    return scenes, [caption(scene, rng, FULL).text for scene in scenes]
 
 
 def write_case(case: Case, folder: Path, seed: int) -> list[str]:
@@ -284,9 +315,7 @@ def write_case(case: Case, folder: Path, seed: int) -> list[str]:
         folder: Folder of pictures and result.
         seed: Seed of the pictures.
     """
-    rng = np.random.default_rng([seed, 55])
-    scenes = case.train_scenes(rng)
-    captions = [caption(scene, rng, FULL).text for scene in scenes]
+    scenes, captions = train_scenes(case, seed)
     write_pictures(folder / "pictures", zip(case.pictures(scenes), captions, strict=True))
     places = ("--train-data-dir", str(folder / "pictures"), "--output-dir", str(folder / "result"))
     return ["train", *case.command, *places]
@@ -303,49 +332,62 @@ def train(arguments: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, folder: Path, seed: int, seconds: float | None) -> dict[str, Any]:
+def measure(case: Case, folder: Path, seed: int) -> dict[str, Any]:
     """Judge the pictures of fresh prompts without and with what was learned.
 
     Args:
         case: What was learned.
         folder: Folder of pictures and result.
         seed: Seed of the prompts.
-        seconds: Seconds of the training; None if it ran earlier.
     """
     pipe: Any = AutoPipelineForText2Image.from_pretrained("embedded")
     pipe.set_progress_bar_config(disable=True)
-    prompts = draw_prompts(case, seed)
+    scenes, _ = train_scenes(case, seed)
+    prompts = draw_prompts(case.judged_scene, seed, scenes)
+    others = [] if case.other_scene is None else draw_prompts(case.other_scene, seed, scenes)
 
-    def draw(count: int = PROMPTS) -> list[Image.Image]:
+    def draw(prompts: Sequence[Prompt]) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
         return [
-            pipe(prompt.text, generator=torch.Generator().manual_seed(prompt.seed), **pipe.generation_defaults).images[
-                0
-            ]
-            for prompt in prompts[:count]
+            pipe(prompt.text, generator=generator, **pipe.generation_defaults).images[0]
+            for prompt, generator in zip(prompts, generators, strict=True)
         ]
 
-    before = draw()
+    before, others_before = draw(prompts), draw(others)
     pipe.load_lora_weights(folder / "result")
-    after = draw()
+    after, others_after = draw(prompts), draw(others)
     pipe.set_adapters(pipe.get_active_adapters(), 0.0)
-    without = draw(EQUAL)
-    pictures = len(list((folder / "pictures").glob("*.png")))
-    report: dict[str, Any] = {"pictures": pictures, "prompts": len(prompts), "seconds": seconds}
-    for name, images in (("before", before), ("after", after)):
-        shown = [case.is_shown(image) for image in images]
-        right = [
-            judge(case.plain(image), prompt.description).all_correct
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        report[name] = {"shown": int(sum(shown)), "right": int(sum(right))}
-        (folder / name).mkdir(exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(folder / name / f"{number:02d}.png")
+    without = draw(prompts[:EQUAL])
+    renders = list(case.pictures([prompt.scene for prompt in prompts]))
+    report: dict[str, Any] = {"pictures": len(scenes), "prompts": len(prompts)}
+    for name, images in (("before", before), ("after", after), ("renders", renders)):
+        report[name] = _judged(images, prompts, case.is_shown, case.plain)
+    if others:
+        report["others"] = {
+            "before": _judged(others_before, others, case.is_shown, to_array),
+            "after": _judged(others_after, others, case.is_shown, to_array),
+        }
     report["weight 0 equals no adapter"] = all(
         np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(before[:EQUAL], without, strict=True)
     )
-    _sheet(folder, before, after).save(folder / "sheet.png")
+    drawn = {"before": before, "after": after, "others-before": others_before, "others-after": others_after}
+    for name, images in drawn.items():
+        (folder / name).mkdir(exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / name / f"{number:02d}.png")
+    _sheet(folder, before, after).save(folder / "sheet.png", optimize=True)
     return report
+
+
+def _judged(
+    images: Sequence[Any], prompts: Sequence[Prompt], is_shown: Callable[[Any], bool], plain: Callable[[Any], Floats]
+) -> dict[str, int]:
+    """Return how many images show what was learned, and how many have the content of their prompts."""
+    pairs = list(zip(images, prompts, strict=True))
+    return {
+        "shown": sum(bool(is_shown(image)) for image in images),
+        "right": sum(judge(plain(image), prompt.description).all_correct for image, prompt in pairs),
+    }
 
 
 def _sheet(folder: Path, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
@@ -367,16 +409,21 @@ def markdown(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
         reports: Results by name of the case.
     """
     lines = [
-        "| learned | pictures | training | shown before | shown after | right before | right after | weight 0 |",
-        "|---|--:|--:|--:|--:|--:|--:|---|",
+        "| | prompts | shown before | shown after | content right before | content right after |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     for name, report in reports.items():
-        before, after, total = report["before"], report["after"], report["prompts"]
-        cells = [f"{each[key]} of {total}" for key in ("shown", "right") for each in (before, after)]
-        training = "" if report["seconds"] is None else f"{report['seconds']:.0f} s"
-        equal = "bit-equal" if report["weight 0 equals no adapter"] else "different"
-        lines.append("| " + " | ".join([name, str(report["pictures"]), training, *cells, equal]) + " |")
+        row = f"{name}, from {report['pictures']} pictures in {report['seconds']:.0f} s"
+        lines.append(_row(row, report["prompts"], report["before"], report["after"]))
+        if "others" in report:
+            others = report["others"]
+            lines.append(_row(f"{name}: prompts of other things", report["prompts"], others["before"], others["after"]))
     return lines
+
+
+def _row(name: str, prompts: int, before: Mapping[str, int], after: Mapping[str, int]) -> str:
+    cells = [str(each[key]) for key in ("shown", "right") for each in (before, after)]
+    return "| " + " | ".join([name, str(prompts), *cells]) + " |"
 
 
 def write_page(page: Path, folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
@@ -394,7 +441,9 @@ def write_page(page: Path, folder: Path, reports: Mapping[str, Mapping[str, Any]
     pattern = re.compile(rf"{BEGIN}\n.*?{END}", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"{page} has no markers {BEGIN} and {END}")
-    table = "\n".join(markdown(reports))
+    about = machine.describe()
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
+    table = "\n".join([*markdown(reports), "", f"{about['processor']}, {about['cores']} cores; {versions}."])
     page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text), encoding="utf-8")
     for name in reports:
         shutil.copyfile(folder / name / "sheet.png", page.parent / f"finetuning-{name}.png")
@@ -416,24 +465,25 @@ def main() -> None:
         "--docs", type=Path, nargs="?", const=PAGE, help="page to write table and sheets into (docs); needs all cases"
     )
     options = parser.parse_args()
-    if options.docs is not None and (options.only is not None or options.judge_only or options.pictures_only):
-        parser.error("--docs needs a whole run: leave out --only, --judge-only and --pictures-only")
+    if options.docs is not None and (options.only is not None or options.pictures_only):
+        parser.error("--docs needs all cases: leave out --only and --pictures-only")
     reports: dict[str, dict[str, Any]] = {}
     for case in CASES:
         if options.only is not None and case.name not in options.only:
             continue
         folder = options.folder / case.name
-        seconds = None
+        time_file = folder / "seconds.json"
         if not options.judge_only:
             arguments = write_case(case, folder, options.seed)
             if options.pictures_only:
                 print(shlex.join(["kandinsky22", *arguments]))
                 continue
-            seconds = train(arguments)
-        reports[case.name] = report = measure(case, folder, options.seed, seconds)
+            time_file.write_text(json.dumps(train(arguments)), encoding="utf-8")
+        seconds = float(json.loads(time_file.read_text(encoding="utf-8")))
+        reports[case.name] = report = {**measure(case, folder, options.seed), "seconds": seconds}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if reports:
-        print("\n".join(markdown(reports)))
+        print(json.dumps(reports, indent=2))
     if options.docs is not None:
         write_page(options.docs, options.folder, reports)
 
