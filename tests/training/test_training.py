@@ -34,7 +34,7 @@ from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOpti
 from kandinsky22.training.finetuning.prior_samples import EMBEDS_PER_CAPTION, Sample
 from kandinsky22.training.finetuning.run import Stage, TrainingRun
 from kandinsky22.training.finetuning.stages import Training
-from kandinsky22.training.finetuning.subject import _inversion, train_subject
+from kandinsky22.training.finetuning.subject import _dreambooth, _inversion, train_subject
 from kandinsky22.training.finetuning.training_base import FULL, LORA
 
 
@@ -57,6 +57,8 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "decoder, full": ("decoder", FULL, "combined", {"learning_rate": 0.002, "snr_gamma": 5.0, "random_crop": True}),
     "inpaint": ("decoder", LORA, "inpaint", {"learning_rate": 0.02, "random_flip": True}),
     "hint": ("decoder", LORA, "control/decoder", {"learning_rate": 0.02, "hint_type": "edges"}),
+    "decoder, prior's embeddings": ("decoder", FULL, "combined", {"learning_rate": 0.002, "image_embeds": "prior"}),
+    "inpaint, prior's embeddings": ("decoder", LORA, "inpaint", {"learning_rate": 0.02, "image_embeds": "prior"}),
     "subject": ("subject", LORA, "combined", {"learning_rate": 0.3}),
 }
 
@@ -193,7 +195,6 @@ def test_decoders_are_trained_with_embeddings_that_the_prior_samples(options: An
 @pytest.mark.slow
 def test_a_training_with_the_priors_embeddings_is_resumed_as_such(options: Any) -> None:
     finetune(options(max_train_steps=2, image_embeds="prior"), LORA)
-    finetune(options(max_train_steps=3, image_embeds="prior", resume="latest"), LORA)
     with pytest.raises(InputError, match="belongs to another training: --image-embeds was"):
         finetune(options(max_train_steps=4, resume="latest"), LORA)
 
@@ -220,11 +221,34 @@ def test_a_subject_starts_at_the_mean_of_its_pictures_and_is_learned(options: An
 @pytest.mark.slow
 def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
     others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
-    choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others), image_embeds="prior")
+    choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others))
     (path,) = train_subject(choices)
     assert path.name == "pytorch_lora_weights.safetensors"
     lines = (Path(options().output_dir) / "subject" / "log.jsonl").read_text().splitlines()
     assert {"loss", "class_loss"} <= json.loads(lines[0]).keys()
+
+
+def test_dreambooth_with_the_priors_embeddings_keeps_those_of_other_pictures(options: Any, tmp_path: Path) -> None:
+    others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
+    choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others), image_embeds="prior")
+    training = Training(choices, new_accelerator(choices), ignore)
+    stage = _dreambooth(training, choices, read_examples(choices))
+    own, other = (stream.objective for stream in stage.streams)
+    assert isinstance(own, DecoderObjective) and isinstance(other, DecoderObjective)
+    assert own.sampled is not None and {entry.caption for entry in own.entries} <= own.sampled.keys()
+    assert other.sampled is None and len(other.entries) == 3
+
+
+@pytest.mark.parametrize("arguments", [("lora",), ("subject", "--method", "dreambooth", "--class-prompt", "a cat")])
+def test_captions_are_required_before_any_network_runs(
+    arguments: tuple[str, ...], command: Command, model: Path, tmp_path: Path
+) -> None:
+    bare = write_pictures(tmp_path / "bare", 2, captions=False)
+    base = ("--model", model, "--train-data-dir", bare, "--image-embeds", "prior", "--output-dir", tmp_path / "new")
+    assert_one_line(
+        command("train", *arguments, *base), 1, "2 of 2 pictures have no caption, which --image-embeds prior"
+    )
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
@@ -330,9 +354,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(options: Any) -> Non
 
 
 @pytest.mark.slow
-def test_a_resumed_training_equals_an_uninterrupted_one(options: Any, tmp_path: Path) -> None:
-    (whole,) = finetune(options(max_train_steps=6, use_ema=True, lr_warmup_steps=2), LORA)
-    parts = options(max_train_steps=6, use_ema=True, lr_warmup_steps=2, output_dir=str(tmp_path / "parts"))
+@pytest.mark.parametrize("image_embeds", ["encoder", "prior"])
+def test_a_resumed_training_equals_an_uninterrupted_one(image_embeds: str, options: Any, tmp_path: Path) -> None:
+    choices = options(max_train_steps=6, use_ema=True, lr_warmup_steps=2, image_embeds=image_embeds)
+    (whole,) = finetune(choices, LORA)
+    parts = dataclasses.replace(choices, output_dir=str(tmp_path / "parts"))
     stage, training = stage_of(parts, "decoder", LORA)
     run = TrainingRun(stage, parts, training.folder / "decoder", training.accelerator, ignore)
     for _ in range(3):
@@ -432,6 +458,7 @@ def test_damaged_checkpoints_are_named(options: Any) -> None:
         (("--learning-rate", "nan"), 2, ("--learning-rate", "finite")),
         (("--lr-warmup-steps", "2000"), 1, ("--lr-warmup-steps=2000",)),
         (("--image-embeds", "prior", "--stage", "both"), 1, ("--image-embeds='prior'", "encoder with --stage both")),
+        (("--image-embeds", "prior", "--random-flip"), 1, ("--random-flip", "leave it out")),
     ],
 )
 def test_bad_input_is_one_line(

@@ -1,4 +1,4 @@
-"""Rendered pictures with captions, for distilling the embedded model: `python -m kandinsky22.training.pictures`.
+"""Rendered pictures with captions, for training the embedded model: `python -m kandinsky22.training.pictures`.
 
 The distilled adapter and the tiny decoder of the embedded model were trained on 3,000 of them; the commands are in the
 model card.

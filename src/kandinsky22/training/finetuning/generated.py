@@ -100,7 +100,7 @@ class Generation(PriorSampling):
         key |= {"unet": weights_digest({"unet": pipe.unet}), "side": side, "guidance": guidance}
         key |= {"kind": "generated decoder", "steps": options.num_ddim_timesteps, "ddim": dict(pipe.scheduler.config)}
         paths = self._paths(samples, key)
-        for batch in self._missing(samples, paths, "pictures"):
+        for batch in self._missing(samples, paths, "pictures", options.train_batch_size):
             embeds = self._embeds(prior, batch)
             result: Any = pipe(
                 image_embeds=embeds,

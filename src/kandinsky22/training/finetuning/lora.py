@@ -110,7 +110,7 @@ def add_adapters(
         endings = sorted(
             {name.split(".")[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in possible}
         )
-        expected = f"{ATTENTION}, {BLOCKS}, or ends of names of layers: {', '.join(endings)}"
+        expected = f"{ATTENTION}, {BLOCKS}, or endings of layer names: {', '.join(endings)}"
         raise invalid("--target-modules", " ".join(unused), expected)
     largest = min(min(layer.weight.flatten(1).shape) for layer in layers.values())
     if rank > largest:

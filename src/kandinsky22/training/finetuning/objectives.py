@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -248,8 +247,7 @@ class DecoderObjective(DenoisingObjective):
         mode: Kind of decoder.
         weights: Weights of the parts of the loss.
         condition_dropout: Share of image embeddings that are replaced by `zero_embed`.
-        sampled: Cache files of image embeddings by caption; pictures with other captions are denoised given their own
-            embeddings.
+        sampled: Cache files of image embeddings by caption, which replace those of the pictures; None keeps these.
         seed: Seed of the training.
         device: Device of the network.
     """
@@ -265,7 +263,7 @@ class DecoderObjective(DenoisingObjective):
         mode: str = "plain",
         weights: LossWeights = EQUAL_WEIGHTS,
         condition_dropout: float = 0.1,
-        sampled: Mapping[str, Sequence[Path]] = MappingProxyType({}),
+        sampled: Mapping[str, Sequence[Path]] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -344,9 +342,9 @@ class DecoderObjective(DenoisingObjective):
 
     def _embeds(self, entry: Entry, variant: int, numbers: np.random.Generator, *, training: bool) -> Tensor:
         """Return an image embedding (D,) of a picture: the encoder's, or one that the prior samples."""
-        paths = self.sampled.get(entry.caption or EMPTY_TEXT, ())
-        if not paths:
+        if self.sampled is None:
             return self.store[entry.path]["embeds"][variant]
+        paths = self.sampled[entry.caption or EMPTY_TEXT]
         path = paths[int(numbers.integers(len(paths))) if training else 0]
         return self.store[path]["embeds"][0]
 

@@ -18,8 +18,8 @@ MODES = ("plain", "inpaint", "hint")
 PRECISIONS = ("no", "fp16", "bf16")
 LR_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 HINT_KINDS = ("file", "edges")
-ENCODER, PRIOR = "encoder", "prior"
-IMAGE_EMBEDS = (ENCODER, PRIOR)
+FROM_ENCODER, FROM_PRIOR = "encoder", "prior"
+IMAGE_EMBEDS = (FROM_ENCODER, FROM_PRIOR)
 ATTENTION, BLOCKS = "attention", "blocks"  # groups of layers
 REPORTS = ("none", "tensorboard")
 SUBJECT_METHODS = ("inversion", "dreambooth")
@@ -31,16 +31,8 @@ LARGEST_WIDTH = 4096
 # Options of other kinds of training that a tiny decoder, which learns from pictures and MoVQ alone, does not have.
 TINY_DECODER_LACKS = (
     *("prior", "stage", "mode", "hint_type", "caption_column", "validation_prompt"),
-    *(
-        "caption_dropout",
-        "condition_dropout",
-        "image_embeds",
-        "snr_gamma",
-        "vlb_weight",
-        "rank",
-        "lora_alpha",
-        "target_modules",
-    ),
+    *("caption_dropout", "condition_dropout", "image_embeds", "snr_gamma", "vlb_weight"),
+    *("rank", "lora_alpha", "target_modules"),
 )
 
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
@@ -103,10 +95,9 @@ class TrainingOptions:
     )
     image_embeds: str = option_field(
         str,
-        "encoder",
+        FROM_ENCODER,
         _CONDITION,
-        "image embeddings that the decoder is trained with: encoder, those of the pictures, or prior, samples of the "
-        "prior for their captions, as in text-to-image",
+        "source of the decoder's image embeddings, the pictures or samples of the prior for their captions",
         choices=IMAGE_EMBEDS,
     )
     snr_gamma: float | None = option_field(
@@ -124,7 +115,7 @@ class TrainingOptions:
         str,
         (ATTENTION,),
         _LORA,
-        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or ends of their names",
+        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or endings of layer names",
         repeatable=True,
     )
 
@@ -188,9 +179,14 @@ class TrainingOptions:
         self._check_data()
         if self.mode in ("inpaint", "hint") and self.stage == "prior":
             raise invalid("--mode", self.mode, "no mode with --stage prior", "modes are those of decoders")
-        if self.image_embeds == PRIOR and self.stage != "decoder":
-            expected = f"{ENCODER} with --stage {self.stage}"
-            raise invalid("--image-embeds", self.image_embeds, expected, "a prior in training samples nothing")
+        if self.image_embeds == FROM_PRIOR and self.stage != "decoder":
+            advice = "train the decoder by itself, with --prior FOLDER of a trained prior"
+            raise invalid("--image-embeds", self.image_embeds, f"{FROM_ENCODER} with --stage {self.stage}", advice)
+        if self.image_embeds == FROM_PRIOR and (self.random_flip or self.random_crop):
+            flag = "--random-flip" if self.random_flip else "--random-crop"
+            raise InputError(
+                f"{flag} has no effect on captions, which --image-embeds prior samples embeddings for: leave it out"
+            )
         if self.lr_warmup_steps > self.max_train_steps:
             expected = f"at most --max-train-steps={self.max_train_steps}"
             raise invalid("--lr-warmup-steps", self.lr_warmup_steps, expected)
@@ -285,8 +281,9 @@ class SubjectOptions(TrainingOptions):
             raise InputError("--class-data-dir and --class-prompt have no effect with --method inversion")
         if self.method == "inversion" and self.mode not in (None, "plain"):
             raise invalid("--mode", self.mode, "plain", "embeddings are learned with the plain decoder")
-        if self.method == "inversion" and self.image_embeds != ENCODER:
-            raise invalid("--image-embeds", self.image_embeds, f"{ENCODER} with --method inversion")
+        if self.method == "inversion" and self.image_embeds != FROM_ENCODER:
+            expected = f"{FROM_ENCODER} with --method inversion"
+            raise invalid("--image-embeds", self.image_embeds, expected, "add --method dreambooth")
         if self.method == "dreambooth" and self.prior_loss_weight > 0 and not has_class:
             raise InputError(
                 "--method dreambooth: neither --class-data-dir nor --class-prompt set: expected one of them, or "
@@ -310,7 +307,7 @@ class DistillOptions(TrainingOptions):
         str,
         (ATTENTION, BLOCKS),
         _LORA,
-        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or ends of their names",
+        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or endings of layer names",
         repeatable=True,
     )
     learning_rate: float | None = option_field(

@@ -34,7 +34,7 @@ from kandinsky22.training.finetuning.networks import (
     load_prior,
 )
 from kandinsky22.training.finetuning.objectives import DecoderObjective
-from kandinsky22.training.finetuning.options import PRIOR
+from kandinsky22.training.finetuning.options import FROM_PRIOR
 from kandinsky22.training.finetuning.preparation import Entry
 from kandinsky22.training.finetuning.prior_samples import PriorSampling
 from kandinsky22.training.finetuning.prior_stages import PriorStages
@@ -55,7 +55,7 @@ class DecoderData:
         prompts: Image embedding and negative embedding per validation prompt.
         image_digest: Fingerprint of the image encoder.
         preserved: Pictures that keep the decoder as it is otherwise.
-        sampled: Cache files of image embeddings that the prior samples, by caption; empty without --image-embeds prior.
+        sampled: Cache files of image embeddings that the prior samples, by caption; None without --image-embeds prior.
     """
 
     entries: list[Entry]
@@ -66,14 +66,14 @@ class DecoderData:
     prompts: list[tuple[Tensor, Tensor]]
     image_digest: str
     preserved: list[Entry] = field(default_factory=list)
-    sampled: dict[str, list[Path]] = field(default_factory=dict)
+    sampled: dict[str, list[Path]] | None = None
 
     def signature(self) -> dict[str, Any]:
         """Return what a checkpoint must agree with besides the pictures: the embeddings that the prior samples."""
-        if not self.sampled:
+        if self.sampled is None:
             return {}
         names = " ".join(path.name for paths in self.sampled.values() for path in paths)
-        return {"--image-embeds": f"prior, {hashlib.sha256(names.encode()).hexdigest()[:16]}"}
+        return {"--image-embeds": FROM_PRIOR, "samples of the prior": hashlib.sha256(names.encode()).hexdigest()[:16]}
 
 
 class Training(PriorStages):
@@ -96,12 +96,10 @@ class Training(PriorStages):
             What the decoder is trained on.
 
         Raises:
-            InputError: A size does not fit the network, no picture can be read, or captions are missing.
+            InputError: A size does not fit the network, or no picture can be read.
             CheckpointError: Files are missing or damaged.
         """
         options = self.options
-        if options.image_embeds == PRIOR:
-            preparation.require_captions(examples, "which --image-embeds prior needs")
         embeddings = self.prompt_embeddings() if options.validation_prompt and mode == "plain" else []
         encoders = Encoders.load(options, mode, self.device, self.low_dtype, latents=True, texts=False)
         assert encoders.movq is not None
@@ -116,7 +114,7 @@ class Training(PriorStages):
         )
         del encoders, job
         self.free()
-        sampled = PriorSampling(self).of_captions(entries) if options.image_embeds == PRIOR else {}
+        sampled = PriorSampling(self).embeddings_by_caption(entries) if options.image_embeds == FROM_PRIOR else None
         training, held_out = split_held_out(entries, options.validation_images, options.seed)
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
         return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others, sampled)

@@ -23,14 +23,14 @@ from kandinsky22.adapters.files import write_adapter
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.subject_file import Subject, save_subject
 from kandinsky22.errors import invalid
-from kandinsky22.training.finetuning import lora, samples
+from kandinsky22.training.finetuning import lora, preparation, samples
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.data import Example, read_examples, read_path
 from kandinsky22.training.finetuning.losses import LossWeights
 from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_decoder, load_prior
 from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
-from kandinsky22.training.finetuning.options import SubjectOptions
+from kandinsky22.training.finetuning.options import FROM_PRIOR, SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Stream
 from kandinsky22.training.finetuning.stages import DecoderData, Training
@@ -105,6 +105,8 @@ def train_subject(options: SubjectOptions, report: Report | None = None) -> list
     """
     training = Training(options, new_accelerator(options), report)
     examples = read_examples(options)
+    if options.image_embeds == FROM_PRIOR:
+        preparation.require_captions(examples, "which --image-embeds prior needs")
     invert = options.method == INVERSION
     stage = _inversion(training, options, examples) if invert else _dreambooth(training, options, examples)
     training.run(stage)
@@ -192,6 +194,7 @@ def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[
     objective = training.decoder_objective(data, pipe.scheduler, mode)
     streams = [Stream(objective, training.plan(data.entries))]
     if data.preserved:
+        # The prior's samples for a general prompt would not match what these pictures show: they keep their embeddings.
         others = training.decoder_objective(
             DecoderData(data.preserved, [], data.zero_embed, data.side, data.latent_channels, [], data.image_digest),
             pipe.scheduler,
