@@ -55,3 +55,33 @@ def test_the_reference_of_options_is_up_to_date() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tutorial_has_the_commands_of_its_benchmark() -> None:
+    from benchmarks.finetuning_success import CASES
+
+    text = (DOCS / "training-tutorial.md").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("kandinsky22 train")]
+    assert len(lines) == len(CASES)
+    for case, words in zip(CASES, lines, strict=True):
+        parse = build_parser().parse_args
+        shown, measured = (vars(parse(arguments)) for arguments in (words[1:], ["train", *case.command]))
+        places = {name: shown.pop(name) for name in ("train_data_dir", "output_dir")}
+        assert places["train_data_dir"] == f"finetuning/{case.name}/pictures"
+        options = {name for name, value in shown.items() if not callable(value)}
+        assert {name: shown[name] for name in options} == {name: measured.get(name) for name in options}
+
+
+def test_the_judges_of_fine_tuning_tell_true_renders_from_plain_ones() -> None:
+    from benchmarks.finetuning_success import CASES, SIDE, draw_prompts, train_scenes
+
+    from kandinsky22.training.captions import matches
+    from kandinsky22.training.scenes import render
+
+    for case in CASES:
+        trained, _ = train_scenes(case, 0)
+        prompts = draw_prompts(case.judged_scene, 0, trained)
+        assert not any(matches(prompt.description, scene) for prompt in prompts for scene in trained)
+        scenes = [prompt.scene for prompt in prompts[:10]]
+        assert all(case.is_shown(image) for image in case.pictures(scenes))
+        assert not any(case.is_shown(image) for image in render(scenes, SIDE))
