@@ -23,6 +23,7 @@ Options of `kandinsky22 train lora`, `full`, `subject`, `distill` and `tiny-deco
 
 - A YAML file may hold them: `--config FILE`, one `name: value` per line, with hyphens or underscores. The command line
   takes precedence.
+- Options with several values are lists in YAML: `target_modules: [attention, blocks]`.
 - Switches have a negative form: `--no-use-ema`.
 - In Python they are the fields of `TrainingOptions`, `SubjectOptions`, `DistillOptions` and `TinyDecoderOptions`, with
   underscores.

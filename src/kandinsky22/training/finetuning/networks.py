@@ -165,9 +165,7 @@ class Encoders:
         self.image_digest = hashlib.sha256(f"{weights} {settings}".encode()).hexdigest()
         self.text_digest = None
         if text_encoder is not None:
-            vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-            weights = weights_digest({"text_encoder": text_encoder})
-            self.text_digest = hashlib.sha256(f"{weights} {vocabulary}".encode()).hexdigest()
+            self.text_digest = text_digest(text_encoder, tokenizer)
 
     @classmethod
     def load(
@@ -253,6 +251,18 @@ class Encoders:
         used = int(tokens.mask[0].nonzero().max()) + 1
         hidden = encoded.last_hidden_state[0, :used]
         return {"embeds": encoded.text_embeds[0].float().cpu(), "hidden": hidden.float().cpu()}
+
+
+def text_digest(text_encoder: nn.Module, tokenizer: Any) -> str:
+    """Return a fingerprint of a text tower's weights and the vocabulary.
+
+    Args:
+        text_encoder: CLIP text tower.
+        tokenizer: CLIP tokenizer.
+    """
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    weights = weights_digest({"text_encoder": text_encoder})
+    return hashlib.sha256(f"{weights} {vocabulary}".encode()).hexdigest()
 
 
 def _plain(processor: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.runtime.lazy_component import loaded
-from kandinsky22.training.finetuning.networks import load_prior
+from kandinsky22.training.finetuning.networks import load_prior, text_digest
 from kandinsky22.training.finetuning.objectives import EMPTY_TEXT
 from kandinsky22.training.finetuning.preparation import Entry
 from kandinsky22.training.finetuning.training_base import COMPONENTS, TrainingBase
@@ -57,11 +57,17 @@ class PriorSampling:
         """Return the prior's pipeline, and what its embeddings depend on."""
         pipe = load_prior(self.training.options, self.training.low_dtype, *COMPONENTS).to(self.training.device)
         pipe.set_progress_bar_config(disable=True)
-        names = ("prior", "text_encoder")
-        digest = weights_digest({name: loaded(pipe.components[name]) for name in names})
+        digest = weights_digest({"prior": loaded(pipe.components["prior"])})
+        text = text_digest(loaded(pipe.components["text_encoder"]), pipe.tokenizer)
         defaults = {name: repr(value) for name, value in pipe.generation_defaults.items()}
         scheduler = {name: repr(value) for name, value in pipe.scheduler.config.items()}
-        key = {"prior": digest, "defaults": defaults, "scheduler": scheduler, "seed": self.training.options.seed}
+        key = {
+            "prior": digest,
+            "text_encoder": text,
+            "defaults": defaults,
+            "scheduler": scheduler,
+            "seed": self.training.options.seed,
+        }
         return pipe, {**key, "dtype": str(self.training.low_dtype)}
 
     def _missing(
