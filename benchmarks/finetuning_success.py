@@ -332,19 +332,20 @@ def train(arguments: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, folder: Path, seed: int) -> dict[str, Any]:
+def measure(case: Case, folder: Path, seed: int, prompt_seed: int) -> dict[str, Any]:
     """Judge the pictures of fresh prompts without and with what was learned.
 
     Args:
         case: What was learned.
         folder: Folder of pictures and result.
-        seed: Seed of the prompts.
+        seed: Seed of the pictures that were trained on.
+        prompt_seed: Seed of the prompts.
     """
     pipe: Any = AutoPipelineForText2Image.from_pretrained("embedded")
     pipe.set_progress_bar_config(disable=True)
     scenes, _ = train_scenes(case, seed)
-    prompts = draw_prompts(case.judged_scene, seed, scenes)
-    others = [] if case.other_scene is None else draw_prompts(case.other_scene, seed, scenes)
+    prompts = draw_prompts(case.judged_scene, prompt_seed, scenes)
+    others = [] if case.other_scene is None else draw_prompts(case.other_scene, prompt_seed, scenes)
 
     def draw(prompts: Sequence[Prompt]) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
@@ -460,7 +461,8 @@ def main() -> None:
         "--pictures-only", action="store_true", help="write the pictures, and print the commands that learn them"
     )
     parser.add_argument("--judge-only", action="store_true", help="judge what an earlier run has trained")
-    parser.add_argument("--seed", type=int, default=0, help="seed of pictures and prompts (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures to train on (0)")
+    parser.add_argument("--prompt-seed", type=int, default=0, help="seed of the prompts (0)")
     parser.add_argument(
         "--docs", type=Path, nargs="?", const=PAGE, help="page to write table and sheets into (docs); needs all cases"
     )
@@ -480,7 +482,7 @@ def main() -> None:
                 continue
             time_file.write_text(json.dumps(train(arguments)), encoding="utf-8")
         seconds = float(json.loads(time_file.read_text(encoding="utf-8")))
-        reports[case.name] = report = {**measure(case, folder, options.seed), "seconds": seconds}
+        reports[case.name] = report = {**measure(case, folder, options.seed, options.prompt_seed), "seconds": seconds}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if reports:
         print(json.dumps(reports, indent=2))
