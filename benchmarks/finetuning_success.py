@@ -246,6 +246,7 @@ LEARNING = (  # options of both commands
     *("--image-embeds", "prior", "--target-modules", "attention", "blocks", "--snr-gamma", "5"),
     *("--learning-rate", "2e-3", "--lr-scheduler", "cosine", "--lr-warmup-steps", "20"),
 )
+CLASS_PROMPTS = ("a circle", "a square", "a triangle", "a star", "two shapes")
 OTHERS = ("orange", *SUBJECT_BACKGROUNDS)
 CASES = (
     Case(
@@ -265,8 +266,8 @@ CASES = (
         is_shown=has_subject,
         plain=without_middle,
         command=(
-            *("subject", "--method", "dreambooth", "--class-prompt", "a circle", "--num-class-images", "20"),
-            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "800", *LEARNING),
+            *("subject", "--method", "dreambooth", "--class-prompt", *CLASS_PROMPTS, "--num-class-images", "40"),
+            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "900", *LEARNING),
         ),
         other_scene=other_scene,
     ),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from kandinsky22.cli.failures import failure_message
 from kandinsky22.errors import CheckpointError, InputError
 from kandinsky22.training.finetuning import checkpoints
 from kandinsky22.training.finetuning.batches import Draw
+from kandinsky22.training.finetuning.class_pictures import class_pictures
 from kandinsky22.training.finetuning.data import read_examples
 from kandinsky22.training.finetuning.finetune import finetune
 from kandinsky22.training.finetuning.frames import Frame
@@ -228,15 +230,41 @@ def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
     assert {"loss", "class_loss"} <= json.loads(lines[0]).keys()
 
 
-def test_dreambooth_with_the_priors_embeddings_keeps_those_of_other_pictures(options: Any, tmp_path: Path) -> None:
+def test_pictures_of_a_folder_keep_the_encoders_embeddings(options: Any, tmp_path: Path) -> None:
     others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
     choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others), image_embeds="prior")
     training = Training(choices, new_accelerator(choices), ignore)
     stage = _dreambooth(training, choices, read_examples(choices))
     own, other = (stream.objective for stream in stage.streams)
-    assert isinstance(own, DecoderObjective) and isinstance(other, DecoderObjective)
-    assert own.sampled is not None and {entry.caption for entry in own.entries} <= own.sampled.keys()
-    assert other.sampled is None and len(other.entries) == 3
+    assert all(len(entry.sampled) == EMBEDS_PER_CAPTION for entry in own.entries)
+    assert not any(entry.sampled for entry in other.entries) and len(other.entries) == 3
+
+
+def test_class_pictures_keep_the_embeddings_that_they_were_drawn_from(options: Any) -> None:
+    choices = options(SubjectOptions, method="dreambooth", class_prompt=("a cat", "a dog"), num_class_images=3)
+    training = Training(choices, new_accelerator(choices), ignore)
+    pictures = class_pictures(training, choices)
+    stage = _dreambooth(training, choices, read_examples(choices))
+    objective = stage.streams[1].objective
+    assert isinstance(objective, DecoderObjective) and len(objective.entries) == 3
+    expected = [Sample("a cat", 0), Sample("a dog", 0), Sample("a cat", 1)]
+    prior: Any = KandinskyV22CombinedPipeline.from_pretrained(choices.model).prior_pipe
+    pipe: Any = KandinskyV22Pipeline.from_pretrained(choices.model)
+    for entry, sample, example in zip(objective.entries, expected, pictures.examples, strict=True):
+        (path,) = entry.sampled
+        drawn = prior([sample.prompt], generator=[sample.generator(choices.seed)], **prior.generation_defaults)
+        embeds = training.store[path]["embeds"]
+        torch.testing.assert_close(embeds, drawn.image_embeds)
+        draw = Draw(objective.entries.index(entry), (0,))
+        batch = objective.batch([draw], objective.entries, training=False)
+        assert torch.equal(batch.condition["image_embeds"], embeds)
+        again = pipe(
+            image_embeds=embeds,
+            negative_image_embeds=drawn.negative_image_embeds,
+            generator=sample.generator(choices.seed),
+            **pipe.generation_defaults,
+        ).images[0]
+        assert (np.asarray(again) == np.asarray(example.picture.open())).all()
 
 
 @pytest.mark.parametrize("arguments", [("lora",), ("subject", "--method", "dreambooth", "--class-prompt", "a cat")])
@@ -260,6 +288,9 @@ def test_dreambooth_draws_the_other_pictures(options: Any) -> None:
     assert len(contents) == 2
     train_subject(dataclasses.replace(choices, resume="latest"))
     assert {path: path.read_bytes() for path in sorted(drawn.iterdir())} == contents
+    with pytest.raises(InputError, match="belongs to another training: class pictures was"):
+        train_subject(dataclasses.replace(choices, class_prompt=("a dog",), resume="latest"))
+    assert len(list(drawn.iterdir())) == 4
 
 
 @pytest.fixture
@@ -307,7 +338,7 @@ def test_wrong_subjects_are_one_line(subject: Path, command: Command, model: Pat
 @pytest.mark.slow
 def test_dreambooth_of_other_decoders_needs_a_folder(options: Any, models: Path) -> None:
     choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", model=str(models / "inpaint"))
-    with pytest.raises(InputError, match=r"--class-prompt='a cat' is invalid: .* kind inpaint; name a folder"):
+    with pytest.raises(InputError, match=r"--class-prompt=\('a cat',\) is invalid: .* kind inpaint; name a folder"):
         train_subject(choices)
 
 

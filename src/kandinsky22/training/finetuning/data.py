@@ -129,7 +129,12 @@ def read_path(
     raise invalid(argument, str(path), "a folder, a CSV or JSON Lines file, or a .tar shard that exists")
 
 
-def _file(path: Path) -> PictureBytes:
+def picture_file(path: Path) -> PictureBytes:
+    """Return the source of a picture in a file, with the path as its name.
+
+    Args:
+        path: The file.
+    """
     return PictureBytes(str(path), path.read_bytes)
 
 
@@ -146,7 +151,7 @@ def _folder_examples(folder: Path) -> list[Example]:
     _check_orphans([path.name for stem, path in captions.items() if stem not in plain], str(folder))
     return [
         Example(
-            _file(path),
+            picture_file(path),
             _read_caption(captions[stem]) if stem in captions else None,
             _companion(companions, stem, ".hint"),
             _companion(companions, stem, ".mask"),
@@ -161,7 +166,7 @@ def _is_hidden(path: Path) -> bool:
 
 def _companion(companions: Mapping[Path, Path], stem: Path, suffix: str) -> PictureBytes | None:
     path = companions.get(stem.with_name(stem.name + suffix))
-    return None if path is None else _file(path)
+    return None if path is None else picture_file(path)
 
 
 def _read_caption(path: Path) -> str:
@@ -199,7 +204,7 @@ def _table_examples(path: Path, image_column: str | None, caption_column: str | 
         hint, mask = (_listed_file(path, row, key) for key in (HINT_COLUMN, MASK_COLUMN))
         examples.append(
             Example(
-                _file(path.parent / name),
+                picture_file(path.parent / name),
                 _text(row.get(caption)) if caption else None,
                 hint,
                 mask,
@@ -216,7 +221,7 @@ def _listed_file(table: Path, row: Mapping[str, Any], column: str) -> PictureByt
         return None
     if not isinstance(name, str) or not os.path.isfile(table.parent / name):
         raise invalid(f"{column} in {table}", name, "the path of a file, relative to the table")
-    return _file(table.parent / name)
+    return picture_file(table.parent / name)
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:

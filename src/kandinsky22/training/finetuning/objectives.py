@@ -247,7 +247,6 @@ class DecoderObjective(DenoisingObjective):
         mode: Kind of decoder.
         weights: Weights of the parts of the loss.
         condition_dropout: Share of image embeddings that are replaced by `zero_embed`.
-        sampled: Cache files of image embeddings by caption, which replace those of the pictures; None keeps these.
         seed: Seed of the training.
         device: Device of the network.
     """
@@ -263,13 +262,12 @@ class DecoderObjective(DenoisingObjective):
         mode: str = "plain",
         weights: LossWeights = EQUAL_WEIGHTS,
         condition_dropout: float = 0.1,
-        sampled: Mapping[str, Sequence[Path]] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.entries, self.held_out, self.store, self.scheduler = entries, held_out, store, scheduler
         self.zero_embed, self.mode, self.weights = zero_embed, mode, weights
-        self.condition_dropout, self.sampled, self.seed, self.device = condition_dropout, sampled, seed, device
+        self.condition_dropout, self.seed, self.device = condition_dropout, seed, device
 
     def batch(self, draws: Sequence[Draw], entries: Sequence[Entry], *, training: bool) -> Batch:
         """Return the examples of one pass; their condition has "image_embeds", and "hint" or "channels".
@@ -342,10 +340,9 @@ class DecoderObjective(DenoisingObjective):
 
     def _embeds(self, entry: Entry, variant: int, numbers: np.random.Generator, *, training: bool) -> Tensor:
         """Return an image embedding (D,) of a picture: the encoder's, or one that the prior samples."""
-        if self.sampled is None:
+        if not entry.sampled:
             return self.store[entry.path]["embeds"][variant]
-        paths = self.sampled[entry.caption or EMPTY_TEXT]
-        path = paths[int(numbers.integers(len(paths))) if training else 0]
+        path = entry.sampled[int(numbers.integers(len(entry.sampled))) if training else 0]
         return self.store[path]["embeds"][0]
 
 

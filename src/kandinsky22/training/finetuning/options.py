@@ -253,10 +253,10 @@ class SubjectOptions(TrainingOptions):
         str, "inversion", _SUBJECT, "learn one image embedding, or an adapter of the decoder", choices=SUBJECT_METHODS
     )
     class_data_dir: str | None = option_field(
-        str, None, _SUBJECT, "dreambooth: folder of other pictures of the subject's kind"
+        str, None, _SUBJECT, "dreambooth: folder of other pictures, of the subject's kind or of anything else"
     )
-    class_prompt: str | None = option_field(
-        str, None, _SUBJECT, "dreambooth: prompt of the pictures that are drawn if there is no folder"
+    class_prompt: tuple[str, ...] = option_field(
+        str, (), _SUBJECT, "dreambooth: prompts of the pictures that are drawn if there is no folder", repeatable=True
     )
     num_class_images: int = option_field(
         int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000
@@ -276,7 +276,7 @@ class SubjectOptions(TrainingOptions):
         super()._check_combinations()
         if self.stage != "decoder":
             raise invalid("--stage", self.stage, "decoder", "subjects are learned with the decoder alone")
-        has_class = self.class_data_dir is not None or self.class_prompt is not None
+        has_class = self.class_data_dir is not None or bool(self.class_prompt)
         if self.method == "inversion" and has_class:
             raise InputError("--class-data-dir and --class-prompt have no effect with --method inversion")
         if self.method == "inversion" and self.mode not in (None, "plain"):

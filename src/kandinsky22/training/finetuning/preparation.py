@@ -33,6 +33,8 @@ class Entry:
         size: Width and height of its bucket in pixels; (0, 0) where pictures have no size.
         variants: Number of parts and mirror images in the file.
         caption: Its caption; None if it has none.
+        sampled: Cache files of image embeddings that the prior sampled for it, one of which the decoder is given; empty
+            for the embedding that the encoder computed.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Entry:
     size: tuple[int, int]
     variants: int
     caption: str | None = None
+    sampled: tuple[Path, ...] = ()
 
 
 class Processes(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,8 +114,8 @@ class PriorSampling:
         cache = self.training.cache
         return {sample: cache.path({**key, "prompt": sample.prompt, "number": sample.number}) for sample in samples}
 
-    def embeddings_by_caption(self, entries: Sequence[Entry]) -> dict[str, list[Path]]:
-        """Return cache files of image embeddings by caption, `EMBEDS_PER_CAPTION` each.
+    def with_embeddings(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return entries with `EMBEDS_PER_CAPTION` image embeddings each, sampled for their captions.
 
         Args:
             entries: Pictures, all with captions.
@@ -125,6 +126,6 @@ class PriorSampling:
         captions = dict.fromkeys(entry.caption or EMPTY_TEXT for entry in entries)
         sampled = self.embeddings([Sample(text, number) for text in captions for number in range(EMBEDS_PER_CAPTION)])
         paths: dict[str, list[Path]] = {text: [] for text in captions}
-        for entry in sampled:
-            paths[entry.name].append(entry.path)
-        return paths
+        for sample in sampled:
+            paths[sample.name].append(sample.path)
+        return [dataclasses.replace(entry, sampled=tuple(paths[entry.caption or EMPTY_TEXT])) for entry in entries]

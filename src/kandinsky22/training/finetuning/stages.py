@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +53,6 @@ class DecoderData:
         prompts: Image embedding and negative embedding per validation prompt.
         image_digest: Fingerprint of the image encoder.
         preserved: Pictures that keep the decoder as it is otherwise.
-        sampled: Cache files of image embeddings that the prior samples, by caption; None without --image-embeds prior.
     """
 
     entries: list[Entry]
@@ -66,14 +63,6 @@ class DecoderData:
     prompts: list[tuple[Tensor, Tensor]]
     image_digest: str
     preserved: list[Entry] = field(default_factory=list)
-    sampled: dict[str, list[Path]] | None = None
-
-    def signature(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree with besides the pictures: the embeddings that the prior samples."""
-        if self.sampled is None:
-            return {}
-        names = " ".join(path.name for paths in self.sampled.values() for path in paths)
-        return {"--image-embeds": FROM_PRIOR, "samples of the prior": hashlib.sha256(names.encode()).hexdigest()[:16]}
 
 
 class Training(PriorStages):
@@ -114,10 +103,11 @@ class Training(PriorStages):
         )
         del encoders, job
         self.free()
-        sampled = PriorSampling(self).embeddings_by_caption(entries) if options.image_embeds == FROM_PRIOR else None
+        if options.image_embeds == FROM_PRIOR:
+            entries = PriorSampling(self).with_embeddings(entries)
         training, held_out = split_held_out(entries, options.validation_images, options.seed)
         self.report(f"{len(training)} pictures to train on, {len(held_out)} held out, {_listed_sizes(entries)}")
-        return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others, sampled)
+        return DecoderData(training, held_out, zero_embed, side, channels, embeddings, digest, others)
 
     def sizes(self, mode: str, factor: int, kind: str) -> tuple[int, list[tuple[int, int]]]:
         """Return the side of the square bucket, and all buckets.
@@ -164,7 +154,6 @@ class Training(PriorStages):
             mode=mode,
             weights=LossWeights(options.snr_gamma, options.vlb_weight),
             condition_dropout=options.condition_dropout,
-            sampled=data.sampled,
             seed=options.seed,
             device=self.device,
         )
@@ -205,7 +194,7 @@ class Training(PriorStages):
         data = self.decoder_data(examples, mode, kind)
         pipe = self.load_unet(data, mode, kind)
         unet = pipe.unet
-        signature = self.signature(kind, unet, data.entries, mode=mode, **data.signature())
+        signature = self.signature(kind, unet, data.entries, mode=mode)
         self.make_trainable(unet, kind)
         objective = self.decoder_objective(data, pipe.scheduler, mode)
         return Stage(

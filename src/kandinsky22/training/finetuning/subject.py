@@ -18,27 +18,24 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-import kandinsky22
 from kandinsky22.adapters.files import write_adapter
-from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.subject_file import Subject, save_subject
-from kandinsky22.errors import invalid
 from kandinsky22.training.finetuning import lora, preparation, samples
 from kandinsky22.training.finetuning.batches import Draw
-from kandinsky22.training.finetuning.data import Example, read_examples, read_path
+from kandinsky22.training.finetuning.class_pictures import ClassPictures, class_pictures
+from kandinsky22.training.finetuning.data import Example, read_examples
 from kandinsky22.training.finetuning.losses import LossWeights
-from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_decoder, load_prior
+from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_prior
 from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import FROM_PRIOR, SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Stream
 from kandinsky22.training.finetuning.stages import DecoderData, Training
-from kandinsky22.training.finetuning.training_base import COMPONENTS, LORA
+from kandinsky22.training.finetuning.training_base import LORA, lines_digest
 
 FILE = "subject.safetensors"
 INVERSION, DREAMBOOTH = "inversion", "dreambooth"
-CLASS_FOLDER = "class-pictures"
 SAMPLES = 4  # pictures of the subject on a sheet
 
 
@@ -184,24 +181,20 @@ def _subject_sheet(
 
 def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[Example]) -> Stage:
     mode = decoder_mode(options)
-    preserved = _class_examples(training, options) if options.prior_loss_weight > 0 else []
-    data = training.decoder_data(examples, mode, LORA, preserved)
+    others = class_pictures(training, options) if options.prior_loss_weight > 0 else ClassPictures([], {})
+    data = training.decoder_data(examples, mode, LORA, others.examples)
+    preserved = others.with_embeddings(data.preserved)
     pipe = training.load_unet(data, mode, LORA)
-    signature = training.signature(
-        LORA, pipe.unet, data.entries, mode=mode, class_pictures=len(data.preserved), **data.signature()
-    )
+    names = lines_digest(path.name for entry in preserved for path in (entry.path, *entry.sampled))
+    signature = training.signature(LORA, pipe.unet, data.entries, mode=mode, **{"class pictures": names})
     training.make_trainable(pipe.unet, LORA)
     objective = training.decoder_objective(data, pipe.scheduler, mode)
     streams = [Stream(objective, training.plan(data.entries))]
-    if data.preserved:
-        # The prior's samples for a general prompt would not match what these pictures show: they keep their embeddings.
-        others = training.decoder_objective(
-            DecoderData(data.preserved, [], data.zero_embed, data.side, data.latent_channels, [], data.image_digest),
-            pipe.scheduler,
-            mode,
-        )
-        plan = training.plan(data.preserved, stream=1)
-        streams.append(Stream(others, plan, options.prior_loss_weight, "class_"))
+    if preserved:
+        class_data = dataclasses.replace(data, entries=preserved, held_out=[], prompts=[])
+        class_objective = training.decoder_objective(class_data, pipe.scheduler, mode)
+        plan = training.plan(preserved, stream=1)
+        streams.append(Stream(class_objective, plan, options.prior_loss_weight, "class_"))
     return Stage(
         name="subject",
         network=pipe.unet,
@@ -210,35 +203,3 @@ def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[
         signature=signature,
         draw_samples=training.decoder_sheet(data, objective, pipe.unet, mode),
     )
-
-
-def _class_examples(training: Training, options: SubjectOptions) -> list[Example]:
-    """Return other pictures of the subject's kind, after drawing those that are missing."""
-    if options.class_data_dir is not None:
-        return read_path(Path(options.class_data_dir), "--class-data-dir")[: options.num_class_images]
-    if (mode := decoder_mode(options)) != "plain":
-        advice = "name a folder of pictures with --class-data-dir"
-        raise invalid("--class-prompt", options.class_prompt, f"None for a decoder of the kind {mode}", advice)
-    folder = training.folder / CLASS_FOLDER
-    missing = [number for number in range(options.num_class_images) if not (folder / f"{number:05d}.png").is_file()]
-    if missing and training.is_main:
-        training.report(f"draws {len(missing)} pictures of {options.class_prompt!r}")
-        decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
-        movq = load_decoder(options, "plain", torch.float32, movq=True).movq
-        pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
-        prior = load_prior(options, training.low_dtype, *COMPONENTS).to(training.device)
-        for each in (pipe, prior):
-            each.set_progress_bar_config(disable=True)
-        for number in missing:
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
-            embeds = prior(options.class_prompt, generator=generator, **prior.generation_defaults)
-            result: Any = pipe(
-                image_embeds=embeds.image_embeds,
-                negative_image_embeds=embeds.negative_image_embeds,
-                generator=generator,
-                **{"height": options.resolution, "width": options.resolution, **pipe.generation_defaults},
-            )
-            with atomic_write(folder / f"{number:05d}.png") as temporary:
-                result.images[0].save(temporary, format="PNG")
-    training.accelerator.wait_for_everyone()
-    return read_path(folder, "--output-dir")[: options.num_class_images]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,21 @@ from kandinsky22.training.finetuning.networks import (
     load_prior,
     trainable_entirely,
 )
-from kandinsky22.training.finetuning.options import TrainingOptions
+from kandinsky22.training.finetuning.options import FROM_PRIOR, TrainingOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Summary, train_stage
 
 LORA, FULL = "lora", "full"
 COMPONENTS = kandinsky22.KandinskyV22PriorPipeline.component_names()
+
+
+def lines_digest(lines: Iterable[str]) -> str:
+    """Return a digest of lines of text, 16 hexadecimal digits.
+
+    Args:
+        lines: The lines.
+    """
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 class TrainingBase:
@@ -125,11 +134,14 @@ class TrainingBase:
             entries: Pictures to train on.
             **further: Further entries.
         """
-        text = "\n".join(f"{entry.path.name} {entry.caption}" for entry in entries)
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+        digest = lines_digest(f"{entry.path.name} {entry.caption}" for entry in entries)
         rank = {"--rank": self.options.rank, "--target-modules": list(self.options.target_modules)}
         weights = weights_digest({"network": network})[:16]
-        return {"kind": kind, "weights": weights, "pictures": digest, **(rank if kind == LORA else {}), **further}
+        result = {"kind": kind, "weights": weights, "pictures": digest, **(rank if kind == LORA else {}), **further}
+        if any(entry.sampled for entry in entries):
+            names = lines_digest(path.name for entry in entries for path in entry.sampled)
+            result |= {"--image-embeds": FROM_PRIOR, "samples of the prior": names}
+        return result
 
     def prompt_embeddings(self) -> list[tuple[Tensor, Tensor]]:
         """Return image embedding and negative embedding of each validation prompt."""
