@@ -24,7 +24,7 @@ from kandinsky22.training.finetuning.batches import BatchPlan, split_held_out
 from kandinsky22.training.finetuning.cache import TensorCache
 from kandinsky22.training.finetuning.data import Example, read_path
 from kandinsky22.training.finetuning.frames import Frame, buckets, edges, frames, nearest_bucket
-from kandinsky22.training.finetuning.options import read_config
+from kandinsky22.training.finetuning.options import TrainingOptions, read_config
 from kandinsky22.training.finetuning.preparation import Entry, prepare, require_captions
 
 
@@ -151,7 +151,7 @@ def test_missing_captions_are_named(pictures: Path) -> None:
     (pictures / "p3.txt").unlink()
     (pictures / "broken.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"1 of 7 pictures have no caption, .*p3\.png$"):
-        require_captions(read_path(pictures, "x"))
+        require_captions(read_path(pictures, "x"), TrainingOptions(train_data_dir=str(pictures), stage="prior"))
 
 
 @pytest.mark.slow

@@ -48,8 +48,8 @@ def distill(options: DistillOptions, report: Report | None = None) -> list[Path]
     """
     training = Distiller(Training(options, new_accelerator(options), report), options)
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
-    if "prior" in stages and options.prompts is None:
-        preparation.require_captions(training.examples)
+    if options.prompts is None:
+        preparation.require_captions(training.examples, options)
     adapters: dict[str, Adapter] = {}
     for name in stages:
         stage = training.stage(name)

@@ -10,7 +10,7 @@ from kandinsky22.adapters.updates import Adapter
 from kandinsky22.training.finetuning import lora, preparation
 from kandinsky22.training.finetuning.data import read_examples
 from kandinsky22.training.finetuning.optimizer import new_accelerator
-from kandinsky22.training.finetuning.options import FROM_PRIOR, TrainingOptions
+from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.preparation import Report
 from kandinsky22.training.finetuning.stages import Training
 from kandinsky22.training.finetuning.training_base import FULL, LORA
@@ -36,10 +36,7 @@ def finetune(options: TrainingOptions, kind: str, report: Report | None = None) 
     training = Training(options, new_accelerator(options), report)
     examples = read_examples(options)
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
-    if "prior" in stages:
-        preparation.require_captions(examples)
-    elif options.image_embeds == FROM_PRIOR:
-        preparation.require_captions(examples, "which --image-embeds prior needs")
+    preparation.require_captions(examples, options)
     adapters: dict[str, Adapter] = {}
     for name in stages:
         stage = training.prior_stage(examples, kind) if name == "prior" else training.decoder_stage(examples, kind)

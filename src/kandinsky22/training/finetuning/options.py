@@ -38,6 +38,9 @@ TINY_DECODER_LACKS = (
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
 _OPTIMIZER, _RUN, _CHECK, _SUBJECT = "optimizer", "run", "validation", "subject"
 _DISTILL, _TINY = "distillation", "tiny decoder"
+_TARGET_HELP = (
+    "layers that get adapters: attention, blocks (residual blocks and feed-forward), or endings of layer names"
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class TrainingOptions:
         str,
         (ATTENTION,),
         _LORA,
-        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or endings of layer names",
+        _TARGET_HELP,
         repeatable=True,
     )
 
@@ -307,7 +310,7 @@ class DistillOptions(TrainingOptions):
         str,
         (ATTENTION, BLOCKS),
         _LORA,
-        "layers that get adapters: attention, blocks (residual blocks and feed-forward), or endings of layer names",
+        _TARGET_HELP,
         repeatable=True,
     )
     learning_rate: float | None = option_field(

@@ -16,7 +16,7 @@ from kandinsky22.training.finetuning import frames
 from kandinsky22.training.finetuning.cache import TensorCache
 from kandinsky22.training.finetuning.data import LISTED, Example, PictureBytes, picture_size
 from kandinsky22.training.finetuning.networks import Encoders
-from kandinsky22.training.finetuning.options import TrainingOptions
+from kandinsky22.training.finetuning.options import FROM_PRIOR, TrainingOptions
 
 HINT_FACTOR = 8  # pixels of a hint per latent: the UNet halves hints three times
 Report = Callable[[str], None]
@@ -283,16 +283,22 @@ def prepare_texts(
     return paths
 
 
-def require_captions(examples: Sequence[Example], use: str = "which the prior is trained with") -> None:
-    """Check that all pictures have captions, except broken ones, which are left out later.
+def require_captions(examples: Sequence[Example], options: TrainingOptions) -> None:
+    """Check that all pictures have captions, except broken ones, if the training reads captions.
 
     Args:
         examples: The examples.
-        use: What captions are needed for, as a clause of the message.
+        options: Options of the training.
 
     Raises:
         InputError: Some have none. The message names them.
     """
+    if options.stage != "decoder":
+        use = "which the prior is trained with"
+    elif options.image_embeds == FROM_PRIOR:
+        use = f"which --image-embeds {FROM_PRIOR} needs"
+    else:
+        return
     names = [example.picture.name for example in examples if not example.caption and _has_header(example.picture)]
     if names:
         listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")

@@ -28,7 +28,7 @@ from kandinsky22.training.finetuning.losses import LossWeights
 from kandinsky22.training.finetuning.networks import decoder_mode, freeze, load_prior
 from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
-from kandinsky22.training.finetuning.options import FROM_PRIOR, SubjectOptions
+from kandinsky22.training.finetuning.options import SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry, Report
 from kandinsky22.training.finetuning.run import Stage, Stream
 from kandinsky22.training.finetuning.stages import DecoderData, Training
@@ -102,8 +102,7 @@ def train_subject(options: SubjectOptions, report: Report | None = None) -> list
     """
     training = Training(options, new_accelerator(options), report)
     examples = read_examples(options)
-    if options.image_embeds == FROM_PRIOR:
-        preparation.require_captions(examples, "which --image-embeds prior needs")
+    preparation.require_captions(examples, options)
     invert = options.method == INVERSION
     stage = _inversion(training, options, examples) if invert else _dreambooth(training, options, examples)
     training.run(stage)
