@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.cli.helpers import Command, assert_one_line, pixels, stored
 from tests.training.conftest import write_pictures
 from torch import Tensor
@@ -33,7 +34,7 @@ from kandinsky22.training.finetuning.frames import Frame
 from kandinsky22.training.finetuning.objectives import DecoderObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions, read_config
-from kandinsky22.training.finetuning.prior_samples import EMBEDS_PER_CAPTION, Sample
+from kandinsky22.training.finetuning.prior_samples import EMBEDS_PER_CAPTION, PriorSampling, Sample
 from kandinsky22.training.finetuning.run import Stage, TrainingRun
 from kandinsky22.training.finetuning.stages import Training
 from kandinsky22.training.finetuning.subject import _dreambooth, _inversion, train_subject
@@ -236,12 +237,20 @@ def test_pictures_of_a_folder_keep_the_encoders_embeddings(options: Any, tmp_pat
     training = Training(choices, new_accelerator(choices), ignore)
     stage = _dreambooth(training, choices, read_examples(choices))
     own, other = (stream.objective for stream in stage.streams)
-    assert all(len(entry.sampled) == EMBEDS_PER_CAPTION for entry in own.entries)
+    assert isinstance(own, DecoderObjective) and isinstance(other, DecoderObjective)
+    sampled = PriorSampling(training)
+    for entry in own.entries:
+        assert entry.caption is not None
+        samples = [Sample(entry.caption, number) for number in range(EMBEDS_PER_CAPTION)]
+        assert entry.sampled == tuple(cached.path for cached in sampled.embeddings(samples))
     assert not any(entry.sampled for entry in other.entries) and len(other.entries) == 3
 
 
 def test_class_pictures_keep_the_embeddings_that_they_were_drawn_from(options: Any) -> None:
-    choices = options(SubjectOptions, method="dreambooth", class_prompt=("a cat", "a dog"), num_class_images=3)
+    prompts = ("a cat", "a dog", "a cat")  # one that is repeated counts once
+    choices = options(
+        SubjectOptions, method="dreambooth", class_prompt=prompts, num_class_images=3, random_flip=True, resolution=48
+    )
     training = Training(choices, new_accelerator(choices), ignore)
     pictures = class_pictures(training, choices)
     stage = _dreambooth(training, choices, read_examples(choices))
@@ -255,14 +264,19 @@ def test_class_pictures_keep_the_embeddings_that_they_were_drawn_from(options: A
         drawn = prior([sample.prompt], generator=[sample.generator(choices.seed)], **prior.generation_defaults)
         embeds = training.store[path]["embeds"]
         torch.testing.assert_close(embeds, drawn.image_embeds)
-        draw = Draw(objective.entries.index(entry), (0,))
-        batch = objective.batch([draw], objective.entries, training=False)
+        (latents,) = {
+            tuple(objective.item(Draw(0, (key,)), entry, training=True)["noised"].sample.flatten().tolist())
+            for key in range(8)
+        }  # never mirrored: the embedding is that of the picture
+        plain = training.store[entry.path]["latents"][0]
+        assert latents == tuple(plain.flatten().tolist())
+        batch = objective.batch([Draw(0, (0,))], [entry], training=False)
         assert torch.equal(batch.condition["image_embeds"], embeds)
         again = pipe(
             image_embeds=embeds,
             negative_image_embeds=drawn.negative_image_embeds,
             generator=sample.generator(choices.seed),
-            **pipe.generation_defaults,
+            **{**pipe.generation_defaults, "height": 48, "width": 48},
         ).images[0]
         assert (np.asarray(again) == np.asarray(example.picture.open())).all()
 
@@ -286,11 +300,52 @@ def test_dreambooth_draws_the_other_pictures(options: Any) -> None:
     drawn = Path(choices.output_dir) / "class-pictures"
     contents = {path: path.read_bytes() for path in sorted(drawn.iterdir())}
     assert len(contents) == 2
+    next(iter(contents)).write_bytes(b"damaged")  # is drawn again
     train_subject(dataclasses.replace(choices, resume="latest"))
     assert {path: path.read_bytes() for path in sorted(drawn.iterdir())} == contents
-    with pytest.raises(InputError, match="belongs to another training: class pictures was"):
+    with pytest.raises(InputError, match="has checkpoints up to"):
+        train_subject(dataclasses.replace(choices, class_prompt=("a dog",)))
+    assert len(list(drawn.iterdir())) == 2
+    with pytest.raises(InputError, match="belongs to another training: --class-prompt was"):
         train_subject(dataclasses.replace(choices, class_prompt=("a dog",), resume="latest"))
-    assert len(list(drawn.iterdir())) == 4
+
+
+@pytest.mark.parametrize("change", ["prompt", "resolution", "decoder", "steps"])
+def test_class_pictures_of_another_run_are_not_reused(
+    change: str, options: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    choices = options(
+        SubjectOptions, model=str(tmp_path / "model"), method="dreambooth", class_prompt="a cat", num_class_images=1
+    )
+    (first,) = drawn_class_pictures(choices)
+    assert drawn_class_pictures(choices) == [first]
+    if change == "prompt":
+        choices = dataclasses.replace(choices, class_prompt=("a dog",))
+    elif change == "resolution":
+        choices = dataclasses.replace(choices, resolution=48)
+    elif change == "decoder":
+        (path,) = (tmp_path / "model" / "unet").glob("*.safetensors")
+        save_file({name: 1.5 * value for name, value in load_file(path).items()}, path)
+    else:
+        path = tmp_path / "model" / KandinskyV22Pipeline.defaults_name
+        defaults = {**json.loads(path.read_text()), "num_inference_steps": 3}
+        path.write_text(json.dumps(defaults))
+    (second,) = drawn_class_pictures(choices)
+    assert second != first
+    assert Image.open(second).size == ((48, 48) if change == "resolution" else (32, 32))
+
+
+def drawn_class_pictures(choices: SubjectOptions) -> list[Path]:
+    training = Training(choices, new_accelerator(choices), ignore)
+    return [Path(example.picture.name) for example in class_pictures(training, choices).examples]
+
+
+def test_an_impossible_resolution_is_found_before_class_pictures_are_drawn(options: Any) -> None:
+    choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", resolution=30)
+    with pytest.raises(InputError, match="--resolution=30"):
+        train_subject(choices)
+    assert not (Path(choices.output_dir) / "class-pictures").exists()
 
 
 @pytest.fixture
@@ -338,7 +393,9 @@ def test_wrong_subjects_are_one_line(subject: Path, command: Command, model: Pat
 @pytest.mark.slow
 def test_dreambooth_of_other_decoders_needs_a_folder(options: Any, models: Path) -> None:
     choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", model=str(models / "inpaint"))
-    with pytest.raises(InputError, match=r"--class-prompt=\('a cat',\) is invalid: .* kind inpaint; name a folder"):
+    with pytest.raises(
+        InputError, match=r"--class-prompt='a cat' is invalid: expected none for a decoder of the kind inpaint; name"
+    ):
         train_subject(choices)
 
 
@@ -533,5 +590,13 @@ def test_the_subjects_options_contradict_each_other(command: Command, pictures: 
     base = ("train", "subject", "--train-data-dir", pictures)
     assert_one_line(command(*base, "--method", "dreambooth"), 1, "--class-data-dir", "--prior-loss-weight 0")
     assert_one_line(command(*base, "--class-prompt", "a cat"), 1, "no effect with --method inversion")
+    dreambooth = (*base, "--method", "dreambooth", "--class-prompt", "a cat")
+    assert_one_line(command(*dreambooth, "--prior-loss-weight", 0), 1, "no effect with --prior-loss-weight 0")
+    assert_one_line(command(*dreambooth, "--class-data-dir", pictures), 1, "no effect with --class-data-dir")
+    assert_one_line(command(*dreambooth, "a dog", "--num-class-images", 1), 1, "--num-class-images=1", "at least 2")
+    assert_one_line(command(*dreambooth, " "), 1, "--class-prompt=", "a list of texts that are not empty")
+    Path("empty").mkdir()
+    empty = ("--method", "dreambooth", "--class-data-dir", "empty")
+    assert_one_line(command(*base, *empty), 1, "--class-data-dir empty contains no pictures")
     assert_one_line(command(*base, "--stage", "both"), 1, "--stage='both'")
     assert_one_line(command(*base, "--image-embeds", "prior"), 1, "--image-embeds='prior'", "--method inversion")

@@ -1,9 +1,13 @@
-"""Other pictures that DreamBooth trains on too, so that the decoder keeps drawing them (prior preservation)."""
+"""Class pictures of DreamBooth: the decoder is trained on them too, so that it keeps drawing them.
+
+Ruiz et al. 2022 (https://arxiv.org/abs/2208.12242) call this prior preservation.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,42 +15,43 @@ from typing import Any
 
 import kandinsky22
 from kandinsky22.checkpoints.atomic_files import atomic_write
-from kandinsky22.errors import invalid
-from kandinsky22.training.finetuning.data import Example, picture_file, read_path
+from kandinsky22.checkpoints.fingerprint import weights_digest
+from kandinsky22.errors import CheckpointError, InputError, invalid
+from kandinsky22.training.finetuning.data import LISTED, Example, picture_file, read_path
 from kandinsky22.training.finetuning.networks import Encoders, decoder_mode, load_decoder
 from kandinsky22.training.finetuning.options import SubjectOptions
 from kandinsky22.training.finetuning.preparation import Entry
 from kandinsky22.training.finetuning.prior_samples import PriorSampling, Sample
 from kandinsky22.training.finetuning.stages import Training
+from kandinsky22.training.finetuning.training_base import LORA
 
 CLASS_FOLDER = "class-pictures"
 
 
 @dataclass(frozen=True)
 class ClassPictures:
-    """Other pictures, and the image embeddings that they were drawn from.
+    """Class pictures, and the image embeddings that they were drawn from.
 
     Attributes:
         examples: The pictures.
-        embeds: Cache files of the embeddings, by name of the picture; none for pictures that were not drawn here.
+        embeds: Cache files of the embeddings, by name of the picture; empty if the pictures were not drawn here.
     """
 
     examples: list[Example]
     embeds: Mapping[str, Path]
 
     def with_embeddings(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Return the entries of the pictures with the embeddings that they were drawn from.
+        """Return the entries of drawn pictures with the embeddings that they were drawn from.
 
-        The decoder draws prompts from embeddings that the prior samples. Given the same, it keeps what it draws.
+        The decoder draws prompts from embeddings that the prior samples. Training with the same embeddings preserves
+        what it draws. Mirror images and parts have other embeddings, so entries of drawn pictures have none.
 
         Args:
-            entries: The pictures, without broken ones.
+            entries: The class pictures, without broken ones.
         """
-        known = self.embeds
-        return [
-            dataclasses.replace(entry, sampled=(known[entry.name],)) if entry.name in known else entry
-            for entry in entries
-        ]
+        if not self.embeds:
+            return list(entries)
+        return [dataclasses.replace(entry, sampled=(self.embeds[entry.name],), variants=1) for entry in entries]
 
 
 def class_pictures(training: Training, options: SubjectOptions) -> ClassPictures:
@@ -57,60 +62,99 @@ def class_pictures(training: Training, options: SubjectOptions) -> ClassPictures
         options: Its options.
 
     Raises:
-        InputError: There is no such folder, or the decoder is not the plain one.
-        CheckpointError: Files are missing or damaged, or the cache cannot be written.
+        InputError: There is no such folder, or it is empty, or the decoder is not the plain one.
+        CheckpointError: Files are missing or damaged, or cannot be written.
     """
     if options.class_data_dir is not None:
-        examples = read_path(Path(options.class_data_dir), "--class-data-dir")
-        return ClassPictures(examples[: options.num_class_images], {})
+        examples = read_path(Path(options.class_data_dir), "--class-data-dir")[: options.num_class_images]
+        if not examples:
+            raise InputError(f"--class-data-dir {options.class_data_dir} contains no pictures")
+        return ClassPictures(examples, {})
     if (mode := decoder_mode(options)) != "plain":
         advice = "name a folder of pictures with --class-data-dir"
-        raise invalid("--class-prompt", options.class_prompt, f"None for a decoder of the kind {mode}", advice)
-    prompts, count = options.class_prompt, options.num_class_images
-    samples = [Sample(prompts[number % len(prompts)], number // len(prompts)) for number in range(count)]
-    embeds = [entry.path for entry in PriorSampling(training).embeddings(samples)]
-    folder = training.folder / CLASS_FOLDER
-    pictures = [folder / _name(number, path, options) for number, path in enumerate(embeds)]
-    if training.is_main:
-        _draw_missing(training, options, samples, embeds, pictures)
-    training.accelerator.wait_for_everyone()
-    examples = [Example(picture_file(path)) for path in pictures]
-    return ClassPictures(examples, {str(path): file for path, file in zip(pictures, embeds, strict=True)})
-
-
-def _name(number: int, embeds: Path, options: SubjectOptions) -> str:
-    """Return the name of a drawn picture, which tells apart pictures of other embeddings, decoders and sizes."""
-    text = f"{embeds.name} {options.model} {options.revision} {options.resolution}"
-    return f"{number:05d}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}.png"
-
-
-def _draw_missing(
-    training: Training,
-    options: SubjectOptions,
-    samples: Sequence[Sample],
-    embeds: Sequence[Path],
-    pictures: Sequence[Path],
-) -> None:
-    """Draw the pictures whose files do not exist, one per embedding."""
-    missing = [number for number, path in enumerate(pictures) if not path.is_file()]
-    if not missing:
-        return
-    training.report(f"draws {len(missing)} pictures of {', '.join(map(repr, options.class_prompt))}")
-    encoders = Encoders.load(options, "plain", training.device, training.low_dtype, latents=True, texts=False)
-    zero_embed, movq = encoders.zero_embed(), encoders.movq
-    del encoders
-    decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
-    pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
-    pipe.set_progress_bar_config(disable=True)
-    size = {} if options.resolution is None else {"height": options.resolution, "width": options.resolution}
-    for number in missing:
-        result: Any = pipe(
-            image_embeds=training.store[embeds[number]]["embeds"],
-            negative_image_embeds=zero_embed,
-            generator=samples[number].generator(options.seed),
-            **{**pipe.generation_defaults, **size},
+        raise invalid(
+            "--class-prompt", " ".join(options.class_prompt), f"none for a decoder of the kind {mode}", advice
         )
-        with atomic_write(pictures[number]) as temporary:
-            result.images[0].save(temporary, format="PNG")
-    del pipe, decoder, movq
-    training.free()
+    return _ClassDrawing(training, options).pictures()
+
+
+class _ClassDrawing:
+    """Draws class pictures, shared among the processes.
+
+    Args:
+        training: The training.
+        options: Its options.
+    """
+
+    def __init__(self, training: Training, options: SubjectOptions) -> None:
+        self.training, self.options = training, options
+        prompts = tuple(dict.fromkeys(options.class_prompt))
+        self.samples = [
+            Sample(prompts[number % len(prompts)], number // len(prompts)) for number in range(options.num_class_images)
+        ]
+
+    def pictures(self) -> ClassPictures:
+        """Return the pictures, after drawing those that are missing or damaged."""
+        training, options = self.training, self.options
+        encoders = Encoders.load(options, "plain", training.device, training.low_dtype, latents=True, texts=False)
+        zero_embed, movq = encoders.zero_embed(), encoders.movq
+        assert movq is not None
+        del encoders
+        side, _ = training.sizes("plain", movq.downscale_factor, LORA)  # before anything is drawn
+        embeds = [entry.path for entry in PriorSampling(training).embeddings(self.samples)]
+        decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
+        pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
+        pipe.set_progress_bar_config(disable=True)
+        arguments = {**pipe.generation_defaults, "height": side, "width": side}
+        key = {
+            "weights": weights_digest({"unet": pipe.unet, "movq": movq}),
+            "scheduler": {name: repr(value) for name, value in pipe.scheduler.config.items()},
+            "arguments": {name: repr(value) for name, value in arguments.items()},
+            "dtype": str(training.low_dtype),
+        }
+        folder = training.folder / CLASS_FOLDER
+        examples = [
+            Example(picture_file(folder / _file_name(number, {**key, "embeds": path.name})))
+            for number, path in enumerate(embeds)
+        ]
+        processes = training.accelerator
+        own = range(processes.process_index, len(examples), processes.num_processes)
+        missing = [number for number in own if not _is_whole(examples[number])]
+        if missing:
+            prompts = list(dict.fromkeys(self.samples[number].prompt for number in missing))
+            listed = ", ".join(map(repr, prompts[:LISTED])) + (", ..." if len(prompts) > LISTED else "")
+            training.report(f"draws {len(missing)} pictures of {listed}")
+        for number in missing:
+            result: Any = pipe(
+                image_embeds=training.store[embeds[number]]["embeds"],
+                negative_image_embeds=zero_embed,
+                generator=self.samples[number].generator(options.seed),
+                **arguments,
+            )
+            _write(result.images[0], Path(examples[number].picture.name))
+        del pipe, decoder, movq
+        training.free()
+        processes.wait_for_everyone()
+        names = [example.picture.name for example in examples]
+        return ClassPictures(examples, dict(zip(names, embeds, strict=True)))
+
+
+def _file_name(number: int, key: Mapping[str, Any]) -> str:
+    """Return the name of a picture's file, with a digest of everything that the picture depends on."""
+    return f"{number:05d}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.png"
+
+
+def _is_whole(example: Example) -> bool:
+    try:
+        example.picture.open()
+    except (InputError, OSError):
+        return False
+    return True
+
+
+def _write(image: Any, path: Path) -> None:
+    try:
+        with atomic_write(path) as temporary:
+            image.save(temporary, format="PNG")
+    except OSError as error:
+        raise CheckpointError(f"the class picture {path} cannot be written: {error}") from error

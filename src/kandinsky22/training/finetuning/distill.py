@@ -50,6 +50,7 @@ def distill(options: DistillOptions, report: Report | None = None) -> list[Path]
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
     if options.prompts is None:
         preparation.require_captions(training.examples, options)
+    training.training.check_folders(*stages)
     adapters: dict[str, Adapter] = {}
     for name in stages:
         stage = training.stage(name)

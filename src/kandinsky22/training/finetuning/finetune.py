@@ -37,6 +37,7 @@ def finetune(options: TrainingOptions, kind: str, report: Report | None = None) 
     examples = read_examples(options)
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
     preparation.require_captions(examples, options)
+    training.check_folders(*stages)
     adapters: dict[str, Adapter] = {}
     for name in stages:
         stage = training.prior_stage(examples, kind) if name == "prior" else training.decoder_stage(examples, kind)

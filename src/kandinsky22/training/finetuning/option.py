@@ -61,7 +61,7 @@ class Option:
         if self.kind is bool:
             return "True or False"
         if self.kind is str:
-            return "a list of texts" if self.repeatable else "a text that is not empty"
+            return "a list of texts that are not empty" if self.repeatable else "a text that is not empty"
         name = "an integer" if self.kind is int else "a finite number"
         bounds = [f"above {self.lowest:g}" if self.above else f"of at least {self.lowest:g}"] * (
             self.lowest > -math.inf
@@ -73,16 +73,18 @@ class Option:
         """Return a value of the option's type.
 
         Args:
-            value: Value from Python, YAML or the command line; None is accepted where the default is None.
+            value: Value from Python, YAML or the command line; None is accepted where the default is None or a tuple.
 
         Raises:
             InputError: The value is not accepted.
         """
-        if value is None and self.default is None:
-            return None
+        if value is None and (self.default is None or self.repeatable):
+            return self.default
         if self.repeatable:
             values = [value] if isinstance(value, str) else value
-            if not isinstance(values, list | tuple) or not all(isinstance(item, str) and item for item in values):
+            if not isinstance(values, list | tuple) or not all(
+                isinstance(item, str) and item.strip() for item in values
+            ):
                 raise invalid(self.flag, value, self.expected)
             return tuple(values)
         if self.kind is str and isinstance(value, Path):

@@ -256,16 +256,20 @@ class SubjectOptions(TrainingOptions):
         str, "inversion", _SUBJECT, "learn one image embedding, or an adapter of the decoder", choices=SUBJECT_METHODS
     )
     class_data_dir: str | None = option_field(
-        str, None, _SUBJECT, "dreambooth: folder of other pictures, of the subject's kind or of anything else"
+        str, None, _SUBJECT, "dreambooth: folder of class pictures, of the subject's kind or of other things"
     )
     class_prompt: tuple[str, ...] = option_field(
-        str, (), _SUBJECT, "dreambooth: prompts of the pictures that are drawn if there is no folder", repeatable=True
+        str,
+        (),
+        _SUBJECT,
+        "dreambooth: prompts that class pictures are drawn for, in turn, if there is no folder",
+        repeatable=True,
     )
     num_class_images: int = option_field(
-        int, 50, _SUBJECT, "dreambooth: number of those pictures", lowest=1, highest=100000
+        int, 50, _SUBJECT, "dreambooth: number of class pictures, of all prompts together", lowest=1, highest=100000
     )
     prior_loss_weight: float = option_field(
-        float, 1.0, _SUBJECT, "dreambooth: weight of the loss on those pictures", lowest=0
+        float, 1.0, _SUBJECT, "dreambooth: weight of the loss on class pictures", lowest=0
     )
 
     @property
@@ -282,6 +286,12 @@ class SubjectOptions(TrainingOptions):
         has_class = self.class_data_dir is not None or bool(self.class_prompt)
         if self.method == "inversion" and has_class:
             raise InputError("--class-data-dir and --class-prompt have no effect with --method inversion")
+        if self.prior_loss_weight == 0 and has_class:
+            raise InputError("--class-data-dir and --class-prompt have no effect with --prior-loss-weight 0")
+        if self.class_data_dir is not None and self.class_prompt:
+            raise InputError("--class-prompt has no effect with --class-data-dir: leave one of them out")
+        if self.num_class_images < (prompts := len(set(self.class_prompt))):
+            raise invalid("--num-class-images", self.num_class_images, f"at least {prompts}, one per --class-prompt")
         if self.method == "inversion" and self.mode not in (None, "plain"):
             raise invalid("--mode", self.mode, "plain", "embeddings are learned with the plain decoder")
         if self.method == "inversion" and self.image_embeds != FROM_ENCODER:

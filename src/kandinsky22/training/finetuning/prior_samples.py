@@ -15,7 +15,6 @@ from torch import Tensor
 from kandinsky22.checkpoints.fingerprint import weights_digest
 from kandinsky22.runtime.lazy_component import loaded
 from kandinsky22.training.finetuning.networks import load_prior, text_digest
-from kandinsky22.training.finetuning.objectives import EMPTY_TEXT
 from kandinsky22.training.finetuning.preparation import Entry
 from kandinsky22.training.finetuning.training_base import COMPONENTS, TrainingBase
 
@@ -123,9 +122,9 @@ class PriorSampling:
         Raises:
             CheckpointError: Files are missing or damaged, or the cache cannot be written.
         """
-        captions = dict.fromkeys(entry.caption or EMPTY_TEXT for entry in entries)
+        captions = dict.fromkeys(str(entry.caption) for entry in entries)
         sampled = self.embeddings([Sample(text, number) for text in captions for number in range(EMBEDS_PER_CAPTION)])
         paths: dict[str, list[Path]] = {text: [] for text in captions}
         for sample in sampled:
             paths[sample.name].append(sample.path)
-        return [dataclasses.replace(entry, sampled=tuple(paths[entry.caption or EMPTY_TEXT])) for entry in entries]
+        return [dataclasses.replace(entry, sampled=tuple(paths[str(entry.caption)])) for entry in entries]

@@ -52,7 +52,7 @@ class DecoderData:
         latent_channels: Channels of the latents.
         prompts: Image embedding and negative embedding per validation prompt.
         image_digest: Fingerprint of the image encoder.
-        preserved: Pictures that keep the decoder as it is otherwise.
+        preserved: Class pictures, with the embeddings of the encoder.
     """
 
     entries: list[Entry]

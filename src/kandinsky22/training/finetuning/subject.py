@@ -2,8 +2,8 @@
 
 Inversion learns a point in the space of image embeddings for which the frozen decoder reproduces the pictures best.
 It is textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618) in the space that this decoder reads.
-DreamBooth (Ruiz et al. 2022, https://arxiv.org/abs/2208.12242) trains on other pictures of the subject's kind as well,
-so that the decoder forgets none of them.
+DreamBooth (Ruiz et al. 2022, https://arxiv.org/abs/2208.12242) trains on class pictures as well, so that the decoder
+keeps drawing them.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def train_subject(options: SubjectOptions, report: Report | None = None) -> list
     training = Training(options, new_accelerator(options), report)
     examples = read_examples(options)
     preparation.require_captions(examples, options)
+    training.check_folders("subject")
     invert = options.method == INVERSION
     stage = _inversion(training, options, examples) if invert else _dreambooth(training, options, examples)
     training.run(stage)
@@ -180,17 +181,23 @@ def _subject_sheet(
 
 def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[Example]) -> Stage:
     mode = decoder_mode(options)
-    others = class_pictures(training, options) if options.prior_loss_weight > 0 else ClassPictures([], {})
-    data = training.decoder_data(examples, mode, LORA, others.examples)
-    preserved = others.with_embeddings(data.preserved)
+    pictures = class_pictures(training, options) if options.prior_loss_weight > 0 else ClassPictures([], {})
+    data = training.decoder_data(examples, mode, LORA, pictures.examples)
+    preserved = pictures.with_embeddings(data.preserved)
     pipe = training.load_unet(data, mode, LORA)
-    names = lines_digest(path.name for entry in preserved for path in (entry.path, *entry.sampled))
-    signature = training.signature(LORA, pipe.unet, data.entries, mode=mode, **{"class pictures": names})
+    class_signature: dict[str, Any] = {}
+    if preserved:
+        class_signature = {
+            "--class-prompt": list(options.class_prompt),
+            "number of class pictures": len(preserved),
+            "class pictures": lines_digest(path.name for entry in preserved for path in (entry.path, *entry.sampled)),
+        }
+    signature = training.signature(LORA, pipe.unet, data.entries, mode=mode, **class_signature)
     training.make_trainable(pipe.unet, LORA)
     objective = training.decoder_objective(data, pipe.scheduler, mode)
     streams = [Stream(objective, training.plan(data.entries))]
     if preserved:
-        class_data = dataclasses.replace(data, entries=preserved, held_out=[], prompts=[])
+        class_data = dataclasses.replace(data, entries=preserved, held_out=[], prompts=[], preserved=[])
         class_objective = training.decoder_objective(class_data, pipe.scheduler, mode)
         plan = training.plan(preserved, stream=1)
         streams.append(Stream(class_objective, plan, options.prior_loss_weight, "class_"))

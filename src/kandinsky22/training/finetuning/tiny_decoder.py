@@ -52,6 +52,7 @@ def train_tiny_decoder(options: TinyDecoderOptions, report: Report | None = None
         KeyboardInterrupt: The person interrupted the training; a checkpoint has been written.
     """
     training = Training(options, new_accelerator(options), report)
+    training.check_folders(SUBFOLDER)
     stage = tiny_decoder_stage(training, options, read_examples(options))
     training.run(stage)
     if not training.is_main:

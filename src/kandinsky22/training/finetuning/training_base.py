@@ -19,6 +19,7 @@ from kandinsky22.runtime.device import computes_bfloat16
 from kandinsky22.training.finetuning import lora
 from kandinsky22.training.finetuning.batches import BatchPlan, TensorStore
 from kandinsky22.training.finetuning.cache import TensorCache
+from kandinsky22.training.finetuning.checkpoints import resumed_checkpoint
 from kandinsky22.training.finetuning.networks import (
     load_prior,
     trainable_entirely,
@@ -66,6 +67,19 @@ class TrainingBase:
         self.low_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
         if self.low_dtype == torch.bfloat16 and self.device.type == "cpu" and not computes_bfloat16():
             self.report("warning: this CPU has no instructions for bfloat16; --mixed-precision no is faster")
+
+    def check_folders(self, *names: str) -> None:
+        """Check that no stage would begin in a folder of checkpoints, before any network is loaded.
+
+        Args:
+            *names: Names of the stages.
+
+        Raises:
+            InputError: A folder has checkpoints, and --resume is missing.
+        """
+        if self.options.resume is None:
+            for name in names:
+                resumed_checkpoint(self.folder / name, None)
 
     def run(self, stage: Stage) -> Summary:
         """Train a stage in the folder of its name.
