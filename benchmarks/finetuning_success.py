@@ -267,7 +267,7 @@ CASES = (
         plain=without_middle,
         command=(
             *("subject", "--method", "dreambooth", "--class-prompt", *CLASS_PROMPTS, "--num-class-images", "40"),
-            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "900", *LEARNING),
+            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "800", *LEARNING),
         ),
         other_scene=other_scene,
     ),
