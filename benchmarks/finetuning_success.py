@@ -267,7 +267,7 @@ CASES = (
         plain=without_middle,
         command=(
             *("subject", "--method", "dreambooth", "--class-prompt", *CLASS_PROMPTS, "--num-class-images", "40"),
-            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "800", *LEARNING),
+            *("--prior-loss-weight", "0.3", "--train-batch-size", "4", "--max-train-steps", "750", *LEARNING),
         ),
         other_scene=other_scene,
     ),
@@ -296,7 +296,7 @@ def draw_prompts(
     return prompts
 
 
-def train_scenes(case: Case, seed: int) -> tuple[list[Scene], list[str]]:
+def captioned_scenes(case: Case, seed: int) -> tuple[list[Scene], list[str]]:
     """Return the scenes to train on, and their captions.
 
     Args:
@@ -316,7 +316,7 @@ def write_case(case: Case, folder: Path, seed: int) -> list[str]:
         folder: Folder of pictures and result.
         seed: Seed of the pictures.
     """
-    scenes, captions = train_scenes(case, seed)
+    scenes, captions = captioned_scenes(case, seed)
     write_pictures(folder / "pictures", zip(case.pictures(scenes), captions, strict=True))
     places = ("--train-data-dir", str(folder / "pictures"), "--output-dir", str(folder / "result"))
     return ["train", *case.command, *places]
@@ -344,7 +344,7 @@ def measure(case: Case, folder: Path, seed: int, prompt_seed: int) -> dict[str, 
     """
     pipe: Any = AutoPipelineForText2Image.from_pretrained("embedded")
     pipe.set_progress_bar_config(disable=True)
-    scenes, _ = train_scenes(case, seed)
+    scenes, _ = captioned_scenes(case, seed)
     prompts = draw_prompts(case.judged_scene, prompt_seed, scenes)
     others = [] if case.other_scene is None else draw_prompts(case.other_scene, prompt_seed, scenes)
 

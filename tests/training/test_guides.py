@@ -73,13 +73,13 @@ def test_the_tutorial_has_the_commands_of_its_benchmark() -> None:
 
 
 def test_the_judges_of_fine_tuning_tell_true_renders_from_plain_ones() -> None:
-    from benchmarks.finetuning_success import CASES, SIDE, draw_prompts, train_scenes
+    from benchmarks.finetuning_success import CASES, SIDE, captioned_scenes, draw_prompts
 
     from kandinsky22.training.captions import matches
     from kandinsky22.training.scenes import render
 
     for case in CASES:
-        trained, _ = train_scenes(case, 0)
+        trained, _ = captioned_scenes(case, 0)
         prompts = draw_prompts(case.judged_scene, 0, trained)
         assert not any(matches(prompt.description, scene) for prompt in prompts for scene in trained)
         scenes = [prompt.scene for prompt in prompts[:10]]

@@ -278,7 +278,8 @@ def test_class_pictures_keep_the_embeddings_that_they_were_drawn_from(options: A
             generator=sample.generator(choices.seed),
             **{**pipe.generation_defaults, "height": 48, "width": 48},
         ).images[0]
-        assert (np.asarray(again) == np.asarray(example.picture.open())).all()
+        difference = np.asarray(again).astype(int) - np.asarray(example.picture.open())
+        assert np.abs(difference).max() <= 1  # they were drawn in batches of two
 
 
 @pytest.mark.parametrize("arguments", [("lora",), ("subject", "--method", "dreambooth", "--class-prompt", "a cat")])

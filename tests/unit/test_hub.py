@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 from tests.hub_server import COMMIT, Hub, serving
 from tests.unit.tiny_models import TINY_MOVQ, assert_same_weights
 
-from kandinsky22 import CheckpointError, VQModel
+import kandinsky22
+from kandinsky22 import CheckpointError, KandinskyV22Pipeline, VQModel
 from kandinsky22.adapters.files import read_adapter
 from kandinsky22.checkpoints import hub
 
@@ -160,3 +162,21 @@ def test_the_prior_in_a_folder_nearby(folder_name: str, tmp_path: Path) -> None:
     (tmp_path / folder_name).mkdir()
     (tmp_path / folder_name / "model_index.json").write_text("{}")
     assert hub.CheckpointSource(tmp_path / "k-decoder").matching_prior().name == (tmp_path / folder_name).resolve()
+
+
+def test_further_files_of_a_checkpoint_are_found_with_its_options(server: Hub, tmp_path: Path) -> None:
+    weights = Path(kandinsky22.__file__).parent / "embedded" / "weights" / "decoder"
+    shutil.copytree(weights, server.root / "someone" / "shapes")
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "revision": COMMIT, "token": "secret"}
+    pipe = KandinskyV22Pipeline.from_pretrained("someone/shapes", **options)
+    server.tokens.clear()
+    server.fetched.clear()
+    pipe.load_distilled_adapter()
+    pipe.enable_tiny_decoder()
+    assert {name.split("/")[0] for name in server.fetched} == {"distilled", "tiny_decoder"}
+    assert server.tokens == {"Bearer secret"}
+    server.up = False  # everything is in the cache that was named, and in no other
+    again = KandinskyV22Pipeline.from_pretrained("someone/shapes", **options, local_files_only=True)
+    copy = KandinskyV22Pipeline.from_pipe(again)
+    assert copy.load_distilled_adapter() == pipe.load_distilled_adapter()
+    copy.enable_tiny_decoder()

@@ -212,18 +212,19 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def find_distilled_files(model: str | os.PathLike[str]) -> list[Path]:
+def find_distilled_files(model: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> list[Path]:
     """Return the files of the adapter in a checkpoint's folder `distilled`.
 
     Args:
         model: Folder or Hub id of the checkpoint, or "embedded".
+        options: Options of `CheckpointSource`, for the Hub; None for the default ones.
 
     Raises:
         CheckpointError: If the checkpoint does not exist, or has no such adapter.
     """
     name = os.fspath(model)
     try:
-        return find_adapter_files(name, subfolder=DISTILLED)
+        return find_adapter_files(name, subfolder=DISTILLED, options=options)
     except CheckpointError as error:
         raise CheckpointError(
             f"the model {name} has no distilled adapter, which kandinsky22 train distill writes: {error}"

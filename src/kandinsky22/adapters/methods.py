@@ -53,6 +53,7 @@ class AdapterMixin:
     """
 
     origin: str | None
+    _hub_options: dict[str, Any]
     _components: dict[str, Any]
 
     @property
@@ -150,7 +151,7 @@ class AdapterMixin:
                 f"the {type(self).__name__} was made of objects, not loaded from a checkpoint that could have a "
                 "distilled adapter; pass the adapter to load_lora_weights"
             )
-        path = find_distilled_files(self.origin)[0]
+        path = find_distilled_files(self.origin, self._hub_options)[0]
         steps = distilled_steps(path)
         if DISTILLED not in all_names(networks):
             self._add_adapter(DISTILLED, read_adapter(path.parent), None, networks, keeps_active=True)

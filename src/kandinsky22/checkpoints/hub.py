@@ -65,6 +65,16 @@ class CheckpointSource:
         # None is the reference's default for False
         object.__setattr__(self, "local_files_only", checked_flag("local_files_only", self.local_files_only))
 
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Options that find further files of the same checkpoint on the Hub."""
+        return {
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "local_files_only": self.local_files_only,
+        }
+
     def fetch(self, select_files: SelectFiles) -> Path:
         """Return the checkpoint's folder, after downloading files if it is on the Hub, or completing a save into it.
 

@@ -85,6 +85,7 @@ class DiffusionPipeline(
 
     def __init__(self) -> None:
         self.origin: str | None = None
+        self._hub_options: dict[str, Any] = {}  # those that the checkpoint was found with
         self._components: dict[str, Any] = {}
         self._generation_defaults: dict[str, Any] = {}
         self._progress_bar_config: dict[str, Any] = {}
@@ -194,7 +195,7 @@ class DiffusionPipeline(
 
     def _copy_settings(self, other: DiffusionPipeline, prefix: str) -> None:
         """Copy origin, defaults and other settings of a pipeline whose components have this prefix."""
-        self.origin = other.origin
+        self.origin, self._hub_options = other.origin, dict(other._hub_options)
         self._progress_bar_config = dict(other._progress_bar_config)
         self._feature_caching = other._feature_caching
         self._cuda_graphs = other._cuda_graphs
@@ -404,7 +405,7 @@ class DiffusionPipeline(
                 "pass it by name, or load another checkpoint"
             )
         pipe = cls(**components)
-        pipe.origin = os.fspath(source.name)
+        pipe.origin, pipe._hub_options = os.fspath(source.name), source.hub_options
         pipe._set_defaults(defaults)
         return pipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class TinyDecoderMixin:
     """Mixin for pipelines with MoVQ: decode latents with a tiny decoder, in a fraction of the time."""
 
     origin: str | None
+    _hub_options: dict[str, Any]
     _components: dict[str, Any]
     _tiny_decoder: TinyDecoder | None = None
 
@@ -92,7 +94,7 @@ class TinyDecoderMixin:
                 "tiny_decoder is required: the pipeline was made of objects, not loaded from a checkpoint that could "
                 f"have one; {TRAIN}"
             )
-        return load_tiny_decoder(self.origin, dtype)
+        return load_tiny_decoder(self.origin, dtype, self._hub_options)
 
     def _decode_latents(self, latents: Tensor) -> Tensor:
         """Return images (batch, 3, H, W), about in [-1, 1]."""
@@ -130,29 +132,33 @@ def check_fits(network: TinyDecoder, movq: VQModel) -> None:
         raise InputError(f"the tiny decoder was trained against another MoVQ than that of the pipeline; {TRAIN}")
 
 
-def load_tiny_decoder(source: str | os.PathLike[str], dtype: torch.dtype) -> TinyDecoder:
+def load_tiny_decoder(
+    source: str | os.PathLike[str], dtype: torch.dtype, options: Mapping[str, Any] | None = None
+) -> TinyDecoder:
     """Return a tiny decoder, on the CPU.
 
     Args:
         source: See `find_tiny_decoder`.
         dtype: Type to convert the weights to.
+        options: Options of `CheckpointSource`, for the Hub; None for the default ones.
 
     Raises:
         CheckpointError: If no tiny decoder is found there, or its files are damaged.
         InputError: If `source` is not a path.
     """
-    path = find_tiny_decoder(source)
+    path = find_tiny_decoder(source, options)
     if path.is_file():
         return TinyDecoder.from_single_file(path, torch_dtype=dtype)
     return TinyDecoder.from_pretrained(path, torch_dtype=dtype)
 
 
-def find_tiny_decoder(source: str | os.PathLike[str]) -> Path:
+def find_tiny_decoder(source: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Path:
     """Return the file or the folder of a tiny decoder, after downloading it if it is on the Hub.
 
     Args:
         source: A file of weights, the folder of the network, or the folder or Hub id of a checkpoint, or "embedded",
             that has it in the folder `tiny_decoder`.
+        options: Options of `CheckpointSource`, for the Hub; None for the default ones.
 
     Raises:
         CheckpointError: If no tiny decoder is found there.
@@ -166,7 +172,7 @@ def find_tiny_decoder(source: str | os.PathLike[str]) -> Path:
         return Path(text)
     if not os.path.isdir(text) and (not HUB_ID.fullmatch(text) or text.endswith(SUFFIXES)):
         raise CheckpointError(f"no tiny decoder {text!r}: no such file or folder exists, and it is not a Hub id")
-    folder = CheckpointSource(text).fetch(_needed_files)
+    folder = CheckpointSource(text, **(options or {})).fetch(_needed_files)
     for candidate in (folder / SUBFOLDER, folder):
         if (candidate / TinyDecoder.config_name).is_file():
             return candidate

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kandinsky22
 from kandinsky22.checkpoints.atomic_files import atomic_write
 from kandinsky22.checkpoints.fingerprint import weights_digest
@@ -124,14 +126,16 @@ class _ClassDrawing:
             prompts = list(dict.fromkeys(self.samples[number].prompt for number in missing))
             listed = ", ".join(map(repr, prompts[:LISTED])) + (", ..." if len(prompts) > LISTED else "")
             training.report(f"draws {len(missing)} pictures of {listed}")
-        for number in missing:
+        for first in range(0, len(missing), options.train_batch_size):
+            batch = missing[first : first + options.train_batch_size]
             result: Any = pipe(
-                image_embeds=training.store[embeds[number]]["embeds"],
-                negative_image_embeds=zero_embed,
-                generator=self.samples[number].generator(options.seed),
+                image_embeds=torch.cat([training.store[embeds[number]]["embeds"] for number in batch]),
+                negative_image_embeds=zero_embed.expand(len(batch), -1),
+                generator=[self.samples[number].generator(options.seed) for number in batch],
                 **arguments,
             )
-            _write(result.images[0], Path(examples[number].picture.name))
+            for number, image in zip(batch, result.images, strict=True):
+                _write(image, Path(examples[number].picture.name))
         del pipe, decoder, movq
         training.free()
         processes.wait_for_everyone()
