@@ -258,6 +258,19 @@ def test_embedded_stages(name: str) -> None:
     assert {"num_inference_steps", "guidance_scale"} <= pipe.generation_defaults.keys()
 
 
+def test_the_stages_of_a_combined_pipeline_have_its_origin_and_defaults() -> None:
+    pipe: Any = kandinsky22.KandinskyV22CombinedPipeline.from_pretrained("embedded")
+    apart = [
+        getattr(kandinsky22, name).from_pretrained("embedded").generation_defaults
+        for name in ("KandinskyV22PriorPipeline", "KandinskyV22Pipeline")
+    ]
+    assert [pipe.prior_pipe.generation_defaults, pipe.decoder_pipe.generation_defaults] == apart
+    assert pipe.prior_pipe.origin == pipe.decoder_pipe.origin == "embedded"
+    pipe.decoder_pipe.generation_defaults = {"num_inference_steps": 7}  # the stage's own
+    assert pipe.decoder_pipe.generation_defaults == {"num_inference_steps": 7}
+    pipe.decoder_pipe.enable_tiny_decoder()
+
+
 @pytest.mark.parametrize("kind", [kandinsky22.KandinskyV22Img2ImgCombinedPipeline, AutoPipelineForImage2Image])
 def test_embedded_combination(kind: Any) -> None:
     pipe = kind.from_pretrained("embedded", prior_image_encoder=None)

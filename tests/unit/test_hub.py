@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,7 @@ def test_further_files_of_a_checkpoint_are_found_with_its_options(server: Hub, t
     shutil.copytree(weights, server.root / "someone" / "shapes")
     options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "revision": COMMIT, "token": "secret"}
     pipe = KandinskyV22Pipeline.from_pretrained("someone/shapes", **options)
+    assert b"secret" not in pickle.dumps(pipe)
     server.tokens.clear()
     server.fetched.clear()
     pipe.load_distilled_adapter()

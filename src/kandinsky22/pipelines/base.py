@@ -141,6 +141,10 @@ class DiffusionPipeline(
         copied.__dict__.update(self.__dict__, _components=dict(self._components))
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        hub_options = {name: value for name, value in self._hub_options.items() if name != "token"}  # it is a secret
+        return {**self.__dict__, "_hub_options": hub_options}
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._components})
 
@@ -201,6 +205,10 @@ class DiffusionPipeline(
         self._cuda_graphs = other._cuda_graphs
         if self._components.get("movq") is not None:
             self._tiny_decoder = other._tiny_decoder
+        self._copy_defaults(other, prefix)
+
+    def _copy_defaults(self, other: DiffusionPipeline, prefix: str) -> None:
+        """Copy the defaults of a pipeline whose arguments for this one have this prefix."""
         defaults = other._generation_defaults
         self._set_defaults(
             {name.removeprefix(prefix): value for name, value in defaults.items() if name.startswith(prefix)}

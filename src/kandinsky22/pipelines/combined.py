@@ -169,6 +169,9 @@ class CombinedPipeline(DiffusionPipeline, Generic[D]):
         for name, component in pipe._components.items():
             if component is not self._components[prefix + name]:
                 setattr(pipe, name, self._components[prefix + name])
+        pipe.origin, pipe._hub_options = self.origin, self._hub_options
+        if self._generation_defaults and not pipe._generation_defaults:
+            pipe._copy_defaults(self, prefix)
         pipe._progress_bar_config = self._progress_bar_config
         pipe._feature_caching = self._feature_caching
         pipe._cuda_graphs = self._cuda_graphs

@@ -28,6 +28,7 @@ from kandinsky22.training.finetuning.stages import Training
 from kandinsky22.training.finetuning.training_base import LORA
 
 CLASS_FOLDER = "class-pictures"
+LARGEST_BATCH = 4  # pictures that are drawn together: guidance doubles them, and MoVQ decodes them in float32
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class _ClassDrawing:
         """Return the pictures, after drawing those that are missing or damaged."""
         training, options = self.training, self.options
         encoders = Encoders.load(options, "plain", training.device, training.low_dtype, latents=True, texts=False)
-        zero_embed, movq = encoders.zero_embed(), encoders.movq
+        zero_embed, image_digest, movq = encoders.zero_embed(), encoders.image_digest, encoders.movq
         assert movq is not None
         del encoders
         side, _ = training.sizes("plain", movq.downscale_factor, LORA)  # before anything is drawn
@@ -110,6 +111,7 @@ class _ClassDrawing:
         arguments = {**pipe.generation_defaults, "height": side, "width": side}
         key = {
             "weights": weights_digest({"unet": pipe.unet, "movq": movq}),
+            "image encoder": image_digest,  # of the negative embedding
             "scheduler": {name: repr(value) for name, value in pipe.scheduler.config.items()},
             "arguments": {name: repr(value) for name, value in arguments.items()},
             "dtype": str(training.low_dtype),
@@ -119,15 +121,16 @@ class _ClassDrawing:
             Example(picture_file(folder / _file_name(number, {**key, "embeds": path.name})))
             for number, path in enumerate(embeds)
         ]
-        processes = training.accelerator
-        own = range(processes.process_index, len(examples), processes.num_processes)
-        missing = [number for number in own if not _is_whole(examples[number])]
+        missing = [number for number, example in enumerate(examples) if not _is_whole(example)]
         if missing:
             prompts = list(dict.fromkeys(self.samples[number].prompt for number in missing))
             listed = ", ".join(map(repr, prompts[:LISTED])) + (", ..." if len(prompts) > LISTED else "")
             training.report(f"draws {len(missing)} pictures of {listed}")
-        for first in range(0, len(missing), options.train_batch_size):
-            batch = missing[first : first + options.train_batch_size]
+        processes = training.accelerator
+        processes.wait_for_everyone()  # all of them have listed the same pictures
+        own = missing[processes.process_index :: processes.num_processes]
+        size = min(options.train_batch_size, LARGEST_BATCH)
+        for batch in (own[first : first + size] for first in range(0, len(own), size)):
             result: Any = pipe(
                 image_embeds=torch.cat([training.store[embeds[number]]["embeds"] for number in batch]),
                 negative_image_embeds=zero_embed.expand(len(batch), -1),

@@ -73,7 +73,8 @@ class Option:
         """Return a value of the option's type.
 
         Args:
-            value: Value from Python, YAML or the command line; None is accepted where the default is None or a tuple.
+            value: Value from Python, YAML or the command line; None stands for the default of repeatable options and of
+                those whose default is None.
 
         Raises:
             InputError: The value is not accepted.

@@ -79,7 +79,7 @@ class Training(PriorStages):
             examples: The pictures.
             mode: Kind of decoder.
             kind: `LORA`, `FULL` or the method of a subject.
-            preserved: Pictures that keep the decoder as it is otherwise.
+            preserved: Class pictures.
 
         Returns:
             What the decoder is trained on.

@@ -187,10 +187,12 @@ def _dreambooth(training: Training, options: SubjectOptions, examples: Sequence[
     pipe = training.load_unet(data, mode, LORA)
     class_signature: dict[str, Any] = {}
     if preserved:
+        # The bytes of a picture that is drawn again may differ by rounding; its name does not.
+        names = [Path(entry.name).name if entry.sampled else entry.path.name for entry in preserved]
         class_signature = {
-            "--class-prompt": list(options.class_prompt),
+            "--class-prompt": list(dict.fromkeys(options.class_prompt)),
             "number of class pictures": len(preserved),
-            "class pictures": lines_digest(path.name for entry in preserved for path in (entry.path, *entry.sampled)),
+            "class pictures": lines_digest(names),
         }
     signature = training.signature(LORA, pipe.unet, data.entries, mode=mode, **class_signature)
     training.make_trainable(pipe.unet, LORA)

@@ -52,8 +52,9 @@ def train_tiny_decoder(options: TinyDecoderOptions, report: Report | None = None
         KeyboardInterrupt: The person interrupted the training; a checkpoint has been written.
     """
     training = Training(options, new_accelerator(options), report)
+    examples = read_examples(options)
     training.check_folders(SUBFOLDER)
-    stage = tiny_decoder_stage(training, options, read_examples(options))
+    stage = tiny_decoder_stage(training, options, examples)
     training.run(stage)
     if not training.is_main:
         return []

@@ -69,17 +69,16 @@ class TrainingBase:
             self.report("warning: this CPU has no instructions for bfloat16; --mixed-precision no is faster")
 
     def check_folders(self, *names: str) -> None:
-        """Check that no stage would begin in a folder of checkpoints, before any network is loaded.
+        """Check that the stages can begin or continue in their folders, before any network is loaded.
 
         Args:
             *names: Names of the stages.
 
         Raises:
-            InputError: A folder has checkpoints, and --resume is missing.
+            InputError: A folder has checkpoints and --resume is missing, or it lacks the checkpoint to continue.
         """
-        if self.options.resume is None:
-            for name in names:
-                resumed_checkpoint(self.folder / name, None)
+        for name in names:
+            resumed_checkpoint(self.folder / name, self.options.resume)
 
     def run(self, stage: Stage) -> Summary:
         """Train a stage in the folder of its name.
