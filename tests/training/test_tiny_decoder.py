@@ -124,7 +124,8 @@ def test_the_command_trains_and_names_what_is_wrong(command: Command, model: Pat
         (("--block-out-channels", 8, "x"), ("--block-out-channels='x'", "integers from 1")),
         (("--resolution", 21), ("--resolution=21", "a multiple of")),
     ):
-        assert_one_line(command(*base, *short, *arguments), 1, *words)
+        assert_one_line(command(*base, *short, *arguments, "--output-dir", "new"), 1, *words)
+    assert_one_line(command(*base, *short), 1, "out/tiny_decoder has checkpoints up to checkpoint-000002: add --resume")
     Path("empty").mkdir()
     assert_one_line(command(*base[:4], "--train-data-dir", "empty"), 1, "holds no pictures")
     assert command(*base, "--rank", 3).code == 2, "a tiny decoder has no rank"
