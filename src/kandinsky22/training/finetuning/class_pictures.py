@@ -65,7 +65,8 @@ def class_pictures(training: Training, options: SubjectOptions) -> ClassPictures
         options: Its options.
 
     Raises:
-        InputError: There is no such folder, or it is empty, or the decoder is not the plain one.
+        InputError: The folder does not exist or contains no pictures; or prompts are given for an inpainting or hint
+            decoder.
         CheckpointError: Files are missing or damaged, or cannot be written.
     """
     if options.class_data_dir is not None:

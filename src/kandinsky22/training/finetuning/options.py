@@ -262,7 +262,7 @@ class SubjectOptions(TrainingOptions):
         str,
         (),
         _SUBJECT,
-        "dreambooth: prompts that class pictures are drawn for, in turn, if there is no folder",
+        "dreambooth: prompts for generating the class pictures, used in turn",
         repeatable=True,
     )
     num_class_images: int = option_field(
