@@ -79,72 +79,60 @@ def class_pictures(training: Training, options: SubjectOptions) -> ClassPictures
         raise invalid(
             "--class-prompt", " ".join(options.class_prompt), f"none for a decoder of the kind {mode}", advice
         )
-    return _ClassDrawing(training, options).pictures()
+    return _drawn_pictures(training, options)
 
 
-class _ClassDrawing:
-    """Draws class pictures, shared among the processes.
-
-    Args:
-        training: The training.
-        options: Its options.
-    """
-
-    def __init__(self, training: Training, options: SubjectOptions) -> None:
-        self.training, self.options = training, options
-        prompts = tuple(dict.fromkeys(options.class_prompt))
-        self.samples = [
-            Sample(prompts[number % len(prompts)], number // len(prompts)) for number in range(options.num_class_images)
-        ]
-
-    def pictures(self) -> ClassPictures:
-        """Return the pictures, after drawing those that are missing or damaged."""
-        training, options = self.training, self.options
-        encoders = Encoders.load(options, "plain", training.device, training.low_dtype, latents=True, texts=False)
-        zero_embed, image_digest, movq = encoders.zero_embed(), encoders.image_digest, encoders.movq
-        assert movq is not None
-        del encoders
-        side, _ = training.sizes("plain", movq.downscale_factor, LORA)  # before anything is drawn
-        embeds = [entry.path for entry in PriorSampling(training).embeddings(self.samples)]
-        decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
-        pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
-        pipe.set_progress_bar_config(disable=True)
-        arguments = {**pipe.generation_defaults, "height": side, "width": side}
-        key = {
-            "weights": weights_digest({"unet": pipe.unet, "movq": movq}),
-            "image encoder": image_digest,  # of the negative embedding
-            "scheduler": {name: repr(value) for name, value in pipe.scheduler.config.items()},
-            "arguments": {name: repr(value) for name, value in arguments.items()},
-            "dtype": str(training.low_dtype),
-        }
-        folder = training.folder / CLASS_FOLDER
-        examples = [
-            Example(picture_file(folder / _file_name(number, {**key, "embeds": path.name})))
-            for number, path in enumerate(embeds)
-        ]
-        missing = [number for number, example in enumerate(examples) if not _is_whole(example)]
-        if missing:
-            prompts = list(dict.fromkeys(self.samples[number].prompt for number in missing))
-            listed = ", ".join(map(repr, prompts[:LISTED])) + (", ..." if len(prompts) > LISTED else "")
-            training.report(f"draws {len(missing)} pictures of {listed}")
-        processes = training.accelerator
-        processes.wait_for_everyone()  # all of them have listed the same pictures
-        own = missing[processes.process_index :: processes.num_processes]
-        size = min(options.train_batch_size, LARGEST_BATCH)
-        for batch in (own[first : first + size] for first in range(0, len(own), size)):
-            result: Any = pipe(
-                image_embeds=torch.cat([training.store[embeds[number]]["embeds"] for number in batch]),
-                negative_image_embeds=zero_embed.expand(len(batch), -1),
-                generator=[self.samples[number].generator(options.seed) for number in batch],
-                **arguments,
-            )
-            for number, image in zip(batch, result.images, strict=True):
-                _write(image, Path(examples[number].picture.name))
-        del pipe, decoder, movq
-        training.free()
-        processes.wait_for_everyone()
-        names = [example.picture.name for example in examples]
-        return ClassPictures(examples, dict(zip(names, embeds, strict=True)))
+def _drawn_pictures(training: Training, options: SubjectOptions) -> ClassPictures:
+    """Return the pictures of the prompts, after the processes have drawn those that are missing or damaged."""
+    prompts = tuple(dict.fromkeys(options.class_prompt))
+    samples = [
+        Sample(prompts[number % len(prompts)], number // len(prompts)) for number in range(options.num_class_images)
+    ]
+    encoders = Encoders.load(options, "plain", training.device, training.low_dtype, latents=True, texts=False)
+    zero_embed, image_digest, movq = encoders.zero_embed(), encoders.image_digest, encoders.movq
+    assert movq is not None
+    del encoders
+    side, _ = training.sizes("plain", movq.downscale_factor, LORA)  # before anything is drawn
+    embeds = [entry.path for entry in PriorSampling(training).embeddings(samples)]
+    decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
+    pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {**pipe.generation_defaults, "height": side, "width": side}
+    key = {
+        "weights": weights_digest({"unet": pipe.unet, "movq": movq}),
+        "image encoder": image_digest,  # of the negative embedding
+        "scheduler": {name: repr(value) for name, value in pipe.scheduler.config.items()},
+        "arguments": {name: repr(value) for name, value in arguments.items()},
+        "dtype": str(training.low_dtype),
+    }
+    folder = training.folder / CLASS_FOLDER
+    examples = [
+        Example(picture_file(folder / _file_name(number, {**key, "embeds": path.name})))
+        for number, path in enumerate(embeds)
+    ]
+    missing = [number for number, example in enumerate(examples) if not _is_whole(example)]
+    if missing:
+        named = list(dict.fromkeys(samples[number].prompt for number in missing))
+        listed = ", ".join(map(repr, named[:LISTED])) + (", ..." if len(named) > LISTED else "")
+        training.report(f"draws {len(missing)} pictures of {listed}")
+    processes = training.accelerator
+    processes.wait_for_everyone()  # all of them have listed the same pictures
+    own = missing[processes.process_index :: processes.num_processes]
+    size = min(options.train_batch_size, LARGEST_BATCH)
+    for batch in (own[first : first + size] for first in range(0, len(own), size)):
+        result: Any = pipe(
+            image_embeds=torch.cat([training.store[embeds[number]]["embeds"] for number in batch]),
+            negative_image_embeds=zero_embed.expand(len(batch), -1),
+            generator=[samples[number].generator(options.seed) for number in batch],
+            **arguments,
+        )
+        for number, image in zip(batch, result.images, strict=True):
+            _write(image, Path(examples[number].picture.name))
+    del pipe, decoder, movq
+    training.free()
+    processes.wait_for_everyone()
+    names = [example.picture.name for example in examples]
+    return ClassPictures(examples, dict(zip(names, embeds, strict=True)))
 
 
 def _file_name(number: int, key: Mapping[str, Any]) -> str:
