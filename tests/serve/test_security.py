@@ -69,6 +69,30 @@ def test_posts_of_another_site_are_refused(server: Server, origin: str) -> None:
     assert "access-control-allow-origin" not in preflight.headers
 
 
+def test_a_refusal_arrives_though_the_body_is_late(server: Server) -> None:
+    """A connection that is closed before the body has arrived is reset, and the client loses the response."""
+    head = (
+        f"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nOrigin: https://evil.example\r\n"
+        "Content-Type: application/json\r\nContent-Length: 4\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.sendall(head.encode())
+        for part in (b"{", b" ", b" ", b"}"):
+            time.sleep(0.1)
+            connection.sendall(part)
+        assert connection.recv(65536).split()[1] == b"403"
+
+
+def test_a_refusal_does_not_wait_for_a_body_that_never_comes(server: Server) -> None:
+    head = (
+        f"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nOrigin: https://evil.example\r\n"
+        "Content-Length: 4\r\n\r\n{"
+    )
+    start = time.monotonic()
+    assert raw(server, head.encode()).split()[1] == b"403"
+    assert time.monotonic() - start < 10
+
+
 def test_the_own_origin_is_accepted(server: Server) -> None:
     server.request("POST", "/sdapi/v1/interrupt", 200, headers={"Origin": server.address})
 

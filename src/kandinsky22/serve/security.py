@@ -27,6 +27,9 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 OPEN_PATHS = ("/", "/login", "/healthz", "/readyz")
 OPEN_FOLDERS = ("/studio/",)
 OPEN_BODY_BYTES = 2**14  # largest body of a request that needs no token
+# A refused request's body is read up to this size and for this time. A connection that is closed while its body is on
+# the way is reset, and the client may lose the response.
+REFUSED_BODY_BYTES, REFUSED_BODY_SECONDS = 2**16, 1.0
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "font-src 'self'; manifest-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -103,6 +106,7 @@ class SecurityMiddleware:
         body = _LimitedBody(receive, headers, self._settings.body_seconds, limit)
         response = _Response(send, scope, self._metrics, self._allowed_origin(headers), body)
         if (refusal := self.refusal(scope, headers)) is not None:
+            await body.discard()
             await response.refuse(refusal)
             return
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -245,6 +249,16 @@ class _LimitedBody:
             if self._size > self._limit:
                 raise self._too_large()
         return message
+
+    async def discard(self) -> None:
+        """Read a small body and drop it; stop at a large or a slow one."""
+        self._limit = min(self._limit, REFUSED_BODY_BYTES)
+        self._seconds = min(self._seconds, REFUSED_BODY_SECONDS)
+        try:
+            while not self._complete and (await self.receive())["type"] == "http.request":
+                pass
+        except BodyError:
+            return
 
     def _too_large(self) -> BodyError:
         self.refusal = Refusal(413, "too_large", f"the body of the request has more than {self._limit} bytes")
