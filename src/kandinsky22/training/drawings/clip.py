@@ -30,16 +30,16 @@ SIZES = TowerSizes()
 BATCH = 128
 GROUP = 2  # scenes per group of a batch; those of a group differ in one attribute each
 SETTINGS = Settings(
-    steps=1000, learning_rate=1e-3, warmup=100, decay=600, weight_decay=0.05, average=0.998, bf16=True, muon=True
+    steps=700, learning_rate=1e-3, warmup=100, decay=400, weight_decay=0.05, average=0.998, bf16=True, muon=True
 )
 
 
 # The first stage ends as soon as parts and heads are good. The towers need more examples: their training goes on.
 TOWERS = Settings(
-    steps=4000,
+    steps=2000,
     learning_rate=7e-4,
     warmup=100,
-    decay=3000,
+    decay=1600,
     weight_decay=0.05,
     average=0.998,
     bf16=True,

@@ -32,7 +32,7 @@ FULL_SIZE_EVERY = 5  # one in so many steps sees full images
 # Small details limit the result, and scenes of several things have most of them.
 MIXTURE = Mixture(arrangements=(0.2, 0.15, 0.1, 0.1, 0.15))
 AUTOENCODER = Settings(steps=1800, learning_rate=2e-3, warmup=100, decay=900, average=0.995, bf16=True, muon=True)
-DECODER = Settings(steps=3000, learning_rate=1e-3, warmup=100, decay=2000, average=0.998, bf16=True, muon=True, seed=1)
+DECODER = Settings(steps=1500, learning_rate=1e-3, warmup=100, decay=1000, average=0.998, bf16=True, muon=True, seed=1)
 
 
 def train_movq(folder: Path, sprites: Sprites) -> VQModel:

@@ -36,7 +36,7 @@ OTHER_LAYOUT_SHARE = 0.5  # share of hints whose embedding shows other positions
 EDGE_SHARE = 0.4  # share of hints that show edges
 BATCHES = {"strong_signal": 14, "inpaint": 10, "hints": 8}
 SETTINGS = Settings(
-    steps=8000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, muon=True, muon_interval=4, seed=5
+    steps=5000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, muon=True, muon_interval=4, seed=5
 )
 
 
