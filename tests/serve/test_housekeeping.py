@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from tests.serve.conftest import png
 
+from kandinsky22.cli.main import main
 from kandinsky22.serve.database import now
 from kandinsky22.serve.events import EventHub
-from kandinsky22.serve.failures import ApiError
+from kandinsky22.serve.failures import ApiError, JobFailure
 from kandinsky22.serve.files import Files, image_id
 from kandinsky22.serve.gallery import Gallery, rebuild
 from kandinsky22.serve.housekeeping import tidy
@@ -70,7 +71,7 @@ def test_waiting_jobs_keep_their_uploads_and_ended_ones_do_not(gallery: Gallery)
     upload(gallery, "red", 90)
     tidy(gallery)
     assert exists(gallery, id)
-    gallery.store.finish(job.id, "failed", "a crash")
+    gallery.store.finish(job.id, "failed", JobFailure("a crash"))
     tidy(gallery)
     assert not exists(gallery, id)
     with pytest.raises(ApiError, match=r"upload .* does not exist"):
@@ -103,6 +104,26 @@ def test_a_rebuilt_database_knows_uploads_and_their_times(gallery: Gallery) -> N
     time.sleep(0.01)
     assert rebuild(gallery.files, gallery.store, 10**6)["uploads"] == 0
     assert gallery.store.uploads_before(limit) == {id}
+
+
+def test_rebuild_takes_the_folder_of_the_server_and_sets_a_damaged_database_aside(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gallery.add_upload(png(), SIZE)
+    gallery.store.close()
+    folder = gallery.files.database.parent
+    gallery.files.database.write_bytes(b"no database" * 1000)
+    monkeypatch.setenv("KANDINSKY22_SERVE_STATE", str(folder))
+    assert main(["gallery", "rebuild"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith(f"{folder}: 0 images, 1 uploads")
+    assert "database.sqlite3.damaged-1" in output.err and folder.joinpath("database.sqlite3.damaged-1").exists()
+
+
+def test_rebuild_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gallery", "rebuild", "--state", str(tmp_path / "none")]) != 0
+    assert "a folder that a server has used" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_trash_is_emptied(gallery: Gallery) -> None:

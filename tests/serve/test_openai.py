@@ -148,6 +148,16 @@ def test_a_cancelled_job_is_not_repeated_by_the_client(server: Server) -> None:
     assert len(jobs()) == 1
 
 
+def test_a_stream_whose_client_leaves_is_cancelled(server: Server) -> None:
+    prompt = "a stream whose client leaves"
+    body = {"prompt": prompt, "stream": True, "partial_images": 1, "steps": 900}
+    with requests.post(f"{server.address}/v1/images/generations", json=body, stream=True, timeout=60) as response:
+        assert response.status_code == 200
+        while not (found := [j for j in server.get("/api/jobs")["items"] if j["request"].get("prompt") == prompt]):
+            time.sleep(0.05)
+    assert server.wait(found[0]["id"], 60)["state"] == "cancelled"
+
+
 def test_an_idempotency_key_queues_one_job(client: openai.OpenAI) -> None:
     headers = {"Idempotency-Key": "a key of OpenAI's client"}
     images = [client.images.generate(prompt="a star", quality="low", extra_headers=headers) for _ in range(2)]

@@ -83,14 +83,40 @@ def test_a_killed_worker_costs_one_attempt_of_one_job(own: Server) -> None:
 
 
 def test_a_job_that_always_kills_its_worker_fails(tmp_path: Path) -> None:
-    with running(tmp_path / "state", "--max-attempts", "1") as own:
+    """It fails as the server's fault, also for clients that wait for their picture."""
+    calls = {
+        "/v1/images/generations": {"prompt": "a red circle", "steps": 900},
+        "/sdapi/v1/txt2img": {"prompt": "a red circle", "steps": 150, "n_iter": 9},
+    }
+    with running(tmp_path / "state", "--max-attempts", "1") as own, concurrent.futures.ThreadPoolExecutor() as pool:
         own.wait_ready()
-        job, other = own.submit(steps=900)["id"], own.submit()["id"]
-        wait_until_running(own, job)
-        os.kill(own.worker_pids()[0], signal.SIGKILL)
-        failed = own.wait(job)
-        assert failed["state"] == "failed" and "ended unexpectedly" in failed["error"]["message"]
-        assert own.wait(other)["state"] == "done"
+        for path, body in calls.items():
+            answer = pool.submit(own.request, "POST", path, json=body)
+            while not (jobs := own.get("/api/jobs?state=running")["items"]):
+                time.sleep(0.05)
+            other = own.submit()["id"]
+            wait_until_running(own, jobs[0]["id"])
+            os.kill(own.worker_pids()[0], signal.SIGKILL)
+            failed = own.wait(jobs[0]["id"])
+            assert failed["state"] == "failed" and "ended unexpectedly" in failed["error"]["message"]
+            assert failed["error"]["code"] == "worker_ended"
+            assert answer.result().status_code == 500
+            assert answer.result().json()["error"]["code"] == "worker_ended"
+            assert own.wait(other)["state"] == "done"
+
+
+def test_signals_to_the_whole_process_group_cost_no_attempt(own: Server) -> None:
+    """Service managers and terminals send the signal that ends a server to its workers too."""
+    job = own.submit(**{**settings_of(1), "steps": 300})["id"]
+    wait_until_running(own, job)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for worker in own.worker_pids():
+            os.kill(worker, number)
+    time.sleep(1)
+    own.stop()
+    own.start()
+    assert own.wait(job)["state"] == "done"
+    assert own.get(f"/api/jobs/{job}")["attempts"] == 1
 
 
 def test_a_killed_server_loses_nothing(own: Server) -> None:
@@ -120,7 +146,7 @@ def test_a_killed_server_loses_nothing(own: Server) -> None:
     command = [sys.executable, "-m", "kandinsky22", "gallery", "rebuild", "--state", str(own.state)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.startswith("6 images")
+    assert done.stdout.startswith(f"{own.state}: 6 images")
     own.start()
     assert digests(own, jobs) == first
     assert own.get(f"/api/images/{image}")["starred"] is True

@@ -21,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from tests.serve.conftest import png
 from tests.serve.server import DRAFT, Server, running
 
+from kandinsky22.serve.tokens import cookie_name, presented_tokens
+
 TOKEN = "a token of tests"
 
 
@@ -368,3 +370,12 @@ def test_two_servers_do_not_share_a_folder(guarded: Server) -> None:
     expected = f"in use by another server, process {guarded.process.pid}"
     with pytest.raises(AssertionError, match=expected), running(guarded.state):
         pass
+
+
+@pytest.mark.parametrize("others", ['prefs={"theme":"dark"}', "a=hello world", "n=J\u00fcrgen", "path", "secure=1; x"])
+def test_the_token_is_found_among_cookies_of_other_programs(others: str) -> None:
+    """Browsers send the cookies of a host to all its ports."""
+    headers = {"host": "127.0.0.1:7822"}
+    cookie = f'{others}; kandinsky22_token_7821=other; {cookie_name(headers)}="{TOKEN}"'
+    assert presented_tokens({**headers, "cookie": cookie}) == [TOKEN]
+    assert presented_tokens({"host": "127.0.0.1:9", "cookie": cookie}) == []

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 from tests.serve.conftest import png
 
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, KandinskyError
+from kandinsky22.serve.database import UnreadableDatabaseError, set_aside
+from kandinsky22.serve.failures import JobFailure
 from kandinsky22.serve.files import Files, checked_upload, image_id, lock_folder
 from kandinsky22.serve.image_store import ImageQuery, NewImage
 from kandinsky22.serve.job_store import MAX_INTERRUPTIONS, KeyReusedError, QueueFullError
-from kandinsky22.serve.schema import VERSION, migrate
+from kandinsky22.serve.schema import MIGRATIONS, VERSION, migrate
 from kandinsky22.serve.store import Store
+
+CRASH = JobFailure("a crash", "worker_ended")
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def test_only_neighbours_with_equal_keys_share_a_batch(store: Store) -> None:
     assert claim(store, 2) == jobs[:2]
     assert claim(store, 8) == jobs[2:3]
     assert claim(store, 8) == jobs[3:4]
-    store.requeue(jobs[0], charged=True, max_attempts=3, reason="a crash")
+    store.requeue(jobs[0], charged=True, max_attempts=3, reason=CRASH)
     assert claim(store, 8) == jobs[:1]  # a job that may have crashed its worker runs alone
     assert claim(store, 8) == jobs[4:]
 
@@ -75,8 +79,9 @@ def test_attempts_are_charged_for_crashes_and_not_for_ends_of_the_server(store: 
     other = add(store)
     for _ in range(2):
         claim(store)
-        row = store.requeue(other, charged=True, max_attempts=2, reason="a crash")
+        row = store.requeue(other, charged=True, max_attempts=2, reason=CRASH)
     assert row is not None and row.state == "failed" and row.error == "a crash; the job was tried 2 times"
+    assert row.failure.code == "worker_ended" and row.failure.api_error.status == 500
     assert store.retry(other) is not None and claim(store) == [other]
 
 
@@ -86,7 +91,7 @@ def test_cancelled_jobs_stay_cancelled_whatever_ends_their_worker(store: Store) 
     claim(store)
     for job in jobs:
         store.cancel(job)
-    row = store.requeue(jobs[0], charged=True, max_attempts=3, reason="a crash")
+    row = store.requeue(jobs[0], charged=True, max_attempts=3, reason=CRASH)
     assert row is not None and row.state == "cancelled"
     assert {row.state for row in store.requeue_interrupted()} == {"cancelled"}
 
@@ -138,8 +143,48 @@ def test_databases_of_newer_versions_are_refused(tmp_path: Path) -> None:
     migrate(connection)  # nothing is left to do
     assert connection.execute("PRAGMA user_version").fetchone() == (VERSION,)
     connection.execute(f"PRAGMA user_version = {VERSION + 1}")
-    with pytest.raises(sqlite3.DatabaseError, match="reads up to"):
+    with pytest.raises(KandinskyError, match="reads up to"):
         migrate(connection)
+
+
+def test_jobs_of_the_first_version_have_no_kind_of_failure(tmp_path: Path) -> None:
+    path = tmp_path / "database.sqlite3"
+    with sqlite3.connect(path, isolation_level=None) as connection:
+        for statement in MIGRATIONS[0]:
+            connection.execute(statement)
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute(
+            "INSERT INTO jobs (id, state, mode, request, batch_key, created_at, error) "
+            "VALUES ('x', 'failed', 'generate', '{}', '', '', 'an error')"
+        )
+    row = Store(path).job("x")
+    assert row is not None and row.failure == JobFailure("an error", "generation_failed")
+    assert row.failure.api_error.status == 422
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 500, bytes(8192)])
+def test_a_damaged_database_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "database.sqlite3"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableDatabaseError, match="gallery rebuild"):
+        Store(path)
+    assert path.read_bytes() == content
+    assert set_aside(path).read_bytes() == content and not path.exists()
+    path.write_bytes(content)
+    assert set_aside(path) != set_aside(path.parent / "none")
+
+
+def test_damage_within_a_database_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "database.sqlite3"
+    store = Store(path)
+    for _ in range(50):
+        add(store, prompt="x" * 500)
+    store.close()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+    with pytest.raises(UnreadableDatabaseError):
+        Store(path)
 
 
 def test_a_migration_that_fails_leaves_nothing(tmp_path: Path) -> None:

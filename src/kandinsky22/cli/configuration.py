@@ -36,7 +36,7 @@ def add_parser(
     parser = subparsers.add_parser(
         "config",
         help="show and change the defaults of options",
-        description="Show and change the defaults of options. A value is searched on the command line, in variables\n"
+        description="Show and change the defaults of options. A value is looked up on the command line, in variables\n"
         "KANDINSKY22_*, in the settings file, and in the program, in this order.",
         epilog="examples:\n  kandinsky22 config set generate.steps 25\n  kandinsky22 config set device cuda\n"
         "  kandinsky22 config show",

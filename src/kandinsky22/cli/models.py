@@ -30,7 +30,7 @@ class Published:
         name: Its Hub id.
         kind: "decoder", "inpaint", "control" or "prior".
         parameters: Number of parameters, counted from the published settings.
-        bytes: About the size of its files: float32, CLIP towers in float16.
+        bytes: About the size of its files: float32, image encoder in float16.
     """
 
     name: str
@@ -43,7 +43,7 @@ PUBLISHED = (
     Published("kandinsky-community/kandinsky-2-2-decoder", "decoder", 1_320_889_783, 5_283_559_132),
     Published("kandinsky-community/kandinsky-2-2-decoder-inpaint", "inpaint", 1_320_907_063, 5_283_628_252),
     Published("kandinsky-community/kandinsky-2-2-controlnet-depth", "control", 1_321_261_707, 5_285_046_828),
-    Published("kandinsky-community/kandinsky-2-2-prior", "prior", 3_565_793_024, 9_184_037_888),
+    Published("kandinsky-community/kandinsky-2-2-prior", "prior", 3_565_793_024, 10_573_357_568),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import sys
 import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from kandinsky22.checkpoints.hub import EMBEDDED, HUB_ID
 from kandinsky22.cli import option_values, options
+from kandinsky22.cli.settings import SETTINGS_OF
 from kandinsky22.errors import MissingDependencyError, invalid
 
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
@@ -131,7 +133,7 @@ def _add_gallery_parser(subparsers: argparse._SubParsersAction[argparse.Argument
         allow_abbrev=False,
     )
     rebuild.add_argument("--state", type=Path, metavar="FOLDER", help="folder of pictures and jobs")
-    rebuild.set_defaults(run=run_rebuild, needs_no_torch=True)
+    rebuild.set_defaults(run=run_rebuild, needs_no_torch=True, **{SETTINGS_OF: ("serve",)})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -233,19 +235,28 @@ def run_rebuild(args: argparse.Namespace) -> None:
 
     Raises:
         MissingDependencyError: If the packages of the extra `serve` are not installed.
-        InputError: If a server uses the folder.
+        InputError: If a server uses the folder, or if there is no such folder.
     """
     require_packages()
+    from kandinsky22.serve.database import UnreadableDatabaseError, set_aside
     from kandinsky22.serve.files import Files, lock_folder
     from kandinsky22.serve.gallery import rebuild
     from kandinsky22.serve.settings import ServerSettings
     from kandinsky22.serve.store import Store
 
     settings = ServerSettings(state=args.state)
-    lock_folder(settings.state_folder)
-    files = Files(settings.state_folder)
-    counts: Mapping[str, int] = rebuild(files, Store(files.database), settings.max_upload_pixels)
-    print(", ".join(f"{number} {name}" for name, number in counts.items()))
+    folder = settings.state_folder
+    if not folder.is_dir():
+        raise invalid("--state", str(folder), "a folder that a server has used")
+    lock_folder(folder)
+    files = Files(folder)
+    try:
+        store = Store(files.database)
+    except UnreadableDatabaseError:
+        print(f"the database is damaged; it is kept as {set_aside(files.database)}", file=sys.stderr)
+        store = Store(files.database)
+    counts: Mapping[str, int] = rebuild(files, store, settings.max_upload_pixels)
+    print(f"{folder}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
 
 
 def require_packages() -> None:

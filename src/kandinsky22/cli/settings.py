@@ -1,6 +1,6 @@
 """Defaults of options from the environment and the settings file, for every subcommand without code of its own.
 
-A value is searched on the command line, in the environment, in the settings file, and in the program, in this order.
+A value is looked up on the command line, in the environment, in the settings file, and in the program, in this order.
 The functions here walk the argument parser: an option that a subcommand declares has a key in the file and a variable.
 """
 
@@ -21,6 +21,7 @@ from kandinsky22.errors import InputError, describe
 PREFIX = "KANDINSKY22_"
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 SUPERSEDES = "supersedes"  # default of a parser: destination to the destinations whose settings it replaces
+SETTINGS_OF = "settings_of"  # default of a parser: names of another subcommand whose settings hold for it too
 IGNORES_SETTINGS = "ignores_settings"  # default of a parser whose subcommand has no settings
 FROM_SETTINGS = "from_settings"  # attribute of parsed command lines: destinations that settings have filled in
 
@@ -116,9 +117,11 @@ def find_settings(parser: argparse.ArgumentParser, path: Sequence[str]) -> dict[
         leaf = subcommands_of(leaf)[name]
     settings = {}
     for key, action in options_of(leaf).items():
-        setting = _from_environment(path, key, action) or _from_file(content, file, path, key, action)
-        if setting is not None:
-            settings[key] = setting
+        for names in (leaf.get_default(SETTINGS_OF), path):
+            setting = None if names is None else _setting(content, file, names, key, action)
+            if setting is not None:
+                settings[key] = setting
+                break
     return settings
 
 
@@ -229,6 +232,12 @@ def _superseded(parser: argparse.ArgumentParser, on_command_line: set[str]) -> s
 
 
 # Values
+
+
+def _setting(
+    content: Mapping[str, Any], file: Path, path: Sequence[str], key: str, action: argparse.Action
+) -> Setting | None:
+    return _from_environment(path, key, action) or _from_file(content, file, path, key, action)
 
 
 def _from_environment(path: Sequence[str], key: str, action: argparse.Action) -> Setting | None:

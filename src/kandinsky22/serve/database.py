@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from kandinsky22.errors import KandinskyError
 from kandinsky22.serve.schema import migrate
 
 
@@ -23,20 +25,57 @@ def new_id() -> str:
     return secrets.token_urlsafe(16)
 
 
+class UnreadableDatabaseError(KandinskyError):
+    """The file of the database is damaged or no database."""
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a database and the files that SQLite keeps next to it, and return its new path.
+
+    Args:
+        path: File of the database.
+    """
+    number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+    for suffix in ("-wal", "-shm", ""):
+        file = path.with_name(path.name + suffix)
+        if file.exists():
+            file.rename(path.with_name(f"{path.name}.damaged-{number}{suffix}"))
+    return path.with_name(f"{path.name}.damaged-{number}")
+
+
 class Database:
     """Connection to the database of a server, for any thread.
 
     Args:
         path: File of the database. It is created, or migrated from an earlier version.
+
+    Raises:
+        UnreadableDatabaseError: The file is damaged or no database.
+        KandinskyError: A newer version of kandinsky22 wrote the database.
     """
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
         self._connection.row_factory = sqlite3.Row
         self._lock = threading.RLock()
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")  # a queued job survives a power failure
-        migrate(self._connection)
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")  # a queued job survives a power failure
+            migrate(self._connection)
+            if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(damage)
+        except sqlite3.OperationalError:  # a full disk or a lock, for example: the file may be whole
+            self._connection.close()
+            raise
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise UnreadableDatabaseError(
+                f"{path} is damaged ({error}); this command makes a new one from the pictures: "
+                f"kandinsky22 gallery rebuild --state {path.parent}"
+            ) from error
+        except BaseException:
+            self._connection.close()
+            raise
 
     def close(self) -> None:
         """Close the database."""

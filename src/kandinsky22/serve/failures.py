@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import re
 import sqlite3
@@ -11,6 +12,14 @@ from kandinsky22.errors import KandinskyError
 
 OPENAI_PREFIX = "/v1/"
 DISK_FULL = "the disk is full: free some space, and try again"
+# HTTP status of a failed job by the kind of its failure. Memory is short because the request asks for too much.
+STATUS_OF_FAILURE = {
+    "generation_failed": 422,
+    "out_of_memory": 422,
+    "disk_full": 507,
+    "worker_ended": 500,
+    "internal_error": 500,
+}
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -29,6 +38,24 @@ class ApiError(KandinskyError):
         self.status = status
         self.code = code
         self.argument = argument
+
+
+@dataclasses.dataclass(frozen=True)
+class JobFailure:
+    """Why a job failed.
+
+    Attributes:
+        message: Description for the user.
+        code: Kind of failure, one of `STATUS_OF_FAILURE`.
+    """
+
+    message: str
+    code: str = "generation_failed"
+
+    @property
+    def api_error(self) -> ApiError:
+        """The error that answers a client which waits for the job."""
+        return ApiError(STATUS_OF_FAILURE[self.code], self.code, self.message)
 
 
 def error_body(path: str, status: int, code: str, message: str, argument: str | None = None) -> dict[str, Any]:

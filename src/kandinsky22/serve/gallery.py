@@ -16,12 +16,12 @@ from kandinsky22.generation.recipe import Recipe, read_recipe
 from kandinsky22.serve import messages
 from kandinsky22.serve.database import now
 from kandinsky22.serve.events import EventHub
-from kandinsky22.serve.failures import invalid_request, not_found
+from kandinsky22.serve.failures import JobFailure, invalid_request, not_found
 from kandinsky22.serve.files import Files, image_id
 from kandinsky22.serve.image_store import ImageRow, NewImage
 from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.requests import batch_key, check_job
-from kandinsky22.serve.schemas import ImageInfo, JobInfo, JobRequest, Picture, Progress
+from kandinsky22.serve.schemas import Failure, ImageInfo, JobInfo, JobRequest, Picture, Progress
 from kandinsky22.serve.settings import ServerSettings
 from kandinsky22.serve.store import Store
 
@@ -126,24 +126,24 @@ class Gallery:
             self._publish_end(job)
         return row
 
-    def finish(self, job: str, state: str, error: str | None = None) -> None:
+    def finish(self, job: str, state: str, failure: JobFailure | None = None) -> None:
         """End a job and tell everyone.
 
         Args:
             job: Id of the job.
             state: "done", "failed" or "cancelled".
-            error: Description of a failure.
+            failure: Why it failed; None if it did not.
         """
-        if self.store.finish(job, state, error) is not None:
+        if self.store.finish(job, state, failure) is not None:
             self._publish_end(job)
 
-    def try_again(self, job: str, *, charged: bool, reason: str) -> None:
+    def try_again(self, job: str, *, charged: bool, reason: JobFailure) -> None:
         """Queue a job again whose attempt has ended, or fail it after its last attempt.
 
         Args:
             job: Id of the job.
             charged: Whether the attempt counts.
-            reason: Description of what ended the attempt.
+            reason: What ended the attempt.
         """
         row = self.store.requeue(job, charged=charged, max_attempts=self.settings.max_attempts, reason=reason)
         if row is None:
@@ -173,7 +173,7 @@ class Gallery:
             finished_at=job.finished_at,
             progress=self.progress_of(job.id) if job.state == "running" else None,
             images=[image_info(image) for image in self.store.images_of(job.id) if image.trashed_at is None],
-            error=None if job.error is None else {"message": job.error},  # type: ignore[arg-type]  # pydantic converts
+            error=None if job.error is None else Failure(message=job.error, code=job.failure.code),
         )
 
     def publish_job(self, id: str, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from kandinsky22.errors import KandinskyError
 from kandinsky22.serve.database import Database, new_id, now
+from kandinsky22.serve.failures import JobFailure
 
 MAX_INTERRUPTIONS = 50  # ends of the server during one job, after which the job is not tried again
 KEY_DAYS = 7  # days that an idempotency key is remembered
@@ -44,6 +45,12 @@ class JobRow:
     started_at: str | None
     finished_at: str | None
     error: str | None
+    error_code: str | None
+
+    @property
+    def failure(self) -> JobFailure:
+        """Why the job failed. Earlier versions did not store the kind of failure."""
+        return JobFailure(self.error or "the job failed", self.error_code or JobFailure.code)
 
 
 class JobStore(Database):
@@ -209,24 +216,22 @@ class JobStore(Database):
             for row in self.rows("SELECT id FROM jobs WHERE state = 'running' AND lease_until < ?", time.time())
         ]
 
-    def finish(self, id: str, state: str, error: str | None = None) -> JobRow | None:
+    def finish(self, id: str, state: str, failure: JobFailure | None = None) -> JobRow | None:
         """End a job.
 
         Args:
             id: Id of the job.
             state: "done", "failed" or "cancelled".
-            error: Description of a failure.
+            failure: Why it failed; None if it did not.
 
         Returns:
             It; None if it had ended before.
         """
         with self.transaction() as connection:
-            changed = connection.execute(
-                "UPDATE jobs SET state = ?, error = ?, finished_at = ?, lease_owner = NULL, lease_until = NULL "
-                "WHERE id = ? AND state IN ('queued', 'running')",
-                (state, error, now(), id),
-            ).rowcount
-            return self.job(id) if changed else None
+            job = self.job(id)
+            if job is None or job.state not in ("queued", "running"):
+                return None
+            return self._end(connection, job, state, failure)
 
     def cancel(self, id: str) -> JobRow | None:
         """Cancel a waiting job, or note that a running one is to stop.
@@ -244,14 +249,14 @@ class JobStore(Database):
             connection.execute("UPDATE jobs SET cancel_requested = 1 WHERE id = ? AND state = 'running'", (id,))
             return self.job(id)
 
-    def requeue(self, id: str, *, charged: bool, max_attempts: int, reason: str) -> JobRow | None:
+    def requeue(self, id: str, *, charged: bool, max_attempts: int, reason: JobFailure) -> JobRow | None:
         """Queue a running job again at its old place, or fail it after its last attempt.
 
         Args:
             id: Id of the job.
             charged: Whether the attempt counts.
             max_attempts: Number of attempts.
-            reason: Description of what ended the attempt.
+            reason: What ended the attempt.
 
         Returns:
             The job, or None if it does not run.
@@ -263,7 +268,8 @@ class JobStore(Database):
             if job.cancel_requested:
                 return self._end(connection, job, "cancelled", None)
             if charged and job.attempts >= max_attempts:
-                return self._end(connection, job, "failed", f"{reason}; the job was tried {job.attempts} times")
+                message = f"{reason.message}; the job was tried {job.attempts} times"
+                return self._end(connection, job, "failed", JobFailure(message, reason.code))
             connection.execute(
                 "UPDATE jobs SET state = 'queued', attempts = attempts - ?, lease_owner = NULL, lease_until = NULL "
                 "WHERE id = ?",
@@ -285,7 +291,7 @@ class JobStore(Database):
                     continue
                 if job.interruptions >= MAX_INTERRUPTIONS:
                     reason = f"the server ended {job.interruptions + 1} times during the job"
-                    self._end(connection, job, "failed", reason)
+                    self._end(connection, job, "failed", JobFailure(reason, "worker_ended"))
                     continue
                 connection.execute(
                     "UPDATE jobs SET state = 'queued', attempts = attempts - 1, interruptions = interruptions + 1, "
@@ -307,8 +313,8 @@ class JobStore(Database):
             (last,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'").fetchone()
             changed = connection.execute(
                 "UPDATE jobs SET seq = ?, state = 'queued', attempts = 0, interruptions = 0, error = NULL, "
-                "cancel_requested = 0, "
-                "started_at = NULL, finished_at = NULL WHERE id = ? AND state IN ('failed', 'cancelled')",
+                "error_code = NULL, cancel_requested = 0, started_at = NULL, finished_at = NULL "
+                "WHERE id = ? AND state IN ('failed', 'cancelled')",
                 (last + 1, id),
             ).rowcount
             if changed:
@@ -341,11 +347,14 @@ class JobStore(Database):
                 ),
             )
 
-    def _end(self, connection: sqlite3.Connection, job: JobRow, state: str, error: str | None) -> JobRow | None:
+    def _end(
+        self, connection: sqlite3.Connection, job: JobRow, state: str, failure: JobFailure | None
+    ) -> JobRow | None:
+        error, code = (None, None) if failure is None else (failure.message, failure.code)
         connection.execute(
-            "UPDATE jobs SET state = ?, error = ?, finished_at = ?, lease_owner = NULL, lease_until = NULL "
-            "WHERE id = ?",
-            (state, error, now(), job.id),
+            "UPDATE jobs SET state = ?, error = ?, error_code = ?, finished_at = ?, lease_owner = NULL, "
+            "lease_until = NULL WHERE id = ?",
+            (state, error, code, now(), job.id),
         )
         return self.job(job.id)
 

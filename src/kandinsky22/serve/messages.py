@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from kandinsky22.serve.failures import JobFailure
 from kandinsky22.serve.settings import ModelSettings, ServerSettings
 
 
@@ -123,12 +124,12 @@ class JobFailed:
 
     Attributes:
         job: Id of the job.
-        message: Description for the user.
+        failure: Why it failed.
         again: Whether another attempt may succeed.
     """
 
     job: str
-    message: str
+    failure: JobFailure
     again: bool = False
 
 

@@ -24,7 +24,7 @@ from kandinsky22.serve.image_store import ImageQuery, ImageRow
 from kandinsky22.serve.pictures import encoded_png, store_picture
 from kandinsky22.serve.recipes import request_of
 from kandinsky22.serve.services import Server, Services
-from kandinsky22.serve.tokens import COOKIE
+from kandinsky22.serve.tokens import cookie_name
 
 router = APIRouter(prefix="/api", tags=["native"])
 login_router = APIRouter(tags=["native"])
@@ -363,7 +363,8 @@ def _login(login: schemas.Login, server: Server, request: Request, response: Res
             raise ApiError(429, "too_many_tokens", f"too many wrong tokens; try again in {math.ceil(seconds)} s")
         raise ApiError(401, "unauthorized", "the token is wrong")
     is_secure = request.url.scheme == "https"
-    response.set_cookie(COOKIE, token, httponly=True, samesite="strict", secure=is_secure, max_age=30 * 86400)
+    name = cookie_name(request.headers)
+    response.set_cookie(name, token, httponly=True, samesite="strict", secure=is_secure, max_age=30 * 86400)
 
 
 @login_router.get("/healthz", tags=["server"])

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -294,7 +295,7 @@ async def _until_done(server: Services, row: JobRow, cancel_if: Callable[[], Awa
         return row
     if row.state == "cancelled":
         raise ApiError(409, "cancelled", "the job was cancelled")
-    raise ApiError(422, "generation_failed", row.error or "the job failed")
+    raise row.failure.api_error
 
 
 def _images_response(server: Services, request: Request, body: ImagesRequest, row: JobRow) -> dict[str, Any]:
@@ -373,11 +374,13 @@ class _Stream:
                 for image in await run_in_threadpool(self._server.store.images_of, row.id):
                     yield await run_in_threadpool(self._completed, image)
             else:
-                error = {"type": "error", "code": row.state, "message": row.error or f"the job is {row.state}"}
+                code = row.failure.code if row.state == "failed" else row.state
+                error = {"type": "error", "code": code, "message": row.error or f"the job is {row.state}"}
                 yield _event("error", {"type": "error", "error": error})
         except BaseException:
             if self._cancels:
-                await run_in_threadpool(self._server.cancel, self._row.id)
+                with anyio.CancelScope(shield=True):  # this task has been cancelled, and may not wait otherwise
+                    await run_in_threadpool(self._server.cancel, self._row.id)
             raise
         finally:
             listener.close()

@@ -316,7 +316,7 @@ async def _respond(server: Services, request: Request, body: TextRequest, job: J
     finally:
         server.sdapi.jobs.discard(row.id)
     if row.state == "failed":
-        raise ApiError(422, "generation_failed", row.error or "the job failed")
+        raise row.failure.api_error
     return await run_in_threadpool(_response, server, body, row)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 
+from kandinsky22.errors import KandinskyError
+
 # One entry per version: statements that lead from the version before to this one.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -52,6 +54,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE uploads (id TEXT PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL, created_at TEXT)",
         "CREATE TABLE idempotency (key TEXT PRIMARY KEY, job TEXT NOT NULL, digest TEXT NOT NULL, created_at TEXT)",
     ),
+    ("ALTER TABLE jobs ADD COLUMN error_code TEXT",),
 )
 VERSION = len(MIGRATIONS)
 
@@ -63,11 +66,11 @@ def migrate(connection: sqlite3.Connection) -> None:
         connection: Connection in autocommit mode.
 
     Raises:
-        sqlite3.DatabaseError: If a newer version of kandinsky22 wrote the database.
+        KandinskyError: A newer version of kandinsky22 wrote the database.
     """
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
-        raise sqlite3.DatabaseError(
+        raise KandinskyError(
             f"the database has version {version}, and this version of kandinsky22 reads up to {VERSION}"
         )
     for number in range(version, VERSION):

@@ -167,6 +167,7 @@ class Failure(BaseModel):
     """Why a job failed."""
 
     message: str
+    code: str
 
 
 class JobInfo(BaseModel):

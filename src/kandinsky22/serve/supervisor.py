@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from kandinsky22.serve import messages
+from kandinsky22.serve.failures import JobFailure
 from kandinsky22.serve.gallery import Gallery
 from kandinsky22.serve.job_store import JobRow
 from kandinsky22.serve.schemas import JobRequest, Progress
@@ -179,7 +180,8 @@ class DeviceWorker(threading.Thread):
                 orders.append(self._gallery.order(job))
             except Exception as error:
                 logger.exception("job %s cannot be started", job.id)
-                self._gallery.finish(job.id, "failed", f"the job cannot be read ({type(error).__name__})")
+                message = f"the job cannot be read ({type(error).__name__})"
+                self._gallery.finish(job.id, "failed", JobFailure(message, "internal_error"))
                 continue
             self._running[job.id] = job
             self._report_start(job)
@@ -234,7 +236,7 @@ class DeviceWorker(threading.Thread):
             self._gallery.store.renew(list(self._running), self._settings.lease_seconds)
         expired = self._gallery.store.expired()
         for job in set(expired) - self._held_jobs() if expired else ():
-            self._gallery.try_again(job, charged=True, reason="its worker has lost it")
+            self._gallery.try_again(job, charged=True, reason=JobFailure("its worker has lost it", "worker_ended"))
 
     def _end_job(self, message: Any) -> None:
         job = message.job
@@ -245,9 +247,9 @@ class DeviceWorker(threading.Thread):
         elif isinstance(message, messages.JobCancelled):
             self._gallery.finish(job, "cancelled")
         elif message.again:
-            self._gallery.try_again(job, charged=True, reason=message.message)
+            self._gallery.try_again(job, charged=True, reason=message.failure)
         else:
-            self._gallery.finish(job, "failed", message.message)
+            self._gallery.finish(job, "failed", message.failure)
         del self._running[job]  # last: until the database says that it has ended, the job is this worker's
         if not self._running:
             self._set_state("ready")
@@ -288,7 +290,8 @@ class DeviceWorker(threading.Thread):
         for job in list(self._running):
             self.progress.pop(job, None)
             self.previews.pop(job, None)
-            self._gallery.try_again(job, charged=job == self._current, reason="the worker process ended unexpectedly")
+            reason = JobFailure("the worker process ended unexpectedly", "worker_ended")
+            self._gallery.try_again(job, charged=job == self._current, reason=reason)
             del self._running[job]
 
     def _set_state(self, state: str) -> None:

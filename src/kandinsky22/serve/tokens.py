@@ -11,12 +11,11 @@ import ipaddress
 import threading
 import time
 from collections.abc import Callable, Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
+from starlette.requests import cookie_parser
 from starlette.types import Scope
 
-COOKIE = "kandinsky22_token"
 WRONG_TOKENS = 10  # different wrong tokens of one client within `WINDOW_SECONDS`, after which it must wait
 WINDOW_SECONDS = 60.0
 MAX_CLIENTS = 10_000  # clients whose wrong tokens are remembered
@@ -113,7 +112,21 @@ def presented_tokens(headers: Mapping[str, str]) -> list[str]:
     kind, _, value = headers.get("authorization", "").partition(" ")
     password = _basic_password(value) if kind.lower() == "basic" else None
     bearer = value.strip() if kind.lower() == "bearer" else None
-    return [text for text in (bearer, password, _cookie(headers.get("cookie", ""))) if text]
+    return [
+        text for text in (bearer, password, cookie_parser(headers.get("cookie", "")).get(cookie_name(headers))) if text
+    ]
+
+
+def cookie_name(headers: Mapping[str, str]) -> str:
+    """Return the name of the cookie that carries the token.
+
+    A browser sends the cookies of a host to all its ports. The port in the name separates the servers of a host.
+
+    Args:
+        headers: Headers of the request, with names in lower case.
+    """
+    port = headers.get("host", "").rpartition(":")[2]
+    return f"kandinsky22_token_{port}" if port.isdigit() else "kandinsky22_token"
 
 
 def equal_secrets(first: str, second: str) -> bool:
@@ -161,11 +174,3 @@ def _basic_password(value: str) -> str | None:
     except (binascii.Error, UnicodeDecodeError, ValueError):
         return None
     return decoded.partition(":")[2]
-
-
-def _cookie(header: str) -> str:
-    try:
-        cookie = SimpleCookie(header).get(COOKIE)
-    except CookieError:
-        return ""
-    return "" if cookie is None else cookie.value

@@ -30,7 +30,7 @@ from kandinsky22.generation.request import Request
 from kandinsky22.sampling.presets import find_preset
 from kandinsky22.serve import messages
 from kandinsky22.serve.database import now
-from kandinsky22.serve.failures import DISK_FULL, is_disk_full
+from kandinsky22.serve.failures import DISK_FULL, JobFailure, is_disk_full
 from kandinsky22.serve.files import Files, image_id
 from kandinsky22.serve.progress import CancelledError, ProgressReporter, StageTimes
 from kandinsky22.serve.requests import generation_request, title
@@ -51,8 +51,10 @@ def main(connection: Connection, options: messages.WorkerOptions) -> None:
         connection: Connection to the server.
         options: Options of the worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when the worker ends
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The server decides when the worker ends. A terminal and service managers send signals to the whole process group;
+    # a worker that ended before its server would be taken for one that crashed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     for name in ("torchao", "torch.utils._pytree"):  # warnings about their own optional parts
         logging.getLogger(name).setLevel(logging.ERROR)
     Worker(connection, options).run()
@@ -200,16 +202,18 @@ class Worker:
     def _report_failure(self, job: str, error: Exception) -> None:
         if is_out_of_memory(error):
             self._free_memory()
-            self._send(messages.JobFailed(job, OUT_OF_MEMORY, again=True))
+            self._send(messages.JobFailed(job, JobFailure(OUT_OF_MEMORY, "out_of_memory"), again=True))
         elif is_disk_full(error):
-            self._send(messages.JobFailed(job, DISK_FULL))
+            self._send(messages.JobFailed(job, JobFailure(DISK_FULL, "disk_full")))
         elif isinstance(error, KandinskyError | OSError):
-            self._send(messages.JobFailed(job, " ".join(str(error).split()) or type(error).__name__))
+            message = " ".join(str(error).split()) or type(error).__name__
+            self._send(messages.JobFailed(job, JobFailure(message)))
         else:
             import traceback
 
             traceback.print_exc()  # a defect: the details belong to the server's log, not to its clients
-            self._send(messages.JobFailed(job, f"internal error ({type(error).__name__})"))
+            message = f"internal error ({type(error).__name__})"
+            self._send(messages.JobFailed(job, JobFailure(message, "internal_error")))
 
     def _free_memory(self) -> None:
         """Forget all networks, so that those of the next attempt have all the memory."""

@@ -24,16 +24,10 @@ from kandinsky22.training.drawings.sprites import Sprites
 from kandinsky22.training.loop import is_finished
 
 
-def _clip(out: Path) -> Clip:
-    """Return the towers that have been trained longest."""
-    if is_finished(out / "towers"):
-        return Clip.load(out / "towers")
-    return _first_clip(out)
-
-
-def _first_clip(out: Path) -> Clip:
-    _require(out / "clip")
-    return Clip.load(out / "clip")
+def _clip(out: Path, stage: str = "towers") -> Clip:
+    """Return CLIP after a stage: "clip", after which the sums of parts are final, or "towers"."""
+    _require(out / stage)
+    return Clip.load(out / stage)
 
 
 def _require(folder: Path) -> None:
@@ -43,7 +37,7 @@ def _require(folder: Path) -> None:
 
 def _half_size_decoder(out: Path, sprites: Sprites) -> None:
     _require(out / "movq" / "autoencoder")
-    train_half_size(out / "decoder", load_movq(out / "movq", sprites), _clip(out), sprites)
+    train_half_size(out / "decoder", load_movq(out / "movq", sprites), _clip(out, "clip"), sprites)
 
 
 def _decoder(out: Path, sprites: Sprites) -> None:
@@ -59,7 +53,7 @@ def _shared(out: Path, sprites: Sprites) -> None:
 # In order of dependency.
 STAGES: dict[str, Callable[[Path, Sprites], object]] = {
     "clip": lambda out, sprites: train_clip(out / "clip", sprites),
-    "towers": lambda out, sprites: train_towers(out / "towers", _first_clip(out), sprites),
+    "towers": lambda out, sprites: train_towers(out / "towers", _clip(out, "clip"), sprites),
     "autoencoder": lambda out, sprites: train_autoencoder(out / "movq", sprites),
     "prior": lambda out, sprites: train_prior(out / "prior", _clip(out)),
     "half_size_decoder": _half_size_decoder,

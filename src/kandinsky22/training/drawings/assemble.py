@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kandinsky22.errors import CheckpointError
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import UnCLIPScheduler
@@ -25,13 +26,23 @@ DECODER_DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 2.0,
     "guidance_interval": [0.0, 0.7],
 }
-STAGE_FOLDERS = ("clip", "towers", "movq/autoencoder", "prior", "decoder", "movq/decoder", "shared")
+STAGE_FOLDERS = (
+    "clip",
+    "towers",
+    "movq/autoencoder",
+    "prior",
+    f"decoder/{decoder.HALF_SIZE}",
+    f"decoder/{decoder.FULL_SIZE}",
+    "movq/decoder",
+    "shared",
+)
 
 
 def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
     """Save prior and decoders in half precision.
 
-    If the stage of the shared UNet is not finished, only the decoder of text to image is saved.
+    If the stage of the shared UNet is not finished, only the decoder of text to image is saved. All other stages must
+    be finished.
 
     Args:
         out: Folder of all stages.
@@ -39,7 +50,10 @@ def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
         folder: Folder to save into; None takes the subfolder "model" of `out`.
     """
     folder = out / "model" if folder is None else folder
-    clip = Clip.load(out / ("towers" if is_finished(out / "towers") else "clip"))
+    required = [out / name for name in STAGE_FOLDERS if name != "shared"]
+    if missing := [str(path) for path in required if not is_finished(path)]:
+        raise CheckpointError(f"stages that are not finished: {', '.join(missing)}")
+    clip = Clip.load(out / "towers")
     pipe = KandinskyV22PriorPipeline(
         prior=PriorTransformer.from_pretrained(out / "prior" / "model" / "prior").half(),
         image_encoder=clip.towers.vision.half(),

@@ -251,7 +251,7 @@ class Bank:
         """
         size = min(BANK_START + BANK_GROWTH * randomness.step, self.size) // CHUNK * CHUNK
         self._grow(size)
-        indices = np.sort(randomness.numpy.integers(0, size, BATCH))
+        indices = randomness.numpy.integers(0, size, BATCH)  # in no order: the timesteps of a batch ascend
         kinds = (randomness.numpy.random(BATCH) >= self.composed_share).astype(int)
         embeds = torch.from_numpy(self.embeds[indices, kinds]).float()
         return Examples(

@@ -19,6 +19,7 @@ from torch import Tensor
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.schedulers import UnCLIPScheduler
 from kandinsky22.training.drawings import clip as clip_recipe
+from kandinsky22.training.drawings import decoder
 from kandinsky22.training.drawings.captions import (
     EMPTY_CAPTION,
     FULL,
@@ -47,8 +48,8 @@ CONFIG: Mapping[str, Any] = {
 # Embeddings are normalised to unit variance, thus clipping at 10 standard deviations never changes a good one.
 SCHEDULER: Mapping[str, Any] = {"prediction_type": "sample", "clip_sample": True, "clip_sample_range": 10.0}
 BATCH = 96
-# Scenes of several things are harder.
-MIXTURE = Mixture(arrangements=(0.2, 0.16, 0.12, 0.1, 0.1))
+# Scenes of several things are harder. The decoder draws no other styles.
+MIXTURE = Mixture(arrangements=(0.2, 0.16, 0.12, 0.1, 0.1), styles=decoder.MIXTURE.styles)
 EMPTY_SHARE = 0.1
 # Share of scenes with a thing in the colour of its background. Images do not show them, but prompts ask for them.
 INVISIBLE_SHARE = 0.04

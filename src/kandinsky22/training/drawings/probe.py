@@ -119,6 +119,11 @@ def _geometry(scene: Scene) -> list[float]:
     return values + [0.0] * (_GEOMETRY - len(values))
 
 
+# Each step of the optimizer changes all parts by the same small length. Without this factor they would need more than
+# a thousand steps to become as long as embeddings are.
+PARTS_GAIN = 8.0
+
+
 @dataclass(frozen=True)
 class SceneLabels:
     """Labels of N images.
@@ -170,7 +175,7 @@ class Probe(nn.Module):
             functional.one_hot(column.clamp_min(0), count) * (column != UNKNOWN)[:, None]
             for count, column in zip(QUESTIONS.values(), labels.answers.T, strict=True)
         ]
-        composed: Tensor = self.parts(torch.cat([*answers, labels.geometry], dim=1))
+        composed: Tensor = PARTS_GAIN * self.parts(torch.cat([*answers, labels.geometry], dim=1))
         return composed
 
     def image_losses(self, embeddings: Tensor, labels: SceneLabels) -> dict[str, Tensor]:

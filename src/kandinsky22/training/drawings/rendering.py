@@ -40,7 +40,10 @@ class Placement:
 def _scaled(sprites: Sprites, thing: Thing, style: str, side: int) -> Pixels:
     size = max(1, round(thing.extent * side))
     image = Image.fromarray(sprites.pixels(thing.name, style, thing.color), "RGBa")
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0))
+    pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0))
+    # The filter overshoots at edges. Premultiplied colours above the opacity would exceed 255 over a background.
+    np.minimum(pixels[..., :3], pixels[..., 3:], out=pixels[..., :3])
+    return pixels
 
 
 def _placements(sprites: Sprites, scene: Scene, side: int) -> list[Placement]:
