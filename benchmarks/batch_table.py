@@ -64,7 +64,7 @@ def efficiency(workers: int, result: dict[str, Any], pictures: int) -> float:
 
 def scaling_table(result: dict[str, Any]) -> str:
     """Return the simulated scaling as Markdown."""
-    lines = ["| Workers | of linear, 100,000 pictures | of linear, a million |", "|---|---|---|"]
+    lines = ["| Workers | scaling efficiency, 100,000 pictures | scaling efficiency, a million |", "|---|---|---|"]
     for workers in (1, 2, 4, 8, 16, 32, 64):
         values = [efficiency(workers, result, pictures) for pictures in (100_000, MILLION)]
         lines.append(f"| {workers} | {values[0]:.3f} | {values[1]:.3f} |")

@@ -204,8 +204,16 @@ def _times(report: Report, dtype: str) -> str:
         name = f"text to image, {FULL_STEPS} steps, sum of the above"
         ratio = f"{theirs_total / ours_total:.2f}"
         rows.append([name, _seconds(theirs_total), _seconds(ours_total), ratio, "", "", "", "", ""])
-    head = ["", "reference, s", "kandinsky22, s", "times as fast", "aim", "difference", "errors to fp32: theirs, ours"]
-    return table([*head, "rounds", "cores had"], rows)
+    head = [
+        "",
+        "reference, s",
+        "kandinsky22, s",
+        "times as fast",
+        "target",
+        "difference",
+        "errors to fp32: theirs, ours",
+    ]
+    return table([*head, "rounds", "CPU utilisation"], rows)
 
 
 def _memory(report: Report, dtype: str) -> str:
@@ -223,9 +231,9 @@ def _memory(report: Report, dtype: str) -> str:
     for stage, theirs, ours in pairs(report, dtype):
         if stage == "picture" and theirs is not None:
             share = max(ours["peaks"]) / sum(theirs["peaks"])
-            notes.append(f"Our peak is {share:.2f} of the sum of the reference's two pipelines (aim: 0.33).")
+            notes.append(f"Our peak is {share:.2f} of the sum of the reference's two pipelines (target: 0.33).")
         elif stage == "low-memory":
-            notes.append(f"The low-memory peak is {max(ours['peaks']) * 2**30 / 1e9:.1f} GB (aim: 2.5).")
+            notes.append(f"The low-memory peak is {max(ours['peaks']) * 2**30 / 1e9:.1f} GB (target: 2.5).")
     head = ["peak memory, GiB", "reference", "kandinsky22", "own memory: reference", "kandinsky22"]
     return "\n\n".join([table(head, rows), *filter(None, [" ".join(notes)])])
 
@@ -260,9 +268,9 @@ def _arithmetic(report: Report, dtype: str) -> str:
     if not rows:
         return ""
     head = [
-        "arithmetic executed",
+        "operations executed",
         "convolutions, TFLOP",
-        "products, TFLOP",
+        "matrix products, TFLOP",
         "time at both peaks, s",
         "elapsed, s",
         "share",

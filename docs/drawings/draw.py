@@ -123,17 +123,28 @@ def package_layout() -> Drawing:
     drawing = Drawing(
         "package-layout",
         "Layout of the package",
-        "From top to bottom: cli; training; generation; pipelines; sampling; models, adapters and runtime; schedulers, "
-        "inputs and checkpoints; kernels and the common modules. A folder imports only from the same or lower rows.",
+        "From top to bottom: cli; training, batch and serve; generation and compat; pipelines; engines and sampling; "
+        "models, adapters and runtime; schedulers, inputs and checkpoints; kernels, embedded and the common modules. "
+        "A folder imports only from the same or lower rows.",
         width=640,
-        height=661,
+        height=721,
     )
     rows = (
         (("cli", "the command kandinsky22 and its subcommands"),),
-        (("training", "training loop, and the embedded model's recipe"),),
-        (("generation", "one request: modes, recipes, input images, both stages"),),
+        (
+            ("training", "loop, fine-tuning,", "embedded model"),
+            ("batch", "rows, shards,", "workers, Ray"),
+            ("serve", "job queue, APIs,", "the studio"),
+        ),
+        (
+            ("generation", "one request: modes, recipes,", "input images, both stages"),
+            ("compat", "import paths and functions", "of the reference"),
+        ),
         (("pipelines", "join everything below: prior, decoder, combined, auto"),),
-        (("sampling", "one generation: loop, guidance, scheduler adapter, presets"),),
+        (
+            ("engines", "other libraries that run", "the networks: OpenVINO"),
+            ("sampling", "one generation: loop, guidance,", "scheduler adapter, presets"),
+        ),
         (
             ("models", "networks: tensors in,", "tensors out"),
             ("adapters", "LoRA, fine-tuned", "weights"),
