@@ -32,6 +32,7 @@ from kandinsky22.training.drawings.vocabulary import (
     ARRANGEMENTS,
     BACKGROUNDS,
     POSITIONS,
+    SHAPES,
     STYLES,
     THING_COLORS,
     THINGS,
@@ -124,23 +125,27 @@ def truth(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
-def answers_of_caption(descriptions: Sequence[SceneDescription]) -> Tensor:
-    """Return the answers to each of HEADS that captions state, (N, heads), or ABSENT.
+def accepted_answers(description: SceneDescription) -> Tensor:
+    """Return the answers to HEADS that agree with a caption, (R, heads), or ABSENT where any answer does.
+
+    There are several rows if the caption does not say which of the things is where ("a cat next to a dog"). The four
+    shapes look the same in all styles, so pictures of shapes alone have no style that could be read.
 
     Args:
-        descriptions: Attributes that the N captions state.
+        description: Attributes that the caption states.
     """
+    layout = description.position or description.arrangement
+    shows_style = any(thing.name not in SHAPES for thing in description.things)
+    common = [
+        ABSENT if description.background is None else description.background,
+        STYLES.index(description.style) if description.style is not None and shows_style else ABSENT,
+        ABSENT if layout is None else LAYOUTS.index(layout),
+    ]
+    orders = [description.things] if description.ordered else itertools.permutations(description.things)
     rows = []
-    for description in descriptions:
-        layout = description.position or description.arrangement
-        row = [
-            ABSENT if description.background is None else description.background,
-            ABSENT if description.style is None else STYLES.index(description.style),
-            ABSENT if layout is None else LAYOUTS.index(layout),
-        ]
-        for thing in description.things if description.ordered else ():
-            row += [THINGS.index(thing.name), THING_COLORS.index(thing.color)]
-        rows.append(row + [ABSENT] * (len(HEADS) - len(row)))
+    for things in orders:
+        row = [answer for t in things for answer in (THINGS.index(t.name), THING_COLORS.index(t.color))]
+        rows.append([*common, *row, *[ABSENT] * (len(HEADS) - len(common) - len(row))])
     return torch.tensor(rows)
 
 

@@ -1,7 +1,9 @@
 """Share of the embedded model's drawings that show what their prompts state, read by the trained judge.
 
 Groups: one thing, two things in each arrangement, rows of three, each with combinations that training contained and
-with held-out ones. Images are generated with the model's default settings and are not picked.
+with held-out ones. Images are generated with the model's default settings and are not picked. Next to each share stands
+that of true renders of the same scenes, the upper bound: the judge errs too, and some things have a natural colour that
+is also one of the ten colours.
 
 ``python -m benchmarks.drawing_success --out training`` reads the judge from the folder of the training. `--stage
 decoder` starts from the sums of parts instead of prompts, the upper bound of text tower and prior.
@@ -21,18 +23,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.drawing_judge import HEADS, Judge, answers_of_caption
+from benchmarks.drawing_judge import HEADS, Judge, accepted_answers
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.pipelines.combined import KandinskyV22CombinedPipeline
 from kandinsky22.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky22.training.drawings import decoder, prior, shared
+from kandinsky22.training.drawings.assemble import DECODER_DEFAULTS, PRIOR_DEFAULTS
 from kandinsky22.training.drawings.captions import FULL, Caption, caption
 from kandinsky22.training.drawings.clip import Clip
 from kandinsky22.training.drawings.movq import SIZE, load_movq
 from kandinsky22.training.drawings.probe import SceneLabels
+from kandinsky22.training.drawings.rendering import render
 from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
-from kandinsky22.training.loop import is_finished, load_average
+from kandinsky22.training.loop import CHECKPOINT, is_finished, load_average
 from kandinsky22.training.towers import image_processor
 
 ARRANGEMENTS = (None, "beside", "above", "on", "front", "row")
@@ -47,10 +51,8 @@ COLUMNS = {
     "style": ("style",),
 }
 DEFAULTS: Mapping[str, Any] = {
-    "num_inference_steps": 25,
-    "guidance_scale": 2.0,
-    "prior_num_inference_steps": 25,
-    "prior_guidance_scale": 2.0,
+    **DECODER_DEFAULTS,
+    **{f"prior_{name}": value for name, value in PRIOR_DEFAULTS.items()},
 }
 
 
@@ -91,10 +93,11 @@ class Model:
         pipe: Combined pipeline.
         clip: CLIP with its probe, for embeddings that are sums of parts; None generates from prompts.
         arguments: Arguments of calls.
+        side: Side of the images in pixels.
     """
 
-    def __init__(self, pipe: Any, clip: Clip | None, arguments: Mapping[str, Any]) -> None:
-        self.pipe, self.clip, self.arguments = pipe, clip, arguments
+    def __init__(self, pipe: Any, clip: Clip | None, arguments: Mapping[str, Any], side: int = SIZE) -> None:
+        self.pipe, self.clip, self.arguments, self.side = pipe, clip, arguments, side
 
     @classmethod
     def of_training(cls, folder: Path, sprites: Sprites, *, from_parts: bool) -> Model:
@@ -127,7 +130,8 @@ class Model:
             prior_scheduler=UnCLIPScheduler(**prior.SCHEDULER),
             prior_image_processor=image_processor(clip.towers.image_size),
         )
-        return cls(pipe, clip if from_parts else None, DEFAULTS)
+        is_full_size = (folder / "decoder" / decoder.FULL_SIZE / CHECKPOINT).is_file()
+        return cls(pipe, clip if from_parts else None, DEFAULTS, SIZE if is_full_size else SIZE // 2)
 
     @classmethod
     def of_checkpoint(cls, model: str) -> Model:
@@ -150,7 +154,12 @@ class Model:
         self.pipe.set_progress_bar_config(disable=True)
         if self.clip is None:
             result = self.pipe(
-                [case.caption.text for case in group], generator=generators, output_type="pt", **self.arguments
+                [case.caption.text for case in group],
+                generator=generators,
+                output_type="pt",
+                height=self.side,
+                width=self.side,
+                **self.arguments,
             )
             return result.images.float()
         embeds = self.clip.probe.compose(SceneLabels.of([case.scene for case in group])).float()
@@ -159,7 +168,7 @@ class Model:
         pipe = self.pipe.decoder_pipe
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
-            embeds, negatives, generator=generators, output_type="pt", height=SIZE, width=SIZE, **arguments
+            embeds, negatives, generator=generators, output_type="pt", height=self.side, width=self.side, **arguments
         ).images
         return images.float()
 
@@ -173,14 +182,16 @@ def correct(judge: Judge, images: Tensor, group: Sequence[Case]) -> dict[str, Te
         images: RGB images (N, 3, H, W) in [0, 1].
         group: The N cases.
     """
-    answers = answers_of_caption([case.caption.description for case in group])
     read = torch.stack([logits.argmax(1) for logits in judge(images)], dim=1)
-    right = (read == answers) | (answers < 0)
     names = [name.rstrip("012") for name in HEADS]
-    return {
-        column: right[:, [index for index, name in enumerate(names) if name in heads]].all(1)
-        for column, heads in COLUMNS.items()
-    }
+    right: dict[str, list[bool]] = {column: [] for column in COLUMNS}
+    for row, case in zip(read, group, strict=True):
+        accepted = accepted_answers(case.caption.description)
+        agrees = (row == accepted) | (accepted < 0)
+        for column, heads in COLUMNS.items():
+            chosen = [index for index, name in enumerate(names) if name in heads]
+            right[column].append(bool(agrees[:, chosen].all(1).any()))
+    return {column: torch.tensor(values) for column, values in right.items()}
 
 
 def save_sheet(images: Tensor, path: Path, columns: int = 10) -> None:
@@ -199,13 +210,22 @@ def save_sheet(images: Tensor, path: Path, columns: int = 10) -> None:
 
 
 def measure(
-    model: Model, judge: Judge, *, count: int, seed: int, batch: int, mixture: Mixture, sheets: Path | None
+    model: Model,
+    judge: Judge,
+    sprites: Sprites,
+    *,
+    count: int,
+    seed: int,
+    batch: int,
+    mixture: Mixture,
+    sheets: Path | None,
 ) -> dict[str, dict[str, float]]:
     """Return the share of right images of each group by column.
 
     Args:
         model: The model.
         judge: The judge.
+        sprites: Pixels of all things, for true renders.
         count: Number of images per group.
         seed: Seed of the benchmark.
         batch: Number of images per batch.
@@ -218,8 +238,12 @@ def measure(
             name = f"{arrangement or 'one'}{', held out' if held_out else ''}"
             group = cases(arrangement, held_out=held_out, count=count, seed=seed, mixture=mixture)
             images = torch.cat([model.generate(group[i : i + batch]) for i in range(0, count, batch)])
-            shares = correct(judge, images, group)
-            report[name] = {column: round(float(right.float().mean()), 4) for column, right in shares.items()}
+            renders = render(sprites, [case.scene for case in group], model.side)
+            report[name] = {
+                f"{column}{suffix}": round(float(right.float().mean()), 4)
+                for suffix, judged in (("", images), (", true renders", renders))
+                for column, right in correct(judge, judged, group).items()
+            }
             print(name, json.dumps(report[name]), flush=True)
             if sheets is not None:
                 sheets.mkdir(parents=True, exist_ok=True)
@@ -243,13 +267,15 @@ def main() -> None:
     judge = Judge()
     load_average(judge, options.out / "judge")
     judge.eval()
+    sprites = Sprites(options.out)
     if options.stage is None:
         model = Model.of_checkpoint(options.model)
     else:
-        model = Model.of_training(options.out, Sprites(options.out), from_parts=options.stage == "decoder")
+        model = Model.of_training(options.out, sprites, from_parts=options.stage == "decoder")
     report = measure(
         model,
         judge,
+        sprites,
         count=options.count,
         seed=options.seed,
         batch=options.batch,

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.drawing_judge import ABSENT, HEADS, accepted_answers
+from PIL import Image
 from tests.unit.solid_sprites import SolidSprites
 
 from kandinsky22.errors import CheckpointError, InputError
@@ -127,6 +129,21 @@ def test_things_are_drawn_from_back_to_front() -> None:
     assert depth[5, 5] == 0
 
 
+def test_colors_of_edges_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filter that scales drawings overshoots where opacity and colours change."""
+    rng = np.random.default_rng(0)
+    opacity = np.repeat(np.repeat(rng.integers(0, 2, (SIDE // 8, SIDE // 8, 1)) * 255, 8, 0), 8, 1)
+    colors = np.repeat(np.repeat(rng.integers(0, 2, (SIDE // 8, SIDE // 8, 3)), 8, 0), 8, 1)
+    pixels = np.concatenate([colors * opacity, opacity], axis=2).astype(np.uint8)
+    monkeypatch.setattr(SolidSprites, "pixels", lambda *_: pixels)
+    image = render_pixels(SolidSprites(), scene_of(thing("cat", "red", 0.5, 0.5, 1.0)), 150).astype(int)
+    resized = Image.fromarray(pixels, "RGBa").resize((150, 150), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    part = np.asarray(resized).astype(float)
+    white = np.array(COLORS["white"]) * 255
+    expected = np.minimum(part[..., :3], part[..., 3:]) + white * (1 - part[..., 3:] / 255)
+    assert np.abs(image - expected).max() <= 2
+
+
 def test_a_thing_stands_on_another_one() -> None:
     scene = scene_of(thing("cat", "red", 0.5, 0.7, 0.5), thing("hat", "blue", 0.5, 0.1, 0.2), arrangement="on")
     blue = (render_pixels(SolidSprites(), scene, 200) == np.round(np.array(COLORS["blue"]) * 255)).all(-1)
@@ -232,6 +249,20 @@ def test_answers_of_scenes_and_captions() -> None:
     assert stated["size0"] == stated["layout"] == stated["style"] == UNKNOWN
     unordered = caption_answers(dataclasses.replace(description, ordered=False))
     assert set(unordered) == {UNKNOWN}
+
+
+def test_judge_accepts_either_order_of_things_that_are_next_to_each_other() -> None:
+    cat, dog = ThingDescription("cat", NATURAL, None), ThingDescription("dog", "red", None)
+    ordered = SceneDescription((cat, dog), style="3D", arrangement="beside")
+    (first,) = accepted_answers(ordered)
+    answers = dict(zip(HEADS, first.tolist(), strict=True))
+    assert (answers["thing0"], answers["thing1"]) == (THINGS.index("cat"), THINGS.index("dog"))
+    assert answers["color1"] == THING_COLORS.index("red") and answers["thing2"] == answers["background"] == ABSENT
+    assert answers["style"] == STYLES.index("3D")
+    either = accepted_answers(dataclasses.replace(ordered, ordered=False))
+    assert either[:, list(HEADS).index("thing0")].tolist() == [THINGS.index("cat"), THINGS.index("dog")]
+    circle = accepted_answers(SceneDescription((ThingDescription("circle", "red", None),), style="3D"))
+    assert circle[0, list(HEADS).index("style")] == ABSENT, "shapes look the same in all styles"
 
 
 def test_composed_embeddings_are_sums_of_parts() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.unit.solid_sprites import SolidSprites
@@ -144,9 +145,35 @@ def test_bank_of_the_decoder_is_resumed(clip: Clip, tmp_path: Path, monkeypatch:
     assert all(value.grad is not None for value in unet.parameters())
 
 
+def test_images_of_the_bank_do_not_depend_on_the_timestep(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timesteps of a batch ascend, so its images must be in no order."""
+    for name, value in {"CHUNK": 2, "BANK_START": 8, "BANK_GROWTH": 0, "BATCH": 16}.items():
+        monkeypatch.setattr(decoder, name, value)
+    bank = decoder.Bank(tmp_path, VQModel(**movq.CONFIG), clip, SolidSprites(), seed=0, size=8, image_size=64)
+    bank.latents[:] = np.arange(8).reshape(8, 1, 1, 1)
+    indices = torch.stack([bank.examples(StepRandomness.of(0, step)).latents[:, 0, 0, 0] for step in range(40)])
+    assert indices.unique().tolist() == list(range(8))
+    correlation = torch.corrcoef(torch.stack([indices.flatten(), torch.arange(16.0).repeat(40)]))[0, 1]
+    assert abs(correlation) < 0.2
+
+
+def test_prior_generates_only_styles_that_the_decoder_draws() -> None:
+    assert set(prior.MIXTURE.styles) == set(decoder.MIXTURE.styles)
+
+
 def test_stages_need_the_ones_before_them(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="clip is not finished"):
-        stages.STAGES["prior"](tmp_path, SolidSprites())
+    for stage, missing in {
+        "towers": "clip",
+        "half_size_decoder": "autoencoder",
+        "prior": "towers",
+        "shared": "full_size",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{missing} is not finished"):
+            stages.STAGES[stage](tmp_path, SolidSprites())
+    with pytest.raises(CheckpointError, match=r"not finished: .*clip, .*towers"):
+        stages.STAGES["assemble"](tmp_path, SolidSprites())
 
 
 def test_norms_see_contiguous_features_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
