@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tests.cli.conftest import command, model, models
 
-from kandinsky22.training.finetuning.options import TrainingOptions
+from kandinsky22.training.finetuning.options import SubjectOptions, TrainingOptions
 
 __all__ = ["command", "model", "models"]
 
@@ -47,9 +47,10 @@ def options(model: Path, pictures: Path, tmp_path: Path) -> Any:
             "validation_images": 1,
             "validation_steps": 4,
             "checkpointing_steps": 2,
-            "rank": 2,
             "log_every": 2,
         }
+        if kind is not SubjectOptions or changes.get("method") == "dreambooth":  # embeddings have no rank
+            defaults["rank"] = 2
         return kind(**{**defaults, **changes})
 
     return make

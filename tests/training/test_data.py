@@ -63,6 +63,44 @@ def test_folders_with_texts_hints_and_masks(pictures: Path) -> None:
     assert [bool(example.mask) for example in examples] == [False, False, True, False, False, False]
 
 
+def test_pictures_of_one_name_are_all_read(pictures: Path) -> None:
+    Image.new("RGB", (8, 8), "blue").save(pictures / "p2.jpg")
+    (pictures / "p2.txt").unlink()
+    examples = read_path(pictures, "x")
+    assert [Path(example.picture.name).name for example in examples][2:4] == ["p2.jpg", "p2.png"]
+    assert len(examples) == 7 and examples[0].caption == "a cat on a red thing 0"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("p2.jpg",), r"p2\.txt belongs to p2\.jpg and p2\.png: expected one such file and one picture"),
+        (("p2.jpg", "p2.hint.png"), r"p2\.txt belongs to p2\.jpg and p2\.png"),
+        (("q.png", "q.jpg", "q.hint.png"), r"q\.hint\.png belongs to q\.jpg and q\.png"),
+        (("q.png", "q.jpg", "q.mask.png"), r"q\.mask\.png belongs to q\.jpg and q\.png"),
+        (("p1.mask.png", "p1.mask.jpg"), r"p1\.mask\.jpg and p1\.mask\.png belong to p1\.png"),
+        (("q.hint.png",), r"1 hints without pictures: q\.hint\.png"),
+        (("gas.mask.png", "p1.mask.png"), r"1 masks without pictures: gas\.mask\.png"),
+    ],
+)
+def test_files_of_several_pictures_or_of_none_are_an_error(
+    files: tuple[str, ...], message: str, pictures: Path
+) -> None:
+    for name in files:
+        Image.new("RGB", (8, 8)).save(pictures / name)
+    with pytest.raises(InputError, match=f"pictures.*{message}"):
+        read_path(pictures, "x")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e"])
+def test_lines_of_json_end_with_newlines_alone(separator: str, pictures: Path) -> None:
+    rows = [{"file_name": f"p{index}.png", "text": f"red{separator if index else ' '}cat"} for index in range(2)]
+    escaped = separator in "\x0b\x1e"  # JSON has no control characters in strings
+    lines = [json.dumps(row, ensure_ascii=escaped) for row in rows]
+    (pictures / "metadata.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
+    assert [example.caption for example in read_path(pictures, "x")] == ["red cat", f"red{separator}cat"]
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -132,6 +170,33 @@ def test_shards(pictures: Path, tmp_path: Path) -> None:
     assert len(examples) == 4
     assert examples[0].picture.digest() == read_path(pictures, "x")[0].picture.digest()
     assert examples[1].picture.open().size == (72, 80)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.png", "a.jpg"), r"0\.tar:a\.png has several pictures, png, jpg: name one with --image-column"),
+        (("a.png", "a.PNG"), r"0\.tar:a\.png and a\.PNG are the same member"),
+        (("a.png", "a.hint.png", "a.hint.jpg"), r"a\.hint\.png and .*a\.hint\.jpg: expected one hint"),
+        (("a.png", "a.mask.png", "a.mask.jpg"), r"a\.mask\.png and .*a\.mask\.jpg: expected one mask"),
+    ],
+)
+def test_members_that_would_be_lost_are_an_error(
+    names: tuple[str, ...], message: str, pictures: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for index, name in enumerate(names):
+            archive.add(pictures / f"p{index}.png", name)
+    with pytest.raises(InputError, match=message):
+        read_path(tmp_path / "0.tar", "x")
+
+
+def test_a_column_chooses_among_the_pictures_of_a_sample(pictures: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for index, name in ((0, "a.png"), (1, "a.jpg"), (2, "a.jpg")):  # a later member replaces an earlier one
+            archive.add(pictures / f"p{index}.png", name)
+    (example,) = read_path(tmp_path / "0.tar", "x", "jpg")
+    assert example.picture.read() == (pictures / "p2.png").read_bytes()
 
 
 @pytest.mark.parametrize("layout", ["texts", "table", "shard"])

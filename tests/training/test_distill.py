@@ -29,6 +29,7 @@ from kandinsky22.errors import InputError
 from kandinsky22.training.finetuning.batches import Draw
 from kandinsky22.training.finetuning.consistency import ConsistencyObjective, Distillation, Solver
 from kandinsky22.training.finetuning.distill import Distiller, distill
+from kandinsky22.training.finetuning.generated import read_prompts
 from kandinsky22.training.finetuning.objectives import Batch, DenoisingObjective
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import DistillOptions
@@ -263,7 +264,7 @@ def run_of(options: DistillOptions, name: str) -> tuple[TrainingRun, Stage]:
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "decoder": ("decoder", {"learning_rate": 0.03}),
+    "decoder": ("decoder", {"learning_rate": 0.03, "ema_decay": 0.5}),
     "prior, full": ("prior", {"learning_rate": 0.001, "full": True, "use_ema": False}),
 }
 
@@ -278,7 +279,7 @@ def test_training_brings_one_step_closer_to_the_teacher(case: str, distilled: An
     config = copy / "scheduler" / "scheduler_config.json"
     velocity = {"prediction_type": "v_prediction", "clip_sample": False}
     config.write_text(json.dumps({**json.loads(config.read_text()), **velocity}))
-    few = {"num_ddim_timesteps": 4, "validation_images": 2, "train_batch_size": 4, "ema_decay": 0.5, "huber_c": 0.1}
+    few = {"num_ddim_timesteps": 4, "validation_images": 2, "train_batch_size": 4, "huber_c": 0.1}
     run, stage = run_of(distilled(model=str(copy), **few, **changes), name)
     objective = stage.streams[0].objective
     with run.results_in_network():
@@ -293,7 +294,8 @@ def test_training_brings_one_step_closer_to_the_teacher(case: str, distilled: An
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["inpaint", "control/decoder"])
 def test_other_decoders_are_distilled(folder: str, distilled: Any, models: Path) -> None:
-    run, stage = run_of(distilled(model=str(models / folder), learning_rate=0.02, hint_type="edges"), "decoder")
+    hints = {"hint_type": "edges"} if folder == "control/decoder" else {}
+    run, stage = run_of(distilled(model=str(models / folder), learning_rate=0.02, **hints), "decoder")
     objective = stage.streams[0].objective
     with run.results_in_network():
         before = objective.validation_losses(run.network)
@@ -420,6 +422,13 @@ def test_the_model_draws_its_own_pictures(distilled: Any, prompts: Path) -> None
     other = dataclasses.replace(options, guidance_scale=5.0)
     Distiller(Training(other, training.accelerator, lines.append), other).stage("decoder")
     assert "draws 4 pictures" in lines
+
+
+def test_prompts_end_where_lines_end(distilled: Any, tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_bytes("a\u2028cat\r\na\x85dog\n\na\x0bfox\rred\n".encode())
+    samples = read_prompts(distilled(prompts=str(path)))
+    assert [sample.prompt for sample in samples] == ["a\u2028cat", "a\x85dog", "a\x0bfox", "red"]
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_the_trained_layers_and_the_loaded_file_agree(options: Any, model: Path)
 @pytest.mark.slow
 def test_full_training_writes_pipelines(options: Any, tmp_path: Path) -> None:
     changes = {"stage": "both", "learning_rate": 0.001, "aspect_buckets": True, "use_ema": True}
-    prior, decoder = finetune(options(**changes), FULL)
+    prior, decoder = finetune(options(**changes, rank=16), FULL)  # the default
     assert KandinskyV22PriorPipeline.from_pretrained(prior).prior is not None
     pipe = KandinskyV22CombinedPipeline.from_pretrained(decoder)  # finds the prior next to it
     pipe.set_progress_bar_config(disable=True)
@@ -159,6 +159,7 @@ def test_log_validation_and_samples(options: Any) -> None:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     assert {"loss", "prediction", "variance", "norm", "lr"} <= lines[0].keys()
+    assert "total_loss" not in lines[0]  # it would be the loss
     assert lines[-1]["validation_loss"] > 0
     assert Image.open(folder / "samples-000004.png").size == (64, 32)
 
@@ -166,7 +167,8 @@ def test_log_validation_and_samples(options: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["combined", "inpaint", "control/decoder"])
 def test_sheets_of_pictures(folder: str, options: Any, models: Path) -> None:
-    finetune(options(model=str(models / folder), hint_type="edges", validation_images=2), LORA)
+    hints = {"hint_type": "edges"} if folder == "control/decoder" else {}
+    finetune(options(model=str(models / folder), validation_images=2, **hints), LORA)
     rows = 2 if folder == "combined" else 3
     sheet = Path(options().output_dir) / "decoder" / "samples-000004.png"
     assert Image.open(sheet).size == (64, 32 * rows)
@@ -224,11 +226,12 @@ def test_a_subject_starts_at_the_mean_of_its_pictures_and_is_learned(options: An
 @pytest.mark.slow
 def test_dreambooth_keeps_other_pictures(options: Any, tmp_path: Path) -> None:
     others = write_pictures(tmp_path / "others", 3, captions=False, seed=9)
-    choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others))
+    choices = options(SubjectOptions, method="dreambooth", class_data_dir=str(others), prior_loss_weight=0.25)
     (path,) = train_subject(choices)
     assert path.name == "pytorch_lora_weights.safetensors"
     lines = (Path(options().output_dir) / "subject" / "log.jsonl").read_text().splitlines()
-    assert {"loss", "class_loss"} <= json.loads(lines[0]).keys()
+    first = json.loads(lines[0])
+    assert first["total_loss"] == pytest.approx(first["loss"] + 0.25 * first["class_loss"], rel=1e-4)
 
 
 def test_pictures_of_a_folder_keep_the_encoders_embeddings(options: Any, tmp_path: Path) -> None:
@@ -341,6 +344,27 @@ def test_class_pictures_of_another_run_are_not_reused(
     (second,) = drawn_class_pictures(choices)
     assert second != first
     assert Image.open(second).size == ((48, 48) if change == "resolution" else (32, 32))
+
+
+def test_the_decoder_is_not_moved_if_all_class_pictures_are_there(
+    options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = options(SubjectOptions, method="dreambooth", class_prompt="a cat", num_class_images=1)
+    moved: list[Any] = []
+    original = KandinskyV22Pipeline.to
+
+    def to(pipe: Any, *arguments: Any, **named: Any) -> Any:
+        moved.append(arguments)
+        return original(pipe, *arguments, **named)
+
+    monkeypatch.setattr(KandinskyV22Pipeline, "to", to)
+    (path,) = drawn_class_pictures(choices)
+    assert len(moved) == 1
+    assert drawn_class_pictures(choices) == [path]
+    assert len(moved) == 1
+    path.write_bytes(b"damaged")
+    assert drawn_class_pictures(choices) == [path]
+    assert len(moved) == 2
 
 
 def drawn_class_pictures(choices: SubjectOptions) -> list[Path]:
@@ -481,6 +505,8 @@ def test_checkpoints_of_another_training_are_refused(options: Any, model: Path, 
         finetune(options(resume="latest", train_batch_size=3), LORA)
     with pytest.raises(InputError, match=r"--rank was 2 and is 3"):
         finetune(options(resume="checkpoint-000002", rank=3), LORA)
+    with pytest.raises(InputError, match=r"belongs to another training: --lora-alpha was 2.0 and is 8.0$"):
+        finetune(options(resume="latest", lora_alpha=8.0), LORA)
     other = str(tmp_path / "other")
     pipe = KandinskyV22Pipeline.from_pretrained(model)
     with torch.no_grad():
@@ -490,6 +516,54 @@ def test_checkpoints_of_another_training_are_refused(options: Any, model: Path, 
         finetune(options(resume="latest", model=other), LORA)
     with pytest.raises(InputError, match=r"expected latest, a path or one of .*checkpoint-000002"):
         finetune(options(resume="checkpoint-000009"), LORA)
+
+
+def test_the_scale_of_adapters_is_part_of_a_training(options: Any) -> None:
+    network = torch.nn.Linear(2, 2)
+
+    def signature(kind: str = LORA, **changes: Any) -> dict[str, Any]:
+        return Training(options(**changes), new_accelerator(options()), ignore).signature(kind, network, [])
+
+    assert signature(rank=4, lora_alpha=4.0) == signature(rank=4)  # the default
+    assert len({json.dumps(signature(**each)) for each in ({}, {"lora_alpha": 1.0}, {"lora_alpha": 8.0})}) == 3
+    assert not any(name.startswith("--") for name in signature(FULL))
+
+
+def test_an_inversion_in_other_units_is_another_training(options: Any, model: Path, tmp_path: Path) -> None:
+    train_subject(options(SubjectOptions, max_train_steps=1))
+    shutil.copytree(model, tmp_path / "model")
+    (path,) = (tmp_path / "model" / "prior_prior").glob("*.safetensors")
+    weights = load_file(path)
+    save_file({**weights, "clip_std": 2 * weights["clip_std"]}, path)
+    with pytest.raises(InputError, match=r"belongs to another training: deviation of embeddings was '\w+' and is"):
+        train_subject(options(SubjectOptions, resume="latest", model=str(tmp_path / "model")))
+
+
+def test_a_resumed_training_has_the_hyperparameters_of_its_options(options: Any) -> None:
+    choices = options(max_train_steps=4)
+    stage, training = stage_of(choices, "decoder", LORA)
+    run = TrainingRun(stage, choices, training.folder, training.accelerator, ignore)
+    run.advance()
+    run.save()
+    other = dataclasses.replace(
+        choices, resume="latest", adam_weight_decay=0.5, adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3
+    )
+    resumed = TrainingRun(stage_of(other, "decoder", LORA)[0], other, training.folder, training.accelerator, ignore)
+    assert {(group["betas"], group["eps"]) for group in resumed.optimizer.param_groups} == {((0.5, 0.6), 1e-3)}
+    assert [group["weight_decay"] for group in resumed.optimizer.param_groups] == [0.5]
+    assert resumed.step == 1
+    moments = [state["exp_avg"] for state in resumed.optimizer.state.values()]
+    assert moments and any(moment.any() for moment in moments)
+
+
+def test_moments_of_another_form_are_refused(options: Any) -> None:
+    choices = options(max_train_steps=4)
+    stage, training = stage_of(choices, "decoder", LORA)
+    run = TrainingRun(stage, choices, training.folder, training.accelerator, ignore)
+    run.options = dataclasses.replace(choices, use_8bit_adam=True)  # as if bitsandbytes had written it
+    run.save()
+    with pytest.raises(InputError, match="belongs to another training: use_8bit_adam was True and is False"):
+        TrainingRun(stage, dataclasses.replace(choices, resume="latest"), training.folder, training.accelerator, ignore)
 
 
 @pytest.mark.slow

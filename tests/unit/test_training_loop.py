@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +88,113 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     wider = network(5)
     with pytest.raises(CheckpointError, match="belongs to another network"):
         train(wider, objective(wider, 5), SETTINGS, tmp_path)
+
+
+def stored_groups(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Groups of the optimizers in a checkpoint."""
+    optimizers = torch.load(folder / CHECKPOINT, weights_only=True)["optimizers"]
+    return {name: state["param_groups"] for name, state in optimizers.items()}
+
+
+def test_a_resumed_run_has_the_hyperparameters_of_its_settings(tmp_path: Path) -> None:
+    before = Settings(steps=12, warmup=3, muon=True)
+    after = dataclasses.replace(before, weight_decay=0.5, betas=(0.5, 0.6), muon_interval=4)
+    net = network(16)
+    train(net, objective(net, 16), before, tmp_path, stop_at=6)
+    assert stored_groups(tmp_path)["muon"][0]["interval"] == 1
+    net = network(16)
+    summary = train(net, objective(net, 16), after, tmp_path)
+    assert summary["settings"]["weight_decay"] == 0.5
+    (matrices, vectors), (muon,) = stored_groups(tmp_path)["adamw"], stored_groups(tmp_path)["muon"]
+    assert matrices["betas"] == vectors["betas"] == (0.5, 0.6)
+    assert (matrices["weight_decay"], vectors["weight_decay"], muon["weight_decay"]) == (0.5, 0.0, 0.5)
+    assert (muon["interval"], muon["steps"]) == (4, 12)
+
+
+def test_another_weight_decay_changes_the_steps_after_it(tmp_path: Path) -> None:
+    values = []
+    for name, decay in (("same", 0.0), ("other", 0.5)):
+        for settings, stop in ((SETTINGS, 6), (dataclasses.replace(SETTINGS, weight_decay=decay), None)):
+            net = network()
+            train(net, objective(net), settings, tmp_path / name, stop_at=stop)
+        values.append(net.state_dict()["0.weight"])
+    assert not torch.equal(*values)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_other_optimizers_than_those_of_a_checkpoint_are_refused(muon: bool, tmp_path: Path) -> None:
+    settings, net = dataclasses.replace(SETTINGS, muon=muon), network(16)
+    train(net, objective(net, 16), settings, tmp_path, stop_at=6)
+    with pytest.raises(CheckpointError, match=f"was trained by adamw{' and muon, which' if muon else ', which'}"):
+        train(net, objective(net, 16), dataclasses.replace(settings, muon=not muon), tmp_path)
+
+
+def test_other_groups_of_an_optimizer_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, net = dataclasses.replace(SETTINGS, muon=True), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 20))
+    train(net, lambda _: {"loss": net(torch.ones(1, 16)).square().mean()}, settings, tmp_path, stop_at=2)
+    # as if the rule which parameters Muon trains had changed since
+    monkeypatch.setattr("kandinsky22.training.loop._optimizers", all_by_adamw)
+    with pytest.raises(CheckpointError, match="does not fit the optimizer adamw"):
+        train(net, lambda _: {}, settings, tmp_path)
+
+
+def all_by_adamw(parameters: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for all parameters except one, which Muon trains."""
+    *most, last = parameters.values()
+    return {"adamw": torch.optim.AdamW(most), "muon": torch.optim.SGD([last])}
+
+
+@pytest.mark.parametrize("content", [{}, {"step": 3, "average": {}}, [1]])
+def test_files_that_are_no_checkpoints_are_named(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / CHECKPOINT)
+    net = network()
+    with pytest.raises(CheckpointError, match=f"{CHECKPOINT} is not a training checkpoint"):
+        train(net, objective(net), SETTINGS, tmp_path)
+
+
+class Named(nn.Module):
+    """A network with parameters of these names, one of which may be frozen."""
+
+    a: Tensor
+    b: Tensor
+    frozen: Tensor
+
+    def __init__(self, *names: str, width: int = 4) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.ones(width)))
+
+
+def test_an_average_of_another_network_is_refused(tmp_path: Path) -> None:
+    net = Named("a", "b", "frozen")
+    net.frozen.requires_grad_(False)
+    train(net, lambda _: {"loss": (net.a + net.b).square().sum()}, SETTINGS, tmp_path)
+    load_average(Named("a", "b", "frozen"), tmp_path)  # what was frozen is not loaded, whatever it is here
+    for other, difference in (
+        (Named("c"), "a, b, c"),
+        (Named("a", "frozen"), "b"),
+        (Named("a", "b", "frozen", "further"), "further"),
+        (Named("a", "b", "frozen", width=5), "a, b"),
+    ):
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(CheckpointError, match=f"belongs to another network; parameters differ: {difference}$"):
+            load_average(other, tmp_path)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_averages_of_earlier_checkpoints_are_loaded(tmp_path: Path) -> None:
+    """Without names of frozen parameters, those that the checkpoint lacks count as frozen."""
+    net = Named("a", "frozen")
+    net.frozen.requires_grad_(False)
+    train(net, lambda _: {"loss": net.a.square().sum()}, SETTINGS, tmp_path)
+    checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert checkpoint.pop("frozen") == ["frozen"]
+    torch.save(checkpoint, tmp_path / CHECKPOINT)
+    other = Named("a", "frozen")
+    assert load_average(other, tmp_path) == SETTINGS.steps
+    assert torch.equal(other.a, checkpoint["average"]["a"])
+    with pytest.raises(CheckpointError, match="parameters differ: a"):
+        load_average(Named("frozen"), tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

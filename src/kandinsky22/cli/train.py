@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
 from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.errors import InputError
-from kandinsky22.training.finetuning.option import Option
+from kandinsky22.training.finetuning.effects import TINY_DECODER_LACKS
+from kandinsky22.training.finetuning.option import IneffectiveOptionError, Option
 from kandinsky22.training.finetuning.options import (
-    TINY_DECODER_LACKS,
     DistillOptions,
     SubjectOptions,
     TinyDecoderOptions,
@@ -208,6 +208,8 @@ def _parser(option: Option) -> Callable[[str], Any]:
 def run(args: argparse.Namespace, kind: Kind) -> None:
     """Train, and print the paths of the results on stdout.
 
+    Settings without effect are left out. Options of the command line and of the YAML file without effect are refused.
+
     Args:
         args: Parsed command line.
         kind: The kind of training.
@@ -224,13 +226,27 @@ def run(args: argparse.Namespace, kind: Kind) -> None:
     names = {option.name for option in kind.options.options()}
     set_options = {name: value for name, value in vars(args).items() if name in names}
     from_settings = {name: set_options.pop(name) for name in getattr(args, FROM_SETTINGS, ()) if name in set_options}
-    values = from_settings | values | set_options
-    options = kind.options.from_mapping(values, f"--config {args.config}")
+    values |= set_options
     with contextlib.ExitStack() as stack:
         if args.quiet:
             stack.enter_context(silenced_libraries())
-        for path in kind.run(options, None if args.quiet else Console(quiet=False).note):
+        for path in _train(kind, values, from_settings, args):
             print_path(path)
+
+
+def _train(
+    kind: Kind, values: Mapping[str, Any], from_settings: Mapping[str, Any], args: argparse.Namespace
+) -> list[Path]:
+    """Train with options, and with those settings that have an effect."""
+    settings = dict(from_settings)
+    while True:
+        try:
+            options = kind.options.from_mapping({**settings, **values}, f"--config {args.config}")
+            return kind.run(options, None if args.quiet else Console(quiet=False).note)
+        except IneffectiveOptionError as error:  # before anything is trained
+            if error.name in values or error.name not in settings:
+                raise
+            del settings[error.name]
 
 
 def _is_without(kind: Kind, name: str) -> bool:

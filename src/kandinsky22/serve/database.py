@@ -43,6 +43,13 @@ def set_aside(path: Path) -> Path:
     return path.with_name(f"{path.name}.damaged-{number}")
 
 
+def _check(connection: sqlite3.Connection) -> None:
+    """Raise `sqlite3.DatabaseError` if a part of the file is damaged."""
+    (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if result != "ok":
+        raise sqlite3.DatabaseError(result)
+
+
 class Database:
     """Connection to the database of a server, for any thread.
 
@@ -62,8 +69,7 @@ class Database:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")  # a queued job survives a power failure
             migrate(self._connection)
-            if (damage := self._connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise sqlite3.DatabaseError(damage)
+            _check(self._connection)
         except sqlite3.OperationalError:  # a full disk or a lock, for example: the file may be whole
             self._connection.close()
             raise

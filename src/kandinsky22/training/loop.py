@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
@@ -22,7 +22,9 @@ from kandinsky22.training.muon import Muon
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 SUMMARY = "summary.json"
+STATE = ("step", "seconds", "average", "parameters", "optimizers")  # entries of a checkpoint
 MIN_MUON_SIDE = 16  # smaller matrices, such as those of RGB values, are trained by AdamW
+COUNTERS = ("steps",)  # entries of an optimizer's groups that are state and not hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ def train(
 ) -> Summary:
     """Train the parameters of a network that require gradients, and leave their running average in it.
 
-    Training resumes from the checkpoint in `folder`, if there is one.
+    Training resumes from the checkpoint in `folder`, if there is one, with the hyperparameters of `settings`.
 
     Args:
         network: Network, left in evaluation mode.
@@ -153,7 +155,7 @@ def train(
         The summary.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or belongs to another network.
+        CheckpointError: The checkpoint cannot be read, or belongs to another network or to other optimizers.
         InputError: The network has no parameter that requires gradients.
     """
     run = _TrainingRun(network, settings, Path(folder))
@@ -181,16 +183,45 @@ def bfloat16_autocast(*, enabled: bool = True) -> torch.autocast:
 def load_average(network: nn.Module, folder: str | Path) -> int:
     """Load the running average of a checkpoint into a network.
 
+    Parameters that were frozen during the training have no average, and keep their values.
+
     Args:
         network: Network that was trained.
         folder: Folder of the stage.
 
     Returns:
         Number of steps that the checkpoint has been trained for.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or belongs to another network. Checkpoints without the names of
+            frozen parameters may lack parameters of the network.
     """
-    checkpoint = _read(Path(folder) / CHECKPOINT)
-    network.load_state_dict(checkpoint["average"], strict=False)
+    path = Path(folder) / CHECKPOINT
+    checkpoint = _read(path, "step", "average")
+    average, parameters = checkpoint["average"], dict(network.named_parameters())
+    without_average = set(parameters) - set(average)
+    _check_parameters(path, average, parameters, without_average & set(checkpoint.get("frozen", without_average)))
+    network.load_state_dict(average, strict=False)
     return int(checkpoint["step"])
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the state of an optimizer, except its hyperparameters, which stay as they are.
+
+    Args:
+        optimizer: The optimizer.
+        state: State of an optimizer of the same parameters.
+
+    Raises:
+        ValueError: The state is of other groups of parameters.
+    """
+    own = [
+        {name: value for name, value in group.items() if name not in ("params", *COUNTERS)}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(dict(state))
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
 
 
 def is_finished(folder: str | Path) -> bool:
@@ -216,7 +247,7 @@ class _TrainingRun:
         self.step, self.seconds = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CHECKPOINT).is_file():
-            self._restore(_read(folder / CHECKPOINT))
+            self._restore(folder / CHECKPOINT)
         self.started = self.last_save = time.monotonic()
         self.sums: dict[str, float] = {}
         self.summed_steps = 0
@@ -251,6 +282,7 @@ class _TrainingRun:
             "average": self.average,
             "parameters": {name: value.detach() for name, value in self.parameters.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "frozen": [name for name, _ in self.network.named_parameters() if name not in self.parameters],
         }
         with atomic_write(self.folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
@@ -268,18 +300,23 @@ class _TrainingRun:
             "settings": dataclasses.asdict(self.settings),
         }
 
-    def _restore(self, checkpoint: Mapping[str, Any]) -> None:
-        stored = checkpoint["parameters"]
-        mismatched = sorted(set(stored) ^ set(self.parameters)) or sorted(
-            name for name, value in self.parameters.items() if stored[name].shape != value.shape
-        )
-        if mismatched:
-            names = ", ".join(mismatched[:5])
-            raise CheckpointError(f"{self.folder / CHECKPOINT} belongs to another network; parameters differ: {names}")
-        self.network.load_state_dict(stored, strict=False)
-        self.average = dict(checkpoint["average"])
+    def _restore(self, path: Path) -> None:
+        checkpoint = _read(path, *STATE)
+        _check_parameters(path, checkpoint["parameters"], self.parameters)
+        _check_parameters(path, checkpoint["average"], self.parameters)
+        states = checkpoint["optimizers"]
+        if states.keys() != self.optimizers.keys():
+            stored, own = (" and ".join(sorted(names)) for names in (states, self.optimizers))
+            raise CheckpointError(
+                f"{path} was trained by {stored}, which the settings replace by {own}: expected {stored}"
+            )
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
+            try:
+                load_optimizer(optimizer, states[name])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{path} does not fit the optimizer {name}: {error}") from error
+        self.network.load_state_dict(checkpoint["parameters"], strict=False)
+        self.average = {name: checkpoint["average"][name] for name in self.parameters}
         self.step, self.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
 
     def _elapsed_seconds(self) -> float:
@@ -322,11 +359,25 @@ def _optimizers(parameters: Mapping[str, nn.Parameter], settings: Settings) -> d
     return {"adamw": adamw, "muon": muon}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _check_parameters(
+    path: Path, stored: Mapping[str, Tensor], parameters: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> None:
+    """Raise an error unless a checkpoint has the parameters of a network, except optional ones, and no others."""
+    mismatched = sorted((set(stored) ^ set(parameters)) - set(optional)) or sorted(
+        name for name, value in stored.items() if value.shape != parameters[name].shape
+    )
+    if mismatched:
+        raise CheckpointError(f"{path} belongs to another network; parameters differ: {', '.join(mismatched[:5])}")
+
+
+def _read(path: Path, *names: str) -> dict[str, Any]:
+    """Return the checkpoint in a file, which must have these entries."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"the training checkpoint {path} cannot be read: {error}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} is not a training checkpoint: it holds a {type(checkpoint).__name__}")
+    if missing := [name for name in names if name not in checkpoint]:
+        raise CheckpointError(f"{path} is not a training checkpoint: it lacks {', '.join(missing)}")
     return checkpoint

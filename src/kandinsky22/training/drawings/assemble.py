@@ -48,6 +48,9 @@ def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
         out: Folder of all stages.
         sprites: Pixels of all things.
         folder: Folder to save into; None takes the subfolder "model" of `out`.
+
+    Raises:
+        CheckpointError: A required stage is not finished.
     """
     folder = out / "model" if folder is None else folder
     required = [out / name for name in STAGE_FOLDERS if name != "shared"]

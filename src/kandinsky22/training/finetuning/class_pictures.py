@@ -95,7 +95,7 @@ def _drawn_pictures(training: Training, options: SubjectOptions) -> ClassPicture
     side, _ = training.sizes("plain", movq.downscale_factor, LORA)  # before anything is drawn
     embeds = [entry.path for entry in PriorSampling(training).embeddings(samples)]
     decoder = load_decoder(options, "plain", training.low_dtype, movq=False)
-    pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq).to(training.device)
+    pipe = kandinsky22.KandinskyV22Pipeline.from_pipe(decoder, movq=movq)
     pipe.set_progress_bar_config(disable=True)
     arguments = {**pipe.generation_defaults, "height": side, "width": side}
     key = {
@@ -118,6 +118,8 @@ def _drawn_pictures(training: Training, options: SubjectOptions) -> ClassPicture
     processes = training.accelerator
     processes.wait_for_everyone()  # all of them have listed the same pictures
     own = missing[processes.process_index :: processes.num_processes]
+    if own:  # the names of the pictures need the decoder's weights, but not on the device
+        pipe.to(training.device)
     size = min(options.train_batch_size, LARGEST_BATCH)
     for batch in (own[first : first + size] for first in range(0, len(own), size)):
         result: Any = pipe(

@@ -22,6 +22,7 @@ from PIL.Image import Image
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images, sources
+from kandinsky22.training.finetuning.option import IneffectiveOptionError
 from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.packages import require
 
@@ -52,6 +53,15 @@ class PictureBytes:
         """
         return hashlib.sha256(self.read()).hexdigest()
 
+    def decode(self) -> Image:
+        """Return the picture, upright, in its original mode, thus with its transparency.
+
+        Raises:
+            InputError: The bytes are no picture.
+            OSError: They cannot be read.
+        """
+        return sources.decode_image(self.name, self.read(), self.name)
+
     def open(self) -> Image:
         """Return the picture, upright, in RGB.
 
@@ -59,7 +69,7 @@ class PictureBytes:
             InputError: The bytes are no picture.
             OSError: They cannot be read.
         """
-        return images.convert_mode(self.name, sources.decode_image(self.name, self.read(), self.name))
+        return images.convert_mode(self.name, self.decode())
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,9 @@ def read_path(
                 return _table_examples(path / name, image_column, caption_column)
         if shards := sorted(path.glob("*.tar")):
             return _shard_examples(shards, image_column, caption_column)
+        for name, column in (("image_column", image_column), ("caption_column", caption_column)):
+            if column is not None:
+                raise IneffectiveOptionError(name, f"on {path}, a folder without a table")
         return _folder_examples(path)
     if path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
         return _table_examples(path, image_column, caption_column)
@@ -144,29 +157,38 @@ def picture_file(path: Path) -> PictureBytes:
 def _folder_examples(folder: Path) -> list[Example]:
     """Return the pictures of a folder and its subfolders, with the .txt, .hint.* and .mask.* files next to them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
-    pictures = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUFFIXES}
-    captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    companions = {stem: path for stem, path in pictures.items() if stem.suffix in (".hint", ".mask")}
-    plain = {stem: path for stem, path in pictures.items() if stem not in companions}
-    _check_orphans([path.name for stem, path in captions.items() if stem not in plain], str(folder))
+    pictures: dict[Path, list[Path]] = {}  # by their paths without suffix, as the files next to them
+    captions: dict[Path, list[Path]] = {}
+    hints: dict[Path, list[Path]] = {}
+    masks: dict[Path, list[Path]] = {}
+    for path in files:
+        stem, suffix = path.with_suffix(""), path.suffix.lower()
+        if suffix == ".txt":
+            captions.setdefault(stem, []).append(path)
+        elif suffix in SUFFIXES and stem.suffix in (".hint", ".mask"):
+            (hints if stem.suffix == ".hint" else masks).setdefault(stem.with_suffix(""), []).append(path)
+        elif suffix in SUFFIXES:
+            pictures.setdefault(stem, []).append(path)
+    for kind, others in (("captions", captions), ("hints", hints), ("masks", masks)):
+        _check_orphans(
+            [path.name for stem in sorted(others.keys() - pictures) for path in others[stem]], str(folder), kind
+        )
+        for stem, paths in others.items():
+            _check_unambiguous(pictures[stem], paths, folder)
     return [
         Example(
             picture_file(path),
-            _read_caption(captions[stem]) if stem in captions else None,
-            _companion(companions, stem, ".hint"),
-            _companion(companions, stem, ".mask"),
+            _read_caption(captions[stem][0]) if stem in captions else None,
+            picture_file(hints[stem][0]) if stem in hints else None,
+            picture_file(masks[stem][0]) if stem in masks else None,
         )
-        for stem, path in plain.items()
+        for stem, paths in pictures.items()
+        for path in paths
     ]
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _companion(companions: Mapping[Path, Path], stem: Path, suffix: str) -> PictureBytes | None:
-    path = companions.get(stem.with_name(stem.name + suffix))
-    return None if path is None else picture_file(path)
 
 
 def _read_caption(path: Path) -> str:
@@ -176,11 +198,21 @@ def _read_caption(path: Path) -> str:
         raise InputError(f"caption {path} cannot be read as text in UTF-8: {error}") from error
 
 
-def _check_orphans(names: Sequence[str], where: str) -> None:
-    """Raise an error if captions have no pictures."""
+def _check_orphans(names: Sequence[str], where: str, kind: str = "captions") -> None:
+    """Raise an error if captions, hints or masks have no pictures."""
     if names:
         listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-        raise InputError(f"{where} holds {len(names)} captions without pictures: {listed}")
+        raise InputError(f"{where} holds {len(names)} {kind} without pictures: {listed}")
+
+
+def _check_unambiguous(pictures: Sequence[Path], others: Sequence[Path], folder: Path) -> None:
+    """Raise an error unless one caption, hint or mask belongs to one picture."""
+    if len(pictures) > 1 or len(others) > 1:
+        names, owners = (" and ".join(path.name for path in paths) for paths in (others, pictures))
+        verb = "belongs" if len(others) == 1 else "belong"
+        raise InputError(
+            f"{folder}: {names} {verb} to {owners}: expected one such file and one picture; rename the others"
+        )
 
 
 # Tables
@@ -234,7 +266,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at other separators, which strings may contain
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -291,7 +323,11 @@ def _shard_examples(shards: Sequence[Path], image_column: str | None, caption_co
                         stem, _, extension = Path(member.name).name.partition(".")
                         key = str(Path(member.name).with_name(stem))
                         read = functools.partial(_read_range, shard, member.offset_data, member.size)
-                        samples.setdefault(key, {})[extension.lower()] = PictureBytes(f"{shard}:{member.name}", read)
+                        part = PictureBytes(f"{shard}:{member.name}", read)
+                        earlier = samples.setdefault(key, {}).get(extension.lower(), part)
+                        if earlier.name != part.name:  # a later member of the same name replaces the earlier one
+                            raise InputError(f"{earlier.name} and {member.name} are the same member: rename one")
+                        samples[key][extension.lower()] = part
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(f"{shard} is not a complete tar file: {error}") from error
         orphans = [key for key, parts in samples.items() if _shard_picture(parts, image_column) is None]
@@ -302,7 +338,11 @@ def _shard_examples(shards: Sequence[Path], image_column: str | None, caption_co
 
 def _shard_picture(parts: Mapping[str, PictureBytes], image_column: str | None) -> PictureBytes | None:
     names = (image_column,) if image_column else tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
-    return next((parts[name] for name in names if name in parts), None)
+    present = [name for name in names if name in parts]
+    if len(present) > 1:
+        listed = ", ".join(present)
+        raise InputError(f"{parts[present[0]].name} has several pictures, {listed}: name one with --image-column")
+    return parts[present[0]] if present else None
 
 
 def _shard_example(parts: Mapping[str, PictureBytes], image_column: str | None, caption_column: str | None) -> Example:
@@ -319,9 +359,15 @@ def _shard_example(parts: Mapping[str, PictureBytes], image_column: str | None, 
             caption = next((text for name in names if (text := _text(content.get(name)))), None)
     if "txt" in parts and (caption_column in (None, "txt")):
         caption = parts["txt"].read().decode("utf-8", "replace").strip()
-    hint = next((part for name, part in parts.items() if name.startswith("hint.")), None)
-    mask = next((part for name, part in parts.items() if name.startswith("mask.")), None)
-    return Example(picture, caption, hint, mask)
+    return Example(picture, caption, _shard_companion(parts, "hint"), _shard_companion(parts, "mask"))
+
+
+def _shard_companion(parts: Mapping[str, PictureBytes], kind: str) -> PictureBytes | None:
+    """Return the hint or the mask of a sample; None if it has none."""
+    present = [part for name, part in parts.items() if name.startswith(f"{kind}.")]
+    if len(present) > 1:
+        raise InputError(f"{' and '.join(part.name for part in present)}: expected one {kind}")
+    return present[0] if present else None
 
 
 def _read_range(path: Path, offset: int, size: int) -> bytes:

@@ -50,6 +50,8 @@ def distill(options: DistillOptions, report: Report | None = None) -> list[Path]
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
     if options.prompts is None:
         preparation.require_captions(training.examples, options)
+    if "decoder" in stages:
+        decoder_mode(options)  # checks the options before the prior is trained
     training.training.check_folders(*stages)
     adapters: dict[str, Adapter] = {}
     for name in stages:

@@ -9,6 +9,8 @@ from kandinsky22.adapters.files import write_adapter
 from kandinsky22.adapters.updates import Adapter
 from kandinsky22.training.finetuning import lora, preparation
 from kandinsky22.training.finetuning.data import read_examples
+from kandinsky22.training.finetuning.effects import OF_ADAPTERS
+from kandinsky22.training.finetuning.networks import decoder_mode
 from kandinsky22.training.finetuning.optimizer import new_accelerator
 from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.preparation import Report
@@ -33,9 +35,13 @@ def finetune(options: TrainingOptions, kind: str, report: Report | None = None) 
         MissingDependencyError: A package is not installed.
         KeyboardInterrupt: The person interrupted the training; a checkpoint has been written.
     """
+    if kind == FULL:
+        options.refuse("where all weights are trained", *OF_ADAPTERS)
     training = Training(options, new_accelerator(options), report)
     examples = read_examples(options)
     stages = ("prior", "decoder") if options.stage == "both" else (options.stage,)
+    if "decoder" in stages:
+        decoder_mode(options)  # checks the options before the prior is trained
     preparation.require_captions(examples, options)
     training.check_folders(*stages)
     adapters: dict[str, Adapter] = {}

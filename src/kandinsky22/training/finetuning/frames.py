@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
-import torch
 from PIL.Image import Image
 from torch import Tensor
+
+from kandinsky22.inputs import images
 
 MAX_ASPECT = 2.0  # longest side of a bucket by its shortest
 
@@ -93,12 +94,12 @@ def frames(digest: str, size: tuple[int, int], *, crops: int | None, flips: bool
 
 
 def to_tensor(image: Image) -> Tensor:
-    """Return an RGB image as a tensor (3, height, width) in [-1, 1].
+    """Return an RGB image as a tensor (3, height, width) in [-1, 1], as pipelines do.
 
     Args:
         image: The image.
     """
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+    return images.images_to_tensor("image", image, (image.height, image.width))[0]
 
 
 def edges(image: Image) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def read_prompts(options: DistillOptions) -> list[Sample]:
 
     path = Path(options.prompts or "")
     try:
-        lines = read_file(str(path)).decode("utf-8").splitlines()
+        lines = list(io.StringIO(read_file(str(path)).decode("utf-8"), newline=None))
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts {path} is not text in UTF-8: {error}") from error
     except (OSError, ValueError) as error:

@@ -40,9 +40,16 @@ def decoder_mode(options: TrainingOptions) -> str:
 
     Raises:
         CheckpointError: The checkpoint does not exist, or has no index.
+        InputError: An option has no effect for this kind of decoder.
     """
-    if options.mode is not None or options.model == EMBEDDED:
-        return options.mode or "plain"
+    mode = options.mode or _mode_of_checkpoint(options)
+    options.check_mode(mode)
+    return mode
+
+
+def _mode_of_checkpoint(options: TrainingOptions) -> str:
+    if options.model == EMBEDDED:
+        return "plain"
     source = CheckpointSource(options.model, options.revision)
     folder = source.fetch(lambda names: {INDEX} & set(names))
     name = str(read_json(folder / INDEX).get("_class_name"))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kandinsky22.inputs import masks
+from kandinsky22.inputs import images, masks
 from kandinsky22.schedulers import Scheduler
 from kandinsky22.training.finetuning.batches import Draw, TensorStore
 from kandinsky22.training.finetuning.losses import LossWeights, denoising_losses
@@ -313,7 +313,10 @@ class DecoderObjective(DenoisingObjective):
         return {**condition, "image_embeds": self.zero_embed.to(embeds).expand_as(embeds)}
 
     def item(self, draw: Draw, entry: Entry, *, training: bool) -> dict[str, Any]:
-        """Return the tensors of one example: "noised", "embeds", and "hint" or "known".
+        """Return the tensors of one example: "noised", "embeds", and "hint", or "mask" and "known".
+
+        Hints (3, 8 h, 8 w) and masks (1, H, W) are those that pipelines compute with; "known" (1, h, w) are the latents
+        that stay unchanged.
 
         Args:
             draw: The example.
@@ -330,12 +333,13 @@ class DecoderObjective(DenoisingObjective):
             "embeds": self.zero_embed[0] if dropped else self._embeds(entry, variant, numbers, training=training),
         }
         if self.mode == "hint":
-            item["hint"] = tensors["hint"][variant].float() / 127.5 - 1
+            hint = tensors["hint"][variant]
+            item["hint"] = images.hints_to_tensor("hint", hint, (hint.shape[1], hint.shape[2]))[0]
         if self.mode == "inpaint":
             height, width = latents.shape[1:]
             stored = tensors.get("mask")
             mask = random_mask(numbers, 8 * height, 8 * width) if stored is None else (stored[variant] > 127).float()
-            item["known"] = masks.unmasked_latents(mask[None], (height, width))[0]
+            item["mask"], item["known"] = mask, masks.unmasked_latents(mask[None], (height, width))[0]
         return item
 
     def _embeds(self, entry: Entry, variant: int, numbers: np.random.Generator, *, training: bool) -> Tensor:

@@ -1,16 +1,44 @@
-"""One option of fine-tuning: its type, accepted values and help."""
+"""An option of fine-tuning, its type, accepted values and help; and tables of options."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from kandinsky22.errors import invalid
+from kandinsky22.errors import InputError, invalid
 
 LARGEST_INTEGER = 2**31 - 1
+TableT = TypeVar("TableT", bound="OptionTable")
+
+
+def flag_of(name: str) -> str:
+    """Return an option as the command writes it.
+
+    Args:
+        name: Name of the option's field.
+    """
+    return "--" + name.replace("_", "-")
+
+
+class IneffectiveOptionError(InputError):
+    """An option is set that has no effect in a training.
+
+    Args:
+        name: Name of the option's field.
+        where: Where it has no effect, as the end of a sentence.
+
+    Attributes:
+        name: Name of the option's field.
+    """
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"{flag_of(name)} has no effect {where}: leave it out")
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -44,7 +72,7 @@ class Option:
     @property
     def flag(self) -> str:
         """The option as the command writes it."""
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
 
     @property
     def default_text(self) -> str:
@@ -152,3 +180,61 @@ def option_field(
         "above": above,
     }
     return dataclasses.field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class OptionTable:
+    """Options as fields of a dataclass, each of them the result of `option_field`.
+
+    Raises:
+        InputError: A value is not accepted, or two options contradict each other.
+    """
+
+    def __post_init__(self) -> None:
+        for option in self.options():
+            object.__setattr__(self, option.name, option.checked(getattr(self, option.name)))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raise an error if two options contradict each other."""
+        raise NotImplementedError
+
+    @classmethod
+    def options(cls) -> Iterator[Option]:
+        """Yield the descriptions of all options, in the order of their groups."""
+        for field in dataclasses.fields(cls):
+            yield Option(name=field.name, default=field.default, **field.metadata)
+
+    @classmethod
+    def from_mapping(cls: type[TableT], values: Mapping[str, Any], source: str = "options") -> TableT:
+        """Return the options of a mapping; hyphens and underscores in names are the same.
+
+        Args:
+            values: Values by name.
+            source: Where they come from, for messages.
+
+        Raises:
+            InputError: A name is unknown, or a value is not accepted.
+        """
+        names = [option.name for option in cls.options()]
+        by_name = {str(name).replace("-", "_"): value for name, value in values.items()}
+        if unknown := sorted(set(by_name) - set(names)):
+            similar = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.0)
+            raise InputError(
+                f"{source}: no option is named {', '.join(unknown)}; similar ones are {', '.join(similar)}"
+            )
+        return cls(**by_name)
+
+    def refuse(self, where: str, *names: str) -> None:
+        """Raise an error if options have other values than their defaults.
+
+        Args:
+            where: Where they have no effect, as the end of a sentence.
+            *names: Names of their fields.
+
+        Raises:
+            IneffectiveOptionError: One of them has another value.
+        """
+        for option in self.options():
+            if option.name in names and getattr(self, option.name) != option.default:
+                raise IneffectiveOptionError(option.name, where)

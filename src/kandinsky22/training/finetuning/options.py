@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kandinsky22.errors import InputError, invalid
-from kandinsky22.training.finetuning.option import Option, option_field
+from kandinsky22.training.finetuning.effects import (
+    INVERSION_LACKS,
+    OF_ADAPTERS,
+    OF_CLASS_PICTURES,
+    OF_DECODERS,
+    OF_PICTURES,
+    OF_THE_HUB,
+    TINY_DECODER_LACKS,
+    Ineffective,
+    ineffective_in_mode,
+)
+from kandinsky22.training.finetuning.option import OptionTable, option_field
 
 STAGES = ("prior", "decoder", "both")
 MODES = ("plain", "inpaint", "hint")
@@ -23,17 +32,7 @@ IMAGE_EMBEDS = (FROM_ENCODER, FROM_PRIOR)
 ATTENTION, BLOCKS = "attention", "blocks"  # groups of layers
 REPORTS = ("none", "tensorboard")
 SUBJECT_METHODS = ("inversion", "dreambooth")
-PICTURE_OPTIONS = (  # options of pictures that are read
-    *("dataset_config_name", "split", "image_column", "caption_column", "aspect_buckets"),
-    *("random_flip", "random_crop", "crops_per_image", "hint_type"),
-)
 LARGEST_WIDTH = 4096
-# Options of other kinds of training that a tiny decoder, which learns from pictures and MoVQ alone, does not have.
-TINY_DECODER_LACKS = (
-    *("prior", "stage", "mode", "hint_type", "caption_column", "validation_prompt"),
-    *("caption_dropout", "condition_dropout", "image_embeds", "snr_gamma", "vlb_weight"),
-    *("rank", "lora_alpha", "target_modules"),
-)
 
 _MODEL, _DATA, _CONDITION, _LORA = "model", "data", "objective", "LoRA"
 _OPTIMIZER, _RUN, _CHECK, _SUBJECT = "optimizer", "run", "validation", "subject"
@@ -44,7 +43,7 @@ _TARGET_HELP = (
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(OptionTable):
     """Options of `kandinsky22 train lora` and `train full`. `options()` describes them.
 
     Raises:
@@ -168,11 +167,6 @@ class TrainingOptions:
         int, None, _CHECK, "pictures held out for the validation loss; by default a tenth, at most 16", lowest=0
     )
 
-    def __post_init__(self) -> None:
-        for option in self.options():
-            object.__setattr__(self, option.name, option.checked(getattr(self, option.name)))
-        self._check_combinations()
-
     def _check_data(self) -> None:
         if (self.train_data_dir is None) == (self.dataset_name is None):
             count = "neither" if self.train_data_dir is None else "both"
@@ -180,45 +174,48 @@ class TrainingOptions:
 
     def _check_combinations(self) -> None:
         self._check_data()
-        if self.mode in ("inpaint", "hint") and self.stage == "prior":
-            raise invalid("--mode", self.mode, "no mode with --stage prior", "modes are those of decoders")
+        for where, names in self._ineffective():
+            self.refuse(where, *names)
         if self.image_embeds == FROM_PRIOR and self.stage != "decoder":
             advice = "train the decoder by itself, with --prior FOLDER of a trained prior"
             raise invalid("--image-embeds", self.image_embeds, f"{FROM_ENCODER} with --stage {self.stage}", advice)
-        if self.image_embeds == FROM_PRIOR and (self.random_flip or self.random_crop):
-            flag = "--random-flip" if self.random_flip else "--random-crop"
-            raise InputError(
-                f"{flag} has no effect on captions, which --image-embeds prior samples embeddings for: leave it out"
-            )
         if self.lr_warmup_steps > self.max_train_steps:
             expected = f"at most --max-train-steps={self.max_train_steps}"
             raise invalid("--lr-warmup-steps", self.lr_warmup_steps, expected)
 
-    @classmethod
-    def options(cls) -> Iterator[Option]:
-        """Yield the descriptions of all options, in the order of their groups."""
-        for field in dataclasses.fields(cls):
-            yield Option(name=field.name, default=field.default, **field.metadata)
+    def _ineffective(self) -> Iterator[Ineffective]:
+        """Yield the options that have no effect, as far as the other options say so."""
+        if self.dataset_name is None:
+            yield "without --dataset-name", OF_THE_HUB
+        if not self.random_crop:
+            yield "without --random-crop", ("crops_per_image",)
+        if not self.use_ema:
+            yield "without --use-ema", ("ema_decay",)
+        if self.stage == "prior":
+            yield "with --stage prior", OF_DECODERS
+            if not self.validation_prompt:
+                yield "with --stage prior and without --validation-prompt", ("resolution",)
+        if self.stage == "decoder":
+            yield "with --stage decoder", ("caption_dropout",)
+            if self.image_embeds == FROM_ENCODER:
+                yield f"with --stage decoder and --image-embeds {FROM_ENCODER}", ("caption_column",)
+            else:
+                where = f"on captions, which --image-embeds {FROM_PRIOR} samples embeddings for"
+                yield where, ("random_flip", "random_crop")
+        if self.mode is not None:
+            yield from ineffective_in_mode(self.mode, self.stage)
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], source: str = "options") -> TrainingOptions:
-        """Return the options of a mapping; hyphens and underscores in names are the same.
+    def check_mode(self, mode: str) -> None:
+        """Check that all options have an effect for a kind of decoder.
 
         Args:
-            values: Values by name.
-            source: Where they come from, for messages.
+            mode: Kind of decoder that the checkpoint has.
 
         Raises:
-            InputError: A name is unknown, or a value is not accepted.
+            IneffectiveOptionError: One of them has none.
         """
-        names = [option.name for option in cls.options()]
-        by_name = {str(name).replace("-", "_"): value for name, value in values.items()}
-        if unknown := sorted(set(by_name) - set(names)):
-            similar = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.0)
-            raise InputError(
-                f"{source}: no option is named {', '.join(unknown)}; similar ones are {', '.join(similar)}"
-            )
-        return cls(**by_name)
+        for where, names in ineffective_in_mode(mode, self.stage):
+            self.refuse(where, *names)
 
     @property
     def largest_learning_rate(self) -> float:
@@ -283,13 +280,6 @@ class SubjectOptions(TrainingOptions):
         super()._check_combinations()
         if self.stage != "decoder":
             raise invalid("--stage", self.stage, "decoder", "subjects are learned with the decoder alone")
-        has_class = self.class_data_dir is not None or bool(self.class_prompt)
-        if self.method == "inversion" and has_class:
-            raise InputError("--class-data-dir and --class-prompt have no effect with --method inversion")
-        if self.prior_loss_weight == 0 and has_class:
-            raise InputError("--class-data-dir and --class-prompt have no effect with --prior-loss-weight 0")
-        if self.class_data_dir is not None and self.class_prompt:
-            raise InputError("--class-prompt has no effect with --class-data-dir: leave one of them out")
         if self.num_class_images < (prompts := len(set(self.class_prompt))):
             raise invalid("--num-class-images", self.num_class_images, f"at least {prompts}, one per --class-prompt")
         if self.method == "inversion" and self.mode not in (None, "plain"):
@@ -297,11 +287,21 @@ class SubjectOptions(TrainingOptions):
         if self.method == "inversion" and self.image_embeds != FROM_ENCODER:
             expected = f"{FROM_ENCODER} with --method inversion"
             raise invalid("--image-embeds", self.image_embeds, expected, "add --method dreambooth")
+        has_class = self.class_data_dir is not None or bool(self.class_prompt)
         if self.method == "dreambooth" and self.prior_loss_weight > 0 and not has_class:
             raise InputError(
                 "--method dreambooth: neither --class-data-dir nor --class-prompt set: expected one of them, or "
                 "--prior-loss-weight 0 to train without prior preservation"
             )
+
+    def _ineffective(self) -> Iterator[Ineffective]:
+        if self.method == "inversion":
+            yield "with --method inversion", INVERSION_LACKS
+        elif self.prior_loss_weight == 0:
+            yield "with --prior-loss-weight 0", OF_CLASS_PICTURES
+        elif self.class_data_dir is not None:
+            yield "with --class-data-dir", ("class_prompt",)
+        yield from super()._ineffective()
 
 
 @dataclass(frozen=True)
@@ -383,16 +383,9 @@ class DistillOptions(TrainingOptions):
         if len(chosen) != 1:
             count = " and ".join(chosen) if chosen else "none"
             raise InputError(f"pictures: {count} of {', '.join(sources)} set: expected exactly one")
-        if self.prompts is None:
-            self._refuse("without --prompts", "num_images_per_prompt")
-        else:
-            self._refuse("with --prompts", *(name for name in PICTURE_OPTIONS))
 
     def _check_combinations(self) -> None:
         super()._check_combinations()
-        self._refuse("in distillation", *(option.name for option in self.options() if option.group == _CONDITION))
-        if self.full:
-            self._refuse("with --full", *(option.name for option in self.options() if option.group == _LORA))
         if self.guidance_scale_max is not None and self.guidance_scale_max < (self.guidance_scale or math.inf):
             expected = "None without --guidance-scale"
             if self.guidance_scale is not None:
@@ -402,11 +395,15 @@ class DistillOptions(TrainingOptions):
             expected = f"at most --num-ddim-timesteps={self.num_ddim_timesteps}"
             raise invalid("--num-inference-steps", self.num_inference_steps, expected)
 
-    def _refuse(self, where: str, *names: str) -> None:
-        """Raise an error if an option that has no effect is set."""
-        for option in self.options():
-            if option.name in names and getattr(self, option.name) != option.default:
-                raise InputError(f"{option.flag} has no effect {where}: leave it out")
+    def _ineffective(self) -> Iterator[Ineffective]:
+        if self.prompts is None:
+            yield "without --prompts", ("num_images_per_prompt",)
+        else:
+            yield "with --prompts", OF_PICTURES
+        yield "in distillation", tuple(option.name for option in self.options() if option.group == _CONDITION)
+        if self.full:
+            yield "with --full", OF_ADAPTERS
+        yield from super()._ineffective()
 
 
 @dataclass(frozen=True)
@@ -454,13 +451,11 @@ class TinyDecoderOptions(TrainingOptions):
         return tuple(int(text) for text in self.block_out_channels) or None
 
     def _check_combinations(self) -> None:
+        for option in self.options():
+            if option.name in TINY_DECODER_LACKS and getattr(self, option.name) != option.default:
+                expected = f"{option.default!r}, because a tiny decoder has no such setting"
+                raise invalid(option.flag, getattr(self, option.name), expected)
         super()._check_combinations()
-        ineffective = set(TINY_DECODER_LACKS) & {option.name for option in self.options()}
-        defaults = {option.name: option.default for option in self.options()}
-        for name in sorted(ineffective):
-            if getattr(self, name) != defaults[name]:
-                expected = f"{defaults[name]!r}, because a tiny decoder has no such setting"
-                raise invalid("--" + name.replace("_", "-"), getattr(self, name), expected)
         for text in self.block_out_channels:
             if not text.isdecimal() or not 1 <= int(text) <= LARGEST_WIDTH:
                 raise invalid("--block-out-channels", text, f"integers from 1 to {LARGEST_WIDTH}, one per level")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kandinsky22.errors import InputError, KandinskyError
 from kandinsky22.inputs import images, masks
+from kandinsky22.pipelines.decoder_base import HINT_FACTOR
 from kandinsky22.training.finetuning import frames
 from kandinsky22.training.finetuning.cache import TensorCache
 from kandinsky22.training.finetuning.data import LISTED, Example, PictureBytes, picture_size
 from kandinsky22.training.finetuning.networks import Encoders
 from kandinsky22.training.finetuning.options import FROM_PRIOR, TrainingOptions
 
-HINT_FACTOR = 8  # pixels of a hint per latent: the UNet halves hints three times
 Report = Callable[[str], None]
 """Receives a line of text for the person at the terminal."""
 
@@ -170,7 +170,7 @@ class DecoderJob:
             hint = self._hint_source(example)
             key["hint"] = "edges" if hint is None else hint.digest()
         if self.mode == "inpaint" and example.mask is not None:
-            key["mask"] = example.mask.digest()
+            key["mask"] = {"file": example.mask.digest(), "transparent": "black"}
         return key, parts
 
     def _hint_source(self, example: Example) -> PictureBytes | None:
@@ -210,7 +210,7 @@ class DecoderJob:
             ]
             tensors["hint"] = torch.stack([_as_bytes(frames.edges(hint) if source is None else hint) for hint in cuts])
         if self.mode == "inpaint" and example.mask is not None:
-            mask = masks.masks_to_tensor(example.mask.name, example.mask.open(), (image.height, image.width))
+            mask = masks.masks_to_tensor(example.mask.name, example.mask.decode(), (image.height, image.width))
             white = images.array_to_pil(mask.permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy())[0]
             tensors["mask"] = torch.stack([_as_bytes(part.cut(white, nearest=True))[:1] for part in parts])
         return tensors

@@ -28,6 +28,9 @@ from kandinsky22.training.finetuning.optimizer import new_optimizer
 from kandinsky22.training.finetuning.options import TrainingOptions
 from kandinsky22.training.finetuning.preparation import Report
 from kandinsky22.training.finetuning.progress import LOG, Progress
+from kandinsky22.training.loop import load_optimizer
+
+TOTAL_LOSS = "total_loss"  # in the log: the weighted sum of the losses of several streams
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Stream:
     Attributes:
         objective: Objective of the examples.
         plan: Which examples each step has.
-        weight: Weight of their loss.
+        weight: Weight of their loss in the sum that is minimised. The log has their losses without it, and the sum as
+            `TOTAL_LOSS`.
         prefix: Beginning of the names of their losses in the log.
     """
 
@@ -266,6 +270,8 @@ class TrainingRun:
                     "--mixed-precision"
                 )
             self._add(values)
+            if len(self.stage.streams) > 1:
+                self._add({TOTAL_LOSS: stream.weight * values[f"{stream.prefix}loss"]})
 
     def _own(self, draws: list[Draw]) -> Iterator[list[Draw]]:
         """Yield the examples of each pass of this process."""
@@ -374,7 +380,8 @@ class TrainingRun:
         options = self.options
         batch = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
         fixed = {"pictures per step": batch, "seed": options.seed, "use_ema": options.use_ema}
-        return {**fixed, **self.stage.signature}
+        # The moments of 8 bits have a form of their own.
+        return {**fixed, "use_8bit_adam": options.use_8bit_adam, **self.stage.signature}
 
     def _restore(self, path: Path, state: Mapping[str, Any]) -> None:
         stored, expected = state.get("signature", {}), self._signature()
@@ -389,7 +396,7 @@ class TrainingRun:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(state["parameters"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             if self.average is not None:
                 device = self.accelerator.device
                 self.average = {name: state["average"][name].to(device) for name in self.parameters}

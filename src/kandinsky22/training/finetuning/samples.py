@@ -132,12 +132,12 @@ def pictures_sheet(
         rows[0].append(original)
         arguments: dict[str, Any] = {}
         if "hint" in item:
-            hint = to_pil(item["hint"][None])
+            hint = unit_to_pil(item["hint"])
             rows[1].append(hint.resize(original.size))
             arguments["hint"] = hint
-        if "known" in item:
-            mask = F.interpolate(1 - item["known"][None], original.size[::-1])
-            white = to_pil((mask * 2 - 1).repeat(1, 3, 1, 1)).convert("L")
+        if "mask" in item:
+            mask = F.interpolate(item["mask"][None], original.size[::-1])
+            white = unit_to_pil(mask[0].expand(3, -1, -1)).convert("L")
             covered = original.copy()
             covered.paste("white", mask=white)
             rows[1].append(covered)
@@ -155,6 +155,15 @@ def to_pil(pixels: Tensor) -> Image:
     converted: Any = images.to_output_type(pixels, "pil")
     image: Image = converted[0]
     return image
+
+
+def unit_to_pil(pixels: Tensor) -> Image:
+    """Return a tensor as an image.
+
+    Args:
+        pixels: Tensor (3, H, W) in [0, 1].
+    """
+    return images.array_to_pil(pixels.permute(1, 2, 0)[None].numpy())[0]
 
 
 def grid(pictures: Sequence[Image], columns: int) -> Image:

@@ -19,6 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from kandinsky22.adapters.files import write_adapter
+from kandinsky22.checkpoints.fingerprint import tensors_digest
 from kandinsky22.checkpoints.subject_file import Subject, save_subject
 from kandinsky22.training.finetuning import lora, preparation, samples
 from kandinsky22.training.finetuning.batches import Draw
@@ -126,6 +127,7 @@ def _inversion(training: Training, options: SubjectOptions, examples: Sequence[E
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     std = load_prior(options, torch.float32, "prior").prior.clip_std.detach().float()
+    deviation = tensors_digest({"std": std})[:16]
     embeds = torch.cat([training.store[entry.path]["embeds"] for entry in data.entries])
     vector = SubjectVector(embeds.mean(0, keepdim=True), std)
     objective = InversionObjective(
@@ -152,7 +154,7 @@ def _inversion(training: Training, options: SubjectOptions, examples: Sequence[E
         network=vector,
         streams=[Stream(objective, training.plan(data.entries))],
         write_results=write,
-        signature=training.signature(INVERSION, unet, data.entries),
+        signature=training.signature(INVERSION, unet, data.entries, **{"deviation of embeddings": deviation}),
         draw_samples=functools.partial(_subject_sheet, drawing, vector, data, training),
     )
 

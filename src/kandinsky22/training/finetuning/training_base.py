@@ -148,9 +148,12 @@ class TrainingBase:
             **further: Further entries.
         """
         digest = lines_digest(f"{entry.path.name} {entry.caption}" for entry in entries)
-        rank = {"--rank": self.options.rank, "--target-modules": list(self.options.target_modules)}
+        options, layers = self.options, dict[str, Any]()
+        if kind == LORA:
+            alpha = float(options.rank) if options.lora_alpha is None else options.lora_alpha
+            layers = {"--rank": options.rank, "--lora-alpha": alpha, "--target-modules": list(options.target_modules)}
         weights = weights_digest({"network": network})[:16]
-        result = {"kind": kind, "weights": weights, "pictures": digest, **(rank if kind == LORA else {}), **further}
+        result = {"kind": kind, "weights": weights, "pictures": digest, **layers, **further}
         if any(entry.sampled for entry in entries):
             names = lines_digest(path.name for entry in entries for path in entry.sampled)
             result |= {"--image-embeds": FROM_PRIOR, "samples of the prior": names}
