@@ -30,10 +30,13 @@ class UnreadableDatabaseError(KandinskyError):
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a database and the files that SQLite keeps next to it, and return its new path.
+    """Rename a database and the files that SQLite keeps next to it.
 
     Args:
         path: File of the database.
+
+    Returns:
+        Its new path.
     """
     number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
     for suffix in ("-wal", "-shm", ""):
