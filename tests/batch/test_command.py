@@ -33,7 +33,7 @@ from kandinsky22.batch.sources import RowSource
 from kandinsky22.batch.storage import LocalFolder
 from kandinsky22.cli import batch
 from kandinsky22.cli.main import build_parser, main
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, MissingDependencyError
 from kandinsky22.generation.stages import NanError
 
 FAST = ["--steps", "2", "--prior-steps", "2", "-q"]
@@ -122,6 +122,95 @@ def test_late_settings_of_the_prior_are_refused(folder: Path, capsys: pytest.Cap
     assert "-n would have no effect" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_late_strength_of_the_prior_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe would name a strength with which no embedding was computed."""
+    rows = [
+        {"prompt": "a star", "image": "photo.png", "mode": "variations"},
+        {"prompt": "a star", "image": "photo.png", "mode": "variations", "strength": 0.5},
+        {"prompt": "a star", "image": "photo.png"},
+        {"prompt": "a star"},
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["batch", "rows.jsonl", "-o", "prior", "--stage", "prior", *FAST]) == 0
+    capsys.readouterr()
+    late = ["batch", "prior", "-o", "drawn", "--stage", "decoder", "--batch-size", "1", "-q", "--strength", "0.9"]
+    assert main(late) == 1
+    error = capsys.readouterr().err
+    assert "row 1: strength=0.9 would have no effect: in this row it concerns the prior" in error
+    assert "1 of 4 pictures cannot be drawn" in error
+    assert main([*late, "--skip-bad"]) == 0
+    strengths = [sample.metadata["recipe"].get("strength") for sample in _samples(Path("drawn"), "files")]
+    assert strengths == [0.5, 0.9, None]
+
+
+@pytest.mark.slow
+def test_late_settings_of_both_stages_are_those_of_the_prior(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a star", "size": "64x64"}\n')
+    adapter = "embedded/distilled"
+    common = ["--batch-size", "1", *FAST[:2], "-q"]
+    for output, options in (("plain", []), ("adapted", ["--lora", adapter])):
+        assert main(["batch", "rows.jsonl", "-o", output, "--stage", "prior", *options, *FAST]) == 0
+    for source, options, words in (
+        (
+            "plain",
+            ["--lora", adapter],
+            "lora=['embedded/distilled'] is invalid: expected ['none'], with which the prior",
+        ),
+        ("adapted", ["--lora", "none"], "lora=['none'] is invalid: expected ['embedded/distilled']"),
+        ("plain", ["--quantize", "int8"], "quantize='int8' is invalid: expected 'none'"),
+        ("plain", ["--engine", "openvino"], "engine='openvino' is invalid: expected 'torch'"),
+    ):
+        assert main(["batch", source, "-o", "drawn", "--stage", "decoder", *common, *options]) == 1
+        assert words in capsys.readouterr().err
+    assert not Path("drawn").exists()
+    unchanged = ["--lora", "none", "--quantize", "none"]
+    assert main(["batch", "plain", "-o", "one", "--stage", "decoder", *common, *unchanged]) == 0
+    assert main(["batch", "adapted", "-o", "two", "--stage", "decoder", *common, "--lora", adapter]) == 0
+    (sample,) = _samples(Path("two"), "files")
+    assert [each["name"] for each in sample.metadata["recipe"]["lora"]] == [adapter]
+
+
+def test_the_input_is_opened_before_the_folder_is_created(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "missing.jsonl", "-o", "out"]) == 1
+    assert main(["batch", "photo.png", "-o", "out", "--stage", "decoder"]) == 1
+    assert main(["batch", "rows.jsonl", "-o", ""]) == 1
+    assert "folder='' is invalid" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["photo.png", "rows.jsonl"]
+
+
+def test_the_help_states_what_the_options_do(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {}
+    for name in ("batch", "compare", "generate"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        texts[name] = " ".join(capsys.readouterr().out.split())
+    for name in ("batch", "compare"):
+        assert "--from" not in texts[name] and "--seed N [" not in texts[name]
+    assert "--from, none leaves out those of the recipe" in texts["generate"]
+    assert "--seed N [N ...]" in texts["generate"] and "(default: random)" in texts["generate"]
+    assert "hash of it and of the row's id, unless the row sets one (default: 0)" in texts["batch"]
+
+
+def test_the_negative_prompt_may_be_in_a_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stored(*options: str) -> Any:
+        args = build_parser().parse_args(["batch", "rows.jsonl", "-o", "out", *options])
+        with batch._source(args) as source:
+            return source.defaults.get("negative_prompt")
+
+    Path("negative.txt").write_text("blue\n")
+    assert stored("--negative-prompt", "@negative.txt") == "blue"
+    assert stored("--negative-prompt", "@@negative.txt") == "@negative.txt"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"green")))
+    assert stored("--negative-prompt", "-") == "green"
+    assert main(["batch", "rows.jsonl", "-o", "out", "--negative-prompt", "@nofile.txt"]) == 1
+    assert "negative_prompt='@nofile.txt' is invalid" in capsys.readouterr().err
+    assert main(["batch", "-", "-o", "out", "--negative-prompt", "-"]) == 1
+    assert "cannot both be read from standard input" in capsys.readouterr().err
+
+
 def test_errors_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.csv").write_text("prompt,steps\na,none\n")
     assert main(["batch", "bad.csv", "-o", "out"]) == 1
@@ -194,6 +283,23 @@ def test_a_model_that_cannot_be_loaded_is_a_fault_of_its_rows(folder: Path) -> N
     assert entry.failed["000000001"].startswith("row 2: ")
 
 
+@pytest.mark.slow
+def test_the_batch_size_is_measured_with_a_row_that_can_be_drawn(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "empty").mkdir()
+    rows = [{"prompt": "a star", "model": "empty"}, {"prompt": "a star", "size": "64x64"}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(batch_sizes, "measured_batch_size", lambda job: 2)
+    assert main(["batch", "rows.jsonl", "-o", "strict", *FAST]) == 1
+    assert "row 1: " in capsys.readouterr().err
+    assert main(["batch", "rows.jsonl", "-o", "out", "--skip-bad", *FAST]) == 0
+    manifest = Manifest(LocalFolder(folder / "out"))
+    assert manifest.header is not None and manifest.header["batch_size"] == 2
+    assert manifest.entries[0].failed["000000000"].startswith("row 1: ")
+    assert manifest.entries[0].pictures == 1
+
+
 # Drawing
 
 
@@ -235,6 +341,35 @@ def test_a_picture_with_nan_ends_the_run_or_is_left_out(monkeypatch: pytest.Monk
     drawn = ShardDrawer(_options(skip_bad=True)).draw(_task(PROMPTS))
     assert [sample.metadata["row"] for sample in drawn.samples] == [1, 3]
     assert drawn.failed == {"000000001": "row 2: NaN"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["encode_batch", "decode_batch"])
+def test_a_picture_that_fails_while_it_is_drawn_ends_the_run_or_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Whatever the check of the rows could not know, such as the steps of a scheduler on the Hub."""
+    from kandinsky22.batch import drawing
+
+    original, errors = (
+        getattr(drawing, stage),
+        [InputError("steps=60 is invalid"), MissingDependencyError("no package")],
+    )
+
+    def fails_for_stars(jobs: Any, *arguments: Any) -> Any:
+        if any(job.request.prompt == "a blue star" for job in jobs):
+            raise errors[0]
+        return original(jobs, *arguments)
+
+    monkeypatch.setattr(drawing, stage, fails_for_stars)
+    with pytest.raises(InputError, match="row 2: steps=60 is invalid"):
+        ShardDrawer(_options()).draw(_task(PROMPTS))
+    drawn = ShardDrawer(_options(skip_bad=True)).draw(_task(PROMPTS))
+    assert [sample.metadata["row"] for sample in drawn.samples] == [1, 3]
+    assert drawn.failed == {"000000001": "row 2: steps=60 is invalid"}
+    del errors[0]
+    with pytest.raises(MissingDependencyError, match="row 2: no package"):  # it is not the row's fault
+        ShardDrawer(_options(skip_bad=True)).draw(_task(PROMPTS))
 
 
 @pytest.mark.slow

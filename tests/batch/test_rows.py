@@ -158,6 +158,12 @@ def test_faults_of_rows_do_not_end_the_reading(tmp_path: Path) -> None:
         ({"prompt": "a", "subject": "a.png"}, "a.png"),
         ({"parts": [{"text": "a"}, {"subject": "missing.safetensors"}]}, "missing.safetensors"),
         ({"prompt": "a", "guidance_interval": [0.5, 0.2]}, "guidance_interval"),
+        ({"prompt": "a", "guidance_threshold": 0}, "guidance_threshold=0 is invalid: expected a number above 0"),
+        ({"prompt": "a", "dtype": "zz"}, "dtype='zz' is invalid: expected one of auto, float32"),
+        ({"prompt": "a", "quantize": "zz"}, "quantize='zz' is invalid: expected one of int8"),
+        ({"prompt": "a", "scheduler": "lcm", "steps": 60}, "steps=60 is invalid: expected an integer from 1 to 50"),
+        ({"prompt": "a", "steps": 5000}, "steps=5000 is invalid: expected an integer from 1 to 1000"),
+        ({"prompt": "a", "prior_steps": 5000}, "prior_steps=5000 is invalid: expected an integer from 1 to"),
     ],
 )
 def test_faults_name_the_setting(tmp_path: Path, row: dict[str, Any], words: str) -> None:
@@ -224,6 +230,10 @@ def test_columns_can_be_mapped_and_unknown_ones_are_named(tmp_path: Path) -> Non
     path.write_text('{"caption": "a star", "prompt": "unused", "url": "x"}\n')
     items = _items(RowFile(str(path), "jsonl", {"caption": "prompt"}))
     assert items[0].settings["prompt"] == "a star"
+    swapped = RowFile(str(path), "jsonl", {"caption": "negative_prompt", "prompt": "prompt"})
+    assert _items(swapped)[0].settings == {"negative_prompt": "a star", "prompt": "unused"}
+    path.write_text('{"caption": "a star", "prompt": "unused", "url": "x"}\n{"prompt": "unused"}\n')
+    assert "prompt" not in _items(RowFile(str(path), "jsonl", {"caption": "prompt"}))[1].settings
     assert check_items(items, RequestOptions()).unused_columns == ("url",)
 
 

@@ -20,10 +20,14 @@ from tests.batch.stub_run import options_for, picture, run, stub_draw
 
 from kandinsky22.batch import storage
 from kandinsky22.batch.formats import FORMATS, read_shard
+from kandinsky22.batch.items import ItemOptions
 from kandinsky22.batch.manifest import MANIFEST, Manifest
-from kandinsky22.batch.run import BadRowsError, run_batch
+from kandinsky22.batch.output_checks import check_input
+from kandinsky22.batch.rows import RowFile
+from kandinsky22.batch.run import BadRowsError, RunOptions, run_batch
 from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.shards import DrawnShard
+from kandinsky22.batch.sources import RowSource
 from kandinsky22.batch.storage import LocalFolder, open_folder
 from kandinsky22.errors import InputError
 
@@ -153,7 +157,46 @@ def test_a_shard_changed_by_hand_is_drawn_again(source: Path, out: Path, format:
     assert summary.drawn == 20
     assert any("has changed" in note for note in notes)
     assert any("is missing" in note for note in notes)
-    assert contents(out) == before
+    kept = {"00001/extra.txt": contents(out)["00001/extra.txt"]} if shard.is_dir() else {}
+    assert contents(out) == before | kept
+
+
+def test_files_of_the_user_in_a_shard_are_kept(source: Path, out: Path) -> None:
+    run(source, out)
+    before = contents(out)
+    for name in ("notes.txt", "000020001.png", ".DS_Store"):
+        (out / "00000" / name).write_text("of the user")
+    (out / "00000" / "folder").mkdir()
+    (out / "00000" / "folder" / "000000001.png").write_text("of the user")
+    kept = {name: digest for name, digest in contents(out).items() if name not in before}
+    assert len(kept) == 4
+    assert run(source, out)[0].drawn == 0  # they are no change of the shard
+    assert contents(out) == before | kept
+    (out / "00000" / "000000003.png").write_bytes(b"changed")
+    assert run(source, out)[0].drawn == 10
+    assert contents(out) == before | kept
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_a_run_that_was_killed_while_it_replaced_a_shard_loses_no_file_of_the_user(
+    source: Path, out: Path, is_written: bool
+) -> None:
+    run(source, out)
+    before = contents(out)
+    old = out / ".00001.replaced-0123456789ab"
+    if is_written:
+        old.mkdir()
+        (old / "000010001.png").write_bytes(b"old")
+        (out / "00001" / "notes.txt").write_text("newer")
+    else:
+        (out / "00001").rename(old)
+    (old / "notes.txt").write_text("of the user")
+    run(source, out)
+    notes = sorted(path.read_text() for path in (out / "00001").glob("notes*"))
+    assert notes == (["newer", "of the user"] if is_written else ["of the user"])
+    assert {name: digest for name, digest in contents(out).items() if "notes" not in name} == before
+    assert not old.exists()
 
 
 def test_shards_of_another_program_are_not_replaced(source: Path, out: Path) -> None:
@@ -166,6 +209,64 @@ def test_shards_of_another_program_are_not_replaced(source: Path, out: Path) -> 
     assert _names(out) == {"00000.tar"}
     (out / MANIFEST).write_text("")  # cut to nothing, which is no reason to refuse
     assert run(source, out)[0].drawn == 35
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "a star"}\n', "one line\n", '[1]\n{"shard": 1}\n', "no end"])
+def test_a_manifest_of_another_program_is_not_replaced(source: Path, out: Path, content: str) -> None:
+    out.mkdir()
+    (out / MANIFEST).write_text(content)
+    (out / "00000.tar").write_text("precious")
+    with pytest.raises(InputError, match=r"contains a manifest\.jsonl that is not the manifest of a batch"):
+        run(source, out, format="webdataset")
+    assert (out / MANIFEST).read_text() == content
+    assert _names(out) == {MANIFEST, "00000.tar"}
+
+
+def test_shards_next_to_an_empty_manifest_are_not_replaced(source: Path, out: Path) -> None:
+    out.mkdir()
+    (out / MANIFEST).write_text("")
+    (out / "00000.tar").write_text("precious")
+    with pytest.raises(InputError, match=r"contains 00000\.tar, but no manifest"):
+        run(source, out, format="webdataset")
+    assert (out / "00000.tar").read_text() == "precious"
+
+
+def test_previews_of_another_program_are_not_replaced(source: Path, out: Path) -> None:
+    (out / "previews").mkdir(parents=True)
+    (out / "previews" / "00000.jpg").write_text("precious")
+    with pytest.raises(InputError, match=r"contains previews/00000\.jpg, but no manifest"):
+        run(source, out, previews=True)
+    assert (out / "previews" / "00000.jpg").read_text() == "precious"
+    assert run(source, out)[0].drawn == 35  # without previews, nothing would be replaced
+    assert (out / "previews" / "00000.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "00000/metadata.jsonl", "previews/rows.jsonl", "link/manifest.jsonl"])
+def test_the_input_is_not_replaced(
+    source: Path, out: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    path = tmp_path / name if name.startswith("link") else out / name
+    path.parent.mkdir(exist_ok=True)
+    content = source.read_bytes()
+    path.write_bytes(content)
+    monkeypatch.chdir(out)
+    for output in (out, Path(), tmp_path / "link"):
+        with pytest.raises(InputError, match="expected a file that the batch does not write into"):
+            run(path, output)
+    assert path.read_bytes() == content
+    (out / "rows.jsonl").write_bytes(content)
+    if name == "previews/rows.jsonl":
+        assert run(Path("rows.jsonl"), Path())[0].drawn == 35  # the folder itself may hold the input
+
+
+def test_addresses_are_checked_like_paths() -> None:
+    for location in ("memory://run/manifest.jsonl", "memory://run/00000.parquet", "memory://run"):
+        with pytest.raises(InputError, match="choose another --output"):
+            check_input(location, "memory://run/")
+    for location in ("memory://run/rows.jsonl", "memory://runs/manifest.jsonl", "run/manifest.jsonl"):
+        check_input(location, "memory://run/")
 
 
 @pytest.mark.parametrize("header", [{"kandinsky22_batch": 1}, {"kandinsky22_batch": 1, "settings": 5}, 5])
@@ -270,9 +371,57 @@ def test_a_folder_of_another_run_is_refused(source: Path, out: Path) -> None:
         run(source, out)
 
 
+def test_a_run_that_has_drawn_nothing_does_not_fix_the_settings(source: Path, out: Path) -> None:
+    content = source.read_text()
+    source.write_text('{"prompt": "fails"}\n' + content)
+    with pytest.raises(InputError, match="fails"):
+        run(source, out)
+    source.write_text(content)
+    assert run(source, out, shard_size=5)[0].pictures == 35
+    with pytest.raises(InputError, match="shard_size was 5, is 10"):
+        run(source, out)
+
+
+def test_shards_without_an_entry_fix_the_settings(source: Path, out: Path) -> None:
+    """A run that was killed between the two has left them: they would stay next to those of the new settings."""
+    run(source, out)
+    (out / MANIFEST).write_text((out / MANIFEST).read_text().splitlines(keepends=True)[0])
+    with pytest.raises(InputError, match="format was 'files', is 'webdataset'"):
+        run(source, out, format="webdataset")
+
+
+@pytest.mark.parametrize("output", ["", "file://"])
+def test_an_empty_output_is_not_the_current_folder(
+    source: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="expected the path or the address of a folder"):
+        run_batch(dataclasses.replace(options_for(source, Path("x")), output=output), lambda note: None, stub_draw)
+    assert _names(tmp_path) == {"prompts.jsonl"}
+
+
+def test_mapped_columns_that_no_row_has_are_refused(source: Path, out: Path) -> None:
+    source.write_text('{"caption": "a star", "prompt": "a circle"}\n{"caption": "a cat"}\n')
+
+    def mapped(column: str) -> RunOptions:
+        rows = RowSource(RowFile(str(source), "jsonl", {column: "prompt"}), ItemOptions())
+        return dataclasses.replace(options_for(source, out), source=rows)
+
+    with pytest.raises(
+        InputError, match="column='caption_eng' is invalid: expected the name of a column that a row has"
+    ):
+        run_batch(mapped("caption_eng"), lambda note: None, stub_draw)
+    notes: list[str] = []
+    assert run_batch(mapped("caption"), notes.append, stub_draw).drawn == 2
+    assert "columns without effect, because --column reads the settings from others: prompt" in notes
+    samples = list(read_shard(FORMATS["files"], out / "00000"))
+    assert [sample.metadata["prompt"] for sample in samples] == ["a star", "a cat"]
+
+
 def test_inputs_that_cannot_be_read_are_one_error(tmp_path: Path, out: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.jsonl cannot be read"):
         run(tmp_path / "missing.jsonl", out)
+    assert not out.exists()
     (tmp_path / "rows.parquet").write_text("not Parquet")
     with pytest.raises(InputError, match="Parquet"):
         run(tmp_path / "rows.parquet", out)
@@ -320,9 +469,27 @@ def test_runs_write_to_file_systems_of_fsspec(source: Path, out: Path) -> None:
     file_system.rm("/run/00002.tar")
     assert run_batch(remote, lambda note: None, stub_draw).drawn == 10
     assert set(Manifest(open_folder("memory://run")).entries) == {0, 1, 2, 3}
+    file_system.pipe("/run/manifest.jsonl", b'{"prompt": "a star"}\n')
+    with pytest.raises(InputError, match="not the manifest of a batch"):
+        run_batch(remote, lambda note: None, stub_draw)
     file_system.rm("/run/manifest.jsonl")
     with pytest.raises(InputError, match=r"contains 00000\.tar, but no manifest"):
         run_batch(remote, lambda note: None, stub_draw)
+
+
+def test_files_of_the_user_in_remote_shards_are_kept(source: Path, out: Path) -> None:
+    import fsspec
+
+    remote = dataclasses.replace(options_for(source, out), output="memory://kept")
+    run_batch(remote, lambda note: None, stub_draw)
+    file_system = fsspec.filesystem("memory")
+    file_system.pipe("/kept/00000/notes.txt", b"of the user")
+    file_system.pipe("/kept/00000/folder/more.txt", b"of the user")
+    assert run_batch(remote, lambda note: None, stub_draw).drawn == 0
+    file_system.pipe("/kept/00000/000000003.png", b"changed")
+    assert run_batch(remote, lambda note: None, stub_draw).drawn == 10
+    assert file_system.cat("/kept/00000/notes.txt") == file_system.cat("/kept/00000/folder/more.txt") == b"of the user"
+    assert file_system.cat("/kept/00000/000000003.png") != b"changed"
 
 
 def test_addresses_of_local_files_are_local_folders(source: Path, out: Path) -> None:

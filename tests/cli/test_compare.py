@@ -100,6 +100,22 @@ def test_only_the_grid_is_saved_by_default(command: Command, model: Path) -> Non
     assert_one_line(command("info", "one.png"), 1, "no recipe")
 
 
+def test_the_grid_of_a_command_without_recipes_does_not_show_the_prompt(command: Command, model: Path) -> None:
+    sheets = {}
+    for prompt in ("a cat", "a red dragon over the sea"):
+        options = ("--scheduler", "ddim", "--steps", "2", "--seed", 5, "-o", "grid.png", "--force")
+        for recipe in ((), ("--no-recipe",)):
+            assert command("compare", prompt, "--negative-prompt", "x", "--model", model, *options, *recipe).code == 0
+            with Image.open("grid.png") as picture:
+                assert ("Description" in picture.info) == (not recipe)
+                sheets[prompt, bool(recipe)] = np.asarray(picture.convert("RGB"))
+    for prompt in ("a cat", "a red dragon over the sea"):
+        with_title, without = sheets[prompt, False], sheets[prompt, True]
+        assert len(without) < len(with_title)
+        first_rows = MARGIN + GAP // 2 + GAP  # up to the labels of the columns
+        assert (without[:first_rows] == 255).all() and not (with_title[:first_rows] == 255).all()
+
+
 def test_times_exclude_the_warm_up(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One guided and one unguided step are run before the grid."""
     drawn: list[tuple[float | None, int | None]] = []

@@ -167,6 +167,20 @@ def test_info(command: Command, hub: Hub, cache: Path, model: Path) -> None:
     assert_one_line(command("models", "info", "."), 1, "model_index.json")
 
 
+def test_options_without_effect_on_a_folder_are_refused(command: Command, model: Path) -> None:
+    for action in (("info", model), ("convert", model, "new"), ("prepare", model, "-o", "new")):
+        assert_one_line(
+            command("models", *action, "--for", "inpaint"), 1, "--for inpaint would have no effect", "combined"
+        )
+        assert_one_line(command("models", *action, "--revision", "main"), 1, "--revision main would have no effect")
+    result = command("models", "info", "embedded", "--revision", "main")
+    assert_one_line(result, 1, "--revision main would have no effect on embedded")
+    assert_one_line(
+        command("models", "info", "owner/name", "--for", "inpaint"), 1, "--for inpaint would have no effect"
+    )
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_converted_models_draw_almost_the_same(command: Command, models: Path, dtype: str) -> None:
     if dtype == "int8":

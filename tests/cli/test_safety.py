@@ -205,6 +205,31 @@ def test_folders_have_no_recipe(command: Command, source: str) -> None:
     assert_one_line(command("generate", "--from", source), 1, "directory")
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"guidance": -5}, "guidance=-5 is invalid: expected a number from 0 to"),
+        ({"prior_guidance": -5.0}, "prior_guidance=-5.0 is invalid: expected a number from 0 to"),
+        ({"guidance_threshold": 0}, "guidance_threshold=0 is invalid: expected a number above 0"),
+        ({"guidance_interval": [0.6, 0.1]}, "guidance_interval=(0.6, 0.1) is invalid"),
+        ({"prior_guidance_interval": [0.6]}, "prior_guidance_interval=(0.6,) is invalid"),
+        (
+            {"subject": {"weight": 5, "subject": {"name": "s", "sha256": "0"}}},
+            "subject.weight=5.0 is invalid: expected a number from 0 to 1",
+        ),
+    ],
+)
+def test_values_of_recipes_have_the_bounds_of_the_options(command: Command, entry: dict[str, Any], words: str) -> None:
+    write(json.dumps({**RECIPE, "command": "generate", "prompt": "a cat", **entry}))
+    assert_one_line(command("generate", "--from", "picture.png"), 1, words)
+
+
+def test_the_last_seed_of_a_series_is_one_of_torch(command: Command) -> None:
+    write(json.dumps({**RECIPE, "command": "generate", "prompt": "a cat", "seeds": [2**64 - 1]}))
+    result = command("generate", "--from", "picture.png", "-n", 2)
+    assert_one_line(result, 1, f"seed={2**64 - 1} is invalid: expected at most {2**64 - 2} for 2 images")
+
+
 def test_recipes_with_equal_seeds_are_refused(command: Command) -> None:
     write(json.dumps(RECIPE | {"seeds": [1, 2, 1]}))
     assert_one_line(command("info", "picture.png"), 1, "picture.png", "seeds=(1, 2, 1)", "different seeds")

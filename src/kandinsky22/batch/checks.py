@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 
 from kandinsky22.batch import wildcards
 from kandinsky22.batch.items import Item
-from kandinsky22.batch.requests import RequestOptions, build_request
-from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.batch.requests import RequestOptions, build_request, concerns_row
+from kandinsky22.errors import KandinskyError
 
 MAX_FAULTS = 100  # faults that are kept; the others are counted
 MAX_COLUMNS = 20  # names of unused columns that are kept
+MAX_CANDIDATES = 10  # good items that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Report:
         unused_columns: Names of columns that are no settings, at most `MAX_COLUMNS`.
         dropped_columns: Names of those that the metadata do not repeat, at most `MAX_COLUMNS`.
         wildcard_rows: Number of items whose prompts contain braces that would be wildcards.
-        first: The first good item; None if there is none.
+        candidates: The first good items, at most `MAX_CANDIDATES`. Their models are not known to be good.
     """
 
     items: int
@@ -47,7 +48,12 @@ class Report:
     unused_columns: tuple[str, ...]
     dropped_columns: tuple[str, ...]
     wildcard_rows: int
-    first: Item | None
+    candidates: tuple[Item, ...]
+
+    @property
+    def first(self) -> Item | None:
+        """The first good item; None if there is none."""
+        return self.candidates[0] if self.candidates else None
 
 
 def check_items(
@@ -59,12 +65,15 @@ def check_items(
         items: The items of a run.
         options: What all requests of the run share.
         on_fault: Called for each fault; None calls nothing.
+
+    Raises:
+        KandinskyError: If a row needs what is not installed here.
     """
     count = fault_count = wildcard_rows = 0
     faults: list[Fault] = []
     unused: dict[str, None] = {}
     dropped: dict[str, None] = {}
-    first = None
+    candidates: list[Item] = []
     for item in items:
         count += 1
         if len(unused) < MAX_COLUMNS:
@@ -73,7 +82,9 @@ def check_items(
             dropped.update(dict.fromkeys(item.dropped))
         try:
             request = build_request(item, options).request
-        except (InputError, CheckpointError) as error:
+        except KandinskyError as error:
+            if not concerns_row(error):
+                raise
             fault_count += 1
             fault = Fault(item.row, str(error))
             if len(faults) < MAX_FAULTS:
@@ -82,7 +93,8 @@ def check_items(
                 on_fault(fault)
             continue
         wildcard_rows += any(map(wildcards.has_wildcards, request.texts()))
-        first = first or item
+        if len(candidates) < MAX_CANDIDATES:
+            candidates.append(item)
     return Report(
         items=count,
         faults=tuple(faults),
@@ -90,5 +102,5 @@ def check_items(
         unused_columns=tuple(unused)[:MAX_COLUMNS],
         dropped_columns=tuple(dropped)[:MAX_COLUMNS],
         wildcard_rows=wildcard_rows,
-        first=first,
+        candidates=tuple(candidates),
     )

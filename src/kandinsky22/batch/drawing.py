@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from kandinsky22.batch.items import Item
-from kandinsky22.batch.requests import RequestOptions, RowRequest, build_request
+from kandinsky22.batch.requests import RequestOptions, RowRequest, build_request, concerns_row
 from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.shards import DrawnShard, ShardTask, json_value
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.errors import CheckpointError, InputError
+from kandinsky22.errors import KandinskyError
 from kandinsky22.generation.batching import (
     PRIOR_BATCHES,
     Embeddings,
@@ -30,7 +30,6 @@ from kandinsky22.generation.modes import Mode
 from kandinsky22.generation.recipe import Recipe
 from kandinsky22.generation.request import Request
 from kandinsky22.generation.session import GeneratedImage, Job, Session, session_key
-from kandinsky22.generation.stages import NanError
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +150,7 @@ class ShardDrawer:
         Raises:
             InputError: If an item cannot be drawn, unless such items are skipped.
             CheckpointError: If its model or an adapter cannot be loaded, likewise.
-            NanError: If a result contains NaN, likewise.
+            KandinskyError: If it fails while it is drawn, because the result contains NaN for example, likewise.
         """
         plan = self.plan(task)
         return self.decode(plan, self.encode(plan))
@@ -189,7 +188,8 @@ class ShardDrawer:
         """Run the prior.
 
         Args:
-            plan: The planned shard. Items whose result contains NaN are added to its failures.
+            plan: The planned shard. Items that fail, because their result contains NaN for example, are added to its
+                failures.
 
         Returns:
             Embeddings by position of the item in the run.
@@ -223,7 +223,7 @@ class ShardDrawer:
         Raises:
             Exception: The error, if smaller batches would not help.
         """
-        if isinstance(error, NanError):
+        if isinstance(error, KandinskyError):
             if len(items) == 1:
                 self._fail(plan, items[0], error)
             return 1 if len(items) > 1 else 0
@@ -282,8 +282,8 @@ class ShardDrawer:
         for start in range(0, len(pairs), size) if size else ():
             yield from self._decoded(plan, pairs[start : start + size], batch_size, embeddings)
 
-    def _fail(self, plan: Plan, item: Item, error: Exception) -> None:
-        if not self.options.skip_bad:
+    def _fail(self, plan: Plan, item: Item, error: KandinskyError) -> None:
+        if not self.options.skip_bad or not concerns_row(error):
             raise type(error)(f"row {item.row}: {error}") from error
         plan.failed[plan.task.key(item)] = f"row {item.row}: {error}"
 
@@ -308,7 +308,7 @@ class ShardDrawer:
                 continue
             try:
                 row = requests[item.index] = build_request(item, self.options.requests)
-            except (InputError, CheckpointError) as error:
+            except KandinskyError as error:
                 self._fail(plan, item, error)
                 continue
             groups.setdefault(batch_key(row.mode, row.request), []).append(item)
@@ -321,7 +321,7 @@ class ShardDrawer:
         first = requests[group[0].index]
         try:
             session = self.session(first.mode, first.request)
-        except (InputError, CheckpointError) as error:
+        except KandinskyError as error:
             for item in group:
                 self._fail(plan, item, error)
             return
@@ -331,7 +331,7 @@ class ShardDrawer:
             row = requests[item.index]
             try:
                 job = session.prepare(row.mode, row.request, row.inputs.images, like=like)
-            except InputError as error:
+            except KandinskyError as error:
                 self._fail(plan, item, error)
                 continue
             like = like or job

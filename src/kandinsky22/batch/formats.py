@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from kandinsky22.batch.samples import EMBEDDING, GENERATOR, Sample, StoredEmbedd
 from kandinsky22.errors import InputError, MissingDependencyError
 
 METADATA_FILE = "metadata.jsonl"  # the name by which image folders of `datasets` have metadata
+SHARD_FOLDER = re.compile(r"\.?(\d{5,})(\..*)?")  # name of a shard that is a folder, finished or temporary
+POSITION_DIGITS = 4  # of the position in a shard, after the shard's number
+SAMPLE_EXTENSIONS = ("png", EMBEDDING, GENERATOR)  # of the files of a sample in such a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,23 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 
 # A folder of PNG files
+
+
+def is_shard_file(folder_name: str, name: str) -> bool:
+    """Return whether a file is one that the format `files` writes into the folder of a shard.
+
+    All other files in that folder are the user's.
+
+    Args:
+        folder_name: Name of the shard's folder, which is finished or has a temporary name.
+        name: Name of the file.
+    """
+    if name == METADATA_FILE:
+        return True
+    match, (key, _, extension) = SHARD_FOLDER.fullmatch(folder_name), name.partition(".")
+    if match is None or extension not in SAMPLE_EXTENSIONS:
+        return False
+    return key.isdecimal() and key.startswith(match[1]) and len(key) == len(match[1]) + POSITION_DIGITS
 
 
 def _write_folder(samples: Sequence[Sample], path: Path) -> None:
@@ -241,15 +262,15 @@ def read_shard(format: ShardFormat, path: Path) -> Iterator[Sample]:
 
 
 def shard_digest(path: Path) -> str:
-    """Return the SHA-256 of a shard: of the file, or of the names and digests of a folder's files.
+    """Return the SHA-256 of a shard: of the file, or of the names and digests of the files that its format writes.
 
     Args:
         path: The shard, which is finished or has a temporary name.
     """
     if not path.is_dir():
         return _file_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{_file_digest(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+    files = sorted(file for file in path.iterdir() if is_shard_file(path.name, file.name) and file.is_file())
+    lines = [f"{_file_digest(file)}  {file.name}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

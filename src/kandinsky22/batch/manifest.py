@@ -17,6 +17,8 @@ from kandinsky22.errors import InputError, describe
 
 MANIFEST = "manifest.jsonl"
 FORMAT = 1
+FORMAT_FIELD = "kandinsky22_batch"  # of the header, with the number of the format
+BEGINNING = f'{{"{FORMAT_FIELD}"'.encode()  # of every manifest
 # Values of the header that a run goes on from.
 HEADER = {
     "items": int,
@@ -72,7 +74,9 @@ class Manifest:
     """The manifest of an output folder.
 
     Attributes:
-        exists: Whether the folder has a manifest.
+        exists: Whether the folder has a file of the manifest's name.
+        is_blank: Whether that file is missing or has no text.
+        is_foreign: Whether that file has text, but neither the beginning of a manifest nor an entry of one.
         header: What the run draws; None for a new folder.
         entries: Shards by number that an earlier run has finished. With remote folders, also those of this run, from
             which the manifest is uploaded again; a local manifest is appended to, and memory does not grow with it.
@@ -90,9 +94,12 @@ class Manifest:
         self.damaged_lines = 0
         content = folder.read(MANIFEST)
         self.exists = content is not None
-        self._read(content or b"")
+        self.is_blank = not (content or b"").strip()
+        self.is_foreign = not self.is_blank and not self._read(content or b"")
 
-    def _read(self, content: bytes) -> None:
+    def _read(self, content: bytes) -> bool:
+        """Read the content of a manifest, and return whether it is one, as far as its damage lets that be seen."""
+        is_ours = content.startswith(BEGINNING) or BEGINNING.startswith(content)
         # A line without its end was being written when the run was killed.
         for line in content.split(b"\n")[:-1]:
             try:
@@ -101,13 +108,16 @@ class Manifest:
                 parsed = None
             if isinstance(parsed, dict) and _is_header(parsed):
                 self.header = parsed
+                is_ours = True
             elif (entry := ShardEntry.from_json(parsed)) is not None:
                 self.entries[entry.shard] = entry
+                is_ours = True
             else:
                 self.damaged_lines += 1
         self.damaged_lines += not content.endswith(b"\n") and content != b""
         if self.header is None:
             self.entries = {}
+        return is_ours
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise an error unless the folder's earlier run, if there was one, had the same settings.
@@ -135,8 +145,20 @@ class Manifest:
         Args:
             header: What the run draws, JSON values by name.
         """
-        self.header = {"kandinsky22_batch": FORMAT, **header}
+        self.header = {FORMAT_FIELD: FORMAT, **header}
         self._rewrite()
+
+    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether the folder's earlier run had the same settings.
+
+        Args:
+            settings: Settings of this run, JSON values by name.
+        """
+        return self.header is not None and self.header["settings"] == json.loads(json.dumps(settings))
+
+    def forget_run(self) -> None:
+        """Forget an earlier run, which has finished nothing. `start` writes the header of the new run."""
+        self.header, self.entries = None, {}
 
     def discard(self, shard: int) -> None:
         """Forget a shard, which will be drawn again. `start` writes the rest.
@@ -179,7 +201,7 @@ def _is_header(line: Mapping[str, Any]) -> bool:
     Raises:
         InputError: If it is the header of another format.
     """
-    if (format := line.get("kandinsky22_batch")) is None:
+    if (format := line.get(FORMAT_FIELD)) is None:
         return False
     if format != FORMAT:
         raise InputError(f"{MANIFEST} was written by another version of kandinsky22 in another format")

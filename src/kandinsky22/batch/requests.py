@@ -13,7 +13,7 @@ from typing import Any
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.row_settings import Part, RowSettings, parse_settings
 from kandinsky22.checkpoints.hub import EMBEDDED
-from kandinsky22.errors import InputError, invalid
+from kandinsky22.errors import DeadlockError, ForkError, InputError, KandinskyError, MissingDependencyError, invalid
 from kandinsky22.generation.adapters import (
     FoundAdapter,
     adapter_fields,
@@ -25,6 +25,7 @@ from kandinsky22.generation.canvas import extended_size
 from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.input_images import SUBJECT, InputImages
 from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, check_aspect_ratio, check_size
+from kandinsky22.generation.model_settings import check_model_settings
 from kandinsky22.generation.modes import MODES, Mode
 from kandinsky22.generation.recipe import InputFile, MixtureItem
 from kandinsky22.generation.request import Request, preset_settings
@@ -87,6 +88,17 @@ class RequestOptions:
     device: str = "auto"
 
 
+def concerns_row(error: KandinskyError) -> bool:
+    """Return whether an error is a fault of the row that was drawn: other rows may be drawn, and this one never.
+
+    A missing package and locks of this process concern the machine. Another run may draw the same row.
+
+    Args:
+        error: The error.
+    """
+    return not isinstance(error, MissingDependencyError | ForkError | DeadlockError)
+
+
 def build_request(item: Item, options: RequestOptions) -> RowRequest:
     """Return the request of an item. Images are opened and decoded, no network is loaded.
 
@@ -97,6 +109,7 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
     Raises:
         InputError: If the row has a fault, a setting is invalid, or an image cannot be read.
         CheckpointError: If an adapter is missing, or if a file of a learned subject is damaged.
+        KandinskyError: If another thing of this row cannot be used, see `concerns_row`.
     """
     if item.fault is not None:
         raise InputError(item.fault)
@@ -133,6 +146,7 @@ def build_request(item: Item, options: RequestOptions) -> RowRequest:
     )
     if row.quality is not None and row.steps is None:
         request = mode.with_decoder_step(request)
+    check_model_settings(request)
     _check(mode, request, inputs)
     return RowRequest(mode, request, inputs)
 
@@ -178,6 +192,24 @@ def _mode(row: RowSettings, settings: Mapping[str, Any]) -> Mode:
     if foreign := [field for field in MODE_SETTINGS if field in settings and field not in mode.inputs]:
         raise InputError(f"{', '.join(foreign)} would have no effect: mode {name} has {', '.join(mode.inputs)}")
     return mode
+
+
+def strength_concerns_prior(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Return whether a row's strength is that of the prior, which starts from the image's embedding.
+
+    Args:
+        settings: Settings of the row.
+        defaults: Settings of all rows that do not set them.
+
+    Returns:
+        False also for rows that cannot be drawn.
+    """
+    try:
+        row = parse_settings({**defaults, **settings})
+        mode = _mode(row, settings)
+    except InputError:
+        return False
+    return "strength" in mode.inputs and "image" not in mode.base_images and row.prompt is not None
 
 
 def _sampling_values(row: RowSettings, distilled: FoundAdapter | None) -> dict[str, Any]:

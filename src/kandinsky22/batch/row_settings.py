@@ -12,7 +12,7 @@ from typing import Any
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.engine_names import ENGINES
-from kandinsky22.generation.limits import MAX_IMAGES
+from kandinsky22.generation.limits import MAX_IMAGES, check_interval
 from kandinsky22.generation.recipe_json import parse_value
 
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -124,14 +124,8 @@ def parse_settings(values: Mapping[str, Any]) -> RowSettings:
 
 def _check(name: str, value: Any) -> None:
     """Raise an error if a value is beyond a limit that recipes do not check."""
-    if name in ("guidance", "prior_guidance") and value is not None and value < 0:
-        raise invalid(name, value, "a number of at least 0")
-    if (
-        name in ("guidance_interval", "prior_guidance_interval")
-        and value
-        and not (len(value) == 2 and value[0] < value[1])
-    ):
-        raise invalid(name, value, "two numbers, the smaller one first")
+    if name in ("guidance_interval", "prior_guidance_interval") and value is not None:
+        check_interval(name, value)
     if name == "engine" and value is not None and value not in ENGINES:
         raise invalid(name, value, f"one of {', '.join(ENGINES)}")
     if name == "extend" and value is not None and len(value) != 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -69,8 +70,11 @@ class RowFile:
             return self.image_folder
         return Path() if is_address(self.path) else Path(self.path).parent
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, columns_seen: set[str] | None = None) -> Iterator[Row]:
         """Yield the rows in their order. Blank lines of text and JSONL files are no rows, but count as lines.
+
+        Args:
+            columns_seen: Receives the names of the columns that rows have, as the file has them; None keeps none.
 
         Raises:
             InputError: If the file cannot be read, or is no file of its format at all.
@@ -79,19 +83,26 @@ class RowFile:
         try:
             with open_input(self.path) as file:
                 for row in readers[self.format](file):
+                    if columns_seen is not None and self.columns:
+                        columns_seen |= row.values.keys() & self.named_columns
                     yield self._renamed(row)
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}") from error
 
+    @functools.cached_property
+    def named_columns(self) -> frozenset[str]:
+        """Columns that `columns` names, and those that have the name of a setting that is read from another column."""
+        return frozenset(self.columns) | frozenset(self.columns.values())
+
     def _renamed(self, row: Row) -> Row:
         if not self.columns or row.fault is not None:
             return row
-        renamed: dict[str, Any] = {}
-        for column, value in row.values.items():
-            name = self.columns.get(column, column)
-            # A mapped column replaces one that has the setting's name.
-            if name not in renamed or column in self.columns:
-                renamed[name] = value
+        # A column with the name of a setting that is read from another column is ignored.
+        renamed = {
+            self.columns.get(column, column): value
+            for column, value in row.values.items()
+            if column in self.columns or column not in self.named_columns
+        }
         return dataclasses.replace(row, values=renamed)
 
     def digest(self) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
@@ -15,18 +14,17 @@ from typing import Any
 from kandinsky22 import __version__
 from kandinsky22.batch.checks import Report, check_items
 from kandinsky22.batch.drawing import DrawOptions, ShardDrawer
-from kandinsky22.batch.items import Item
-from kandinsky22.batch.manifest import MANIFEST, Manifest, ShardEntry
+from kandinsky22.batch.manifest import FORMAT_FIELD, Manifest, ShardEntry
+from kandinsky22.batch.output_checks import check_folder, check_input, has_results
 from kandinsky22.batch.ray_run import LOCAL, RayOptions, ShardSource, cluster, draw_on_ray, measure_on_ray
-from kandinsky22.batch.requests import RequestOptions
+from kandinsky22.batch.requests import RequestOptions, concerns_row
 from kandinsky22.batch.run_lock import run_lock
 from kandinsky22.batch.shards import ShardWriter
 from kandinsky22.batch.sources import Source, absolute_location
 from kandinsky22.batch.storage import Folder, LocalFolder, open_folder
 from kandinsky22.batch.workers import MakeDraw, WorkerSetup, draw_with_workers, network_draw
-from kandinsky22.errors import InputError, invalid
+from kandinsky22.errors import InputError, KandinskyError, invalid
 
-SHARD = re.compile(r"\d{5,}(\.tar|\.parquet)?")  # names of shards, which other programs use too
 VERIFY_THREADS = 4  # digests of finished shards that are computed at the same time
 
 Note = Callable[[str], None]
@@ -160,10 +158,13 @@ def run_batch(
 
     Raises:
         BadRowsError: If rows cannot be drawn, and such rows are not skipped.
-        InputError: If the output folder is in use, cannot be written, or belongs to a run with other settings.
+        InputError: If the input cannot be read or lies where the run writes; if the output folder is in use, cannot be
+            written, contains files of another program, or belongs to a run with other settings.
         KandinskyError: If a picture cannot be drawn.
     """
     folder = open_folder(options.output)
+    check_input(options.source.location, options.output)
+    settings = options.settings()  # reads the input: a missing one leaves no new folder
     folder.create()
     with contextlib.ExitStack() as stack:
         if isinstance(folder, LocalFolder):
@@ -172,18 +173,19 @@ def run_batch(
         stack.callback(folder.remove_temporaries)
         ray = None if options.ray is None else stack.enter_context(cluster(options.ray))
         manifest = Manifest(folder)
-        if not manifest.exists and (foreign := next(filter(SHARD.fullmatch, folder.names()), None)):
-            raise InputError(f"{options.output} contains {foreign}, but no {MANIFEST}; choose another folder")
-        settings = options.settings()
+        check_folder(options, folder, manifest)
         if options.ray is not None and options.ray.address != LOCAL:
             options = options.absolute()
-        manifest.check_settings(settings)
+        if has_results(options, folder, manifest):
+            manifest.check_settings(settings)
+        elif not manifest.has_settings(settings):
+            manifest.forget_run()
         if manifest.damaged_lines:
             note(f"the manifest has {manifest.damaged_lines} damaged lines; their shards are drawn again")
         draw_options = options.draw_options()
         if manifest.header is None:
             report = _checked(options, draw_options, note, note_fault or note)
-            draw = _with_batch_size(options, draw_options, report.first, note, ray)
+            draw = _with_batch_size(options, draw_options, report, note, ray)
             header: dict[str, Any] = {
                 "version": __version__,
                 "items": report.items,
@@ -196,7 +198,7 @@ def run_batch(
             }
         else:
             _verify(manifest, folder, note)
-            header = {name: value for name, value in manifest.header.items() if name != "kandinsky22_batch"}
+            header = {name: value for name, value in manifest.header.items() if name != FORMAT_FIELD}
             draw = draw_options.with_batch_size(header["batch_size"], header["batch_pixels"])
             if header["versions"] != (versions := _versions()):
                 note(f"warning: the run began with {header['versions']}, and goes on with {versions}")
@@ -213,10 +215,12 @@ def _checked(options: RunOptions, draw: DrawOptions, note: Note, note_fault: Not
     """Return the report of the check of all rows."""
     columns = options.source.mapped_columns
     seen: set[str] = set()
-    items = _observed(options.source.items(), frozenset(columns.values()), seen)
+    items = options.source.items(seen)
     report = check_items(items, draw.requests, lambda fault: note_fault(f"row {fault.row}: {fault.message}"))
-    if absent := [column for column, setting in columns.items() if setting not in seen]:
+    if absent := [column for column in columns if column not in seen]:
         raise invalid("column", ", ".join(absent), "the name of a column that a row has")
+    if ignored := sorted(seen - columns.keys()):
+        note(f"columns without effect, because --column reads the settings from others: {', '.join(ignored)}")
     if report.dropped_columns:
         note(f"columns without effect, not repeated in the metadata: {', '.join(report.dropped_columns)}")
     if report.unused_columns:
@@ -231,22 +235,26 @@ def _checked(options: RunOptions, draw: DrawOptions, note: Note, note_fault: Not
     return report
 
 
-def _observed(items: Iterable[Item], names: frozenset[str], seen: set[str]) -> Iterator[Item]:
-    """Yield items, and add to `seen` which of the named settings they have."""
-    for item in items:
-        seen |= names & item.settings.keys()
-        yield item
+def _with_batch_size(options: RunOptions, draw: DrawOptions, report: Report, note: Note, ray: Any) -> DrawOptions:
+    """Return the options with the batch size of the command line, of the cache, or measured now.
 
-
-def _with_batch_size(options: RunOptions, draw: DrawOptions, first: Item | None, note: Note, ray: Any) -> DrawOptions:
-    """Return the options with the batch size of the command line, of the cache, or measured now."""
-    if options.batch_size is not None or options.stage == "prior" or first is None:
+    If bad rows are skipped, a row that cannot be drawn leaves the measurement to the next one.
+    """
+    if options.batch_size is not None or options.stage == "prior":
         return draw.with_batch_size(options.batch_size or 8, None)
     from kandinsky22.batch.batch_sizes import find_batch_size
 
-    measured = find_batch_size(ShardDrawer(draw), first) if ray is None else measure_on_ray(ray, draw, first)
-    note(f"{measured.size} images of {measured.pixels} pixels run together")
-    return draw.with_batch_size(measured.size, measured.pixels)
+    for item in report.candidates:
+        try:
+            measured = find_batch_size(ShardDrawer(draw), item) if ray is None else measure_on_ray(ray, draw, item)
+        except KandinskyError as error:
+            if not options.skip_bad or not concerns_row(error):
+                raise type(error)(f"row {item.row}: {error}") from error
+            continue
+        note(f"{measured.size} images of {measured.pixels} pixels run together")
+        return draw.with_batch_size(measured.size, measured.pixels)
+    note("the batch size could not be measured with any of the first rows; images run one by one")
+    return draw.with_batch_size(1, None)
 
 
 def _verify(manifest: Manifest, folder: Folder, note: Note) -> None:

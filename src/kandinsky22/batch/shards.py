@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kandinsky22.batch.formats import FORMATS, shard_digest
+from kandinsky22.batch.formats import FORMATS, POSITION_DIGITS, shard_digest
 from kandinsky22.batch.items import Item
 from kandinsky22.batch.manifest import ShardEntry
 from kandinsky22.batch.samples import Sample, StoredEmbedding
@@ -40,7 +40,7 @@ class ShardTask:
         Args:
             item: One of the items.
         """
-        return f"{self.number:05d}{item.index - self.items[0].index:04d}"
+        return f"{self.number:05d}{item.index - self.items[0].index:0{POSITION_DIGITS}d}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,14 @@ from typing import Any
 from kandinsky22.batch.formats import FORMATS, read_shard, shard_digest
 from kandinsky22.batch.items import Item, ItemOptions, read_items
 from kandinsky22.batch.manifest import MANIFEST, Manifest
+from kandinsky22.batch.requests import NO_ADAPTER, strength_concerns_prior
 from kandinsky22.batch.rows import RowFile, is_address
 from kandinsky22.batch.samples import Sample, StoredEmbedding
 from kandinsky22.batch.shards import ShardTask, split_into_shards
 from kandinsky22.batch.storage import open_folder
-from kandinsky22.errors import InputError
+from kandinsky22.errors import InputError, describe, invalid
 from kandinsky22.generation.adapters import split_weight
+from kandinsky22.generation.engine_names import TORCH
 
 # Settings that have had their effect when embeddings are stored.
 PRIOR_SETTINGS = (
@@ -29,6 +31,8 @@ PRIOR_SETTINGS = (
     "prior_guidance",
     "prior_guidance_interval",
 )
+# Settings of both stages of which a recipe has one value, and the value that stands for none.
+SHARED_SETTINGS: Mapping[str, Any] = {"lora": [NO_ADAPTER], "quantize": "none", "engine": TORCH}
 
 
 def absolute_location(location: str) -> str:
@@ -40,6 +44,17 @@ def absolute_location(location: str) -> str:
     return location if is_address(location) else str(Path(location).absolute())
 
 
+def _absolute_adapter(text: str) -> str:
+    return str(Path(text).absolute()) if Path(split_weight(text)[0]).exists() else text
+
+
+def _comparable(value: Any, absent: Any) -> Any:
+    """Return a setting of a command: None if it is the one that stands for none, adapters by their absolute paths."""
+    if value == absent:
+        return None
+    return [_absolute_adapter(text) for text in value] if isinstance(value, list) else value
+
+
 def _absolute_options(options: ItemOptions) -> ItemOptions:
     """Return options whose models and adapters are absolute where they are paths: Hub ids stay."""
     defaults = dict(options.defaults)
@@ -47,9 +62,7 @@ def _absolute_options(options: ItemOptions) -> ItemOptions:
         if name in defaults and Path(defaults[name]).is_dir():
             defaults[name] = absolute_location(defaults[name])
     if "lora" in defaults:
-        defaults["lora"] = [
-            str(Path(text).absolute()) if Path(split_weight(text)[0]).exists() else text for text in defaults["lora"]
-        ]
+        defaults["lora"] = [_absolute_adapter(text) for text in defaults["lora"]]
     if "tiny_decoder" in defaults and Path(defaults["tiny_decoder"]).exists():
         defaults["tiny_decoder"] = absolute_location(defaults["tiny_decoder"])
     return dataclasses.replace(options, defaults=defaults)
@@ -66,6 +79,11 @@ class RowSource:
 
     file: RowFile
     options: ItemOptions
+
+    @property
+    def location(self) -> str:
+        """Path or address of the input."""
+        return self.file.path
 
     @property
     def folder(self) -> Path:
@@ -93,9 +111,13 @@ class RowSource:
         """Return the SHA-256 of the input."""
         return self.file.digest()
 
-    def items(self) -> Iterator[Item]:
-        """Yield the items."""
-        return read_items(self.file.rows(), self.options)
+    def items(self, columns_seen: set[str] | None = None) -> Iterator[Item]:
+        """Yield the items.
+
+        Args:
+            columns_seen: Receives the names of the columns that rows have, as the file has them; None keeps none.
+        """
+        return read_items(self.file.rows(columns_seen), self.options)
 
     def tasks(self, size: int, skip: Callable[[int], bool]) -> Iterator[ShardTask]:
         """Yield the shards.
@@ -146,6 +168,13 @@ class StoredSource:
     def _check_late_settings(self) -> None:
         if late := [name for name in PRIOR_SETTINGS if name in self.options.defaults]:
             raise InputError(f"{', '.join(late)} would have no effect: the prior has run already")
+        for name, absent in SHARED_SETTINGS.items():
+            if (value := self.options.defaults.get(name)) is None:
+                continue
+            before = self._header()["settings"]["defaults"].get(name, absent)
+            if _comparable(value, absent) != _comparable(before, absent):
+                expected = f"{describe(before)}, with which the prior has run: recipes have one value for both"
+                raise invalid(name, value, expected)
 
     def _header(self) -> Mapping[str, Any]:
         header = self._manifest().header
@@ -170,8 +199,12 @@ class StoredSource:
         digests = [f"{shard} {manifest.entries[shard].sha256}\n" for shard in sorted(manifest.entries)]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
-    def items(self) -> Iterator[Item]:
-        """Yield the items."""
+    def items(self, columns_seen: set[str] | None = None) -> Iterator[Item]:
+        """Yield the items.
+
+        Args:
+            columns_seen: Stays as it is: stored items have no columns that another name can be given to.
+        """
         for item, _ in self._stored():
             yield item
 
@@ -198,6 +231,7 @@ class StoredSource:
         manifest, folder = self._manifest(), open_folder(self.location)
         format = FORMATS[self._header()["settings"]["format"]]
         index = 0
+        defaults = self.defaults
         for shard in sorted(manifest.entries):
             entry = manifest.entries[shard]
             if entry.name is None:
@@ -208,15 +242,30 @@ class StoredSource:
                         f"shard {entry.name} of {self.location} is missing or has changed; repeat that run"
                     )
                 for sample in read_shard(format, path):
-                    yield self._item(index, sample)
+                    yield self._item(index, sample, defaults)
                     index += 1
 
-    def _item(self, index: int, sample: Sample) -> tuple[Item, StoredEmbedding]:
+    def _item(self, index: int, sample: Sample, defaults: Mapping[str, Any]) -> tuple[Item, StoredEmbedding]:
         if sample.embedding is None:
             raise InputError(f"{self.location} has no embeddings: draw it with --keep-embeddings or --stage prior")
         values = sample.metadata
-        item = Item(index, values["row"], values["id"], values["seed"], values["settings"], values["columns"])
+        item = Item(
+            index,
+            values["row"],
+            values["id"],
+            values["seed"],
+            values["settings"],
+            values["columns"],
+            fault=self._late_strength(values["settings"], defaults),
+        )
         return item, sample.embedding
+
+    def _late_strength(self, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+        """Return a fault if the strength of the command concerns the prior of a row, which has run; None if not."""
+        strength = self.options.defaults.get("strength")
+        if strength is None or "strength" in settings or not strength_concerns_prior(settings, defaults):
+            return None
+        return f"strength={strength} would have no effect: in this row it concerns the prior, which has run already"
 
 
 Source = RowSource | StoredSource

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kandinsky22.batch.formats import shard_digest
+from kandinsky22.batch.formats import is_shard_file, shard_digest
 from kandinsky22.batch.rows import is_address
 from kandinsky22.checkpoints.atomic_files import atomic_write, flush_folder, flush_to_disk
-from kandinsky22.errors import InputError, KandinskyError, MissingDependencyError
+from kandinsky22.errors import InputError, KandinskyError, MissingDependencyError, invalid
 
 TEMPORARY = re.compile(r"\..*\.saving-[0-9a-f]+(\.\w+)?")  # names of unfinished files, also those of `atomic_write`
+REPLACED = re.compile(r"\.(.*)\.replaced-[0-9a-f]+")  # names of folders of which only the user's files are left to move
 WRITE_BITS = 0o222
 
 
@@ -52,7 +53,8 @@ class LocalFolder:
     def writing(self, name: str) -> Iterator[Path]:
         """Yield a temporary path for a file or folder, and publish it under its name when the block ends.
 
-        The content is on the disk before it gets its name. An older file or folder of that name is replaced.
+        The content is on the disk before it gets its name. An older file or folder of that name is replaced. Files in
+        an older folder that are not those of a shard move into the new folder.
 
         Args:
             name: Name in the folder, with "/" between parts.
@@ -67,15 +69,26 @@ class LocalFolder:
             try:
                 yield temporary
                 _flush(temporary)
-                _remove_folder(final)
+                replaced = _set_aside(final)
                 os.replace(temporary, final)
+                if replaced is not None:
+                    _keep_user_files(replaced, final)
                 flush_folder(final.parent)
             finally:
                 _remove(temporary)
 
-    def names(self) -> list[str]:
-        """Return the names of the folder's files and folders."""
-        return sorted(path.name for path in self.path.iterdir())
+    def names(self, subfolder: str = "") -> list[str]:
+        """Return the names of the files and folders in the folder, or in a folder of it that need not exist.
+
+        Args:
+            subfolder: Name of the folder in it; "" for itself.
+
+        Raises:
+            InputError: If it is a file.
+        """
+        with contextlib.suppress(FileNotFoundError), _errors_about(self.path / subfolder):
+            return sorted(path.name for path in (self.path / subfolder).iterdir())
+        return []
 
     def digest(self, name: str) -> str | None:
         """Return the SHA-256 of a shard, or None if there is none.
@@ -118,7 +131,10 @@ class LocalFolder:
         yield self.path / name
 
     def remove_temporaries(self) -> None:
-        """Remove what killed runs have left unfinished. No run may write meanwhile."""
+        """Remove what killed runs have left unfinished, except the user's files. No run may write meanwhile."""
+        for path in list(self.path.iterdir()):
+            if (match := REPLACED.fullmatch(path.name)) and path.is_dir():
+                _keep_user_files(path, self.path / match[1])
         for folder in (self.path, *(path for path in self.path.glob("*") if path.name == "previews")):
             for path in folder.iterdir():
                 if TEMPORARY.fullmatch(path.name):
@@ -183,18 +199,24 @@ class RemoteFolder:
         if not path.is_dir():
             file_system.put_file(str(path), final)
             return
-        if file_system.exists(final):
-            file_system.rm(final, recursive=True)
+        for each in file_system.ls(final, detail=False) if file_system.isdir(final) else ():
+            if is_shard_file(path.name, _last_part(each)):  # other files are the user's
+                file_system.rm_file(each)
         file_system.makedirs(final, exist_ok=True)
         for file in sorted(path.iterdir()):
             file_system.put_file(str(file), f"{final}/{file.name}")
 
-    def names(self) -> list[str]:
-        """Return the names of the folder's files and folders."""
+    def names(self, subfolder: str = "") -> list[str]:
+        """Return the names of the files and folders in the folder, or in a folder of it that need not exist.
+
+        Args:
+            subfolder: Name of the folder in it; "" for itself.
+        """
         with _remote_errors(self.address):
             file_system, root = self._find()
-            paths = file_system.ls(root, detail=False) if file_system.exists(root) else []
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+            folder = f"{root}/{subfolder}" if subfolder else root
+            paths = file_system.ls(folder, detail=False) if file_system.exists(folder) else []
+        return sorted(map(_last_part, paths))
 
     def digest(self, name: str) -> str | None:
         """Return the SHA-256 of a shard, or None if there is none.
@@ -258,7 +280,8 @@ class RemoteFolder:
             return
         path.mkdir()
         for each in file_system.ls(source, detail=False):
-            file_system.get_file(each, str(path / each.rpartition("/")[2]))
+            if is_shard_file(path.name, name := _last_part(each)):
+                file_system.get_file(each, str(path / name))
 
     def remove_temporaries(self) -> None:
         """Do nothing: uploads have no temporary names."""
@@ -272,10 +295,14 @@ def open_folder(location: str) -> Folder:
 
     Args:
         location: The path or address.
+
+    Raises:
+        InputError: If it is empty, which would stand for the current folder.
     """
-    if location.startswith("file://"):
-        return LocalFolder(Path(location.removeprefix("file://")))
-    return RemoteFolder(location) if is_address(location) else LocalFolder(Path(location))
+    path = location.removeprefix("file://")
+    if not path:
+        raise invalid("folder", location, "the path or the address of a folder", "write . for the current folder")
+    return RemoteFolder(location) if is_address(path) else LocalFolder(Path(path))
 
 
 @contextlib.contextmanager
@@ -311,12 +338,31 @@ def _flush(path: Path) -> None:
     flush_folder(path)
 
 
-def _remove_folder(path: Path) -> None:
-    """Remove an existing folder, which no rename replaces."""
-    if path.is_dir() and not path.is_symlink():
-        old = path.parent / f".{path.name}.saving-{secrets.token_hex(6)}"
-        os.rename(path, old)
-        _remove(old)
+def _set_aside(path: Path) -> Path | None:
+    """Rename an existing folder, which no rename replaces, and return its new path; None if there is no folder."""
+    if not path.is_dir() or path.is_symlink():
+        return None
+    replaced = path.parent / f".{path.name}.replaced-{secrets.token_hex(6)}"
+    os.rename(path, replaced)
+    return replaced
+
+
+def _keep_user_files(replaced: Path, final: Path) -> None:
+    """Move what is not of a shard from the folder that was replaced into the one of its name, and remove the rest."""
+    for path in [path for path in replaced.iterdir() if not is_shard_file(final.name, path.name)]:
+        final.mkdir(exist_ok=True)  # a run that was killed may have had no time to write it
+        target = final / path.name
+        if os.path.lexists(target):
+            target = final / f"{path.stem}-{secrets.token_hex(3)}{path.suffix}"
+        os.rename(path, target)
+    if final.is_dir():
+        flush_folder(final)
+    _remove(replaced)
+
+
+def _last_part(path: str) -> str:
+    """Return the name of a file or folder of a remote file system."""
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _remove(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kandinsky22.cli import option_values, options
 from kandinsky22.cli.console import Console, print_message, print_path, silenced_libraries
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.generation.input_images import check_text
 from kandinsky22.generation.limits import MAX_IMAGES
 
 if TYPE_CHECKING:
@@ -65,8 +66,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_input_options(parser.add_argument_group("input"))
     _add_output_options(parser.add_argument_group("output"))
     _add_run_options(parser.add_argument_group("run"))
-    options.add_sampling_options(parser)
-    options.add_model_options(parser)
+    options.add_sampling_options(
+        parser,
+        seed_help="seed of the run: the seed of a row is a hash of it and of the row's id, unless the row sets one",
+        seed_default="0",
+    )
+    options.add_model_options(parser, repeats=False)
     parser.set_defaults(run=run, fail=parser.error)
 
 
@@ -233,6 +238,8 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
     from kandinsky22.batch.sources import RowSource, StoredSource
 
     defaults = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
+    if args.negative_prompt is not None:
+        defaults["negative_prompt"] = _negative_prompt(args)
     if args.size is not None:
         defaults["size"] = "x".join(map(str, args.size))
     seed = 0 if args.seed is None else args.seed[0]
@@ -260,6 +267,16 @@ def _source(args: argparse.Namespace) -> Iterator[Source]:
         path = Path(folder) / "stdin"
         spool(sys.stdin.buffer, path)
         yield RowSource(RowFile(str(path), args.input_format or guess_format(path), columns, Path()), item_options)
+
+
+def _negative_prompt(args: argparse.Namespace) -> str:
+    """Return the text of the option, read from a file or from standard input if it says so."""
+    from kandinsky22.batch.rows import STDIN
+    from kandinsky22.cli.standard_input import StandardInput
+
+    if args.negative_prompt == args.input == STDIN:
+        raise InputError("negative_prompt and input cannot both be read from standard input")
+    return check_text("negative_prompt", StandardInput().read_text("negative_prompt", args.negative_prompt))
 
 
 def _plain(defaults: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--pictures", action="store_true", help="also save each image of the grid as a file with its recipe"
     )
     options.add_grid_options(parser, DEFAULT_SCHEDULERS, DEFAULT_STEPS)
-    options.add_model_options(parser)
+    options.add_model_options(parser, repeats=False)
     parser.set_defaults(run=run, fail=parser.error, source=None, count=None)
 
 
@@ -174,7 +174,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             cell_recipe = _cell_recipe(recipe, result.cell, result.image)
             path = saver.save(result.image, result.cell.output_name, cell_recipe.texts())
             saved[result.cell.output_name] = "" if path is None else path.name
-    grid = saver.save(render_sheet(_grid_sheet(results, recipe)), GRID, _grid_texts(results, recipe))
+    sheet = _grid_sheet(results, recipe)
+    if not args.recipe:  # which asks for files that do not say what they were generated from
+        sheet = dataclasses.replace(sheet, title="", subtitle="")
+    grid = saver.save(render_sheet(sheet), GRID, _grid_texts(results, recipe))
     table = _csv_table(results, saved).encode()
     if (path := files.write(TABLE, table)) is not None:
         if args.json:

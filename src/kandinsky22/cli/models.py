@@ -15,6 +15,7 @@ from typing import Any
 from kandinsky22._exports import MODULE_OF
 from kandinsky22.checkpoints.hub import EMBEDDED, CheckpointSource, embedded_folder
 from kandinsky22.cli.console import Console, print_path, silenced_libraries
+from kandinsky22.cli.settings import FROM_SETTINGS
 from kandinsky22.cli.standard_input import MAX_TEXT_BYTES
 from kandinsky22.errors import InputError, invalid, printable
 
@@ -169,7 +170,7 @@ def _pull(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     from kandinsky22.pipelines.checkpoint_tools import describe_checkpoint
 
-    folder = dataclasses.replace(_source(args, args.model), local_files_only=True).fetch(lambda names: names)
+    folder = dataclasses.replace(_described_source(args), local_files_only=True).fetch(lambda names: names)
     info = describe_checkpoint(folder, with_digests=args.digest)
     if args.json:
         totals = {"bytes": info.bytes, "parameters": info.parameters, "digest": info.digest}
@@ -194,7 +195,7 @@ def _convert(args: argparse.Namespace) -> None:
     with _quiet(args):
         from kandinsky22.pipelines.checkpoint_tools import convert
 
-        convert(_source(args, args.model), args.folder, dtype=args.dtype, with_prior=args.prior)
+        convert(_described_source(args), args.folder, dtype=args.dtype, with_prior=args.prior)
     _report_written(args, args.folder, args.dtype)
 
 
@@ -206,9 +207,7 @@ def _prepare(args: argparse.Namespace) -> None:
     with _quiet(args):
         from kandinsky22.pipelines.checkpoint_tools import convert
 
-        convert(
-            _source(args, args.model), args.output, dtype=dtype, prior=args.prior, prepare=True, calibration=prompts
-        )
+        convert(_described_source(args), args.output, dtype=dtype, prior=args.prior, prepare=True, calibration=prompts)
     _report_written(args, args.output, dtype)
 
 
@@ -304,6 +303,21 @@ def _cached_rows(cache_dir: Path | None) -> list[Row]:
 def _source(args: argparse.Namespace, name: str) -> CheckpointSource:
     options: dict[str, Any] = {"revision": args.revision, "cache_dir": args.cache_dir, "token": args.hub_token}
     return CheckpointSource(name, embedded_subfolder=PURPOSES[args.purpose or "generate"], **options)
+
+
+def _described_source(args: argparse.Namespace) -> CheckpointSource:
+    """Return the model of a command that takes a folder, the embedded model or a Hub id.
+
+    Raises:
+        InputError: If an option of the command line has no effect on it.
+    """
+    name, from_settings = args.model, getattr(args, FROM_SETTINGS, ())
+    if args.purpose is not None and "purpose" not in from_settings and name != EMBEDDED:
+        raise InputError(f"--for {args.purpose} would have no effect on {name}: it names a part of the embedded model")
+    is_local = name == EMBEDDED or Path(name).is_dir()
+    if args.revision is not None and "revision" not in from_settings and is_local:
+        raise InputError(f"--revision {args.revision} would have no effect on {name}, which is not on the Hub")
+    return _source(args, name)
 
 
 def _check_hub_id(name: str) -> None:

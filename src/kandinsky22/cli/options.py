@@ -87,11 +87,12 @@ def add_mixture(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, repeats: bool = True) -> None:
     """Add the options for checkpoints, device, dtype, engine, memory, quantization, feature caching and compilation.
 
     Args:
         parser: Parser of the subcommand.
+        repeats: Whether the subcommand has `--from`, whose recipe "none" overrides.
     """
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="MODEL", help="folder or Hub id of a decoder (default: the embedded model)")
@@ -105,7 +106,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:WEIGHT]",
         help=(
             "apply an adapter (LoRA) of the prior, the UNet or both: a file, a folder or a Hub id, and its weight "
-            "(default: 1); can be repeated; with --from, none leaves out those of the recipe"
+            f"(default: 1); can be repeated; {_none_help('those', repeats=repeats)}"
         ),
     )
     group.add_argument(
@@ -114,7 +115,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_FOLDER",
         help=(
             "decode with a network that kandinsky22 train tiny-decoder wrote, faster and less exactly: its file, its "
-            "folder, or a checkpoint that has it; with --from, none leaves out that of the recipe"
+            f"folder, or a checkpoint that has it; {_none_help('that', repeats=repeats)}"
         ),
     )
     group.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -161,11 +162,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def _none_help(pronoun: str, *, repeats: bool) -> str:
+    """Return what the value "none" of an option does."""
+    origin = "with --from, none leaves out {} of the recipe" if repeats else "none leaves out {} of the settings file"
+    return origin.format(pronoun)
+
+
+def add_sampling_options(
+    parser: argparse.ArgumentParser, *, seed_help: str | None = None, seed_default: str | None = None
+) -> None:
     """Add the sampling options of both stages for a single setting.
 
     Args:
         parser: Parser of the subcommand.
+        seed_help: Help of `--seed` for a subcommand that takes one seed; None for one that takes several.
+        seed_default: Its default for the help; None for a random one.
     """
     group = parser.add_argument_group("sampling", "Options that are not set use the model's own defaults.")
     group.add_argument(
@@ -181,9 +192,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance", type=values.guidance_scale, metavar="X", help="decoder guidance scale; up to 1, guidance is off"
     )
+    several = (
+        "seed of the noise; several seeds give one image each, and with -n each following image uses the next integer"
+    )
     _add_common_sampling_options(
         group,
-        "seed of the noise; several seeds give one image each, and with -n each following image uses the next integer",
+        several if seed_help is None else seed_help,
+        several=seed_help is None,
+        seed_default=seed_default,
     )
 
 
@@ -216,9 +232,13 @@ def add_grid_options(parser: argparse.ArgumentParser, schedulers: str, steps: st
     _add_common_sampling_options(parser.add_argument_group("sampling", description), "seed of the noise", several=False)
 
 
-def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str, *, several: bool = True) -> None:
+def _add_common_sampling_options(
+    group: argparse._ArgumentGroup, seed_help: str, *, several: bool = True, seed_default: str | None = None
+) -> None:
     """Add the sampling options that have one value both for a single setting and for a grid."""
-    group.add_argument("--negative-prompt", metavar="TEXT", help="description of what the image must not show")
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help=f"description of what the image must not show{TEXT_SOURCES}"
+    )
     group.add_argument(
         "--prompt-weights",
         action=argparse.BooleanOptionalAction,
@@ -256,19 +276,23 @@ def _add_common_sampling_options(group: argparse._ArgumentGroup, seed_help: str,
     )
     _add_interval(group, "--prior-guidance-interval", "guide the prior only in this part of its denoising process")
     group.add_argument("--size", type=values.image_size, metavar="WxH", help="image size in pixels")
-    add_seed(group, seed_help, several=several)
+    add_seed(group, seed_help, several=several, default=seed_default)
 
 
-def add_seed(group: argparse._ArgumentGroup, help: str, *, several: bool = True) -> None:
+def add_seed(group: argparse._ArgumentGroup, help: str, *, several: bool = True, default: str | None = None) -> None:
     """Add `--seed`, stored as a tuple.
 
     Args:
         group: Option group of the subcommand.
         help: Help text; the default is appended.
         several: Whether the help shows that several seeds are accepted.
+        default: The default for the help; None for a random seed.
     """
     group.add_argument(
-        "--seed", type=values.seeds, metavar="N [N ...]" if several else "N", help=f"{help} (default: random)"
+        "--seed",
+        type=values.seeds,
+        metavar="N [N ...]" if several else "N",
+        help=f"{help} (default: {'random' if default is None else default})",
     )
 
 

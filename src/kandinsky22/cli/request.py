@@ -26,7 +26,7 @@ from kandinsky22.generation.adapters import (
 from kandinsky22.generation.engine_names import TORCH
 from kandinsky22.generation.image_files import PNG, find_format
 from kandinsky22.generation.input_images import SUBJECT, check_text
-from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_SIDE
+from kandinsky22.generation.limits import DEFAULT_SUBJECT_WEIGHT, MAX_SIDE, MAX_TORCH_SEED
 from kandinsky22.generation.recipe import InputFile, MixtureItem, Recipe
 from kandinsky22.generation.request import Request, preset_settings
 from kandinsky22.generation.tiny_decoders import NO_TINY_DECODER, find_recorded_tiny_decoder, find_tiny_decoder
@@ -229,6 +229,9 @@ def _seeds(args: argparse.Namespace, recipe: Recipe | None) -> tuple[int, ...]:
     else:
         first = recipe.seeds[0] if recipe is not None else secrets.randbelow(2**32)
     count = args.count or (len(recipe.seeds) if recipe is not None else 1)
+    if first + count - 1 > MAX_TORCH_SEED:
+        expected = f"at most {MAX_TORCH_SEED - count + 1} for {count} images, whose seeds are consecutive"
+        raise invalid("seed", first, expected, "pass another --seed")
     return tuple(range(first, first + count))
 
 

@@ -35,8 +35,8 @@ class Sheet:
     """Content of a labelled grid of images.
 
     Attributes:
-        title: Text at the top; line breaks are preserved.
-        subtitle: Text below the title in small type.
+        title: Text at the top; line breaks are preserved; "" for none.
+        subtitle: Text below the title in small type; "" for none.
         columns: Labels of the columns.
         rows: Labels of the rows.
         images: Images of one size, row by row.
@@ -124,7 +124,7 @@ def _text_height(font: Any, lines: Sequence[str]) -> int:
 def _wrap(text: str, font: Any, width: int) -> list[str]:
     """Break a text into lines of at most `width` pixels, estimated from the font's average character width."""
     characters = max(8, int(width / max(1.0, font.getlength("abcdefghij ") / 11)))
-    return [line for paragraph in text.splitlines() or [""] for line in textwrap.wrap(paragraph, characters) or [""]]
+    return [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, characters) or [""]]
 
 
 def _draw_lines(draw: Any, position: tuple[int, int], lines: Sequence[str], font: Any, colour: str) -> None:

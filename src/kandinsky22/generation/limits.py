@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kandinsky22.errors import invalid
 
 # torch accepts seeds below 2**64. The limit for the first seed leaves room for the consecutive seeds of a series.
@@ -53,6 +55,20 @@ def check_size(name: str, size: tuple[int, int], advice: str | None = None) -> t
     if not is_allowed_size(*size):
         raise invalid(name, f"{size[0]}x{size[1]}", SIZE_LIMITS, advice)
     return size
+
+
+def check_interval(name: str, interval: Sequence[float]) -> None:
+    """Raise an error unless an interval has two ends, the smaller one first.
+
+    Args:
+        name: Name of the setting.
+        interval: Its numbers, each from 0 to 1.
+
+    Raises:
+        InputError: If it has not.
+    """
+    if len(interval) != 2 or not interval[0] < interval[1]:
+        raise invalid(name, interval, "two numbers, the smaller one first")
 
 
 def check_aspect_ratio(name: str, size: tuple[int, int], advice: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from kandinsky22 import __version__
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.generation.image_files import GALLERY_KEYWORD, RECIPE_KEYWORD, embedded_recipe
-from kandinsky22.generation.limits import check_size
+from kandinsky22.generation.limits import check_interval, check_size
 from kandinsky22.generation.recipe_json import parse_fields, parse_object
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -201,6 +201,11 @@ class Recipe:
             check_size("size", (recipe.width, recipe.height))
             if len(set(recipe.seeds)) < len(recipe.seeds):  # their images would have the same name
                 raise invalid("seeds", recipe.seeds, "different seeds")
+            if recipe.subject is not None and not 0 <= recipe.subject.weight <= 1:
+                raise invalid("subject.weight", recipe.subject.weight, "a number from 0 to 1")
+            for name in ("guidance_interval", "prior_guidance_interval"):
+                if (interval := getattr(recipe, name)) is not None:
+                    check_interval(name, interval)
             return recipe
         except ValueError as error:
             raise InputError(f"the recipe in {origin} cannot be read: {error}") from error

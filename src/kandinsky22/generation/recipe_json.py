@@ -31,8 +31,12 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "guidance_interval": (0, 1),
     "prior_guidance_interval": (0, 1),
     "guidance_rescale": (0, 1),
-    "guidance_threshold": (0, 1),
+    "guidance_threshold": (1e-9, 1),
+    "guidance": (0, 1e38),
+    "prior_guidance": (0, 1e38),
 }
+# Descriptions of ranges that their numbers do not describe well.
+EXPECTED: Mapping[str, str] = {"guidance_threshold": "a number above 0 and at most 1"}
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _check_range(value: float, name: str) -> None:
         raise invalid(name, value, "a finite number")
     low, high = RANGES.get(name, (-MAX_TORCH_SEED, MAX_TORCH_SEED) if isinstance(value, int) else (-1e38, 1e38))
     if not low <= value <= high:
-        raise invalid(name, value, f"a number from {low} to {high}")
+        raise invalid(name, value, EXPECTED.get(name, f"a number from {low} to {high}"))
 
 
 def _type_name(hint: Any) -> str:
