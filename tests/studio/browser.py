@@ -48,9 +48,10 @@ def launch(playwright: Playwright) -> Browser:
 class StudioServer:
     """A server in a process of its own, which can be killed and started again with the same state and port."""
 
-    def __init__(self, state: Path, token: str | None = None) -> None:
+    def __init__(self, state: Path, token: str | None = None, options: tuple[str, ...] = ()) -> None:
         self.state = state
         self.token = token
+        self.options = options
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -63,7 +64,7 @@ class StudioServer:
         package = Path(kandinsky22.__file__).parents[1]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "KANDINSKY22_CACHE": "", "PYTHONPATH": str(package)}
         command = [sys.executable, "-m", "kandinsky22", "serve", "--port", str(self.port), "--state", str(self.state)]
-        command += [] if self.token is None else ["--token", self.token]
+        command += [*([] if self.token is None else ["--token", self.token]), *self.options]
         path = "/readyz" if self.token is None else "/healthz"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -156,9 +157,9 @@ class Watched:
 
 
 @contextlib.contextmanager
-def running_server(state: Path, token: str | None = None) -> Iterator[StudioServer]:
+def running_server(state: Path, token: str | None = None, options: tuple[str, ...] = ()) -> Iterator[StudioServer]:
     """Run a server until the block ends."""
-    server = StudioServer(state, token)
+    server = StudioServer(state, token, options)
     try:
         server.start()
         yield server

@@ -59,25 +59,49 @@ export function alike(image) {
 /** Open the screen that made a picture, with all its settings. */
 export async function recall(image) {
   try {
-    const { request, missing } = await requestOf(image);
-    recallRequest(request, missing);
+    await recallRequest(await requestOf(image));
   } catch (error) {
     complain(error);
   }
 }
 
-/** Open the screen of a request with its settings. */
-export function recallRequest(request, missing = []) {
-  go(SCREEN_OF_MODE[request.mode] ?? "draw", { request });
-  toast(missing.length ? strings.viewer.missing(missing.join(", ")) : texts.recalled);
+/**
+ * Open the screen of a request with its settings, and say which of them it could not take.
+ *
+ * @param {{request: object, missing?: string[], recipe?: object}} origin `missing` are names of input pictures that the
+ *   server does not have; the recipe is that of a file.
+ */
+export async function recallRequest({ request, missing = [], recipe }) {
+  try {
+    const lost = await go(SCREEN_OF_MODE[request.mode] ?? "draw", { request });
+    const names = [...new Set([...missing.map(inputName), ...(recipe ? unknownOf(recipe, request) : []), ...lost])];
+    if (names.length) toast(texts.recalledExcept(names.join("; ")), { kind: "error", seconds: 12 });
+    else toast(texts.recalled);
+  } catch (error) {
+    complain(error);
+  }
 }
 
-/** Return the request that makes a picture again. */
+/** Return the settings of a recipe that the request of this server cannot repeat, in words. */
+function unknownOf(recipe, request) {
+  const isDistilled = store.info.presets.some((preset) => preset.name === request.quality && preset.steps === null);
+  return [
+    !request.model && strings.settings.noModel(recipe.model),
+    !request.quality && !request.scheduler && texts.sampler(recipe.scheduler),
+    !request.quality && !request.prior_scheduler && recipe.prior_scheduler && texts.sampler(recipe.prior_scheduler),
+    recipe.lora && !isDistilled && texts.adapters, recipe.subject && texts.subject, recipe.cache_every && texts.cache,
+  ].filter(Boolean);
+}
+
+/** Return what an input picture is called, such as `mask` or `parts.1`. */
+export const inputName = (name) => texts.inputs[name] ?? texts.part(Number(name.split(".")[1]) + 1);
+
+/** Return the request that makes a picture again, with what is known about it. */
 async function requestOf(image) {
   if (image.job) {
     try {
       const job = store.jobs.get(image.job) ?? (await api.job(image.job));
-      return { request: { ...job.request, seed: image.seed, count: 1 }, missing: [] };
+      return { request: { ...job.request, seed: image.seed, count: 1 } };
     } catch {
       // The queue may be newer than the picture: its file holds the recipe.
     }
@@ -101,7 +125,7 @@ export function sendItems(image) {
 
 /** Return a picture with its size from the reference in a request, or null if the server no longer has it. */
 export async function resolvePicture(reference) {
-  if (!reference) return null;
+  if (!reference?.upload && !reference?.image) return null;
   const picture = reference.upload ? { upload: reference.upload } : { image: reference.image };
   try {
     const { naturalWidth, naturalHeight } = await loadPicture(pictureUrl(picture));

@@ -27,7 +27,8 @@ class App extends HTMLElement {
     this.queue = h("k-queue", { hidden: true });
     this.queue.addEventListener("toggled", (event) => {
       this.queueButton.setAttribute("aria-expanded", String(event.detail));
-      if (!event.detail) this.queueButton.focus({ preventScroll: true });
+      const { activeElement } = document;
+      if (!event.detail && (activeElement === document.body || this.queue.contains(activeElement))) this.queueButton.focus({ preventScroll: true });
     });
     this.overall = h("div", { class: "overall", "aria-hidden": "true" }, h("span"));
     this.notice = h("div", { class: "notice", role: "status", hidden: true });
@@ -43,11 +44,11 @@ class App extends HTMLElement {
       h("div", { id: "announcements", class: "visually-hidden", "aria-live": "polite" }));
     this.#paintTheme();
     addEventListener("hashchange", () => this.#show(location.hash.slice(1)));
-    addEventListener("studio:go", (event) => this.#go(event.detail));
+    addEventListener("studio:go", ({ detail }) => { detail.received = this.#go(detail); });
     document.addEventListener("keydown", (event) => this.#key(event));
     acceptDrops(document.body, (files) => this.#readRecipe(files[0]), () => {});
     store.on("jobs", () => this.#progress());
-    store.on("info", () => this.#notice());
+    store.on("worker", () => this.#notice());
     store.on("connection", (connected) => this.#connection(connected));
     store.on("locked", () => showLogin());
     store.start();
@@ -88,7 +89,7 @@ class App extends HTMLElement {
     const shown = this.#show(name);
     if (location.hash !== `#${name}`) history.pushState(null, "", `#${name}`);
     const screen = await shown;
-    if (payload) screen.receive?.(payload);
+    return payload && screen.receive?.(payload);
   }
 
   async #toggleQueue() {
@@ -109,6 +110,7 @@ class App extends HTMLElement {
 
   #connection(connected) {
     if (connected && this.notice.dataset.kind === "offline") toast(texts.back);
+    if (connected) document.querySelector("dialog.login")?.close(); // another page may have opened the studio
     this.#notice();
   }
 
@@ -139,14 +141,18 @@ class App extends HTMLElement {
   }
 
   async #key(event) {
-    if (event.defaultPrevented || document.querySelector("dialog[open]")) return;
+    // What is innermost has the key: a word that an input method composes, a window, a menu, a search. They close after this event.
+    if (event.defaultPrevented || event.isComposing || event.keyCode === 229 || document.querySelector("dialog[open], :popover-open")) return;
+    const isEscape = event.key === "Escape";
+    if (isEscape && event.target.type === "search" && event.target.value) return;
+    if (isEscape && !this.queue.hidden) return this.queue.toggle(false);
     const screen = await this.#screens.get(this.#current);
     if ((event.ctrlKey || event.metaKey) && event.key === "Enter") {
       event.preventDefault();
       screen?.run?.();
       return;
     }
-    if (event.key === "Escape") return screen?.cancel?.();
+    if (isEscape) return screen?.cancel?.();
     if (isTyping(event)) return;
     if (screen?.key?.(event)) return event.preventDefault();
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -163,7 +169,7 @@ class App extends HTMLElement {
     if (!file) return complain(new Error(strings.errors.notPicture));
     try {
       const answer = await api.recipe(file);
-      openRecipe(answer, file, () => recallRequest(answer.request, answer.missing));
+      openRecipe(answer, file, () => recallRequest(answer));
     } catch (error) {
       complain(error);
     }

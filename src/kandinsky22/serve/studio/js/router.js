@@ -6,11 +6,14 @@ export const SCREENS = ["mix", "draw", "canvas", "guide", "gallery", "compare"];
 export const SCREEN_OF_MODE = { generate: "draw", img2img: "draw", variations: "draw", inpaint: "canvas", control: "guide", mix: "mix" };
 
 /**
- * Show a screen and hand it something: `{picture}` to work with, `{request}` to recall, or nothing.
+ * Show a screen and hand it something: `{picture}` to work with, `{request}` to recall, or nothing. Returns what the screen
+ * answers, a promise.
  *
  * @param {string} screen
  * @param {object} [payload]
  */
 export function go(screen, payload) {
-  dispatchEvent(new CustomEvent("studio:go", { detail: { screen, payload } }));
+  const detail = { screen, payload, received: null };
+  dispatchEvent(new CustomEvent("studio:go", { detail }));
+  return detail.received;
 }

@@ -8,8 +8,9 @@ const ENDED = new Set(["done", "failed", "cancelled"]);
 export const isEnded = (job) => ENDED.has(job.state);
 
 /**
- * The server's state. Events: `info`, `jobs` (any job changed), `job` (detail: the job), `gallery` (detail: added,
- * removed, changed; or `all`, `missed`: what changed is unknown), `connection` (detail: whether the server answers), `locked` (a token is needed).
+ * The server's state. Events: `info` (models, presets, samplers or limits changed), `worker` (its state changed), `jobs` (any
+ * job changed), `job` (detail: the job), `gallery` (detail: added, removed, changed; or `all`, `missed`: what changed is
+ * unknown), `connection` (detail: whether the server answers), `locked` (a token is needed).
  */
 class Store extends EventTarget {
   info = null;
@@ -21,6 +22,8 @@ class Store extends EventTarget {
   #sequence = 0; // number of events so far
   #lastEvent = new Map(); // job to the number of its last event
   #loading = new Set();
+  #starting = false;
+  #retryTimer = 0; // of the next start; 0 if none is planned
   #restTimer = 0;
   #rested = false; // whether the connection was given back
 
@@ -31,9 +34,10 @@ class Store extends EventTarget {
 
   /** Read the state and listen. A server that does not answer is asked again until it does. */
   async start() {
+    if (this.#starting) return;
+    this.#starting = true;
     try {
-      this.info = await api.info();
-      this.#emit("info");
+      this.#learn(await api.info());
       await this.refresh();
       this.#listen();
     } catch (error) {
@@ -43,7 +47,18 @@ class Store extends EventTarget {
       }
       this.#setConnected(false);
       this.#later();
+    } finally {
+      this.#starting = false;
     }
+  }
+
+  /** Store what the server says about itself. Forms are built from it: only a change of what they show is an `info`. */
+  #learn(info) {
+    const facts = ({ worker, device, ...others }) => JSON.stringify(others);
+    const isNew = !this.info || facts(this.info) !== facts(info);
+    this.info = info;
+    if (isNew) this.#emit("info");
+    this.#emit("worker");
   }
 
   /** Read all recent jobs again. Events that were missed while the server was away are in them. */
@@ -124,7 +139,7 @@ class Store extends EventTarget {
       if (this.#rested) this.#emit("gallery", { missed: true });
       this.#rested = false;
       if (wasAway) {
-        api.info().then((info) => { this.info = info; this.#emit("info"); }).catch(() => {});
+        api.info().then((info) => this.#learn(info)).catch(() => {});
         this.#emit("gallery", { added: [], removed: [], changed: [], all: true });
       }
     });
@@ -134,13 +149,14 @@ class Store extends EventTarget {
       if (source.readyState === EventSource.CLOSED) this.#later();
     });
     for (const name of EVENT_NAMES) source.addEventListener(name, (event) => this.#receive(name, parseJson(event.data)));
+    this.#rest(); // a page may have gone to the background before the connection began
   }
 
   #receive(name, data) {
     if (name === "gallery") return this.#emit("gallery", data);
     if (name === "worker") {
       if (this.info) this.info.worker = { ...this.info.worker, ...data };
-      return this.#emit("info");
+      return this.#emit("worker");
     }
     if (name === "state" || name === "end") return this.#stored(data);
     const job = this.jobs.get(data.job);
@@ -181,13 +197,14 @@ class Store extends EventTarget {
   #rest() {
     clearTimeout(this.#restTimer);
     if (document.hidden) this.#restTimer = setTimeout(() => { this.#source?.close(); this.#rested = true; }, 60_000);
-    else if (this.#source?.readyState === EventSource.CLOSED && this.connected) this.#listen();
+    else if (this.#source?.readyState === EventSource.CLOSED && !this.#retryTimer) this.start();
   }
 
   #later() {
     this.#source?.close();
     this.#retry = Math.min(this.#retry + 1, 5);
-    setTimeout(() => this.start(), 400 * this.#retry);
+    clearTimeout(this.#retryTimer);
+    this.#retryTimer = setTimeout(() => { this.#retryTimer = 0; this.start(); }, 400 * this.#retry);
   }
 
   #setConnected(connected) {

@@ -7,6 +7,9 @@ import { isEnded, store } from "../store.js";
 import { strings } from "../strings.js";
 import { complain } from "./feedback.js";
 import { openViewer } from "./dialog.js";
+import { loadStyle } from "../styles.js";
+
+await loadStyle("board");
 
 /**
  * Return a cell that shows a job: its preview, its progress, then its picture.

@@ -69,5 +69,9 @@ export function dragCards(table, { onorder, onstack }) {
   };
   addEventListener("pointerup", (event) => end(event, true));
   addEventListener("pointercancel", (event) => end(event, false));
-  addEventListener("keydown", (event) => { if (event.key === "Escape" && drag) end({ pointerId: drag.id }, false); }, { capture: true });
+  addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !drag) return;
+    event.preventDefault(); // the key is used up: it cancels no job
+    end({ pointerId: drag.id }, false);
+  }, { capture: true });
 }

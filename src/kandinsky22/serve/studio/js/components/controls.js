@@ -55,11 +55,15 @@ export function slider({ label, min, max, step, value, oninput, hint, hideLabel 
     oninput(bounded);
   });
   number.addEventListener("change", () => { number.value = range.value; });
-  const element = h("div", { class: "slider", title: hint },
-    h("label", { for: inputId, class: hideLabel ? "visually-hidden" : "" }, label), range, number);
+  const name = h("label", { for: inputId, class: hideLabel ? "visually-hidden" : "" }, label);
+  const element = h("div", { class: "slider", title: hint }, name, range, number);
+  element.rename = (text) => {
+    name.textContent = text;
+    number.setAttribute("aria-label", text);
+  };
   element.set = (next) => {
     range.value = String(next);
-    number.value = range.value;
+    number.value = String(next); // may lie between the steps of the slider
     paint();
   };
   element.disable = (disabled) => {

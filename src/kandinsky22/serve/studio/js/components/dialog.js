@@ -17,11 +17,24 @@ export function openDialog(dialog) {
   return dialog;
 }
 
+let isLoading = false;
+
+/** Call a function of `viewer.js`, unless a call before is waiting for the module: a double click opens one window. */
+async function callViewer(name, values) {
+  if (isLoading) return;
+  isLoading = true;
+  try {
+    (await import("./viewer.js"))[name](...values);
+  } finally {
+    isLoading = false;
+  }
+}
+
 /** Show a picture large; see `viewer.js`. */
-export const openViewer = async (...values) => (await import("./viewer.js")).openViewer(...values);
+export const openViewer = (...values) => callViewer("openViewer", values);
 
 /** Show two pictures under a divider; see `viewer.js`. */
-export const openComparison = async (...values) => (await import("./viewer.js")).openComparison(...values);
+export const openComparison = (...values) => callViewer("openComparison", values);
 
 /** Show the recipe of a dropped picture; see `viewer.js`. */
-export const openRecipe = async (...values) => (await import("./viewer.js")).openRecipe(...values);
+export const openRecipe = (...values) => callViewer("openRecipe", values);

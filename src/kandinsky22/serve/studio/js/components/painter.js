@@ -22,6 +22,7 @@ export class Painter extends EventTarget {
   #pointers = new Map();
   #pinch = null;
   #pan = null;
+  #dragged = null; // the handle that a pointer drags
   #space = false;
   #frame = 0;
   #fitted = true;
@@ -47,17 +48,18 @@ export class Painter extends EventTarget {
     this.canvas.addEventListener("wheel", (event) => this.#wheel(event), { passive: false });
     new ResizeObserver(() => (this.#fitted ? this.fit() : this.paint())).observe(this.element);
     addEventListener("keyup", (event) => { if (event.key === " ") this.#setSpace(false); }, { signal });
+    addEventListener("keydown", (event) => { if (event.key === "Escape" && this.#abandon()) event.preventDefault(); }, { signal, capture: true });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint(), { signal });
   }
 
-  /** Start with an empty layer of this size over a background (a picture or a canvas) or over black. */
-  open(width, height, background = null) {
+  /** Start with an empty layer of this size over a background (a picture or a canvas) or over black, and with these margins. */
+  open(width, height, background = null, margins = [0, 0, 0, 0]) {
     Object.assign(this, { width, height, background });
     this.layer.width = width;
     this.layer.height = height;
     this.#undo = [];
     this.#redo = [];
-    this.margins = [0, 0, 0, 0];
+    this.margins = [...margins];
     this.fit();
   }
 
@@ -120,8 +122,13 @@ export class Painter extends EventTarget {
     this.paint();
   }
 
+  /** Extend the frame on one side, by a multiple of 8 pixels. */
   setMargin(index, pixels) {
-    this.margins[index] = Math.max(0, Math.round(pixels / 8) * 8);
+    this.#putMargin(index, Math.max(0, Math.round(pixels / 8) * 8));
+  }
+
+  #putMargin(index, pixels) {
+    this.margins[index] = pixels;
     if (this.#fitted) this.fit();
     this.paint();
     this.dispatchEvent(new Event("frame"));
@@ -243,6 +250,8 @@ export class Painter extends EventTarget {
       handle.setPointerCapture(event.pointerId);
       start = { at: horizontal ? event.clientX : event.clientY, margin: this.margins[index], scale: this.#view.scale };
       this.#fitted = false;
+      const { margin } = start;
+      this.#dragged = { restore: () => { this.#putMargin(index, margin); end(); } };
     });
     handle.addEventListener("pointermove", (event) => {
       if (!start) return;
@@ -251,6 +260,7 @@ export class Painter extends EventTarget {
     const end = () => {
       if (start) this.fit();
       start = null;
+      this.#dragged = null;
     };
     handle.addEventListener("pointerup", end);
     handle.addEventListener("pointercancel", end);
@@ -348,6 +358,16 @@ export class Painter extends EventTarget {
     context.restore();
     this.#stroke.last = point;
     this.paint();
+  }
+
+  /** End what a pointer does here; a stroke and the drag of a handle leave no trace. Returns whether there was anything. */
+  #abandon() {
+    const isBusy = Boolean(this.#stroke || this.#pan || this.#pinch || this.#dragged);
+    this.#abandonStroke();
+    this.#pan = null;
+    this.#pinch = null;
+    this.#dragged?.restore();
+    return isBusy;
   }
 
   #abandonStroke() {

@@ -1,11 +1,14 @@
 // The queue: what runs, what waits and what has ended, at the side of every screen.
 
-import { fill, h, iconButton } from "../dom.js";
+import { arrange, h, iconButton } from "../dom.js";
 import { fraction, jobTitle, progressText, timeLeft } from "../jobs.js";
 import { isEnded, store } from "../store.js";
 import { strings } from "../strings.js";
 import { complain } from "./feedback.js";
 import { openViewer } from "./dialog.js";
+import { loadStyle } from "../styles.js";
+
+await loadStyle("queue");
 
 const texts = strings.queue;
 
@@ -37,12 +40,17 @@ export class Queue extends HTMLElement {
     document.documentElement.classList.toggle("queue-open", open);
     if (open) {
       this.render();
-      this.querySelector("button")?.focus({ preventScroll: true });
+      this.#focus();
     }
     this.dispatchEvent(new CustomEvent("toggled", { detail: open }));
   }
 
+  #focus() {
+    this.querySelector("button:not([hidden])").focus({ preventScroll: true });
+  }
+
   render() {
+    const hadFocus = this.contains(document.activeElement);
     const active = store.active();
     const ended = store.ended().slice(0, 20);
     this.all.hidden = active.length < 2;
@@ -50,6 +58,7 @@ export class Queue extends HTMLElement {
     this.recentTitle.hidden = ended.length === 0;
     sync(this.current, active);
     sync(this.recent, ended);
+    if (hadFocus && !this.contains(document.activeElement)) this.#focus();
   }
 }
 
@@ -58,12 +67,19 @@ function sync(list, jobs) {
   const known = new Map([...list.children].map((row) => [row.dataset.job, row]));
   const rows = jobs.map((job) => {
     const old = known.get(job.id);
-    const row = old?.dataset.state === job.state && old.images === job.images.length ? old : makeRow(job);
+    const row = old?.kind === kindOf(job) ? old : makeRow(job);
     row.update(job);
     return row;
   });
-  if (rows.length !== list.children.length || rows.some((row, index) => list.children[index] !== row)) fill(list, rows);
+  const focused = list.querySelector(":focus");
+  const job = focused?.closest("li").dataset.job;
+  arrange(list, rows);
+  // The row of a job is another one when it has one more picture.
+  if (job && !list.contains(focused)) rows.find((row) => row.dataset.job === job)?.querySelector(".icon-button")?.focus({ preventScroll: true });
 }
+
+/** Return what the elements of a row depend on. */
+const kindOf = (job) => `${isEnded(job) ? job.state : ""} ${job.images.length}`;
 
 function makeRow(job) {
   const picture = h("img", { alt: "", loading: "lazy" });
@@ -76,10 +92,11 @@ function makeRow(job) {
   const action = !isEnded(job)
     ? iconButton("close", texts.cancel, () => store.cancel(job.id).catch(complain), { class: "small" })
     : job.state === "done" ? null : iconButton("retry", texts.retry, () => store.retry(job.id).catch(complain), { class: "small" });
-  const row = h("li", { dataset: { job: job.id, state: job.state } }, thumb,
+  const row = h("li", { dataset: { job: job.id } }, thumb,
     h("div", { class: "queue-words" }, h("span", { class: "queue-title" }, jobTitle(job)), status), action, bar);
-  row.images = job.images.length;
+  row.kind = kindOf(job);
   row.update = (now) => {
+    row.dataset.state = now.state;
     const source = now.images.at(-1)?.thumbnail ?? store.previews.get(now.id)?.url;
     picture.hidden = !source;
     if (source && picture.getAttribute("src") !== source) picture.src = source;

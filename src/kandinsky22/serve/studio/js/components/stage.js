@@ -2,7 +2,7 @@
 
 import { imagePicture } from "../api.js";
 import { alike, download, remove, sendItems, star } from "../actions.js";
-import { fill, h, icon, iconButton, PICTURE_TYPE } from "../dom.js";
+import { arrange, h, icon, iconButton, PICTURE_TYPE } from "../dom.js";
 import { fraction, progressText, timeLeft } from "../jobs.js";
 import { isEnded, loadDraft, saveDraft, store } from "../store.js";
 import { strings } from "../strings.js";
@@ -112,7 +112,8 @@ export class Stage extends HTMLElement {
   }
 
   #build() {
-    this.picture = h("img", { class: "stage-picture", alt: "", hidden: true, draggable: true, ondragstart: (event) => this.#drag(event) });
+    // The button over the picture lets the pointer through, which drags the picture or opens it.
+    this.picture = h("img", { class: "stage-picture", alt: "", hidden: true, draggable: true, ondragstart: (event) => this.#drag(event), onclick: () => this.open.hidden || this.#openViewer() });
     this.open = h("button", { type: "button", class: "stage-open", "aria-label": strings.stage.open, hidden: true, onclick: () => this.#openViewer() });
     this.empty = h("div", { class: "stage-empty" }, composition(), h("p", {}, strings.stage.empty));
     this.bar = h("div", { class: "bar", role: "progressbar", "aria-label": strings.stage.preview, "aria-valuemin": "0", "aria-valuemax": "100" }, h("span"));
@@ -180,16 +181,17 @@ export class Stage extends HTMLElement {
       return !job ? [] : [...(isEnded(job) ? [] : [{ job }]), ...[...job.images].reverse().map((image) => ({ job, image }))];
     });
     const shown = this.image;
-    const key = entries.map(({ job, image }) => image?.id ?? `${job.id}…`).join() + (this.busy && !this.#image ? this.#current : shown?.id);
-    if (key === this.filmKey) return;
-    this.filmKey = key;
+    const known = new Map([...this.film.children].map((item) => [item.dataset.key, item]));
     this.film.hidden = entries.length < 2;
-    fill(this.film, entries.map(({ job, image }) => {
+    arrange(this.film, entries.map(({ job, image }) => {
       const isCurrent = image ? image.id === shown?.id && !(this.busy && !this.#image) : job.id === this.#current && !this.#image;
-      return h("button", {
-        type: "button", class: "film-item", "aria-label": image ? image.title : strings.stage.preview, "aria-pressed": String(isCurrent),
+      const key = image?.id ?? job.id;
+      const item = known.get(key) ?? h("button", {
+        type: "button", class: "film-item", "aria-label": image ? image.title : strings.stage.preview, dataset: { key },
         onclick: () => { this.#current = job.id; this.#image = image ?? null; this.#save(); this.#render(); },
       }, image ? h("img", { src: image.thumbnail, alt: "", loading: "lazy" }) : h("span", { class: "spinner" }));
+      item.setAttribute("aria-pressed", String(isCurrent));
+      return item;
     }));
   }
 

@@ -1,7 +1,7 @@
 // A picture at full size with its recipe, and two pictures under a divider.
 
 import { api } from "../api.js";
-import { alike, download, recall, remove, restore, sendItems, star } from "../actions.js";
+import { alike, download, inputName, recall, remove, restore, sendItems, star } from "../actions.js";
 import { clamp, fill, h, icon, iconButton, isTyping } from "../dom.js";
 import { jobTitle } from "../jobs.js";
 import { strings } from "../strings.js";
@@ -164,7 +164,7 @@ export function openRecipe(answer, blob, onrecall) {
     h("div", { class: "viewer-stage" }, h("img", { class: "viewer-picture", src: url, alt: texts.fromFile })),
     h("div", { class: "viewer-details" },
       h("h2", { class: "viewer-words" }, jobTitle({ request, mode: request.mode })),
-      missing.length > 0 && h("p", { class: "warning" }, texts.missing(missing.join(", "))),
+      missing.length > 0 && h("p", { class: "warning" }, texts.missing(missing.map(inputName).join(", "))),
       h("div", { class: "viewer-controls" }, h("button", { type: "button", class: "button", onclick: () => { dialog.close(); onrecall(); } }, icon("sliders"), strings.actions.recall)),
       h("section", {}, h("h3", {}, texts.recipe), h("dl", { class: "recipe" },
         [[texts.seed, String(request.seed)], ...entries].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))))),

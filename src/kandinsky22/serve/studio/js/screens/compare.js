@@ -6,9 +6,9 @@ import { textField } from "../components/controls.js";
 import { complain } from "../components/feedback.js";
 import { DEFAULT_SETTINGS, settingsForm, settingsRequest } from "../components/settings.js";
 import { openViewer } from "../components/dialog.js";
-import { clamp, fill, h, icon, iconButton } from "../dom.js";
+import { recallRequest } from "../actions.js";
+import { arrange, clamp, fill, h, icon, iconButton } from "../dom.js";
 import { compact } from "../jobs.js";
-import { go } from "../router.js";
 import { isEnded, loadDraft, saveDraft, store } from "../store.js";
 import { strings } from "../strings.js";
 import { loadStyle } from "../styles.js";
@@ -16,6 +16,8 @@ import { loadStyle } from "../styles.js";
 await loadStyle("compare");
 
 const texts = strings.compare;
+
+const maxSteps = () => store.info?.limits.max_steps ?? 1000;
 
 class Compare extends HTMLElement {
   #abort = new AbortController();
@@ -27,6 +29,7 @@ class Compare extends HTMLElement {
     this.draft = loadDraft("compare", { prompt: "", schedulers: ["dpm", "unipc", "euler", "ddim"], steps: [4, 8, 16], settings: { ...DEFAULT_SETTINGS, quality: undefined }, table: null });
     this.prompt = textField({ label: texts.prompt, value: this.draft.prompt, placeholder: strings.draw.placeholder, class: "prompt", rows: 2, oninput: (text) => { this.draft.prompt = text; this.#save(); } });
     this.chips = h("div", { class: "chips", role: "group", "aria-label": texts.samplers });
+    this.stepInput = h("input", { type: "number", class: "number", min: 1, "aria-label": texts.addSteps, placeholder: "+", onchange: () => this.#addSteps() });
     this.stepChips = h("div", { class: "chips", role: "group", "aria-label": texts.steps });
     this.runLabel = h("span");
     this.count = h("span", { class: "muted" });
@@ -51,28 +54,42 @@ class Compare extends HTMLElement {
     saveDraft("compare", this.draft);
   }
 
+  /** Show the samplers and the numbers of steps. Chips that are there stay: they keep the focus. */
   #renderChips() {
     const { schedulers, steps } = this.draft;
-    const flip = (name) => {
-      this.draft.schedulers = schedulers.includes(name) ? schedulers.filter((one) => one !== name) : [...schedulers, name];
-      this.#save();
-      this.#renderChips();
-      this.chips.querySelector(`[data-name="${name}"]`)?.focus();
-    };
-    fill(this.chips, (store.info?.schedulers ?? []).map((name) => h("button", { type: "button", class: "chip", "aria-pressed": String(schedulers.includes(name)), dataset: { name }, onclick: () => flip(name) }, name)));
-    const input = h("input", { type: "number", class: "number", min: 1, max: store.info?.limits.max_steps ?? 1000, "aria-label": texts.addSteps, placeholder: "+", onchange: () => {
-      const value = clamp(Math.round(input.valueAsNumber), 1, store.info?.limits.max_steps ?? 1000);
-      if (!Number.isFinite(value)) return;
-      this.draft.steps = [...new Set([...steps, value])].sort((one, other) => one - other);
-      this.#save();
-      this.#renderChips();
-    } });
-    fill(this.stepChips, steps.map((count) => h("button", { type: "button", class: "chip", "aria-pressed": "true", title: texts.remove(count), "aria-label": texts.remove(count), onclick: () => {
-      this.draft.steps = steps.filter((one) => one !== count);
-      this.#save();
-      this.#renderChips();
-    } }, String(count), icon("close"))), input);
+    const reuse = (chips, name, make) => chips.querySelector(`[data-name="${name}"]`) ?? make();
+    arrange(this.chips, (store.info?.schedulers ?? []).map((name) => {
+      const chip = reuse(this.chips, name, () => h("button", { type: "button", class: "chip", dataset: { name }, onclick: () => this.#flip(name) }, name));
+      chip.setAttribute("aria-pressed", String(schedulers.includes(name)));
+      return chip;
+    }));
+    this.stepInput.max = String(maxSteps());
+    const stepChips = steps.map((count) => reuse(this.stepChips, count, () => h("button", { type: "button", class: "chip", "aria-pressed": "true", title: texts.remove(count), "aria-label": texts.remove(count), dataset: { name: count }, onclick: () => this.#removeSteps(count) }, String(count), icon("close"))));
+    arrange(this.stepChips, [...stepChips, this.stepInput]);
     this.#reflect();
+  }
+
+  #flip(name) {
+    const { schedulers } = this.draft;
+    this.draft.schedulers = schedulers.includes(name) ? schedulers.filter((one) => one !== name) : [...schedulers, name];
+    this.#save();
+    this.#renderChips();
+  }
+
+  #addSteps() {
+    const value = clamp(Math.round(this.stepInput.valueAsNumber), 1, maxSteps());
+    if (!Number.isFinite(value)) return;
+    this.stepInput.value = "";
+    this.draft.steps = [...new Set([...this.draft.steps, value])].sort((one, other) => one - other);
+    this.#save();
+    this.#renderChips();
+  }
+
+  #removeSteps(count) {
+    this.draft.steps = this.draft.steps.filter((one) => one !== count);
+    this.#save();
+    this.stepChips.querySelector(`[data-name="${count}"]`).nextElementSibling.focus();
+    this.#renderChips();
   }
 
   #reflect() {
@@ -124,7 +141,7 @@ class Compare extends HTMLElement {
         const index = y * columns.length + x;
         return h("td", {}, h("div", { class: "cell-holder" }, cells[index], iconButton("draw", `${texts.use}: ${row}, ${texts.stepsHead(count)}`, () => {
           const job = store.jobs.get(jobs[index]);
-          if (job) go("draw", { request: job.request });
+          if (job) recallRequest({ request: job.request });
         }, { class: "on-picture cell-add" })));
       }))))));
     this.#reflect();

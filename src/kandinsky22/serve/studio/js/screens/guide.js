@@ -2,7 +2,7 @@
 
 import { canvasBlob, fill, h, icon, iconButton, loadPicture } from "../dom.js";
 import { api, pictureReference, pictureUrl, uploadPicture } from "../api.js";
-import { resolvePicture } from "../actions.js";
+import { inputName, resolvePicture } from "../actions.js";
 import { choices, onPaste, pictureSlot, slider, textField, toggle } from "../components/controls.js";
 import { complain } from "../components/feedback.js";
 import { Painter } from "../components/painter.js";
@@ -16,6 +16,7 @@ import { loadStyle } from "../styles.js";
 await loadStyle("canvas");
 
 const texts = strings.guide;
+const DEFAULT_STRENGTH = 0.3; // the server's, for requests without one
 
 class Guide extends HTMLElement {
   #abort = new AbortController();
@@ -32,7 +33,7 @@ class Guide extends HTMLElement {
     this.stage.setAttribute("name", "guide");
     this.prompt = textField({ label: texts.prompt, value: this.draft.prompt, placeholder: texts.placeholder, class: "prompt", rows: 2, oninput: (text) => { this.draft.prompt = text; this.#save(); } });
     this.kind = choices({ label: texts.kind, options: Object.entries(texts.kinds), value: this.draft.kind, onchange: (kind) => { this.draft.kind = kind; this.#changed(); } });
-    this.source = pictureSlot({ label: texts.choose, hint: texts.chooseHint, removeLabel: strings.draw.remove, class: "guide-slot", onpicture: (picture) => this.#take(picture) });
+    this.source = pictureSlot({ label: texts.choose, hint: texts.chooseHint, removeLabel: strings.draw.remove, class: "guide-slot", onpicture: (picture) => { this.settings.forget("width", "height"); this.#take(picture); } });
     const edge = (name, max, step) => slider({ label: texts[name], min: 0, max, step, value: this.draft[name], oninput: (value) => { this.draft[name] = value; this.#save(); this.#drawEdges(); } });
     this.thresholds = h("div", { class: "options" }, edge("low", 255, 1), edge("high", 255, 1), edge("blur", 5, 0.1));
     this.surface = h("div", { class: "guide-surface" });
@@ -63,7 +64,7 @@ class Guide extends HTMLElement {
     });
     onPaste(this, signal, { files: (files) => this.source.take(files) });
     store.on("info", () => this.#reflect(), signal);
-    this.#restore();
+    this.restored = this.#restore().catch(() => {});
   }
 
   show() {
@@ -72,7 +73,7 @@ class Guide extends HTMLElement {
 
   async #restore() {
     const { painted } = loadDraft("guide.layer", { painted: null });
-    await this.#take(this.draft.picture);
+    await this.#take(this.draft.picture, this.draft.start);
     this.source.show(this.draft.picture);
     if (!painted) return;
     const stored = await loadPicture(painted);
@@ -94,8 +95,9 @@ class Guide extends HTMLElement {
     this.painter.color = `rgb(${tone} ${tone} ${tone})`;
   }
 
-  async #take(picture) {
-    Object.assign(this.draft, { picture, start: null });
+  /** Take the picture of the guide, and the one under it if it is another one. */
+  async #take(picture, start = null) {
+    Object.assign(this.draft, { picture, start });
     this.#depth = null;
     this.#image = picture ? await loadPicture(pictureUrl(picture)).catch(() => null) : null;
     if (!this.#image) this.draft.picture = null;
@@ -104,7 +106,7 @@ class Guide extends HTMLElement {
 
   /** Return the size at which a guide is drawn: the picture's shape with the area of the model's default size. */
   #size() {
-    const model = modelOf("control");
+    const model = modelOf("control", this.draft.settings);
     const side = Math.sqrt((model?.default_width ?? 512) * (model?.default_height ?? 512));
     const ratio = this.#image ? this.#image.naturalWidth / this.#image.naturalHeight : 1;
     return { width: Math.round(side * Math.sqrt(ratio)), height: Math.round(side / Math.sqrt(ratio)) };
@@ -130,8 +132,10 @@ class Guide extends HTMLElement {
     this.surface.style.setProperty("--ratio", String(width / height));
     if (painting) {
       this.#openPainter();
-      if (!this.surface.contains(this.painter.element)) fill(this.surface, this.painter.element);
-      this.painter.fit();
+      if (!this.surface.contains(this.painter.element)) {
+        fill(this.surface, this.painter.element);
+        this.painter.fit();
+      }
     } else if (kind === "edges") this.#drawEdges();
     else if (kind === "depth") this.#measureDepth();
   }
@@ -227,25 +231,32 @@ class Guide extends HTMLElement {
     return this.draft.kind === "paint" && this.painter.key(event);
   }
 
-  /** Take a picture whose edges guide, or the settings of an earlier one: its guide is then used as it is. */
+  /**
+   * Take a picture whose edges guide, or the settings of an earlier one: its guide is then used as it is. Returns which of them
+   * could not be taken.
+   */
   async receive({ picture, request }) {
+    await this.restored;
     if (picture) {
+      this.settings.forget("width", "height");
       if (this.draft.kind === "image" || this.draft.kind === "paint") this.draft.kind = "edges";
       this.kind.set(this.draft.kind);
       await this.#take(picture);
-      return this.source.show(this.draft.picture);
+      this.source.show(this.draft.picture);
+      return [];
     }
     const [hint, start] = await Promise.all([resolvePicture(request.hint), resolvePicture(request.image)]);
-    Object.assign(this.draft, { prompt: request.prompt ?? "", kind: "image", over: Boolean(start), strength: request.strength ?? this.draft.strength });
+    const lost = [["hint", hint], ["image", start]].filter(([name, picture]) => request[name] && !picture).map(([name]) => inputName(name));
+    Object.assign(this.draft, { prompt: request.prompt ?? "", kind: "image", over: Boolean(start) });
+    if (start) this.draft.strength = request.strength ?? DEFAULT_STRENGTH;
     this.prompt.set(this.draft.prompt);
     this.kind.set("image");
     this.over.set(this.draft.over);
     this.strength.set(this.draft.strength);
-    this.settings.recall(request);
-    await this.#take(hint);
-    this.draft.start = start;
-    this.#changed();
+    lost.push(...this.settings.recall(request, ["prompt", "hint", "image", "strength"]));
+    await this.#take(hint, start);
     this.source.show(this.draft.picture);
+    return lost;
   }
 }
 

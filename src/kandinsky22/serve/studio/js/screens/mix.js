@@ -1,13 +1,12 @@
 // The mixing table: cards of words and pictures, their weights, and the ways between them.
 
 import { pictureThumbnail, pictureUrl, randomGroup, uploadPicture } from "../api.js";
-import { board } from "../components/board.js";
 import { choices, chooseFiles, forgetMissing, onPaste, slider, textField, toggle } from "../components/controls.js";
 import { announce, complain, toast } from "../components/feedback.js";
 import { DEFAULT_SETTINGS, settingsForm, settingsRequest } from "../components/settings.js";
-import { resolvePicture } from "../actions.js";
+import { inputName, resolvePicture } from "../actions.js";
 import { dragCards } from "../components/card-drag.js";
-import { acceptDrops, fill, h, icon, iconButton } from "../dom.js";
+import { acceptDrops, arrange, fill, h, icon, iconButton } from "../dom.js";
 import { compact } from "../jobs.js";
 import { isEnded, loadDraft, saveDraft, store } from "../store.js";
 import { strings } from "../strings.js";
@@ -91,8 +90,10 @@ class Mix extends HTMLElement {
     const index = this.draft.cards.indexOf(card);
     this.draft.cards.splice(index, 1);
     this.chosen = this.chosen.filter((id) => id !== card.id);
+    const hadFocus = this.table.querySelector(`[data-card="${card.id}"]`)?.contains(document.activeElement);
     this.#renderCards();
     this.#changed();
+    if (hadFocus) (this.table.querySelectorAll(".card-remove")[index] ?? this.table.querySelector(".add-button")).focus({ preventScroll: true });
     toast(texts.removed, { action: strings.app.undo, onaction: () => { this.draft.cards.splice(index, 0, card); this.#renderCards(); this.#changed(); } });
   }
 
@@ -137,13 +138,20 @@ class Mix extends HTMLElement {
     return card.text?.trim() || card.title || texts.pictureCard;
   }
 
+  /** Show the cards. Those that are there stay: what is typed, dragged or focused goes on. */
   #renderCards() {
-    const cards = this.draft.cards.map((card, index) => this.#card(card, index));
-    const add = h("div", { class: "card add-card", role: "listitem" },
+    const known = new Map([...this.table.children].map((element) => [element.dataset.card, element]));
+    const cards = this.draft.cards.map((card, index) => {
+      const element = known.get(String(card.id)) ?? this.#card(card);
+      element.update(index);
+      return element;
+    });
+    this.welcome ??= this.#welcome();
+    this.addCard ??= h("div", { class: "card add-card", role: "listitem" },
       h("button", { type: "button", class: "add-button", onclick: () => this.#add({ text: "" }, true) }, icon("text"), texts.words),
       h("button", { type: "button", class: "add-button", onclick: () => chooseFiles((files) => this.#addFiles(files), true) }, icon("image"), texts.picture),
       h("p", { class: "muted" }, texts.addHint));
-    fill(this.table, !cards.length && this.#welcome(), cards, add);
+    arrange(this.table, [...(cards.length ? cards : [this.welcome]), this.addCard]);
     this.#reflect();
   }
 
@@ -152,22 +160,37 @@ class Mix extends HTMLElement {
       h("button", { type: "button", class: "button quiet", onclick: () => texts.examples.forEach((text) => this.#add({ text })) }, texts.example));
   }
 
-  #card(card, index) {
+  #card(card) {
     const name = this.#name(card);
     const content = card.picture
       ? h("img", { src: card.picture.image ? pictureThumbnail(card.picture) : pictureUrl(card.picture), alt: name, draggable: false, class: "card-picture", onerror: () => forgetMissing(() => this.#removeCard(card)) })
-      : h("textarea", { class: "card-words", value: card.text, placeholder: texts.wordsPlaceholder, "aria-label": `${texts.words}: ${texts.card(index + 1)}`, oninput: (event) => { card.text = event.target.value; this.#changed(); } });
-    const choose = h("button", { type: "button", class: "card-choose", title: texts.select, "aria-label": `${texts.select}: ${texts.card(index + 1)}`, "aria-pressed": "false", onclick: () => this.#choose(card) }, icon("check"), h("span", { class: "card-order" }));
-    const grip = h("button", { type: "button", class: "grip", title: texts.move(name), "aria-label": texts.move(texts.card(index + 1)), onkeydown: (event) => {
+      : h("textarea", { class: "card-words", value: card.text, placeholder: texts.wordsPlaceholder, oninput: (event) => { card.text = event.target.value; this.#changed(); } });
+    const choose = h("button", { type: "button", class: "card-choose", title: texts.select, "aria-pressed": "false", onclick: () => this.#choose(card) }, icon("check"), h("span", { class: "card-order" }));
+    const grip = h("button", { type: "button", class: "grip", title: texts.move(name), onkeydown: (event) => {
       const offset = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
       if (!offset) return;
       event.preventDefault();
+      const index = this.draft.cards.indexOf(card);
       this.#move(index, index + offset);
     } }, icon("grip"));
-    return h("article", { class: `card ${card.picture ? "picture-card" : "words-card"}`, role: "listitem", dataset: { card: card.id } },
+    const remove = iconButton("close", texts.remove, () => this.#removeCard(card), { class: "card-remove" });
+    let shownWeight = card.weight;
+    const weight = slider({ label: "", hideLabel: true, min: -1, max: 2, step: 0.05, value: card.weight, oninput: (value) => { card.weight = shownWeight = value; this.#changed(); } });
+    const element = h("article", { class: `card ${card.picture ? "picture-card" : "words-card"}`, role: "listitem", dataset: { card: card.id }, onanimationend: () => element.classList.remove("fresh") },
       h("div", { class: "card-face" }, content),
-      h("div", { class: "card-head" }, choose, grip, iconButton("close", `${texts.remove}: ${texts.card(index + 1)}`, () => this.#removeCard(card), { class: "card-remove" })),
-      h("div", { class: "card-foot" }, slider({ label: texts.weightOf(texts.card(index + 1)), hideLabel: true, min: -1, max: 2, step: 0.05, value: card.weight, oninput: (value) => { card.weight = value; this.#changed(); } }), h("span", { class: "share" })));
+      h("div", { class: "card-head" }, choose, grip, remove),
+      h("div", { class: "card-foot" }, weight, h("span", { class: "share" })));
+    element.update = (index) => {
+      const number = texts.card(index + 1);
+      if (!card.picture) content.setAttribute("aria-label", `${texts.words}: ${number}`);
+      choose.setAttribute("aria-label", `${texts.select}: ${number}`);
+      grip.setAttribute("aria-label", texts.move(number));
+      remove.setAttribute("aria-label", `${texts.remove}: ${number}`);
+      remove.title = `${texts.remove}: ${number}`;
+      weight.rename(texts.weightOf(number));
+      if (card.weight !== shownWeight) weight.set(shownWeight = card.weight);
+    };
+    return element;
   }
 
   /** Show shares, choices and what can be done with them. */
@@ -232,18 +255,21 @@ class Mix extends HTMLElement {
       const rest = await Promise.all(weights.slice(1).map((row) => store.submit(this.#request(cards, row, { group, count: 1, seed: first.request.seed }))));
       this.draft.board = { title, columns, jobs: [first, ...rest].map((job) => job.id) };
       this.#save();
-      this.#showBoard();
+      await this.#showBoard();
       this.boardHolder.scrollIntoView({ block: "nearest", behavior: "smooth" });
     } catch (error) {
       complain(error);
     }
   }
 
-  #showBoard() {
+  async #showBoard() {
     this.#boardAbort?.abort();
-    this.#boardAbort = new AbortController();
+    const { signal } = (this.#boardAbort = new AbortController());
     const { board: shown } = this.draft;
-    fill(this.boardHolder, shown && board({ ...shown, signal: this.#boardAbort.signal, onclear: () => { this.draft.board = null; this.#save(); this.#showBoard(); } }));
+    fill(this.boardHolder);
+    if (!shown) return;
+    const { board } = await import("../components/board.js"); // the first page does not need it
+    if (!signal.aborted) fill(this.boardHolder, board({ ...shown, signal, onclear: () => { this.draft.board = null; this.#save(); this.#showBoard(); } }));
   }
 
   cancel() {
@@ -260,26 +286,26 @@ class Mix extends HTMLElement {
     return Boolean(action);
   }
 
-  /** Take a picture as a card, or the cards of an earlier mixture. */
+  /** Take a picture as a card, or the cards of an earlier mixture. Returns which of its settings could not be taken. */
   async receive({ picture, title, request }) {
     if (picture) {
       this.#add({ picture, title });
       toast(strings.actions.alikeDone);
     }
-    if (!request) return;
-    const cards = await Promise.all(request.parts.map(async (part) => ({
-      weight: part.weight, text: part.text ?? null,
-      picture: part.text === undefined || part.text === null ? await resolvePicture(part.upload ? { upload: part.upload } : part.image?.upload || part.image?.image ? part.image : { image: part.image }) : null,
-    })));
-    this.draft.cards = cards.filter((card) => card.picture || card.text !== null).map((card) => ({ ...card, id: this.draft.next++ }));
+    if (!request) return [];
+    const cards = await Promise.all(request.parts.map(async (part) => ({ weight: part.weight, text: part.text ?? null, picture: await resolvePicture(part) })));
+    const isLost = (card) => !card.picture && card.text === null;
+    const lost = cards.flatMap((card, index) => (isLost(card) ? [inputName(`parts.${index}`)] : []));
+    this.draft.cards = cards.filter((card) => !isLost(card)).map((card) => ({ ...card, id: this.draft.next++ }));
     // Recalled weights are those that were mixed: nothing may scale them again.
     Object.assign(this.draft, { normalise: false, negative: request.negative_prompt ?? "" });
     this.chosen = [];
     this.normalise.set(false);
     this.negative.set(this.draft.negative);
-    this.settings.recall(request);
+    lost.push(...this.settings.recall(request, ["parts", "negative_prompt", "width", "height"]));
     this.#renderCards();
     this.#changed();
+    return lost;
   }
 }
 
