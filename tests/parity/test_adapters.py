@@ -25,6 +25,7 @@ from torch import Tensor
 from kandinsky22 import KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer, UNet2DConditionModel
 from kandinsky22.adapters.files import write_adapter
 from kandinsky22.adapters.formats import PRIOR, UNET, match_updates
+from kandinsky22.errors import CheckpointError
 
 peft = pytest.importorskip("peft")
 TARGETS = {UNET: list(PROJECTIONS), PRIOR: ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in"]}
@@ -117,6 +118,32 @@ def test_what_peft_saves_gives_the_same_here(role: str, tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     pipeline(role, ours).load_lora_weights(tmp_path)
     assert_equal_outputs(role, ours, wrapped)
+
+
+@pytest.mark.parametrize("initialisation", ["pissa", "olora"])
+def test_adapters_that_change_the_base_weights_are_read_once_they_are_converted(
+    initialisation: str, tmp_path: Path
+) -> None:
+    """As the message about such adapters advises."""
+    theirs, ours = networks(PRIOR)
+    plain = output(PRIOR, theirs)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=initialisation)
+    wrapped = peft.get_peft_model(theirs, config)
+    wrapped.peft_config["default"].init_lora_weights = True  # as PEFT's guide says
+    wrapped.save_pretrained(tmp_path / "initial")
+    wrapped.peft_config["default"].init_lora_weights = initialisation
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(2)
+    wrapped.save_pretrained(tmp_path / "trained")
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{initialisation}'"):
+        ours.load_lora_adapter(tmp_path / "trained")
+    expected = output(PRIOR, wrapped)
+    assert float((expected - plain).abs().max() / plain.abs().max()) > 0.01
+    initial = str(tmp_path / "initial")
+    wrapped.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=initial)
+    ours.load_lora_adapter(tmp_path / "converted")
+    assert float((output(PRIOR, ours) - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("role", [UNET, PRIOR])

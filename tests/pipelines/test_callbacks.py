@@ -121,3 +121,26 @@ def test_callbacks_cannot_add_missing_tensors(decoder: Any) -> None:
             num_inference_steps=2,
             callback_on_step_end=lambda *_: {"negative_image_embeds": torch.ones(1, DIM)},
         )
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_guidance_cannot_return_after_negative_rows_were_dropped(name: str, make_pipeline: Callable[..., Any]) -> None:
+    pipe = make_pipeline(name)
+    kept = [each for each in names_of(pipe) if each not in ("latents", "negative_image_embeds")]
+    call = {**two_step_call(name), "num_inference_steps": 4}
+
+    def run_with(scales: list[float], dropped: list[str]) -> Any:
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+            pipe._guidance_scale = scales[min(step, len(scales) - 1)]
+            return {key: tensors[key][-1:] for key in dropped} if step == 0 else {}
+
+        options = {"callback_on_step_end": on_step_end, "callback_on_step_end_tensor_inputs": kept}
+        return next(iter(vars(pipe(**call, generator=seeded(1), **options)).values()))
+
+    for dropped in ([each] for each in kept):
+        expected = f"^guidance_scale was set above 1 by a callback.*a callback has replaced {dropped[0]} by"
+        with pytest.raises(InputError, match=expected):
+            run_with([0.0, 4.0], dropped)
+    with pytest.raises(InputError, match=f"a callback has replaced {', '.join(kept)} by"):
+        run_with([0.0, 0.0, 4.0], kept)
+    assert torch.isfinite(torch.as_tensor(run_with([0.0, 4.0], []))).all()

@@ -154,6 +154,98 @@ def test_a_folder_that_cannot_be_written_stores_nothing(
     assert difference(generate(combined), expected) < EXACT
 
 
+def damage(graph: Path, how: str) -> None:
+    """Damage a stored graph, as a full disk or a power failure does."""
+    weights, description = graph / "model.bin", graph / "model.xml"
+    if how == "no weights":
+        weights.unlink()
+    elif how == "no values":
+        weights.write_bytes(bytes(weights.stat().st_size))
+    else:
+        path = weights if how == "half of the weights" else description
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def unet_engine(pipe: Any, folder: Path) -> UNetEngine:
+    return UNetEngine(pipe.unet, openvino.EngineSettings("CPU", "float32", "float32", folder), lambda: [])
+
+
+def prediction(engine: UNetEngine, unet: Any) -> torch.Tensor:
+    embeds = torch.ones(1, unet.config.encoder_hid_dim)
+    with torch.no_grad():
+        result: torch.Tensor = engine.bind(unet, embeds)(torch.ones(1, 4, 8, 8), 500)
+    return result
+
+
+@pytest.mark.parametrize("how", ["half of the weights", "half of the description", "no weights", "no values"])
+def test_damaged_graphs_are_exported_again(combined: KandinskyV22CombinedPipeline, tmp_path: Path, how: str) -> None:
+    expected = prediction(unet_engine(combined, tmp_path), combined.unet)
+    (graph,) = (tmp_path / "unet").iterdir()
+    sizes = {file.name: file.stat().st_size for file in graph.iterdir()}
+    damage(graph, how)
+    assert torch.equal(prediction(unet_engine(combined, tmp_path), combined.unet), expected)
+    assert {file.name: file.stat().st_size for file in graph.iterdir()} == sizes, "the stored graph is whole again"
+
+
+def test_damaged_graphs_that_cannot_be_replaced_are_not_used(
+    combined: KandinskyV22CombinedPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prediction(unet_engine(combined, tmp_path), combined.unet)
+    (graph,) = (tmp_path / "unet").iterdir()
+    damage(graph, "half of the weights")
+    monkeypatch.setattr("shutil.rmtree", lambda *_args, **_options: None)
+    assert torch.equal(prediction(unet_engine(combined, tmp_path), combined.unet), expected)
+
+
+def test_a_graph_that_the_device_does_not_compile(
+    combined: KandinskyV22CombinedPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("unsupported operation")
+
+    exports: list[str] = []
+    original = openvino.exported_model
+    monkeypatch.setattr(openvino, "exported_model", lambda part: exports.append(part.name) or original(part))
+    monkeypatch.setattr(openvino, "_compile_options", fail)
+    for count in (1, 2):  # exported; then found, and exported again in case that it is damaged
+        with pytest.raises(InputError, match=r"device='CPU' is invalid: .*unsupported operation"):
+            unet_engine(combined, tmp_path)
+        assert len(exports) == count
+
+
+def test_a_graph_that_is_damaged_later_blames_no_device(
+    combined: KandinskyV22CombinedPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices with fixed shapes read the stored graph when a size is new."""
+    monkeypatch.setattr(openvino, "STATIC_DEVICES", ("CPU",))
+    engine = unet_engine(combined, tmp_path)
+    (graph,) = (tmp_path / "unet").iterdir()
+    damage(graph, "half of the description")
+    with pytest.raises(KandinskyError, match=r"cannot read its graph in .*model\.xml: call to_openvino\(\) again"):
+        prediction(engine, combined.unet)
+
+
+def test_graphs_are_on_the_disk_before_they_get_their_name(
+    combined: KandinskyV22CombinedPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def record(descriptor: int) -> None:
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def move(source: Any, target: Any) -> None:
+        events.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "replace", move)
+    unet_engine(combined, tmp_path)
+    commit = events.index("renamed")
+    assert {"model.xml", "model.bin"} <= set(events[:commit]) and "unet" in events[commit:]
+
+
 # Changes afterwards
 
 

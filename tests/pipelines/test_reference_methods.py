@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,103 +294,6 @@ def test_stages_can_be_replaced(combined: Any) -> None:
     for name in ("prior_pipe", "decoder_pipe"):
         with pytest.raises(InputError, match=rf"^{name}="):
             setattr(combined, name, combined)
-
-
-# Uploads
-
-
-class Hub(ThreadingHTTPServer):
-    """Accepts repositories and commits, and keeps what was sent."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubAnswer)
-        self.created: list[dict[str, Any]] = []
-        self.commits: list[tuple[str, list[dict[str, Any]]]] = []
-        self.tokens: set[str | None] = set()
-        self.refuse = False
-
-
-class HubAnswer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        self.answer(200, {"siblings": [], "id": "someone/picture", "sha": "0" * 40})
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.tokens.add(self.headers.get("Authorization"))
-        host = f"http://{self.headers['Host']}"
-        if self.server.refuse:
-            self.answer(403, {"error": "not allowed"})
-        elif self.path.startswith("/api/repos/create"):
-            self.server.created.append(json.loads(body))
-            self.answer(200, {"url": f"{host}/someone/picture"})
-        elif "/preupload/" in self.path:
-            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
-            self.answer(200, {"files": files})
-        elif "/commit/" in self.path:
-            self.server.commits.append((self.path, [json.loads(line) for line in body.splitlines()]))
-            commit = f"{host}/someone/picture/commit/{'0' * 40}"
-            self.answer(200, {"commitUrl": commit, "commitOid": "0" * 40, "success": True})
-        else:
-            self.answer(200, {})
-
-    def answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Be quiet."""
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub on this machine, which the client talks to."""
-    import huggingface_hub.constants
-    import huggingface_hub.hf_api
-
-    server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_push_to_hub(decoder: KandinskyV22Pipeline, hub: Hub) -> None:
-    address = decoder.push_to_hub("someone/picture", private=True, token="secret", commit_message="First")
-    assert address.endswith("/someone/picture/commit/" + "0" * 40)
-    assert hub.created[0]["name"] == "picture"
-    assert "private" in json.dumps(hub.created[0])
-    assert hub.tokens == {"Bearer secret"}
-    (path, lines), *rest = hub.commits
-    assert not rest
-    assert "/commit/main" in path
-    assert lines[0]["value"]["summary"] == "First"
-    names = {line["value"]["path"] for line in lines[1:]}
-    assert {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"} <= names
-
-
-def test_failed_uploads_are_one_line(decoder: KandinskyV22Pipeline, hub: Hub) -> None:
-    hub.refuse = True
-    with pytest.raises(CheckpointError, match=r"^cannot upload to someone/picture on the Hub: ") as caught:
-        decoder.push_to_hub("someone/picture", token="secret")
-    assert "\n" not in str(caught.value)
-    assert "secret" not in str(caught.value)
-    hub.refuse = False
-    for repo_id in ("a/b/c", "", 5):
-        with pytest.raises(InputError, match=r"^repo_id="):
-            decoder.push_to_hub(repo_id, token="secret")  # type: ignore[arg-type]
-    assert not hub.commits
-    with pytest.raises(InputError, match=r"^variant="):
-        decoder.push_to_hub("someone/picture", variant="a/b", token="secret")
 
 
 def test_older_names() -> None:

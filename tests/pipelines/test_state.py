@@ -17,7 +17,6 @@ from torch import nn
 from kandinsky22 import (
     DDIMScheduler,
     InputError,
-    KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
@@ -66,35 +65,6 @@ def test_reading_the_record_of_a_network_attaches_nothing() -> None:
     layer = nn.Linear(2, 2)
     assert state_of(layer).offload is offload_of(layer) is None
     assert b"kandinsky22" not in pickle.dumps(layer)
-
-
-def test_stages_follow_the_combined_pipeline(combined: KandinskyV22CombinedPipeline) -> None:
-    combined.scheduler = DDIMScheduler.from_config(combined.scheduler.config)
-    combined.decoder_pipe.scheduler = combined.prior_scheduler
-    assert combined.decoder_pipe.scheduler is combined.scheduler
-    combined.enable_feature_caching(every=3)
-    assert combined.decoder_pipe._feature_caching == combined._feature_caching
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prior_num_inference_steps": 0}, r"^prior_num_inference_steps=0 is invalid"),
-        ({"prior_guidance_scale": "4"}, r"^prior_guidance_scale='4' is invalid"),
-        ({"prior_callback_on_step_end": 3}, r"^prior_callback_on_step_end=3 is invalid"),
-        ({"prior_callback_on_step_end": lambda *_: 5}, r"^prior_callback_on_step_end\(...\)=5 is invalid"),
-        ({"num_images_per_prompt": 0}, r"^num_images_per_prompt=0 is invalid"),
-        ({"generator": 3}, r"^generator=3 is invalid"),
-        ({"prompt": 5}, r"^prompt=5 is invalid"),
-    ],
-    ids=lambda value: None if isinstance(value, str) else next(iter(value)),  # no addresses: workers compare them
-)
-def test_errors_name_the_argument_of_the_combined_call(
-    combined: KandinskyV22CombinedPipeline, options: dict[str, Any], message: str
-) -> None:
-    call: dict[str, Any] = {"prompt": "a red cat", "num_inference_steps": 2, "prior_num_inference_steps": 2}
-    with pytest.raises(InputError, match=message):
-        combined(**{**call, **options})
 
 
 def test_callbacks_see_the_scheduler_of_the_call(decoder: KandinskyV22Pipeline) -> None:

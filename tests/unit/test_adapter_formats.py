@@ -200,6 +200,17 @@ def test_many_problems_are_counted_and_a_few_are_named(unet: UNet2DConditionMode
         ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
         ({"alpha_pattern": {"(a+)+": 1}}, "expected a name"),
         ({"alpha_pattern": 5}, "alpha_pattern is 5"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"alpha_pattern": {"to_q": float("nan")}}, "lora_alpha is nan"),
+        ({"r": 4.5}, "r is 4.5: expected an integer"),
+        ({"r": float("inf")}, "r is inf"),
+        ({"rank_pattern": {"to_q": float("nan")}}, "r is nan"),
+        ({"use_rslora": "no"}, "use_rslora is 'no': expected true or false"),
+        ({"lora_alpha": 9e8, "use_rslora": True}, "whose alpha is no finite number below 1e9"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(
@@ -208,6 +219,44 @@ def test_settings_that_cannot_be_right_are_refused(
     tensors = peft_layout(random_pairs(unet, ["mid_block.attentions.0.to_q"]))
     with pytest.raises(CheckpointError, match=message):
         match_updates(tensors, {UNET: unet}, origin="file", settings=settings)
+
+
+CHANGED_BASE = ("pissa", "pissa_niter_16", "PiSSA", "corda", "olora", "OLoRA", "lora_ga", "loftq")
+
+
+@pytest.mark.parametrize("initialisation", CHANGED_BASE)
+@pytest.mark.parametrize("prefix", ["", "unet."])
+def test_adapters_that_change_the_base_weights_too_are_refused(
+    unet: UNet2DConditionModel, initialisation: str, prefix: str
+) -> None:
+    tensors = peft_layout(random_pairs(unet, ["mid_block.attentions.0.to_q"]))
+    advice = "PEFT does not convert it" if initialisation == "loftq" else "path_initial_model_for_weight_conversion"
+    with pytest.raises(CheckpointError, match=f"file has .* init_lora_weights='{initialisation}', .*{advice}"):
+        settings = {f"{prefix}init_lora_weights": initialisation, f"{prefix}r": 4}
+        match_updates(tensors, {UNET: unet}, origin="file", settings=settings)
+
+
+@pytest.mark.parametrize("initialisation", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_of_other_initialisations_are_read(unet: UNet2DConditionModel, initialisation: Any) -> None:
+    pairs = random_pairs(unet, ["mid_block.attentions.0.to_q"])
+    settings = {"init_lora_weights": initialisation}
+    adapters = match_updates(peft_layout(pairs), {UNET: unet}, origin="file", settings=settings)
+    assert_updates_give(unet, adapters[UNET], {path: pair.difference() for path, pair in pairs.items()})
+
+
+@pytest.mark.parametrize("alpha", [float("inf"), float("-inf"), float("nan"), 1e30])
+def test_values_of_alpha_that_no_adapter_has(unet: UNet2DConditionModel, alpha: float) -> None:
+    tensors = flat_layout(random_pairs(unet, ["mid_block.attentions.0.to_q"]), alpha=alpha)
+    with pytest.raises(CheckpointError, match=r"1 whose alpha is no finite number below 1e9: .*to_q\.alpha"):
+        match_updates(tensors, {UNET: unet}, origin="file")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool])
+def test_types_of_alpha_that_are_no_number(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    pairs = random_pairs(unet, ["mid_block.attentions.0.to_q"])
+    tensors = {key: value.to(dtype) if key.endswith("alpha") else value for key, value in flat_layout(pairs, 1).items()}
+    with pytest.raises(CheckpointError, match="1 of the wrong type"):
+        match_updates(tensors, {UNET: unet}, origin="file")
 
 
 # Files

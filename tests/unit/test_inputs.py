@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from kandinsky22 import InputError, load_image, make_image_grid
-from kandinsky22.inputs.images import to_output_type
+from kandinsky22.inputs.images import hints_to_tensor, images_to_tensor, pictures_at_their_size, to_output_type
+from kandinsky22.inputs.masks import masks_to_tensor
 from kandinsky22.inputs.validation import image_embeddings
 
 
@@ -75,6 +76,16 @@ def test_load_image_reports_unreadable_sources(picture: Path, address: str, tmp_
         match=r"image=<ndarray float64 \(4, 4, 3\)> is invalid: expected a path, an http\(s\) URL or a PIL image",
     ):
         load_image(np.zeros((4, 4, 3)))  # type: ignore[arg-type]
+
+
+def test_messages_name_all_kinds_of_images() -> None:
+    kinds = r"expected a path, an http\(s\) URL, a PIL image, an array or a tensor, alone or in a list$"
+    for read in (images_to_tensor, masks_to_tensor, hints_to_tensor):
+        for value, label in ((None, "picture"), ([None], r"picture\[0\]"), (5, "picture"), ([b"x"], r"picture\[0\]")):
+            with pytest.raises(InputError, match=f"^{label}=.* is invalid: {kinds}"):
+                read("picture", value, (8, 8))
+    with pytest.raises(InputError, match=f"^picture=None is invalid: {kinds}"):
+        pictures_at_their_size("picture", None)
 
 
 def test_make_image_grid() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.unit.tiny_models import TINY_MOVQ, TINY_PRIOR, TINY_UNET, assert_same_weights
 
 from kandinsky22 import CheckpointError, ConfigError, InputError, PriorTransformer, UNet2DConditionModel, VQModel
@@ -82,6 +83,33 @@ def test_dtypes(model: VQModel, tmp_path: Path) -> None:
     for wrong in (torch.int8, "float32", 16):
         with pytest.raises(InputError, match="torch_dtype"):
             VQModel.from_pretrained(tmp_path, torch_dtype=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_newly_initialised_tensors_have_the_stored_type(stored: torch.dtype, tmp_path: Path) -> None:
+    UNet2DConditionModel(**TINY_UNET).to(stored).save_pretrained(tmp_path)
+    options: dict[str, Any] = {"in_channels": 9, "ignore_mismatched_sizes": True}
+    for dtype, expected in (("auto", stored), (None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        network: Any = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype, **options)
+        assert {parameter.dtype for parameter in network.parameters()} == {expected}
+        condition = {"image_embeds": torch.zeros(1, network.config.encoder_hid_dim, dtype=expected)}
+        with torch.no_grad():
+            sample = network(torch.zeros(1, 9, 8, 8, dtype=expected), 5, added_cond_kwargs=condition).sample
+        assert sample.dtype == expected
+
+
+def test_tensors_of_another_shape_and_of_a_type_without_floats_are_refused(tmp_path: Path) -> None:
+    network = UNet2DConditionModel(**TINY_UNET)
+    network.save_pretrained(tmp_path)
+    tensors = {
+        name: tensor.int() if name == "conv_in.weight" else tensor for name, tensor in network.state_dict().items()
+    }
+    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
+    for dtype in ("auto", None):
+        with pytest.raises(CheckpointError, match=r"1 of the wrong type: conv_in\.weight int32"):
+            UNet2DConditionModel.from_pretrained(
+                tmp_path, torch_dtype=dtype, in_channels=9, ignore_mismatched_sizes=True
+            )
 
 
 def test_memory_formats_and_devices_do_not_show_in_files(model: VQModel, tmp_path: Path) -> None:

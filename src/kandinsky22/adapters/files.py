@@ -20,6 +20,7 @@ from kandinsky22.adapters.updates import Adapter, LowRankUpdate
 from kandinsky22.checkpoints.atomic_files import atomic_write, checked_save_path, open_regular_file, read_json
 from kandinsky22.checkpoints.hub import DISTILLED, EMBEDDED, HUB_ID, CheckpointSource, model_folder
 from kandinsky22.checkpoints.weights import (
+    DIGEST,
     check_stored_once,
     indexed_files,
     read_metadata,
@@ -175,6 +176,20 @@ def find_adapter_files(
     return [folder / selected[0]]
 
 
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Return the files to read for the adapter in a folder: its weights and their settings.
+
+    Args:
+        names: Names of all files in the folder.
+
+    Returns:
+        The names; an empty list if there is no adapter.
+    """
+    names = list(names)
+    selected = _select(names, None, None)
+    return [*selected, *({PEFT_CONFIG} & set(names))] if selected else []
+
+
 def _select(names: Iterable[str], weight_name: str | None, use_safetensors: bool | None) -> list[str]:
     """Return the files of the adapter among all files of a folder: one, or an index and its shards."""
     if weight_name is not None:
@@ -321,18 +336,54 @@ def write_adapter(
         for update in each.values()
     ):
         raise invalid("safe_serialization", False, "True", "a pickled file has no place for alpha")
+    header = {SETTINGS: json.dumps(settings, indent=2, sort_keys=True)} if settings else {}
+    header |= {} if num_inference_steps is None else {STEPS: str(num_inference_steps)}
+    _write_tensors(folder / name, tensors, header)
+    return folder / name
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a safetensors file with a header, or a pickled file without, by the end of its name.
+
+    Raises:
+        CheckpointError: If the file cannot be written; one that was there before is unchanged then.
+    """
     contiguous = {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
     try:
-        with atomic_write(folder / name) as temporary:
-            if safe_serialization:
-                header = {SETTINGS: json.dumps(settings, indent=2, sort_keys=True)} if settings else {}
-                header |= {} if num_inference_steps is None else {STEPS: str(num_inference_steps)}
+        with atomic_write(path) as temporary:
+            if path.suffix == SUFFIXES[0]:
                 save_file(contiguous, temporary, metadata={"format": "pt", **header})
             else:
                 torch.save(contiguous, temporary)
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot write {folder / name}: {error}") from error
-    return folder / name
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def convert_adapter(folder: Path, save_directory: Path, dtype: torch.dtype) -> Path:
+    """Write the adapter in a folder in another floating-point type, as one safetensors file with the same settings.
+
+    Args:
+        folder: Folder of the adapter.
+        save_directory: Folder to write to, which is created if it does not exist.
+        dtype: Type of the result. Values of alpha are not converted.
+
+    Returns:
+        Path of the new file.
+
+    Raises:
+        CheckpointError: If the adapter is missing or damaged, or the file cannot be written.
+    """
+    stored = read_adapter(folder)
+    header = {name: text for name, text in read_metadata(stored.paths[0]).items() if name != DIGEST}
+    if stored.settings:
+        header[SETTINGS] = json.dumps(stored.settings, indent=2, sort_keys=True)
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and not name.endswith("alpha") else tensor
+        for name, tensor in stored.tensors.items()
+    }
+    path = save_directory / WEIGHT_NAME
+    _write_tensors(path, tensors, header)
+    return path
 
 
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -383,4 +434,4 @@ def adapter_settings(adapter: Adapter) -> dict[str, Any]:
 
 def _whole(alpha: float) -> float:
     """Return an integer where the value is one, as PEFT writes it."""
-    return int(alpha) if alpha == int(alpha) else alpha
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kandinsky22.adapters.updates import Adapter, LowRankUpdate, ReplacementUpdate, WeightUpdate
@@ -43,6 +44,15 @@ PARTS = {"A": "down", "B": "up", "down": "down", "up": "up", None: "alpha"}
 UNSUPPORTED = re.compile(
     r"lora_magnitude_vector|dora_scale|lora_mid|lora_embedding_|lora_B(?:\.[^.]+)?\.bias|hada_w|lokr_|oft_|ia3_|\.diff(?:_b)?$"
 )
+# Settings of PEFT for variants of LoRA that compute something else
+UNSUPPORTED_SETTINGS = (
+    *("use_dora", "fan_in_fan_out", "use_qalora"),
+    *("kasa_config", "arrow_config", "alora_invocation_tokens"),
+)
+# Beginnings of PEFT's `init_lora_weights` that change the base weights, as `peft/tuners/lora/layer.py` does
+LOFTQ = "loftq"
+CHANGED_BASE = ("pissa", "corda", "olora", "lora_ga", LOFTQ)
+MAX_ALPHA = 1e9  # of a file; far beyond any that training uses
 
 
 @dataclasses.dataclass
@@ -298,12 +308,18 @@ def _update(layer: Layer, shape: tuple[int, ...], settings: _Settings, problems:
         problems.add("of the wrong shape", [f"{stored[0]} {tuple(stored[1].shape)} instead of ()"])
         return None
     alpha = settings.alpha(layer.name, rank) if stored is None else float(stored[1])
+    if not abs(alpha) < MAX_ALPHA:  # also not a number
+        problems.add(
+            "whose alpha is no finite number below 1e9", [f"{down_key if stored is None else stored[0]} {alpha}"]
+        )
+        return None
     return LowRankUpdate(down, up, alpha)
 
 
 def _is_number(key: str, tensor: Tensor) -> bool:
     """Return whether a tensor has a type that its role allows: alpha may be an integer."""
-    return tensor.is_floating_point() or key.endswith("alpha")
+    is_integer = tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return tensor.is_floating_point() or (is_integer and key.endswith("alpha"))
 
 
 def _matrix(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -313,6 +329,27 @@ def _matrix(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tensor.ndim == 2 and len(shape) == 4:
         return tensor[:, :, None, None]
     return tensor
+
+
+def _check_initialisation(value: Any, origin: str) -> None:
+    """Check that an adapter was trained on the base weights themselves.
+
+    Raises:
+        CheckpointError: If its initialisation has changed them, so that the adapter alone gives another result.
+    """
+    name = value.lower() if isinstance(value, str) else ""
+    if not name.startswith(CHANGED_BASE):
+        return
+    advice = (
+        "train it with another initialisation, because PEFT does not convert it to a plain LoRA"
+        if name.startswith(LOFTQ)
+        else "convert it to a plain LoRA where it was trained, with PEFT's "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    )
+    raise CheckpointError(
+        f"{origin} has the setting init_lora_weights={describe(value)}, which changes the base weights too, and is not "
+        f"supported: {advice}"
+    )
 
 
 class _Settings:
@@ -325,13 +362,19 @@ class _Settings:
         kind = self._settings.get("peft_type") or "LORA"
         if str(getattr(kind, "value", kind)).upper() != "LORA":
             raise CheckpointError(f"{origin} is an adapter of the kind {describe(kind)}: expected LORA")
-        for name in ("use_dora", "fan_in_fan_out", "use_qalora"):
+        for name in UNSUPPORTED_SETTINGS:
             if self._settings.get(name):
                 raise CheckpointError(f"{origin} has the setting {name}, which is not supported")
+        _check_initialisation(self._settings.get("init_lora_weights"), origin)
+        if not isinstance(self._settings.get("use_rslora") or False, bool):
+            flag = describe(self._settings["use_rslora"])
+            raise CheckpointError(f"{origin}: use_rslora is {flag}: expected true or false")
 
     def rank(self, layer: str) -> int | None:
         """Return the rank that the settings state for a layer; None if they state none."""
         rank = self._number("r", "rank_pattern", layer, literal=False)
+        if rank is not None and not rank.is_integer():
+            raise CheckpointError(f"{self._origin}: r is {rank}: expected an integer")
         return None if rank is None else int(rank)
 
     def alpha(self, layer: str, rank: int) -> float:
@@ -358,6 +401,6 @@ class _Settings:
                 break
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MAX_ALPHA:
             raise CheckpointError(f"{self._origin}: {name} is {describe(value)}: expected a number")
         return float(value)

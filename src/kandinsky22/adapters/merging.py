@@ -34,7 +34,7 @@ class Selection:
 
     Attributes:
         loaded: Adapters by name, in the order in which they were loaded.
-        weights: Weight of each loaded adapter when it is active.
+        weights: Weight of each loaded adapter when it is active, and of those that only other networks have.
         active: Names of the active adapters.
         fused: Weights of the adapters that are part of the network's own weights.
         enabled: Whether active adapters are applied.
@@ -62,6 +62,75 @@ class Selection:
         return updates
 
 
+def with_adapter(current: Selection, name: str, adapter: Adapter | None, *, keeps_active: bool) -> Selection:
+    """Return a selection in which an adapter was added and activated.
+
+    A network that the adapter has no tensors for keeps its other adapters as they are.
+
+    Args:
+        current: The selection before.
+        name: Name of the new adapter.
+        adapter: Its updates; None for a network that it has no tensors for.
+        keeps_active: Whether the adapters that were active stay active.
+    """
+    weights = {**current.weights, name: 1.0}
+    if adapter is None:
+        return dataclasses.replace(current, weights=weights)
+    active = (*current.active, name) if keeps_active else (name,)
+    return dataclasses.replace(current, loaded={**current.loaded, name: adapter}, weights=weights, active=active)
+
+
+def with_replaced(
+    selections: Mapping[str, Selection], name: str, adapters: Mapping[str, Adapter | None]
+) -> dict[str, Selection]:
+    """Return selections in which a loaded adapter was replaced. All other adapters stay as they are.
+
+    A network that the old adapter had no tensors for applies the new one if another network applied the old one.
+
+    Args:
+        selections: The selections before, by component.
+        name: Name of the adapter, which is loaded in at least one network.
+        adapters: The new updates by component; None for a network that the new adapter has no tensors for.
+    """
+    holders = [selection for selection in selections.values() if name in selection.loaded]
+    is_active = any(name in selection.active for selection in holders)
+    replaced: dict[str, Selection] = {}
+    for component, current in selections.items():
+        adapter = adapters[component]
+        if adapter is None:
+            replaced[component] = dataclasses.replace(
+                current,
+                loaded={other: each for other, each in current.loaded.items() if other != name},
+                active=tuple(each for each in current.active if each != name),
+            )
+            continue
+        changed = dataclasses.replace(current, loaded={**current.loaded, name: adapter})
+        if name not in current.loaded:
+            changed = dataclasses.replace(
+                changed,
+                weights={name: holders[0].weights[name], **current.weights},
+                active=(*current.active, name) if is_active else current.active,
+                enabled=current.enabled if current.loaded else all(selection.enabled for selection in holders),
+            )
+        replaced[component] = changed
+    return replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """What a network goes back to after its own weights were loaded.
+
+    Attributes:
+        before: The adapters and how they were applied.
+        meanwhile: The selection while weights are loaded: no active adapters.
+        fused: Copies, on the CPU, of the weights with fused adapters.
+    """
+
+    before: Selection
+    meanwhile: Selection
+    fused: Mapping[str, Tensor]
+
+
 class NetworkAdapters:
     """The adapters of one network. Methods that change them take the network, so that copies of it have their own.
 
@@ -77,6 +146,7 @@ class NetworkAdapters:
         self.version = 0
         self._base: dict[str, Tensor] = {}  # values without updates, of the parameters that have updates now
         self._applied: dict[str, WeightedUpdates] = {}
+        self._loading: Loading | None = None
 
     @property
     def names(self) -> list[str]:
@@ -127,6 +197,57 @@ class NetworkAdapters:
         self.select(network, dataclasses.replace(self.selection, active=()))
         self._base, self._applied = {}, {}
         self.selection = dataclasses.replace(self.selection, fused={})
+
+    def begin_loading(self, network: nn.Module) -> None:
+        """Give a network its own weights, which are about to be loaded, until `end_loading`.
+
+        Args:
+            network: The network.
+        """
+        network = unwrapped(network)
+        self.end_loading(network)  # of a load that another module's hook has stopped
+        before = self.selection
+        if not before.loaded:
+            return
+        try:
+            self.select(network, dataclasses.replace(before, active=()))
+            parameters = dict(network.named_parameters())
+            # Loading writes into the parameters themselves, except into those that are offloaded by layers.
+            in_memory = [name for name in self._base if not parameters[name].is_meta]
+            fused = {name: parameters[name].detach().to("cpu", copy=True) for name in in_memory}
+        except BaseException:
+            self.select(network, before)
+            raise
+        self._loading = Loading(before, self.selection, fused)
+
+    def end_loading(self, network: nn.Module) -> None:
+        """Apply the adapters again, after the network's own weights were loaded, or after that has failed.
+
+        Fused adapters stay distinguished if the weights that they are part of have the same values as before. Otherwise
+        they are no longer known: they are part of the weights that were loaded, or are not.
+
+        Args:
+            network: The network.
+        """
+        loading, self._loading = self._loading, None
+        if loading is None or self.selection is not loading.meanwhile:
+            return
+        network = unwrapped(network)
+        parameters = dict(network.named_parameters()) if loading.fused else {}
+        if all(_is_unchanged(parameters[name], value) for name, value in loading.fused.items()):
+            self.select(network, loading.before)
+            return
+        before = loading.before
+        self._base, self._applied = {}, {}
+        self.selection = dataclasses.replace(
+            before,
+            loaded={name: adapter for name, adapter in before.loaded.items() if name not in before.fused},
+            weights={name: weight for name, weight in before.weights.items() if name not in before.fused},
+            active=(),
+            fused={},
+        )
+        active = tuple(name for name in before.active if name not in before.fused)
+        self.select(network, dataclasses.replace(self.selection, active=active))
 
     def follow(self, network: nn.Module) -> None:
         """Convert the base weights to the type that the network was converted to.
@@ -189,6 +310,11 @@ def _restored(parameter: nn.Parameter, base: Tensor) -> nn.Parameter:
         return base
     with torch.inference_mode(False):
         return _parameter_like(parameter, base.detach().to(parameter.device, parameter.dtype))
+
+
+def _is_unchanged(parameter: Tensor, value: Tensor) -> bool:
+    """Return whether a parameter has the type and the values of a copy."""
+    return parameter.dtype == value.dtype and torch.equal(parameter.detach().to("cpu"), value)
 
 
 def _parameter_like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
@@ -269,27 +395,6 @@ def check_adaptable(network: nn.Module, role: str, adapter: Adapter) -> None:
         parameter = module._parameters.get(attribute)
         if type(parameter) not in TENSOR_TYPES or not parameter.is_floating_point():
             raise InputError(f"{role}: the weight {name} is a {type(parameter).__name__}, which takes no adapters")
-
-
-@contextlib.contextmanager
-def own_weights(network: nn.Module) -> Iterator[None]:
-    """Return a context manager in which a network has its own weights, and which applies its adapters again.
-
-    Fused adapters become a permanent part of the weights, which are about to change.
-
-    Args:
-        network: Any module.
-    """
-    adapters = adapters_of(network)
-    selection = adapters.selection
-    if not selection.loaded:
-        yield
-        return
-    adapters.keep_fused(network)
-    try:
-        yield
-    finally:
-        adapters.select(network, dataclasses.replace(selection, fused={}))
 
 
 @contextlib.contextmanager

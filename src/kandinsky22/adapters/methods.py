@@ -35,6 +35,8 @@ from kandinsky22.adapters.merging import (
     adapters_of,
     attached_adapters,
     check_adaptable,
+    with_adapter,
+    with_replaced,
 )
 from kandinsky22.adapters.updates import Adapter
 from kandinsky22.checkpoints.hub import DISTILLED
@@ -129,7 +131,7 @@ class AdapterMixin:
                 "force_download": arguments.force_download,
             },
         )
-        self._add_adapter(name, stored, prefix, networks)
+        self._add_adapter(name, stored, prefix, networks, replaces=replaces)
 
     @changes_networks
     def load_distilled_adapter(self) -> int | None:
@@ -173,18 +175,25 @@ class AdapterMixin:
         networks: Mapping[str, nn.Module],
         *,
         keeps_active: bool = False,
+        replaces: bool = False,
     ) -> None:
-        """Add an adapter to the networks that it has tensors for. It is the only active one unless the others stay."""
+        """Add an adapter to the networks that it has tensors for. It is the only active one unless the others stay.
+
+        One that replaces another is as active as that one.
+        """
         by_role = {COMPONENTS[component]: network for component, network in networks.items()}
         matched = match_updates(stored.tensors, by_role, origin=stored.origin, settings=stored.settings, prefix=prefix)
         for role, adapter in matched.items():
             check_adaptable(by_role[role], role, adapter)
-        selections: dict[str, Selection] = {}
-        for component, network in networks.items():
-            current = adapters_of(network).selection
-            selections[component] = _with_adapter(
-                current, name, matched.get(COMPONENTS[component]), keeps_active=keeps_active
-            )
+        current = {component: adapters_of(network).selection for component, network in networks.items()}
+        new = {component: matched.get(COMPONENTS[component]) for component in networks}
+        if replaces:
+            self._select(networks, with_replaced(current, name, new))
+            return
+        selections = {
+            component: with_adapter(current[component], name, new[component], keeps_active=keeps_active)
+            for component in networks
+        }
         self._select(networks, selections)
 
     def save_lora_weights(
@@ -280,7 +289,8 @@ class AdapterMixin:
             if fused := [name for name in names if name in current.fused]:
                 raise invalid("adapter_names", fused, "adapters that are not fused", "call unfuse_lora() first")
             own = [name for name in names if name in current.loaded]
-            weights = {name: component_weight(per_name[name], component, networks) for name in own}
+            # also those of other networks: a hotswap may bring tensors for this one
+            weights = {name: component_weight(per_name[name], component, networks) for name in names}
             selections[component] = dataclasses.replace(
                 current, active=tuple(own), weights={**current.weights, **weights}
             )
@@ -448,7 +458,7 @@ class AdapterMixin:
         with contextlib.ExitStack() as stack:
             for component, selection in selections.items():
                 network = networks[component]
-                if not selection.loaded and not adapters_of(network).selection.loaded:
+                if selection == adapters_of(network).selection:
                     continue
                 stack.enter_context(_undone_on_error(network))
                 attached_adapters(network).select(network, selection, check_finite=check_finite)
@@ -464,20 +474,3 @@ def _undone_on_error(network: nn.Module) -> Iterator[NetworkAdapters]:
     except BaseException:
         adapters.select(network, before)
         raise
-
-
-def _with_adapter(current: Selection, name: str, adapter: Adapter | None, *, keeps_active: bool) -> Selection:
-    """Return a selection in which an adapter was added and activated, or replaced.
-
-    A network that the adapter has no tensors for keeps its other adapters as they are.
-    """
-    if adapter is None:
-        loaded = {other: each for other, each in current.loaded.items() if other != name}
-        return dataclasses.replace(
-            current, loaded=loaded, active=tuple(each for each in current.active if each != name)
-        )
-    if name in current.loaded:
-        return dataclasses.replace(current, loaded={**current.loaded, name: adapter})
-    weights = {**current.weights, name: 1.0}
-    active = (*current.active, name) if keeps_active else (name,)
-    return dataclasses.replace(current, loaded={**current.loaded, name: adapter}, weights=weights, active=active)

@@ -18,6 +18,7 @@ from kandinsky22.errors import CheckpointError, describe, invalid
 
 MAX_JSON_DEPTH = 32  # no config of a checkpoint nests more than five
 MAX_JSON_BYTES = 2**28  # larger than the index of any model; a damaged link must not fill the memory
+LOCK_SUFFIX = ".lock"
 NON_BLOCKING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -30,6 +31,9 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
     the same file. Readers that have the old file open or memory-mapped keep it. Missing folders are created. An OSError
     is raised if the folder is not writable.
 
+    The block may write into the temporary file, or replace it as safetensors does. Therefore the lock that tells
+    temporary files in use from abandoned ones is not held on them, but on lock files next to them.
+
     Args:
         path: The file to write or to replace.
         flush: Whether to wait until the content is on the disk.
@@ -37,9 +41,8 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(final)
-    temporary, lock = _create_temporary(final)
-    new_mode = permissions(temporary)
-    try:
+    with _temporary_file(final) as temporary:
+        new_mode = permissions(temporary)
         yield temporary
         mode = permissions(final)
         mode = new_mode if mode is None else mode  # libraries that replace the temporary file make a private one
@@ -50,44 +53,75 @@ def atomic_write(path: str | os.PathLike[str], *, flush: bool = True) -> Iterato
         os.replace(temporary, final)
         if flush:
             flush_folder(final.parent)
+
+
+def _temporary_names(final: Path, token: str) -> tuple[Path, Path]:
+    """Return the paths of the temporary file and of its lock file."""
+    start, suffix = _ends_of_temporary_name(final)
+    return final.parent / f"{start}{token}{suffix}", final.parent / f"{start}{token}{LOCK_SUFFIX}"
+
+
+def _ends_of_temporary_name(final: Path) -> tuple[str, str]:
+    # A name may have 255 bytes, and a character four.
+    return f".{final.name[:40]}.saving-", "" if final.suffix == LOCK_SUFFIX else final.suffix[:12]
+
+
+@contextlib.contextmanager
+def _temporary_file(final: Path) -> Iterator[Path]:
+    """Yield an empty file with a new name next to the final one, and delete it afterwards if it is still there."""
+    mode = 0o666 if permissions(final) is None else 0o600  # the replaced file may be private
+    temporary, lock_path, lock = _new_names(final)
+    try:
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NON_BLOCKING, mode))
+        yield temporary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if lock is not None:
+            with contextlib.suppress(OSError):
+                lock_path.unlink(missing_ok=True)
             unlock(lock)
 
 
-def _temporary_name(final: Path, token: str) -> str:
-    # A name may have 255 bytes, and a character four.
-    return f".{final.name[:40]}.saving-{token}{final.suffix[:12]}"
+def _new_names(final: Path) -> tuple[Path, Path, int | None]:
+    """Return new paths of a temporary file and its lock file, and the locked descriptor of the latter.
 
-
-def _create_temporary(final: Path) -> tuple[Path, int | None]:
-    """Create an empty file with a new name next to the final one, locked as long as its descriptor is open."""
-    mode = 0o666 if permissions(final) is None else 0o600  # the replaced file may be private
+    The lock file exists now: before the temporary file does, and longer. There is none on systems without locks.
+    """
     while True:
-        temporary = final.parent / _temporary_name(final, secrets.token_hex(6))
+        temporary, lock_path = _temporary_names(final, secrets.token_hex(6))
+        if os.name != "posix":
+            return temporary, lock_path, None
         try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NON_BLOCKING, mode)
+            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NON_BLOCKING, 0o666)
         except FileExistsError:
             continue
-        if os.name != "posix":  # Windows renames no open file
-            os.close(descriptor)
-            return temporary, None
         # Another process may have locked it first, to delete it.
-        if lock_file(descriptor) is not False and os.path.exists(temporary):
-            return temporary, descriptor
+        if lock_file(descriptor) is not False and os.path.exists(lock_path):
+            return temporary, lock_path, descriptor
         unlock(descriptor)
 
 
 def _delete_abandoned(final: Path) -> None:
-    """Delete the temporary files of processes that were killed while they wrote this file."""
-    name = re.compile(re.escape(_temporary_name(final, "TOKEN")).replace("TOKEN", "[0-9a-f]{12}"))
+    """Delete the temporary files of processes that were killed while they wrote this file, and their lock files."""
+    start, suffix = map(re.escape, _ends_of_temporary_name(final))
+    name = re.compile(rf"{start}([0-9a-f]{{12}})(?:{suffix}|{re.escape(LOCK_SUFFIX)})")
     with contextlib.suppress(OSError):
-        for entry in [entry for entry in os.scandir(final.parent) if name.fullmatch(entry.name)]:
-            with abandoned(entry.path) as is_abandoned:
-                if is_abandoned and entry.is_file(follow_symlinks=False):
-                    os.unlink(entry.path)
+        entries = [entry.name for entry in os.scandir(final.parent)]
+        for token in {match[1] for entry in entries if (match := name.fullmatch(entry))}:
+            _delete_if_abandoned(*_temporary_names(final, token))
+
+
+def _delete_if_abandoned(temporary: Path, lock: Path) -> None:
+    """Delete a temporary file and its lock file, of which one may be missing, if their process has ended."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        # Where there are no locks, the age of both files counts.
+        files = [path for path in (lock, temporary) if os.path.lexists(path)]
+        if not all([stack.enter_context(abandoned(path)) for path in files]):
+            return
+        for path in reversed(files):
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                os.unlink(path)
 
 
 def permissions(path: Path) -> int | None:

@@ -18,6 +18,7 @@ TENSOR = "image_embeds"
 SETTINGS = "kandinsky22_subject"  # entry of the header, as JSON
 VERSION = 1
 MAX_BYTES = 2**24  # an embedding has a few kilobytes
+MAX_PICTURES = 2**31
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +104,12 @@ def parse_subject(content: bytes, origin: str) -> Subject:
         embeds = load(content)[TENSOR]
         header: Any = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # the format of safetensors
         settings: Any = json.loads(header["__metadata__"][SETTINGS])
-        subject = Subject(embeds.float().clone(), str(settings["image_encoder"]), int(settings["pictures"]))
+        image_encoder, pictures = settings["image_encoder"], settings["pictures"]
+        if type(image_encoder) is not str or type(pictures) is not int or not 0 <= pictures < MAX_PICTURES:
+            raise ValueError(f"image_encoder is {describe(image_encoder)}, pictures is {describe(pictures)}")
+        if not embeds.is_floating_point():
+            raise ValueError(f"its embedding is of the type {embeds.dtype}")
+        subject = Subject(embeds.float().clone(), image_encoder, pictures)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{origin} is not a subject: expected a file that kandinsky22 train subject wrote"

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kandinsky22.checkpoints.atomic_files import flush_folder, flush_to_disk
 from kandinsky22.checkpoints.fingerprint import tensors_digest
 from kandinsky22.errors import InputError, KandinskyError, MissingDependencyError, invalid
 from kandinsky22.inputs.validation import one_of
@@ -103,10 +104,19 @@ class Graph:
         self._requests: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         path = None if settings.folder is None else settings.folder / part.name / graph_key(part, compression)
         self._source: Any = None if path is None else _stored(path)
-        self._path = path
+        is_reused = self._source is not None and _is_readable(self._source)
         if self._source is None:
-            self._export(part, compress)
-        if settings.device not in STATIC_DEVICES:
+            self._export(part, compress, path)
+        elif not is_reused:
+            self._export_again(part, compress)
+        if settings.device in STATIC_DEVICES:
+            return
+        try:
+            self._request(part.example)
+        except InputError:
+            if not is_reused:
+                raise
+            self._export_again(part, compress)  # the device may be right, and the stored graph damaged
             self._request(part.example)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -129,13 +139,21 @@ class Graph:
             # The next call overwrites the memory of the outputs.
             return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(len(outputs)))
 
-    def _export(self, part: ExportedPart, compress: Compression | None) -> None:
+    def _export(self, part: ExportedPart, compress: Compression | None, path: Path | None) -> None:
+        """Export the graph, and store it in the folder `path`; None stores nothing."""
         model = exported_model(part)
         if compress is not None:
             model = compress(model)
         self._source = model
-        if self._path is not None and _store(model, self._path):
-            self._source = _stored(self._path)
+        if path is not None and _store(model, path):
+            self._source = _stored(path)
+
+    def _export_again(self, part: ExportedPart, compress: Compression | None) -> None:
+        """Replace a stored graph that cannot be read or compiled."""
+        folder = self._source.parent
+        logger.warning("OpenVINO's graph in %s cannot be used, and is exported again", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._export(part, compress, None if folder.exists() else folder)
 
     def _request(self, inputs: Sequence[Tensor]) -> Any:
         """Return the inference request for inputs of these shapes."""
@@ -150,9 +168,10 @@ class Graph:
 
     def _compile(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
         openvino, settings, source = _openvino(), self._settings, self._source
+        if shapes:
+            source = _read_again(source) if isinstance(source, Path) else source.clone()
         try:
             if shapes:
-                source = openvino.Core().read_model(source) if isinstance(source, Path) else source.clone()
                 source.reshape({index: openvino.PartialShape(list(shape)) for index, shape in enumerate(shapes)})
             return core().compile_model(source, settings.device, _compile_options(settings))
         except RuntimeError as error:
@@ -315,6 +334,27 @@ def _compile_options(settings: EngineSettings) -> dict[str, Any]:
 # Files
 
 
+def _read_again(path: Path) -> Any:
+    """Return a stored graph that could be read before.
+
+    Raises:
+        KandinskyError: If its files are damaged or missing now.
+    """
+    try:
+        return _openvino().Core().read_model(path)
+    except RuntimeError as error:
+        raise KandinskyError(f"OpenVINO cannot read its graph in {path}: call to_openvino() again ({error})") from error
+
+
+def _is_readable(path: Path) -> bool:
+    """Return whether OpenVINO can read a stored graph. Its weights stay in their file."""
+    try:
+        core().read_model(path)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _stored(folder: Path) -> Path | None:
     """Return the file of an exported graph; None if there is none."""
     path = folder / "model.xml"
@@ -324,14 +364,21 @@ def _stored(folder: Path) -> Path | None:
 def _store(model: Any, folder: Path) -> bool:
     """Write an exported graph into a new folder that appears when it is complete, and return whether that succeeded.
 
-    A cache folder that cannot be written, whatever is wrong with it, stores nothing.
+    Its files are on the disk before the folder gets its name, so that no power failure leaves an incomplete graph. A
+    cache folder that cannot be written, whatever is wrong with it, stores nothing.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_folder(folder.parent) as temporary:
             _openvino().save_model(model, temporary / "model.xml", compress_to_fp16=False)
-            with contextlib.suppress(OSError):  # another process was sooner
+            for file in temporary.iterdir():
+                flush_to_disk(file)
+            flush_folder(temporary)
+            if _stored(folder) is None:  # otherwise, another process was sooner
+                shutil.rmtree(folder, ignore_errors=True)  # an incomplete graph
+            with contextlib.suppress(OSError):
                 os.replace(temporary, folder)
+        flush_folder(folder.parent)
     except (OSError, RuntimeError) as error:
         logger.warning("OpenVINO's graph cannot be stored in %s: %s", folder, error)
         return False

@@ -17,8 +17,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from kandinsky22.errors import invalid
-from kandinsky22.inputs import masks, validation
-from kandinsky22.inputs.images import OUTPUT_TYPES, Array
+from kandinsky22.inputs import images, masks, validation
+from kandinsky22.inputs.images import Array
 
 RESAMPLING = {
     "linear": PIL.Image.Resampling.BILINEAR,
@@ -28,6 +28,7 @@ RESAMPLING = {
     "nearest": PIL.Image.Resampling.NEAREST,
 }
 RESIZE_MODES = ("default", "fill", "crop")
+PIXEL_KINDS = "one or more images with 2 to 4 dimensions, of floats, booleans or uint8"
 
 
 class VaeImageProcessor:
@@ -97,10 +98,12 @@ class VaeImageProcessor:
         """Return an array (N, H, W) or (N, H, W, C) in [0, 1].
 
         Args:
-            images: One PIL image, or several of the same size.
+            images: One PIL image, or several of the same size and mode.
+
+        Raises:
+            InputError: If sizes or modes differ.
         """
-        items = images if isinstance(images, list) else [images]
-        return np.stack([np.asarray(image, dtype=np.float32) / np.float32(255) for image in items])
+        return _pil_array("images", images if isinstance(images, list) else [images])
 
     @staticmethod
     def numpy_to_pt(images: Array) -> Tensor:
@@ -200,14 +203,21 @@ class VaeImageProcessor:
             image: PIL image, array (N, H, W) or (N, H, W, C), or tensor (N, C, H, W).
             height: Height in pixels; None for that of the image.
             width: Width in pixels; None for that of the image.
+
+        Raises:
+            InputError: If a side is no integer of at least `vae_scale_factor`.
         """
         if isinstance(image, Image):
             own_height, own_width = image.height, image.width
         else:
             own_height, own_width = image.shape[2:4] if isinstance(image, Tensor) else image.shape[1:3]
-        sides = own_height if height is None else height, own_width if width is None else width
-        factor = self.config.vae_scale_factor
-        return sides[0] - sides[0] % factor, sides[1] - sides[1] % factor
+        factor, sides = self.config.vae_scale_factor, []
+        for name, side, own_side in (("height", height, own_height), ("width", width, own_width)):
+            argument, pixels = (f"{name} of image", own_side) if side is None else (name, side)
+            if validation.positive_int(argument, pixels) < factor:
+                raise invalid(argument, pixels, f"at least {factor} pixels, the side of a latent")
+            sides.append(int(pixels) - int(pixels) % factor)
+        return sides[0], sides[1]
 
     def resize(self, image: Any, height: int, width: int, resize_mode: str = "default") -> Any:
         """Return an image or a batch of images in another size.
@@ -221,8 +231,10 @@ class VaeImageProcessor:
                 border, "crop" keeps its proportions and cuts off what is outside.
 
         Raises:
-            InputError: If the mode is unknown, or not available for this kind of image.
+            InputError: If the size is invalid, or the mode is unknown or not available for this kind of image.
         """
+        size = validation.positive_int("height", height), validation.positive_int("width", width)
+        validation.pixel_count("(height, width)", size, (1, *size))
         accepted = RESIZE_MODES if isinstance(image, Image) else RESIZE_MODES[:1]
         validation.one_of("resize_mode", resize_mode, accepted)
         if isinstance(image, Tensor):
@@ -252,31 +264,40 @@ class VaeImageProcessor:
         """Return images as a tensor (N, C, H, W), in [-1, 1] if `do_normalize`.
 
         Args:
-            image: One image or a list: PIL images, arrays (H, W, C) or (N, H, W, C), or tensors (C, H, W) or
-                (N, C, H, W), in [0, 1]. Latents are returned as they are.
+            image: One image or a list: PIL images, arrays (H, W), (H, W, C) or (N, H, W, C), or tensors (H, W),
+                (C, H, W) or (N, C, H, W). Arrays and tensors hold floats in [0, 1], booleans, or uint8, which is
+                divided by 255. Floats in [-1, 1] are not normalised again. Tensors of floats with `vae_latent_channels`
+                channels are latents and returned as they are.
             height: Height in pixels; None for that of the image.
             width: Width in pixels; None for that of the image.
             resize_mode: See `resize`.
             crops_coords: Left, top, right and bottom of the part of PIL images to use; None for all of it.
 
         Raises:
-            InputError: If the images are of another kind, or of different kinds or sizes.
+            InputError: If the images are of another kind, or of different kinds or sizes, or smaller than
+                `vae_scale_factor` if they are resized, or if another argument is invalid.
         """
         items = image if isinstance(image, list) else [image]
-        if not items or not all(isinstance(item, Image | np.ndarray | Tensor) for item in items):
+        kind = next((kind for kind in (Image, np.ndarray, Tensor) if items and isinstance(items[0], kind)), None)
+        if kind is None or not all(isinstance(item, Image | np.ndarray | Tensor) for item in items):
             raise invalid("image", image, "PIL images, arrays or tensors")
-        if any(type(item) is not type(items[0]) and not isinstance(item, type(items[0])) for item in items):
+        if not all(isinstance(item, kind) for item in items):
             raise invalid("image", image, "images of one kind in one list")
-        if isinstance(items[0], Image):
+        if kind is Image:
             pixels = self._pil_pixels(items, height, width, resize_mode, crops_coords)
         else:
-            pixels = self._batch(items)
-            if pixels.shape[1] == self.config.vae_latent_channels and isinstance(items[0], Tensor):
+            pixels = _stacked(items)
+            if kind is Tensor and pixels.shape[1] == self.config.vae_latent_channels:
+                if not items[0].is_floating_point():
+                    raise invalid("image", image, f"latents of floats, as there are {pixels.shape[1]} channels")
                 return pixels
             if self.config.do_resize:
                 pixels = self.resize(pixels, *self.get_default_height_width(pixels, height, width))
-        if self.config.do_normalize and not bool(pixels.min() < 0):
-            pixels = self.normalize(pixels)
+        if self.config.do_normalize:
+            low, high = float(pixels.min()), float(pixels.max())
+            limits = (-images.MAX_SIGNED_VALUE, images.MAX_SIGNED_VALUE)
+            validation.values_in_range("image", low, high, limits, "values in [0, 1], or in [-1, 1]")
+            pixels = pixels if low < 0 else self.normalize(pixels)
         return self.binarize(pixels) if self.config.do_binarize else pixels
 
     def _pil_pixels(
@@ -289,7 +310,7 @@ class VaeImageProcessor:
     ) -> Tensor:
         """PIL images as a tensor (N, C, H, W) in [0, 1]."""
         if crops_coords is not None:
-            items = [item.crop(crops_coords) for item in items]
+            items = [item.crop(_checked_box(crops_coords)) for item in items]
         if self.config.do_resize:
             size = self.get_default_height_width(items[0], height, width)
             items = [self.resize(item, *size, resize_mode=resize_mode) for item in items]
@@ -297,17 +318,7 @@ class VaeImageProcessor:
             items = [self.convert_to_rgb(item) for item in items]
         elif self.config.do_convert_grayscale:
             items = [self.convert_to_grayscale(item) for item in items]
-        return self.numpy_to_pt(self.pil_to_numpy(items))
-
-    def _batch(self, items: list[Any]) -> Tensor:
-        """Arrays or tensors as a tensor (N, C, H, W)."""
-        join = torch.cat if items[0].ndim == 4 else torch.stack
-        if isinstance(items[0], np.ndarray):
-            tensors = [torch.from_numpy(np.ascontiguousarray(item)) for item in items]
-            batch = join(tensors)
-            return (batch[..., None] if batch.ndim == 3 else batch).permute(0, 3, 1, 2)
-        batch = join(items)
-        return batch[:, None] if batch.ndim == 3 else batch
+        return self.numpy_to_pt(_pil_array("image", items))
 
     def postprocess(self, image: Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None) -> Any:
         """Return decoded images in the requested form.
@@ -318,14 +329,21 @@ class VaeImageProcessor:
             do_denormalize: Whether each image is in [-1, 1]; None for `do_normalize` of all.
 
         Raises:
-            InputError: If `image` is not a tensor, or the type is unknown.
+            InputError: If `image` is not such a tensor, the type is unknown, or the number of `do_denormalize` differs
+                from that of the images.
         """
         if not isinstance(image, Tensor):
             raise invalid("image", image, "a tensor (N, C, H, W)")
-        validation.one_of("output_type", output_type, OUTPUT_TYPES)
+        validation.one_of("output_type", output_type, images.OUTPUT_TYPES)
         if output_type == "latent":
             return image
-        signed = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        if validation.dense("image", image).ndim != 4 or 0 in image.shape or not image.is_floating_point():
+            raise invalid("image", image, "a tensor of floats (N, C, H, W)")
+        signed: Any = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        if not isinstance(signed, list | tuple) or not all(isinstance(flag, bool | np.bool_) for flag in signed):
+            raise invalid("do_denormalize", signed, "a list of booleans, or None")
+        if len(signed) != len(image):
+            raise invalid("len(do_denormalize)", len(signed), f"{len(image)}, one per image")
         pixels = torch.stack(
             [self.denormalize(item) if flag else item for item, flag in zip(image, signed, strict=True)]
         )
@@ -353,6 +371,64 @@ class VaeImageProcessor:
             overlay.paste(self.resize(image, bottom - top, right - left, resize_mode="crop"), (left, top))
         result.paste(overlay.convert("RGB"), mask=mask.convert("L"))
         return result
+
+
+def _pil_array(argument: str, items: list[Image]) -> Array:
+    """Return PIL images as an array (N, H, W) or (N, H, W, C) in [0, 1]."""
+    first = items[0]
+    for index, item in enumerate(items):
+        if item.size != first.size:
+            raise invalid(f"{argument}[{index}].size", item.size, f"{first.size}, that of the first image")
+        if item.mode != first.mode:
+            expected, advice = f"{first.mode!r}, that of the first image", "convert them, as do_convert_rgb=True does"
+            raise invalid(f"{argument}[{index}].mode", item.mode, expected, advice)
+    return np.stack([np.asarray(item, dtype=np.float32) / np.float32(255) for item in items])
+
+
+def _checked_box(box: Any) -> tuple[int, int, int, int]:
+    """Return the coordinates of a crop."""
+    sides = list(box) if isinstance(box, list | tuple) else []
+    if len(sides) == 4 and all(isinstance(side, int | np.integer) for side in sides):
+        left, top, right, bottom = map(int, sides)
+        if left < right and top < bottom:
+            return left, top, right, bottom
+    raise invalid("crops_coords", box, "integers left, top, right, bottom, the first two below the others")
+
+
+def _stacked(items: list[Any]) -> Tensor:
+    """Return arrays or tensors as one tensor of floats (N, C, H, W)."""
+    labels = ["image"] if len(items) == 1 else [f"image[{index}]" for index in range(len(items))]
+    batches = [_floats(label, item) for label, item in zip(labels, items, strict=True)]
+    first = batches[0]
+    for label, item, batch in zip(labels, items, batches, strict=True):
+        if item.ndim != items[0].ndim or batch.shape[1:] != first.shape[1:]:
+            raise invalid(f"{label}.shape", tuple(item.shape), f"{tuple(items[0].shape)}, that of the first image")
+        if batch.device != first.device:
+            raise invalid(f"{label}.device", batch.device, f"{first.device}, that of the first image")
+    return torch.cat(batches)
+
+
+def _floats(argument: str, item: Any) -> Tensor:
+    """Return an array or a tensor as floats (n, C, H, W)."""
+    if is_array := isinstance(item, np.ndarray):
+        item = validation.plain_array(argument, item, PIXEL_KINDS)
+        has_pixels = item.dtype.kind in "fb" or item.dtype == np.uint8
+    else:
+        has_pixels = validation.dense(argument, item).is_floating_point() or item.dtype in (torch.uint8, torch.bool)
+    if item.ndim not in (2, 3, 4) or 0 in item.shape or not has_pixels:
+        raise invalid(argument, item, PIXEL_KINDS)
+    batch = item if item.ndim == 4 else item[None]
+    if batch.ndim == 3:
+        batch = batch[..., None] if is_array else batch[:, None]
+    validation.pixel_count(argument, item, batch.shape[:3] if is_array else (len(batch), *batch.shape[2:]))
+    if is_array:
+        dtype = batch.dtype.newbyteorder("=")  # torch reads neither other byte orders nor long doubles
+        batch = torch.from_numpy(np.ascontiguousarray(batch, np.float64 if dtype == np.longdouble else dtype))
+        batch = batch.permute(0, 3, 1, 2)
+    if batch.dtype == torch.uint8:
+        return batch.float() / 255
+    floats: Tensor = batch.float() if batch.dtype.itemsize == 1 else batch  # booleans, and floats of 8 bits
+    return floats
 
 
 def _checked_pixels(images: Any) -> Array:

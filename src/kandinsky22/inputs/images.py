@@ -25,6 +25,8 @@ MAX_SIGNED_VALUE = 1.5  # largest absolute value accepted for images in [-1, 1];
 
 ARRAY_KINDS = "an array (H, W), (H, W, C) or (N, H, W, C) with C = 1, 3 or 4, of uint8 or of floats in [0, 1]"
 TENSOR_KINDS = "a tensor (C, H, W) or (N, C, H, W) with C = 1 or 3, of uint8 or floats"
+FILE_KINDS = "a path, an http(s) URL or a PIL image"
+IMAGE_KINDS = "a path, an http(s) URL, a PIL image, an array or a tensor, alone or in a list"
 
 
 # Reading
@@ -44,12 +46,13 @@ def load_image(image: str | os.PathLike[str] | Image, convert_method: Callable[[
     return convert_mode("image", upright) if convert_method is None else convert_method(upright)
 
 
-def open_image(argument: str, source: Any) -> Image:
+def open_image(argument: str, source: Any, expected: str = FILE_KINDS) -> Image:
     """Return the image at a path or URL, or a copy of a PIL image; upright, in its original mode.
 
     Args:
         argument: Name of the argument, for messages.
         source: Path, http(s) URL or PIL image.
+        expected: Everything that the argument may be, for messages.
 
     Raises:
         InputError: If `source` is none of those, empty, or cannot be read.
@@ -58,7 +61,7 @@ def open_image(argument: str, source: Any) -> Image:
         return sources.upright_copy(argument, source)
     location = _location(source)
     if location is None:
-        raise invalid(argument, source, "a path, an http(s) URL or a PIL image")
+        raise invalid(argument, source, expected)
     return sources.decode_image(argument, sources.read_bytes(argument, location), location)
 
 
@@ -201,7 +204,7 @@ def _unit_range_pixels(argument: str, item: Any, size: tuple[int, int]) -> Tenso
     if isinstance(item, np.ndarray):
         images = list(array_to_rgb(argument, item))
     else:
-        images = [np.asarray(convert_mode(argument, open_image(argument, item)))]
+        images = [np.asarray(convert_mode(argument, open_image(argument, item, IMAGE_KINDS)))]
     return torch.from_numpy(np.stack([resize_array(image, size) for image in images])).permute(0, 3, 1, 2)
 
 
@@ -265,7 +268,7 @@ def _pictures(argument: str, item: Any) -> list[Image]:
     if isinstance(item, np.ndarray):
         return array_to_pil(array_to_rgb(argument, item))
     if not isinstance(item, Tensor):
-        return [convert_mode(argument, open_image(argument, item))]
+        return [convert_mode(argument, open_image(argument, item, IMAGE_KINDS))]
     validation.dense(argument, item)
     height, width = item.shape[-2:] if item.ndim >= 2 else (0, 0)
     pixels, unit_range = _tensor_pixels(argument, item, (height, width), True)

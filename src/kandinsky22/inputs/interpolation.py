@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -12,6 +12,18 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 from kandinsky22.inputs import images, prompts, validation
+
+
+class InterpolationItem(NamedTuple):
+    """One item of an interpolation.
+
+    Attributes:
+        content: A text, pixels (1, 3, image_size, image_size), or embeddings (batch_size, embedding_dim).
+        weight: Factor of its embedding.
+    """
+
+    content: str | Tensor
+    weight: float
 
 
 def image_items(
@@ -44,21 +56,26 @@ def image_items(
 
 
 def interpolation_items(
-    items: Any, weights: Any, *, batch_size: int, embedding_dim: int, image_size: int, image_processor: Any
-) -> list[str | Tensor]:
-    """Return the items to interpolate, after checking them and their weights.
+    items: Any,
+    weights: Any,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    embedding_dim: int,
+    image_size: int,
+    image_processor: Any,
+) -> list[InterpolationItem]:
+    """Return the items to interpolate with their weights, after checking both.
 
     Args:
         items: List of texts (strings) and of items that `image_items` accepts, one image each. A path must be a
             `pathlib.Path`, because strings are texts.
-        weights: List of one finite number per item.
+        weights: List of one number per item, finite in `dtype`.
+        dtype: Type of the embeddings that the weights are factors of.
         batch_size: Number of embeddings to compute, the size to which embeddings are repeated.
         embedding_dim: Number of values of one embedding.
         image_size: Side in pixels of the image encoder's input.
         image_processor: CLIP image processor that converts images to pixels.
-
-    Returns:
-        One entry per item: a text, pixels (1, 3, image_size, image_size), or embeddings (batch_size, embedding_dim).
 
     Raises:
         InputError: If an item or a weight is invalid, or if their numbers differ.
@@ -71,8 +88,7 @@ def interpolation_items(
     weights = validation.listed("weights", weights)
     if len(items) != len(weights):
         raise invalid("len(weights)", len(weights), f"{len(items)}, one per item of images_and_prompts")
-    for index, weight in enumerate(weights):
-        validation.finite_float(f"weights[{index}]", weight)
+    factors = [_finite_factor(f"weights[{index}]", weight, dtype) for index, weight in enumerate(weights)]
 
     def checked_item(argument: str, item: Any) -> str | Tensor:
         if isinstance(item, str):
@@ -86,7 +102,15 @@ def interpolation_items(
             raise invalid(f"len({argument})", len(tensor), "1 image per item", "list each image with its own weight")
         return tensor
 
-    return [checked_item(f"images_and_prompts[{index}]", item) for index, item in enumerate(items)]
+    contents = [checked_item(f"images_and_prompts[{index}]", item) for index, item in enumerate(items)]
+    return [InterpolationItem(content, factor) for content, factor in zip(contents, factors, strict=True)]
+
+
+def _finite_factor(argument: str, weight: Any, dtype: torch.dtype) -> float:
+    factor = validation.finite_float(argument, weight)
+    if not bool(torch.tensor(factor, dtype=dtype).isfinite()):
+        raise invalid(argument, weight, f"a number that is finite in {str(dtype).removeprefix('torch.')}")
+    return factor
 
 
 def _pixels_or_embeddings(

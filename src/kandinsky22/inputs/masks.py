@@ -78,7 +78,7 @@ def _warn_about_black_mask(argument: str, maximum: float) -> None:
 
 def _open_mask(argument: str, item: Any) -> Image:
     """Return the mask at a path or URL, or a PIL image, in mode "1", "L" or "RGB". Transparent parts become black."""
-    image = images.open_image(argument, item)
+    image = images.open_image(argument, item, images.IMAGE_KINDS)
     if image.has_transparency_data and image.mode[0] not in "IF":
         visible = images.convert_mode(argument, image, "RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", visible.size, "black"), visible).convert("RGB")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from kandinsky22.adapters.merging import adapters_of, own_weights
+from kandinsky22.adapters.merging import adapters_of
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
 from kandinsky22.checkpoints.conversion import convert_weights
 from kandinsky22.checkpoints.folder_save import FolderSave, folder_save, read_consistently
@@ -73,6 +73,7 @@ class Model(ReferenceMethods):
     def __init__(self, /, *arguments: Any, **config: Any) -> None:
         super().__init__()
         self.config: Any = self._parsed(arguments, config)
+        self.register_load_state_dict_post_hook(_end_loading)  # type: ignore[no-untyped-call]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,17 +231,20 @@ class Model(ReferenceMethods):
         mismatched: list[str] = []
         initialised: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         mistyped: list[str] = []
+        replaceable = self._initialisable(expected) if ignore_mismatched_sizes else set()
+        new_dtypes: dict[str, torch.dtype] = {}
         for file in files:
             for name, tensor in read_tensors(file):
                 check_stored_once(sources, name, file)
                 if name not in expected:
                     unexpected.append(printable(name))
-                elif tensor.shape != expected[name].shape and ignore_mismatched_sizes:
-                    initialised.append((name, tuple(tensor.shape), tuple(expected[name].shape)))
-                elif tensor.shape != expected[name].shape:
+                elif tensor.shape != expected[name].shape and name not in replaceable:
                     mismatched.append(f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}")
                 elif not _is_convertible(tensor, expected[name].dtype, dtype):
                     mistyped.append(f"{name} {str(tensor.dtype).removeprefix('torch.')}")
+                elif tensor.shape != expected[name].shape:
+                    initialised.append((name, tuple(tensor.shape), tuple(expected[name].shape)))
+                    new_dtypes[name] = tensor.dtype if dtype is None else dtype
                 else:
                     tensors[name] = _own_memory(tensor)
         missing = [name for name in expected if name not in sources]
@@ -260,13 +264,23 @@ class Model(ReferenceMethods):
             raise CheckpointError(f"{path} does not fit {type(self).__name__}: tensors {'; '.join(problems)}")
         if initialised:
             with torch.device("cpu"):
-                fresh = type(self)(**self.config).state_dict()
-            tensors |= {name: fresh[name] if dtype is None else fresh[name].to(dtype) for name, _, _ in initialised}
+                new = type(self)(**self.config).state_dict()
+            tensors |= {name: new[name].to(new_dtype) for name, new_dtype in new_dtypes.items()}
         self.load_state_dict(convert_weights(tensors, sources, dtype), assign=True)
         self.reset_buffers()
         quantize.arrange(self)
         assert not any(tensor.is_meta for tensor in self.buffers()), "a buffer is not set by reset_buffers"
         return {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": initialised, "error_msgs": []}
+
+    def _initialisable(self, expected: Mapping[str, Tensor]) -> set[str]:
+        """Return the names of the tensors that a new network of the class has: all but those of quantized layers."""
+        with torch.device("meta"):
+            new = type(self)(**self.config).state_dict()
+        return {
+            name
+            for name, tensor in new.items()
+            if name in expected and (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
+        }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the network's own weights by name: fused adapters are part of them, applied ones are not.
@@ -285,7 +299,9 @@ class Model(ReferenceMethods):
         return tensors
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Replace the network's own weights. Adapters stay applied; fused ones are no longer distinguished.
+        """Replace the network's own weights. Adapters stay applied.
+
+        Fused adapters stay distinguished if the weights that they are part of have the same values as before.
 
         Args:
             state_dict: Weights by name.
@@ -295,8 +311,15 @@ class Model(ReferenceMethods):
         Returns:
             The names that are missing or unexpected, as torch's method returns them.
         """
-        with own_weights(self):
+        try:
             return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            adapters_of(self).end_loading(self)  # an error may have stopped torch's method before the hook
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # torch calls this before it loads the modules inside, also where the network is a part of another module
+        adapters_of(self).begin_loading(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         drop_packed(self)  # copies would stay in the CPU's memory after a move
@@ -310,6 +333,11 @@ class Model(ReferenceMethods):
 
     def reset_buffers(self) -> None:
         """Set the buffers that are not part of a checkpoint. The base class has none."""
+
+
+def _end_loading(network: nn.Module, _incompatible_keys: Any) -> None:
+    """Apply adapters again once torch has loaded all modules of a network."""
+    adapters_of(network).end_loading(network)
 
 
 def _is_convertible(tensor: Tensor, expected: torch.dtype, requested: torch.dtype | None) -> bool:

@@ -15,41 +15,35 @@ import torch
 
 from kandinsky22._exports import MODULE_OF
 from kandinsky22.adapters.methods import AdapterMixin
-from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
-from kandinsky22.checkpoints.folder_save import folder_save, read_consistently
+from kandinsky22.checkpoints.atomic_files import read_json
+from kandinsky22.checkpoints.folder_save import read_consistently
 from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.checkpoints.load_arguments import LoadArguments
-from kandinsky22.checkpoints.weights import check_save_arguments
 from kandinsky22.errors import CheckpointError, InputError, describe, invalid
-from kandinsky22.models.base import LAYOUT_VERSION
 from kandinsky22.models.tiny_decoder import SUBFOLDER
+from kandinsky22.pipelines.call_settings import CallSettingsMixin
 from kandinsky22.pipelines.component_io import (
     check_component,
     check_variant,
-    index_entry,
     load_component,
     needed_files,
-    save_component,
 )
 from kandinsky22.pipelines.consistency import check_consistency
 from kandinsky22.pipelines.feature_caching import FeatureCachingMixin
 from kandinsky22.pipelines.load_options import LoadOptions
 from kandinsky22.pipelines.openvino_engine import OpenVINOMixin
 from kandinsky22.pipelines.preparation import PreparedMixin
-from kandinsky22.pipelines.progress_bars import checked_options, new_bar
 from kandinsky22.pipelines.reference_methods import ReferenceMethodsMixin
+from kandinsky22.pipelines.saving import SavingMixin
 from kandinsky22.pipelines.tiny_decoding import TinyDecoderMixin
 from kandinsky22.runtime.calls import check_idle, loading_networks
 from kandinsky22.runtime.compile import CompileMixin
-from kandinsky22.runtime.cuda_graphs import CudaGraphMixin
+from kandinsky22.runtime.cuda_graphs import CudaGraphMixin, DenoisingGraphs
 from kandinsky22.runtime.device import STRATEGIES, floating_dtype, mapped_device
 from kandinsky22.runtime.lazy_component import LazyComponent
 from kandinsky22.runtime.placement import OffloadMixin
 from kandinsky22.runtime.quantize import QuantizeMixin
 from kandinsky22.sampling.presets import PRIOR_PREFIX
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +51,8 @@ P = TypeVar("P", bound="DiffusionPipeline")
 
 
 class DiffusionPipeline(
+    SavingMixin,
+    CallSettingsMixin,
     OffloadMixin,
     FeatureCachingMixin,
     TinyDecoderMixin,
@@ -79,16 +75,13 @@ class DiffusionPipeline(
         origin: Name of the checkpoint that the pipeline was loaded from; None for a pipeline constructed from objects.
     """
 
-    config_name: ClassVar[str] = "model_index.json"
-    defaults_name: ClassVar[str] = "generation_defaults.json"
     embedded_subfolder: ClassVar[str] = "decoder"  # folder of the embedded model that this class is loaded from
 
     def __init__(self) -> None:
+        super().__init__()
         self.origin: str | None = None
         self._hub_options: dict[str, Any] = {}  # those that the checkpoint was found with
         self._components: dict[str, Any] = {}
-        self._generation_defaults: dict[str, Any] = {}
-        self._progress_bar_config: dict[str, Any] = {}
 
     # Components
 
@@ -107,34 +100,45 @@ class DiffusionPipeline(
             InputError: If an object is of the wrong kind, or if two components do not fit each other.
         """
         for name, component in components.items():
-            self._components.setdefault(name, None)
+            if name not in self._components:
+                self._store_component(name, None)
             setattr(self, name, component)
         check_consistency(type(self).__name__, self._components)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        components = self.__dict__.get("_components", {})
+        components = getattr(self, "_components", {})
         if name not in components:
             super().__setattr__(name, value)
             return
         check_component(type(self).__name__, name, value)
         if not _is_equal_scheduler(components[name], value):
             check_idle(self, name)
-        components[name] = value
+        self._store_component(name, value)
         self._offload_like_others(name, value)
+
+    def _store_component(self, name: str, component: Any) -> None:
+        """Make an object, which was checked, a component."""
+        self._components[name] = component
+        if name == "unet" and self._cuda_graphs is not None:
+            self._cuda_graphs = DenoisingGraphs()  # recorded ones keep the previous network in memory
 
     if not TYPE_CHECKING:  # classes annotate their components, and other names are errors
 
         def __getattr__(self, name: str) -> Any:
-            # Called only for names that are not ordinary attributes.
-            components = self.__dict__.get("_components", {})
-            if name not in components:
+            # Called only for names that are not ordinary attributes; `_components` is one, after the constructor.
+            if name.startswith("_") or name not in self._components:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            component = components[name]
+            component = self._components[name]
             return component.load() if isinstance(component, LazyComponent) else component
 
     def __delattr__(self, name: str) -> None:
-        if self.__dict__.get("_components", {}).pop(name, None) is None:
+        if name in getattr(self, "_components", {}):
+            self._remove_component(name)
+        else:
             super().__delattr__(name)
+
+    def _remove_component(self, name: str) -> None:
+        del self._components[name]
 
     def __copy__(self: P) -> P:
         copied = object.__new__(type(self))
@@ -142,8 +146,11 @@ class DiffusionPipeline(
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        hub_options = {name: value for name, value in self._hub_options.items() if name != "token"}  # it is a secret
-        return {**self.__dict__, "_hub_options": hub_options}
+        state = dict(self.__dict__)
+        if "_hub_options" in state:
+            state["_hub_options"] = {**state["_hub_options"]}
+            state["_hub_options"].pop("token", None)  # it is a secret
+        return state
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._components})
@@ -207,16 +214,9 @@ class DiffusionPipeline(
             self._tiny_decoder = other._tiny_decoder
         self._copy_defaults(other, prefix)
 
-    def _copy_defaults(self, other: DiffusionPipeline, prefix: str) -> None:
-        """Copy the defaults of a pipeline whose arguments for this one have this prefix."""
-        defaults = other._generation_defaults
-        self._set_defaults(
-            {name.removeprefix(prefix): value for name, value in defaults.items() if name.startswith(prefix)}
-        )
-
     def _require(self, *components: str) -> None:
         """Raise InputError if one of these components was left out, or if two components do not fit each other."""
-        if missing := [name for name in components if self._components[name] is None]:
+        if missing := [name for name in components if self._components.get(name) is None]:
             missing_names = ", ".join(missing)
             raise InputError(f"{type(self).__name__} was constructed without {missing_names}, which this call requires")
         check_consistency(type(self).__name__, self._components)
@@ -443,103 +443,6 @@ class DiffusionPipeline(
         if "prior" not in prior._components:
             raise invalid("prior", type(prior), "a prior pipeline, or the folder or Hub id of one")
         return cast(DiffusionPipeline, prior)
-
-    # Saving
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        max_shard_size: int | str = "10GB",
-        variant: str | None = None,
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write all components in the published layout, and the index that names them.
-
-        Everything appears together or, if the save fails, nothing. A save that is interrupted, even by the end of the
-        process, leaves the pipeline in the folder as it was, or is completed by the next load. Other files of the
-        folder are left alone.
-
-        Args:
-            save_directory: Folder to write to.
-            max_shard_size: Largest weight file, in bytes or as text such as "5GB".
-            variant: Variant in the names of the weight files; None for none.
-            safe_serialization: Whether prior, UNet and MoVQ are written as safetensors instead of pickled files. The
-                latter replace safetensors of the same variant, which would be read first.
-
-        Raises:
-            CheckpointError: If the folder cannot be written.
-            InputError: If an argument is invalid.
-        """
-        folder = checked_save_path(save_directory)
-        check_save_arguments(variant, max_shard_size, safe_serialization)
-        entries = {name: index_entry(name, component) for name, component in self._components.items()}
-        bookkeeping = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        with folder_save(folder) as save:
-            for name, component in self._components.items():
-                if component is not None:
-                    save_component(
-                        component, save, name, variant=variant, max_shard_size=max_shard_size, safe=safe_serialization
-                    )
-            save.replace("", {self.defaults_name}.intersection)  # those of another pipeline
-            if self._generation_defaults:
-                write_json(save.stage() / self.defaults_name, self._generation_defaults, flush=False)
-            write_json(save.stage() / self.config_name, {**entries, **bookkeeping}, flush=False)
-
-    # Settings of calls
-
-    @property
-    def generation_defaults(self) -> dict[str, Any]:
-        """Call arguments that suit this checkpoint best, to be passed to the pipeline; empty if it has none.
-
-        Raises:
-            InputError: If it is set to arguments that the pipeline does not accept.
-        """
-        return dict(self._generation_defaults)
-
-    @generation_defaults.setter
-    def generation_defaults(self, arguments: Mapping[str, Any]) -> None:
-        if not isinstance(arguments, Mapping):
-            raise invalid("generation_defaults", arguments, "a mapping of call arguments by name")
-        names: list[Any] = list(arguments)
-        if unnamed := [name for name in names if not isinstance(name, str)]:
-            raise invalid("a key of generation_defaults", unnamed[0], "the name of an argument")
-        if unknown := sorted(set(names) - self._call_arguments()):
-            raise InputError(f"generation_defaults: {type(self).__name__} does not accept {', '.join(unknown)}")
-        self._generation_defaults = dict(arguments)
-
-    def _set_defaults(self, arguments: Mapping[str, Any]) -> None:
-        """Set the defaults that this class accepts: one checkpoint serves several classes."""
-        accepted = self._call_arguments()
-        self._generation_defaults = {name: value for name, value in arguments.items() if name in accepted}
-
-    def _call_arguments(self) -> set[str]:
-        # not getattr: a class without __call__ would give that of its metaclass
-        call = next((vars(base)["__call__"] for base in type(self).__mro__ if "__call__" in vars(base)), None)
-        return set() if call is None else set(inspect.signature(call).parameters) - {"self"}
-
-    def set_progress_bar_config(self, **options: Any) -> None:
-        """Set options of tqdm for all progress bars.
-
-        Args:
-            **options: Arguments of tqdm. Without `disable`, bars show if standard error is a terminal.
-
-        Raises:
-            InputError: If tqdm does not accept them. The options have not changed then.
-        """
-        self._progress_bar_config = checked_options(options)
-
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
-        """Return a tqdm progress bar.
-
-        Args:
-            iterable: What the bar iterates over; None for a bar that is updated by hand.
-            total: Number of steps of a bar without iterable; None with one.
-
-        Raises:
-            InputError: Unless exactly one of the arguments is given, and valid.
-        """
-        return new_bar(iterable, total, self._progress_bar_config)
 
     def __repr__(self) -> str:
         lines = [f"  {name}: {_class_name(component)}" for name, component in self._components.items()]

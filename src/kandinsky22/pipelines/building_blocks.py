@@ -15,6 +15,7 @@ from kandinsky22.errors import invalid
 from kandinsky22.inputs import prompts, validation
 from kandinsky22.noise import Generators, randn_tensor
 from kandinsky22.pipelines.network_calls import encode_images
+from kandinsky22.sampling.scheduler_adapter import step_starts
 
 
 class NoiseStart:
@@ -66,9 +67,10 @@ class ImageStart:
             device: Ignored: the timesteps stay where the scheduler has them.
         """
         steps = min(int(num_inference_steps * strength), num_inference_steps)
-        first = max(num_inference_steps - steps, 0) * getattr(self.scheduler, "order", 1)
-        timesteps: Tensor = self.scheduler.timesteps[first:]
-        return timesteps, max(steps, 0)
+        left_out, starts = max(num_inference_steps - steps, 0), step_starts(self.scheduler)
+        timesteps: Tensor = self.scheduler.timesteps
+        first = starts[left_out] if left_out < len(starts) else len(timesteps)
+        return timesteps[first:], max(steps, 0)
 
     def prepare_latents(
         self,

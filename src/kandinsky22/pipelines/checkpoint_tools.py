@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky22 import __version__
+from kandinsky22.adapters.files import convert_adapter
+from kandinsky22.adapters.files import needed_files as adapter_files
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json
-from kandinsky22.checkpoints.hub import CheckpointSource, embedded_fallback_folder, licence_in_card
+from kandinsky22.checkpoints.hub import (
+    DISTILLED,
+    EMBEDDED,
+    CheckpointSource,
+    embedded_fallback_folder,
+    licence_in_card,
+)
 from kandinsky22.checkpoints.hub_files import file_digest
-from kandinsky22.checkpoints.weights import indexed_files
+from kandinsky22.checkpoints.weights import indexed_files, select_weight_files
 from kandinsky22.errors import CheckpointError, InputError, invalid
 from kandinsky22.kernels import half_precision
+from kandinsky22.models.tiny_decoder import SUBFOLDER, TinyDecoder
 from kandinsky22.pipelines.base import DiffusionPipeline
 from kandinsky22.pipelines.decoder_base import DecoderPipeline
 from kandinsky22.pipelines.load_options import LoadOptions
@@ -101,6 +110,8 @@ class CheckpointInfo:
 def pull(source: CheckpointSource, *, variant: str | None = None, expected_kind: str | None = None) -> list[Path]:
     """Download a checkpoint and the prior that belongs to it into the Hub cache: only files that loading reads.
 
+    The distilled adapter and the tiny decoder of the checkpoint are downloaded too.
+
     Args:
         source: The checkpoint. With `checks_digests`, interrupted downloads are continued and digests are compared.
         variant: Variant of the weight files; None for the plain files.
@@ -121,6 +132,8 @@ def pull(source: CheckpointSource, *, variant: str | None = None, expected_kind:
     folders = [pipeline_class._fetch_all(source, options, {})]
     if _needs_prior(pipeline_class):
         folders.append(DiffusionPipeline._fetch_all(source.matching_prior(), options, {}))
+    if _has_decoder(pipeline_class):
+        _fetch_extras(source)
     return folders
 
 
@@ -160,7 +173,8 @@ def convert(
     """Write a checkpoint in another floating-point type, or with 8-bit weights, as safetensors.
 
     The result has the published layout. The prior that belongs to a decoder is written into the subfolder `prior`, and
-    a card names the licence of the original. The folder appears when all of it is complete.
+    a card names the licence of the original. The distilled adapter and the tiny decoder of the original are converted
+    too. The folder appears when all of it is complete.
 
     Args:
         source: The checkpoint. Of the embedded model, `embedded_subfolder` is converted.
@@ -210,6 +224,8 @@ def convert(
                 prompts = calibration if part is source else None
                 pipe.quantize(STATIC, calibration=prompts and _drawing(pipe, part, prior, prompts))
             pipe.save_pretrained(staging / subfolder, max_shard_size=max_shard_size)
+            if _has_decoder(type(pipe)):
+                _convert_extras(part, staging / subfolder, _stored_dtype(dtype, is_prepared=prepare))
             del pipe
             if prepare:
                 prepared += pack_checkpoint(staging / subfolder)
@@ -237,6 +253,52 @@ def _pipeline_class(source: CheckpointSource) -> type[DiffusionPipeline]:
 def _needs_prior(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Return whether a class is a decoder, whose prior is a checkpoint of its own."""
     return issubclass(pipeline_class, DecoderPipeline)
+
+
+def _has_decoder(pipeline_class: type[DiffusionPipeline]) -> bool:
+    """Return whether a class draws pictures, for which checkpoints have a distilled adapter and a tiny decoder."""
+    return "unet" in pipeline_class.component_names()
+
+
+def _fetch_extras(source: CheckpointSource) -> Path:
+    """Return the folder with the distilled adapter and the tiny decoder of a checkpoint, as far as it has them.
+
+    All kinds of the embedded model use those of the decoder.
+    """
+    if source.name == EMBEDDED:
+        source = dataclasses.replace(source, embedded_subfolder="decoder")
+    return source.fetch(_extra_files)
+
+
+def _extra_files(names: Sequence[str]) -> list[str]:
+    """Return the files of the distilled adapter and of the tiny decoder among all files of a checkpoint."""
+    adapter, tiny_decoder = (
+        [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+        for folder in (DISTILLED, SUBFOLDER)
+    )
+    selected = [f"{DISTILLED}/{name}" for name in adapter_files(adapter)]
+    if TinyDecoder.config_name in tiny_decoder:
+        network = (TinyDecoder.config_name, *select_weight_files(tiny_decoder))
+        selected += [f"{SUBFOLDER}/{name}" for name in network]
+    return selected
+
+
+def _convert_extras(source: CheckpointSource, output: Path, dtype: str) -> None:
+    """Write the distilled adapter and the tiny decoder of a checkpoint in another floating-point type."""
+    import torch
+
+    folder = _fetch_extras(source)
+    present = {path.parent.name for path in map(Path, _extra_files(_files_in(folder, (DISTILLED, SUBFOLDER))))}
+    if DISTILLED in present:
+        convert_adapter(folder / DISTILLED, output / DISTILLED, getattr(torch, dtype))
+    if SUBFOLDER in present:
+        network = TinyDecoder.from_pretrained(folder / SUBFOLDER, torch_dtype=getattr(torch, dtype))
+        network.save_pretrained(output / SUBFOLDER)
+
+
+def _files_in(folder: Path, subfolders: Sequence[str]) -> list[str]:
+    """Return the files in some folders of a checkpoint, with `/`."""
+    return [f"{name}/{path.name}" for name in subfolders for path in (folder / name).glob("*") if path.is_file()]
 
 
 def _check_calibration(

@@ -23,6 +23,7 @@ from torch import Tensor
 from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images
+from kandinsky22.inputs.hub_uploads import requested_upload
 from kandinsky22.outputs import Output
 from kandinsky22.pipelines.clip_settings import PROCESSOR_RULES
 
@@ -232,17 +233,26 @@ class CLIPImageProcessor:
             raise invalid("image_processor_dict", image_processor_dict, "a mapping of settings by name")
         return cls(**{**image_processor_dict, **settings})
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the config file.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_options: Any
+    ) -> None:
+        """Write the config file, and upload it on request.
 
         Args:
             save_directory: Folder, which is created if it does not exist.
+            push_to_hub: Whether all files of the folder are uploaded to the Hub afterwards.
+            **hub_options: Arguments of the upload, see `save_pretrained` of pipelines.
 
         Raises:
-            CheckpointError: The file cannot be written.
-            InputError: `save_directory` is not a path.
+            CheckpointError: The file cannot be written, or the upload fails.
+            InputError: An argument is invalid.
+            MissingDependencyError: huggingface_hub is required and not installed.
         """
-        write_json(checked_save_path(save_directory) / CONFIG_NAME, self.to_dict())
+        folder = checked_save_path(save_directory)
+        upload = requested_upload(type(self).__name__, push_to_hub, hub_options, folder)
+        write_json(folder / CONFIG_NAME, self.to_dict())
+        if upload is not None:
+            upload.run(folder)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"

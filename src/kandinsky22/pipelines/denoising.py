@@ -236,6 +236,7 @@ class DenoisingPipeline(DiffusionPipeline):
         call.guidance_scale, call.num_timesteps = plan.guidance.scale, len(plan.schedule.timesteps)
         call.active_scheduler = plan.schedule.scheduler
         state = LoopState(latents, tensors, plan.guidance, tensors_exposed=plan.callbacks.tensors_exposed)
+        guided_tensors = [name for name, tensor in tensors.items() if len(tensor) == 2 * len(latents)]
         steps = sample(
             state,
             plan.schedule,
@@ -247,13 +248,27 @@ class DenoisingPipeline(DiffusionPipeline):
             while not call.interrupted and next(steps, None) is not None:
                 self._run_callbacks(state, plan)
                 state.guidance = dataclasses.replace(plan.guidance, scale=call.guidance_scale)
-                if state.guidance.enabled and not plan.guidance.enabled:
-                    raise InputError(
-                        "guidance_scale was set above 1 by a callback: expected at most 1, since the call began "
-                        "without guidance and has no negative condition"
-                    )
+                self._check_negative_half(state, guided_tensors)
                 bar.update()
         return state.latents
+
+    @staticmethod
+    def _check_negative_half(state: LoopState, guided_tensors: Sequence[str]) -> None:
+        """Raise InputError if a callback has enabled guidance, and there is no negative condition (any more).
+
+        Args:
+            state: The loop state after the callbacks of a step.
+            guided_tensors: Names of the tensors that held both halves when the call began; none without guidance.
+        """
+        if not state.guidance.enabled:
+            return
+        reason = "the call began without guidance and has no negative condition"
+        if guided_tensors:
+            dropped = [name for name in guided_tensors if len(state.tensors[name]) != 2 * len(state.latents)]
+            if not dropped:
+                return
+            reason = f"a callback has replaced {', '.join(dropped)} by the conditional half"
+        raise InputError(f"guidance_scale was set above 1 by a callback: expected at most 1, since {reason}")
 
     @contextlib.contextmanager
     def _freed_on_error(self) -> Iterator[None]:

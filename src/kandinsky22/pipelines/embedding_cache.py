@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -19,7 +20,8 @@ from kandinsky22.checkpoints.fingerprint import WeightFingerprint, files_digest
 from kandinsky22.checkpoints.weights import read_tensors
 from kandinsky22.kernels import settings
 from kandinsky22.kernels.locks import ObjectLock
-from kandinsky22.runtime.device_offload import Offloaded, offload_of
+from kandinsky22.kernels.modules import has_foreign_hooks, has_global_hooks
+from kandinsky22.runtime.device_offload import Offloaded, has_offload_forward, offload_of
 from kandinsky22.runtime.lazy_component import AnyNetwork, LazyComponent, loaded
 from kandinsky22.runtime.network_state import state_of
 
@@ -42,8 +44,9 @@ def cached_zero_embed(encoder: AnyNetwork, dtype: torch.dtype, compute: Callable
     """Return the embedding of an all-zero image, from a cache file if there is one.
 
     The embedding is a constant of the encoder's weights. It is stored in a file named by a digest of the encoder's
-    files, so that a lazy encoder does not have to be loaded. Encoders that were not read from files, were modified
-    since, or are small (such as the embedded model's) are not cached.
+    files, so that a lazy encoder does not have to be loaded. Not cached are the embeddings of encoders that were not
+    read from files, were modified since, have something attached to them (`has_attachments`), or are small (such as
+    the embedded model's).
 
     Args:
         encoder: The image encoder.
@@ -79,11 +82,13 @@ def _cache_path(encoder: AnyNetwork, dtype: torch.dtype, *, just_loaded: bool = 
     if not settings.current().zero_embed_cache or root is None:
         return None
     if isinstance(encoder, LazyComponent) and not encoder.is_loaded:
+        if has_global_hooks():  # they are hooks of the encoder too, once it is loaded
+            return None
         digest, weights_dtype = encoder.files_digest(), encoder.dtype
     else:
         network = loaded(encoder)
         source = state_of(network).source
-        if source is None or not (just_loaded or source.is_current(network)):
+        if source is None or has_attachments(network) or not (just_loaded or source.is_current(network)):
             return None
         digest, weights_dtype = source.files_digest, source.dtype
         if isinstance(encoder, LazyComponent) and just_loaded:
@@ -110,13 +115,17 @@ def _read(path: Path | None, dtype: torch.dtype, shape: tuple[int, ...]) -> Tens
 
 
 class LastResults(Generic[R]):
-    """The last results of one network, discarded when its weights change. Several threads may use it."""
+    """The last results of one network, discarded when its weights change. Several threads may use it.
+
+    The network itself is not kept in memory. A network that has something attached to it (`has_attachments`) computes
+    each result again. Copies and pickles are empty.
+    """
 
     def __init__(self) -> None:
         self._lock = ObjectLock()
         self._results: OrderedDict[Hashable, R] = OrderedDict()
-        self._network: nn.Module | None = None
-        self._state: WeightFingerprint | Offloaded | None = None
+        self._network: Callable[[], nn.Module | None] = _nothing
+        self._state: WeightFingerprint | weakref.ref[Offloaded] | None = None
 
     def get(self, network: nn.Module, key: Hashable, compute: Callable[[], R]) -> R:
         """Return the result for a key.
@@ -137,8 +146,10 @@ class LastResults(Generic[R]):
         result = compute()  # without the lock: other threads may compute other results
         with self._lock:
             self._discard_stale(network)
-            if self._network is None:
-                self._network, self._state = network, _state(network)
+            if has_attachments(network):
+                return result
+            if self._network() is None:
+                self._network, self._state = weakref.ref(network), _state(network)
             self._results[key] = result
             self._results.move_to_end(key)
             while len(self._results) > TEXT_CACHE_SIZE:
@@ -146,23 +157,48 @@ class LastResults(Generic[R]):
         return result
 
     def _discard_stale(self, network: nn.Module) -> None:
-        if self._network is not network or not _is_unchanged(self._state, network):
+        if self._network() is not network or has_attachments(network) or not _is_unchanged(self._state, network):
             self._results.clear()
-            self._network = None
+            self._network, self._state = _nothing, None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LastResults, ()
 
 
-def _state(network: nn.Module) -> WeightFingerprint | Offloaded | None:
+def has_attachments(network: nn.Module) -> bool:
+    """Return whether a call of a network runs more than its classes define.
+
+    That is the case if one of its modules has hooks, another `forward` or a compiled form. Offloading does not count.
+
+    Args:
+        network: Any module.
+    """
+    is_offloaded = offload_of(network) is not None
+    return any(
+        has_foreign_hooks(module)
+        or module._compiled_call_impl is not None
+        or ("forward" in module.__dict__ and not (is_offloaded and has_offload_forward(module)))
+        for module in network.modules()
+    )
+
+
+def _nothing() -> None:
+    """Stand for the reference to a network where there is none."""
+
+
+def _state(network: nn.Module) -> WeightFingerprint | weakref.ref[Offloaded] | None:
     """Return what identifies the network's weights later.
 
     Changes to weights that are offloaded to files are lost anyway, so that the offloading itself identifies them.
     """
     offload = offload_of(network)
     if offload is not None and offload.method in ("enable_low_memory", "load_on_first_use"):
-        return offload
+        return weakref.ref(offload)  # it may lead to the weights of other networks
     return None if any(parameter.is_meta for parameter in network.parameters()) else WeightFingerprint(network)
 
 
-def _is_unchanged(state: WeightFingerprint | Offloaded | None, network: nn.Module) -> bool:
+def _is_unchanged(state: WeightFingerprint | weakref.ref[Offloaded] | None, network: nn.Module) -> bool:
     if isinstance(state, WeightFingerprint):
         return state.matches(network)
-    return state is not None and state is offload_of(network)
+    offload = None if state is None else state()
+    return offload is not None and offload is offload_of(network)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kandinsky22.errors import invalid
 from kandinsky22.inputs import interpolation, prompts, validation, weighted_prompts
-from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import onednn_linear_layers
 from kandinsky22.models import PriorTransformer
 from kandinsky22.noise import Generators
@@ -24,9 +23,10 @@ from kandinsky22.pipelines.denoising import (
     SamplingPlan,
     StepEndCallback,
 )
-from kandinsky22.pipelines.embedding_cache import LastResults, cached_zero_embed
+from kandinsky22.pipelines.embedding_cache import cached_zero_embed
 from kandinsky22.pipelines.network_calls import bind_prior, run_tower
 from kandinsky22.pipelines.outputs import KandinskyPriorPipelineOutput, finite_result
+from kandinsky22.pipelines.text_encoding import TextEncodingPipeline
 from kandinsky22.runtime.calls import as_call
 from kandinsky22.runtime.network_state import unwrapped
 from kandinsky22.sampling.guidance import Guidance, Interval
@@ -36,30 +36,6 @@ from kandinsky22.sampling.scheduler_adapter import Sigmas, TimestepOptions, Time
 PriorResult: TypeAlias = KandinskyPriorPipelineOutput | tuple[Any, ...]
 
 PRIOR_OUTPUT_TYPES = ("pt", "np")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextEncoding:
-    """The text condition of the prior.
-
-    Attributes:
-        prompt_embeds: Projected pooled embeddings, (batch, embedding_dim).
-        text_encoder_hidden_states: Last hidden states, (batch, tokens, width).
-        text_mask: True at tokens that are text, (batch, tokens).
-    """
-
-    prompt_embeds: Tensor
-    text_encoder_hidden_states: Tensor
-    text_mask: Tensor
-
-    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return rows of each tensor, by field name.
-
-        Args:
-            indices: Indices of batch items.
-        """
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: tensor[list(indices)] for name, tensor in tensors.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +74,7 @@ class PriorPlan:
     weighted: bool = False
 
 
-class PriorPipeline(PromptEncoding, DenoisingPipeline):
+class PriorPipeline(PromptEncoding, TextEncodingPipeline, DenoisingPipeline):
     """Base of both prior pipelines.
 
     Args:
@@ -110,10 +86,7 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         image_processor: CLIP image processor.
     """
 
-    prior: PriorTransformer
     image_encoder: Any
-    text_encoder: Any
-    tokenizer: Any
     image_processor: Any
     embedded_subfolder: ClassVar[str] = "prior"
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->image_encoder->prior"
@@ -134,7 +107,6 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         image_processor: Any,
     ) -> None:
         super().__init__()
-        self._text_encodings: LastResults[TextEncoding] = LastResults()
         self.register_modules(
             prior=prior,
             image_encoder=image_encoder,
@@ -146,94 +118,6 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
 
     # Encoding
 
-    @torch.no_grad()  # the cache would hold the encoder's graph
-    def encode_text(self, texts: Sequence[str], *, prompt_weights: bool = False) -> TextEncoding:
-        """Encode texts with the CLIP text tower.
-
-        Args:
-            texts: The texts. Tokens beyond the context length are cut off, with a warning.
-            prompt_weights: Whether brackets in the texts are weights, see `inputs.weighted_prompts`.
-
-        Returns:
-            One row per text.
-
-        Raises:
-            InputError: If weights are invalid.
-        """
-        if prompt_weights:
-            return self._encode_weighted(texts)
-        device, dtype = self._execution_device, unwrapped(self.prior).dtype
-
-        def encode() -> TextEncoding:
-            tokens = prompts.tokenize(self.tokenizer, texts)
-            encoded = self._run_text_encoder(tokens.ids)
-            return TextEncoding(
-                encoded.text_embeds.to(dtype), encoded.last_hidden_state.to(dtype), tokens.mask.to(device)
-            )
-
-        return self._text_encodings.get(self.text_encoder, (tuple(texts), device, dtype, self.tokenizer), encode)
-
-    def _run_text_encoder(self, ids: Tensor) -> Any:
-        """Return the output of the text tower for token ids, (batch, length)."""
-        with onednn_linear_layers():
-            encoded = run_tower(self.text_encoder, ids.to(self._execution_device))
-        host_memory.drop_large_mapped_pages(self.text_encoder.parameters())  # the prior runs without them
-        return encoded
-
-    def _encode_weighted(self, texts: Sequence[str]) -> TextEncoding:
-        """Encode texts whose brackets are weights. Texts without weights are encoded together as usual."""
-        parsed = [weighted_prompts.parse("prompt", text) for text in texts]
-        simple = {index: "".join(part.text for part in parts) for index, parts in enumerate(parsed)}
-        simple = {index: text for index, text in simple.items() if all(part.weight == 1 for part in parsed[index])}
-        rows: dict[int, dict[str, Tensor]] = {}
-        if simple:
-            encoding = self.encode_text(list(simple.values()))
-            rows = {index: encoding.rows([row]) for row, index in enumerate(simple)}
-        for index, parts in enumerate(parsed):
-            if index not in simple:
-                rows[index] = vars(self._encode_weighted_prompt(parts))
-        return TextEncoding(**{name: torch.cat([rows[index][name] for index in range(len(texts))]) for name in rows[0]})
-
-    def _encode_weighted_prompt(self, parts: list[weighted_prompts.WeightedPart]) -> TextEncoding:
-        """Encode one prompt, and the prompt without each of its weighted parts, and combine them."""
-        device, dtype = self._execution_device, unwrapped(self.prior).dtype
-
-        def encode() -> TextEncoding:
-            weighted = weighted_prompts.tokenize_weighted(self.tokenizer, parts)
-            encoded = self._run_text_encoder(weighted.tokens.ids)
-            states, pooled = weighted_prompts.apply_weights(
-                weighted, encoded.last_hidden_state.float(), encoded.text_embeds.float()
-            )
-            return TextEncoding(pooled.to(dtype)[None], states.to(dtype)[None], weighted.tokens.mask[:1].to(device))
-
-        return self._text_encodings.get(self.text_encoder, (tuple(parts), device, dtype, self.tokenizer), encode)
-
-    def encode_prompts(
-        self,
-        prompt: Sequence[str],
-        negative: Sequence[str],
-        copies: int,
-        *,
-        guided: bool,
-        prompt_weights: bool = False,
-    ) -> dict[str, Tensor]:
-        """Encode the condition of the loop. Each distinct text is encoded once.
-
-        Args:
-            prompt: Texts of the conditional half.
-            negative: As many texts of the unconditional half.
-            copies: Rows per text.
-            guided: Whether both halves are returned, the unconditional one first.
-            prompt_weights: Whether brackets in the texts are weights, see `inputs.weighted_prompts`.
-
-        Returns:
-            The fields of `TextEncoding` by name.
-        """
-        texts = [*negative, *prompt] if guided else list(prompt)
-        distinct = list(dict.fromkeys(texts))
-        rows = [distinct.index(text) for text in texts for _ in range(copies)]
-        return self.encode_text(distinct, prompt_weights=prompt_weights).rows(rows)
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Encode preprocessed images with the CLIP vision tower.
 
@@ -242,7 +126,12 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
 
         Returns:
             Image embeddings, (batch, embedding_dim).
+
+        Raises:
+            InputError: If `pixels` has another shape, or the pipeline has no image encoder.
         """
+        self._require("prior", "image_encoder")
+        _check_dimensions("pixels", pixels, (4,), "a tensor (batch, 3, size, size)")
         pixels = pixels.to(device=self._execution_device, dtype=self.image_encoder.dtype)
         with onednn_linear_layers():
             embeds: Tensor = run_tower(self.image_encoder, pixels).image_embeds
@@ -253,7 +142,11 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
 
         Args:
             picture: Preprocessed images (batch, 3, size, size), or embeddings, which are returned as they are.
+
+        Raises:
+            InputError: If `picture` is neither, or the pipeline has no image encoder and needs it.
         """
+        _check_dimensions("picture", picture, (2, 4), "a tensor (batch, 3, size, size) or (batch, embedding_dim)")
         if picture.ndim == 4:
             return self.encode_pixels(picture)
         return picture.to(device=self._execution_device, dtype=unwrapped(self.prior).dtype)
@@ -393,12 +286,13 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
                 array), preprocessed pixels (3, size, size) or (1, 3, size, size), or an embedding (embedding_dim,) or
                 (num_images_per_prompt, embedding_dim). Value ranges are those of `image` in
                 `KandinskyV22PriorEmb2EmbPipeline`.
-            weights: One number per item; it may be negative.
+            weights: One number per item, finite in the type of the prior; it may be negative.
             num_images_per_prompt: Embeddings to return.
             num_inference_steps: Number of denoising steps per text.
             generator: One generator, a list with one per embedding, or None for torch's global generator.
             latents: Initial noise, (rows, embedding_dim); None draws it.
-            negative_prior_prompt: Text whose embedding becomes the negative embedding; None for the all-zero image.
+            negative_prior_prompt: Text against which the prior is guided, for every item; None for the empty text. With
+                `negative_prompt=""` its embedding is the negative embedding too, instead of that of the all-zero image.
             negative_prompt: Text, or one per embedding, whose embedding becomes the negative embedding; "" for none.
             guidance_scale: Scale of classifier-free guidance; 1 and below disables it.
             device: Device of the results; None for the execution device.
@@ -419,8 +313,9 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
             InputError: If an argument is invalid; raised before any network runs.
         """
         copies = validation.copy_count(num_images_per_prompt)
+        dtype = unwrapped(self.prior).dtype
         items = interpolation.interpolation_items(
-            images_and_prompts, weights, batch_size=copies, **self._image_options()
+            images_and_prompts, weights, dtype=dtype, batch_size=copies, **self._image_options()
         )
         target = None if device is None else validation.usable_device(device)
         if negative_prior_prompt is not None and not isinstance(negative_prior_prompt, str):
@@ -442,21 +337,21 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         negative_pairs = prompts.PromptPairs(negatives, against and against * len(negatives), prompt_weights)
         negative_plan = self._plan(negative_pairs, copies // len(negatives), sampling)
         plans = [
-            self._plan(prompts.PromptPairs([item], against, prompt_weights), copies, sampling)
-            if isinstance(item, str)
+            self._plan(prompts.PromptPairs([item.content], against, prompt_weights), copies, sampling)
+            if isinstance(item.content, str)
             else None
             for item in items
         ]
         dim = unwrapped(self.prior).config.embedding_dim
-        total = torch.zeros(copies, dim, device=self._execution_device, dtype=unwrapped(self.prior).dtype)
-        for item, weight, plan in zip(items, weights, plans, strict=True):
+        total = torch.zeros(copies, dim, device=self._execution_device, dtype=dtype)
+        for item, plan in zip(items, plans, strict=True):
             if self._call_state.interrupted:
                 break
             if plan is None:
-                assert isinstance(item, Tensor)
-                total = total + self.encode_picture(item) * weight
+                assert isinstance(item.content, Tensor)
+                total = total + self.encode_picture(item.content) * item.weight
             else:
-                total = total + self._sample_embeddings(plan).positive * weight
+                total = total + self._sample_embeddings(plan).positive * item.weight
         if self._call_state.interrupted or (negative_prompt == "" and negative_prior_prompt is None):
             self._consume_noise(negative_plan.sampling)
             negative = self.get_zero_embed(copies)
@@ -478,3 +373,8 @@ class PriorPipeline(PromptEncoding, DenoisingPipeline):
         state = LoopState(latents, {}, Guidance(1.0))
         for _ in sample(state, plan.schedule, lambda _: lambda latents, _: latents, plan.generators):
             pass
+
+
+def _check_dimensions(argument: str, value: Any, dimensions: tuple[int, ...], expected: str) -> None:
+    if not isinstance(value, Tensor) or value.ndim not in dimensions:
+        raise invalid(argument, value, expected)

@@ -5,15 +5,12 @@ Some act, some have nothing to do here and say so once.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL.Image import Image
 
-from kandinsky22.errors import CheckpointError, InputError, invalid
-from kandinsky22.inputs import validation
+from kandinsky22.errors import InputError
 from kandinsky22.inputs.image_processor import VaeImageProcessor
 from kandinsky22.inputs.images import Array
 from kandinsky22.models.attention_settings import AttentionSettings
@@ -121,7 +118,7 @@ class ReferenceMethodsMixin(AttentionSettings):
         pipe.to("cpu")
         self.hf_device_map = None
 
-    # Images and the Hub
+    # Images
 
     @staticmethod
     def numpy_to_pil(images: Array) -> list[Image]:
@@ -131,109 +128,3 @@ class ReferenceMethodsMixin(AttentionSettings):
             images: One image (H, W, C) or several (N, H, W, C) in [0, 1], with C = 1 or 3.
         """
         return VaeImageProcessor.numpy_to_pil(images)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "10GB",
-        variant: str | None = None,
-        **options: Any,
-    ) -> str:
-        """Save the pipeline and upload it to a repository on the Hub, which is created if it does not exist.
-
-        Args:
-            repo_id: Repository, such as "owner/name".
-            commit_message: Message of the commit; None names the class.
-            private: Whether a new repository is private; None for the default of the owner.
-            token: Access token of the Hub; None for the stored one.
-            create_pr: Whether the commit opens a pull request.
-            max_shard_size: See `save_pretrained`.
-            variant: See `save_pretrained`.
-            **options: Other arguments of `save_pretrained`, and `revision`, the branch to write to.
-
-        Returns:
-            Address of the commit.
-
-        Raises:
-            InputError: If an argument is invalid.
-            CheckpointError: If the upload fails.
-            MissingDependencyError: If huggingface_hub is not installed.
-        """
-        validation.strict_bool("create_pr", create_pr)
-        revision = options.pop("revision", None)
-        with tempfile.TemporaryDirectory() as folder:
-            pipe: Any = self  # the method is that of DiffusionPipeline
-            pipe.save_pretrained(folder, max_shard_size=max_shard_size, variant=variant, **options)
-            return upload_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                revision=revision,
-            )
-
-
-def upload_folder(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    commit_message: str,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-) -> str:
-    """Upload a folder to a repository on the Hub.
-
-    Args:
-        folder: The folder.
-        repo_id: Repository, created if it does not exist.
-        commit_message: Message of the commit.
-        private: Whether a new repository is private; None for the default of the owner.
-        token: Access token of the Hub; None for the stored one.
-        create_pr: Whether the commit opens a pull request.
-        revision: Branch to write to; None for the default branch.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        InputError: If the repository's name is no name.
-        CheckpointError: If the upload fails.
-        MissingDependencyError: If huggingface_hub is not installed.
-    """
-    hub = _hub_client()
-    try:
-        created = hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
-        commit = hub.upload_folder(
-            repo_id=created.repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            token=token,
-            create_pr=create_pr,
-            revision=revision,
-        )
-    except hub.errors.HFValidationError as error:
-        raise invalid("repo_id", repo_id, "a repository such as 'owner/name'") from error
-    except Exception as error:  # the client and its HTTP library raise many types of exceptions
-        message = " ".join(str(error).split())
-        raise CheckpointError(f"cannot upload to {repo_id} on the Hub: {message}") from error
-    return str(commit.pr_url if create_pr else commit.commit_url)
-
-
-def _hub_client() -> Any:
-    from kandinsky22.errors import MissingDependencyError
-
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-    except ImportError as error:
-        raise MissingDependencyError("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
-    return huggingface_hub

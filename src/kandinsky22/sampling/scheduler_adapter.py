@@ -5,6 +5,7 @@ Any object with the public scheduler protocol works: ours, or one of another lib
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -73,9 +74,8 @@ class TimestepSchedule:
         Args:
             index: Index into `timesteps`.
         """
-        evaluations = len(self.scheduler.timesteps)
-        step = (evaluations - len(self.timesteps) + index) // self.order
-        return step / -(-evaluations // self.order)
+        starts, evaluation = step_starts(self.scheduler), self._left_out + index
+        return (bisect.bisect_right(starts, evaluation) - 1) / len(starts)
 
     def after_strength(self, strength: float) -> TimestepSchedule:
         """Return the schedule with only the last steps, starting on a step boundary.
@@ -89,9 +89,28 @@ class TimestepSchedule:
         fraction = validation.finite_float("strength", strength)
         if not 0 <= fraction <= 1:
             raise invalid("strength", strength, "a number from 0 (keep the image) to 1 (run all steps)")
-        steps = -(-len(self.timesteps) // self.order)
-        first = (steps - int(steps * fraction)) * self.order
+        starts = [start - self._left_out for start in step_starts(self.scheduler) if start >= self._left_out]
+        steps = int(len(starts) * fraction)
+        first = starts[-steps] if steps else len(self.timesteps)
         return dataclasses.replace(self, timesteps=self.timesteps[first:])
+
+    @property
+    def _left_out(self) -> int:
+        """Number of the first timesteps of the scheduler that the call leaves out."""
+        return len(self.scheduler.timesteps) - len(self.timesteps)
+
+
+def step_starts(scheduler: Any) -> list[int]:
+    """Return the indices in the timesteps of a scheduler with which steps begin.
+
+    Args:
+        scheduler: Any object with the scheduler protocol, whose timesteps are set. Without `step_starts` all steps have
+            `order` network evaluations, except the last, which may have fewer.
+    """
+    starts = getattr(scheduler, "step_starts", None)
+    if isinstance(starts, list):
+        return starts
+    return list(range(0, len(scheduler.timesteps), int(getattr(scheduler, "order", 1))))
 
 
 def schedule_timesteps(

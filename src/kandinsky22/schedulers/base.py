@@ -58,8 +58,9 @@ class SchedulerProtocol(Protocol):
 
     Pipelines read the signatures of `set_timesteps` and `step` and pass these optional arguments where they exist:
     `timesteps` and `sigmas` to `set_timesteps`; `generator` and `prev_timestep` to `step`. A missing `order` counts as
-    1. `add_noise` is needed for image-to-image and inpainting only. `guidance_threshold` also needs `alphas_cumprod`,
-    (num_train_timesteps,).
+    1. `step_starts`, the indices in `timesteps` with which steps begin, is needed only where steps differ in their
+    number of network evaluations. `add_noise` is needed for image-to-image and inpainting only. `guidance_threshold`
+    also needs `alphas_cumprod`, (num_train_timesteps,).
     """
 
     @property
@@ -240,6 +241,11 @@ class Scheduler(Configurable):
         self._timestep_list: list[float] = timesteps.tolist()
         integers = [int(step) for step in timesteps.tolist()]
         self._previous_timesteps = dict(zip(integers, [*integers[1:], -1], strict=True))
+
+    @property
+    def step_starts(self) -> list[int]:
+        """Indices in `timesteps` of the network evaluations with which the steps begin, ascending."""
+        return list(range(0, len(self._timestep_list), self.order))
 
     def set_timesteps(
         self,

@@ -17,7 +17,8 @@ from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
 from kandinsky22.checkpoints.config_file import ConfigFile
 from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.checkpoints.load_arguments import LoadArguments, checked_flag
-from kandinsky22.errors import ConfigError, MissingDependencyError, invalid
+from kandinsky22.errors import ConfigError, invalid
+from kandinsky22.inputs.hub_uploads import HubUpload, requested_upload
 from kandinsky22.schedulers.config import SchedulerConfig
 
 S = TypeVar("S", bound="Configurable")
@@ -208,39 +209,44 @@ class Configurable(ConfigFile):
         scheduler = cls.from_config(cls._read_config(source, subfolder), **settings)
         return cast(S, (scheduler, unused)) if returns_unused else scheduler
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the config to `scheduler_config.json`.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_options: Any
+    ) -> None:
+        """Write the config to `scheduler_config.json`, and upload it on request.
 
         Args:
             save_directory: Folder, which is created if it does not exist.
+            push_to_hub: Whether all files of the folder are uploaded to the Hub afterwards.
+            **hub_options: Arguments of the upload: `repo_id` (the name of the folder if it is left out),
+                `commit_message`, `private`, `token`, `create_pr`, `revision` and `subfolder`, see `push_to_hub`.
 
         Raises:
-            CheckpointError: If the file cannot be written.
-            InputError: If `save_directory` is not a path.
+            CheckpointError: If the file cannot be written, or the upload fails.
+            InputError: If an argument is invalid.
+            MissingDependencyError: If the Hub's client is required and not installed.
         """
         folder = checked_save_path(save_directory)
+        upload = requested_upload(type(self).__name__, push_to_hub, hub_options, folder)
         write_json(folder / self.config_name, self.config.to_json())
+        if upload is not None:
+            upload.run(folder)
 
     def save_config(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **hub_options: Any
     ) -> None:
-        """Write the config to `scheduler_config.json` as `save_pretrained` does, and upload it on request.
+        """Do the same as `save_pretrained`.
 
         Args:
-            save_directory: Folder, which is created if it does not exist.
-            push_to_hub: Whether the file is uploaded as well, see `push_to_hub`.
-            **hub_options: Arguments of `push_to_hub`; `repo_id` is the name of the folder if it is left out.
+            save_directory: See `save_pretrained`.
+            push_to_hub: See `save_pretrained`.
+            **hub_options: See `save_pretrained`.
 
         Raises:
-            CheckpointError: If the file cannot be written.
+            CheckpointError: If the file cannot be written, or the upload fails.
             InputError: If an argument is invalid.
+            MissingDependencyError: If the Hub's client is required and not installed.
         """
-        uploads = checked_flag("push_to_hub", push_to_hub)
-        if hub_options and not uploads:
-            raise invalid("arguments", sorted(hub_options), "none without push_to_hub=True")
-        self.save_pretrained(save_directory)
-        if uploads:
-            self.push_to_hub(hub_options.pop("repo_id", checked_save_path(save_directory).name), **hub_options)
+        self.save_pretrained(save_directory, push_to_hub, **hub_options)
 
     def push_to_hub(
         self,
@@ -249,6 +255,8 @@ class Configurable(ConfigFile):
         private: bool | None = None,
         token: str | bool | None = None,
         create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
         """Upload `scheduler_config.json` to a repository on the Hub, which is created if it does not exist.
@@ -259,30 +267,23 @@ class Configurable(ConfigFile):
             private: Whether a new repository is private; None is the owner's default.
             token: Access token; None uses the stored one.
             create_pr: Whether to open a pull request instead of committing.
+            safe_serialization: Without effect, as in the reference: a scheduler has no weights.
+            variant: Likewise.
             subfolder: Folder in the repository; None is its top folder.
 
         Returns:
-            Address of the commit.
+            Address of the commit, or of the pull request.
 
         Raises:
+            CheckpointError: If the upload fails.
+            InputError: If an argument is invalid.
             MissingDependencyError: If the Hub's client is not installed.
         """
-        try:
-            import huggingface_hub
-        except ImportError as error:
-            raise MissingDependencyError("push_to_hub needs the package huggingface_hub") from error
-        repo = huggingface_hub.create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+        message = f"Upload {type(self).__name__}" if commit_message is None else commit_message
+        upload = HubUpload(repo_id, message, private, token, create_pr, subfolder=subfolder)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = huggingface_hub.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                path_in_repo=subfolder,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                token=token,
-                create_pr=create_pr,
-            )
-        return str(commit)
+            return upload.run(folder)
 
     def to_json_string(self) -> str:
         """Return the content of the config file."""

@@ -184,6 +184,17 @@ class PNDMScheduler(StatefulScheduler):
         return self._output(prev_sample, x0, return_dict)
 
     @property
+    def step_starts(self) -> list[int]:
+        """Indices in `timesteps` of the network evaluations with which the steps begin, ascending."""
+        if not self._evaluations:  # before `set_timesteps`
+            return super().step_starts
+        return [
+            index
+            for index, evaluation in enumerate(self._evaluations)
+            if not (evaluation.runge_kutta_stage or evaluation.repeats_step)
+        ]
+
+    @property
     def _runge_kutta_count(self) -> int:
         """Number of the first evaluations that belong to Runge-Kutta steps."""
         return sum(evaluation.runge_kutta_stage is not None for evaluation in self._evaluations)
