@@ -26,8 +26,8 @@ def read_mask(value: Any) -> torch.Tensor:
     return masks.masks_to_tensor("mask_image", value, (8, 8))
 
 
-def read_items(items: Any, weights: Any) -> list[str | torch.Tensor]:
-    sizes = {"embedding_dim": 5, "image_size": 8, "image_processor": None}
+def read_items(items: Any, weights: Any) -> list[interpolation.InterpolationItem]:
+    sizes = {"embedding_dim": 5, "image_size": 8, "image_processor": None, "dtype": torch.float16}
     return interpolation.interpolation_items(items, weights, batch_size=2, **sizes)
 
 
@@ -83,7 +83,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
         lambda: validation.batch_of_size("negatives", torch.zeros(3, 2), 2, "embeds"),
         "len(negatives)=3 is invalid: expected 1 or 2, the batch size of embeds",
     ),
-    (lambda: read_image(3), "image=3 is invalid: expected a path, an http(s) URL or a PIL image"),
+    (lambda: read_image(3), "image=3 is invalid: expected a path, an http(s) URL, a PIL image, an array or a tensor"),
     (lambda: read_image([]), "image=[] is invalid: expected at least one item"),
     (lambda: read_image(np.zeros(4, np.uint8)), f"image=<ndarray uint8 (4,)> is invalid: expected {ARRAYS}"),
     (lambda: read_image(np.zeros((4, 4), np.int64)), f"image=<ndarray int64 (4, 4)> is invalid: expected {ARRAYS}"),
