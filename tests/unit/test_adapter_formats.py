@@ -207,7 +207,7 @@ def test_many_problems_are_counted_and_a_few_are_named(unet: UNet2DConditionMode
         ({"r": float("inf")}, "r is inf"),
         ({"rank_pattern": {"to_q": float("nan")}}, "r is nan"),
         ({"use_rslora": "no"}, "use_rslora is 'no': expected true or false"),
-        ({"lora_alpha": 9e8, "use_rslora": True}, "whose alpha is no finite number below 1e9"),
+        ({"lora_alpha": 9e8, "use_rslora": True}, "whose alpha is not a finite number below 1e9"),
         ({"kasa_config": {"beta": 1}}, "kasa_config"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config"),
@@ -247,7 +247,7 @@ def test_adapters_of_other_initialisations_are_read(unet: UNet2DConditionModel, 
 @pytest.mark.parametrize("alpha", [float("inf"), float("-inf"), float("nan"), 1e30])
 def test_values_of_alpha_that_no_adapter_has(unet: UNet2DConditionModel, alpha: float) -> None:
     tensors = flat_layout(random_pairs(unet, ["mid_block.attentions.0.to_q"]), alpha=alpha)
-    with pytest.raises(CheckpointError, match=r"1 whose alpha is no finite number below 1e9: .*to_q\.alpha"):
+    with pytest.raises(CheckpointError, match=r"1 whose alpha is not a finite number below 1e9: .*to_q\.alpha"):
         match_updates(tensors, {UNET: unet}, origin="file")
 
 

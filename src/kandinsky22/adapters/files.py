@@ -183,7 +183,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
         names: Names of all files in the folder.
 
     Returns:
-        The names; an empty list if there is no adapter.
+        The names of the files; an empty list if the folder contains no adapter.
     """
     names = list(names)
     selected = _select(names, None, None)

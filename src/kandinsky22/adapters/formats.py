@@ -310,7 +310,7 @@ def _update(layer: Layer, shape: tuple[int, ...], settings: _Settings, problems:
     alpha = settings.alpha(layer.name, rank) if stored is None else float(stored[1])
     if not abs(alpha) < MAX_ALPHA:  # also not a number
         problems.add(
-            "whose alpha is no finite number below 1e9", [f"{down_key if stored is None else stored[0]} {alpha}"]
+            "whose alpha is not a finite number below 1e9", [f"{down_key if stored is None else stored[0]} {alpha}"]
         )
         return None
     return LowRankUpdate(down, up, alpha)

@@ -118,7 +118,7 @@ def with_replaced(
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """What a network goes back to after its own weights were loaded.
+    """State that a network returns to after its own weights have been loaded.
 
     Attributes:
         before: The adapters and how they were applied.

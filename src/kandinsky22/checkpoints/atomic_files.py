@@ -113,7 +113,7 @@ def _delete_abandoned(final: Path) -> None:
 
 
 def _delete_if_abandoned(temporary: Path, lock: Path) -> None:
-    """Delete a temporary file and its lock file, of which one may be missing, if their process has ended."""
+    """Delete a temporary file and its lock file if the process that wrote them has ended. Either may be missing."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         # Where there are no locks, the age of both files counts.
         files = [path for path in (lock, temporary) if os.path.lexists(path)]

@@ -235,7 +235,7 @@ def run_rebuild(args: argparse.Namespace) -> None:
 
     Raises:
         MissingDependencyError: If the packages of the extra `serve` are not installed.
-        InputError: If a server uses the folder, or if there is no such folder.
+        InputError: If a server uses the folder, or if the folder does not exist.
     """
     require_packages()
     from kandinsky22.serve.database import UnreadableDatabaseError, set_aside

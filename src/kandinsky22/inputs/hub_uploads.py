@@ -61,7 +61,7 @@ class HubUpload:
             Address of the commit, or of the pull request.
 
         Raises:
-            InputError: If the repository's name is no name.
+            InputError: If the name of the repository is invalid.
             CheckpointError: If the upload fails.
             MissingDependencyError: If huggingface_hub is not installed.
         """

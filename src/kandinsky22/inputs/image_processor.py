@@ -205,7 +205,7 @@ class VaeImageProcessor:
             width: Width in pixels; None for that of the image.
 
         Raises:
-            InputError: If a side is no integer of at least `vae_scale_factor`.
+            InputError: If a side is not an integer, or is below `vae_scale_factor`.
         """
         if isinstance(image, Image):
             own_height, own_width = image.height, image.width

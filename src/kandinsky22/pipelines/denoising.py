@@ -254,7 +254,7 @@ class DenoisingPipeline(DiffusionPipeline):
 
     @staticmethod
     def _check_negative_half(state: LoopState, guided_tensors: Sequence[str]) -> None:
-        """Raise InputError if a callback has enabled guidance, and there is no negative condition (any more).
+        """Raise InputError if a callback has enabled guidance without a negative condition.
 
         Args:
             state: The loop state after the callbacks of a step.

@@ -1,4 +1,4 @@
-"""How pipelines are saved, to a folder or to the Hub."""
+"""Mixin that saves pipelines to a folder and uploads them to the Hub."""
 
 from __future__ import annotations
 
