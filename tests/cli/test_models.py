@@ -17,7 +17,8 @@ from tests.hub_server import Hub, etag, serving
 
 from kandinsky22 import PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky22.checkpoints import hub_files
-from kandinsky22.cli.models import PUBLISHED, kind_of_class, readable_size
+from kandinsky22.checkpoints.hub import embedded_folder
+from kandinsky22.cli.models import PUBLISHED, _prompts, kind_of_class, readable_size
 from kandinsky22.generation.recipe import read_recipe
 from kandinsky22.kernels import half_precision, packed_memory
 from kandinsky22.runtime.prepared import PACKED_FILE
@@ -25,6 +26,13 @@ from kandinsky22.runtime.prepared import PACKED_FILE
 DECODER, PRIOR = PUBLISHED[0].name, PUBLISHED[3].name
 UNET = "unet/diffusion_pytorch_model.safetensors"
 CARD = "---\nlicense: apache-2.0 # as published\nprior:\n- {prior}\n---\n"
+
+
+EMBEDDED = embedded_folder("decoder")
+EXTRAS = {
+    "distilled": "pytorch_lora_weights.safetensors",
+    "tiny_decoder": "diffusion_pytorch_model.safetensors",
+}
 
 
 @pytest.fixture
@@ -161,6 +169,11 @@ def test_info(command: Command, hub: Hub, cache: Path, model: Path) -> None:
     (file,) = info["components"]["unet"]["files"]
     assert file["sha256"] == etag(UNET, (hub.root / DECODER / UNET).read_bytes())
     assert (info["licence"], info["class_name"]) == ("apache-2.0", "KandinskyV22Pipeline") and len(info["digest"]) == 64
+    text = command("models", "info", "embedded").out
+    extras = [EMBEDDED / name / file for name, file in EXTRAS.items()]
+    assert all(f"  {file.parent.name}/{file.name}" in text for file in extras)
+    info = json.loads(command("models", "info", "embedded", "--no-digest", "--json").out)
+    assert info["bytes"] == sum(file.stat().st_size for file in EMBEDDED.rglob("*.safetensors"))
     text = command("models", "info", model, "--no-digest").out
     assert "the card names none" in text and "digest" not in text
     assert "KandinskyV22InpaintPipeline" in command("models", "info", "embedded", "--for", "inpaint").out
@@ -240,6 +253,12 @@ def test_kinds_and_sizes() -> None:
         "1000.0 kB",
         "5.3 GB",
     ]
+
+
+def test_prompts_of_a_calibration_end_at_newlines_only(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\u2028on a mat\r\n\r\na dog\x0b\x85 \n".encode())
+    assert _prompts(file) == ["a cat\u2028on a mat", "a dog"]
 
 
 @pytest.mark.skipif(packed_memory.fingerprint() is None, reason="needs Linux and an x86 CPU")

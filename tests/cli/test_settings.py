@@ -191,6 +191,11 @@ def test_config_preserves_the_rest_of_the_file(command: Command) -> None:
     text = path.read_text("utf-8")
     assert text.startswith("# mine\ndevice = 'cpu' # here\n\n[generate] # pictures\nsteps = 5\n")
     assert tomllib.loads(text)["mix"] == {"steps": 8}
+    line = "negative-prompt = 'a cat\u2028on a mat\x85'"
+    path.write_text(f"{line}\r\n[generate]\nsteps = 5\n", encoding="utf-8")
+    assert command("config", "set", "generate.steps", 6).code == 0
+    assert path.read_text("utf-8").splitlines(keepends=False)[-1] == "steps = 6"
+    assert line in path.read_text("utf-8")
     path.write_text("[generate]\nsteps = 5\nseed = [\n  1,\n  2,\n]\nsteps2 = 1\n", encoding="utf-8")
     before = path.read_text("utf-8")
     assert_one_line(command("config", "set", "generate.seed", 3), 1, "text editor")

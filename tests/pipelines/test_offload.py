@@ -361,6 +361,38 @@ def test_changed_networks_are_written_first(change: str, decoder: Any, tmp_path:
     assert difference(result, baseline) < (1e-5 if partly else 1e-30)
 
 
+@pytest.mark.parametrize("through", ["the network", "a parent"])
+@pytest.mark.parametrize("mode", ["model", "sequential", "low memory", "low memory, in use"])
+def test_weights_can_be_loaded_into_offloaded_networks(mode: str, through: str, decoder: Any) -> None:
+    original = {name: tensor.clone() for name, tensor in decoder.unet.state_dict().items()}
+    weights = {**original, "conv_in.weight": 2 * original["conv_in.weight"]}
+    decoder.unet.load_state_dict(weights)
+    expected = decoder(**DECODER_CALL, generator=seeded(1)).images
+    decoder.unet.load_state_dict(original)
+    if mode == "model":
+        decoder.enable_model_cpu_offload(device="cpu")
+    elif mode == "sequential":
+        decoder.enable_sequential_cpu_offload(device="cpu")
+    else:
+        decoder.enable_low_memory()
+        if "in use" in mode:
+            decoder.unet(torch.zeros(1, 4, 8, 8), 1, None, added_cond_kwargs={"image_embeds": torch.zeros(1, DIM)})
+    offload = device_offload.offload_of(decoder.unet)
+    if through == "the network":
+        decoder.unet.load_state_dict(weights)
+    else:
+        parent = torch.nn.Module()
+        parent.unet = decoder.unet
+        parent.load_state_dict({f"unet.{name}": tensor for name, tensor in weights.items()})
+    after = device_offload.offload_of(decoder.unet)
+    assert offload is not None and after is not None and after.method == offload.method
+    assert difference(decoder(**DECODER_CALL, generator=seeded(1)).images, expected) < 1e-5
+    decoder.movq.decode(torch.zeros(1, 4, 8, 8))  # another network takes the place of the UNet
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in decoder.unet.state_dict().items())
+    decoder.remove_all_hooks()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in decoder.unet.state_dict().items())
+
+
 @pytest.mark.parametrize("how", ["data", "numpy", "one value at an end", "inference mode"])
 def test_untracked_weight_changes_survive_offloading(how: str, decoder: Any, checkpoints: Path) -> None:
     weight = decoder.unet.conv_in.weight

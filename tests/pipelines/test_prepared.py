@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from tests.pipelines.tiny import HAS_AVX512
 
 from kandinsky22 import CheckpointError, InputError, KandinskyV22Pipeline, UNet2DConditionModel
 from kandinsky22.checkpoints import conversion
+from kandinsky22.checkpoints.cache_folder import signing_key
 from kandinsky22.checkpoints.hub import CheckpointSource
 from kandinsky22.checkpoints.weights import read_tensors
 from kandinsky22.kernels import half_precision, packed_memory
@@ -186,6 +188,19 @@ def test_files_of_another_user_are_ignored(copy: Path, key: Path) -> None:
         key.write_bytes(secret)
     assert packed_layers(load(copy))
     assert len(secret) == 32
+
+
+def test_the_key_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KANDINSKY22_CACHE", str(tmp_path))
+
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    secret = signing_key(create=True)
+    assert secret is not None
+    assert signing_key(create=True) == secret
+    assert os.listdir(tmp_path) == ["signing.key"]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "longer", "shorter"])

@@ -158,6 +158,13 @@ def test_components_are_uploaded(decoder: KandinskyV22Pipeline, hub: Hub, tmp_pa
         component.save_pretrained(tmp_path / type(component).__name__, True, repo_id="someone/picture", token="secret")
         assert [names_of(commit) for commit in hub.commits] == [{name}]
     hub.commits.clear()
+    decoder.unet.save_pretrained(tmp_path / "unet", push_to_hub=True, repo_id="someone/picture", token="secret")
+    decoder.unet.push_to_hub("someone/picture", None, None, "secret", False, False, "fp16", "unet")
+    assert [names_of(commit) for commit in hub.commits] == [
+        {"config.json", "diffusion_pytorch_model.safetensors"},
+        {"unet/config.json", "unet/diffusion_pytorch_model.fp16.bin"},
+    ]
+    hub.commits.clear()
     decoder.scheduler.save_config(tmp_path / "again", push_to_hub=True, create_pr=False)
     address = decoder.scheduler.push_to_hub("someone/picture", None, None, "secret", False, True, None, "scheduler")
     assert address.endswith("/someone/picture/commit/" + "0" * 40)
@@ -176,6 +183,8 @@ def test_failed_uploads_of_saving_and_of_schedulers_are_one_line(
         lambda: decoder.save_pretrained(tmp_path, push_to_hub=True, **options),
         lambda: scheduler.save_pretrained(tmp_path, push_to_hub=True, **options),
         lambda: scheduler.push_to_hub(**options),
+        lambda: decoder.movq.save_pretrained(tmp_path, push_to_hub=True, **options),
+        lambda: decoder.movq.push_to_hub(**options),
     ):
         with pytest.raises(CheckpointError, match=r"^cannot upload to someone/picture on the Hub: ") as caught:
             call()  # type: ignore[no-untyped-call]
@@ -200,13 +209,13 @@ def test_failed_uploads_of_saving_and_of_schedulers_are_one_line(
 def test_invalid_options_of_uploads(
     decoder: KandinskyV22Pipeline, hub: Hub, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    for saved in (decoder, DDIMScheduler(), CLIPImageProcessor()):
+    for saved in (decoder, decoder.unet, DDIMScheduler(), CLIPImageProcessor()):
         with pytest.raises(InputError, match=f"^{message} is invalid"):
             saved.save_pretrained(tmp_path, **{"push_to_hub": True, **options})
     assert not hub.commits
     if next(iter(options)) in ("push_to_hub", "use_flashpack"):
         return
-    for uploaded in (decoder, DDIMScheduler()):
+    for uploaded in (decoder, decoder.unet, DDIMScheduler()):
         with pytest.raises(InputError, match=f"^{message} is invalid"):
             uploaded.push_to_hub(**{"repo_id": "someone/picture", **options})
 

@@ -24,9 +24,10 @@ from kandinsky22.training.drawings.captions import (
     unknown_words,
     words,
 )
+from kandinsky22.training.drawings.patches import PatchHeads, PatchLabels
 from kandinsky22.training.drawings.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers, scene_answers
 from kandinsky22.training.drawings.recoloring import from_oklab, recolor, to_oklab
-from kandinsky22.training.drawings.rendering import edge_map, layer_map, render, render_pixels
+from kandinsky22.training.drawings.rendering import edge_map, layer_map, render, render_pixels, visible_shares
 from kandinsky22.training.drawings.scenes import Background, Mixture, Scene, Thing, is_held_out, sample_scene
 from kandinsky22.training.drawings.sprites import SIDE
 from kandinsky22.training.drawings.vocabulary import (
@@ -127,6 +128,37 @@ def test_things_are_drawn_from_back_to_front() -> None:
     assert depth[60, 25] == pytest.approx(0.55, abs=0.01)
     assert depth[60, 50] == 1
     assert depth[5, 5] == 0
+
+
+def test_patches_are_labelled_with_what_they_show() -> None:
+    behind, front = thing("cat", "red", 0.5, 0.5, 1.0), thing("hat", "blue", 0.75, 0.5, 0.5)
+    scene = Scene("flat", Background("plain", "white"), (behind, front), "front")
+    shares = visible_shares(SolidSprites(), scene, 4)
+    np.testing.assert_allclose(shares[0], [[0] * 4, [1, 1, 0.5, 0.5], [1, 1, 0, 0], [1] * 4], atol=0.1)
+    np.testing.assert_allclose(shares[1], [[0] * 4, [0, 0, 0.5, 0.5], [0, 0, 1, 1], [0] * 4], atol=0.1)
+    labels = PatchLabels.of(SolidSprites(), [scene, scene], 4)
+    cat, hat = THINGS.index("cat"), THINGS.index("hat")
+    assert labels.things.shape == (2, 16)
+    things = labels.things[1].view(4, 4)
+    assert things[0].tolist() == [len(THINGS)] * 4
+    assert things[2:].tolist() == [[cat, cat, hat, hat], [cat] * 4]
+    assert labels.colors[0, 10] == THING_COLORS.index("blue")
+    assert labels.colors[0, 0] == len(THING_COLORS)
+
+
+def test_heads_learn_the_labels_of_patches() -> None:
+    torch.manual_seed(0)
+    labels = PatchLabels(torch.tensor([[0, 1], [UNKNOWN, len(THINGS)]]), torch.tensor([[2, 3], [UNKNOWN, 0]]))
+    heads, states = PatchHeads(8), torch.randn(2, 2, 8)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=0.1)
+    for _ in range(60):
+        loss = heads.loss(states, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    states[1, 0] = 100 * torch.randn(8)  # a patch without a label has no effect
+    torch.testing.assert_close(heads.loss(states, labels).detach(), loss.detach(), rtol=0.5, atol=0.1)
 
 
 def test_colors_of_edges_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,8 @@ Layers with quantized weights have nothing to merge into. They add the low-rank 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from kandinsky22.adapters.updates import Adapter, LowRankUpdate, WeightUpdate, c
 from kandinsky22.errors import InputError, NotFiniteError
 from kandinsky22.kernels import host_memory
 from kandinsky22.kernels.linear import TENSOR_TYPES
-from kandinsky22.runtime.device_offload import offload_of, remove_offload
+from kandinsky22.runtime.device_offload import weights_in_memory
 from kandinsky22.runtime.network_state import attached_state, state_of, unwrapped
 from kandinsky22.runtime.quantize import kind_of
 
@@ -168,7 +167,7 @@ class NetworkAdapters:
         network = unwrapped(network)
         updates = selection.updates()
         if updates != self._applied:
-            with _weights_in_memory(network):
+            with weights_in_memory(network):
                 self._merge(network, updates, check_finite)
             self.version += 1
         self.selection = selection
@@ -202,7 +201,7 @@ class NetworkAdapters:
         """Give a network its own weights, which are about to be loaded, until `end_loading`.
 
         Args:
-            network: The network.
+            network: The network. All its weights are in memory.
         """
         network = unwrapped(network)
         self.end_loading(network)  # of a load that another module's hook has stopped
@@ -212,9 +211,7 @@ class NetworkAdapters:
         try:
             self.select(network, dataclasses.replace(before, active=()))
             parameters = dict(network.named_parameters())
-            # Loading writes into the parameters themselves, except into those that are offloaded by layers.
-            in_memory = [name for name in self._base if not parameters[name].is_meta]
-            fused = {name: parameters[name].detach().to("cpu", copy=True) for name in in_memory}
+            fused = {name: parameters[name].detach().to("cpu", copy=True) for name in self._base}
         except BaseException:
             self.select(network, before)
             raise
@@ -395,22 +392,3 @@ def check_adaptable(network: nn.Module, role: str, adapter: Adapter) -> None:
         parameter = module._parameters.get(attribute)
         if type(parameter) not in TENSOR_TYPES or not parameter.is_floating_point():
             raise InputError(f"{role}: the weight {name} is a {type(parameter).__name__}, which takes no adapters")
-
-
-@contextlib.contextmanager
-def _weights_in_memory(network: nn.Module) -> Iterator[None]:
-    """Return a context manager in which all weights of a network can be changed, and which offloads them again.
-
-    Whole networks that wait in the CPU's memory need nothing; those that are in files, or moved by layers, are brought
-    into memory.
-    """
-    offload = offload_of(network)
-    if offload is None or offload.method == "enable_model_cpu_offload":
-        yield
-        return
-    with offload.lock:
-        remove_offload(network)
-        try:
-            yield
-        finally:
-            offload.offload_alike(network)

@@ -35,17 +35,28 @@ def signing_key(*, create: bool) -> bytes | None:
         if create and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / f".signing-{secrets.token_hex(8)}"
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(KEY_BYTES))
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)  # unlike a rename, this never replaces the key of another process
-            temporary.unlink()
+            try:
+                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(secrets.token_bytes(KEY_BYTES))
+                _add_file(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     try:
         with open_regular_file(path) as file:
             key = file.read(KEY_BYTES + 1)
     except (OSError, ValueError):
         return None
     return key if len(key) == KEY_BYTES else None
+
+
+def _add_file(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, unless another process has made a file of this name."""
+    try:
+        os.link(temporary, path)  # unlike a rename, this never replaces a file
+    except FileExistsError:
+        return
+    except OSError:  # the file system has no hard links
+        os.replace(temporary, path)  # processes that start at the same moment may sign with different keys
 
 
 def _default_cache_folder() -> Path | None:

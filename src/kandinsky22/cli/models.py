@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -216,12 +217,13 @@ def _prompts(path: Path) -> list[str]:
     from kandinsky22.inputs.sources import read_file
 
     try:
-        lines = read_file(str(path), MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
+        text = read_file(str(path), MAX_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise invalid("--calibration", str(path), "a text file in UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise invalid("--calibration", str(path), f"a text file ({reason})") from error
+    lines = io.StringIO(text, newline=None)  # only these newlines: a prompt may contain other separators of lines
     return [line.strip() for line in lines if line.strip()]
 
 

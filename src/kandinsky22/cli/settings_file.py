@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -155,7 +156,7 @@ def _without_empty_tables(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _edited(text: str, section: Sequence[str], key: str, value: Any) -> str:
     """Return the text with the line of one value replaced, removed or added; simple layouts only."""
-    lines = text.splitlines()
+    lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]  # values may have other separators of lines
     start, end = _section_lines(lines, section)
     assignment = re.compile(rf"\s*[\"']?{'[-_]'.join(map(re.escape, key.split('-')))}[\"']?\s*=")
     present = [index for index in range(start, end) if assignment.match(lines[index])]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -27,12 +29,14 @@ from kandinsky22.checkpoints.weights import (
     write_weight_files,
 )
 from kandinsky22.errors import CheckpointError, ConfigError, invalid, printable
+from kandinsky22.inputs.hub_uploads import HubUpload, requested_upload
 from kandinsky22.kernels.linear import drop_packed
 from kandinsky22.models.reference_methods import LAYOUT_VERSION as LAYOUT_VERSION
 from kandinsky22.models.reference_methods import ReferenceMethods
 from kandinsky22.models.stored_tensors import stored_tensors
 from kandinsky22.runtime import quantize
 from kandinsky22.runtime.device import mapped_device
+from kandinsky22.runtime.device_offload import weights_in_memory
 from kandinsky22.runtime.prepared import PACKED_FILE, attach_packed
 
 M = TypeVar("M", bound="Model")
@@ -195,6 +199,8 @@ class Model(ReferenceMethods):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
+        push_to_hub: bool = False,
+        **hub_options: Any,
     ) -> None:
         """Write config and weights in the published layout, all together or, if it fails, nothing.
 
@@ -206,15 +212,59 @@ class Model(ReferenceMethods):
             variant: Variant in the names of the weight files, such as "fp16"; None for none.
             max_shard_size: Largest size of a weight file, in bytes or such as "10GB".
             safe_serialization: Whether to write safetensors instead of pickled files.
+            push_to_hub: Whether all files of the folder are uploaded to the Hub afterwards.
+            **hub_options: Arguments of the upload: `repo_id` (the name of the folder if it is left out),
+                `commit_message`, `private`, `token`, `create_pr`, `revision` and `subfolder`, see `push_to_hub`.
 
         Raises:
-            CheckpointError: The folder cannot be written.
+            CheckpointError: The folder cannot be written, or the upload fails.
             InputError: An argument is invalid.
+            MissingDependencyError: huggingface_hub is required and not installed.
         """
         folder = checked_save_path(save_directory)
         check_save_arguments(variant, max_shard_size, safe_serialization)
+        upload = requested_upload(type(self).__name__, push_to_hub, hub_options, folder)
         with folder_save(folder) as save:
             stage_network(self, save, "", variant=variant, max_shard_size=max_shard_size, safe=safe_serialization)
+        if upload is not None:
+            upload.run(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Save the network and upload it to a repository on the Hub, which is created if it does not exist.
+
+        Args:
+            repo_id: Repository, such as "owner/name".
+            commit_message: Message of the commit; None names the class.
+            private: Whether a new repository is private; None for the default of the owner.
+            token: Access token of the Hub; None for the stored one.
+            create_pr: Whether the commit opens a pull request.
+            safe_serialization: See `save_pretrained`.
+            variant: See `save_pretrained`.
+            subfolder: Folder in the repository; None for its top folder.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            CheckpointError: The upload fails.
+            InputError: An argument is invalid.
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        message = f"Upload {type(self).__name__}" if commit_message is None else commit_message
+        upload = HubUpload(repo_id, message, private, token, create_pr, subfolder=subfolder)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant, safe_serialization=safe_serialization)
+            return upload.run(folder)
 
     def _fill(
         self, files: Iterable[Path], dtype: torch.dtype | None, *, ignore_mismatched_sizes: bool = False
@@ -299,7 +349,7 @@ class Model(ReferenceMethods):
         return tensors
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Replace the network's own weights. Adapters stay applied.
+        """Replace the network's own weights. Adapters stay applied, and an offloaded network stays offloaded.
 
         Fused adapters stay distinguished if the weights that they are part of have the same values as before.
 
@@ -314,11 +364,11 @@ class Model(ReferenceMethods):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         finally:
-            adapters_of(self).end_loading(self)  # an error may have stopped torch's method before the hook
+            _end_loading(self)  # an error may have stopped torch's method before the hook
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # torch calls this before it loads the modules inside, also where the network is a part of another module
-        adapters_of(self).begin_loading(self)
+        _begin_loading(self)
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -335,9 +385,23 @@ class Model(ReferenceMethods):
         """Set the buffers that are not part of a checkpoint. The base class has none."""
 
 
-def _end_loading(network: nn.Module, _incompatible_keys: Any) -> None:
-    """Apply adapters again once torch has loaded all modules of a network."""
-    adapters_of(network).end_loading(network)
+_LOADING = "_loading"  # attribute of a network while torch loads its weights
+
+
+def _begin_loading(network: nn.Module) -> None:
+    """Bring the network's own weights into memory, where torch replaces them."""
+    _end_loading(network)  # of a load that another module's hook has stopped
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(weights_in_memory(network))
+        adapters_of(network).begin_loading(network)
+        stack.callback(adapters_of(network).end_loading, network)
+        network.__dict__[_LOADING] = stack.pop_all()
+
+
+def _end_loading(network: nn.Module, _incompatible_keys: Any = None) -> None:
+    """Apply adapters and offload the network again once torch has loaded all its modules."""
+    if (stack := network.__dict__.pop(_LOADING, None)) is not None:
+        stack.close()
 
 
 def _is_convertible(tensor: Tensor, expected: torch.dtype, requested: torch.dtype | None) -> bool:

@@ -80,7 +80,7 @@ class CheckpointInfo:
         class_name: Name of its pipeline class.
         folder: Its folder.
         licence: Licence that its card names; None if it names none.
-        components: Its components by name.
+        components: Its components by name; also "distilled" and "tiny_decoder" if it has them.
     """
 
     class_name: str
@@ -138,7 +138,7 @@ def pull(source: CheckpointSource, *, variant: str | None = None, expected_kind:
 
 
 def describe_checkpoint(folder: Path, *, with_digests: bool = True) -> CheckpointInfo:
-    """Return a description of a checkpoint. No weights are loaded.
+    """Return a description of a checkpoint, its distilled adapter and its tiny decoder. No weights are loaded.
 
     Args:
         folder: Its folder.
@@ -156,6 +156,7 @@ def describe_checkpoint(folder: Path, *, with_digests: bool = True) -> Checkpoin
     components = {
         name: _describe_component(folder, name, entry[1], with_digests=with_digests) for name, entry in entries.items()
     }
+    components |= _describe_extras(folder, with_digests=with_digests)
     return CheckpointInfo(str(index.get("_class_name")), folder, licence_in_card(folder / CARD), components)
 
 
@@ -379,6 +380,21 @@ def _describe_component(folder: Path, name: str, class_name: str, *, with_digest
     paths = [component / file for file in selected]
     if selected and selected[0].endswith(".json"):
         paths = indexed_files(component / selected[0], fallback)
+    return _component_info(name, class_name, paths, with_digests=with_digests)
+
+
+def _describe_extras(folder: Path, *, with_digests: bool) -> dict[str, ComponentInfo]:
+    """Return descriptions of the distilled adapter and of the tiny decoder, as far as a checkpoint has them."""
+    paths = [folder / name for name in _extra_files(_files_in(folder, (DISTILLED, SUBFOLDER)))]
+    weights = [path for path in paths if path.suffix != ".json"]
+    extras = {}
+    for name, class_name in ((DISTILLED, "LoRA adapter"), (SUBFOLDER, TinyDecoder.__name__)):
+        if files := [path for path in weights if path.parent.name == name]:
+            extras[name] = _component_info(name, class_name, files, with_digests=with_digests)
+    return extras
+
+
+def _component_info(name: str, class_name: str, paths: list[Path], *, with_digests: bool) -> ComponentInfo:
     files = tuple(
         WeightFile(f"{name}/{path.name}", path.stat().st_size, file_digest(path) if with_digests else None)
         for path in paths

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +107,31 @@ def remove_offload(network: nn.Module) -> None:
     if state.offload is not None:
         state.offload.remove(unwrapped(network))
         state.offload = None
+
+
+@contextlib.contextmanager
+def weights_in_memory(network: nn.Module) -> Iterator[None]:
+    """Return a context manager in which all weights of a network can be changed, and which offloads them again.
+
+    Whole networks that wait in the CPU's memory need nothing. The weights of those that are offloaded to files, or by
+    layers, are read.
+
+    Args:
+        network: Any module, compiled or not.
+
+    Returns:
+        The context manager.
+    """
+    offload = offload_of(network)
+    if offload is None or offload.method == "enable_model_cpu_offload":
+        yield
+        return
+    with offload.lock:
+        remove_offload(network)
+        try:
+            yield
+        finally:
+            offload.offload_alike(network)
 
 
 def accelerate_hooks() -> Any:

@@ -64,6 +64,19 @@ class TextEmbedding:
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """Image embeddings of N images, and what the vision tower computes them from.
+
+    Attributes:
+        embeds: Projected embeddings (N, D).
+        patches: Last states of the patches, row by row, (N, patches, width).
+    """
+
+    embeds: Tensor
+    patches: Tensor
+
+
 def build_tokenizer(folder: Path, vocabulary: Sequence[str]) -> CLIPTokenizer:
     """Write a CLIP tokenizer whose merges make one token of each word of a vocabulary, and load it.
 
@@ -206,11 +219,19 @@ class Towers(nn.Module):
         Args:
             images: RGB images (N, 3, H, W) in [0, 1].
         """
+        return self.embed_patches(images).embeds
+
+    def embed_patches(self, images: Tensor) -> ImageEmbedding:
+        """Return image embeddings and the states of the patches.
+
+        Args:
+            images: RGB images (N, 3, H, W) in [0, 1].
+        """
         size = (self.image_size, self.image_size)
         if images.shape[2:] != size:
             images = functional.interpolate(images, size, mode="bicubic", antialias=True)
-        embeds: Tensor = self.vision(pixel_values=(images - 0.5) / 0.5).image_embeds
-        return embeds
+        output = self.vision(pixel_values=(images - 0.5) / 0.5)
+        return ImageEmbedding(output.image_embeds, output.last_hidden_state[:, 1:])
 
     def embed_texts(self, texts: Sequence[str], *, trim: bool = True) -> TextEmbedding:
         """Return the text embeddings of prompts.

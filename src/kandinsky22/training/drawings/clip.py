@@ -19,14 +19,16 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky22.training.drawings.captions import FULL, VOCABULARY, add_nonsense_word, caption
+from kandinsky22.training.drawings.patches import PatchHeads, PatchLabels
 from kandinsky22.training.drawings.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers
 from kandinsky22.training.drawings.rendering import render
-from kandinsky22.training.drawings.scenes import Scene, is_held_out, sample_scene
+from kandinsky22.training.drawings.scenes import DRAWN, Mixture, Scene, is_held_out, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
 from kandinsky22.training.loop import Settings, StepRandomness, train
 from kandinsky22.training.towers import Towers, TowerSizes, build_tokenizer, initialise_patches
 
 SIZES = TowerSizes()
+CELLS = SIZES.image // SIZES.patch  # number of patches along each side of an image
 BATCH = 128
 GROUP = 2  # scenes per group of a batch; those of a group differ in one attribute each
 SETTINGS = Settings(
@@ -84,17 +86,18 @@ class Clip(nn.Module):
         torch.save(self.probe.state_dict(), folder / "model" / "probe.pt")
 
 
-def neighbours(scene: Scene, count: int, rng: np.random.Generator) -> list[Scene]:
+def neighbours(scene: Scene, count: int, rng: np.random.Generator, mixture: Mixture | None = None) -> list[Scene]:
     """Return a scene and variants that differ in one attribute, which the contrastive loss must learn to tell apart.
 
     Args:
         scene: The scene, which comes first.
         count: Number of scenes to return.
         rng: Random generator.
+        mixture: Shares of what scenes consist of; None takes the defaults.
     """
     group = [scene]
     while len(group) < count:
-        other = sample_scene(rng, arrangement=scene.arrangement)
+        other = sample_scene(rng, mixture, arrangement=scene.arrangement)
         slot = int(rng.integers(len(scene.things)))
         thing, replacement = scene.things[slot], other.things[slot]
         things = list(scene.things)
@@ -128,28 +131,31 @@ class Batch:
     Attributes:
         images: RGB images (N, 3, H, W), about [0, 1].
         texts: N captions.
-        labels: Labels of the N images.
+        scenes: The N scenes.
         text_answers: Answers to QUESTIONS that the captions give, (N, questions), or UNKNOWN.
     """
 
     images: Tensor
     texts: list[str]
-    labels: SceneLabels
+    scenes: list[Scene]
     text_answers: Tensor
 
 
-def sample_batch(sprites: Sprites, randomness: StepRandomness, count: int = BATCH) -> Batch:
+def sample_batch(
+    sprites: Sprites, randomness: StepRandomness, count: int = BATCH, mixture: Mixture | None = None
+) -> Batch:
     """Return a random batch: groups of similar scenes, their images with a little noise as in generated images.
 
     Args:
         sprites: Pixels of all things.
         randomness: Random generators of the step.
         count: Number of images.
+        mixture: Shares of what scenes consist of; None takes the defaults.
     """
     rng = randomness.numpy
     scenes: list[Scene] = []
     while len(scenes) < count:
-        scenes += neighbours(sample_scene(rng), GROUP, rng)
+        scenes += neighbours(sample_scene(rng, mixture), GROUP, rng, mixture)
     captions = [caption(scene, rng, FULL if rng.random() < 0.4 else None) for scene in scenes]
     texts = [add_nonsense_word(c.text, rng) if rng.random() < 0.05 else c.text for c in captions]
     images = render(sprites, scenes, SIZES.image)
@@ -157,23 +163,31 @@ def sample_batch(sprites: Sprites, randomness: StepRandomness, count: int = BATC
     return Batch(
         images + noise * torch.randn(images.shape, generator=randomness.torch),
         texts,
-        SceneLabels.of(scenes),
+        scenes,
         torch.tensor([caption_answers(c.description) for c in captions]),
     )
 
 
-def _contrastive_loss(clip: Clip, images: Tensor, texts: Tensor, batch: Batch) -> Tensor:
+def _contrastive_loss(clip: Clip, images: Tensor, texts: Tensor, labels: SceneLabels, text_answers: Tensor) -> Tensor:
     """Return the symmetric contrastive loss; captions that are true of several images are not negatives for them."""
     scale = clip.towers.logit_scale.clamp(max=4.6).exp()
     logits = scale * functional.normalize(images.float()) @ functional.normalize(texts.float()).T
-    stated = batch.text_answers[None, :, :]
-    agrees = ((stated == batch.labels.answers[:, None, :]) | (stated == UNKNOWN)).all(2)
+    stated = text_answers[None, :, :]
+    agrees = ((stated == labels.answers[:, None, :]) | (stated == UNKNOWN)).all(2)
     logits = logits.masked_fill(agrees & ~torch.eye(len(logits), dtype=torch.bool), -1e4)
     target = torch.arange(len(logits))
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def clip_losses(clip: Clip, sprites: Sprites, randomness: StepRandomness, count: int = BATCH) -> dict[str, Tensor]:
+def clip_losses(
+    clip: Clip,
+    sprites: Sprites,
+    randomness: StepRandomness,
+    count: int = BATCH,
+    *,
+    mixture: Mixture | None = None,
+    patches: PatchHeads | None = None,
+) -> dict[str, Tensor]:
     """Return the losses of one training step.
 
     Args:
@@ -181,25 +195,32 @@ def clip_losses(clip: Clip, sprites: Sprites, randomness: StepRandomness, count:
         sprites: Pixels of all things.
         randomness: Random generators of the step.
         count: Number of images in the batch.
+        mixture: Shares of what scenes consist of; None takes the defaults.
+        patches: Heads that read patches; None for no such loss.
 
     Returns:
-        Scalars: "contrastive", "text_answers", those of `Probe.image_losses`, and their weighted sum "loss".
+        Scalars: "contrastive", "text_answers", those of `Probe.image_losses`, "patches", and their weighted sum "loss".
     """
-    batch = sample_batch(sprites, randomness, count)
+    batch = sample_batch(sprites, randomness, count, mixture)
+    labels = SceneLabels.of(batch.scenes)
     # For such short sequences in bfloat16, the backward pass of fused attention is several times slower.
     with sdpa_kernel(SDPBackend.MATH):
-        images = clip.towers.embed_images(batch.images)
+        images = clip.towers.embed_patches(batch.images)
         texts = clip.towers.embed_texts(batch.texts).embeds
     losses = {
-        "contrastive": _contrastive_loss(clip, images, texts, batch),
+        "contrastive": _contrastive_loss(clip, images.embeds, texts, labels, batch.text_answers),
         "text_answers": clip.probe.answer_loss(texts, batch.text_answers),
-        **clip.probe.image_losses(images, batch.labels),
+        **clip.probe.image_losses(images.embeds, labels),
     }
+    if patches is not None:
+        losses["patches"] = patches.loss(images.patches, PatchLabels.of(sprites, batch.scenes, CELLS))
     return {"loss": sum(losses.values(), -0.7 * losses["contrastive"]), **losses}
 
 
 @torch.no_grad()
-def evaluate(clip: Clip, sprites: Sprites, *, count: int = 500, seed: int = 12345) -> dict[str, float]:
+def evaluate(
+    clip: Clip, sprites: Sprites, *, count: int = 500, seed: int = 12345, mixture: Mixture | None = None
+) -> dict[str, float]:
     """Return how often attributes are read correctly from embeddings, on scenes that are held out and others.
 
     Args:
@@ -207,6 +228,7 @@ def evaluate(clip: Clip, sprites: Sprites, *, count: int = 500, seed: int = 1234
         sprites: Pixels of all things.
         count: Number of scenes per group.
         seed: Seed of the scenes.
+        mixture: Shares of what scenes consist of; None takes the defaults.
 
     Returns:
         Shares per question and for all questions together, by names such as "one_held_out/image/thing0".
@@ -215,7 +237,7 @@ def evaluate(clip: Clip, sprites: Sprites, *, count: int = 500, seed: int = 1234
     groups = [("one", None), ("beside", "beside"), ("on", "on"), ("row", "row")]
     for (name, arrangement), held_out in ((group, held_out) for group in groups for held_out in (False, True)):
         rng = np.random.default_rng([seed, held_out])
-        scenes = [sample_scene(rng, arrangement=arrangement, held_out=held_out) for _ in range(count)]
+        scenes = [sample_scene(rng, mixture, arrangement=arrangement, held_out=held_out) for _ in range(count)]
         captions = [caption(scene, rng, FULL) for scene in scenes]
         embeds = {
             "image": torch.cat(
@@ -283,7 +305,8 @@ def train_towers(
 ) -> Clip:
     """Train both towers further, or resume their training, and save them in the subfolder "model".
 
-    Parts and heads stay as they are, thus networks can be trained on sums of parts meanwhile.
+    The vision tower learns from its patches too, on the styles that the decoder draws. Parts and heads stay as they
+    are, thus networks can be trained on sums of parts meanwhile.
 
     Args:
         folder: Folder of the stage.
@@ -300,19 +323,21 @@ def train_towers(
     with torch.no_grad():
         zero_embedding = clip.towers.embed_images(zero_image).float()
     clip.towers.requires_grad_(True)
+    torch.manual_seed(settings.seed)
+    patches = PatchHeads(SIZES.vision_width)
 
     def objective(randomness: StepRandomness) -> dict[str, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):
             zero = clip.towers.embed_images(zero_image).float()
-        losses = clip_losses(clip, sprites, randomness, count)
+        losses = clip_losses(clip, sprites, randomness, count, mixture=DRAWN, patches=patches)
         losses["zero"] = ZERO_WEIGHT * (zero - zero_embedding).square().mean()
         losses["loss"] = losses["loss"] + losses["zero"]
         return losses
 
-    train(clip, objective, settings, folder)
+    train(nn.ModuleDict({"clip": clip, "patches": patches}), objective, settings, folder)
     clip.requires_grad_(False)
     build_tokenizer(folder / "model" / "tokenizer", VOCABULARY)
     clip.save(folder)
-    report = evaluate(clip, sprites, count=evaluated)
+    report = evaluate(clip, sprites, count=evaluated, mixture=DRAWN)
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return clip

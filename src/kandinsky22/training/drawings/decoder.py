@@ -23,7 +23,7 @@ from kandinsky22.training.drawings.clip import Clip
 from kandinsky22.training.drawings.movq import FACTOR, LATENT_CHANNELS, SIZE
 from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import render
-from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
+from kandinsky22.training.drawings.scenes import DRAWN, Scene, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
 from kandinsky22.training.loop import (
     CHECKPOINT,
@@ -68,8 +68,7 @@ BANK = "bank"  # folder of the bank in that of its phase
 COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which are exact, instead of the vision tower's
 EMPTY_SHARE = 0.08
 EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
-# Sharp before many: the two styles that share their outlines.
-MIXTURE = Mixture(styles=("flat", "3D"))
+MIXTURE = DRAWN
 HALF_SIZE, FULL_SIZE = "half_size", "full_size"  # folders of the phases
 SETTINGS = {
     HALF_SIZE: Settings(

@@ -19,6 +19,7 @@ from kandinsky22.training.drawings.sprites import SIDE, Sprites
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 OVERLAP = 0.12  # how far a thing sinks into the one that it is on, in heights of its own
+CELL_SIDE = 4  # pixels along each side of a cell, from which the share that a thing covers is computed
 BEHIND, NEAR = 0.55, 1.0  # brightness of layer maps: of the thing behind, and of other things
 
 
@@ -114,6 +115,28 @@ def render(sprites: Sprites, scenes: Sequence[Scene], side: int) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
+def visible_shares(sprites: Sprites, scene: Scene, cells: int) -> npt.NDArray[np.float32]:
+    """Return how much of each cell of a grid each thing covers, where no thing in front hides it.
+
+    Args:
+        sprites: Pixels of all things.
+        scene: The scene.
+        cells: Number of cells along each side of the image.
+
+    Returns:
+        Shares (things, cells, cells) in [0, 1].
+    """
+    side = CELL_SIDE * cells
+    shares = np.zeros((len(scene.things), side, side), np.float32)
+    for index, placement in enumerate(_placements(sprites, scene, side)):
+        rows, columns, part = _window(placement, side)
+        opacity = part[..., 3] / np.float32(255)
+        shares[:, rows, columns] *= 1 - opacity
+        shares[index, rows, columns] = opacity
+    means: npt.NDArray[np.float32] = shares.reshape(-1, cells, CELL_SIDE, cells, CELL_SIDE).mean((2, 4))
+    return means
+
+
 def layer_map(sprites: Sprites, scene: Scene, side: int) -> npt.NDArray[np.float32]:
     """Return a layer map, similar to a depth map: the background is far (0), things are near (1).
 
@@ -159,4 +182,4 @@ def edge_map(sprites: Sprites, scene: Scene, side: int) -> npt.NDArray[np.float3
     return edges
 
 
-__all__ = ["SIDE", "Placement", "edge_map", "layer_map", "render", "render_pixels"]
+__all__ = ["SIDE", "Placement", "edge_map", "layer_map", "render", "render_pixels", "visible_shares"]

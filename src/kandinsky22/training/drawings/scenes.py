@@ -157,6 +157,10 @@ class Mixture:
     things: Sequence[str] = tuple(name for name in THINGS if name not in SHAPES)
 
 
+# Sharp before many: the two styles that share their outlines.
+DRAWN = Mixture(styles=("flat", "3D"))
+
+
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
