@@ -109,9 +109,10 @@ class Model:
             from_parts: Whether image embeddings are sums of parts instead of results of the prior.
         """
         clip = Clip.load(folder / ("towers" if is_finished(folder / "towers") else "clip"))
+        is_full_size = (folder / "shared" / CHECKPOINT).is_file()
         unet = (
             shared.load_shared(folder / "shared", sprites).variant({})
-            if is_finished(folder / "shared")
+            if is_full_size
             else decoder.load_decoder(folder / "decoder")
         )
         network: PriorTransformer | None = None
@@ -130,7 +131,6 @@ class Model:
             prior_scheduler=UnCLIPScheduler(**prior.SCHEDULER),
             prior_image_processor=image_processor(clip.towers.image_size),
         )
-        is_full_size = (folder / "decoder" / decoder.FULL_SIZE / CHECKPOINT).is_file()
         return cls(pipe, clip if from_parts else None, DEFAULTS, SIZE if is_full_size else SIZE // 2)
 
     @classmethod

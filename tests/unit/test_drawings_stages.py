@@ -166,9 +166,9 @@ def test_prior_generates_only_styles_that_the_decoder_draws() -> None:
 def test_stages_need_the_ones_before_them(tmp_path: Path) -> None:
     for stage, missing in {
         "towers": "clip",
-        "half_size_decoder": "autoencoder",
+        "decoder": "autoencoder",
         "prior": "towers",
-        "shared": "full_size",
+        "shared": "decoder",
     }.items():
         with pytest.raises(CheckpointError, match=f"{missing} is not finished"):
             stages.STAGES[stage](tmp_path, SolidSprites())
@@ -200,13 +200,13 @@ def test_shared_network_sees_all_kinds_of_examples(clip: Clip, tmp_path: Path, m
     for name, value in {"CHUNK": 2, "BANK_START": 4, "BATCH": 2}.items():
         monkeypatch.setattr(decoder, name, value)
     monkeypatch.setattr(shared, "CHUNK", 2)
-    monkeypatch.setattr(shared, "BATCHES", {"strong_signal": 2, "inpaint": 2, "hints": 2})
+    monkeypatch.setattr(shared, "BATCHES", {"text_to_image": 2, "inpaint": 2, "hints": 2})
     bank = decoder.Bank(tmp_path, VQModel(**movq.CONFIG), clip, SolidSprites(), seed=0, size=4)
     network = SharedUNet(UNet2DConditionModel(**decoder.CONFIG), shared.example_hints(SolidSprites()))
-    sources = [shared.StrongSignalBank(bank), shared.InpaintBank(bank), shared.HintBank(bank)]
+    sources = [shared.TextToImageBank(bank), shared.InpaintBank(bank), shared.HintBank(bank)]
     losses = denoising_objective(network, DDPMScheduler(**decoder.SCHEDULER), sources)(StepRandomness.of(0, 0))
     losses["loss"].backward()
-    assert {"strong_signal", "inpaint", "hints"} <= losses.keys()
+    assert {"text_to_image", "inpaint", "hints"} <= losses.keys()
     assert all(value.grad is not None for value in network.parameters())
     inpaint = network.variant(INPAINT_CONFIG)
     assert inpaint.config.in_channels == 9

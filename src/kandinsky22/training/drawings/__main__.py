@@ -1,8 +1,7 @@
 """`python -m kandinsky22.training.drawings`: train the embedded model on drawings, stage by stage, resuming them.
 
 Each stage uses one thread. Stages that do not depend on each other can run at the same time in several processes: CLIP
-and the autoencoder, then the towers and the decoder
-in half the size.
+and the autoencoder, then the towers and the decoder, then the prior and the shared UNet.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from kandinsky22.errors import CheckpointError
 from kandinsky22.training.drawings.assemble import assemble
 from kandinsky22.training.drawings.clip import Clip, train_clip, train_towers
-from kandinsky22.training.drawings.decoder import FULL_SIZE, train_decoder, train_half_size
+from kandinsky22.training.drawings.decoder import load_decoder, train_decoder
 from kandinsky22.training.drawings.movq import load_movq, train_autoencoder, train_movq
 from kandinsky22.training.drawings.prior import train_prior
 from kandinsky22.training.drawings.shared import train_shared
@@ -35,19 +34,14 @@ def _require(folder: Path) -> None:
         raise CheckpointError(f"the stage {folder} is not finished; run the stages in order")
 
 
-def _half_size_decoder(out: Path, sprites: Sprites) -> None:
-    _require(out / "movq" / "autoencoder")
-    train_half_size(out / "decoder", load_movq(out / "movq", sprites), _clip(out, "clip"), sprites)
-
-
 def _decoder(out: Path, sprites: Sprites) -> None:
     _require(out / "movq" / "autoencoder")
-    train_decoder(out / "decoder", load_movq(out / "movq", sprites), _clip(out), sprites)
+    train_decoder(out / "decoder", load_movq(out / "movq", sprites), _clip(out, "clip"), sprites)
 
 
 def _shared(out: Path, sprites: Sprites) -> None:
-    _require(out / "decoder" / FULL_SIZE)
-    train_shared(out / "shared", out / "decoder", load_movq(out / "movq", sprites), _clip(out), sprites)
+    _require(out / "decoder")
+    train_shared(out / "shared", load_decoder(out / "decoder"), load_movq(out / "movq", sprites), _clip(out), sprites)
 
 
 # In order of dependency.
@@ -56,7 +50,6 @@ STAGES: dict[str, Callable[[Path, Sprites], object]] = {
     "towers": lambda out, sprites: train_towers(out / "towers", _clip(out, "clip"), sprites),
     "autoencoder": lambda out, sprites: train_autoencoder(out / "movq", sprites),
     "prior": lambda out, sprites: train_prior(out / "prior", _clip(out)),
-    "half_size_decoder": _half_size_decoder,
     "decoder": _decoder,
     "shared": _shared,
     "movq": lambda out, sprites: train_movq(out / "movq", sprites),

@@ -31,18 +31,14 @@ STAGE_FOLDERS = (
     "towers",
     "movq/autoencoder",
     "prior",
-    f"decoder/{decoder.HALF_SIZE}",
-    f"decoder/{decoder.FULL_SIZE}",
+    "decoder",
     "movq/decoder",
     "shared",
 )
 
 
 def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
-    """Save prior and decoders in half precision.
-
-    If the stage of the shared UNet is not finished, only the decoder of text to image is saved. All other stages must
-    be finished.
+    """Save prior and decoders in half precision. All stages must be finished.
 
     Args:
         out: Folder of all stages.
@@ -50,10 +46,10 @@ def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
         folder: Folder to save into; None takes the subfolder "model" of `out`.
 
     Raises:
-        CheckpointError: A required stage is not finished.
+        CheckpointError: A stage is not finished.
     """
     folder = out / "model" if folder is None else folder
-    required = [out / name for name in STAGE_FOLDERS if name != "shared"]
+    required = [out / name for name in STAGE_FOLDERS]
     if missing := [str(path) for path in required if not is_finished(path)]:
         raise CheckpointError(f"stages that are not finished: {', '.join(missing)}")
     clip = Clip.load(out / "towers")
@@ -67,9 +63,6 @@ def assemble(out: Path, sprites: Sprites, folder: Path | None = None) -> None:
     )
     pipe.generation_defaults = dict(PRIOR_DEFAULTS)
     pipe.save_pretrained(folder / "prior")
-    if is_finished(out / "shared"):
-        unets = DecoderUNets.of_shared(shared.load_shared(out / "shared", sprites))
-    else:
-        unets = DecoderUNets(decoder.load_decoder(out / "decoder"))
+    unets = DecoderUNets.of_shared(shared.load_shared(out / "shared", sprites))
     save_decoders(unets, load_movq(out / "movq", sprites), decoder.SCHEDULER, DECODER_DEFAULTS, folder)
     save_history(out, STAGE_FOLDERS, folder)

@@ -1,4 +1,7 @@
-"""Recipe of the embedded decoder UNet: from noise to the latents of an image, conditioned on its CLIP embedding."""
+"""Recipe of the embedded decoder UNet: from noise to the latents of an image, conditioned on its CLIP embedding.
+
+This stage trains it on images of half the size. `shared` trains it further, in full size and with all its inputs.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,7 @@ from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import render
 from kandinsky22.training.drawings.scenes import DRAWN, Scene, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
-from kandinsky22.training.loop import (
-    CHECKPOINT,
-    Settings,
-    StepRandomness,
-    bfloat16_autocast,
-    is_finished,
-    load_average,
-    train,
-)
+from kandinsky22.training.loop import Settings, StepRandomness, bfloat16_autocast, load_average, train
 
 # The outer levels are narrow: at equal width they would take most of a step, and they only refine what the inner ones
 # compose. Groups of one channel would remove absolute colours.
@@ -64,124 +59,59 @@ BATCH = 32
 CHUNK = 64  # number of images that are encoded together
 # Number of images in the bank before the first step, new images per step, and largest number of images.
 BANK_START, BANK_GROWTH, BANK_SIZE = 4096, 2, 65536
-BANK = "bank"  # folder of the bank in that of its phase
+BANK = "bank"  # folder of the bank in that of its stage
 COMPOSED_SHARE = 0.7  # share of the embeddings that are sums of parts, which are exact, instead of the vision tower's
 EMPTY_SHARE = 0.08
 EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
 MIXTURE = DRAWN
-HALF_SIZE, FULL_SIZE = "half_size", "full_size"  # folders of the phases
-SETTINGS = {
-    HALF_SIZE: Settings(
-        steps=6000,
-        learning_rate=1e-3,
-        warmup=300,
-        decay=1500,
-        average=0.999,
-        bf16=True,
-        muon=True,
-        muon_interval=4,
-        seed=2,
-    ),
-    FULL_SIZE: Settings(
-        steps=12000,
-        learning_rate=7e-4,
-        warmup=200,
-        decay=5000,
-        average=0.999,
-        bf16=True,
-        muon=True,
-        muon_interval=4,
-        seed=3,
-    ),
-}
+SETTINGS = Settings(
+    steps=6000,
+    learning_rate=1e-3,
+    warmup=300,
+    decay=1500,
+    average=0.999,
+    bf16=True,
+    muon=True,
+    muon_interval=4,
+    seed=2,
+)
 
 
 def train_decoder(
-    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Mapping[str, Settings] = SETTINGS
+    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Settings = SETTINGS
 ) -> UNet2DConditionModel:
-    """Train the UNet, or resume its training: first on images of half the size, where a step costs a quarter.
+    """Train the UNet, or resume its training, on images of half the size, where a step costs a quarter.
+
+    The shared UNet goes on from there in full size. The embeddings are sums of parts alone: the towers may still be in
+    training.
 
     Args:
-        folder: Folder of both phases.
-        movq: Trained MoVQ, whose encoder gives the latents.
-        clip: Trained CLIP.
-        sprites: Pixels of all things.
-        settings: Hyperparameters by phase.
-
-    Returns:
-        The trained network.
-    """
-    train_half_size(folder, movq, clip, sprites, settings[HALF_SIZE])
-    unet = UNet2DConditionModel(**CONFIG)
-    load_average(unet, folder / HALF_SIZE)
-    bank = full_size_bank(folder, movq, clip, sprites, seed=settings[FULL_SIZE].seed)
-    _train(unet, bank, settings[FULL_SIZE], folder / FULL_SIZE)
-    return unet
-
-
-def train_half_size(
-    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, settings: Settings = SETTINGS[HALF_SIZE]
-) -> UNet2DConditionModel:
-    """Train the first phase, or resume it.
-
-    Its embeddings are sums of parts alone: the towers may still be in training.
-
-    Args:
-        folder: Folder of both phases.
+        folder: Folder of the stage.
         movq: Trained MoVQ, whose encoder gives the latents.
         clip: Trained CLIP.
         sprites: Pixels of all things.
         settings: Hyperparameters.
 
     Returns:
-        The network after this phase.
+        The trained network.
     """
     torch.manual_seed(settings.seed)
     unet = UNet2DConditionModel(**CONFIG)
     nn.init.zeros_(unet.conv_out.weight)
-    if not is_finished(folder / HALF_SIZE):
-        bank = Bank(
-            folder / HALF_SIZE / BANK,
-            movq,
-            clip,
-            sprites,
-            seed=settings.seed,
-            image_size=SIZE // 2,
-            composed_share=1.0,
-        )
-        _train(unet, bank, settings, folder / HALF_SIZE)
+    bank = Bank(folder / BANK, movq, clip, sprites, seed=settings.seed, image_size=SIZE // 2, composed_share=1.0)
+    train(unet, denoising_objective(unet, DDPMScheduler(**SCHEDULER), [bank]), settings, folder)
     return unet
-
-
-def full_size_bank(
-    folder: Path, movq: VQModel, clip: Clip, sprites: Sprites, seed: int = SETTINGS[FULL_SIZE].seed
-) -> Bank:
-    """Return the bank of images in full size.
-
-    Args:
-        folder: Folder of both phases.
-        movq: Trained MoVQ.
-        clip: Trained CLIP.
-        sprites: Pixels of all things.
-        seed: Seed of the images.
-    """
-    return Bank(folder / FULL_SIZE / BANK, movq, clip, sprites, seed=seed)
 
 
 def load_decoder(folder: Path) -> UNet2DConditionModel:
     """Return the network in its current state of training, frozen.
 
     Args:
-        folder: Folder of both phases.
+        folder: Folder of the stage.
     """
     unet = UNet2DConditionModel(**CONFIG)
-    full = folder / FULL_SIZE
-    load_average(unet, full if (full / CHECKPOINT).is_file() else folder / HALF_SIZE)
+    load_average(unet, folder)
     return unet.eval().requires_grad_(False)
-
-
-def _train(unet: UNet2DConditionModel, bank: Bank, settings: Settings, folder: Path) -> None:
-    train(unet, denoising_objective(unet, DDPMScheduler(**SCHEDULER), [bank]), settings, folder)
 
 
 @torch.no_grad()
@@ -248,17 +178,35 @@ class Bank:
         Args:
             randomness: Random generators of the step.
         """
-        size = min(BANK_START + BANK_GROWTH * randomness.step, self.size) // CHUNK * CHUNK
-        self._grow(size)
-        indices = randomness.numpy.integers(0, size, BATCH)  # in no order: the timesteps of a batch ascend
-        kinds = (randomness.numpy.random(BATCH) >= self.composed_share).astype(int)
-        embeds = torch.from_numpy(self.embeds[indices, kinds]).float()
+        indices = self.sample(BATCH, randomness)  # in no order: the timesteps of a batch ascend
+        embeds = self.stored_embeds(indices, randomness)
         return Examples(
             torch.from_numpy(self.latents[indices]).float(),
             perturb_embeddings(
                 embeds, self.std, self.negative, randomness, noise=EMBEDDING_NOISE, empty_share=EMPTY_SHARE
             ),
         )
+
+    def sample(self, count: int, randomness: StepRandomness) -> npt.NDArray[np.int64]:
+        """Return the indices of random images, after the bank has grown to its size of the step.
+
+        Args:
+            count: Number of indices.
+            randomness: Random generators of the step.
+        """
+        size = min(BANK_START + BANK_GROWTH * randomness.step, self.size) // CHUNK * CHUNK
+        self._grow(size)
+        return randomness.numpy.integers(0, size, count)
+
+    def stored_embeds(self, indices: npt.NDArray[np.int64], randomness: StepRandomness) -> Tensor:
+        """Return embeddings (len(indices), D): of each image the sum of parts or that of the vision tower.
+
+        Args:
+            indices: Indices of the images.
+            randomness: Random generators of the step.
+        """
+        kinds = (randomness.numpy.random(len(indices)) >= self.composed_share).astype(int)
+        return torch.from_numpy(self.embeds[indices, kinds]).float()
 
     def chunk_scenes(self, first: int) -> Sequence[Scene]:
         """Return the scenes of CHUNK images that were encoded together.

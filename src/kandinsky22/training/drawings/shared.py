@@ -1,4 +1,7 @@
-"""Last stage of the embedded UNet: one network that serves text to image, inpainting, hints and image to image."""
+"""Last stage of the embedded UNet: one network that serves text to image, inpainting, hints and image to image.
+
+All are trained together from the start of the full size: examples of inpainting and of hints teach drawing, too.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from kandinsky22.schedulers import DDPMScheduler
 from kandinsky22.training.denoising import Examples, denoising_objective, perturb_embeddings, timestep_distribution
 from kandinsky22.training.drawings import decoder
 from kandinsky22.training.drawings.clip import Clip
-from kandinsky22.training.drawings.decoder import CHUNK, EMBEDDING_NOISE, EMPTY_SHARE, SCHEDULER, Bank
+from kandinsky22.training.drawings.decoder import BANK, CHUNK, EMBEDDING_NOISE, EMPTY_SHARE, SCHEDULER, Bank
 from kandinsky22.training.drawings.movq import FACTOR, SIZE
 from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import edge_map, layer_map
@@ -34,17 +37,41 @@ KNOWN_WEIGHT = 0.3  # weight of errors in the known region, which the pipeline o
 SINGLE_THING_SHARE = 0.5  # share of the masks around a thing whose embedding shows that thing alone
 OTHER_LAYOUT_SHARE = 0.5  # share of hints whose embedding shows other positions and sizes than the hint
 EDGE_SHARE = 0.4  # share of hints that show edges
-BATCHES = {"strong_signal": 14, "inpaint": 10, "hints": 8}
+# Number of examples per step. A hint costs about twice as much to encode as an image to denoise.
+BATCHES = {"text_to_image": 21, "inpaint": 7, "hints": 4}
 SETTINGS = Settings(
-    steps=5000, learning_rate=7e-4, warmup=200, average=0.998, bf16=True, muon=True, muon_interval=4, seed=5
+    steps=10000,
+    learning_rate=7e-4,
+    warmup=200,
+    decay=4500,
+    average=0.999,
+    bf16=True,
+    muon=True,
+    muon_interval=4,
+    seed=5,
 )
 
 
+@dataclass(frozen=True)
+class SampledImages:
+    """Random images of a bank.
+
+    Attributes:
+        indices: Indices in the bank, (n,).
+        latents: Latents (n, c, h, w).
+        scenes: The n scenes.
+    """
+
+    indices: npt.NDArray[np.int64]
+    latents: Tensor
+    scenes: list[Scene]
+
+
 class SceneBank:
-    """Examples whose images are those of the decoder's bank, and whose embeddings are sums of parts.
+    """Examples whose images are those of a bank, and whose embeddings are sums of parts.
 
     Args:
-        bank: Bank of the decoder, which must be full.
+        bank: The bank.
     """
 
     name: str
@@ -62,15 +89,15 @@ class SceneBank:
         """
         raise NotImplementedError
 
-    def sample(self, randomness: StepRandomness) -> tuple[Tensor, list[Scene]]:
-        """Return random latents (batch, c, h, w) and their scenes.
+    def sample(self, randomness: StepRandomness) -> SampledImages:
+        """Return random images.
 
         Args:
             randomness: Random generators of the step.
         """
-        indices: npt.NDArray[np.int64] = randomness.numpy.integers(0, self.bank.count, BATCHES[self.name])
+        indices = self.bank.sample(BATCHES[self.name], randomness)
         latents = torch.from_numpy(self.bank.latents[indices]).float()
-        return latents, [self._scene(int(index)) for index in indices]
+        return SampledImages(indices, latents, [self._scene(int(index)) for index in indices])
 
     def _scene(self, index: int) -> Scene:
         chunk = index // CHUNK
@@ -87,6 +114,15 @@ class SceneBank:
         """
         with torch.no_grad():
             embeds = self.bank.clip.probe.compose(SceneLabels.of(scenes)).float()
+        return self.perturb(embeds, randomness)
+
+    def perturb(self, embeds: Tensor, randomness: StepRandomness) -> Tensor:
+        """Return embeddings (N, D) with noise, some of them replaced by the negative embedding.
+
+        Args:
+            embeds: Embeddings (N, D).
+            randomness: Random generators of the step.
+        """
         return perturb_embeddings(
             embeds,
             self.bank.std,
@@ -97,14 +133,14 @@ class SceneBank:
         )
 
 
-class StrongSignalBank(SceneBank):
-    """Images for text to image; where noise is low, some have the embedding of another image.
+class TextToImageBank(SceneBank):
+    """Images with embeddings of both kinds; where noise is low, some have the embedding of another image.
 
     Image to image needs such examples: a network that is only trained on matching pairs changes any image into what its
     embedding describes.
     """
 
-    name = "strong_signal"
+    name = "text_to_image"
 
     def examples(self, randomness: StepRandomness) -> Examples:
         """Return the examples of a step.
@@ -112,12 +148,12 @@ class StrongSignalBank(SceneBank):
         Args:
             randomness: Random generators of the step.
         """
-        latents, scenes = self.sample(randomness)
-        embeds = self.embed(scenes, randomness)
+        images = self.sample(randomness)
+        embeds = self.perturb(self.bank.stored_embeds(images.indices, randomness), randomness)
         distribution = timestep_distribution(DDPMScheduler(**SCHEDULER).alphas_cumprod)
         mismatched = torch.rand(len(embeds), 1, generator=randomness.torch) < MISMATCH_SHARE
         mismatched[int(len(embeds) * distribution[STRONG_SIGNAL_TIMESTEP]) :] = False  # timesteps ascend
-        return Examples(latents, torch.where(mismatched, embeds.roll(1, 0), embeds))
+        return Examples(images.latents, torch.where(mismatched, embeds.roll(1, 0), embeds))
 
 
 class InpaintBank(SceneBank):
@@ -131,7 +167,8 @@ class InpaintBank(SceneBank):
         Args:
             randomness: Random generators of the step.
         """
-        latents, scenes = self.sample(randomness)
+        images = self.sample(randomness)
+        latents, scenes = images.latents, images.scenes
         rng = randomness.numpy
         sampled = [sample_mask(scene, rng) for scene in scenes]
         known = torch.cat([mask.known for mask in sampled])
@@ -209,7 +246,8 @@ class HintBank(SceneBank):
         Args:
             randomness: Random generators of the step.
         """
-        latents, scenes = self.sample(randomness)
+        images = self.sample(randomness)
+        latents, scenes = images.latents, images.scenes
         rng = randomness.numpy
         maps = [(edge_map if rng.random() < EDGE_SHARE else layer_map)(self.bank.sprites, s, SIZE) for s in scenes]
         brightness = torch.from_numpy(rng.uniform(0.6, 1.0, len(scenes))).float()[:, None, None, None]
@@ -246,19 +284,19 @@ def example_hints(sprites: Sprites) -> Tensor:
 
 def train_shared(
     folder: Path,
-    decoder_folder: Path,
+    unet: UNet2DConditionModel,
     movq: VQModel,
     clip: Clip,
     sprites: Sprites,
     settings: Settings = SETTINGS,
 ) -> SharedUNet:
-    """Train the shared network, starting from the trained decoder, or resume its training.
+    """Train the shared network, or resume its training.
 
     Args:
         folder: Folder of the stage.
-        decoder_folder: Folder of the decoder's stage, whose bank is used again.
+        unet: Decoder, trained on images of half the size.
         movq: Trained MoVQ.
-        clip: Trained CLIP.
+        clip: Trained CLIP, whose towers are finished.
         sprites: Pixels of all things.
         settings: Hyperparameters.
 
@@ -266,9 +304,9 @@ def train_shared(
         The trained network.
     """
     torch.manual_seed(settings.seed)
-    shared = SharedUNet(decoder.load_decoder(decoder_folder), example_hints(sprites))
-    bank = decoder.full_size_bank(decoder_folder, movq, clip, sprites)
-    sources = [StrongSignalBank(bank), InpaintBank(bank), HintBank(bank)]
+    shared = SharedUNet(unet, example_hints(sprites))
+    bank = Bank(folder / BANK, movq, clip, sprites, seed=settings.seed)
+    sources = [TextToImageBank(bank), InpaintBank(bank), HintBank(bank)]
     train(shared, denoising_objective(shared, DDPMScheduler(**SCHEDULER), sources), settings, folder)
     return shared
 
