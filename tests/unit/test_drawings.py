@@ -35,6 +35,7 @@ from kandinsky22.training.drawings.vocabulary import (
     BACKGROUNDS,
     COLORS,
     DRAWINGS,
+    DRAWN_THINGS,
     NATURAL,
     SHAPES,
     STYLES,
@@ -62,6 +63,8 @@ def test_words_and_drawings_are_unique() -> None:
     assert len(set(synonyms)) == len(synonyms)
     assert len(set(DRAWINGS.values())) == len(DRAWINGS) == len(THINGS) - len(SHAPES)
     assert len(THINGS) >= 200
+    assert len(set(DRAWN_THINGS)) == len(DRAWN_THINGS) >= 120
+    assert set(DRAWN_THINGS) < set(DRAWINGS)
 
 
 def test_colors_survive_oklab() -> None:

@@ -159,8 +159,9 @@ def test_images_of_the_bank_do_not_depend_on_the_timestep(
     assert abs(correlation) < 0.2
 
 
-def test_prior_generates_only_styles_that_the_decoder_draws() -> None:
-    assert set(prior.MIXTURE.styles) == set(decoder.MIXTURE.styles)
+def test_prior_generates_only_what_the_decoder_draws() -> None:
+    assert prior.MIXTURE.styles == decoder.MIXTURE.styles == decoder.HALF_SIZE_MIXTURE.styles
+    assert prior.MIXTURE.things == decoder.MIXTURE.things == decoder.HALF_SIZE_MIXTURE.things
 
 
 def test_stages_need_the_ones_before_them(tmp_path: Path) -> None:

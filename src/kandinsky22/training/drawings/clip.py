@@ -22,7 +22,7 @@ from kandinsky22.training.drawings.captions import FULL, VOCABULARY, add_nonsens
 from kandinsky22.training.drawings.patches import PatchHeads, PatchLabels
 from kandinsky22.training.drawings.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers
 from kandinsky22.training.drawings.rendering import render
-from kandinsky22.training.drawings.scenes import DRAWN, Mixture, Scene, is_held_out, sample_scene
+from kandinsky22.training.drawings.scenes import DRAWN_STYLES, Mixture, Scene, is_held_out, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
 from kandinsky22.training.loop import Settings, StepRandomness, train
 from kandinsky22.training.towers import Towers, TowerSizes, build_tokenizer, initialise_patches
@@ -49,6 +49,7 @@ TOWERS = Settings(
     muon_interval=4,
     seed=6,
 )
+TOWERS_MIXTURE = Mixture(styles=DRAWN_STYLES)
 ZERO_WEIGHT = 10.0  # the negative embedding of guidance must stay what the decoder is trained with
 
 
@@ -329,7 +330,7 @@ def train_towers(
     def objective(randomness: StepRandomness) -> dict[str, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):
             zero = clip.towers.embed_images(zero_image).float()
-        losses = clip_losses(clip, sprites, randomness, count, mixture=DRAWN, patches=patches)
+        losses = clip_losses(clip, sprites, randomness, count, mixture=TOWERS_MIXTURE, patches=patches)
         losses["zero"] = ZERO_WEIGHT * (zero - zero_embedding).square().mean()
         losses["loss"] = losses["loss"] + losses["zero"]
         return losses
@@ -338,6 +339,6 @@ def train_towers(
     clip.requires_grad_(False)
     build_tokenizer(folder / "model" / "tokenizer", VOCABULARY)
     clip.save(folder)
-    report = evaluate(clip, sprites, count=evaluated, mixture=DRAWN)
+    report = evaluate(clip, sprites, count=evaluated, mixture=TOWERS_MIXTURE)
     (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return clip

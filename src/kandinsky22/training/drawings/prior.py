@@ -19,7 +19,6 @@ from torch import Tensor
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.schedulers import UnCLIPScheduler
 from kandinsky22.training.drawings import clip as clip_recipe
-from kandinsky22.training.drawings import decoder
 from kandinsky22.training.drawings.captions import (
     EMPTY_CAPTION,
     FULL,
@@ -31,7 +30,7 @@ from kandinsky22.training.drawings.captions import (
 )
 from kandinsky22.training.drawings.clip import Clip
 from kandinsky22.training.drawings.probe import QUESTIONS, SceneLabels, caption_answers
-from kandinsky22.training.drawings.scenes import Mixture, Scene, sample_scene
+from kandinsky22.training.drawings.scenes import DRAWN, Scene, sample_scene
 from kandinsky22.training.drawings.vocabulary import COLORS, NATURAL
 from kandinsky22.training.loop import Settings, StepRandomness, train
 from kandinsky22.training.prior_objective import prior_losses, sample_embeddings
@@ -48,8 +47,8 @@ CONFIG: Mapping[str, Any] = {
 # Embeddings are normalised to unit variance, thus clipping at 10 standard deviations never changes a good one.
 SCHEDULER: Mapping[str, Any] = {"prediction_type": "sample", "clip_sample": True, "clip_sample_range": 10.0}
 BATCH = 96
-# Scenes of several things are harder. The decoder draws no other styles.
-MIXTURE = Mixture(arrangements=(0.2, 0.16, 0.12, 0.1, 0.1), styles=decoder.MIXTURE.styles)
+# Scenes of several things are harder. The decoder draws nothing else.
+MIXTURE = dataclasses.replace(DRAWN, arrangements=(0.2, 0.16, 0.12, 0.1, 0.1))
 EMPTY_SHARE = 0.1
 # Share of scenes with a thing in the colour of its background. Images do not show them, but prompts ask for them.
 INVISIBLE_SHARE = 0.04

@@ -16,6 +16,7 @@ from kandinsky22.training.drawings.vocabulary import (
     ARRANGEMENTS,
     BACKGROUNDS,
     COLORS,
+    DRAWN_THINGS,
     GRADIENT,
     NATURAL,
     NATURAL_ONLY,
@@ -157,8 +158,9 @@ class Mixture:
     things: Sequence[str] = tuple(name for name in THINGS if name not in SHAPES)
 
 
-# Sharp before many: the two styles that share their outlines.
-DRAWN = Mixture(styles=("flat", "3D"))
+# What the decoder draws. Sharp before many: the two styles that share their outlines, and two thirds of the things.
+DRAWN_STYLES = ("flat", "3D")
+DRAWN = Mixture(styles=DRAWN_STYLES, things=DRAWN_THINGS)
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

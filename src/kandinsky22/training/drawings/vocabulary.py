@@ -245,6 +245,21 @@ SYNONYMS = {name: (name, *words) for name, (_, words) in _TABLE.items()} | {
 }
 THINGS = tuple(SYNONYMS)
 
+# Things that the decoder draws, those that are easiest to tell apart, beside the shapes. CLIP knows all of them.
+_DRAWN = """
+cat, dog, fox, lion, bear, panda, koala, rabbit, mouse, pig, cow, horse, unicorn, monkey, frog, elephant, turtle, snake,
+dragon, dinosaur, chick, penguin, duck, owl, flamingo, bird, whale, dolphin, fish, octopus, crab, snail, butterfly, bee,
+ladybug, spider, rose, sunflower, tulip, cactus, fir, tree, palm, mushroom, apple, pear, lemon, banana, watermelon,
+grapes, strawberry, cherries, pineapple, tomato, carrot, corn, bread, cheese, burger, fries, pizza, egg, ice cream,
+doughnut, cookie, cake, cupcake, coffee, car, fire truck, tractor, bicycle, train, sailboat, ship, airplane, helicopter,
+rocket, ufo, anchor, house, castle, tent, volcano, mountain, sun, moon, cloud, rainbow, umbrella, snowflake, snowman,
+fire, drop, lightning, planet, balloon, gift, pumpkin, christmas tree, trophy, soccer ball, die, teddy, gamepad, target,
+bow, hat, crown, glasses, shirt, dress, shoe, backpack, diamond, bell, guitar, trumpet, drum, phone, laptop, camera, tv,
+light bulb, candle, book, envelope, pencil, scissors, key, hammer, shield, alarm clock, hourglass, lock, chair, door,
+coin, gear
+"""
+DRAWN_THINGS = tuple(" ".join(name.split()) for name in _DRAWN.split(","))
+
 # Things of so many colours that a colour word would not say what changes.
 NATURAL_ONLY = frozenset({"rainbow", "palette", "earth", "snowflake", "bomb"})
 
