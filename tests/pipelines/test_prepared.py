@@ -155,6 +155,19 @@ def test_the_digest_of_large_files_is_computed_once(copy: Path, monkeypatch: pyt
     assert not packed_layers(load(copy))
 
 
+def test_the_first_load_of_large_files_computes_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "RECORDED_BYTES", 0)
+    folder = tmp_path / "prepared"
+    convert(CheckpointSource("embedded", embedded_subfolder="decoder"), folder, dtype="float32", prepare=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "_digest", lambda files: pytest.fail(f"the digest of {files} is computed"))
+        assert packed_layers(load(folder))
+    with open(folder / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    assert not packed_layers(load(folder))
+
+
 def test_the_type_is_known_without_the_key(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepared.prepared_dtype(copy / "unet") == copy.name
     monkeypatch.setenv("KANDINSKY22_CACHE", "")

@@ -98,8 +98,11 @@ def write_packed(network: nn.Module, folder: Path, weight_files: Iterable[Path])
     if packed:
         dtype = str(_dtype(network)).removeprefix("torch.")
         files = list(weight_files)
-        about = {"fingerprint": fingerprint, "weights": _digest(files), "dtype": dtype}
+        status = [os.stat(file) for file in files]  # before they are read: a later change makes the check invalid
+        digest = _digest(files)
+        about = {"fingerprint": fingerprint, "weights": digest, "dtype": dtype}
         _write_file(folder / PACKED_FILE, packed, about, key)
+        _record_check(_check_record(status, digest))  # otherwise the first load would read all files for it
     return len(packed)
 
 
@@ -211,26 +214,35 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _have_digest(files: Sequence[Path], digest: str) -> bool:
-    """Return whether the digest of files equals `digest`. For large files, a successful check is cached.
-
-    The cache entry is an empty file. Its name is a hash of the digest and of device, inode, size and times of each
-    file. Every write changes at least one of these.
-    """
-    cache, status = cache_folder(), [os.stat(file) for file in files]
-    stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status]
-    record = None
-    if cache is not None and sum(s.st_size for s in status) >= RECORDED_BYTES:
-        name = hashlib.sha256(json.dumps([digest, stamps]).encode()).hexdigest()
-        record = cache / "prepared" / name
-        if record.exists():
-            return True
+    """Return whether the digest of files equals `digest`. For large files, a successful check is cached."""
+    record = _check_record([os.stat(file) for file in files], digest)
+    if record is not None and record.exists():
+        return True
     if _digest(files) != digest:
         return False
+    _record_check(record)
+    return True
+
+
+def _check_record(status: Sequence[os.stat_result], digest: str) -> Path | None:
+    """Return the cache entry for the check that files have a digest; None for small files and without a cache.
+
+    The entry is an empty file. Its name is a hash of the digest and of device, inode, size and times of each file.
+    Every write changes at least one of these.
+    """
+    cache = cache_folder()
+    if cache is None or sum(s.st_size for s in status) < RECORDED_BYTES:
+        return None
+    stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in status]
+    return cache / "prepared" / hashlib.sha256(json.dumps([digest, stamps]).encode()).hexdigest()
+
+
+def _record_check(record: Path | None) -> None:
+    """Write the cache entry of a successful check, where that is possible."""
     if record is not None:
         with contextlib.suppress(OSError):
             record.parent.mkdir(parents=True, exist_ok=True)
             record.touch()
-    return True
 
 
 def _digest(files: Iterable[Path]) -> str:
