@@ -194,11 +194,17 @@ class Bank:
         """
         indices = self.sample(BATCH, randomness)  # in no order: the timesteps of a batch ascend
         embeds = self.stored_embeds(indices, randomness)
-        return Examples(
-            torch.from_numpy(self.latents[indices]).float(),
-            perturb_embeddings(
-                embeds, self.std, self.negative, randomness, noise=EMBEDDING_NOISE, empty_share=EMPTY_SHARE
-            ),
+        return Examples(torch.from_numpy(self.latents[indices]).float(), self.perturb(embeds, randomness))
+
+    def perturb(self, embeds: Tensor, randomness: StepRandomness) -> Tensor:
+        """Return embeddings (N, D) with noise, some of them replaced by the negative embedding.
+
+        Args:
+            embeds: Embeddings (N, D).
+            randomness: Random generators of the step.
+        """
+        return perturb_embeddings(
+            embeds, self.std, self.negative, randomness, noise=EMBEDDING_NOISE, empty_share=EMPTY_SHARE
         )
 
     def sample(self, count: int, randomness: StepRandomness) -> npt.NDArray[np.int64]:

@@ -19,10 +19,10 @@ from kandinsky22.inputs import masks
 from kandinsky22.models.movq import VQModel
 from kandinsky22.models.unet import UNet2DConditionModel
 from kandinsky22.schedulers import DDPMScheduler
-from kandinsky22.training.denoising import Examples, denoising_objective, perturb_embeddings, timestep_distribution
+from kandinsky22.training.denoising import Examples, denoising_objective, timestep_distribution
 from kandinsky22.training.drawings import decoder
 from kandinsky22.training.drawings.clip import Clip
-from kandinsky22.training.drawings.decoder import BANK, CHUNK, EMBEDDING_NOISE, EMPTY_SHARE, SCHEDULER, Bank
+from kandinsky22.training.drawings.decoder import BANK, CHUNK, SCHEDULER, Bank
 from kandinsky22.training.drawings.movq import FACTOR, SIZE
 from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import edge_map, layer_map
@@ -114,23 +114,7 @@ class SceneBank:
         """
         with torch.no_grad():
             embeds = self.bank.clip.probe.compose(SceneLabels.of(scenes)).float()
-        return self.perturb(embeds, randomness)
-
-    def perturb(self, embeds: Tensor, randomness: StepRandomness) -> Tensor:
-        """Return embeddings (N, D) with noise, some of them replaced by the negative embedding.
-
-        Args:
-            embeds: Embeddings (N, D).
-            randomness: Random generators of the step.
-        """
-        return perturb_embeddings(
-            embeds,
-            self.bank.std,
-            self.bank.negative,
-            randomness,
-            noise=EMBEDDING_NOISE,
-            empty_share=EMPTY_SHARE,
-        )
+        return self.bank.perturb(embeds, randomness)
 
 
 class TextToImageBank(SceneBank):
@@ -149,7 +133,7 @@ class TextToImageBank(SceneBank):
             randomness: Random generators of the step.
         """
         images = self.sample(randomness)
-        embeds = self.perturb(self.bank.stored_embeds(images.indices, randomness), randomness)
+        embeds = self.bank.perturb(self.bank.stored_embeds(images.indices, randomness), randomness)
         distribution = timestep_distribution(DDPMScheduler(**SCHEDULER).alphas_cumprod)
         mismatched = torch.rand(len(embeds), 1, generator=randomness.torch) < MISMATCH_SHARE
         mismatched[int(len(embeds) * distribution[STRONG_SIGNAL_TIMESTEP]) :] = False  # timesteps ascend
