@@ -117,7 +117,7 @@ judge: $(VENV)/.tools  ## measure how often the embedded model's pictures are ri
 	$(BIN)/python -m benchmarks.embedded_success
 	$(BIN)/python -m benchmarks.embedded_modes
 
-train-embedded: $(VENV)/.package  ## train the embedded model from scratch, or resume (hours)
+train-embedded: $(VENV)/.train  ## train the embedded model from scratch, or resume (hours)
 	$(BIN)/python -m kandinsky22.training $(ARGS)
 
 clean:  ## remove .venv, caches and the built documentation
@@ -136,6 +136,10 @@ $(VENV)/.package: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/.package
 	@$(PIP) install -c constraints.txt -e ".[serve]"
+	@touch $@
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(VENV)/.package
+	@$(PIP) install -c constraints.txt -e ".[train]"
 	@touch $@
 
 $(VENV)/.tools: pyproject.toml constraints.txt | $(BIN)/python$(EXE)

@@ -28,7 +28,7 @@ def test_a_picture_with_the_models_own_defaults(command: Command, model: Path) -
     assert recipe["model"] == str(model)
     assert len(recipe["model_digest"]) == 64
     assert recipe["versions"]["kandinsky22"] == kandinsky22.__version__
-    assert {"torch", "transformers"} <= recipe["versions"].keys()
+    assert {"torch", "tokenizers"} <= recipe["versions"].keys()
 
 
 def test_the_command_draws_what_the_library_draws(command: Command, model: Path) -> None:

@@ -208,7 +208,7 @@ def run_batch(
 
 def _versions() -> dict[str, str]:
     """Return the versions that determine pixels, without importing the packages: a finished run needs none of them."""
-    return {"kandinsky22": __version__} | {name: metadata.version(name) for name in ("torch", "transformers", "pillow")}
+    return {"kandinsky22": __version__} | {name: metadata.version(name) for name in ("torch", "tokenizers", "pillow")}
 
 
 def _checked(options: RunOptions, draw: DrawOptions, note: Note, note_fault: Note) -> Report:

@@ -7,7 +7,7 @@ from kandinsky22.generation.memory_errors import is_out_of_memory
 
 OUT_OF_MEMORY = "out of memory; try a smaller --size, --low-memory, --dtype bfloat16 or another --device"
 
-MIN_ADDRESS_SPACE = 10**9  # bytes; importing torch and transformers takes more
+MIN_ADDRESS_SPACE = 10**9  # bytes; importing torch takes more
 
 
 def failure_message(error: BaseException) -> str | None:

@@ -15,6 +15,7 @@ from kandinsky22.checkpoints.hub import EMBEDDED, HUB_ID
 from kandinsky22.cli import option_values, options
 from kandinsky22.cli.settings import SETTINGS_OF
 from kandinsky22.errors import MissingDependencyError, invalid
+from kandinsky22.requirements import require
 
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 MODEL_OPTIONS = {"decoder": "model", "inpaint": "inpaint_model", "control": "control_model"}
@@ -143,10 +144,13 @@ def run(args: argparse.Namespace) -> None:
         args: Parsed command line.
 
     Raises:
-        MissingDependencyError: If the packages of the extra `serve` are not installed.
+        MissingDependencyError: If the packages of the extra `serve`, or those of `depth` for hints of depth, are not
+            installed.
         KandinskyError: If a setting is invalid, or if the address or the state folder is in use.
     """
     require_packages()
+    if args.depth_model is not None:
+        require("transformers", "--depth-model", install="kandinsky22[depth]")
     from kandinsky22.serve.run import serve
 
     def report(address: str) -> None:

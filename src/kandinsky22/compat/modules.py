@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from kandinsky22._exports import MODULE_OF
+from kandinsky22.requirements import require
 
 ROOT = "kandinsky22"
 
@@ -183,6 +184,12 @@ def source_of(name: str) -> str:
     return _FUNCTIONS if name in FUNCTIONS else SOURCE_OF[name]
 
 
+def _import(module: str, name: str) -> Any:
+    if module == "transformers":
+        return require(module, name, install="kandinsky22[train]")
+    return importlib.import_module(module)
+
+
 class ReferenceModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finder and loader of the paths in `NAMES`, for Python's import system."""
 
@@ -229,7 +236,7 @@ class ReferenceModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             if name == "logging":
                 value: Any = importlib.import_module(f"{ROOT}.utils.logging")
             else:
-                value = getattr(whole or importlib.import_module(source_of(name)), name)
+                value = getattr(whole or _import(source_of(name), name), name)
             setattr(module, name, value)
             return value
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
 from kandinsky22.checkpoints.atomic_files import checked_save_path, read_json, write_json
@@ -19,6 +18,7 @@ from kandinsky22.checkpoints.folder_save import folder_save
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.models.base import Model, stage_network
+from kandinsky22.requirements import require
 
 _STEPS = ("num_warmup_steps", "num_training_steps")
 # Schedules of learning rates: name -> (function of transformers, its arguments).
@@ -70,6 +70,7 @@ def get_scheduler(
 
     Raises:
         InputError: If the name is unknown, or a number of steps is missing.
+        MissingDependencyError: If transformers is not installed.
     """
     name = str(getattr(name, "value", name))
     validation.one_of("name", name, tuple(SCHEDULES))
@@ -86,6 +87,7 @@ def get_scheduler(
         if values[argument] is None:
             raise invalid(argument, None, f"a number of steps, which the schedule {name!r} needs")
     options = {argument: values[argument] for argument in arguments}
+    transformers = require("transformers", "get_scheduler", install="kandinsky22[train]")
     schedule: torch.optim.lr_scheduler.LambdaLR = getattr(transformers, function)(
         optimizer, last_epoch=last_epoch, **options
     )

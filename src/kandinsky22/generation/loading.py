@@ -200,7 +200,7 @@ def software_versions(request: Request) -> dict[str, str]:
     return {
         "kandinsky22": __version__,
         "torch": str(torch.__version__),
-        "transformers": importlib.metadata.version("transformers"),
+        "tokenizers": importlib.metadata.version("tokenizers"),
         "pillow": PIL.__version__,
         **{name: importlib.metadata.version(name) for name in engine},
     }

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from kandinsky22.errors import CheckpointError, InputError, MissingDependencyError, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.inputs.images import convert_mode, open_image
+from kandinsky22.requirements import require
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -86,7 +87,7 @@ def make_depth_hint(
     Raises:
         InputError: If an argument is invalid.
         CheckpointError: If the model cannot be loaded.
-        MissingDependencyError: If the model needs a package that is not installed.
+        MissingDependencyError: If transformers, or another package that the model needs, is not installed.
     """
     validation.strict_bool("invert", invert)
     picture = convert_mode("image", open_image("image", image))
@@ -206,12 +207,11 @@ def _load_depth_model(model: str | os.PathLike[str]) -> tuple[Any, Any]:
     value: Any = model
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise invalid("model", value, "a folder or a Hub id of a depth estimation model of transformers")
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
-
+    transformers = require("transformers", "a hint of depth", install="kandinsky22[depth]")
     name = os.fspath(model)
     try:
-        network = AutoModelForDepthEstimation.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
+        network = transformers.AutoModelForDepthEstimation.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
     except ImportError as error:
         raise MissingDependencyError(f"the depth model {name} needs another package: {error}") from error
     except Exception as error:  # transformers raises many types of exceptions

@@ -1,8 +1,8 @@
 """Loading of CLIP towers, tokenizers and image processors.
 
-Towers and image processors are classes of ours, tokenizers are those of transformers. Settings are checked before
-anything is built from them, the classes are those that the specification names, and no code of a checkpoint runs.
-Whatever other libraries raise for a damaged file becomes a `CheckpointError`.
+Checkpoints name classes of transformers; ours of the same names are loaded. Settings are checked before anything is
+built from them, and no code of a checkpoint runs. Whatever other libraries raise for a damaged file becomes a
+`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from kandinsky22.checkpoints.atomic_files import read_json
 from kandinsky22.checkpoints.conversion import convert_weights
 from kandinsky22.checkpoints.weights import check_stored_once, check_weights, indexed_files, read_tensors
-from kandinsky22.errors import CheckpointError, KandinskyError, printable
+from kandinsky22.errors import CheckpointError, InputError, KandinskyError, printable
 from kandinsky22.models.clip import CLIPTextModelWithProjection, CLIPTower, CLIPVisionModelWithProjection
 from kandinsky22.models.clip_config import CLIPTowerConfig
 from kandinsky22.pipelines.clip_image_processor import CONFIG_NAME, CLIPImageProcessor
@@ -31,6 +31,7 @@ from kandinsky22.pipelines.clip_settings import (
     check_tower_settings,
     is_integer,
 )
+from kandinsky22.pipelines.clip_tokenizer import CLIPTokenizer
 
 TOWERS = ("text_encoder", "image_encoder")
 # Classes that `model_index.json` may name. The longer names are implementations of the first, or its former name.
@@ -46,6 +47,7 @@ CLIP_CLASSES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 OWN_CLIP_CLASSES: Mapping[str, Any] = {
+    "tokenizer": CLIPTokenizer,
     "text_encoder": CLIPTextModelWithProjection,
     "image_encoder": CLIPVisionModelWithProjection,
     "image_processor": CLIPImageProcessor,
@@ -55,7 +57,7 @@ LISTED_TENSORS = 8  # missing and unexpected tensors, each, that a message names
 
 @contextlib.contextmanager
 def reading(name: str, folder: Path) -> Iterator[None]:
-    """Convert every exception into `CheckpointError`: transformers raises many types for damaged files.
+    """Convert every exception into `CheckpointError`: other libraries raise many types for damaged files.
 
     Args:
         name: What is loaded, for messages.
@@ -79,32 +81,10 @@ def reading(name: str, folder: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot load {name} from {folder}: {reason or type(error).__name__}") from error
 
 
-def clip_class(role: str, class_name: str) -> Any:
-    """Return the class that a component is loaded with.
-
-    Args:
-        role: Name of the component without the prefix of a prior's component.
-        class_name: One of `CLIP_CLASSES[role]`.
-
-    Raises:
-        CheckpointError: If the installed release of transformers has no such tokenizer.
-    """
-    if role in OWN_CLIP_CLASSES:
-        return OWN_CLIP_CLASSES[role]
-    import transformers
-
-    for name in (class_name, CLIP_CLASSES[role][0]):
-        with contextlib.suppress(Exception):  # lazily imported: a missing dependency raises here
-            if isinstance(tokenizer_class := getattr(transformers, name, None), type):
-                return tokenizer_class
-    raise CheckpointError(f"transformers {transformers.__version__} has no {class_name}; pass {role}=")
-
-
-def load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Return a tokenizer with a complete vocabulary.
 
     Args:
-        tokenizer_class: Class of transformers.
         folder: Folder of the tokenizer.
 
     Raises:
@@ -121,13 +101,16 @@ def load_tokenizer(tokenizer_class: Any, folder: Path) -> Any:
                 raise CheckpointError(f"cannot read {folder / name}: it does not map tokens to their indices")
     if os.path.lexists(config := folder / "tokenizer_config.json"):
         check_settings(config, read_json(config), TOKENIZER_RULES, None)
-    tokenizer = _from_pretrained(tokenizer_class, folder)
-    with reading(tokenizer_class.__name__, folder):
+    with reading(CLIPTokenizer.__name__, folder):
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+        except InputError as error:
+            raise CheckpointError(f"cannot load {CLIPTokenizer.__name__} from {folder}: {error}") from error
         _try_tokenizer(tokenizer)
     return tokenizer
 
 
-def _try_tokenizer(tokenizer: Any) -> None:
+def _try_tokenizer(tokenizer: CLIPTokenizer) -> None:
     """Tokenise as a call does, so that wrong settings are found now."""
     length = 8
     encoded = tokenizer(
@@ -271,9 +254,3 @@ def is_readable_tower(network_class: Any, config: Any, files: Iterable[Path]) ->
     }
     has_more_layers = f"vision_model.encoder.layers.{last + 1}.mlp.fc2.weight" in shapes
     return not has_more_layers and all(shapes.get(name) == shape for name, shape in expected.items())
-
-
-def _from_pretrained(component_class: Any, folder: Path) -> Any:
-    """Call transformers' `from_pretrained` on a local folder; no code of the checkpoint is trusted."""
-    with reading(component_class.__name__, folder):
-        return component_class.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)

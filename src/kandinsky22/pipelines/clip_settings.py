@@ -142,6 +142,10 @@ TOKENIZER_RULES: Mapping[str, Rule] = {
     "do_lower_case": _BOOL,
     "padding_side": _one_of("left", "right"),
     "truncation_side": _one_of("left", "right"),
+    "model_input_names": Rule(
+        lambda value: isinstance(value, list) and {"input_ids", "attention_mask"} <= {*map(str, value)},
+        "a list with 'input_ids' and 'attention_mask'",
+    ),
 }
 
 

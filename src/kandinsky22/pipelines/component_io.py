@@ -1,8 +1,8 @@
 """One component of a pipeline: its classes, the files of a repository that it needs, and how it is loaded and saved.
 
 `model_index.json` names the library and class of each component. Networks and schedulers are listed under "diffusers"
-there, the library that defined the published layout. CLIP towers, tokenizers and image processors come from
-transformers.
+there, the library that defined the published layout. CLIP towers, tokenizers and image processors are listed under
+"transformers".
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def load_component(name: str, entry: Any, folder: Path, options: LoadOptions) ->
         if not os.path.isdir(component_folder):
             raise CheckpointError(f"missing folder: {component_folder}")
         if role == "tokenizer":
-            return clip_files.load_tokenizer(component_class, component_folder)
+            return clip_files.load_tokenizer(component_folder)
         if role == "image_processor":
             return clip_files.load_image_processor(component_folder)
         if role == "scheduler":
@@ -234,7 +234,7 @@ def _class_of_entry(name: str, entry: Any, folder: Path) -> Any:
             f"pass {name}= to replace it"
         )
     if role in clip_files.CLIP_CLASSES:
-        return clip_files.clip_class(role, class_name)
+        return clip_files.OWN_CLIP_CLASSES[role]
     return getattr(models if role in OWN_CLASSES else schedulers, class_name)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTokenizer
-
 from kandinsky22.models.prior import PriorTransformer
 from kandinsky22.pipelines.prior import KandinskyV22PriorPipeline
 from kandinsky22.schedulers import UnCLIPScheduler
@@ -46,7 +44,7 @@ def assemble(out: Path, folder: Path | None = None) -> None:
 
 
 def _save_prior(out: Path, towers: Towers, folder: Path) -> None:
-    tokenizer: CLIPTokenizer = build_tokenizer(folder / "tokenizer")
+    tokenizer = build_tokenizer(folder / "tokenizer")
     pipe = KandinskyV22PriorPipeline(
         prior=PriorTransformer.from_pretrained(out / "prior" / "model" / "prior").half(),
         image_encoder=towers.vision.half(),

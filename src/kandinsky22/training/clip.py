@@ -23,11 +23,11 @@ from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
+from kandinsky22.pipelines.clip_tokenizer import CLIPTokenizer
 from kandinsky22.training.captions import FULL, VOCABULARY, Caption, add_nonsense_word, caption
 from kandinsky22.training.loop import Settings, StepRandomness, train
 from kandinsky22.training.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers, scene_answers
@@ -88,8 +88,7 @@ def build_tokenizer(folder: str | Path) -> CLIPTokenizer:
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(str(folder))
-    return tokenizer
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
@@ -164,7 +163,7 @@ class Towers(nn.Module):
         """
         folder = Path(folder)
         towers = cls(
-            CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             CLIPTextModelWithProjection.from_pretrained(str(folder / "text_encoder")),
             CLIPVisionModelWithProjection.from_pretrained(str(folder / "image_encoder")),
         )

@@ -15,10 +15,11 @@ from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+
+from kandinsky22.pipelines.clip_tokenizer import CLIPTokenizer
 
 CONTEXT = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -115,8 +116,7 @@ def build_tokenizer(folder: Path, vocabulary: Sequence[str]) -> CLIPTokenizer:
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(str(folder))
-    return tokenizer
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _merge(piece: list[str], pair: tuple[str, str]) -> list[str]:
@@ -190,7 +190,7 @@ class Towers(nn.Module):
             folder: Folder that `save` has written.
         """
         towers = cls(
-            CLIPTokenizer.from_pretrained(str(folder / "tokenizer")),
+            CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             CLIPTextModelWithProjection.from_pretrained(str(folder / "text_encoder")),
             CLIPVisionModelWithProjection.from_pretrained(str(folder / "image_encoder")),
         )

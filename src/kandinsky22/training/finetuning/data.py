@@ -22,9 +22,9 @@ from PIL.Image import Image
 
 from kandinsky22.errors import InputError, invalid
 from kandinsky22.inputs import images, sources
+from kandinsky22.requirements import require
 from kandinsky22.training.finetuning.option import IneffectiveOptionError
 from kandinsky22.training.finetuning.options import TrainingOptions
-from kandinsky22.training.finetuning.packages import require
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_COLUMNS = ("file_name", "image", "img", "picture", "path", "jpg", "png", "webp", "jpeg")

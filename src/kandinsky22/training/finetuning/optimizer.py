@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kandinsky22.errors import InputError, invalid
+from kandinsky22.requirements import require
 from kandinsky22.training.finetuning.options import TrainingOptions
-from kandinsky22.training.finetuning.packages import require
 
 
 def new_accelerator(options: TrainingOptions) -> Any:

@@ -472,9 +472,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         MissingDependencyError: PyYAML is not installed.
     """
     from kandinsky22.inputs.sources import read_file  # imports PIL
-    from kandinsky22.training.finetuning.packages import require
+    from kandinsky22.requirements import require
 
-    yaml = require("yaml", "--config", package="pyyaml")
+    yaml = require("yaml", "--config", install="pyyaml")
     try:
         content = yaml.safe_load(read_file(str(path)).decode("utf-8"))
     except OSError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kandinsky22.training.finetuning.packages import require
+from kandinsky22.requirements import require
 
 LOG = "log.jsonl"
 
