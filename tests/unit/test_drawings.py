@@ -13,7 +13,7 @@ from PIL import Image
 from tests.unit.solid_sprites import SolidSprites
 
 from kandinsky22.errors import CheckpointError, InputError
-from kandinsky22.training.drawings import packs, sprites
+from kandinsky22.training.drawings import packs, rendering, sprites
 from kandinsky22.training.drawings.backgrounds import paint
 from kandinsky22.training.drawings.captions import (
     FULL,
@@ -28,7 +28,16 @@ from kandinsky22.training.drawings.patches import PatchHeads, PatchLabels
 from kandinsky22.training.drawings.probe import QUESTIONS, UNKNOWN, Probe, SceneLabels, caption_answers, scene_answers
 from kandinsky22.training.drawings.recoloring import from_oklab, recolor, to_oklab
 from kandinsky22.training.drawings.rendering import edge_map, layer_map, render, render_pixels, visible_shares
-from kandinsky22.training.drawings.scenes import Background, Mixture, Scene, Thing, is_held_out, sample_scene
+from kandinsky22.training.drawings.scenes import (
+    CELLS,
+    DRAWN,
+    Background,
+    Mixture,
+    Scene,
+    Thing,
+    is_held_out,
+    sample_scene,
+)
 from kandinsky22.training.drawings.sprites import SIDE
 from kandinsky22.training.drawings.vocabulary import (
     ARRANGEMENTS,
@@ -185,6 +194,18 @@ def test_a_thing_stands_on_another_one() -> None:
     rows = np.nonzero(blue.any(1))[0]
     # The lower thing begins a quarter of its extent below its bounding box, at 0.7 - 0.25 + 0.125.
     assert rows[-1] / 200 == pytest.approx(0.575 + 0.12 * 0.15, abs=0.02)
+
+
+@pytest.mark.parametrize("arrangement", [None, *ARRANGEMENTS])
+def test_drawn_things_begin_and_end_between_latents(arrangement: str | None) -> None:
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng, DRAWN, arrangement=arrangement) for _ in range(20)]
+    for scene in scenes:
+        for placement in rendering._placements(SolidSprites(), scene, 256):
+            assert all(value % (256 // CELLS) == 0 for value in (placement.left, placement.top, len(placement.pixels)))
+        assert np.abs(SceneLabels.of([scene]).geometry).max() <= 1
+    varied = [sample_scene(rng, arrangement=arrangement) for _ in range(20)]
+    assert len({round(scene.things[0].x, 6) for scene in varied}) == 20
 
 
 def test_edges_are_at_the_border_of_things() -> None:

@@ -67,11 +67,13 @@ EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
 MIXTURE = DRAWN
 # One thing much more often than several: outlines are learned first, and faster on large things.
 HALF_SIZE_MIXTURE = dataclasses.replace(DRAWN, arrangements=(0.08, 0.06, 0.05, 0.03, 0.03))
+# After these steps, places and colours are right. Details are smaller than a latent at this size: they are learned at the
+# full size, where the learning rate falls, too.
 SETTINGS = Settings(
-    steps=10000,
+    steps=3200,
     learning_rate=4e-3,
     warmup=200,
-    decay=3000,
+    decay=1,
     average=0.999,
     bf16=True,
     muon=True,

@@ -15,12 +15,15 @@ from torch.nn import functional
 from kandinsky22.training.drawings.captions import SceneDescription
 from kandinsky22.training.drawings.scenes import (
     CENTERS,
+    FRONT_CENTERS,
     FRONT_EXTENTS,
     JITTER,
+    ON_CENTERS,
     ON_EXTENTS,
     PAIR_EXTENTS,
     PAIR_OFFSET,
     RADIUS_JITTER,
+    ROW_CENTERS,
     ROW_EXTENT,
     SINGLE_EXTENTS,
     Scene,
@@ -105,10 +108,10 @@ def _nominal(scene: Scene) -> list[tuple[float, float, float]]:
     if scene.arrangement == "above":
         return [(0.5, near, extents[0]), (0.5, far, extents[1])]
     if scene.arrangement == "on":
-        return [(0.5, 0.66, ON_EXTENTS[0]), (0.5, 0.28, ON_EXTENTS[1])]
+        return [(*center, extent) for center, extent in zip(ON_CENTERS, ON_EXTENTS, strict=True)]
     if scene.arrangement == "front":
-        return [(0.42, 0.41, FRONT_EXTENTS[0]), (0.64, 0.68, FRONT_EXTENTS[1])]
-    return [(x, 0.5, ROW_EXTENT) for x in (0.19, 0.5, 0.81)]
+        return [(*center, extent) for center, extent in zip(FRONT_CENTERS, FRONT_EXTENTS, strict=True)]
+    return [(*center, ROW_EXTENT) for center in ROW_CENTERS]
 
 
 def _geometry(scene: Scene) -> list[float]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from kandinsky22.training.drawings.backgrounds import paint
-from kandinsky22.training.drawings.scenes import Scene, Thing
+from kandinsky22.training.drawings.scenes import CELLS, Scene, Thing
 from kandinsky22.training.drawings.sprites import SIDE, Sprites
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -53,9 +53,14 @@ def _placements(sprites: Sprites, scene: Scene, side: int) -> list[Placement]:
         pixels = _scaled(sprites, thing, scene.style, side)
         left, top = round(thing.x * side - len(pixels) / 2), round(thing.y * side - len(pixels) / 2)
         if scene.arrangement == "on" and index == 1:
-            top = _top_of(placements[0], left, pixels)
+            top = _aligned(_top_of(placements[0], left, pixels), side)
         placements.append(Placement(pixels, left, top))
     return placements
+
+
+def _aligned(row: int, side: int) -> int:
+    """Return the nearest row between two latents."""
+    return round(row * CELLS / side) * side // CELLS
 
 
 def _top_of(base: Placement, left: int, pixels: Pixels) -> int:

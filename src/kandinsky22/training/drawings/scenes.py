@@ -37,13 +37,18 @@ CENTERS = {
 }
 JITTER = 0.02  # largest offset of a thing's centre from its nominal centre, in x and in y
 RADIUS_JITTER = 0.02  # largest offset of a thing's extent from its nominal extent
-# Longer side of a thing's bounding box.
-SINGLE_EXTENTS = {"small": 0.30, "medium": 0.46, "large": 0.68}
-PAIR_EXTENTS = {"small": 0.26, "medium": 0.36, "large": 0.45}
-ON_EXTENTS = (0.50, 0.30)  # the lower thing and the one on it
-FRONT_EXTENTS = (0.52, 0.40)  # the thing behind and the one in front
-ROW_EXTENT = 0.28
+CELLS = 32  # latents along each side of an image
+# Longer side of a thing's bounding box. There are four in all, in whole latents: where things are aligned, the latents
+# of a thing in one size are the same at every position, and the decoder learns them much sooner.
+SINGLE_EXTENTS = {"small": 10 / CELLS, "medium": 14 / CELLS, "large": 22 / CELLS}
+PAIR_EXTENTS = {"small": 8 / CELLS, "medium": 10 / CELLS, "large": 14 / CELLS}
+ON_EXTENTS = (14 / CELLS, 10 / CELLS)  # the lower thing and the one on it
+FRONT_EXTENTS = (14 / CELLS, 10 / CELLS)  # the thing behind and the one in front
+ROW_EXTENT = 8 / CELLS
 PAIR_OFFSET = 0.24  # distance of each of two things' centres from the middle of the image
+ON_CENTERS = ((0.5, 0.66), (0.5, 0.28))  # the row of the upper thing depends on the lower one
+FRONT_CENTERS = ((0.44, 0.44), (0.62, 0.62))
+ROW_CENTERS = ((0.19, 0.5), (0.5, 0.5), (0.81, 0.5))
 
 # Combinations that are left out of training, to measure whether the model composes attributes or recalls images: one in
 # so many, chosen by a checksum of their names.
@@ -147,6 +152,7 @@ class Mixture:
         shapes: Probability that a thing is one of the four shapes.
         styles: Styles that are drawn.
         things: Things that are drawn, beside the shapes.
+        aligned: Whether bounding boxes begin and end between latents; else their positions and sizes vary a little.
     """
 
     arrangements: tuple[float, ...] = (0.14, 0.12, 0.08, 0.06, 0.05)
@@ -156,11 +162,12 @@ class Mixture:
     shapes: float = 0.06
     styles: Sequence[str] = STYLES
     things: Sequence[str] = tuple(name for name in THINGS if name not in SHAPES)
+    aligned: bool = False
 
 
 # What the decoder draws. Sharp before many: the two styles that share their outlines, and two thirds of the things.
 DRAWN_STYLES = ("flat", "3D")
-DRAWN = Mixture(styles=DRAWN_STYLES, things=DRAWN_THINGS)
+DRAWN = Mixture(styles=DRAWN_STYLES, things=DRAWN_THINGS, aligned=True)
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -193,6 +200,9 @@ def _thing(
     natural = name in NATURAL_ONLY or (name not in SHAPES and rng.random() < mixture.natural)
     # A thing in the colour of its background would be invisible.
     color = NATURAL if natural else _pick(rng, [color for color in COLORS if color != background.name])
+    if mixture.aligned:
+        x, y = (round((middle - extent / 2) * CELLS) / CELLS + extent / 2 for middle in center)
+        return Thing(name, color, size, x, y, extent)
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     extent += float(rng.uniform(-RADIUS_JITTER, RADIUS_JITTER))
     return Thing(name, color, size, float(center[0] + dx), float(center[1] + dy), extent)
@@ -212,11 +222,11 @@ def _sample_scene(rng: np.random.Generator, mixture: Mixture, arrangement: str |
         centers = [(near, 0.5), (far, 0.5)] if arrangement == "beside" else [(0.5, near), (0.5, far)]
         extents = [PAIR_EXTENTS[size] for size in sizes]
     elif arrangement == "on":
-        sizes, centers, extents = ["medium", "small"], [(0.5, 0.66), (0.5, 0.28)], list(ON_EXTENTS)
+        sizes, centers, extents = ["medium", "small"], list(ON_CENTERS), list(ON_EXTENTS)
     elif arrangement == "front":
-        sizes, centers, extents = ["medium", "medium"], [(0.42, 0.41), (0.64, 0.68)], list(FRONT_EXTENTS)
+        sizes, centers, extents = ["medium", "medium"], list(FRONT_CENTERS), list(FRONT_EXTENTS)
     else:
-        sizes, centers, extents = ["small"] * 3, [(0.19, 0.5), (0.5, 0.5), (0.81, 0.5)], [ROW_EXTENT] * 3
+        sizes, centers, extents = ["small"] * 3, list(ROW_CENTERS), [ROW_EXTENT] * 3
     for _ in range(ATTEMPTS):
         parts = zip(sizes, centers, extents, strict=True)
         things = tuple(_thing(rng, background, mixture, size, center, extent) for size, center, extent in parts)

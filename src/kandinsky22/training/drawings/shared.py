@@ -26,7 +26,7 @@ from kandinsky22.training.drawings.decoder import BANK, CHUNK, SCHEDULER, Bank
 from kandinsky22.training.drawings.movq import FACTOR, SIZE
 from kandinsky22.training.drawings.probe import SceneLabels
 from kandinsky22.training.drawings.rendering import edge_map, layer_map
-from kandinsky22.training.drawings.scenes import SINGLE_EXTENTS, Scene, sample_scene
+from kandinsky22.training.drawings.scenes import DRAWN, SINGLE_EXTENTS, Scene, sample_scene
 from kandinsky22.training.drawings.sprites import Sprites
 from kandinsky22.training.loop import Settings, StepRandomness, load_average, train
 from kandinsky22.training.shared_network import SharedUNet
@@ -247,7 +247,7 @@ def other_layout(scene: Scene, rng: np.random.Generator) -> Scene:
         scene: The scene.
         rng: Random generator.
     """
-    other = sample_scene(rng, arrangement=scene.arrangement)
+    other = sample_scene(rng, DRAWN, arrangement=scene.arrangement)
     things = tuple(
         dataclasses.replace(place, name=thing.name, color=thing.color)
         for thing, place in zip(scene.things, other.things, strict=True)
