@@ -67,8 +67,8 @@ EMBEDDING_NOISE = 0.2  # those of the prior are inexact too
 MIXTURE = DRAWN
 # One thing much more often than several: outlines are learned first, and faster on large things.
 HALF_SIZE_MIXTURE = dataclasses.replace(DRAWN, arrangements=(0.08, 0.06, 0.05, 0.03, 0.03))
-# After these steps, places and colours are right. Details are smaller than a latent at this size: they are learned at the
-# full size, where the learning rate falls, too.
+# After these steps, places and colours are right. Most details are smaller than a latent at this size. They are learned
+# at the full size, and the learning rate falls there.
 SETTINGS = Settings(
     steps=3200,
     learning_rate=4e-3,
