@@ -339,7 +339,7 @@ def _flush(path: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Rename a folder so that another can take its name, and return its new path; None if there is no folder."""
+    """Rename a folder to a unique hidden name, and return the new path; None if the folder does not exist."""
     if not path.is_dir() or path.is_symlink():
         return None
     replaced = path.parent / f".{path.name}.replaced-{secrets.token_hex(6)}"

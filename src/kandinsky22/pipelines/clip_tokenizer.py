@@ -19,26 +19,32 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from kandinsky22.checkpoints.atomic_files import atomic_write, checked_save_path, read_json, write_json
+from kandinsky22.checkpoints.atomic_files import checked_save_path, write_json
 from kandinsky22.errors import CheckpointError, invalid
 from kandinsky22.inputs import validation
 from kandinsky22.inputs.hub_uploads import requested_upload
 from kandinsky22.outputs import Output
 from kandinsky22.pipelines.clip_settings import is_integer
-
-WHOLE_FILE, VOCABULARY_FILE, MERGES_FILE = "tokenizer.json", "vocab.json", "merges.txt"
-CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+from kandinsky22.pipelines.clip_tokenizer_files import (
+    CONFIG_FILE,
+    MERGES_FILE,
+    SPECIAL_TOKENS_FILE,
+    VOCABULARY_FILE,
+    WHOLE_FILE,
+    as_added_token,
+    as_mapping,
+    read_if_present,
+    read_separate_files,
+    read_whole_file,
+    write_text,
 )
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL_TOKENS: Mapping[str, str] = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
 END_OF_WORD = "</w>"
 NO_LIMIT = int(1e30)  # model_max_length of files without one, as in transformers
 # Contractions, runs of letters, single digits, runs of other characters, as in OpenAI's implementation of CLIP.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 CLASS_NAME = "CLIPTokenizer"
 
 SIDES = ("left", "right")
@@ -164,17 +170,17 @@ class CLIPTokenizer:
         """
         folder = Path(pretrained_model_name_or_path, subfolder)
         if os.path.lexists(folder / WHOLE_FILE):
-            stored = _read_whole_file(folder / WHOLE_FILE)
+            stored = read_whole_file(folder / WHOLE_FILE)
         else:
-            stored = _read_separate_files(folder)
-        config = _read_if_present(folder / CONFIG_FILE)
+            stored = read_separate_files(folder)
+        config = read_if_present(folder / CONFIG_FILE)
         special = {
             name: value
-            for name, value in _read_if_present(folder / SPECIAL_TOKENS_FILE).items()
+            for name, value in read_if_present(folder / SPECIAL_TOKENS_FILE).items()
             if name in SPECIAL_TOKENS
         }
         recorded = config.pop("added_tokens_decoder", None) or {}
-        added = {**stored.added, **{int(index): _as_added_token(token) for index, token in recorded.items()}}
+        added = {**stored.added, **{int(index): as_added_token(token) for index, token in recorded.items()}}
         arguments = {name: value for name, value in {**special, **config, **settings}.items() if value is not None}
         tokens = [token for _, token in sorted(added.items())]
         tokenizer = cls(stored.vocabulary, stored.merges, added_tokens=tokens, **arguments)
@@ -465,7 +471,7 @@ class CLIPTokenizer:
             "model_max_length": self.model_max_length,
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
-            "added_tokens_decoder": {str(index): _as_mapping(token) for index, token in added.items()},
+            "added_tokens_decoder": {str(index): as_mapping(token) for index, token in added.items()},
             "tokenizer_class": CLASS_NAME,
         }
         whole = json.loads(self._backend.to_str())
@@ -473,7 +479,7 @@ class CLIPTokenizer:
         pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
         write_json(folder / WHOLE_FILE, whole)
         write_json(folder / VOCABULARY_FILE, model["vocab"])
-        _write_text(folder / MERGES_FILE, "\n".join(["#version: 0.2", *pairs, ""]))
+        write_text(folder / MERGES_FILE, "\n".join(["#version: 0.2", *pairs, ""]))
         write_json(folder / SPECIAL_TOKENS_FILE, self.special_tokens_map)
         write_json(folder / CONFIG_FILE, config)
         if upload is not None:
@@ -483,72 +489,16 @@ class CLIPTokenizer:
         return f"{type(self).__name__}({len(self)} tokens, model_max_length={self.model_max_length})"
 
 
-@dataclasses.dataclass(frozen=True)
-class _StoredVocabulary:
-    """What files contain besides settings; `added` are the added tokens by index."""
-
-    vocabulary: Mapping[str, int]
-    merges: Sequence[tuple[str, str]]
-    added: Mapping[int, AddedToken]
-
-
-def _read_whole_file(path: Path) -> _StoredVocabulary:
-    content = read_json(path)
-    model = content.get("model")
-    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping):
-        raise CheckpointError(f"cannot read {path}: it has no vocabulary of byte pairs")
-    pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges", [])]
-    added = {int(token["id"]): _as_added_token(token) for token in content.get("added_tokens") or []}
-    return _StoredVocabulary(model["vocab"], cast(list[tuple[str, str]], pairs), added)
-
-
-def _read_separate_files(folder: Path) -> _StoredVocabulary:
-    try:
-        vocabulary, merges = BPE.read_file(os.fspath(folder / VOCABULARY_FILE), os.fspath(folder / MERGES_FILE))
-    except Exception as error:  # of the native code
-        raise CheckpointError(f"cannot read {VOCABULARY_FILE} and {MERGES_FILE} of {folder}: {error}") from error
-    added = _read_if_present(folder / ADDED_TOKENS_FILE)
-    return _StoredVocabulary(
-        vocabulary, merges, {index: AddedToken(token, normalized=False) for token, index in added.items()}
-    )
-
-
-def _read_if_present(path: Path) -> dict[str, Any]:
-    return read_json(path) if os.path.lexists(path) else {}
-
-
 def _special_token(name: str, value: Any) -> AddedToken:
     """Return a special token that a constructor's argument or a config file names."""
     if isinstance(value, str) and value:
         return AddedToken(value, normalized=False, special=True)
     try:
-        token = _as_added_token(value)
+        token = as_added_token(value)
     except (TypeError, KeyError, ValueError):
         raise invalid(name, value, "a token") from None
     token.special = True
     return token
-
-
-def _as_added_token(value: Any) -> AddedToken:
-    """Return a token that a file describes by its content and flags.
-
-    Raises:
-        InputError: If it has no content.
-    """
-    if isinstance(value, AddedToken):
-        return value
-    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str) or not value["content"]:
-        raise invalid("an added token", value, "a mapping with its content")
-    return AddedToken(value["content"], **{name: bool(value[name]) for name in TOKEN_FLAGS if name in value})
-
-
-def _as_mapping(token: AddedToken) -> dict[str, Any]:
-    return {"content": token.content, **{name: getattr(token, name) for name in TOKEN_FLAGS}}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _cuts(truncation: bool | str | None, *, has_length: bool, pads: bool) -> bool:

@@ -38,8 +38,8 @@ CENTERS = {
 JITTER = 0.02  # largest offset of a thing's centre from its nominal centre, in x and in y
 RADIUS_JITTER = 0.02  # largest offset of a thing's extent from its nominal extent
 CELLS = 32  # latents along each side of an image
-# Longer side of a thing's bounding box. There are four in all, in whole latents: where things are aligned, the latents
-# of a thing in one size are the same at every position, and the decoder learns them much sooner.
+# Longer side of a thing's bounding box, in whole latents. Where things are aligned, the latents of a thing in one size
+# are nearly the same at every position.
 SINGLE_EXTENTS = {"small": 10 / CELLS, "medium": 14 / CELLS, "large": 22 / CELLS}
 PAIR_EXTENTS = {"small": 8 / CELLS, "medium": 10 / CELLS, "large": 14 / CELLS}
 ON_EXTENTS = (14 / CELLS, 10 / CELLS)  # the lower thing and the one on it
